@@ -299,16 +299,17 @@ class DomainsBatch(TypedDict):
     """Two pictures a sample, of different scenes in different styles, each with the class of each pixel.
 
     image: float32 [B, C, H, W], in the source style, standardised with the moments of that style.
-    semantic: int64 [B, H, W], as in `SceneBatch`.
+    semantic: int64 [B, H, W], each in [0, num_classes), or -1 where a pixel has no class.
     target_image: float32 [B, C, H, W], in the target style, standardised with the source's moments.
-    target_semantic: int64 [B, H, W], which a method reads to judge itself, not to learn.
+    target_semantic: int64 [B, H, W], which a method reads to judge itself, not to learn. Absent in training where the
+        target has no masks.
     index: int64 [B].
     """
 
     image: Tensor
     semantic: Tensor
     target_image: Tensor
-    target_semantic: Tensor
+    target_semantic: NotRequired[Tensor]
     index: Tensor
 
 
@@ -363,31 +364,41 @@ class PersonBatch(TypedDict):
     index: Tensor
 
 
-class WordBatch(TypedDict):
-    """Rendered pictures of printed words, see `lightspan.datamodules.rendered.words`.
+class ReadingBatch(TypedDict):
+    """Pictures of words with their letters.
 
     image: float32 [B, C, H, W], standardised as in `ImageBatch`.
-    ink: int64 [B, H, W], 1 where letters cover at least half of a pixel.
-    characters: int64 [B, T], 1 to 26 for the letters of the word, and 0 behind its end.
-    label: int64 [B], the word's place in the vocabulary of its set.
+    characters: int64 [B, T], 1 + the place of a letter in the alphabet, and 0 behind a word's end.
     index: int64 [B], the sample's position in its dataset.
     """
 
     image: Tensor
-    ink: Tensor
     characters: Tensor
-    label: Tensor
     index: Tensor
+
+
+class WordBatch(ReadingBatch):
+    """Rendered pictures of printed words, see `lightspan.datamodules.rendered.words`.
+
+    image: float32 [B, C, H, W], standardised as in `ImageBatch`.
+    characters: int64 [B, T], 1 to 26 for the letters of the word, and 0 behind its end.
+    index: int64 [B], the sample's position in its dataset.
+    ink: int64 [B, H, W], 1 where letters cover at least half of a pixel.
+    label: int64 [B], the word's place in the vocabulary of its set.
+    """
+
+    ink: Tensor
+    label: Tensor
 
 
 class SpelledWordBatch(WordBatch):
     """A `WordBatch` whose words also stand in a sentence.
 
     image: float32 [B, C, H, W].
-    ink: int64 [B, H, W].
     characters: int64 [B, T].
-    label: int64 [B].
     index: int64 [B].
+    ink: int64 [B, H, W].
+    label: int64 [B].
     tokens: int64 [B, P], of the sentence with its special tokens.
     mask: int64 [B, P], 1 where a token is the sentence's own and 0 on padding, which is at the end.
     """

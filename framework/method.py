@@ -11,9 +11,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lightspan.devices import wide_type
-from lightspan.distributed import mean_over_ranks, world_size
+from lightspan.distributed import mean_over_ranks, register_replicated, world_size
 from lightspan.errors import UserError, one_line
-from lightspan.nn.image_numbers import keep_on_host
+from lightspan.nn.image_numbers import keep_on_host, require_places, require_room
 from lightspan.nn.labels import require_labels
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
@@ -40,9 +40,12 @@ class Method(LightningModule):
     Attributes:
         num_classes: set by a method whose batches have a `label` in [0, num_classes): any other label is refused
             before its batch goes to the device, where it would end in an error of a kernel. None refuses nothing.
+        num_images: set by a method that has a place for each training image, whose numbers lie in [0, num_images): data
+            with more images, and an image with another number, are refused in the same way. None refuses nothing.
     """
 
     num_classes: int | None = None
+    num_images: int | None = None
 
     def __init__(
         self,
@@ -55,12 +58,21 @@ class Method(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.groups = groups or ParameterGroups()
 
+    def setup(self, stage: str) -> None:
+        """Raises: UserError for data with more training images than `num_images`."""
+        if stage == "fit" and self.num_images is not None:
+            require_room(getattr(self.trainer, "datamodule", None), self.num_images, type(self).__name__)
+
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        """Raises: UserError for labels that are not below `num_classes`."""
+        """Raises: UserError for labels that are not below `num_classes`, and in training for images whose numbers are
+        not below `num_images`.
+        """
         # Not Lightning's public hook, which it would take away from data modules that have one, with a warning.
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         if self.num_classes is not None and isinstance(batch, Mapping) and "label" in batch:
             require_labels(batch["label"], self.num_classes, self)
+        if self.num_images is not None and self._trainer is not None and self._trainer.training:
+            require_places(batch, self.num_images, type(self).__name__)
         return batch
 
     def _apply_batch_transfer_handler(
@@ -206,3 +218,36 @@ class Method(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class BetweenEpochs(Method):
+    """A method that does something between epochs, such as clustering the data: `enter`, once as each epoch begins.
+
+    A run that resumes within an epoch does not enter it again: the buffer `begun` knows.
+    """
+
+    begun: Tensor
+
+    def __init__(self, **optimization: Any) -> None:
+        super().__init__(**optimization)
+        register_replicated(self, "begun", torch.tensor(-1))  # the epoch
+        self._entered = -1  # the same; spares a question to the device in each step
+
+    def enter(self, epoch: int) -> None:
+        """What happens as an epoch begins, counted from 0; without gradients."""
+        raise NotImplementedError
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.begin(self.current_epoch)
+
+    @torch.no_grad()
+    def begin(self, epoch: int) -> None:
+        """Enters an epoch, unless that has happened. Whoever needs to know what comes of it may call this earlier, such
+        as a loader that orders the data by it.
+        """
+        if epoch <= self._entered:
+            return
+        self._entered = epoch
+        if epoch > int(self.begun):
+            self.begun.fill_(epoch)
+            self.enter(epoch)

@@ -62,7 +62,7 @@ from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
-from lightspan.methods.image_text.m3i import M3I, MomentumFeatures
+from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.text_classifier import TextClassifier
@@ -107,6 +107,7 @@ from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.optim.riemannian import RiemannianSGD
+from lightspan.targets import MomentumFeatures
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ROWS = 8

@@ -138,6 +138,24 @@ def taught(
     return momenta, unchanged
 
 
+def averages(model: Any, batches: Sequence[dict[str, Any]], folder: Path) -> list[float]:
+    """Trains. The momenta with which the teacher followed; it is the average of the student's weights by them."""
+    expected = [parameter.detach().double() for parameter in model.student.parameters()]
+    follow, momenta = model.teacher.follow, list[float]()
+
+    def watched(student: nn.Module, momentum: float) -> None:
+        momenta.append(momentum)
+        for mean, parameter in zip(expected, student.parameters(), strict=True):
+            mean.mul_(momentum).add_(parameter.detach().double(), alpha=1 - momentum)
+        follow(student, momentum)
+
+    model.teacher.follow = watched
+    fit(model, batches, folder)
+    for parameter, mean in zip(model.teacher.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.double(), mean, rtol=1e-5, atol=1e-6)
+    return momenta
+
+
 def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """A batch with all its tensors changed."""
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, given)

@@ -217,6 +217,11 @@ CASES = {
     "pseudo_labels.pseudo_label_loss": Case(
         lambda x, weight, label_B, mixed_B: pseudo_labels.pseudo_label_loss(x @ weight, x.sin(), label_B % 4)
     ),
+    "pseudo_labels.pixel_cross_entropy": Case(
+        lambda x, weight, label_B, mixed_B: pseudo_labels.pixel_cross_entropy(
+            (x @ weight)[..., None, None], (label_B % 4)[:, None, None]
+        )
+    ),
     "coding_rate.coding_rate": Case(
         lambda x, weight, label_B, mixed_B: coding_rate.coding_rate(F.normalize(x @ weight, dim=1), 0.5), 1
     ),
@@ -268,11 +273,14 @@ PARTS = {
         "means.mean",
         "means.known_mean",
         "means.squared_error",
+        "means.weighted_sum",
         "prototypes.identity_shares",
         "prototypes.mixed_targets",
         "prototypes.sinkhorn",
         "prototypes.column_potentials",
         "prototypes.centred_softmax",
+        "prototypes.target_distribution",
+        "pseudo_labels.pixel_labels",
         "pseudo_labels.trusted_labels",
     ),
 }

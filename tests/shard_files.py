@@ -85,3 +85,33 @@ def damage(shard: str, at: int) -> None:
     content = bytearray(Path(shard).read_bytes())
     content[at] ^= 0xFF
     Path(shard).write_bytes(content)
+
+
+def masked_shard(path: Path, numbers: Iterable[int], sides: tuple[int, int] = (12, 16), masks: bool = True) -> str:
+    """A picture for each number, whose green is that, and whose red is 10 for each class of `mask_of`; KEY.mask.png."""
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            mask = mask_of(number, sides)
+            image = np.stack([10 * mask, np.full_like(mask, number), np.zeros_like(mask)], axis=-1)
+            image[mask == 255] = 0, number, 255
+            add_members(archive, f"{number:04}", {"png": png_of(image)} | ({"mask.png": png_of(mask)} if masks else {}))
+    return str(path)
+
+
+def mask_of(number: int, sides: tuple[int, int] = (12, 16)) -> np.ndarray:
+    """Classes 0 to 4 of the pixels of a picture, and 255 for some."""
+    classes = np.random.default_rng(number).integers(0, 6, sides).astype(np.uint8)
+    return np.where(classes == 5, 255, classes).astype(np.uint8)
+
+
+def png_of(image: np.ndarray) -> bytes:
+    picture = io.BytesIO()
+    Image.fromarray(image).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def add_members(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    for ending, content in members.items():
+        member = tarfile.TarInfo(f"{key}.{ending}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))

@@ -35,6 +35,7 @@ MAY_USE: dict[str, set[str]] = {
     "objectives": set(),
     "nn": {"subspaces"},
     "backbones": {"nn"},
+    "targets": {"nn", "objectives", "optim"},
     "analysis": {"nn", "subspaces"},
     "features": {"analysis", "checkpoints", "nn"},
     "estimators": {"analysis", "features", "merging", "subspaces"},
@@ -48,7 +49,7 @@ MAY_USE: dict[str, set[str]] = {
     "method": {"nn", "optim", "strategies", "wiring"},
     "methods": {
         *("method", "subspaces", "optim", "adapters", "surgery", "objectives", "merging"),
-        *("nn", "backbones", "analysis", "triton_kernels"),
+        *("nn", "backbones", "targets", "analysis", "triton_kernels"),
     },
     "callbacks": {
         *("subspaces", "optim", "adapters", "nn", "analysis", "features", "estimators", "strategies", "wiring"),
@@ -65,7 +66,9 @@ SHELL = {"__init__", "__main__", "cli", "commands"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = ("triton_kernels", "subspaces", "optim", "adapters", "surgery", "objectives", "nn", "backbones")
+WITHOUT_LIGHTNING = (
+    *("triton_kernels", "subspaces", "optim", "adapters", "surgery", "objectives", "nn", "backbones", "targets"),
+)
 
 
 def sources() -> list[tuple[str, Path]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.method import BetweenEpochs, Method
 
 QUIET: dict[str, Any] = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -191,3 +191,69 @@ def test_weights_of_other_widths_or_parts_are_refused_in_one_sentence_that_names
         small.load_state_dict(extra)
     assert "\n" not in str(raised.value)
     assert small.load_state_dict(extra, strict=False).unexpected_keys == ["part0", "part1"]
+
+
+class Enters(BetweenEpochs):
+    def __init__(self) -> None:
+        super().__init__(optimizer=partial(torch.optim.SGD, lr=0.0))
+        self.layer, self.entered = nn.Linear(2, 2), list[tuple[int, bool]]()
+
+    def enter(self, epoch: int) -> None:
+        self.entered.append((epoch, torch.is_grad_enabled()))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        assert self.entered[-1][0] == self.current_epoch
+        return self.layer(batch).square().mean()
+
+
+def test_each_epoch_is_entered_once_before_its_first_batch_or_earlier_if_asked(tmp_path: Path) -> None:
+    data = DataLoader([torch.ones(3, 2)] * 2, batch_size=None)  # type: ignore[arg-type]
+    first, second = Enters(), Enters()
+    first.begin(0)  # as a loader does, before the epoch
+    trainer = Trainer(max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, logger=False, **QUIET)
+    trainer.fit(first, data)
+    assert first.entered == [(0, False), (1, False)]
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    longer = Trainer(max_epochs=4, accelerator="cpu", default_root_dir=tmp_path, logger=False, **QUIET)
+    longer.fit(second, data, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert second.entered == [(2, False), (3, False)]
+    assert int(second.begun) == 3
+    within = Enters()  # resumed within an epoch, which its buffer tells
+    within.begun.fill_(1)
+    within.begin(1)
+    assert within.entered == []
+
+
+class Remembers(Method):
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.SGD, lr=0.0))
+        self.layer, self.num_images = nn.Linear(2, 2), 4
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.layer(batch["x"]).square().mean()
+
+
+@pytest.mark.parametrize(("index", "fits"), [([0, 3], True), ([3, 4], False), ([-1, 0], False)])
+def test_images_without_a_place_are_refused_before_their_batch_goes_to_the_device(
+    index: list[int], fits: bool, tmp_path: Path
+) -> None:
+    batch = {"x": torch.ones(2, 2), "index": torch.tensor(index)}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, **QUIET)
+    data: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    if fits:
+        trainer.fit(Remembers(), data)
+    else:
+        with pytest.raises(UserError, match=r"Remembers's memory has places for \[0, images=4\)"):
+            trainer.fit(Remembers(), data)
+
+
+def test_data_with_more_images_than_places_are_refused(tmp_path: Path) -> None:
+    class Five(LightningDataModule):
+        train = range(5)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader([{"x": torch.ones(2, 2)}], batch_size=None)  # type: ignore[arg-type]
+
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, **QUIET)
+    with pytest.raises(UserError, match="the data have 5 training images, and Remembers's memory holds images=4"):
+        trainer.fit(Remembers(), Five())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+NEARLY_ALL = [0.005, 0.995]  # the least and the largest value but for some
 MOST_VALUES = 2**20  # for quantiles: torch sorts no more than 2^24
 
 
@@ -14,7 +15,7 @@ def shown_in_range(images_BCHW: Tensor, bounds: tuple[Tensor, Tensor] | None) ->
             a single extreme pixel would leave the rest of the picture grey.
     """
     shown_BCHW = images_BCHW.float().cpu()
-    black, white = bounds or quantiles(shown_BCHW, [0.005, 0.995])
+    black, white = bounds or quantiles(shown_BCHW, NEARLY_ALL)
     return ((shown_BCHW - black) / (white - black).clamp_min(1e-5)).clamp(0, 1).nan_to_num()
 
 

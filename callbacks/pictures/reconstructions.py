@@ -3,16 +3,18 @@
 Shapes: B pictures, C H W.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
 from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
-from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_in_range
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
 from lightspan.nn.masking.hidden_patches import Reconstruction
@@ -23,11 +25,12 @@ GREY = 0.5  # in the place of what is hidden
 
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
-    and its guesses in the place of what was hidden.
+    the other view that it looks at, if there is one, and its guesses in the place of what was hidden.
 
-    For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE`, and datamodules
-    whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images here do. Pictures are spread
-    evenly over the dataset. A module that returns None gets no picture. Training continues as without it.
+    For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
+    datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images and of pairs
+    here do. Pictures are spread evenly over the dataset. A module that returns None gets no picture. Training continues
+    as without it.
 
     Args:
         folder: where the picture goes.
@@ -50,25 +53,47 @@ class Reconstructions(Callback):
         if not callable(getattr(trainer.datamodule, "val_dataloader", None)):  # type: ignore[attr-defined]
             raise UserError("Reconstructions reads val_dataloader() of the datamodule; train with one that has it")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data.val_dataloader(), "dataset"):
+            raise UserError(
+                f"Reconstructions draws validation pictures, and {type(data).__name__} gives none; name some, such as "
+                "data.init_args.val_shards, or remove the callback"
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = data.val_dataloader().dataset
         numbers_B = evenly_spaced(len(dataset), self.rows)
-        images = [torch.as_tensor(dataset.sample(int(number), 0)["image"]) for number in numbers_B]
-        batch = trainer.precision_plugin.convert_input({"image": torch.stack(images), "index": numbers_B})
+        pictures = default_collate([_pictures(dataset.sample(int(number), 0)) for number in numbers_B])
+        batch = trainer.precision_plugin.convert_input({**pictures, "index": numbers_B})
         # By all ranks, since the blocks of a sharded model are gathered by all of them.
         with gathered(pl_module), detached(pl_module), trainer.precision_plugin.forward_context():
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             found = pl_module.reconstruct(batch)  # type: ignore[operator]
         if found is not None and trainer.is_global_zero:
             images_BCHW = shown(found, getattr(data, "bounds", None))
-            write_grid(self.folder / "reconstructions.png", images_BCHW, 3, padding=1.0)
+            columns = 3 if found.other_BChw is None else 4
+            write_grid(self.folder / "reconstructions.png", images_BCHW, columns, padding=1.0)
+
+
+def _pictures(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The image of a sample, or its views where it has no image."""
+    kept = "image" if "image" in sample else "views"
+    return {kept: sample[kept]}
 
 
 def shown(found: Reconstruction, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Three pictures of each, in [0, 1], one after the other: as it is, with grey where it was hidden, and guessed:
-    [3 B C H W].
+    """Several pictures of each, in [0, 1], one after the other: as it is, with grey where it was hidden, the other view
+    if there is one, and guessed: [3 B C H W], or [4 B C H W].
+
+    Args:
+        bounds: see `shown_in_range`; None takes those of the pictures as they are for all.
     """
+    if bounds is None:
+        black, white = quantiles(found.image_BChw.float().cpu(), NEARLY_ALL)
+        bounds = black, white
     image_BCHW, guess_BCHW = (shown_in_range(part, bounds) for part in (found.image_BChw, found.guess_BChw))
     seen_BCHW = image_BCHW.masked_fill(found.hidden_B1hw.cpu(), GREY)
-    return enlarged(torch.stack([image_BCHW, seen_BCHW, guess_BCHW], dim=1).flatten(0, 1))
+    others = [] if found.other_BChw is None else [shown_in_range(found.other_BChw, bounds)]
+    return enlarged(torch.stack([image_BCHW, seen_BCHW, *others, guess_BCHW], dim=1).flatten(0, 1))

@@ -222,9 +222,12 @@ class Fetcher:
         pin_memory: fetch into page-locked memory.
         keeps_workers: whether workers stay for the next `fetch`, instead of being forked again. They keep their memory
             meanwhile, and only one `fetch` can run at a time.
+    Raises: UserError for a negative number of processes.
     """
 
     def __init__(self, dataset: Dataset, num_workers: int, pin_memory: bool, keeps_workers: bool = False) -> None:
+        if num_workers < 0:
+            raise UserError(f"num_workers={num_workers} must be at least 0; 0 reads in this process")
         self._keys = _Keys()
         self._kept: _Stream | None = None
         self._loader: DataLoader[Any] = DataLoader(

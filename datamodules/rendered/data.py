@@ -19,6 +19,7 @@ from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.errors import UserError
 
 MOST = 2**32  # samples of a set
+SEEDS = 2**63
 PARTS = {"training": 0, "validation": MOST, "test": 2 * MOST}  # their first numbers
 MEASURED = 128  # pictures from which moments are taken
 
@@ -69,7 +70,7 @@ class RenderedSets(SampleSets):
         size, val_size, test_size: samples of the sets, in [1, 2**32]. Each set's first samples stay the same when it
             grows, and the others with them.
         batch_size: samples of one optimiser step over all ranks.
-        draw_seed: of the samples, >= 0.
+        draw_seed: of the samples, in [0, 2**63).
         seed: of their order, and of what is random anew in each epoch.
         num_workers: processes that draw batches.
     """
@@ -85,10 +86,10 @@ class RenderedSets(SampleSets):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if not all(1 <= count <= MOST for count in (size, val_size, test_size)) or draw_seed < 0:
+        if not all(1 <= count <= MOST for count in (size, val_size, test_size)) or not 0 <= draw_seed < SEEDS:
             raise UserError(
                 f"size={size}, val_size={val_size} and test_size={test_size} must be in [1, {MOST}], and "
-                f"draw_seed={draw_seed} at least 0"
+                f"draw_seed={draw_seed} in [0, 2**63)"
             )
         self.size, self.val_size, self.test_size, self.batch_size = size, val_size, test_size, batch_size
         self.draw_seed, self.seed, self.num_workers = draw_seed, seed, num_workers

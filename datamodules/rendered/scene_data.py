@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.images.augment.fields import ImageFields
 from lightspan.datamodules.images.small import ImageData, Labelled
 from lightspan.datamodules.images.views import Views
-from lightspan.datamodules.rendered.data import MOST, PARTS, ChannelMoments, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import MOST, PARTS, SEEDS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import (
     COLOURS,
@@ -268,7 +268,7 @@ class RenderedObjects(ImageData):
         size: training pictures, >= 4; a quarter as many are drawn for testing, of other numbers.
         side: of a picture, in pixels.
         style: how they are painted; None is `Style()`.
-        draw_seed: of the pictures, >= 0. `seed` is that of their order.
+        draw_seed: of the pictures, in [0, 2**63). `seed` is that of their order.
         batch_size, views, settings: those of `ImageData`.
     """
 
@@ -286,8 +286,8 @@ class RenderedObjects(ImageData):
         super().__init__(batch_size, views, **settings)
         if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(FACTORS):
             raise UserError(f"classes={[*classes]} must name some of {[*FACTORS]}, each once")
-        if size < 4 or draw_seed < 0:
-            raise UserError(f"size={size} must be at least 4, and draw_seed={draw_seed} at least 0")
+        if size < 4 or not 0 <= draw_seed < SEEDS:
+            raise UserError(f"size={size} must be at least 4, and draw_seed={draw_seed} in [0, 2**63)")
         self.space, self.style = SceneSpace(side, side, fewest=1, most=1), style or Style()
         self.classes, self.size, self.draw_seed = tuple(classes), size, draw_seed
         self.image_shape = (3, side, side)  # type: ignore[misc]

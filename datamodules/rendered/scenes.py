@@ -5,6 +5,7 @@ layout in two styles has the same labels to the last bit.
 Shapes: B scenes, K places for objects, H W picture, G tags.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,10 +73,11 @@ class Style:
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.texture <= 1 or not 0 <= self.shade <= 1 or self.grain < 0 or self.blur < 0:
+        finite = all(map(math.isfinite, (self.hue, self.grain, self.blur)))
+        if not 0 <= self.texture <= 1 or not 0 <= self.shade <= 1 or min(self.grain, self.blur) < 0 or not finite:
             raise UserError(
                 f"style: texture={self.texture} and shade={self.shade} must be in [0, 1], and grain={self.grain} and "
-                f"blur={self.blur} at least 0"
+                f"blur={self.blur} at least 0, and like hue={self.hue} finite"
             )
 
 

@@ -15,6 +15,7 @@ from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError, one_line
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+MASK = "mask.png"
 
 
 def decode_image(content: bytes, background: int | None = None, least: int | None = None) -> Tensor:
@@ -52,6 +53,23 @@ def rgb(image: Image.Image, background: int | None = None) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def decode_mask(content: bytes) -> Tensor:
+    """A number for each pixel, uint8 or, of 16 bits, int32 [H, W], from a PNG: its grey, or places in its palette.
+
+    Raises: ValueError for other files and for several channels, and as `decode_image`.
+    """
+    with open_image(content) as image:
+        if image.format != "PNG":
+            raise ValueError(f"it is a {image.format}, and a mask is a PNG, which keeps numbers as they are")
+        if len(image.getbands()) != 1:
+            raise ValueError(
+                f"it has {len(image.getbands())} channels ({image.mode}), and a mask has one; save it as grey, or with "
+                "a palette"
+            )
+        numbers_HW = np.asarray(image)
+    return torch.from_numpy(numbers_HW.astype(np.uint8 if numbers_HW.dtype.itemsize == 1 else np.int32))
+
+
 def decode_array(content: bytes) -> Tensor:
     """The tensor of a .npy file. Raises: ValueError for an array of objects, which would need pickle."""
     # Not np.load: it reads what begins like a zip file as an archive of arrays.
@@ -73,11 +91,19 @@ def decode_class(content: bytes) -> int:
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(IMAGES, decode_image),
+    MASK: decode_mask,
     "cls": decode_class,
     "txt": decode_text,
     "json": json.loads,
     "npy": decode_array,
 }
+
+
+def decodable(ending: str) -> str:
+    """The ending that says how a member is read: its own if it has a decoder, otherwise what follows its last dot, as
+    in `1.jpg`, the first picture of a pair.
+    """
+    return ending if ending in DECODERS else ending.rpartition(".")[2]
 
 
 def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
@@ -87,6 +113,7 @@ def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
         whole: False reads only the header of an image, which takes a thousandth of the time: it finds what is empty,
             not an image or too large, but not what is truncated.
     """
+    ending = decodable(ending)
     try:
         if ending in IMAGES and not whole:
             open_image(content).close()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, damage_of
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, MASK, damage_of
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
@@ -182,7 +182,13 @@ class SeenSamples:
         has = [{"image" if ending in IMAGES else ending for ending in endings} for endings in self.endings]
         common = set.intersection(*has) if has else set()
         fields = {name: {"image": images}.get(name, name) for name in ("image", *DECODERS) if name in common}
-        return {"label" if name == "cls" else name: endings for name, endings in fields.items()}
+        names = {"cls": "label", MASK: "semantic"}
+        return {names.get(name, name): endings for name, endings in fields.items()}
+
+    def are_pairs(self) -> bool:
+        """Whether each sample has two pictures, such as KEY.1.jpg and KEY.2.jpg, as `PairedShards` reads them."""
+        pictures = [sum(ending.rpartition(".")[2] in IMAGES for ending in endings) for endings in self.endings]
+        return {*pictures} == {2} and "image" not in self.fields()
 
 
 def _side(sample: Members) -> int | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, decodable
 from lightspan.datamodules.shards.tars import META, split_name
 from lightspan.errors import UserError
 
@@ -152,7 +152,7 @@ def _by_name(folder: Path, files: list[Path], remarks: list[str], as_files: bool
             sample[name] = folder / file
             endings[ending] += 1
         samples.append(sample)
-    if not as_files and not set(endings) & set(DECODERS):
+    if not as_files and not {*map(decodable, endings)} & set(DECODERS):
         raise UserError(
             f"{folder} contains no file with an ending that can be decoded ({', '.join(DECODERS)}), but "
             f"{', '.join(sorted(endings)[:5])}, as an ending begins at the first dot of a name; convert or rename the "

@@ -131,7 +131,7 @@ class Shards(LightningDataModule):
         super().__init__()
         fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
         check_fields(fields)
-        self.shards, self.val_shards = _written_out("shards", shards), _written_out("val_shards", val_shards or [])
+        self.shards, self.val_shards = written_out("shards", shards), written_out("val_shards", val_shards or [])
         if not self.shards:
             raise UserError("shards is an empty list; name at least one tar file")
         if hold_out and (val_shards or not 0 < hold_out < len(self.shards)):
@@ -175,13 +175,7 @@ class Shards(LightningDataModule):
             f"shards: {len(self.shards)} with {len(self.train):,} training samples, {len(self.val_shards)} with "
             f"{len(self.val):,} validation samples"
         )
-        for damage in self.train.damage + self.val.damage:
-            say(f"left out: {damage}")
-        for samples in (self.train, self.val):
-            for remark in samples.remarks[:MAX_REMARKS]:
-                say(remark)
-            if len(samples.remarks) > MAX_REMARKS:
-                say(f"and {len(samples.remarks) - MAX_REMARKS} more remarks of this kind")
+        tell(self.train, self.val)
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
@@ -266,6 +260,17 @@ class Shards(LightningDataModule):
         return opened, None
 
 
+def tell(*sets: ShardSamples) -> None:
+    """Prints what was left out of the sets, and what was remarkable."""
+    for damage in (damage for samples in sets for damage in samples.damage):
+        say(f"left out: {damage}")
+    for samples in sets:
+        for remark in samples.remarks[:MAX_REMARKS]:
+            say(remark)
+        if len(samples.remarks) > MAX_REMARKS:
+            say(f"and {len(samples.remarks) - MAX_REMARKS} more remarks of this kind")
+
+
 def _begin(shards: list[str]) -> str:
     """Where relative paths begin, if there are any."""
     relative = any(not SCHEME.match(shard) and not local_path(shard).is_absolute() for shard in shards)
@@ -292,7 +297,8 @@ def _gathered(own: T, ranks: int) -> list[T]:
     return parts
 
 
-def _written_out(setting: str, patterns: list[str]) -> list[str]:
+def written_out(setting: str, patterns: list[str]) -> list[str]:
+    """Shards by name, of patterns. Raises: UserError for one that is named twice, or cannot be read from there."""
     shards = [shard for pattern in patterns for shard in expand_braces(pattern)]
     for shard, count in Counter(shards).items():
         check_shard(shard)

@@ -19,6 +19,19 @@ PRINTABLE = "".join(map(chr, range(33, 127)))
 SENTENCE = "a photo of a '{}'"
 
 
+def normalised(line: str) -> str:
+    """A word as DPTR's code has it: NFKD, without what is not ASCII and without spaces."""
+    return "".join(unicodedata.normalize("NFKD", line).encode("ascii", "ignore").decode().split())
+
+
+def require_alphabet(alphabet: str | None) -> str:
+    """The letters; None is `PRINTABLE`. Raises: UserError for none, or one that comes twice."""
+    letters = PRINTABLE if alphabet is None else alphabet
+    if not letters or len(set(letters)) < len(letters):
+        raise UserError(f"alphabet={letters!r} must name at least one letter, each once")
+    return letters
+
+
 def spelled(words: Sequence[str], longest: int, alphabet: str) -> np.ndarray:
     """int64 [N T], T = longest: 1 + a letter's place in the alphabet, and 0 behind a word's end.
 
@@ -80,8 +93,7 @@ class SpellingSamples:
 class WordList(SampleSets):
     """Words of a text file, one a line, each with a sentence around it: batches of `SpellingBatch`.
 
-    Words are normalised as DPTR's code has it: NFKD, without what is not ASCII and without spaces. Those of more than
-    `longest` letters, and empty lines, are left out.
+    Words are `normalised`. Those of more than `longest` letters, and empty lines, are left out.
 
     Args:
         path: of the file, UTF-8.
@@ -115,9 +127,7 @@ class WordList(SampleSets):
         sentences([], sentence)
         if longest < 1 or val_size < 1:
             raise UserError(f"WordList longest={longest} and val_size={val_size} must be at least 1")
-        self.path, self.tokenizer, self.alphabet = path, tokenizer, PRINTABLE if alphabet is None else alphabet
-        if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
-            raise UserError(f"alphabet={self.alphabet!r} must name at least one letter, each once")
+        self.path, self.tokenizer, self.alphabet = path, tokenizer, require_alphabet(alphabet)
         self.longest, self.sentence, self.length, self.val_size = longest, sentence, length, val_size
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
@@ -130,8 +140,7 @@ class WordList(SampleSets):
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.init_args.path={path} cannot be read as UTF-8: {error}") from error
-        normal = [unicodedata.normalize("NFKD", line).encode("ascii", "ignore").decode() for line in lines]
-        words = [word for word in ("".join(line.split()) for line in normal) if 0 < len(word) <= self.longest]
+        words = [word for word in map(normalised, lines) if 0 < len(word) <= self.longest]
         require_enough(None, self.val_size, len(words), f"words of {path}")
         spelled(words, self.longest, self.alphabet)
         held = np.arange(self.val_size) * len(words) // self.val_size

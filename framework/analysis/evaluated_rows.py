@@ -6,6 +6,7 @@ Shapes: B rows of this rank in a batch, N rows of all ranks, D width.
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 from lightspan.distributed import agreed, gather_rows, rank, together
@@ -41,3 +42,20 @@ class EvaluatedRows:
                 found = measure(row_ND[order_N].cpu(), label_N[order_N].cpu())
                 figures = torch.tensor([found[name] for name in names], device=row_ND.device)
         return dict(zip(names, agreed(figures).unbind(), strict=True))
+
+    def log(
+        self,
+        module: LightningModule,
+        stage: str,
+        names: Sequence[str],
+        measure: Callable[[Tensor, Tensor], dict[str, float]],
+        prog_bar: bool = False,
+    ) -> dict[str, Tensor]:
+        """`score` at the end of an epoch, whose figures the module logs as `stage/name`. The rows of a sanity check,
+        which are few, are dropped. Arguments, result and errors are those of `score`.
+        """
+        if module.trainer.sanity_checking:
+            self.clear()
+        found = self.score(names, measure)
+        module.log_dict({f"{stage}/{name}": figure for name, figure in found.items()}, prog_bar=prog_bar)
+        return found

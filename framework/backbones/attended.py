@@ -47,8 +47,13 @@ class Attended(nn.Module):
         return self
 
     def maps(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(feature map [B num_features h w], attention [B 1 h w])."""
+        """(feature map [B num_features h w], attention [B 1 h w]). Raises: UserError for what is no such map."""
         x_BChw = self.network.forward_features(image_BCHW)  # type: ignore[operator]
+        if x_BChw.ndim != 4 or x_BChw.shape[1] != self.num_features:
+            raise UserError(
+                f"Attended weighs maps [B, {self.num_features}, h, w], and {type(self.network).__name__} gives "
+                f"{[*x_BChw.shape]}; use a network of convolutions, such as FeatureMaps"
+            )
         return x_BChw, self.gate(x_BChw)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

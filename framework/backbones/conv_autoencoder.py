@@ -75,7 +75,7 @@ class ConvAutoencoder(nn.Module):
         # Nothing is dropped before the dense layer: the last convolution keeps its entries.
         shares = [input_dropout, *[dropout] * (len(channels) - 1), 0.0]
         self.noise = nn.ModuleList(nn.Dropout(share) for share in shares)
-        self.num_features = embed_dim
+        self.in_shape, self.num_features = tuple(in_shape), embed_dim
         for part in self.modules():
             if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.xavier_uniform_(part.weight)
@@ -87,7 +87,15 @@ class ConvAutoencoder(nn.Module):
         return [*self.encoder]
 
     def encode(self, image_BCHW: Tensor, noisy: bool = False) -> list[Tensor]:
-        """The outputs of all layers, from the first to the embedding [B E]; `noisy` drops entries while training."""
+        """The outputs of all layers, from the first to the embedding [B E]; `noisy` drops entries while training.
+
+        Raises: UserError for images of another shape than `in_shape`.
+        """
+        if (given := tuple(image_BCHW.shape[1:])) != self.in_shape:
+            raise UserError(
+                f"ConvAutoencoder was made for images of in_shape={self.in_shape} (channels, height, width), and these "
+                f"are {given}; set in_shape to that"
+            )
         outputs, x = [], image_BCHW
         for layer, noise in zip(self.encoder, self.noise, strict=True):
             x = layer(noise(x) if noisy else x)

@@ -10,11 +10,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerModel
 
 from lightspan.errors import UserError
 
 # A recipe may name the classes listed here.
-__all__ = ["PyramidMaps", "UNet"]
+__all__ = ["EncodedMaps", "MixTransformer", "PyramidMaps", "UNet"]
 
 
 class UNet(nn.Module):
@@ -57,9 +58,39 @@ class UNet(nn.Module):
         return x
 
 
-class PyramidMaps(nn.Module):
-    """A timm network whose levels are brought to one width, enlarged to the finest, joined, and enlarged to the image:
-    the decoder of SegFormer (Xie et al., 2021, arXiv 2105.15203, section 3.2), with any encoder.
+class EncodedMaps(nn.Module):
+    """The maps of an encoder, each half as large as the one before or so, brought to one width, enlarged to the finest,
+    joined, and enlarged to the image: the decoder of SegFormer (Xie et al., 2021, arXiv 2105.15203, section 3.2), with
+    any encoder.
+
+    Args:
+        encoder: [B C H W] -> maps from the finest on, with their widths as `widths`, such as a `MixTransformer`.
+        width: F.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int = 256) -> None:
+        super().__init__()
+        widths: Sequence[int] = getattr(encoder, "widths", ())
+        if not widths or width < 1:
+            raise UserError(
+                f"maps of width={width} of {type(encoder).__name__}: the width must be at least 1, and the encoder has "
+                "to tell the widths of its maps as `widths`, such as a MixTransformer"
+            )
+        self.encoder, self.num_features = encoder, width
+        self.narrow = nn.ModuleList(nn.Conv2d(each, width, 1) for each in widths)
+        self.join = nn.Sequential(
+            nn.Conv2d(len(widths) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        maps = [layer(each) for layer, each in zip(self.narrow, self.encoder(x_BCHW), strict=True)]
+        finest = maps[0].shape[2:]
+        joined = self.join(torch.cat([F.interpolate(each, finest, mode="bilinear") for each in maps], dim=1))
+        return F.interpolate(joined, x_BCHW.shape[2:], mode="bilinear")
+
+
+class PyramidMaps(EncodedMaps):
+    """`EncodedMaps` of a timm network.
 
     Args:
         name: as in `timm.list_models()`, of a network that gives features of several levels.
@@ -72,22 +103,56 @@ class PyramidMaps(nn.Module):
     def __init__(
         self, name: str, width: int = 256, pretrained: bool = False, levels: Sequence[int] = (-4, -3, -2, -1)
     ) -> None:
-        super().__init__()
         try:
             encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(levels))
         except (RuntimeError, AssertionError, IndexError) as error:
             raise UserError(f"timm gives no maps of levels {[*levels]} of {name!r}: {error}") from error
-        self.encoder, self.num_features = encoder, width
-        self.narrow = nn.ModuleList(nn.Conv2d(each, width, 1) for each in encoder.feature_info.channels())
-        self.join = nn.Sequential(
-            nn.Conv2d(len(levels) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        encoder.widths = encoder.feature_info.channels()
+        super().__init__(encoder, width)
+
+
+class MixTransformer(nn.Module):
+    """SegFormer's encoder as transformers has it: four maps, of a quarter of the image's sides to a thirty-second. The
+    defaults are MiT-B5's.
+
+    Args:
+        depths: blocks of each level.
+        widths: of each level, multiples of `heads`.
+        heads: of each level.
+        drop_path: share of the last block's stochastic depth, which grows with depth.
+        in_chans: image channels.
+    Raises: UserError for other numbers of levels than four.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 6, 40, 3),
+        widths: Sequence[int] = (64, 128, 320, 512),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        drop_path: float = 0.1,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        levels = zip(widths, heads, strict=False)
+        if {len(depths), len(widths), len(heads)} != {4} or any(width % of for width, of in levels):
+            raise UserError(
+                f"MixTransformer depths={[*depths]}, widths={[*widths]} and heads={[*heads]} must have four numbers "
+                "each, and each width must be a multiple of its heads"
+            )
+        self.widths = tuple(widths)
+        self.network = SegformerModel(
+            SegformerConfig(
+                num_channels=in_chans,
+                depths=[*depths],
+                hidden_sizes=[*widths],
+                num_attention_heads=[*heads],
+                drop_path_rate=drop_path,
+            )
         )
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        maps = [layer(each) for layer, each in zip(self.narrow, self.encoder(x_BCHW), strict=True)]
-        finest = maps[0].shape[2:]
-        joined = self.join(torch.cat([F.interpolate(each, finest, mode="bilinear") for each in maps], dim=1))
-        return F.interpolate(joined, x_BCHW.shape[2:], mode="bilinear")
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        maps: tuple[Tensor, ...] = self.network(x_BCHW, output_hidden_states=True).hidden_states
+        return maps
 
 
 def _convolutions(taken: int, given: int) -> nn.Sequential:

@@ -105,6 +105,10 @@ class TokenViT(nn.Module):
                 f"{' x '.join(map(str, embed.img_size))}; make it with dynamic_img_size=true "  # type: ignore[arg-type]
                 "(lightspan.backbones.vit.vit: any_size=true)"
             )
+        if (given := image_BChw.shape[1]) != (taken := self.patch_shape[2]):
+            raise UserError(
+                f"images of {given} channels do not fit a network for {taken}; make it with in_chans={given}"
+            )
         return height, width
 
     def tokens(self, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:

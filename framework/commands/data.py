@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightspan.datamodules.shards.pack_sources import Members
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
+PAIRED = "lightspan.datamodules.shards.paired.PairedShards"
 BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -101,7 +102,8 @@ def _pack(args: argparse.Namespace) -> int:
     count = seen.count - len(left_out)
     print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
     side = None if seen.side is None else min(seen.side, SIDE)
-    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), seen.fields(), count, side))}"))
+    fields = None if seen.are_pairs() else seen.fields()
+    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), fields, count, side))}"))
     return 0
 
 
@@ -126,13 +128,18 @@ def _samples(
     return samples_of(stream, args.source, limit, remarks), [], None
 
 
-def _settings(shards: str, fields: dict[str, str], count: int, side: int | None) -> list[str]:
-    """The flags with which any recipe reads what was packed; pictures of `side` pixels, or none where None."""
-    settings = {"shards": f"[{shards}]", "fields": f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"}
+def _settings(shards: str, fields: dict[str, str] | None, count: int, side: int | None) -> list[str]:
+    """The flags with which a recipe reads what was packed; pictures of `side` pixels, or none where None. Without
+    `fields` the samples are pairs.
+    """
+    settings = {"shards": f"[{shards}]"}
+    if fields is not None:
+        settings["fields"] = f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"
     settings["batch_size"] = str(min(count, BATCH))
     if side is not None:
         settings["image_size"] = str(side)
-    return [f"data.class_path={SHARDS}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
+    reader = PAIRED if fields is None else SHARDS
+    return [f"data.class_path={reader}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
 
 
 def _verify(folder: Path) -> int:

@@ -34,7 +34,9 @@ def blame(constructed: type, error: Exception, resolved: Resolved) -> str:
     that setting; the class; the message.
     """
     name = f"{constructed.__module__}.{constructed.__qualname__}"
-    text, kind = " ".join(str(error).split())[:1000] or "no message", _kind(error)
+    known = unfit_batch(error)
+    text = known or " ".join(str(error).split())[:1000] or "no message"
+    kind = "" if known else _kind(error)
     said = text if isinstance(error, UserError) else f"{name}: {kind}{text}{own_line(error) if kind else ''}"
     for path, spec in _specs(resolved.tree, name):
         settings = spec.child("init_args")
@@ -60,6 +62,40 @@ def own_line(error: BaseException) -> str:
             break
         error = before
     return found
+
+
+def unfit_batch(error: BaseException) -> str | None:
+    """The message for a batch that torch's layers cannot take, where a setting mends it; None for any other error."""
+    text = str(error)
+    if found := re.search(r"expected input\[[^\]]*\] to have (\d+) channels, but got (\d+) channels", text):
+        taken, given = found.groups()
+        return (
+            f"a convolution of the model takes {taken} channels and got {given}; give the network's first layer as "
+            f"many as the images have (in_chans={given} of most networks), or the data as many as it takes"
+        )
+    if found := re.search(r"Input type \((.+?)\) and (?:bias|weight) type \((.+?)\) should be the same", text):
+        given, taken = found.groups()
+        return (
+            f"a layer of the model computes in {taken} and got {given}; let the dataset give images as float32, or set "
+            "trainer.precision to their type"
+        )
+    if found := re.search(r"input size per channel: \((.+?)\)\. Kernel size: \((.+?)\)\. Kernel size can't be", text):
+        return (
+            f"a layer of the model looks at {found[2]} pixels at a time and is given {found[1]}; take larger images "
+            "(or views, or patches), or a network with fewer or smaller strides"
+        )
+    if "Expected more than 1 value per channel when training" in text:
+        return (
+            "a BatchNorm of the model got a single row, which has no variance; raise data.init_args.batch_size, so "
+            "that each micro-batch of a rank has at least two"
+        )
+    passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if "index out of range in self" in text and "embedding" in passed:
+        return (
+            "a number of the batch lies outside the table of an embedding, such as a token that the text encoder does "
+            "not have; give it as many as the tokenizer has (vocab_size), and numbers from 0"
+        )
+    return None
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -58,6 +58,10 @@ CLASSES = (
         f"lightspan.estimators.{module}.Checkpoint": "lightspan.estimators.inputs.CheckpointWeights"
         for module in ("inputs", "interference")
     }
+    | {
+        f"lightspan.methods.image_text.m3i.{name}": f"lightspan.targets.{name}"
+        for name in ("MomentumFeatures", "Pixels")
+    }
 )
 
 

@@ -8,6 +8,7 @@ the layer replaces, so it is laid over the layer.
 """
 
 import ast
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,10 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     refuse_kind(resolved.kind, TRAINED, resolved.name)
     modality = resolved.about.get("modality", "image")
     if modality != "image":
-        raise UserError(f"--images gives pictures, but {resolved.name} is a recipe for data of modality {modality}")
+        raise UserError(
+            f"--images gives pictures, but {resolved.name} is a recipe for data of modality {modality}; name data of "
+            "yours in an overlay, as docs/own-images.md, 'Data of other kinds', shows"
+        )
     if size < 1:
         raise UserError(f"--image-size {size} must be at least 1 pixel")
     training, validation = _folders(folder.absolute())
@@ -133,7 +137,8 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     channels, side = _shape_before(data, model)
     notes = [f"--images: {len(found.names):,} picture files in {training}, read at {size} x {size} pixels"]
     patches = _patches(model, side, size)
-    if not found.classes and "num_classes" in (model.get("init_args") or {}):
+    ordered = {name: before[name] for name in ("groups", "per_class") if before.get(name) is not None}
+    if not found.classes and ("num_classes" in (model.get("init_args") or {}) or ordered):
         raise UserError(
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
@@ -151,16 +156,28 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
     if isinstance(batch, int) and batch > (most := max(1, len(found.names) * 4 // 5)):
         batch = 2 ** (most.bit_length() - 1)
         notes.append(f"data.init_args.batch_size={batch}, since there are few pictures")
+    if isinstance(batch, int) and batch != (whole := _of_classes(batch, ordered, len(found.classes))):
+        batch = whole
+        notes.append(f"data.init_args.batch_size={batch}, as there are {len(found.classes)} classes to draw it from")
     settings = {"folder": str(training), "size": size, "batch_size": batch, "num_workers": workers()}
     settings |= {"views": views} if views is not None else {}
     settings |= {"val_folder": str(validation)} if validation is not None else {}
     settings |= {"seed": before["seed"]} if "seed" in before else {}
+    settings |= ordered
     layer = {
         "data": {"class_path": DATA, "init_args": settings},
         "model": model_layer,
         "trainer": {"callbacks": _callbacks(resolved, bool(found.classes), len(found.names))},
     }
     return layer, notes
+
+
+def _of_classes(batch: int, ordered: dict[str, Any], classes: int) -> int:
+    """The most of a batch that divides into whole groups, each of its own class, and at least one of each size."""
+    sizes = (ordered.get("groups") or {}).get("sizes") or []
+    most = min(batch, min(sizes) * classes) if sizes else batch
+    unit = math.lcm(*sizes, ordered.get("per_class") or 1)
+    return max(unit, most // unit * unit)
 
 
 def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:
@@ -188,6 +205,8 @@ class OwnPictures:
             found["num_classes"] = self.classes
         if settings.get("patch_size") in self.patches:
             found["patch_size"] = self.patches[settings["patch_size"]]
+        if settings.get("align") in self.patches:  # of masks that hide whole patches
+            found["align"] = self.patches[settings["align"]]
         return {key: value for key, value in found.items() if settings.get(key) != value}
 
 
@@ -327,14 +346,18 @@ def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]
     method = resolved.config["model"]["class_path"]
     has_features = not _is_none(member(method, "features"))
     probes = {name for name, spec in given.items() if spec.get("class_path") == PROBES}
+    others = {name for name in probes if _reads_others(given[name])}  # which a folder does not have
+    probes -= others
     neighbours = min(KNN, max(1, count // 2))
     if not (labelled and has_features):
-        callbacks: dict[str, Any] = dict.fromkeys(probes)
+        callbacks: dict[str, Any] = dict.fromkeys(probes | others)
     else:
         nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
         both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
-        new = {"probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
+        new = {"class_probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
+        new = new if others else {"probes": new["class_probes"]}
         callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
+        callbacks |= dict.fromkeys(others)
     samples = [name for name, spec in given.items() if spec.get("class_path") == SAMPLES]
     callbacks |= {name: {"init_args": {"shape": None, "classes": None}} for name in samples}
     drawn = {"first_batch": FIRST_BATCH}
@@ -342,6 +365,17 @@ def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]
     drawn |= {"reconstructions": RECONSTRUCTIONS} if member(method, "reconstruct") is not None else {}
     folder = {"init_args": {"folder": "${run}/pictures"}}
     return callbacks | {name: {"class_path": path, **folder} for name, path in drawn.items()}
+
+
+def _reads_others(callback: dict[str, Any]) -> bool:
+    """Whether probes of a callback read other fields than the class."""
+    probes = ((callback.get("init_args") or {}).get("probes") or {}).values()
+    return any(
+        probe.get("class_path") not in (NEAREST, LINEAR)
+        or (probe.get("init_args") or {}).get("field", "label") != "label"
+        for probe in probes
+        if isinstance(probe, dict)
+    )
 
 
 def _is_none(found: Definition | None) -> bool:

@@ -23,6 +23,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "lightspan.strategies",
     "lightspan.subspaces",
     "lightspan.surgery",
+    "lightspan.targets",
     "timm.layers",
     "timm.models",
     "torch.nn.modules",

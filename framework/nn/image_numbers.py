@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightspan.devices import has_values
 from lightspan.errors import UserError
+from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 _HOST = "_lightspan_on_host"
 
@@ -30,13 +31,22 @@ def keep_on_host(before: Any, after: Any) -> None:
 
 
 def index_in(batch: Mapping[str, Any], owner: object) -> Tensor:
-    """A batch's `index`, int64 [B]. Raises: UserError if it has none."""
+    """A batch's `index`, int64 [B]. Raises: UserError if it has none, or one of another kind or shape."""
+    method = type(owner).__name__
+    require_fields(batch, method)
     if "index" not in batch:
         raise UserError(
-            f"{type(owner).__name__} needs the images' numbers, and this batch has no index (it holds "
+            f"{method} needs the images' numbers, and this batch has no index (it holds "
             f"{', '.join(sorted(batch))}); let the dataset give each sample a whole number of its own as index"
         )
-    index_B: Tensor = batch["index"]
+    index_B = batch["index"]
+    if not isinstance(index_B, Tensor) or index_B.ndim != 1 or index_B.dtype not in WHOLE:
+        found = f"{index_B.dtype} {list(index_B.shape)}" if isinstance(index_B, Tensor) else type(index_B).__name__
+        raise UserError(
+            f"{method} needs the images' numbers as index, a tensor int64 [B], and this batch gives {found}; let the "
+            "dataset give each sample a whole number of its own as index"
+        )
+    require_rows(batch, "index", method)
     return index_B
 
 
@@ -44,35 +54,47 @@ def image_numbers(index_B: Tensor) -> list[int]:
     """The images' numbers of a batch's `index`, int64 [B], read from the device only if no `Method` brought it there.
 
     `lightspan plan`, which knows no numbers, gets some instead.
+
+    Raises: UserError for a number below 0, of which no draw is a function.
     """
     host_B: Tensor = getattr(index_B, _HOST, index_B)
-    return host_B.tolist() if has_values(host_B) else list(range(len(host_B)))
+    numbers: list[int] = host_B.tolist() if has_values(host_B) else list(range(len(host_B)))
+    if numbers and min(numbers) < 0:
+        raise UserError(
+            f"a batch has an image numbered {min(numbers)} in index, and numbers count from 0; let the dataset give "
+            "each sample its place"
+        )
+    return numbers
 
 
-def require_room(data: Any, room: int, method: str) -> int | None:
-    """The number of a data module's training images, where it knows them.
+def training_images(data: Any) -> int | None:
+    """How many training images a data module has, where it knows."""
+    training = getattr(data, "train", None)
+    return len(training) if isinstance(training, Sized) else None
+
+
+def require_room(data: Any, room: int, method: str) -> None:
+    """For data that know how many training images they have.
 
     Args:
+        data: a data module, or None.
         room: places that a memory of the method has, its `images`.
     Raises: UserError for more images than places.
     """
-    training = getattr(data, "train", None)
-    if not isinstance(training, Sized):
-        return None
-    if (count := len(training)) > room:
+    if (count := training_images(data)) is not None and count > room:
         raise UserError(
             f"the data have {count} training images, and {method}'s memory holds images={room}; set "
             f"model.init_args.images={count}"
         )
-    return count
 
 
 def require_places(batch: Any, room: int, method: str) -> None:
     """For a batch that is still on the host. Raises: UserError for images whose number is not in [0, room), which would
     end in an error of a kernel.
     """
-    if isinstance(batch, Mapping) and "index" in batch and len(batch["index"]) and has_values(batch["index"]):
-        least, largest = (int(number) for number in batch["index"].aminmax())
+    index_B = batch.get("index") if isinstance(batch, Mapping) else None
+    if isinstance(index_B, Tensor) and len(index_B) and has_values(index_B):
+        least, largest = (int(number) for number in index_B.aminmax())
         if least < 0 or largest >= room:
             raise UserError(
                 f"a batch has images numbered {least} to {largest}, and {method}'s memory has places for [0, "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightspan.devices import has_values
 from lightspan.errors import UserError
+from lightspan.nn.samples import require_fields, samples_in
 
 
 def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
@@ -15,8 +16,8 @@ def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None)
 
     Args:
         method: its name, for messages.
-        samples: B, where something else of the batch tells.
-    Raises: UserError for a batch without labels, and for labels of another kind or shape.
+        samples: B; None counts what a network reads of the batch (`lightspan.nn.samples`).
+    Raises: UserError for a batch without labels or named fields, and for labels of another kind or shape.
     """
     return _of_each_sample(batch, "label", True, method, samples)
 
@@ -62,7 +63,9 @@ def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
 
 
 def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: str, samples: int | None) -> Tensor:
+    require_fields(batch, method)
     given, kind = batch.get(field), "whole number" if whole else "number"
+    samples = samples_in(batch) if samples is None else samples
     if given is None:
         raise UserError(
             f"{method} needs a {kind} for each sample as {field}, and this batch holds {', '.join(sorted(batch))}; "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
+from lightspan.nn.samples import require_fields, require_rows
 
 
 class Tags(NamedTuple):
@@ -25,19 +26,22 @@ def tags_of(batch: Mapping[str, Any], method: str, count: int) -> Tags:
     Args:
         method: its name, for messages.
         count: G, of the method's head.
-    Raises: UserError for a batch without tags, or with another number of them.
+    Raises: UserError for a batch without tags, or with another number of them or of rows.
     """
+    require_fields(batch, method)
     if "tags" not in batch:
         raise UserError(
             f"{method} needs the tags of each sample, and this batch has none (it holds {', '.join(sorted(batch))}); "
             "take data that have them, such as lightspan.datamodules.shards.tagged.TaggedShards"
         )
     tags, known = batch["tags"], batch.get("tags_known")
-    known = torch.ones_like(tags) if known is None else known
-    for name, given in (("tags", tags), ("tags_known", known)):
-        if given.ndim != 2 or given.shape[1] != count:
+    for name, given in (("tags", tags), ("tags_known", tags if known is None else known)):
+        found = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != count:
             raise UserError(
-                f"{method} has a head of {count} tags, and {name} of this batch are {list(given.shape)}; set "
+                f"{method} has a head of {count} tags, and {name} of this batch are {found}; set "
                 "tagger.out_features to as many as the data have"
             )
+        require_rows(batch, name if name in batch else "tags", method)
+    known = torch.ones_like(tags) if known is None else known
     return Tags(tags.bool(), known.bool())

@@ -1,7 +1,7 @@
 """The views in a batch, as a method asks for them."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,19 +9,10 @@ from torch import Tensor
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.nn.labels import labels_of
+from lightspan.nn.samples import require_fields
 
 TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
-
-
-def require_fields(batch: Any, method: str) -> None:
-    """Raises: UserError for a batch without named fields, such as the tuples of torchvision's datasets."""
-    if not isinstance(batch, Mapping):
-        raise UserError(
-            f"{method} reads batches by the names of their fields, and this one is a {type(batch).__name__}; let the "
-            'dataset give {"image": ..., "label": ..., "index": ...}, or put it into '
-            "lightspan.datamodules.pictures.dataset.PictureDataset"
-        )
 
 
 def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> list[Tensor]:
@@ -33,7 +24,8 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     Args:
         method: its name, for messages.
         count: how many views it needs; None takes any number.
-    Raises: UserError for another number, or a batch without images or without named fields.
+    Raises: UserError for another number, for views of different images or of whole numbers, or a batch without images
+        or without named fields.
     """
     require_fields(batch, method)
     views = list(batch["views"]) if "views" in batch else [batch["image"]] if "image" in batch else []
@@ -49,15 +41,34 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
             f"data.init_args.views.class_path={TWO_VIEWS}",
             stacklevel=2,
         )
+    return pictures(views, method)
+
+
+def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
+    """The views. Raises: UserError for such as are no floating-point numbers, and for views of different images."""
+    views = list(views)
+    wrong = [view for view in views if not isinstance(view, Tensor) or not view.is_floating_point()]
+    if wrong:
+        found = str(wrong[0].dtype) if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
+        raise UserError(
+            f"{method} reads images as floating-point tensors, and this batch gives {found}; let the dataset give "
+            "float32, standardised as lightspan.datamodules.batches says of an ImageBatch"
+        )
+    if len({len(view) for view in views}) > 1:
+        raise UserError(
+            f"{method} needs every view of each image, and the views of this batch are of {[len(v) for v in views]} "
+            "images; let the dataset give each sample as many views"
+        )
     return views
 
 
 def image_of(batch: Any, method: str) -> Tensor:
     """The images of a batch, or the one view of each, [B C H W], for a method that trains on images as they are.
 
-    Raises: UserError for more than one view.
+    Raises: UserError for more than one view, and as `views_of`.
     """
-    return batch["image"] if isinstance(batch, Mapping) and "image" in batch else views_of(batch, method, 1)[0]
+    require_fields(batch, method)
+    return (pictures([batch["image"]], method) if "image" in batch else views_of(batch, method, 1))[0]
 
 
 def labelled_views(batch: Mapping[str, Any], method: str) -> tuple[list[Tensor], Tensor]:
@@ -88,7 +99,7 @@ def global_first(batch: Mapping[str, Any], method: str, global_views: int) -> li
     Raises: UserError for other views, or a batch without any or without named fields.
     """
     require_fields(batch, method)
-    views: list[Tensor] = list(batch.get("views", []))
+    views = pictures(batch.get("views", ()), method)
     if len(views) < global_views or len({view.shape for view in views[:global_views]}) > 1:
         raise UserError(
             f"{method} needs views of which the first global_views={global_views} are of one size, and the batch "
@@ -102,3 +113,25 @@ def require_global_views(count: int) -> None:
     """Raises: UserError for fewer than two: each needs another one from which to take its target."""
     if count < 2:
         raise UserError(f"global_views={count} leaves a global view without another one; it must be 2 or more")
+
+
+def require_domains(batch: Any, method: str) -> None:
+    """Raises: UserError for a batch that is no `lightspan.datamodules.batches.DomainsBatch`: without images of both
+    domains or without a class for each pixel of the first.
+
+    Args:
+        method: its name, for messages.
+    """
+    require_fields(batch, method)
+    lacking = [name for name in ("image", "semantic", "target_image", "index") if name not in batch]
+    if lacking:
+        raise UserError(
+            f"{method} needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data "
+            "of two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
+        )
+    (image, target), label = pictures((batch["image"], batch["target_image"]), method), batch["semantic"]
+    if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
+        raise UserError(
+            f"{method} needs a whole number for each pixel and images of both domains of one size, and this batch has "
+            f"image {[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
+        )

@@ -23,7 +23,15 @@ def require_width(giver: nn.Module, name: str, taken: int | None) -> None:
 def given_features(giver: nn.Module) -> int | None:
     """How many features a part gives: what it says in `head_hidden_size` (timm's networks without classifier, some of
     which widen what they pooled), `num_features` or `out_features`; None if it does not say.
+
+    Raises: UserError for a network of timm that still has its classifier, behind which are no features.
     """
+    classifier = getattr(giver, "get_classifier", lambda: None)()
+    if isinstance(classifier, nn.Linear):
+        raise UserError(
+            f"{type(giver).__name__} still has its classifier of {classifier.out_features} classes, and features are "
+            "what comes before it; make it with num_classes=0, or call reset_classifier(0)"
+        )
     names = ("head_hidden_size", "num_features", "out_features")
     return next((getattr(giver, name) for name in names if getattr(giver, name, None) is not None), None)
 

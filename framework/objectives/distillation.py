@@ -2,7 +2,7 @@
 
 Source: Guo, Wang, Kankanhalli, "PELA", 2024, arXiv 2310.10700, section 3.2 (features, perturbation), with the details
 of the authors' code: features of all layers have equal weight, and the norm of the perturbation is that of the largest
-entry; Zhang et al., "UNIP", 2025, arXiv 2502.02257, section 3 (attention), with the mean that their code takes. Nothing
+entry; Zhang et al., "UNIP", 2025, arXiv 2502.02257 (attention: NMI-HAD), with the mean that their code takes. Nothing
 here sends a gradient into the teacher.
 Shapes: L layers, O outputs and I inputs of one layer; B images, H heads, Q queries, K keys.
 """

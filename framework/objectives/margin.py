@@ -1,7 +1,8 @@
 """Margin loss on pairs: rows of one class within a distance of one another, rows of two classes beyond it.
 
 Source: Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, arXiv 1706.07567, equation 4, with the
-choice of negatives of ADSL's code (arXiv 2206.09068): the hardest beyond a cutoff, not drawn by distance.
+choice of negatives of ADSL's code (arXiv 2206.09068), the hardest beyond a cutoff, not drawn by distance, and its
+constant boundary, which Wu et al. learn.
 Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 """
 

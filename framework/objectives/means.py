@@ -1,5 +1,7 @@
 """Sums over the rows of all ranks, and means over entries, which are 0 if there are none: a rank may have no sample."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,3 +38,9 @@ def squared_error(x: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over all entries, a scalar in float32 or wider; 0, with gradient 0, without entries."""
     x, target = wide(x), wide(target)
     return F.mse_loss(x, target) if x.numel() else F.mse_loss(x, target, reduction="sum")
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Of the losses of several tasks, scalars, each times the weight of its name; at least one."""
+    first, *others = (weights[name] * loss for name, loss in losses.items())
+    return sum(others, first)

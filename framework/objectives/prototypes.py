@@ -2,10 +2,10 @@
 
 Source: Caron et al., "SwAV", 2020, arXiv 2006.09882, section 3 and appendix A (Sinkhorn-Knopp); Caron et al., "DINO",
 2021, arXiv 2104.14294, eq. 1-3 (cross-view loss, centring); CION, 2024, arXiv 2409.18569 (targets of an identity); Zhou
-et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked
-patches, by the weights of `prototype_cross_entropy`).
+et al., "iBOT", 2021, arXiv 2111.07832, eq. 3 (masked patches, by the weights of `prototype_cross_entropy`).
 Targets carry no gradient. Temperatures are > 0; a target's is below a student's, or both collapse to a uniform answer.
-Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student, N masked patches, H heads.
+Shapes: B rows of this rank, K prototypes, G views with targets, V views of a student, N masked patches (in
+`target_distribution` all images), H heads.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,27 @@ def column_potentials(scores_BK: Tensor, iterations: int) -> Tensor:
         by_column_K = -largest_K - all_reduce_sum((shifted_BK - largest_K).exp().sum(dim=0)).log()
         by_row_B = -(scores_BK + by_column_K).logsumexp(dim=1)
     return by_column_K
+
+
+@torch.no_grad()
+def target_distribution(p_NK: Tensor, power: float = 1.0, balance: float = 0.5) -> Tensor:
+    """q_ik proportional to p_ik^power / (sum_j p_jk)^balance, rows sum to 1, [N K] in float32 or wider: targets of
+    clusters out of their own predictions.
+
+    Source: Dizaji et al., "DEPICT", ICCV 2017, arXiv 1704.06327, eq. 7, whose targets are the defaults; power 2 and
+    balance 1 are those of Xie et al., "DEC", ICML 2016, arXiv 1511.06335, eq. 3.
+
+    Args:
+        p_NK: predictions of all images, rows sum to 1. A cluster that nobody is in stays without a share.
+        power: > 0; above 1 sharpens.
+        balance: >= 0; above 0 large clusters have less, as suits classes of about equal size.
+    """
+    p_NK = wide(p_NK)
+    least = torch.finfo(p_NK.dtype).tiny
+    sizes_K = p_NK.sum(dim=0).clamp_min(least)
+    # In logarithms: p^2 of a prediction below 1e-23 is zero in float32.
+    logit_NK = power * p_NK.clamp_min(least).log() - balance * sizes_K.log()
+    return logit_NK.masked_fill(p_NK == 0, -torch.inf).softmax(dim=1)
 
 
 @torch.no_grad()

@@ -5,16 +5,28 @@ FixMatch (arXiv 2001.07685). Mended, against the authors' code: sharpening sharp
 divides by their sum, which does nothing), trusted samples count for every class (there for the last one alone), and a
 batch in which nothing is kept has the loss 0 (there NaN).
 
-Shapes: B batch of this rank, C classes, N samples of a set.
+Of pixels: the answers and weights of Tranheden et al., "DACS", WACV 2021, arXiv 2007.08702, section 3.
+
+Shapes: B batch of this rank, C classes, N samples of a set, H W image.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
+from lightspan.objectives.means import mean
 
 UNTRUSTED = -1
+
+
+class PixelLabels(NamedTuple):
+    """Answers int64 [B H W], and of each image the share of pixels with a sure one, [B] in float32 or wider."""
+
+    label_BHW: Tensor
+    sure_B: Tensor
 
 
 def pseudo_label_loss(
@@ -51,3 +63,21 @@ def trusted_labels(probability_NC: Tensor, most: int = 100) -> Tensor:
         best = members[sure_N[members].argsort(descending=True, stable=True)[:each]]
         labels_N[best] = label
     return labels_N
+
+
+@torch.no_grad()
+def pixel_labels(logits_BCHW: Tensor, confidence: float) -> PixelLabels:
+    """The most likely class of each pixel, and how many of an image's are likelier than `confidence`, in [0, 1]."""
+    likely_BHW, label_BHW = wide(logits_BCHW).softmax(dim=1).max(dim=1)
+    return PixelLabels(label_BHW, (likely_BHW > confidence).flatten(1).to(likely_BHW.dtype).mean(dim=1))
+
+
+def pixel_cross_entropy(logits_BCHW: Tensor, label_BHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
+    """Mean over all pixels of weight * cross-entropy, in nats, a scalar in float32 or wider; 0 without images.
+
+    Args:
+        label_BHW: int64; a pixel with one below 0 adds nothing to the sum, and counts.
+        weight_BHW: >= 0, of a shape that expands to that of the labels; None is 1.
+    """
+    loss_BHW = F.cross_entropy(wide(logits_BCHW), label_BHW.clamp_min(-1), ignore_index=-1, reduction="none")
+    return mean(loss_BHW if weight_BHW is None else weight_BHW * loss_BHW)

@@ -107,11 +107,29 @@ class WarmupCosine(LRScheduler):
         warmup_steps = self.warmup * self.total_steps
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        done = min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0)
-        return cosine_between(1.0, self.final, self.covered * done)
+        return self.after_warmup(min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0))
+
+    def after_warmup(self, share: float) -> float:
+        """Share of the peak rate when so large a share of the steps after the warm-up is done."""
+        return cosine_between(1.0, self.final, self.covered * share)
 
     def get_lr(self) -> list[float | Tensor]:
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+class WarmupLine(WarmupCosine):
+    """`WarmupCosine` with a line in the place of the cosine: final + (1 - final) (T - s) / (T - W) after the warm-up.
+
+    Args:
+        total_steps, warmup, final: as in `WarmupCosine`.
+    Raises: UserError for values outside these ranges.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1, final: float = 0.0) -> None:
+        super().__init__(optimizer, total_steps, warmup, final)
+
+    def after_warmup(self, share: float) -> float:
+        return 1.0 + (self.final - 1.0) * share
 
 
 class WarmupCosineDecay(WarmupCosine):

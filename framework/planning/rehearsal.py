@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from lightspan.callbacks.training.adaptation import Adaptation
-from lightspan.config.blame import own_line
+from lightspan.config.blame import own_line, unfit_batch
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
@@ -50,6 +50,8 @@ def rehearse(resolved: Resolved) -> list[str]:
         except UserError:
             raise
         except Exception as error:  # from any part: nothing of it ran before
+            if (known := unfit_batch(error)) is not None:
+                raise UserError(known) from error
             text = " ".join(str(error).split())[:600]
             said = f"{resolved.name} builds but does not start: {type(error).__name__}: {text}{own_line(error)}"
             raise UserError(said) from error

@@ -69,6 +69,7 @@ class _Shape:
         if self.above == 0:
             self.low = min([self.low, *(y for band in bands for _, y in band)])
             self.high = max([self.high, *(y for band in bands for _, y in band)])
+        floor = -math.inf if self.low < 0 or chart.log_y else 0.0  # of what is never negative, as a share or a count
         self.lost = sum(len(curve.points) for curve in chart.curves) - sum(map(len, everything))
         if self.above == 0 and self.high > self.low:
             pad = 0.04 * (self.high - self.low)
@@ -77,7 +78,7 @@ class _Shape:
         flat = 0.01 * max(abs(self.low), abs(self.high)) if chart.things else 0.0
         if self.high - self.low <= max(SMALLEST, flat):
             pad = abs(self.low) * 0.05 or 1.0
-            self.low, self.high = self.low - pad, self.high + pad
+            self.low, self.high = max(floor, self.low - pad), self.high + pad
         xs = [x for curve in everything for x, _ in curve] or [0.0, 1.0]
         self.first, self.last = min(xs), max(xs)
         if self.last - self.first <= SMALLEST:

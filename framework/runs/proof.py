@@ -71,14 +71,21 @@ def refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
     if not isinstance(data, dict) or not data.get("class_path", "").startswith(OWN_DATA):
         return
     module, _, name = data["class_path"].rpartition(".")
-    default = inspect.signature(getattr(importlib.import_module(module), name)).parameters["batch_size"].default
-    batch_size = data.get("init_args", {}).get("batch_size", default)
+    batch_size = data.get("init_args", {}).get("batch_size")
+    if batch_size is None:
+        batch_size = _default(getattr(importlib.import_module(module), name), "batch_size")
     accumulate = trainer.get("accumulate_grad_batches", 1)
     if isinstance(batch_size, int) and isinstance(accumulate, int):
         from lightspan.datamodules.loading.loader import split_batch
 
         for count in ranks:
             split_batch(batch_size, count, accumulate)
+
+
+def _default(kind: type, argument: str) -> Any:
+    """Of a class, or of the base to which it hands what it does not name itself; None without any."""
+    signatures = (inspect.signature(each).parameters for each in kind.__mro__ if each is not object)
+    return next((parameters[argument].default for parameters in signatures if argument in parameters), None)
 
 
 def planned_runs(settings: ProofSettings) -> dict[str, list[Leg]]:

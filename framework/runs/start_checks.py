@@ -47,9 +47,10 @@ class StartChecks(Callback):
 
 def silence_frozen(module: LightningModule) -> None:
     """Lightning warns of modules in evaluation mode. Those of `Frozen` networks, such as teachers, are meant to be: as
-    many as these are no news.
+    many as these are no news. A teacher's BatchNorm that normalises by its own batches is in training mode.
     """
-    frozen = {id(part) for one in module.modules() if isinstance(one, Frozen) for part in one.modules()}
+    parts = (part for one in module.modules() if isinstance(one, Frozen) for part in one.modules())
+    frozen = {id(part) for part in parts if not part.training}
     if frozen:
         warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
 

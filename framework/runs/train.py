@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import standing
+from lightspan.config.blame import unfit_batch
 from lightspan.config.build import Built, Resolved
 from lightspan.errors import UserError
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank
@@ -80,8 +81,10 @@ def _explain(error: OSError, run_dir: Path) -> None:
 
 def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     """The message for a library's error that a user can fix, by where it was raised; None for all others."""
-    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError):
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError | IndexError):
         return None
+    if (said := unfit_batch(error)) is not None or isinstance(error, IndexError):
+        return said
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if isinstance(error, ValueError) and "configure_optimizers" in passed:
         return f"the optimiser or its schedule refuses its settings: {error}"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightspan.backbones.attended import Attended, FeatureMaps
@@ -59,3 +60,9 @@ def test_a_network_without_a_map_is_refused() -> None:
         Attended(SmallConvNet(1, 4, 2), dropout=1.0)
     with pytest.raises(UserError, match="no feature map of stage 9 of 'resnet18'"):
         FeatureMaps("resnet18", stage=9)
+
+
+def test_a_network_of_tokens_is_refused() -> None:
+    tokens = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=0)
+    with pytest.raises(UserError, match=r"Attended weighs maps \[B, 8, h, w\], and .* gives \[2, 5, 8\]"):
+        Attended(tokens)(torch.zeros(2, 3, 8, 8))

@@ -46,3 +46,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ConvAutoencoder(kernels=(4,))
     with pytest.raises(UserError, match=r"dropout=1\.0"):
         ConvAutoencoder(dropout=1.0)
+
+
+def test_images_of_another_shape_are_refused() -> None:
+    with pytest.raises(UserError, match=r"images of in_shape=\(1, 28, 28\) .* these are \(1, 32, 32\); set in_shape"):
+        ConvAutoencoder()(torch.zeros(2, 1, 32, 32))

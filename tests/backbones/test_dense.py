@@ -1,9 +1,12 @@
 """Backbones that give maps of the image's size."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from lightspan.backbones.dense import PyramidMaps, UNet
+from lightspan.backbones.dense import EncodedMaps, MixTransformer, PyramidMaps, UNet
 from lightspan.errors import UserError
 
 
@@ -27,7 +30,37 @@ def test_a_pyramid_of_a_timm_network_too() -> None:
     assert network.num_features == 8
 
 
+def mix_transformer(**settings: Any) -> MixTransformer:
+    return MixTransformer(**{"depths": (1, 1, 2, 1), "widths": (4, 8, 12, 16), "heads": (1, 2, 3, 4)} | settings)
+
+
+def test_a_mix_transformer_gives_four_maps_which_are_joined_at_the_images_size() -> None:
+    network = EncodedMaps(mix_transformer(in_chans=2), width=8).train()
+    levels = network.encoder(torch.randn(2, 2, 64, 96))
+    assert [tuple(level.shape) for level in levels] == [
+        (2, 4, 16, 24), (2, 8, 8, 12), (2, 12, 4, 6), (2, 16, 2, 3),
+    ]  # fmt: skip
+    maps = network(torch.randn(2, 2, 64, 96))
+    assert maps.shape == (2, network.num_features, 64, 96)
+    maps.square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_the_defaults_are_mit_b5() -> None:
+    with torch.device("meta"):
+        network = MixTransformer()
+    assert sum(p.numel() for p in network.parameters()) == 81_443_008  # the paper's 81.4 million
+
+
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"MixTransformer depths=\[1, 2\], .* must have four numbers"):
+        mix_transformer(depths=(1, 2))
+    with pytest.raises(UserError, match=r"heads=\[3, 2, 3, 4\] .* a multiple of its heads"):
+        mix_transformer(heads=(3, 2, 3, 4))
+    with pytest.raises(UserError, match=r"maps of width=8 of Identity: .* the widths of its maps as `widths`"):
+        EncodedMaps(nn.Identity(), width=8)
+    with pytest.raises(UserError, match="maps of width=0 of MixTransformer"):
+        EncodedMaps(mix_transformer(), width=0)
     with pytest.raises(UserError, match=r"UNet of 3 levels needs sides that are multiples of 4, .* \[6, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 6, 8))
     with pytest.raises(UserError, match="width=6 a multiple of 4"):

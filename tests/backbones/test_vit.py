@@ -196,3 +196,8 @@ def test_the_contract_is_told_by_what_a_module_has() -> None:
 
     assert isinstance(Own(), TokenBackbone)
     assert not isinstance(nn.Identity(), TokenBackbone)
+
+
+def test_images_of_other_channels_are_refused() -> None:
+    with pytest.raises(UserError, match="images of 3 channels do not fit a network for 1; make it with in_chans=3"):
+        own().tokens(torch.zeros(2, 3, 12, 12))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from picture_files import write_pictures
+from shard_files import posed_shard
 from torch import Tensor, nn
 from torch.optim import SGD
 from torchvision.io import ImageReadMode, decode_image
@@ -16,9 +17,12 @@ from lightspan.backbones.vit import TokenViT, vit
 from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, shown
 from lightspan.datamodules.images.views import RandomViews
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.rendered.pairs import ScenePairs
+from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.methods.masked.cae import CAE
+from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE, middle
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -45,6 +49,11 @@ def mae(**settings: Any) -> MAE:
 def cropmae(**settings: Any) -> CropMAE:
     decoder = CrossDecoder(16, width=8, depth=1, block=lambda width: Mixed())
     return CropMAE(backbone(), decoder, RandomMasks(0.75), optimizer=STEP, **settings)
+
+
+def croco(**settings: Any) -> CroCo:
+    network, decoder = backbone(), CrossDecoder(16, width=8, depth=1, block=lambda width: Mixed())
+    return CroCo(network, decoder, RandomMasks(0.75), optimizer=STEP, **settings)
 
 
 def cae(tokenizer: nn.Module | None = None) -> CAE:
@@ -99,6 +108,27 @@ def test_visible_patches_are_shown_as_they_are_and_the_others_as_guessed(kind: s
         torch.testing.assert_close(guessed, model.guess(image, seen.see_BK, seen.hide_BM))
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_of_a_pair_the_first_view_is_guessed_and_the_other_is_shown_as_it_is(normalise: bool) -> None:
+    model, first = croco(normalise=normalise), BATCH["image"]
+    given: Any = {"views": [first, first.flip(3)], "index": BATCH["index"]}
+    with torch.no_grad():
+        found, hidden = model.reconstruct(given), model.hidden(first, BATCH["index"])
+        guess = model.guess(*given["views"], hidden.see_BK, hidden.hide_BM)
+    assert torch.equal(found.image_BChw, first)
+    assert found.other_BChw is not None
+    assert torch.equal(found.other_BChw, first.flip(3))
+    assert found.hidden_B1hw.sum(dim=(1, 2, 3)).tolist() == [12 * 9] * 5
+    assert torch.equal(found.guess_BChw.masked_select(~found.hidden_B1hw), first.masked_select(~found.hidden_B1hw))
+    true, guessed = hidden.pixels(), at_places(patchify(found.guess_BChw, (3, 3)), hidden.hide_BM)
+    if normalise:
+        guess = guess * (true.var(dim=2, keepdim=True) + 1e-6).sqrt() + true.mean(dim=2, keepdim=True)
+    torch.testing.assert_close(guessed, guess)
+    for wrong, said in (([first], "CroCo needs 2 views"), ([first, first[..., :6, :6]], "CroCo needs views of one")):
+        with pytest.raises(UserError, match=said):
+            model.reconstruct(given | {"views": wrong})
+
+
 def test_a_perfect_guess_gives_the_picture_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = mae(), BATCH["image"]
     hidden = model.hidden(image, BATCH["index"])  # type: ignore[arg-type]
@@ -123,6 +153,14 @@ def test_a_row_has_the_picture_what_is_seen_of_it_and_the_guess() -> None:
     assert rows.flatten(1).tolist() == [[0, 1, 0.25, 0.5], [GREY, 1, 0.25, 0.5], [0.25, 1, 0.5, 0.75]]
 
 
+def test_a_row_of_a_pair_has_the_other_view_before_the_guess_and_all_have_one_range() -> None:
+    image = torch.tensor([[0.0, 4.0], [1.0, 2.0]]).view(1, 1, 2, 2)
+    hidden = torch.tensor([[True, False], [False, False]]).view(1, 1, 2, 2)
+    rows = shown(Reconstruction(image, hidden, 2 * image, image / 2), None)[:, 0, ::32, ::32].flatten(1)
+    expected = torch.tensor([[0, 1, 0.25, 0.5], [GREY, 1, 0.25, 0.5], [0, 0.5, 0.12, 0.25], [0, 1, 0.5, 1]])
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0.01)
+
+
 def train(folder: Path, model: LightningModule, *callbacks: Reconstructions, data: bool = True) -> Trainer:
     write_pictures(folder / "in", {"a": 8, "b": 8})
     views = RandomViews(count=1)
@@ -145,6 +183,22 @@ def test_training_goes_on_as_without_it(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
     picture = decode_image(str(tmp_path / "reconstructions.png"), mode=ImageReadMode.RGB)
     assert picture.shape == (3, 2 + 2 * 62, 2 + 3 * 62)  # two pictures validate, each 12 pixels enlarged five times
+
+
+def train_on_pairs(folder: Path, model: LightningModule, data: Any) -> None:
+    trainer = Trainer(
+        default_root_dir=folder, max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Reconstructions(str(folder))],
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+
+
+def test_pairs_are_drawn_in_four_columns_and_pairs_that_none_validate_are_refused(tmp_path: Path) -> None:
+    train_on_pairs(tmp_path, croco(), ScenePairs(12, 12, size=4, val_size=3, batch_size=4))
+    picture = decode_image(str(tmp_path / "reconstructions.png"), mode=ImageReadMode.RGB)
+    assert picture.shape == (3, 2 + 3 * 62, 2 + 4 * 62)
+    with pytest.raises(UserError, match=r"PairedShards gives none; name some, such as data\.init_args\.val_shards"):
+        train_on_pairs(tmp_path, croco(), PairedShards([posed_shard(tmp_path / "x.tar", renders=2)], batch_size=4))
 
 
 class Silent(Method):

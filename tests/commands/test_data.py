@@ -211,6 +211,20 @@ def test_a_flat_folder_of_images_has_no_labels_and_says_so(
     assert next(iter(data.train_dataloader()))["image"].shape == (2, 3, 4, 4)
 
 
+def test_a_picture_and_its_mask_are_one_sample_with_a_field_for_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{number}.png")
+        Image.new("L", (4, 4), number).save(tmp_path / "in" / f"{number}.mask.png")
+    assert main(["data", "pack", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert "'data.init_args.fields={image: png, semantic: mask.png}'" in capsys.readouterr().out
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "1.mask.png")
+    with pytest.raises(UserError, match=r"1\.mask\.png: it has 3 channels \(RGB\), and a mask has one"):
+        list(packing.pack(sources(tmp_path / "in").samples, [], tmp_path / "again", 2**20))
+
+
 def test_names_with_dots_keep_their_ending(pictures: Path) -> None:
     (pictures / "dogs" / "0.png").rename(pictures / "dogs" / "at 12.30.15.PNG")
     samples = sources(pictures).samples
@@ -239,6 +253,21 @@ def test_endings_that_nothing_decodes_are_refused_unless_asked_for(tmp_path: Pat
     ):
         sources(tmp_path)
     assert len(sources(tmp_path, as_files=True).samples) == 1
+
+
+def test_pairs_are_packed_for_the_data_that_read_pairs(tmp_path: Path, capsys) -> None:
+    folder, out = tmp_path / "pairs", tmp_path / "packed"
+    folder.mkdir()
+    for name in ("a.1.png", "a.2.png", "b.1.png", "b.2.png"):
+        Image.new("RGB", (8, 6)).save(folder / name)
+    assert main(["data", "pack", str(folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "next: data.class_path=lightspan.datamodules.shards.paired.PairedShards "
+        f"'data.init_args.shards=[{out}/00000.tar]' data.init_args.batch_size=2 data.init_args.image_size=6\n"
+    )
+    (folder / "b.2.png").write_bytes(b"no image")
+    assert main(["data", "pack", str(folder), "--out", str(tmp_path / "again")]) == 2
+    assert "b.2.png: it is not a JPEG, PNG or WebP image" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of other systems are text")

@@ -12,6 +12,8 @@ from rank_processes import PROJECT, TINY
 
 from lightspan.cli import main
 from lightspan.commands.prove_resume import DIFFERENT
+from lightspan.config.resolve import resolve
+from lightspan.errors import UserError
 from lightspan.runs import proof
 from lightspan.runs.fits import ranks_of
 from lightspan.runs.proof import Kill
@@ -143,6 +145,14 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_before_the_first_run(tmp
     said = capsys.readouterr()
     assert "batch_size=64 (samples of one optimiser step over all ranks) does not divide into 3 ranks" in said.err
     assert said.out == ""
+
+
+def test_the_batch_of_data_whose_base_names_its_default_is_looked_at_too():
+    own, default = resolve("distillation/fst"), resolve("distillation/fst")
+    del default.config["data"]["init_args"]["batch_size"]
+    for resolved, size in ((own, 16), (default, 128)):
+        with pytest.raises(UserError, match=f"batch_size={size} .* does not divide into 3 ranks"):
+            proof.refuse_uneven_batches(resolved, [1, 3])
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):

@@ -15,6 +15,7 @@ from lightspan.config.tree import wrap
         "lightspan.methods.language.causal_lm.CausalLM",
         "lightspan.backbones.language.llama",
         "lightspan.surgery.factorise.factorise",
+        "lightspan.targets.MomentumFeatures",
         "torch.optim.AdamW",
         "torch.optim.lr_scheduler.CyclicLR",
         "torch.nn.Linear",

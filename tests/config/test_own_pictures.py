@@ -117,6 +117,32 @@ def test_crops_and_patches_keep_their_proportion_and_remain_whole(folder: Path) 
     assert small["init_args"]["size"] == 32
 
 
+def test_masks_of_whole_patches_stay_so(folder: Path) -> None:
+    vit = settings(found := with_folder("masked/sit", folder), "model", "init_args", "backbone")
+    corruption = settings(found, "model", "init_args", "corruption")
+    aligned = [corruption[name]["init_args"]["align"] for name in ("masks", "alien_masks")]
+    assert aligned == [vit["patch_size"]] * 2 == [8, 8]
+
+
+def test_what_stands_side_by_side_in_a_batch_stays_and_the_batch_has_as_many_as_there_are(tmp_path: Path) -> None:
+    many = write_pictures(tmp_path / "many", {f"person {i}": 3 for i in range(30)})
+    data = settings(with_folder("distillation/cion", many), "data")
+    assert (data["batch_size"], data["groups"]) == (48, {"sizes": [2, 4], "from_epochs": [0, 10]})
+    few = with_folder("distillation/cion", write_pictures(tmp_path / "few", {f"person {i}": 20 for i in range(7)}))
+    assert settings(few, "data")["batch_size"] == 12  # of 7 people 14 pictures in twos, and a multiple of 4
+    assert "data.init_args.batch_size=12, as there are 7 classes to draw it from" in few.notes
+    adsl = settings(with_folder("supervised/adsl", many), "data")
+    assert (adsl["batch_size"], adsl["per_class"]) == (64, 8)
+    with pytest.raises(UserError, match=r"distillation/cion learns from labels, but .* has none"):
+        with_folder("distillation/cion", write_pictures(tmp_path / "flat", {"": 50}))
+
+
+def test_probes_of_what_a_folder_does_not_have_give_way_to_those_of_classes(folder: Path) -> None:
+    callbacks = with_folder("distillation/cion", folder).config["trainer"]["callbacks"]
+    assert "probes" not in callbacks
+    assert list(callbacks["class_probes"]["init_args"]["probes"]) == ["knn", "linear"]
+
+
 def test_classes_become_the_networks_and_without_them_it_is_refused(folder: Path, tmp_path: Path) -> None:
     found = with_folder("masks/concrete_fashion", folder)
     assert found.config["model"]["init_args"]["num_classes"] == 2
@@ -145,7 +171,7 @@ def test_train_and_validation_folders_are_no_classes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="language/quickstart is a recipe for data of modality text"):
+    with pytest.raises(UserError, match="language/quickstart is a recipe for data of modality text; name data"):
         with_folder("language/quickstart", folder)
     with pytest.raises(UserError, match="--image-size 0 must be at least 1 pixel"):
         with_folder("contrastive/barlow_twins", folder, 0)

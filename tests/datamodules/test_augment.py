@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.images.augment import steps
-from lightspan.datamodules.images.augment.rendering import WHOLE, Drawn, Rendering, unit_float
+from lightspan.datamodules.images.augment.rendering import NO_LABEL, WHOLE, Drawn, Rendering, unit_float
 from lightspan.datamodules.images.shifts import Shifted
 from lightspan.datamodules.images.views import (
     DrawnViews,
@@ -82,6 +82,32 @@ def test_a_batch_shows_what_single_images_show(kind: str, channels: int) -> None
         alone = torch.stack([row[v] for row in singly])
         assert view.shape == alone.shape
         torch.testing.assert_close(view, alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mirrored", [0.0, 1.0])
+@pytest.mark.parametrize("size", [None, 7, 40])
+def test_labels_are_those_of_the_pixels_that_a_view_shows(size: int | None, mirrored: float) -> None:
+    """Of two halves, the pixels of the view above a half are those of the brighter one."""
+    label = (torch.arange(18) >= 10).long().expand(14, 18)
+    drawn = Drawn(WHOLE._replace(top=3 / 14, left=2 / 18, height=9 / 14, width=12 / 18, mirrored=mirrored))
+    rendering = Rendering(size)
+    shown, found = rendering.one(label[None].float(), drawn)[0], rendering.labels(label, drawn)
+    assert found.shape == shown.shape
+    assert torch.equal(found, (shown > 0.5).long())
+    assert 0 < found.float().mean() < 0.5  # four of twelve columns
+
+
+def test_what_shows_nothing_of_the_image_has_no_label() -> None:
+    label = torch.ones(12, 12, dtype=torch.uint8)
+    turned = Rendering().labels(label, Drawn(WHOLE._replace(angle=45.0)))
+    black = Rendering().one(label[None].float(), Drawn(WHOLE._replace(angle=45.0)))[0]
+    assert turned.unique().tolist() == [NO_LABEL, 1]
+    assert turned[0, 0] == turned[-1, -1] == NO_LABEL
+    assert ((turned == 1) == (black > 0.5)).float().mean() > 0.9
+    beyond = Rendering().labels(label, Drawn(WHOLE._replace(top=-0.25, left=0.5)))
+    assert (beyond[:3] == NO_LABEL).all()
+    assert (beyond[:, 6:] == NO_LABEL).all()
+    assert (beyond[3:, :6] == 1).all()
 
 
 def test_a_row_of_a_batch_does_not_depend_on_the_others() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures
-from shard_files import pair_shard, partial_shard, posed_shard, write_shards
+from shard_files import masked_shard, pair_shard, partial_shard, posed_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
@@ -40,10 +40,12 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
+from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -135,6 +137,19 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PairedShards": (
         lambda folder: PairedShards([posed_shard(folder / "pairs.tar", renders=2)], batch_size=4),
         "PairBatch",
+    ),
+    "DomainShards": (
+        lambda folder: DomainShards(
+            [masked_shard(folder / "s.tar", range(4))],
+            [masked_shard(folder / "t.tar", [9])],
+            target_masks=True,
+            batch_size=4,
+        ),
+        "DomainsBatch",
+    ),
+    "WordShards": (
+        lambda folder: WordShards([pair_shard(folder / "w.tar", "txt")], sides=(4, 8), batch_size=4),
+        "ReadingBatch",
     ),
     "ImageTextShards": (
         lambda folder: ImageTextShards([pair_shard(folder / "p.tar", "txt")], HashedWords(), length=9, batch_size=4),

@@ -42,6 +42,20 @@ def test_members_are_decoded_by_their_ending() -> None:
     assert (values["label"], values["caption"], values["about"]) == (12, "żółw", {"a": 1})
 
 
+def test_a_mask_keeps_the_numbers_of_its_pixels() -> None:
+    numbers = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    with_palette = Image.fromarray(numbers, mode="P")
+    with_palette.putpalette([200, 10, 10] * 256)
+    for mask, dtype in (
+        (Image.fromarray(numbers), torch.uint8),
+        (with_palette, torch.uint8),
+        (Image.fromarray(numbers.astype(np.uint16)), torch.int32),
+    ):
+        value = decode_fields(sample(**{"mask.png": encoded(mask)}), {"semantic": "mask.png"})["semantic"]
+        assert (value.dtype, value.tolist()) == (dtype, numbers.tolist())
+    assert "3 channels (RGB)" in str(damage_of("mask.png", encoded(Image.new("RGB", (2, 2))), whole=False))
+
+
 @pytest.mark.parametrize(
     ("ending", "content"),
     [

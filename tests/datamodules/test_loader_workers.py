@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
+from lightspan.datamodules.loading.workers import Fetcher
 from lightspan.errors import UserError
 
 LEAVES = """
@@ -116,3 +117,8 @@ def test_workers_leave_at_once_with_a_loader_that_was_left_half_way_in_a_cycle(
         pass
     assert not workers & set(multiprocessing.active_children())
     assert time.monotonic() - started < 60
+
+
+def test_a_negative_number_of_workers_is_refused() -> None:
+    with pytest.raises(UserError, match="num_workers=-1 must be at least 0"):
+        Fetcher([0], num_workers=-1, pin_memory=False)  # type: ignore[arg-type]

@@ -55,6 +55,19 @@ def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -
     assert label.tensors["label"].tolist() == [0] * 4 + [-1] * 4
 
 
+def test_a_picture_moves_to_the_person_of_its_video_whom_it_shows() -> None:
+    found, label = mined(crowd(), core=-1.0, near=24)  # nobody is left out of a tracklet
+    assert found.stages[1]["precision"] < 1
+    assert found.stages[2]["precision"] == 1
+    assert (label >= 0).all()
+
+
+def test_what_all_pictures_have_in_common_changes_nothing() -> None:
+    plain = crowd()
+    (_, label), (_, moved) = (mined(each, near=24) for each in (plain, Features(plain.x + 5, fields=plain.fields)))
+    assert torch.equal(label, moved)
+
+
 def test_nothing_is_said_of_a_truth_that_nobody_knows() -> None:
     found = MineIdentities().fit(crowd())
     assert "f1" not in found.stages[0]

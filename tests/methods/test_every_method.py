@@ -1,6 +1,8 @@
 """What holds for every training method: it resumes bit for bit, accumulates, trains in half precision, stays finite."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from method_cases import CASES, METHODS, ROWS
+from method_cases import CASES, METHODS, ROWS, of_tasks, texts, windows
 from method_runs import differences, in_halves, mapped, rows_of
 from torch import Tensor
 
@@ -50,6 +52,32 @@ def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: 
     method_runs.fit(two, halves, tmp_path, callbacks=[RandomState(0)], accumulate_grad_batches=2)
     differ = differences(two.state_dict(), one.state_dict())
     assert bool(differ) == (CASES[name].halves_differ is not None), differ
+
+
+DRAWN = (
+    "contrastive.selfie",
+    "distillation.sd_fpt",
+    "image_text.dptr",
+    "image_text.m3i",
+    "image_text.m3i, one source",
+    "masked.cae, pixels",
+    "masked.croco",
+    "masked.cropmae",
+    "masked.i_jepa",
+    "masked.mae",
+    "masked.sit",
+    "masked.spark",
+    "supervised.heuristic_mtl",
+    "supervised.word_reader",
+)
+"""Whose steps differ, of the same images and weights, in what is drawn alone: masks, orders of letters."""
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_step_draws_anew(name: str, tmp_path: Path) -> None:
+    model = CASES[name].make(partial(torch.optim.SGD, lr=0.0))
+    first, second = method_runs.fit(model, [CASES[name].batch(ROWS, 0)] * 2, tmp_path)
+    assert first != second
 
 
 class Skips(Callback):
@@ -111,3 +139,28 @@ def test_batches_of_one_row_of_equal_rows_of_zeros_and_of_large_views_alone_leav
     if said:
         with pytest.raises(UserError, match=said):
             method_runs.fit(CASES[name].make(), [one_row], tmp_path, precision=precision)
+
+
+def with_field(batch: dict[str, Any], name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    field = batch[name]
+    return batch | {name: [change(field[0]), *field[1:]] if isinstance(field, list) else change(field)}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].batch not in (texts, windows, of_tasks)])
+def test_fields_of_another_number_of_rows_or_of_another_kind_are_not_read_or_refused(name: str, tmp_path: Path) -> None:
+    given = CASES[name].batch(ROWS, 0)
+    doubtful = [with_field(given, field, lambda rows: rows[:-1]) for field in given if field != "parameters"]
+    doubtful += [with_field(given, field, Tensor.bool) for field in ("image", "views") if field in given]
+    if "index" in given:
+        kinds = Tensor.float, Tensor.bool, Tensor.tolist, lambda index: index[:, None], lambda index: index - ROWS
+        doubtful += [with_field(given, "index", kind) for kind in kinds]
+    for batch in doubtful:
+        with contextlib.suppress(UserError):
+            method_runs.fit(CASES[name].make(), [batch], tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].batch is not of_tasks])
+def test_a_batch_without_names_is_refused(name: str, tmp_path: Path) -> None:
+    batch = tuple(CASES[name].batch(ROWS, 0).values())
+    with pytest.raises(UserError, match="reads batches by the names of their fields"):
+        method_runs.fit(CASES[name].make(), [batch], tmp_path)

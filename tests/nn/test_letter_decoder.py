@@ -115,6 +115,27 @@ def test_reading_takes_each_letter_from_those_read_before_and_stops_at_the_end()
     assert ((refined > 0).int().diff(dim=1) <= 0).all()
 
 
+def test_refinement_guesses_each_letter_anew_from_all_others() -> None:
+    model, given = decoder(), 3 * memory(64)
+    read, every = model.read(given, refinements=0), torch.ones(5, 5, dtype=torch.bool)
+    others = every.clone()
+    others[range(4), range(1, 5)] = False  # letter i is in column i + 1
+    anew = model._guess(given, read, others, every)[:, :-1].argmax(dim=2)
+    assert torch.equal(model.read(given), anew * (anew > 0).cumprod(dim=1))
+    assert not torch.equal(model.read(given), read)
+
+
+def test_letters_are_scaled_by_the_root_of_the_width_and_have_the_place_of_the_guess_that_they_answer() -> None:
+    model, given, seen = decoder(), memory(), list[Tensor]()
+    model.drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(given, WORDS, torch.arange(5))
+    guesses, letters = seen
+    scaled = 8**0.5 * model.embed(WORDS)
+    torch.testing.assert_close(guesses, model.pos_embed.expand(3, 5, 8))
+    torch.testing.assert_close(letters[:, 0], 8**0.5 * model.embed.weight[:1].expand(3, 8))
+    torch.testing.assert_close(letters[:, 1:], scaled + model.pos_embed[:4])
+
+
 def test_half_precision_reaches_every_weight() -> None:
     model = decoder().train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightspan.errors import UserError
-from lightspan.nn.image_numbers import index_in
-from lightspan.nn.labels import require_labels
-from lightspan.nn.views import global_first, labelled_views, views_of
+from lightspan.nn.image_numbers import image_numbers, index_in
+from lightspan.nn.labels import labels_of, require_labels
+from lightspan.nn.views import global_first, image_of, labelled_views, views_of
 
 IMAGE = torch.zeros(2, 3, 4, 4)
 
@@ -62,3 +62,29 @@ def test_labels_that_are_no_whole_numbers_are_refused(label: torch.Tensor) -> No
     require_labels(torch.zeros(2, dtype=torch.int32), 3, IMAGE)
     with pytest.raises(UserError, match=r"Tensor needs a whole number for each sample as label, a tensor \[B\]"):
         require_labels(label, 3, IMAGE)
+
+
+@pytest.mark.parametrize("read", [views_of, image_of, lambda batch, name: global_first(batch, name, 2)])
+def test_images_that_are_no_floating_point_tensors_and_views_of_other_images_are_refused(read: Any) -> None:
+    with pytest.raises(UserError, match=r"M reads images as floating-point tensors, and this batch gives torch.uint8"):
+        read({"views": [IMAGE.byte()] * 2} if read is not image_of else {"image": IMAGE.byte()}, "M")
+    with pytest.raises(UserError, match=r"the views of this batch are of \[2, 1\] images"):
+        views_of({"views": [IMAGE, IMAGE[:1]]}, "M")
+
+
+def test_numbers_and_labels_of_another_number_of_samples_are_refused() -> None:
+    short = torch.arange(1)
+    for batch in ({"image": IMAGE}, {"views": [IMAGE, IMAGE]}, {"tokens": torch.zeros(2, 3).long()}):
+        with pytest.raises(UserError, match="object: index of this batch has 1 rows, and the batch has 2 samples"):
+            index_in({**batch, "index": short}, object())
+        with pytest.raises(UserError, match=r"M needs a whole number for each sample as label, a tensor \[2\]"):
+            labels_of({**batch, "label": short}, "M")
+    assert len(index_in({"features": IMAGE, "index": short}, object())) == 1  # what is read is not known
+
+
+def test_numbers_below_zero_and_of_another_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="a batch has an image numbered -3 in index, and numbers count from 0"):
+        image_numbers(torch.tensor([0, -3]))
+    for index in (torch.zeros(2), torch.zeros(2, 1).long(), torch.zeros(2).bool(), [0, 1]):
+        with pytest.raises(UserError, match=r"object needs the images' numbers as index, a tensor int64 \[B\]"):
+            index_in({"image": IMAGE, "index": index}, object())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.sequences.token_backbone import settle_patch_decoder
-from lightspan.nn.widths import OpenOutputs, settle_outputs
+from lightspan.nn.widths import OpenOutputs, given_features, require_projector, settle_outputs
 
 OPEN: dict[str, Callable[..., OpenOutputs]] = {
     "mask": lambda count: MaskDecoder(16, count, width=8, depth=1, heads=2),
@@ -72,3 +73,11 @@ def test_tokenizers_take_the_patches_of_a_backbone_and_refuse_others() -> None:
     assert (codes.centres_Vd == 1).all()
     with pytest.raises(UserError, match=r"\[2, 2, 3\], and those of the backbone have \[2, 2, 1\]; leave patch"):
         codes.settle((2, 2, 1))
+
+
+def test_a_network_of_timm_that_kept_its_classifier_is_refused() -> None:
+    kept = timm.create_model("test_resnet.r160_in1k")
+    with pytest.raises(UserError, match=r"ResNet still has its classifier of 1000 classes.*num_classes=0"):
+        require_projector(kept, nn.Linear(96, 4))
+    kept.reset_classifier(0)
+    assert given_features(kept) == 96

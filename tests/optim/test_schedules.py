@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature, WarmupCosine, WarmupCosineDecay, line_between
+from lightspan.optim.schedules import (
+    TeacherMomentum,
+    TeacherTemperature,
+    WarmupCosine,
+    WarmupCosineDecay,
+    WarmupLine,
+    line_between,
+)
 
 
 def parameter(size=2):
@@ -30,6 +37,18 @@ def test_warmup_rises_in_equal_steps_to_the_peak_and_the_cosine_ends_at_the_floo
     assert got[55] == pytest.approx(2.0 * 0.55)
     assert got[100:] == pytest.approx([0.2, 0.2])
     assert all(a > b for a, b in pairwise(got[10:100]))
+
+
+def test_a_line_falls_in_equal_steps_from_the_peak_to_the_floor():
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    got = rates(WarmupLine(optimizer, total_steps=100, warmup=0.1, final=0.1), optimizer, 102)
+    assert got[:11] == pytest.approx([2.0 * (s + 1) / 11 for s in range(11)])
+    assert got[10:101] == pytest.approx([2.0 - 1.8 * s / 90 for s in range(91)])
+    assert got[101] == pytest.approx(0.2)
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    assert rates(WarmupLine(optimizer, 4, warmup=0.0), optimizer, 5) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+    with pytest.raises(UserError, match="warmup=1 is a share"):
+        WarmupLine(optimizer, 4, warmup=1)
 
 
 def test_a_run_that_covers_half_of_the_cosine_is_the_first_half_of_one_twice_as_long():

@@ -180,6 +180,24 @@ def test_a_short_curve_is_never_cut() -> None:
     assert window([[(0.0, 100.0), *((float(x), 1.0) for x in range(1, 20))]]) == (1.0, 100.0, 0, 100.0)
 
 
+def y_ticks(svg: str) -> list[float]:
+    """What stands at the left of a chart, from the floor up."""
+    return [float(text) for text in re.findall(r'text-anchor="end">(-?[\d.]+)</text>', svg.partition("M58 226H428")[0])]
+
+
+def test_what_is_0_throughout_is_drawn_from_0_upward_and_what_may_be_negative_around_its_value() -> None:
+    def of(*values: float, **more: object) -> list[float]:
+        curve = ChartLine("r", 0, [(float(at), value) for at, value in enumerate(values)])
+        return y_ticks(draw(Chart("t", "x", "y", [curve], **more)))  # type: ignore[arg-type]
+
+    assert of(0.0, 0.0, 0.0) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert of(0.0, 1e-320)[0] == 0
+    assert of(0.0, 0.0, things=2)[0] == 0
+    below, above = min(found := of(-2.0, -2.0)), max(found)
+    assert -2.2 < below < -2 < above < -1.8
+    assert min(of(3.0, 3.0)) > 2.8
+
+
 def test_values_that_cannot_be_drawn_are_counted_below_the_chart() -> None:
     curve = ChartLine("r", 0, [(0.0, 1.0), (1.0, math.nan), (2.0, math.inf)])
     assert "2 values are not finite" in draw(Chart("t", "x", "y", [curve]))

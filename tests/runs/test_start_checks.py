@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.errors import UserError
+from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.frozen import Frozen
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.runs.start_checks import StartChecks, past_its_end, silence_frozen
@@ -242,6 +243,7 @@ def loaders() -> Any:
 def test_a_teacher_in_evaluation_mode_is_no_news_but_other_modules_are(tmp_path: Path, more: int, said: int) -> None:
     module = OneCycle(8)
     module.teacher = Frozen(nn.Linear(4, 1))
+    module.follower = EMATeacher(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), batch_statistics=True)
     module.others = nn.ModuleList(nn.Linear(4, 1).eval() for _ in range(more))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -6,6 +6,8 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from lightspan.errors import UserError
 from lightspan.runs import train
@@ -91,3 +93,28 @@ def test_a_validation_that_is_due_after_the_end_of_an_epoch_is_refused_in_words(
     built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=0))
     with pytest.raises(UserError, match=r"the Trainer refuses this run: `val_check_interval` \(9\) must be less"):
         train.call(setup_data, built, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "said"),
+    [
+        (nn.Conv2d(1, 4, 3), torch.zeros(2, 3, 8, 8), r"takes 1 channels and got 3; .*\(in_chans=3 of most networks\)"),
+        (nn.Conv2d(1, 4, 3), torch.zeros(2, 1, 8, 8).double(), "computes in float and got double; .* as float32"),
+        (
+            nn.Conv2d(1, 4, 3),
+            torch.zeros(2, 1, 2, 2),
+            "looks at 3 x 3 pixels at a time and is given 2 x 2",
+        ),
+        (nn.BatchNorm1d(3), torch.zeros(1, 3), r"a single row, .* raise data\.init_args\.batch_size"),
+        (nn.Embedding(4, 2), torch.tensor([[4]]), "outside the table of an embedding.*vocab_size"),
+    ],
+)
+def test_a_batch_that_the_layers_of_a_model_cannot_take_is_told_by_what_mends_it(tmp_path, layer, given, said):
+    built = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=0))
+    with pytest.raises(UserError, match=said):
+        train.call(lambda: layer(given), built, tmp_path, None)
+
+
+def test_an_index_error_of_other_code_stays_as_it_is(tmp_path):
+    with pytest.raises(IndexError, match="list index"):
+        call(tmp_path, IndexError("list index out of range"))

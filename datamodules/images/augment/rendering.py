@@ -19,6 +19,10 @@ WHOLE = ViewParameters(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.
 """The image as it is."""
 
 
+NO_LABEL = -1
+"""Of a pixel that has none, or shows nothing of the image."""
+
+
 class Drawn(NamedTuple):
     """The numbers of one view, and its grain, float32 [C, h, w] of deviation 1; None without grain."""
 
@@ -60,6 +64,16 @@ class Rendering:
         if p.mirrored:
             view = F.horizontal_flip_image(view)
         return _coloured(view[None], p, p, drawn.noise)[0]
+
+    def labels(self, label_HW: Tensor, drawn: Drawn) -> Tensor:
+        """The labels [h w] of what `one` shows of an image with these of its pixels, each that of the nearest pixel;
+        `NO_LABEL` where it shows nothing of the image.
+        """
+        p, sides = drawn.parameters, label_HW.shape
+        label_hw = nearest(label_HW, pixel_box(p, *sides), *([self.size] * 2 if self.size else sides))
+        if p.angle:
+            label_hw = F.rotate_mask(label_hw[None], p.angle, fill=NO_LABEL)[0]
+        return label_hw.flip(1) if p.mirrored else label_hw
 
     def many(self, image_BCHW: Tensor, p: ViewParameters[Tensor], seed_B: Tensor, stream: int) -> Tensor:
         """The views [B, C, h, w] of images in [0, 1], on their device. No row depends on another.
@@ -105,6 +119,19 @@ def _coloured(
     if noise is not None:
         view = view + p.grain * noise
     return view.clamp(0, 1)  # turning and blurring round a little past the ends
+
+
+def nearest(label_HW: Tensor, box: tuple[int, int, int, int], height: int, width: int) -> Tensor:
+    """The labels nearest to the pixels of a crop (top, left, height, width) at `height` x `width`: int64,
+    `NO_LABEL` outside the image.
+    """
+    top, left, high, wide = box
+    row_h1 = top + ((torch.arange(height)[:, None] + 0.5) * (high / height)).long()
+    column_w = left + ((torch.arange(width) + 0.5) * (wide / width)).long()
+    rows, columns = label_HW.shape
+    inside_hw = (row_h1 >= 0) & (row_h1 < rows) & (column_w >= 0) & (column_w < columns)
+    label_hw = label_HW[row_h1.clamp(0, rows - 1), column_w.clamp(0, columns - 1)].long()
+    return label_hw.masked_fill_(~inside_hw, NO_LABEL)
 
 
 def pixel_box(p: ViewParameters[float], height: int, width: int) -> tuple[int, int, int, int]:

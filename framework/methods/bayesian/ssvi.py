@@ -28,8 +28,10 @@ from lightspan.datamodules.batches import ImageBatch, ViewsBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.image_numbers import index_in
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
+from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.means import mean
@@ -151,17 +153,17 @@ class SSVI(Method):
     def on_train_batch_start(self, batch: ImageBatch | ViewsBatch, batch_idx: int) -> None:
         if self.global_step == 0 and batch_idx == 0:
             watched = self.topology.until / self.topology.every if self.topology.alpha else 0.0
-            found = vars(costs(self, _training_image(batch)[:1], watched=watched))
+            found = vars(costs(self, image_of(batch, "SSVI")[:1], watched=watched))
             shown = {f"costs/{name}": float(found[name]) for name in COUNTED}
             for logger in self.trainer.loggers:
                 logger.log_metrics(shown, step=0)
 
     def training_step(self, batch: ImageBatch | ViewsBatch, batch_idx: int) -> Tensor:
-        image_BCHW, label_B = _training_image(batch), labels_of(batch, "SSVI")
+        image_BCHW, label_B = image_of(batch, "SSVI"), labels_of(batch, "SSVI")
         due = self._due()
         for layer in gaussian_layers(self).values():
             layer.watching = due
-        with drawing(self, Outputs(self.seed, self.global_step, batch["index"])):
+        with drawing(self, Outputs(self.seed, self.global_step, index_in(batch, self))):
             logits_BK = self(image_BCHW)
         nll, kl = label_cross_entropy(logits_BK, label_B), self.kl()
         loss = nll + kl_weight(self.kl_scale, self._samples, self.global_step / self._steps) * kl
@@ -201,7 +203,7 @@ class SSVI(Method):
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         inside_B = self._evaluate("test", batch)
         image_BCHW = batch["image"]
-        noise_BCHW = normal(self.seed, STEP_OF_NOISE, "noise", image_BCHW.shape, batch["index"]).to(image_BCHW)
+        noise_BCHW = normal(self.seed, STEP_OF_NOISE, "noise", image_BCHW.shape, index_in(batch, self)).to(image_BCHW)
         outside_B = entropy(self.probabilities(noise_BCHW))
         told_B = torch.cat([torch.zeros_like(inside_B), torch.ones_like(outside_B)]).long()
         self.auroc(torch.cat([inside_B, outside_B]), told_B)
@@ -240,14 +242,3 @@ class SSVI(Method):
         for name, source_k in move(layers, dropped, self.topology.removal).items():
             for parameter in (layers[name].mu, layers[name].rho):
                 reindex(optimizer, parameter, source_k)
-
-
-def _training_image(batch: ImageBatch | ViewsBatch) -> Tensor:
-    """The image, or its one view."""
-    given: Any = batch
-    views = given.get("views")
-    if views is None:
-        return given["image"]
-    if len(views) != 1:
-        raise UserError(f"SSVI trains on one view of each image, not {len(views)}; give views of one")
-    return views[0]

@@ -22,7 +22,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
-from lightspan.nn.image_numbers import index_in, require_places, require_room
+from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
@@ -82,7 +82,7 @@ class DeepCluster(Method):
                 f"prototypes={list(prototypes)} must be one number or more in [1, images={images}], steps={steps} at "
                 f"least 1, and seed={seed} at least 0"
             )
-        self.network = MultiCropNetwork(backbone, projector)
+        self.network, self.num_images = MultiCropNetwork(backbone, projector), images
         for head, count in enumerate(prototypes):
             register_replicated(self, f"prototypes_{head}", unit_length(torch.randn(count, width)))
         register_replicated(self, "memory_GMD", torch.zeros(global_views, images, width))
@@ -93,22 +93,16 @@ class DeepCluster(Method):
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
 
     def setup(self, stage: str) -> None:
-        """Compares the data with the memory, where a data module knows how many training images there are."""
-        if stage != "fit":
-            return
-        count = require_room(getattr(self.trainer, "datamodule", None), self.cluster_HM.shape[1], "DeepCluster")
-        most = max(map(len, self._all_prototypes()))
-        if count is not None and count < most:
+        """Raises: UserError for data with more training images than places, or with fewer than a head has prototypes,
+        where they know how many there are.
+        """
+        super().setup(stage)
+        count, most = training_images(getattr(self.trainer, "datamodule", None)), max(map(len, self._all_prototypes()))
+        if stage == "fit" and count is not None and count < most:
             raise UserError(
                 f"k-means of {most} prototypes needs as many images, and the data have {count} to train on; lower "
                 "model.init_args.prototypes or take more data"
             )
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        if self._trainer is not None and self._trainer.training:
-            require_places(batch, self.cluster_HM.shape[1], "DeepCluster")
-        return batch
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:

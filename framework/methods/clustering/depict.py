@@ -25,12 +25,13 @@ from lightspan.datamodules.batches import ImageBatch
 from lightspan.devices import wide
 from lightspan.distributed import agreed, register_replicated
 from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.method import BetweenEpochs
 from lightspan.nn.clustering.feature_memory import FeatureMemory
-from lightspan.nn.image_numbers import index_in, require_places, require_room
+from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.means import mean, squared_error
+from lightspan.objectives.prototypes import target_distribution
 from lightspan.ranges import require_shares, require_weights
 from lightspan.sharded import local, own_part, whole
 from lightspan.unit_length import unit_length
@@ -40,29 +41,13 @@ FIGURES = ("accuracy", "nmi", "ari")
 PRETRAINING, HARD, SOFT = 0, 1, 2
 
 
-def target_distribution(p_NK: Tensor, power: float = 1.0, balance: float = 0.5) -> Tensor:
-    """q_ik proportional to p_ik^power / (sum_j p_jk)^balance, rows sum to 1, [N K] in float32 or wider.
-
-    Args:
-        p_NK: predictions of all images, rows sum to 1. A cluster that nobody is in stays without a share.
-        power: > 0; above 1 sharpens.
-        balance: >= 0; above 0 large clusters have less.
-    """
-    p_NK = wide(p_NK)
-    least = torch.finfo(p_NK.dtype).tiny
-    sizes_K = p_NK.sum(dim=0).clamp_min(least)
-    # In logarithms: p^2 of a prediction below 1e-23 is zero in float32.
-    logit_NK = power * p_NK.clamp_min(least).log() - balance * sizes_K.log()
-    return logit_NK.masked_fill(p_NK == 0, -torch.inf).softmax(dim=1)
-
-
 def reconstruction_loss(found: list[Tensor], wanted: list[Tensor], layer_weight: float) -> Tensor:
     """Mean squared error of the image, plus `layer_weight` times that of each layer."""
     image, *layers = (squared_error(x, y) for x, y in zip(found, wanted, strict=True))
     return image + layer_weight * torch.stack(layers).sum()
 
 
-class DEPICT(Method):
+class DEPICT(BetweenEpochs):
     """Clusters images without labels. The encoder and the softmax are what is kept.
 
     Batches hold images and their numbers. Of labelled images validation logs val/accuracy by the best matching of
@@ -74,7 +59,7 @@ class DEPICT(Method):
             embeddings and targets.
         clusters: K, >= 2.
         first_share, hard_share: of the run, in [0, 1], the first at most the second.
-        power, balance: of the targets, see `target_distribution`.
+        power, balance: of the targets, see `lightspan.objectives.prototypes.target_distribution`.
         reconstruction: weight of the autoencoder's loss, >= 0; the first stage has it at 1.
         layer_weight: of the layers in that loss, >= 0.
         seed: of k-means.
@@ -83,7 +68,6 @@ class DEPICT(Method):
 
     target_MK: Tensor
     stage: Tensor
-    begun: Tensor
 
     def __init__(
         self,
@@ -111,12 +95,10 @@ class DEPICT(Method):
         nn.init.zeros_(self.head.bias)
         self.first_share, self.hard_share, self.power, self.balance = first_share, hard_share, power, balance
         self.reconstruction, self.layer_weight, self.clusters, self.seed = reconstruction, layer_weight, clusters, seed
-        self.memory = FeatureMemory(images, network.num_features)
+        self.memory, self.num_images = FeatureMemory(images, network.num_features), images
         register_replicated(self, "target_MK", torch.zeros(images, clusters))
         register_replicated(self, "stage", torch.tensor(PRETRAINING))
-        register_replicated(self, "begun", torch.tensor(-1))  # the epoch
         self.evaluated = EvaluatedRows()
-        self.entered = -1  # the epoch; spares a question to the device in each step
 
     @property
     def backbone(self) -> nn.Module:
@@ -124,16 +106,10 @@ class DEPICT(Method):
         return self.network
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            count = require_room(getattr(self.trainer, "datamodule", None), len(self.target_MK), "DEPICT")
-            if count is not None and count < self.clusters:
-                raise UserError(f"DEPICT clusters={self.clusters} needs as many images, and the data have {count}")
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        if self._trainer is not None and self._trainer.training:
-            require_places(batch, len(self.target_MK), "DEPICT")
-        return batch
+        super().setup(stage)
+        count = training_images(getattr(self.trainer, "datamodule", None))
+        if stage == "fit" and count is not None and count < self.clusters:
+            raise UserError(f"DEPICT clusters={self.clusters} needs as many images, and the data have {count}")
 
     def assignments(self, batch: Any) -> Tensor:
         """Clean predictions, [B K]."""
@@ -156,16 +132,8 @@ class DEPICT(Method):
     def after_optimizer_step(self) -> None:
         self.memory.follow()
 
-    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
-        if self.current_epoch > self.entered:
-            self.enter(self.current_epoch)
-
     def enter(self, epoch: int) -> None:
-        """The next stage or the next targets, once for each epoch; in a run that resumes within it it has happened."""
-        self.entered = epoch
-        if epoch <= int(self.begun):
-            return
-        self.begun.fill_(epoch)
+        """The next stage, or the next targets."""
         known_N, share = self.memory.known(), self.share_of_run()
         if self.stage == PRETRAINING and share >= self.first_share and len(known_N) >= self.clusters:
             self.start_clusters(known_N)
@@ -202,13 +170,11 @@ class DEPICT(Method):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self.evaluated.log(self, "val", FIGURES, _matched)
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self.evaluated.log(self, "test", FIGURES, _matched)
 
-    def _report(self, stage: str) -> None:
-        if self.trainer.sanity_checking:
-            self.evaluated.clear()
-        found = self.evaluated.score(FIGURES, lambda p_NK, label_N: agreement(p_NK.argmax(dim=1), label_N))
-        self.log_dict({f"{stage}/{name}": figure for name, figure in found.items()})
+
+def _matched(p_NK: Tensor, label_N: Tensor) -> dict[str, float]:
+    return agreement(p_NK.argmax(dim=1), label_N)

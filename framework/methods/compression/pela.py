@@ -20,6 +20,7 @@ from lightspan.nn.copies import copied
 from lightspan.nn.labels import labels_of
 from lightspan.nn.taps import blocks_of, tapped
 from lightspan.nn.teachers.frozen import Frozen
+from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
 from lightspan.sharded import whole
@@ -74,12 +75,12 @@ class PELA(Method):
         return self.head(self.backbone(image_BCHW))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        uncut: list[Tensor] = []
+        uncut, image_BCHW = list[Tensor](), image_of(batch, "PELA")
         if self.alpha or self.beta:
             with tapped(blocks_of(self.original, self.hidden)) as uncut:
-                target_BK = self.teacher(batch["image"])
+                target_BK = self.teacher(image_BCHW)
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
-            logits_BK = self(batch["image"])
+            logits_BK = self(image_BCHW)
         weighted = {"task": (1.0, self.task_loss(logits_BK, labels_of(batch, "PELA")))}
         if self.alpha:
             weighted["features"] = (self.alpha, feature_distillation(cut, uncut))

@@ -13,64 +13,46 @@ image; target pixels have the teacher's answers, weighted by the share of pixels
 As in the authors' code the teacher keeps what it took from undone steps, and the same images serve virtual and real
 steps, each with a mixture of its own. Theirs differs: wide steps have batches of their own, deep ones average theta
 before the next step and not after this one, moments and running statistics stay where virtual steps leave them
-(`keep_moments` does so with moments), and colours of mixtures are jittered. ImageNet's feature distance and rare
-classes are left out.
+(`keep_moments` does so with moments), mixtures are blurred and their colours jittered, and the first and last rows of
+Cityscapes have no weight. ImageNet's feature distance, rare classes and the semi-supervised form are left out.
 Shapes: B batch of this rank, C H W image, F width of maps, K classes.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
+from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
+from lightspan.nn.samples import require_classes
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.nn.views import require_fields
+from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
 from lightspan.objectives.means import mean
+from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
 from lightspan.ranges import require_shares
-
-UNLABELLED = -1
-
-
-class PseudoLabels(NamedTuple):
-    """Answers int64 [B H W], and of each image the share of pixels with a sure one, [B]."""
-
-    label_BHW: Tensor
-    sure_B: Tensor
-
-
-def pseudo_labels(logits_BKHW: Tensor, confidence: float) -> PseudoLabels:
-    """The most likely class of each pixel, and how many of an image's are likelier than `confidence`."""
-    likely_BHW, label_BHW = wide(logits_BKHW).softmax(dim=1).max(dim=1)
-    return PseudoLabels(label_BHW, (likely_BHW > confidence).flatten(1).to(likely_BHW.dtype).mean(dim=1))
-
-
-def pixel_cross_entropy(logits_BKHW: Tensor, label_BHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
-    """Mean over all pixels of weight * cross-entropy; a label below 0 gives 0. 0 without images."""
-    loss_BHW = F.cross_entropy(
-        wide(logits_BKHW), label_BHW.clamp_min(UNLABELLED), ignore_index=UNLABELLED, reduction="none"
-    )
-    return mean(loss_BHW if weight_BHW is None else weight_BHW * loss_BHW)
 
 
 class FST(Method):
     """Labels pixels of one domain with masks, and learns to do so in another without. The student is what is kept.
 
     A batch is a `lightspan.datamodules.batches.DomainsBatch`: `image`, `semantic`, `target_image` and `index`; with a
-    `target_semantic` the accuracy of pseudo-labels is logged. Virtual steps are the run's own optimiser's, without
-    clipping, on the first micro-batch of a step. With the weights go back running statistics and the optimiser's state.
-    What a step that is skipped would have given the teacher is dropped. Weights must be whole on each rank.
+    `target_semantic` the accuracy of pseudo-labels is logged. Pixels below 0 have no class: they are not learned,
+    pasted or counted. Validation logs val/pixel_accuracy and val/mean_iou of the target, the latter over the classes
+    that it or an answer has. Virtual steps are the run's own optimiser's, without clipping, on the first micro-batch of
+    a step. With the weights go back running statistics and the optimiser's state. What a step that is skipped would
+    have given the teacher is dropped. Weights must be whole on each rank.
 
     Args:
         backbone: [B C H W] -> maps [B F H W] of the images' size, with `num_features` F; probes read their mean.
@@ -110,12 +92,27 @@ class FST(Method):
             raise UserError(
                 f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"
             )
-        self.student = nn.Sequential(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
+        self.student = PixelClassifier(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
         self.teacher = EMATeacher(self.student)
         self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
         self.momentum, self.momentum_warmup = momentum, momentum_warmup
         self.classes, self.confidence, self.seed = num_classes, confidence, seed
+        settings: dict[str, Any] = {"num_classes": num_classes, "ignore_index": -1, "validate_args": False}
+        self.scores = MetricCollection(
+            {
+                "pixel_accuracy": MulticlassAccuracy(average="micro", **settings),
+                "mean_iou": MulticlassJaccardIndex(average="macro", **settings),
+            },
+            prefix="val/",
+            compute_groups=False,
+        )
         self.ahead: tuple[int, list[Tensor]] | None = None  # a step, and the teacher of its future
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Mapping) and "semantic" in batch:
+            require_classes(batch["semantic"], self.classes, "FST")
+        return batch
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits [B K H W]."""
@@ -126,10 +123,12 @@ class FST(Method):
 
     @torch.compiler.disable  # weights change under its feet
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        require_masks(batch)
-        if self.ahead is None or self.ahead[0] != self.global_step:
-            self.ahead = self.global_step, self.look_ahead(batch)
-        figures = self.losses(batch, self.ahead[1], self.virtual_steps)
+        require_domains(batch, "FST")
+        ahead = self.ahead
+        if ahead is None or ahead[0] != self.global_step:
+            ahead = self.global_step, self.look_ahead(batch)
+        self.ahead = ahead if self._optimizers() else None
+        figures = self.losses(batch, ahead[1], self.virtual_steps)
         self.log_training(figures)
         return figures["train/loss"]
 
@@ -140,11 +139,12 @@ class FST(Method):
             teacher: phi, weights and buffers.
             number: of the virtual step, from 0; `virtual_steps` is the real one.
         """
-        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"]
+        image_BCHW, target_BCHW, label_BHW = batch["image"], batch["target_image"], batch["semantic"].long()
         names = [name for name, _ in (*self.student.named_parameters(), *self.student.named_buffers())]
+        self.teacher.require_wide()
         with torch.no_grad():
             answers = functional_call(self.teacher.module, dict(zip(names, teacher, strict=True)), (target_BCHW,))
-        pseudo = pseudo_labels(answers, self.confidence)
+        pseudo = pixel_labels(answers, self.confidence)
         draw = self.global_step * (self.virtual_steps + 1) + number
         pasted_BHW = pasted_pixels(label_BHW, self.classes, index_in(batch, self), self.seed, draw)
         mixed_BCHW = torch.where(pasted_BHW[:, None], image_BCHW, target_BCHW)
@@ -155,14 +155,16 @@ class FST(Method):
         figures = {"train/loss": source + mixed, "train/source_nats": source, "train/mixed_nats": mixed}
         figures["train/sure"] = mean(pseudo.sure_B)
         if "target_semantic" in batch:
-            figures["train/pseudo_accuracy"] = mean((pseudo.label_BHW == batch["target_semantic"]).float())
+            known_BHW = batch["target_semantic"] >= 0
+            right_BHW = known_BHW & (pseudo.label_BHW == batch["target_semantic"])
+            figures["train/pseudo_accuracy"] = right_BHW.sum() / known_BHW.sum().clamp_min(1)
         return figures
 
     def look_ahead(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """The teacher of the future: weights and buffers. Student, teacher and, without `keep_moments`, the optimiser
-        are afterwards what they were. Where there is no optimiser, as in `lightspan plan`, the present teacher.
+        are afterwards what they were. Where there is no run, as in `lightspan plan`, the present teacher.
         """
-        optimizers = self.trainer.optimizers if self._trainer is not None else []
+        optimizers = self._optimizers()
         if not self.virtual_steps or not optimizers:
             return copies(self.teacher.module)
         (optimizer,) = optimizers
@@ -189,32 +191,18 @@ class FST(Method):
         self.teacher.follow(self.student, self._momentum())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        right = mean((self(batch["target_image"]).argmax(dim=1) == batch["target_semantic"]).float())
-        self.log_dict(
-            {"val/pixel_accuracy": right}, batch_size=len(batch["target_image"]), sync_dist=True, prog_bar=True
-        )
+        answer_BHW = self(batch["target_image"]).argmax(dim=1)
+        self.scores.update(answer_BHW, batch["target_semantic"])
+        self.log_dict(self.scores, prog_bar=True)
 
     def configure_model(self) -> None:
         if self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy):
             raise UserError("FST takes steps that are undone, with whole weights; train with trainer.strategy=ddp")
         super().configure_model()
 
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of a run; none where steps are only tried or counted, which are not followed by the next one."""
+        return self.trainer.optimizers if self._trainer is not None and self.trainer.training else []
+
     def _momentum(self) -> float:
         return min(self.momentum, 1 - 1 / (self.global_step + 1)) if self.momentum_warmup else self.momentum
-
-
-def require_masks(batch: Any) -> None:
-    """Raises: UserError for a batch without images of both domains or without a class for each pixel of the first."""
-    require_fields(batch, "FST")
-    lacking = [name for name in ("image", "semantic", "target_image", "index") if name not in batch]
-    if lacking:
-        raise UserError(
-            f"FST needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data of "
-            "two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
-        )
-    image, label, target = batch["image"], batch["semantic"], batch["target_image"]
-    if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:
-        raise UserError(
-            "FST needs a whole number for each pixel and images of both domains of one size, and this batch has image "
-            f"{[*image.shape]}, semantic {label.dtype} {[*label.shape]} and target_image {[*target.shape]}"
-        )

@@ -36,6 +36,7 @@ from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_predictor, require_projector, require_width
 from lightspan.objectives.info_nce import paired_info_nce
+from lightspan.objectives.means import weighted_sum
 from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
 from lightspan.ranges import require_shares, require_temperatures, require_weights
@@ -146,8 +147,7 @@ class MMC(Method):
             "distillation": self.distillation(seen.scores_NK, taught.scores_NK, masked.weight_N),
             "contrast": self.contrast(seen.z_RE, taught.z_RE),
         }
-        loss = sum(self.weights[name] * figure for name, figure in figures.items())
-        assert isinstance(loss, Tensor)
+        loss = weighted_sum(figures, self.weights)
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
 

@@ -17,6 +17,8 @@ from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sums
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.samples import require_fields
+from lightspan.nn.views import pictures
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.unit_length import unit_length
 
@@ -52,7 +54,8 @@ class SimSiam(Method):
         self.backbone, self.projector, self.predictor = backbone, projector, predictor
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch.get("views", ()))
+        require_fields(batch, "SimSiam")
+        loss = self.loss(pictures(batch.get("views", ()), "SimSiam"))
         self.log_training({"train/loss": loss}, prog_bar=True)
         return loss
 

@@ -20,6 +20,7 @@ from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.labels import labels_of
+from lightspan.nn.views import image_of
 from lightspan.objectives.diffusion import (
     add_noise,
     cosine_kept,
@@ -88,7 +89,7 @@ class DenoisingDiffusion(Method):
         return torch.where(told_B, label_B, self.num_classes) if self.num_classes else None
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        image_BCHW = batch["image"]
+        image_BCHW = image_of(batch, "DenoisingDiffusion")
         rows, device = len(image_BCHW), image_BCHW.device
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
         level_B = torch.randint(len(self.kept_T), (rows,)).to(device)
@@ -98,11 +99,16 @@ class DenoisingDiffusion(Method):
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.log("val/loss", self.held_out_loss(batch, batch_idx), batch_size=len(batch["image"]), sync_dist=True)
+        self.log(
+            "val/loss",
+            self.held_out_loss(batch, batch_idx),
+            batch_size=len(image_of(batch, "DenoisingDiffusion")),
+            sync_dist=True,
+        )
 
     def held_out_loss(self, batch: ImageBatch, batch_idx: int, told: bool = True) -> Tensor:
         """Mean loss at ten levels spread evenly, with noise that is the same in every call for the same `batch_idx`."""
-        image_BCHW = batch["image"]
+        image_BCHW = image_of(batch, "DenoisingDiffusion")
         generator = torch.Generator().manual_seed(VALIDATION_SEED + batch_idx)
         losses = []
         for level in self.spread(VALIDATION_LEVELS):

@@ -16,6 +16,8 @@ from lightspan.datamodules.batches import ImageTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.grad_cache import in_chunks
+from lightspan.nn.sequences.texts import captions_of
+from lightspan.nn.views import image_of
 from lightspan.objectives.info_nce import paired_info_nce
 
 
@@ -65,8 +67,8 @@ class CLIP(Method):
         return self.encoders.encode_image(batch["image"])
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> Tensor:
-        image_BD = in_chunks(self.encoders.encode_image, self.chunk, batch["image"])
-        text_BD = in_chunks(self.encoders.encode_text, self.chunk, batch["tokens"], batch["mask"])
+        image_BD = in_chunks(self.encoders.encode_image, self.chunk, image_of(batch, "CLIP"))
+        text_BD = in_chunks(self.encoders.encode_text, self.chunk, *captions_of(batch, "CLIP")[:2])
         loss = clip_loss(image_BD, text_BD, 1 / self.encoders.scale)
         self.log_training({"train/loss_nats": loss, "train/scale": self.encoders.scale}, prog_bar=True)
         return loss

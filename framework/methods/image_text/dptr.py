@@ -20,6 +20,7 @@ from lightspan.method import Method
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.image_numbers import image_numbers, index_in
+from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.teachers.frozen import Frozen
 from lightspan.nn.widths import require_width
 from lightspan.objectives.letters import permuted_letter_loss, reading_scores
@@ -54,11 +55,14 @@ class DPTR(Method):
 
     def features(self, batch: Any) -> Tensor:
         """What the text encoder says of the words' sentences, [B w]: of pictures this method knows nothing."""
-        return self.memory(batch["tokens"], batch["mask"])[:, 0]
+        return self._memory(batch)[:, 0]
+
+    def _memory(self, batch: Any) -> Tensor:
+        return self.memory(*captions_of(batch, "DPTR")[:2])
 
     def memories(self, batch: Any) -> Tensor:
         """M' of a step, [B M w]."""
-        memory_BMw = self.memory(batch["tokens"], batch["mask"])
+        memory_BMw = self._memory(batch)
         if self.noise is None:
             return memory_BMw
         return self.noise(memory_BMw, self.global_step, image_numbers(index_in(batch, self)))
@@ -76,6 +80,6 @@ class DPTR(Method):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         letters_BT = letters_of(batch, self.decoder, "DPTR")
-        found_BT = self.decoder.read(self.memory(batch["tokens"], batch["mask"]))
+        found_BT = self.decoder.read(self._memory(batch))
         figures = {f"val/{name}": value for name, value in reading_scores(found_BT, letters_BT).items()}
         self.log_dict(figures, batch_size=len(letters_BT), prog_bar=True, sync_dist=True)

@@ -11,18 +11,17 @@ M images are mixed patch by patch into one grid, which the encoder sees once. Of
 - L_labels: cross-entropy of a linear layer on that mean;
 - L = dense L_dense + captions L_captions + labels L_labels. A term is a mean over the images that have its target.
 A reading of section 3.3: the decoder is told which image to guess by getting the tokens of that image alone (and the
-prefix tokens of all), and the target is the same view of it, whole. Left out: targets from another view.
+prefix tokens of all), and the target is the same view of it, whole. Left out: targets from another view. Weights are
+fixed: standardised targets keep L_dense near 1 at the start, beside log N and log classes of the two others.
 Shapes: B images of this rank, M sources, R mixtures, C h w image, T patches, P prefix tokens, D width, E common width,
 K places that show a source, A others, o numbers of a dense target.
 """
 
 import math
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.datamodules.batches import PartlyLabelledBatch
@@ -34,78 +33,17 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import known_rows, labels_of
 from lightspan.nn.masking.patch_mix import Mixtures, PatchMix
 from lightspan.nn.parts import part
-from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.texts import captions_of
-from lightspan.nn.sequences.token_backbone import AllTokens, require_tokens
-from lightspan.nn.teachers.ema import EMATeacher
+from lightspan.nn.sequences.token_backbone import patch_tokens, require_tokens
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_width, require_width, settle_outputs
 from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.info_nce import paired_info_nce
-from lightspan.objectives.masked import normalised_patches
-from lightspan.objectives.means import known_mean
-from lightspan.optim.schedules import TeacherMomentum
+from lightspan.objectives.means import known_mean, weighted_sum
 from lightspan.ranges import require_weights
+from lightspan.targets import DenseTarget, MomentumFeatures
 from lightspan.unit_length import unit_length
-
-
-class DenseTarget(nn.Module, ABC):
-    """What an image is at each place, [B C h w] -> [B T o], without gradients."""
-
-    @abstractmethod
-    def prepare(self, backbone: nn.Module) -> int:
-        """Called once with the encoder that learns; gives o."""
-
-    @abstractmethod
-    def follow(self, backbone: nn.Module, share: float) -> None:
-        """Called after each step, with the share of the run that was done before it."""
-
-
-class MomentumFeatures(DenseTarget):
-    """Tokens of an encoder that follows the one that learns, each at mean 0 and variance 1.
-
-    Args:
-        momentum, final_momentum: in [0, 1], on a half cosine over the run.
-    """
-
-    def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0) -> None:
-        super().__init__()
-        self.momentum = TeacherMomentum(momentum, final_momentum)
-
-    def prepare(self, backbone: nn.Module) -> int:
-        tokens = require_tokens(backbone, "M3I")
-        self.teacher, self.prefix = EMATeacher(AllTokens(backbone)), tokens.num_prefix_tokens
-        return tokens.num_features
-
-    def forward(self, image_BChw: Tensor) -> Tensor:
-        tokens_BTD = wide(self.teacher(image_BChw)[:, self.prefix :])
-        return F.layer_norm(tokens_BTD, tokens_BTD.shape[-1:])
-
-    def follow(self, backbone: nn.Module, share: float) -> None:
-        self.teacher.follow(AllTokens(backbone), self.momentum(share))
-
-
-class Pixels(DenseTarget):
-    """Pixels of each patch: with one source, MAE's.
-
-    Args:
-        normalise: whether patch by patch.
-    """
-
-    def __init__(self, normalise: bool = True) -> None:
-        super().__init__()
-        self.normalise = normalise
-
-    def prepare(self, backbone: nn.Module) -> int:
-        self.patch_shape = require_tokens(backbone, "M3I").patch_shape
-        return math.prod(self.patch_shape)
-
-    def forward(self, image_BChw: Tensor) -> Tensor:
-        patches_BTd = patchify(image_BChw, self.patch_shape[:2])
-        return normalised_patches(patches_BTd) if self.normalise else wide(patches_BTd)
-
-    def follow(self, backbone: nn.Module, share: float) -> None:
-        """Nothing changes."""
 
 
 class M3I(Method):
@@ -119,7 +57,7 @@ class M3I(Method):
             token, which sees all images of a mixture; probes read the mean of its patches.
         decoder: of the dense target, whose numbers o it may leave open (`out_features`).
         categories: [B D] -> logits [B classes]; None trains without labels.
-        target: None is `MomentumFeatures()`.
+        target: see `lightspan.targets`; None is `MomentumFeatures()`.
         mix: None mixes two images.
         dense, captions, labels: weights of the losses, each >= 0.
         most_scale: largest 1 / temperature of captions, at least 1.
@@ -153,6 +91,7 @@ class M3I(Method):
             )
         self.encoders, self.decoder, self.categories = encoders, decoder, categories
         self.target, backbone = target or MomentumFeatures(), encoders.image
+        require_tokens(backbone, "M3I")
         numbers = self.target.prepare(backbone)
         require_width(backbone, "decoder.in_features", decoder.in_features)
         settle_outputs(decoder, numbers)
@@ -168,7 +107,7 @@ class M3I(Method):
 
     def features(self, batch: Any) -> Tensor:
         """The mean over the patches of whole images, [B D]."""
-        return self.backbone.tokens(image_of(batch, "M3I"))[:, self.backbone.num_prefix_tokens :].mean(dim=1)
+        return patch_tokens(self.backbone, image_of(batch, "M3I")).mean(dim=1)
 
     def embeddings(self, batch: Any) -> Tensor:
         """Of whole images, in the common space, [B E]."""
@@ -209,7 +148,7 @@ class M3I(Method):
 
     def training_step(self, batch: PartlyLabelledBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
-        loss = torch.stack([self.weights[name] * each for name, each in losses.items()]).sum()
+        loss = weighted_sum(losses, self.weights)
         figures = {f"train/{name}": each for name, each in losses.items()}
         self.log_training({"train/loss": loss, "train/scale": self.encoders.scale} | figures)
         return loss

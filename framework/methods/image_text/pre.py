@@ -23,6 +23,7 @@ from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.labels import labels_of
+from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
 
@@ -176,7 +177,7 @@ class PRE(Method):
         place_C = torch.zeros(int(self.num_classes or 0), dtype=torch.int64, device=self.device)
         place_C[self._base()] = torch.arange(len(self._base()), device=self.device)
         label_B = place_C[labels_of(batch, "PRE")]
-        logits_BC = self.logits(batch["image"], self.class_rows(self._base()))
+        logits_BC = self.logits(image_of(batch, "PRE"), self.class_rows(self._base()))
         loss, accuracy = label_cross_entropy(logits_BC, label_B), share_right(logits_BC, label_B)
         self.log_training({"train/loss_nats": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
@@ -187,7 +188,7 @@ class PRE(Method):
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         if self._rows_CD is None:  # in a step, where sharded encoders are gathered
             self._rows_CD = self.class_rows()
-        logits_BC = self.logits(batch["image"], self._rows_CD)
+        logits_BC = self.logits(image_of(batch, "PRE"), self._rows_CD)
         is_base_C = torch.zeros(logits_BC.shape[1], dtype=torch.bool, device=logits_BC.device)
         is_base_C[self._base()] = True
         label_B = labels_of(batch, "PRE")

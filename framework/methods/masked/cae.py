@@ -24,7 +24,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler
-from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
+from lightspan.nn.sequences.token_backbone import patch_tokens, require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.classes import label_cross_entropy
@@ -83,8 +83,7 @@ class CAE(Method):
 
     def patch_features(self, image_BChw: Tensor, keep_BK: Tensor) -> Tensor:
         """What the encoder says of these patches, of which it sees no others: [B K w]."""
-        backbone = require_tokens(self.backbone, "CAE")
-        return backbone.tokens(image_BChw, keep_BK=keep_BK)[:, backbone.num_prefix_tokens :]
+        return patch_tokens(self.backbone, image_BChw, keep_BK=keep_BK)
 
     def predict(self, image_BChw: Tensor, see_BK: Tensor, hide_BM: Tensor) -> Tensor:
         """The features of the hidden patches as the visible ones let expect them, [B M w]."""

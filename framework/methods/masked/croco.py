@@ -6,8 +6,11 @@ view and all of the second; a decoder guesses the hidden ones by looking at the 
 The loss is MAE's, on hidden patches normalised by themselves.
 What it trains serves two kinds of tasks: on single pictures the encoder alone, on pairs (flow, disparity, pose) encoder
 and decoder with nothing hidden.
+Two transforms of one photograph make poor pairs, as the network fits the transform (the paper's table 2); see
+`lightspan.methods.masked.cropmae` for crops that serve.
 Difference from the authors' code: the linear layer after the decoder runs on hidden patches alone, which are all that
-the loss reads; and masks are functions of seed, step and pair.
+the loss reads; masks are functions of seed, step and pair; and where nine tenths are no whole number the count of those
+that stay is rounded to the nearest, theirs upwards, which is the same for 196.
 Shapes: B pairs of this rank, C h w image, H W grid of T patches, K visible and M hidden ones, P prefix tokens, D width
 of the encoder, w of the decoder, d = p q C numbers of a patch.
 """
@@ -18,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.datamodules.batches import PairBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
-from lightspan.nn.masking.hidden_patches import HiddenPatches
+from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.nn.views import require_one_size, views_of
-from lightspan.objectives.masked import patch_regression
+from lightspan.objectives.masked import denormalised_patches, patch_regression
 
 
 class CroCo(Method):
@@ -98,14 +102,30 @@ class CroCo(Method):
             )
         return hidden
 
+    def reconstruct(self, batch: PairBatch) -> Reconstruction:
+        """See `lightspan.nn.masking.hidden_patches`. Normalised guesses get the brightness and contrast of what was
+        hidden.
+        """
+        first_BChw, second_BChw = _pair(batch)
+        hidden = self.hidden(first_BChw, index_in(batch, self))
+        guess_BMd = self.guess(first_BChw, second_BChw, hidden.see_BK, hidden.hide_BM)
+        found = hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
+        return found._replace(other_BChw=second_BChw)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        first_BChw, second_BChw = views = views_of(batch, "CroCo", 2)
-        require_one_size(views, "CroCo")
+        first_BChw, second_BChw = _pair(batch)
         hidden = self.hidden(first_BChw, index_in(batch, self))
         guess_BMd = self.guess(first_BChw, second_BChw, hidden.see_BK, hidden.hide_BM)
         loss = patch_regression(guess_BMd, hidden.pixels(), self.normalise)
         self.log_training({"train/loss": loss})
         return loss
+
+
+def _pair(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Both views. Raises: UserError for another number of views, or two sizes."""
+    views = views_of(batch, "CroCo", 2)
+    require_one_size(views, "CroCo")
+    return views
 
 
 def _paired(batch: Any) -> bool:

@@ -37,6 +37,7 @@ from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import crossed_info_nce
 from lightspan.objectives.masked import hidden_absolute_error
+from lightspan.objectives.means import weighted_sum
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.ranges import require_temperatures, require_weights
 
@@ -121,7 +122,7 @@ class SiT(Method):
             "contrast": crossed_info_nce(student.z_BE.tensor_split(2), taught.z_BE.tensor_split(2), self.temperature),
             "reconstruction": hidden_absolute_error(self.pixels(student.patches_BTD, grid), clean_RChw, hidden_R1hw),
         }
-        loss = torch.stack([self.weights[name] * figure for name, figure in figures.items()]).sum()
+        loss = weighted_sum(figures, self.weights)
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in figures.items()})
         return loss
 

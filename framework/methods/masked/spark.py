@@ -68,7 +68,14 @@ class SparK(Method):
         image_BChw = torch.zeros(1, self.decoder.in_chans, cell, cell, device=first.device, dtype=first.dtype)
         self.backbone.eval()
         with torch.no_grad():
-            unused = require_sparse(self.backbone, lambda: found.extend(self._dense_maps(image_BChw)))
+            try:
+                unused = require_sparse(self.backbone, lambda: found.extend(self._dense_maps(image_BChw)))
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(
+                    f"{type(self.backbone).__name__} does not see an image of one cell, {cell} x {cell} pixels with "
+                    f"{self.decoder.in_chans} channels ({' '.join(str(error).split())[:200]}); set decoder.cell to the "
+                    "stride of its last map, and decoder.in_chans to the channels that it takes"
+                ) from error
         for module, training in modes:
             module.training = training
         given, sides = [x.shape[1] for x in found], [x.shape[2] for x in found]
@@ -94,6 +101,7 @@ class SparK(Method):
             return self._dense_maps(active.alone(image_BChw))
 
     def hidden(self, image_BChw: Tensor, index_B: Tensor) -> HiddenPatches:
+        """The cells that this step hides. Raises: UserError for images that cells do not divide."""
         cell = self.decoder.cell
         height, width = grid_of(image_BChw.shape[2:], (cell, cell))
         masks_BHW = self.masks.draw((height, width), self.global_step, image_numbers(index_B))

@@ -24,10 +24,10 @@ from lightspan.analysis.knn import recall_at_one
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.distributed import agreed, register_replicated
 from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.method import BetweenEpochs
 from lightspan.nn.clustering.feature_memory import FeatureMemory
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
-from lightspan.nn.image_numbers import index_in, require_places, require_room
+from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.labels import labels_of
 from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.views import image_of
@@ -38,9 +38,10 @@ from lightspan.ranges import require_shares, require_weights
 from lightspan.unit_length import unit_length
 
 STARTS, STEPS = 5, 20  # of k-means
+FIGURES = ("nmi", "recall_at_1")
 
 
-class ADSL(Method):
+class ADSL(BetweenEpochs):
     """Trains a backbone and an embedding in which images of a class are near one another.
 
     Batches hold labelled images, or one view of each, and their numbers. With `data.init_args.per_class` each batch is
@@ -67,7 +68,6 @@ class ADSL(Method):
     importance_D: Tensor
     best_nmi: Tensor
     best_epoch: Tensor
-    begun: Tensor
     may_split: Tensor
     tuning: Tensor
 
@@ -101,36 +101,29 @@ class ADSL(Method):
         self.boundary, self.margin, self.cutoff = boundary, margin, cutoff
         self.patience, self.least_width, self.least_kept = patience, least_width, least_kept
         self.threshold, self.recluster_every, self.tune_from = threshold, recluster_every, tune_from
-        self.memory = FeatureMemory(images, head.in_features)
+        self.memory, self.num_images = FeatureMemory(images, head.in_features), images
         register_replicated(self, "cluster_M", torch.zeros(images, dtype=torch.int64))
         register_replicated(self, "importance_D", torch.zeros(head.out_features))
         register_replicated(self, "best_nmi", torch.zeros(()))
         register_replicated(self, "best_epoch", torch.tensor(-1))
-        register_replicated(self, "begun", torch.tensor(-1))  # the epoch
         register_replicated(self, "may_split", torch.tensor(True))
         register_replicated(self, "tuning", torch.tensor(False))
         self.scores = OfStep[Tensor]()
         self.evaluated = EvaluatedRows()
-        self.entered = -1  # the epoch; spares a question to the device in each step
 
     def configure_model(self) -> None:
         self.require_whole("draws rows of a whole embedding anew")
 
     def setup(self, stage: str) -> None:
         """Gives the data the clusters of which they make batches, where they have a place for them."""
+        super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and require_room(data, len(self.cluster_M), "ADSL") and hasattr(data, "clusters"):
+        if stage == "fit" and training_images(data) and hasattr(data, "clusters"):
             data.clusters = self.clusters_in
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        if self._trainer is not None and self._trainer.training:
-            require_places(batch, len(self.cluster_M), "ADSL")
-        return batch
 
     def clusters_in(self, epoch: int) -> np.ndarray:
         """The cluster of each training image; the loader asks when an epoch begins."""
-        self.enter(epoch)
+        self.begin(epoch)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return self.cluster_M[: len(data.train)].cpu().numpy()
 
@@ -155,20 +148,8 @@ class ADSL(Method):
         self.memory.follow()
         self.importance_D += torch.stack(self.scores.take()).sum(dim=0)
 
-    def on_train_batch_start(self, batch: ImageBatch, batch_idx: int) -> None:
-        if self.current_epoch > self.entered:
-            self.enter(self.current_epoch)
-
-    @torch.no_grad()
     def enter(self, epoch: int) -> None:
-        """What happens between epochs, once for each: a split or the tuning, and new clusters.
-
-        In a run that resumes within the epoch it has happened: the buffers know.
-        """
-        self.entered = epoch
-        if epoch <= int(self.begun):
-            return
-        self.begun.fill_(epoch)
+        """A split or the tuning, and new clusters."""
         was_tuning = bool(self.tuning)
         self.tuning.fill_(self.share_of_run() >= self.tune_from)
         stalled = bool(self.may_split) and epoch > int(self.best_epoch) + self.patience
@@ -209,20 +190,14 @@ class ADSL(Method):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking:
-            self.evaluated.clear()
-        found = self.evaluated.score(("nmi", "recall_at_1"), self.retrieval)
-        if not found:
-            return
-        self.log_dict({f"val/{name}": figure for name, figure in found.items()}, prog_bar=True)
-        if found["nmi"] > self.best_nmi:
+        found = self.evaluated.log(self, "val", FIGURES, self.retrieval, prog_bar=True)
+        if found and found["nmi"] > self.best_nmi:
             self.best_nmi.copy_(found["nmi"])
             self.best_epoch.fill_(self.current_epoch)
             self.may_split.fill_(True)
 
     def on_test_epoch_end(self) -> None:
-        found = self.evaluated.score(("nmi", "recall_at_1"), self.retrieval)
-        self.log_dict({f"test/{name}": figure for name, figure in found.items()})
+        self.evaluated.log(self, "test", FIGURES, self.retrieval)
 
     def retrieval(self, z_ND: Tensor, label_N: Tensor) -> dict[str, float]:
         """How well k-means of all slices finds the classes, and how often the nearest image is of the same class."""

@@ -25,7 +25,12 @@ from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, require_seen_and_hidden
 from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import unpatchify
-from lightspan.nn.sequences.token_backbone import PatchMeanNetwork, require_tokens, settle_patch_decoder
+from lightspan.nn.sequences.token_backbone import (
+    PatchMeanNetwork,
+    patch_tokens,
+    require_tokens,
+    settle_patch_decoder,
+)
 from lightspan.nn.tags import tags_of
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first, views_of
@@ -33,6 +38,7 @@ from lightspan.nn.widths import given_width, require_projector, require_width
 from lightspan.objectives.asymmetric import asymmetric_loss, require_asymmetry
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.masked import hidden_absolute_error
+from lightspan.objectives.means import weighted_sum
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.ranges import require_temperatures, require_weights
 
@@ -98,7 +104,7 @@ class HeuristicMTL(Method):
     def features(self, batch: Any) -> Tensor:
         """The mean over patches, [B D]."""
         image_BChw = batch["image"] if "image" in batch else views_of(batch, "HeuristicMTL")[0]
-        return self.backbone.tokens(image_BChw)[:, self.backbone.num_prefix_tokens :].mean(dim=1)
+        return patch_tokens(self.backbone, image_BChw).mean(dim=1)
 
     def hidden(self, image_BChw: Tensor, index_B: Tensor) -> Tensor:
         """Which patches this step hides, bool [B H W]."""
@@ -135,7 +141,7 @@ class HeuristicMTL(Method):
 
     def training_step(self, batch: TaggedViewsBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch)
-        loss = torch.stack([self.weights[name] * each for name, each in losses.items()]).sum()
+        loss = weighted_sum(losses, self.weights)
         self.log_training({"train/loss": loss} | {f"train/{name}": each for name, each in losses.items()})
         return loss
 

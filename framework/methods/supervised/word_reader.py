@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import WordBatch
+from lightspan.datamodules.batches import ReadingBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.heads.attention_pool import FeatureMerge
 from lightspan.nn.sequences.token_backbone import require_tokens
+from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.letters import permuted_letter_loss, reading_scores
 
@@ -65,15 +66,16 @@ class WordReader(Method):
         letters_of(batch, self.decoder, "WordReader")
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: WordBatch, batch_idx: int) -> Tensor:
-        letters_BT, memory_BMD = letters_of(batch, self.decoder, "WordReader"), self.memories(batch["image"])
+    def training_step(self, batch: ReadingBatch, batch_idx: int) -> Tensor:
+        letters_BT = letters_of(batch, self.decoder, "WordReader")
+        memory_BMD = self.memories(image_of(batch, "WordReader"))
         logits_KBSC = self.decoder.in_orders(memory_BMD, letters_BT, self.orders, self.global_step)
         loss = permuted_letter_loss(logits_KBSC, letters_BT)
         self.log_training({"train/loss_nats": loss})
         return loss
 
-    def validation_step(self, batch: WordBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ReadingBatch, batch_idx: int) -> None:
         letters_BT = letters_of(batch, self.decoder, "WordReader")
-        found_BT = self(batch["image"])
+        found_BT = self(image_of(batch, "WordReader"))
         figures = {f"val/{name}": value for name, value in reading_scores(found_BT, letters_BT).items()}
         self.log_dict(figures, batch_size=len(letters_BT), prog_bar=True, sync_dist=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightspan.devices import has_values
 from lightspan.errors import UserError
+from lightspan.nn.samples import require_fields, require_rows
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 
@@ -201,6 +202,7 @@ def letters_of(batch: Mapping[str, Any], decoder: LetterDecoder, method: str) ->
     Raises: UserError for a batch without them, for words with more places than the decoder has, and on the host for
         numbers that are no letters of its alphabet; to ask an accelerator would wait for it.
     """
+    require_fields(batch, method)
     letters_BT = batch.get("characters")
     if not isinstance(letters_BT, Tensor) or letters_BT.ndim != 2 or letters_BT.dtype != torch.int64:
         raise UserError(
@@ -219,4 +221,5 @@ def letters_of(batch: Mapping[str, Any], decoder: LetterDecoder, method: str) ->
                 f"characters from {least} to {largest} are outside the decoder's alphabet of letters={decoder.letters}"
                 ", which are numbered from 1, with 0 behind the end of a word; give it as many as the data have"
             )
+    require_rows(batch, "characters", method)
     return letters_BT

@@ -1,7 +1,7 @@
 """The patches of images that a step hides: where they are, what they show, and pictures of the guesses.
 
-A method that can show its guesses has `reconstruct(batch)` -> `Reconstruction | None` for an `ImageBatch`, None if its
-targets are no pixels; `lightspan.callbacks.pictures.reconstructions` draws it.
+A method that can show its guesses has `reconstruct(batch)` -> `Reconstruction | None` for an `ImageBatch`, or for the
+two views of a `PairBatch`; None if its targets are no pixels. `lightspan.callbacks.pictures.reconstructions` draws it.
 Shapes: B images, C h w, H W grid of T patches, K visible and M hidden ones, d = p q C numbers of a patch of p x q
 pixels.
 """
@@ -19,13 +19,14 @@ from lightspan.nn.sequences.token_backbone import TokenBackbone
 
 
 class Reconstruction(NamedTuple):
-    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w]; and the same
-    pictures with guesses in the hidden places [B C h w].
+    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w]; the same
+    pictures with guesses in the hidden places [B C h w]; and those that were looked at as a whole, if there are any.
     """
 
     image_BChw: Tensor
     hidden_B1hw: Tensor
     guess_BChw: Tensor
+    other_BChw: Tensor | None = None
 
 
 @dataclass(frozen=True)

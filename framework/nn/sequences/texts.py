@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.nn.labels import known_rows
+from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 
 def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
@@ -16,6 +17,7 @@ def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
         method: its name, for messages.
     Raises: UserError for a batch without a text, from which networks of transformers cannot tell their shapes.
     """
+    require_fields(batch, method)
     tokens_BT: Tensor = batch["tokens"]
     if tokens_BT.shape[0] == 0:  # len() would fix the size of the batch in an exported graph
         raise UserError(
@@ -30,11 +32,21 @@ def captions_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, 
 
     Args:
         method: its name, for messages.
-    Raises: UserError for a batch without captions.
+    Raises: UserError for a batch without captions, or with captions of another kind or shape.
     """
+    require_fields(batch, method)
     if "tokens" not in batch or "mask" not in batch:
         raise UserError(
             f"{method} needs captions, as tokens and mask, and this batch has none (it holds "
             f"{', '.join(sorted(batch))}); give the data a tokenizer, or take data with captions"
         )
-    return batch["tokens"], batch["mask"], known_rows(batch, "caption_known", batch["tokens"])
+    tokens_BT, mask_BT = fields = batch["tokens"], batch["mask"]
+    kinds = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in fields]
+    tensors = all(isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() for x in fields)
+    if not tensors or tokens_BT.dtype not in WHOLE or tokens_BT.shape != mask_BT.shape or not tokens_BT.shape[1]:
+        raise UserError(
+            f"{method} reads captions as tokens and mask, int64 [B, T] of at least one token, and this batch gives "
+            f"{' and '.join(kinds)}; let the tokenizer give both"
+        )
+    require_rows(batch, "tokens", method)
+    return tokens_BT, mask_BT, known_rows(batch, "caption_known", tokens_BT)

@@ -64,6 +64,14 @@ def require_class_token(backbone: nn.Module, method: str) -> TokenBackbone:
     return tokens
 
 
+def patch_tokens(
+    backbone: nn.Module, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None
+) -> Tensor:
+    """`TokenBackbone.tokens` without the prefix, which networks may lack: [B T D], or [B K D] of the kept patches."""
+    tokens_BPD = backbone.tokens(image_BChw, mask_BHW=mask_BHW, keep_BK=keep_BK)  # type: ignore[operator]
+    return tokens_BPD[:, backbone.num_prefix_tokens :]
+
+
 def settle_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -> None:
     """Lets a decoder give as many numbers as a patch of the backbone has, if that was left open, and compares the two.
 
@@ -109,6 +117,7 @@ class ClassTokenNetwork(nn.Module):
         self.backbone, self.projector = backbone, projector
 
     def forward(self, image_BChw: Tensor) -> ClassAndPatches:
+        """Embeddings [B E] and tokens [B T D] of images [B C h w]."""
         tokens_BPD = self.backbone.tokens(image_BChw)  # type: ignore[operator]
         return ClassAndPatches(self.projector(tokens_BPD[:, 0]), tokens_BPD[:, self.backbone.num_prefix_tokens :])
 
@@ -132,8 +141,7 @@ class PatchMeanNetwork(nn.Module):
 
     def forward(self, image_BChw: Tensor, mask_BHW: Tensor | None = None) -> SeenPatches:
         """Arguments as in `TokenBackbone.tokens`."""
-        tokens_BPD = self.backbone.tokens(image_BChw, mask_BHW=mask_BHW)  # type: ignore[operator]
-        patches_BTD = tokens_BPD[:, self.backbone.num_prefix_tokens :]
+        patches_BTD = patch_tokens(self.backbone, image_BChw, mask_BHW)
         mean_BD = patches_BTD.mean(dim=1)
         return SeenPatches(mean_BD, self.projector(mean_BD), patches_BTD)
 

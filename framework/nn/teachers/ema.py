@@ -77,11 +77,17 @@ class EMATeacher(Frozen):
                 buffers[name].copy_(buffer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises: UserError for weights in half precision, in which a momentum near 1 moves nothing."""
+        """Raises: as `require_wide`."""
+        self.require_wide()
+        return super().forward(*args, **kwargs)
+
+    def require_wide(self) -> None:
+        """For a method that calls the copy with weights of its own. Raises: UserError for weights in half precision, in
+        which a momentum near 1 moves nothing.
+        """
         half = next((p.dtype for p in self.module.parameters() if p.is_floating_point() and p.itemsize < 4), None)
         if half is not None:
             raise UserError(
                 f"the teacher's weights are {half}, where steps of 1 - momentum are rounded away; keep them in float32 "
                 "with trainer.precision=bf16-mixed or 16-mixed"
             )
-        return super().forward(*args, **kwargs)

@@ -179,7 +179,12 @@ def test_a_pose_is_what_made_the_view() -> None:
     ("make", "said"),
     [
         (lambda: RenderedScenes(size=0), r"size=0, val_size=1024 and test_size=1024 must be in \[1, 4294967296\]"),
-        (lambda: RenderedScenes(draw_seed=-1), "draw_seed=-1 at least 0"),
+        (lambda: RenderedScenes(draw_seed=-1), r"draw_seed=-1 in \[0, 2\*\*63\)"),
+        (lambda: RenderedScenes(draw_seed=2**63), r"draw_seed=9223372036854775808 in \[0, 2\*\*63\)"),
+        (lambda: RenderedObjects(draw_seed=2**70), r"draw_seed=\d+ in \[0, 2\*\*63\)"),
+        (lambda: Style(hue=float("nan")), "hue=nan finite"),
+        (lambda: Style(grain=float("nan")), "grain=nan"),
+        (lambda: Style(blur=float("inf")), "blur=inf"),
         (lambda: Known(tags=1.2), r"tags=1.2 is a share of the samples; it must be in \[0, 1\]"),
         (lambda: PosedViews(views=0), "views=0 of each object"),
         (lambda: RenderedObjects(("form",)), r"classes=\['form'\] must name some of \['shape'"),

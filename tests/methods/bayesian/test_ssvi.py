@@ -247,7 +247,7 @@ def test_one_view_of_an_image_is_trained_on_and_two_are_refused() -> None:
     given = batch()
     views = {key: value for key, value in given.items() if key != "image"} | {"views": [given["image"]]}
     assert torch.equal(model.training_step(views, 0), model.training_step(given, 0))
-    with pytest.raises(UserError, match="SSVI trains on one view of each image, not 2"):
+    with pytest.raises(UserError, match="SSVI needs 1 view of each image, and this batch gives 2"):
         model.training_step(views | {"views": [given["image"]] * 2}, 0)
 
 

@@ -18,7 +18,8 @@ from lightspan.analysis.clustering import kmeans
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.errors import UserError
-from lightspan.methods.clustering.depict import DEPICT, HARD, PRETRAINING, SOFT, target_distribution
+from lightspan.methods.clustering.depict import DEPICT, HARD, PRETRAINING, SOFT
+from lightspan.objectives.prototypes import target_distribution
 
 PAPER, CODE = (1.0, 0.5), (2.0, 1.0)
 
@@ -114,6 +115,32 @@ def test_without_dropout_noisy_and_clean_predictions_agree_and_the_loss_is_its_p
     torch.testing.assert_close(model.training_step(given, 0), cross_entropy)
 
 
+def test_the_noisy_path_is_decoded_and_classified_the_clean_one_is_compared_with_and_kept() -> None:
+    model, given = quiet(method(dropout=0.3)), BATCHES[1]
+    model.stage.fill_(SOFT)
+    model.target_MK.copy_(predictions(24)[:, :3].float())
+    assert [layer.p for layer in model.network.noise] == [0.3, 0.3, 0.0]  # none before the dense layer
+    paths = {
+        noisy: [x.detach().requires_grad_() for x in model.network.encode(given["image"], noisy)]
+        for noisy in (True, False)
+    }
+    model.network.encode = lambda image, noisy=False: paths[noisy]  # type: ignore[method-assign]
+    (*_, noisy), (h1, h2, clean) = paths[True], paths[False]
+    assert not torch.equal(noisy, clean)
+    r0, r1, r2 = model.network.decode(noisy)
+    expected = F.mse_loss(r0, given["image"]) + 0.1 * F.mse_loss(r1, h1) + 0.1 * F.mse_loss(r2, h2)
+    expected = expected - (model.target_MK[8:16] * model.head(noisy).log_softmax(dim=1)).sum(dim=1).mean()
+    loss = model.training_step(given, 0)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for layer in (h1, h2, noisy):  # targets of layers learn too, as in the paper's equation
+        assert layer.grad is not None
+        assert layer.grad.any()
+    assert clean.grad is None
+    model.after_optimizer_step()
+    assert torch.equal(model.memory.rows_MF[8:16], clean)
+
+
 def test_the_first_stage_is_the_denoising_autoencoder_alone_whatever_its_weight_is_later() -> None:
     model = quiet(method(reconstruction=0.0))
     loss = model.training_step(BATCHES[0], 0)
@@ -137,8 +164,10 @@ def test_k_means_starts_the_softmax_at_unit_directions_with_hard_targets() -> No
         )
     assert not model.head.bias.any()
     assert model.stage == HARD
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
     model.renew_targets(model.memory.known())
-    p_NK = (row_NE @ model.head.weight.T).softmax(dim=1)
+    p_NK = (row_NE @ model.head.weight.T + model.head.bias).softmax(dim=1)
     torch.testing.assert_close(model.target_MK[:20], target_distribution(p_NK).detach())
 
 

@@ -66,6 +66,22 @@ def test_without_summary_and_positions_the_loss_is_the_logarithm_of_the_hidden_p
 
 
 @torch.no_grad()
+def test_a_summary_is_what_becomes_of_the_start_token() -> None:
+    summary, tokens = method().summary.eval(), torch.randn(3, 5, 16)
+    x = torch.cat([summary.start_token.expand(3, 1, 16), tokens], dim=1)
+    for block in summary.blocks:  # each ends in a norm: Vaswani et al., 2017
+        assert isinstance(block, nn.TransformerEncoderLayer)
+        x = block.norm1(x + block.self_attn(x, x, x, need_weights=False)[0])
+        x = block.norm2(x + block.linear2(nn.functional.gelu(block.linear1(x))))
+    torch.testing.assert_close(summary(tokens), x[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_quarter_of_the_patches_is_hidden_by_default() -> None:
+    masks = method(masks=None).masks.draw((7, 7), 0, range(3))
+    assert masks.sum(axis=(1, 2)).tolist() == [13] * 3  # of the paper's 49
+
+
+@torch.no_grad()
 def test_the_order_of_the_visible_patches_has_no_say_and_their_positions_do() -> None:
     model, given = method().eval(), batch()
     for parameter in model.positions.parameters():

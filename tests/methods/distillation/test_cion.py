@@ -17,6 +17,7 @@ from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.objectives.prototypes import centred_softmax, identity_shares, mixed_targets
+from lightspan.optim.schedules import cosine_between
 
 SGD = partial(torch.optim.SGD, lr=0.05, weight_decay=0.04)
 
@@ -94,6 +95,14 @@ def test_gradients_reach_the_student_alone_and_the_centre_takes_a_tenth_of_the_m
     seen = model.teacher(given["views"][:2]).flatten(0, 1)
     model.centre.follow()
     torch.testing.assert_close(model.centre(), 0.1 * seen.mean(dim=0))
+
+
+def test_momentum_and_prototypes_follow_their_schedules(tmp_path: Path) -> None:
+    batches = [persons([0, 0, 1, 1, 2, 2], seed) for seed in range(4)]
+    model = method(freeze_prototypes=0.5)
+    momenta, kept = method_runs.taught(model, batches, tmp_path, lambda: model.student.head.prototypes.weight)
+    assert momenta == pytest.approx([cosine_between(0.5, 0.9, step / 4) for step in range(4)])
+    assert kept == [True, True, False, False]
 
 
 def test_a_run_resumes_with_its_teacher_and_centre_bit_for_bit(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_a_teacher_with_the_students_weights_pulls_nowhere() -> None:
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_the_student_sees_whole_images_in_training_mode_and_the_teacher_in_evaluation_mode() -> None:
+    model, seen = method(), list[tuple[str, bool]]()
+    for name, network in (("student", model.backbone), ("teacher", model.teacher.module)):
+        network.register_forward_hook(lambda module, args, x, name=name: seen.append((name, module.training)))
+    model.training_step(batch(), 0)
+    assert seen == [("student", True), ("teacher", False)]
+    student, teacher = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    hidden_distance(student, teacher).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
 def test_without_weight_it_is_plain_further_pre_training_bit_for_bit(tmp_path: Path) -> None:
     student, plain = (
         method(distillation=0.0),

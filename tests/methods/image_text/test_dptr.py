@@ -1,10 +1,12 @@
 """DPTR: its loss by hand, what is trained, what is disturbed, and that ends and letters count as they should."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from method_runs import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,6 +102,27 @@ def test_noise_is_added_to_memories_of_training_and_none_without_weight() -> Non
     added = method(noise=BankNoise(bank)).memories(given) - plain
     torch.testing.assert_close(added, BankNoise(bank)(torch.zeros_like(plain), 0, given["index"].tolist()))
     assert torch.equal(method(noise=BankNoise(bank)).features(given), plain[:, 0])
+
+
+def test_noise_is_that_of_the_step_and_of_the_words(tmp_path: Path) -> None:
+    model, seen = method(noise=BankNoise(torch.randn(9, 8, 8))), list[tuple[int, list[int]]]()
+    assert model.noise is not None
+    model.noise.register_forward_pre_hook(lambda module, args: seen.append((args[1], args[2])))
+    given = batch()
+    fit(model, [given] * 2, tmp_path)
+    assert seen == [(0, given["index"].tolist()), (1, given["index"].tolist())]
+
+
+def test_words_are_read_in_validation_without_noise() -> None:
+    given, bank = batch(), 50 * torch.randn(9, 8, 8)
+    plain, noisy, logged = method(), method(noise=BankNoise(bank, weight=1.0)), list[dict[str, Tensor]]()
+    for model in (plain, noisy):
+        model.log_dict = lambda figures, **options: logged.append(figures)  # type: ignore[method-assign]
+        seen: list[Tensor] = []
+        model.decoder.read = lambda memory, seen=seen: (seen.append(memory), torch.zeros(6, 4).long())[1]
+        model.validation_step(given, 0)
+        assert torch.equal(seen[0], plain.memory(given["tokens"], given["mask"]))
+    assert logged[0] == logged[1]
 
 
 def test_what_does_not_fit_is_refused() -> None:

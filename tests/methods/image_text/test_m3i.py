@@ -16,20 +16,23 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
-from lightspan.methods.image_text.m3i import M3I, MomentumFeatures, Pixels
+from lightspan.methods.image_text.m3i import M3I
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.info_nce import soft_info_nce
 from lightspan.objectives.masked import patch_regression
+from lightspan.targets import MomentumFeatures, Pixels
 
 BATCHES = [partly_labelled(6, seed) for seed in range(3)]
 WHOLE = {"mix": PatchMix(1), "dense": 0.0}
 
 
-def method(decoder: MaskDecoder | None = None, classes: int | None = 3, **settings: Any) -> M3I:
+def method(
+    decoder: MaskDecoder | None = None, classes: int | None = 3, class_token: bool = False, **settings: Any
+) -> M3I:
     torch.manual_seed(0)
-    backbone = vit(width=16, depth=2, heads=4, img_size=8, patch_size=2, in_chans=1, class_token=False)
+    backbone = vit(width=16, depth=2, heads=4, img_size=8, patch_size=2, in_chans=1, class_token=class_token)
     encoders = DualEncoder(backbone, TextTransformer(20, 8, 1, 2, 6), width=5)
     categories = None if classes is None else nn.Linear(16, classes)
     given = {"target": MomentumFeatures(0.5), "optimizer": partial(torch.optim.SGD, lr=0.05)}
@@ -46,19 +49,23 @@ def gradient(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
 
 
-def test_the_terms_are_those_by_hand_image_by_image() -> None:
-    model, given = method(), batch()
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_terms_are_those_by_hand_image_by_image(prefix: int) -> None:
+    """The class token, if there is one, sees all of a mixture, and the decoder reads it."""
+    model, given = method(class_token=bool(prefix)), batch()
     image, losses = given["image"], model.losses(given)
     mixed = model.mix(image, (2, 2), (4, 4), given["index"], 0)
     tokens = model.backbone.tokens(mixed.image_RChw)  # in the order of places, of which the mixtures hide none
-    target = F.layer_norm(model.target.teacher.module.backbone.tokens(image), (16,))
+    of_all, tokens = tokens[:, :prefix], tokens[:, prefix:]
+    target = F.layer_norm(model.target.teacher.module.backbone.tokens(image)[:, prefix:], (16,))
     means, errors = [], []
     for number in range(6):
         source, mixture = divmod(number, 3)
         see, ask = mixed.see_MRK[source][mixture], mixed.ask_MRA[source][mixture]
         own = tokens[mixture, see]
         means.append(own.mean(dim=0))
-        guess = model.decoder(own[None], see[None], ask[None], (4, 4))[0]
+        seen = torch.cat([of_all[mixture], own])
+        guess = model.decoder(seen[None], see[None], ask[None], (4, 4))[0]
         errors.append((guess - target[number, ask]).square().mean())
     torch.testing.assert_close(losses["dense"], torch.stack(errors).mean())
     mean, captioned, labelled = torch.stack(means), torch.tensor([1, 3, 5]), torch.tensor([2, 3])
@@ -67,6 +74,8 @@ def test_the_terms_are_those_by_hand_image_by_image() -> None:
     text = model.encoders.encode_text(given["tokens"], given["mask"])[captioned]
     cosine = F.normalize(model.encoders.image_map(mean[captioned]), dim=1) @ text.T
     torch.testing.assert_close(losses["captions"], F.cross_entropy(cosine / 0.07, torch.arange(3)))
+    whole = model.backbone.tokens(image)[:, prefix:].mean(dim=1)
+    torch.testing.assert_close(model.features(given), whole)
 
 
 def test_one_whole_image_with_its_label_is_a_softmax_of_a_linear_head() -> None:

@@ -78,6 +78,9 @@ def test_without_cross_attention_it_is_an_mae() -> None:
     alone = model.guess(first, second, seen, hidden)
     torch.testing.assert_close(model.guess(first, second.flip(0), seen, hidden), alone, rtol=0, atol=0)
     assert not torch.allclose(model.guess(first.flip(0), second, seen, hidden), alone, atol=1e-3)
+    said = model.pair_tokens(first, second)  # of the first view too: the second is only looked at
+    torch.testing.assert_close(model.pair_tokens(first, second.flip(0)), said, rtol=0, atol=0)
+    assert not torch.allclose(model.pair_tokens(first.flip(0), second), said, atol=1e-3)
 
 
 def test_the_second_views_tokens_may_come_in_any_order_with_their_places() -> None:

@@ -19,7 +19,8 @@ from lightspan.methods.masked.spark import SparK
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.sparse_convs import ActiveCells
-from lightspan.objectives.masked import patch_regression
+from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.objectives.masked import denormalised_patches, patch_regression
 
 
 def decoder(**settings: Any) -> UNetDecoder:
@@ -105,6 +106,20 @@ def test_the_decoder_adds_maps_from_coarse_to_fine_and_doubles_the_sides() -> No
     assert [block[-1].num_features for block in made.blocks] == [8, 4, 2]
 
 
+def test_the_decoders_weights_start_as_in_the_authors_code() -> None:
+    made = decoder(channels=[64, 32, 16], width=64)
+    for layer in made.modules():
+        if isinstance(layer, nn.ConvTranspose2d):  # Kaiming's deviation, fan_out by torch's count
+            deviation = (2 / (layer.weight.shape[0] * 16)) ** 0.5
+        elif isinstance(layer, nn.Conv2d):
+            deviation = 0.02
+        else:
+            continue
+        if layer.weight.numel() > 2000:
+            assert float(layer.weight.std()) == pytest.approx(deviation, rel=0.1)
+        assert layer.bias is None or not layer.bias.any()
+
+
 def test_every_weight_is_trained_but_those_behind_the_last_map() -> None:
     model = method()
     model.training_step(batch(), 0).backward()
@@ -140,6 +155,11 @@ def test_a_reconstruction_is_the_picture_but_for_what_is_hidden() -> None:
     found = model.reconstruct({"image": image, "label": given["label"], "index": given["index"]})
     assert torch.equal(found.guess_BChw.where(~found.hidden_B1hw, 0), image.where(~found.hidden_B1hw, 0))
     assert found.hidden_B1hw.float().mean() == pytest.approx(5 / 9)
+    # A guess of normalised pixels gets the brightness and contrast of what was hidden.
+    hidden = model.hidden(image, given["index"])
+    cells = at_places(patchify(found.guess_BChw, (8, 8)), hidden.hide_BM)
+    expected = denormalised_patches(model.guess(hidden), hidden.pixels())
+    torch.testing.assert_close(cells, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_where_nothing_is_hidden_there_is_no_loss_and_images_alone_train(tmp_path: Path) -> None:
@@ -170,3 +190,11 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             decoder(**wrong)
     with pytest.raises(UserError, match=r"norm='group' batch or layer"):
         decoder(norm="group")
+
+
+def test_a_network_that_does_not_see_one_cell_is_refused() -> None:
+    deep = ConvNeXt(in_chans=1, depths=(1, 1, 1, 1), dims=(4, 8, 8, 16), num_classes=0)
+    with pytest.raises(UserError, match=r"ConvNeXt does not see an image of one cell, 4 x 4 .*; set decoder\.cell"):
+        SparK(deep, decoder(channels=[8, 8], cell=4), optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match=r"with 3 channels .*; set .* decoder\.in_chans to the channels that it takes"):
+        SparK(SmallConvNet(1, 4, 4), decoder(channels=[32, 16], in_chans=3, cell=4), optimizer=torch.optim.SGD)

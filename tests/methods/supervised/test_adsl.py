@@ -101,11 +101,14 @@ def test_importance_is_summed_over_an_epochs_steps_from_the_optimisers_gradients
     model, by_hand = method(), torch.zeros(10)
 
     class Sums(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            by_hand.zero_()  # what matters is the last epoch
+
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             weight, bias = pl_module.head.weight, pl_module.head.bias
             by_hand.add_((weight * weight.grad).sum(dim=1).detach() + (bias * bias.grad).detach())
 
-    fit(model, BATCHES, tmp_path, max_epochs=1, callbacks=[Sums()])
+    fit(model, BATCHES, tmp_path, max_epochs=2, callbacks=[Sums()])
     torch.testing.assert_close(model.importance_D, by_hand)
 
 
@@ -132,6 +135,17 @@ def test_clusters_are_as_many_as_learners_and_a_batch_compares_rows_of_a_cluster
     expected = margin_loss(F.normalize(z_BD, dim=1), given["label"], cluster_B)
     torch.testing.assert_close(model.training_step(given, 0), expected)
     assert len(set(cluster_B.tolist())) == 2
+
+
+def test_clusters_are_of_directions_and_keep_their_numbers(tmp_path: Path) -> None:
+    model = method(**SOON)
+    fit(model, BATCHES, tmp_path, max_epochs=1)
+    torch.testing.assert_close(model.memory.rows_MF.norm(dim=1), torch.ones(36))
+    before = torch.arange(36) % 2
+    model.cluster_M.copy_(before)
+    model.memory.clusters = lambda *given: (torch.arange(36), 1 - before)  # type: ignore[method-assign]
+    model.recluster(2, 1)
+    assert torch.equal(model.cluster_M, before)
 
 
 def test_at_the_end_one_cluster_trains_the_whole_embedding(tmp_path: Path) -> None:

@@ -193,6 +193,25 @@ def test_the_first_views_of_a_step_enter_the_bank_after_it_with_their_labels_and
     assert min(losses[1:]) > 0
 
 
+def test_every_view_asks_the_bank_with_its_images_label_and_number() -> None:
+    model, given = method(), batch(1)
+    for seed in range(2):
+        known = batch(seed)
+        model.bank.see(model.teacher(known["views"][0]), known["label"], known["index"])
+        model.bank.follow()
+    expected = [
+        neighbour_loss(model.student(view), given["label"], given["index"], model.bank(), 3, 0.1)
+        for view in given["views"]
+    ]
+    torch.testing.assert_close(model.training_step(given, 0), torch.stack(expected).mean())
+
+
+def test_the_teachers_statistics_are_averaged_as_its_weights_unless_batches_give_them() -> None:
+    assert method().teacher.average_statistics
+    assert not method().teacher.batch_statistics
+    assert method(batch_statistics=True).teacher.batch_statistics
+
+
 def test_early_in_a_run_all_rows_are_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

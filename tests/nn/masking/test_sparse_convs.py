@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ NETWORKS: dict[str, Any] = {
     "convnext": partial(ConvNeXt, in_chans=2, num_classes=0, depths=(1, 1, 1, 1), dims=(4, 8, 8, 8)),
 }
 CELLS = {"small": 8, "resnet": 32, "convnext": 32}
-MAPS = nn.Conv2d | nn.MaxPool2d | nn.BatchNorm2d
+MAPS = nn.Conv2d | nn.MaxPool2d | nn.BatchNorm2d | LayerNorm2d
+LAST = nn.Linear | nn.LayerNorm
+"""Of ConvNeXt's blocks, with the features last."""
 
 
 def network(kind: str) -> Any:
@@ -87,12 +90,15 @@ def test_every_layer_gives_zeros_in_hidden_cells_and_only_there(kind: str) -> No
         for module in made.modules():
             if isinstance(module, MAPS):
                 module.register_forward_hook(lambda module, args, x: outputs.append((module, x)))
+            elif isinstance(module, LAST):
+                module.register_forward_hook(lambda module, args, x: outputs.append((module, x.movedim(-1, 1))))
         last_map(made, active.alone(image))
     for module, x in outputs:
         mask = active.mask(sides_of(x)).expand_as(x)
         assert not x[~mask].any(), type(module)
         seen += isinstance(module, nn.Conv2d) and bool((x[mask] != 0).all())
     assert seen > 2
+    assert kind != "convnext" or sum(isinstance(module, LAST) for module, _ in outputs) > 8
 
 
 def test_a_batch_norm_has_the_mean_and_the_variance_of_active_positions() -> None:

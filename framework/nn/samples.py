@@ -1,0 +1,66 @@
+"""What holds of a batch as a whole: its fields have names, and each has a row for each sample.
+
+Shapes: B samples.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspan.devices import has_values
+from lightspan.errors import UserError
+
+WHOLE = (torch.int64, torch.int32)
+"""Types of numbers that index a table; of smaller ones torch takes some for a mask."""
+
+
+def require_fields(batch: Any, method: str) -> None:
+    """Raises: UserError for a batch without named fields, such as the tuples of torchvision's datasets."""
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"{method} reads batches by the names of their fields, and this one is a {type(batch).__name__}; let the "
+            'dataset give {"image": ..., "label": ..., "index": ...}, or put it into '
+            "lightspan.datamodules.pictures.dataset.PictureDataset"
+        )
+
+
+def samples_in(batch: Mapping[str, Any]) -> int | None:
+    """B, by what a network reads: images, the first views or texts. None for a batch of something else."""
+    views = batch.get("views")
+    read = (batch.get("image"), views[0] if views else None, batch.get("tokens"))
+    return next((len(field) for field in read if isinstance(field, Tensor)), None)
+
+
+def require_rows(batch: Mapping[str, Any], field: str, method: str) -> None:
+    """Raises: UserError for a field of another number of rows than the batch has samples.
+
+    Args:
+        field: a name of the batch's, of a tensor [B ...].
+        method: its name, for messages.
+    """
+    rows, samples = len(batch[field]), samples_in(batch)
+    if samples not in (None, rows):
+        raise UserError(
+            f"{method}: {field} of this batch has {rows} rows, and the batch has {samples} samples; let the dataset "
+            "give a row for each"
+        )
+
+
+def require_classes(label: Tensor, classes: int, method: str) -> None:
+    """For labels that are still on the host: reading them elsewhere would wait for the device.
+
+    Args:
+        label: whole numbers; below 0 they do not count.
+        classes: how many there are.
+        method: its name, for messages.
+
+    Raises: UserError for a class that is not below `classes`.
+    """
+    if not label.numel() or not has_values(label) or (largest := int(label.max())) < classes:
+        return
+    raise UserError(
+        f"semantic has the class {largest}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
+        "num_classes, or let the data give -1 to pixels that do not count"
+    )
