@@ -104,6 +104,7 @@ def trained(method: Method, given: dict[str, Any], rows: int, size: int, steps: 
         return {name: field[chosen[step]] for name, field in given.items()}
 
     loader: DataLoader = DataLoader([*range(steps)], batch_size=None, collate_fn=batch)  # type: ignore[arg-type]
+    method.train()  # all alike: a decoder that was pre-trained comes in evaluation mode, without dropout
     quiet_trainer(max_steps=steps, gradient_clip_val=20.0).fit(method, loader)
     method.eval()
 
