@@ -42,7 +42,7 @@ class ConvPatches(PatchEmbed):
                 f"ConvPatches patch_size={' x '.join(map(str, self.patch_size))}: sides must be multiples of {STRIDE} "
                 "pixels, the stride of its first convolutions"
             )
-        cut: Any = self.proj
+        cut: Any = self.get_submodule("proj")
         made = _Convolutions(in_chans, embed_dim, self.patch_size, cut.bias is not None)
         self.proj = made.to(cut.weight.device, cut.weight.dtype)
 
