@@ -173,8 +173,8 @@ class ClassGroups(Order):
         labels: of each sample, int64.
         batch_size: samples of an optimiser step over all ranks, a multiple of each size of group.
         groups: the size by epoch.
-    Raises: UserError for a batch that does not divide into groups, or has more of them than there are classes, and for
-        a single class.
+    Raises: UserError for a batch that does not divide into groups, has more of the smallest than there are classes, or
+        fewer than two of the largest, and for a single class.
     """
 
     labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
@@ -183,6 +183,13 @@ class ClassGroups(Order):
 
     def __post_init__(self) -> None:
         self.require_micro_batch(self.batch_size)
+        largest = max(self.groups.sizes)
+        if self.batch_size < 2 * largest:
+            raise UserError(
+                f"a batch of {self.batch_size} in groups of {largest} has a single class, with nothing to tell "
+                f"it from; set data.init_args.batch_size to at least {2 * largest}, or groups to sizes of at most "
+                f"{self.batch_size // 2}"
+            )
         classes, most = len(np.unique(self.labels)), self.batch_size // min(self.groups.sizes)
         if classes < max(2, most):
             raise UserError(

@@ -14,6 +14,8 @@ from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
 from lightspan.errors import UserError, one_line
 
+LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in the place of each such word"
+
 
 @dataclass(frozen=True)
 class WordDecoding(Decoding):
@@ -33,11 +35,13 @@ class WordDecoding(Decoding):
         where = f"shard {members['__url__']}: sample {one_line(members['__key__'])}"
         word = normalised(decoded["text"])
         if not word:
-            raise UserError(f"{where} has the word {decoded['text'][:40]!r}, of which no letter of ASCII is left")
+            raise UserError(
+                f"{where} has the word {decoded['text'][:40]!r}, of which no letter of ASCII is left; {LEFT_OUT}"
+            )
         try:
             letters = spelled([word], self.longest, self.alphabet)[0]
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}; {LEFT_OUT}") from error
         image = F.resize_image(decoded["image"], list(self.sides), antialias=True)
         return view_as_image(self.image(image, seed)) | {"characters": torch.from_numpy(letters)}
 

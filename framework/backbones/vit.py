@@ -102,7 +102,8 @@ class TokenViT(nn.Module):
         if not self.network.dynamic_img_size and sides != tuple(embed.img_size):  # type: ignore[arg-type]
             raise UserError(
                 f"images of {' x '.join(map(str, sides))} pixels do not fit a network for "
-                f"{' x '.join(map(str, embed.img_size))}; make it with dynamic_img_size=true "  # type: ignore[arg-type]
+                f"{' x '.join(map(str, embed.img_size))}; let the data give these "  # type: ignore[arg-type]
+                "(data.init_args.image_size, or the size of views), or make it with dynamic_img_size=true "
                 "(lightspan.backbones.vit.vit: any_size=true)"
             )
         if (given := image_BChw.shape[1]) != (taken := self.patch_shape[2]):

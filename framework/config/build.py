@@ -51,6 +51,7 @@ _HARMLESS = (
     r"[\s\S]*JsonargparseDeprecationWarning",
     r"[\s\S]*was deprecated in v4[\s\S]*removed in v5",  # jsonargparse: LightningCLI still calls what it deprecates
     r".*You are using `torch.load` with `weights_only=.*",
+    r"Total length of `list` across ranks is zero.*",  # the empty list of loaders of data without validation
 )
 
 

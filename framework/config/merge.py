@@ -1,7 +1,8 @@
 """Layers into one tree: base < recipe < overlays < flags, always in this order.
 
 Mappings merge key by key and everything else is replaced. There are three more rules. Another class drops the
-settings of the class before it, and a note says so. So it is with `checkpoints`, whose names are the user's choice: a
+settings of the class before it: a layer that gives it settings of its own is noted, and one that gives none is warned,
+as it may have meant to keep them. So it is with `checkpoints`, whose names are the user's choice: a
 layer with a name that is new there gives checkpoints of its own, and drops all that it does not name. `null` under
 `trainer.callbacks`, `trainer.logger` or an estimator's `inputs` removes that entry.
 """
@@ -17,6 +18,7 @@ from lightspan.errors import Warned
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
 KEYED = (("trainer", "callbacks"), ("trainer", "logger"), ("inputs",))  # mappings name -> class
 CHOSEN = ("checkpoints",)  # a mapping whose names a layer chooses
+SHOWN = 3  # dropped settings that a note names
 
 
 def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
@@ -39,11 +41,16 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
     if old is not None and new is not None and old.value != new.value:
         dropped = {key: kept.pop(key) for key in CLASS_SETTINGS if key in kept}
         missed = [setting for key, node in dropped.items() for setting in _lost(node, high.child(key))]
-        if missed:
+        before, now = (str(node.value).rpartition(".")[2] for node in (old, new))
+        if missed and any(_settings(high.child(key)) for key in CLASS_SETTINGS):
+            more = f" and {len(missed) - SHOWN} more" if missed[SHOWN:] else ""
+            names = ", ".join(one.partition("=")[0] for one in missed[:SHOWN])
+            notes.append(f"{new.where} {dotted(path)}: {now} in the place of {before}, without its {names}{more}")
+        elif missed:
             notes.append(
                 Warned(
                     f"{new.where} {dotted(path)}: class {old.value} -> {new.value} without the settings that "
-                    f"{str(old.value).rpartition('.')[2]} had: {', '.join(missed)}; give it those that it shall have"
+                    f"{before} had: {', '.join(missed)}; give it those that it shall have"
                 )
             )
     if path == CHOSEN and (added := [key for key in high.value if key not in kept]):
@@ -71,14 +78,16 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
 
 def _lost(before: Node, now: Node | None) -> list[str]:
     """`name=value` of each setting that is not given anew; of one that is no plain value its name."""
-    if not isinstance(before.value, dict):
-        return []
-    given = now.value if now is not None and isinstance(now.value, dict) else {}
+    given = _settings(now)
     return [
         str(name) if isinstance(node.value, dict | list) else f"{name}={_plainly(node.value)}"
-        for name, node in before.value.items()
+        for name, node in _settings(before).items()
         if name not in given
     ]
+
+
+def _settings(node: Node | None) -> dict[Key, Node]:
+    return node.value if node is not None and isinstance(node.value, dict) else {}
 
 
 def _plainly(value: object) -> str:

@@ -173,11 +173,12 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
 
 
 def _of_classes(batch: int, ordered: dict[str, Any], classes: int) -> int:
-    """The most of a batch that divides into whole groups, each of its own class, and at least one of each size."""
+    """The most of a batch that divides into whole groups, each of its own class, and at least two of each size."""
     sizes = (ordered.get("groups") or {}).get("sizes") or []
     most = min(batch, min(sizes) * classes) if sizes else batch
     unit = math.lcm(*sizes, ordered.get("per_class") or 1)
-    return max(unit, most // unit * unit)
+    fewest = math.ceil(2 * max(sizes, default=0) / unit) * unit
+    return max(unit, fewest, most // unit * unit)
 
 
 def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:

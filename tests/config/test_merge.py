@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from lightspan.config.merge import explain, merge, merge_layers, without_removed
 from lightspan.config.tree import parse, plain, walk, wrap
-from lightspan.errors import print_notes
+from lightspan.errors import Warned, print_notes
 
 # Layers of one shape: below any path there is a mapping in all of them or in none.
 leaves = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
@@ -67,14 +67,26 @@ def test_a_removed_callback_can_come_back_without_its_old_settings():
     assert plain(merge_layers([base, gone, back])[0]) == {"trainer": {"callbacks": {"c": {"class_path": "a.B"}}}}
 
 
-def test_a_changed_class_drops_the_old_settings_and_says_so():
-    base = layer("model: {class_path: a.Vit, init_args: {depth: 12, width: 16}}")
-    merged, notes = merge_layers([base, layer("\nmodel: {class_path: a.ResNet, init_args: {width: 3}}", "over.yaml")])
+def test_a_changed_class_drops_the_old_settings_and_warns_of_it():
+    base = layer("model: {class_path: a.Vit, init_args: {depth: 12}}")
+    for settings in ("", ", init_args: {}"):
+        over = layer(f"\nmodel: {{class_path: a.ResNet{settings}}}", "over.yaml")
+        merged, notes = merge_layers([base, over])
+        assert plain(merged)["model"].get("init_args", {}) == {}
+        assert notes == [
+            "over.yaml:2 model: class a.Vit -> a.ResNet without the settings that Vit had: depth=12; give it those "
+            "that it shall have"
+        ]
+        assert isinstance(notes[0], Warned)
+
+
+def test_a_changed_class_with_settings_of_its_own_is_one_short_note():
+    base = layer("model: {class_path: a.Vit, init_args: {depth: 12, width: 16, act: relu, bias: true, head: [1]}}")
+    own = "\nmodel: {class_path: a.ResNet, init_args: {width: 3}}"
+    merged, notes = merge_layers([base, layer(own, "over.yaml")])
     assert plain(merged) == {"model": {"class_path": "a.ResNet", "init_args": {"width": 3}}}
-    assert notes == [
-        "over.yaml:2 model: class a.Vit -> a.ResNet without the settings that Vit had: depth=12; give it those that it "
-        "shall have"
-    ]
+    assert notes == ["over.yaml:2 model: ResNet in the place of Vit, without its depth, act, bias and 1 more"]
+    assert not isinstance(notes[0], Warned)
 
 
 def test_dropped_settings_are_warned_of_after_all_notes(capsys):

@@ -73,7 +73,11 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         order(np.zeros(30, np.int64), batch=8)
     with pytest.raises(UserError, match=r"and the data have 1; lower .*batch_size, or give more classes"):
-        order(np.zeros(30, np.int64), batch=4, groups=GroupSizes((4,), (0,)))
+        order(np.zeros(30, np.int64), batch=8, groups=GroupSizes((4,), (0,)))
+    with pytest.raises(
+        UserError, match=r"a batch of 4 in groups of 4 has a single class, .* to at least 8, or groups .* at most 2"
+    ):
+        order(batch=4)  # in groups of 2 it has two classes, until they grow
     with pytest.raises(UserError, match="10 samples at a time do not divide into whole groups of 4"):
         order(batch=10)
     for starts in ((1, 2), (0, 0), (0, 5, 3), (), (0,)):

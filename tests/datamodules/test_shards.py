@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.data import has_len_all_ranks
 from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.callbacks.watching.online_probes import OnlineProbes
+from lightspan.config.build import calm
 from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Replacement
@@ -137,7 +141,13 @@ def test_ranks_share_out_validation_without_padding(shards: list[str]) -> None:
 
 
 def test_without_validation_shards_there_is_no_validation(shards: list[str]) -> None:
-    assert opened(shards).val_dataloader() == []
+    loaders = opened(shards).val_dataloader()
+    assert loaders == []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        calm()
+        has_len_all_ranks(loaders, SingleDeviceStrategy())  # Lightning takes the empty list for a loader
+    assert not said
 
 
 # Samples

@@ -67,7 +67,7 @@ def test_without_a_shard_a_plan_has_two_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_a_word_that_cannot_be_spelled_is_named_or_left_out(word: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"sample 0001: .*{said}|sample 0001 {said}"):
+    with pytest.raises(UserError, match=f"sample 0001(:.*)? {said}.*skip_damaged=true takes another"):
         next(iter(opened(tmp_path, ["a", word, "b"]).train_dataloader()))
     (batch,) = opened(tmp_path, ["a", word, "b"], skip_damaged=True).train_dataloader()
     assert {*batch["index"].tolist()} <= {0, 2}

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import ImageBatch, TaggedViewsBatch
+from lightspan.analysis.tag_precision import TagPrecision
+from lightspan.datamodules.batches import ImageBatch, TaggedBatch, TaggedViewsBatch
 from lightspan.method import Method
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import image_numbers, index_in
@@ -48,7 +49,8 @@ class HeuristicMTL(Method):
 
     Batches hold two views of one size and `tags`, with `tags_known` where not all are. An image alone has no other one
     to tell it from, and its contrast is 0; so is the loss of tags where none is known. With a weight of 0 the other two
-    tasks train as they would alone.
+    tasks train as they would alone. Validation logs val/mean_average_precision of the known tags, over those that some
+    image has.
 
     Args:
         backbone: of tokens, with a mask token, such as `lightspan.backbones.swin.swin` or `lightspan.backbones.vit.vit`
@@ -100,6 +102,7 @@ class HeuristicMTL(Method):
         self.student = PatchMeanNetwork(backbone, projector)
         self.teacher = EMATeacher(self.student, batch_statistics=True)
         self.masks = masks or RandomMasks(0.6)
+        self.precision_of_tags = TagPrecision(self.num_tags)
 
     def features(self, batch: Any) -> Tensor:
         """The mean over patches, [B D]."""
@@ -144,6 +147,11 @@ class HeuristicMTL(Method):
         loss = weighted_sum(losses, self.weights)
         self.log_training({"train/loss": loss} | {f"train/{name}": each for name, each in losses.items()})
         return loss
+
+    def validation_step(self, batch: TaggedBatch, batch_idx: int) -> None:
+        tags = tags_of(batch, "HeuristicMTL", self.num_tags)
+        self.precision_of_tags.update(self.tagger(self.features(batch)), tags.hold_BG, tags.known_BG)
+        self.log("val/mean_average_precision", self.precision_of_tags, prog_bar=True)
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum(self.share_of_run()))

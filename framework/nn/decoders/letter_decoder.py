@@ -207,7 +207,8 @@ def letters_of(batch: Mapping[str, Any], decoder: LetterDecoder, method: str) ->
     if not isinstance(letters_BT, Tensor) or letters_BT.ndim != 2 or letters_BT.dtype != torch.int64:
         raise UserError(
             f"{method} reads the letters of words as characters, int64 [B, T], and this batch holds "
-            f"{', '.join(sorted(batch))}; take data such as lightspan.datamodules.rendered.words.PrintedWords"
+            f"{', '.join(sorted(batch))}; take data such as lightspan.datamodules.shards.words.WordShards, which reads "
+            "pictures of words of your own, or lightspan.datamodules.rendered.words.PrintedWords"
         )
     if letters_BT.shape[1] > decoder.length:
         raise UserError(

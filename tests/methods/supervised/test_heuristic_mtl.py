@@ -7,11 +7,14 @@ from typing import Any
 import method_runs
 import pytest
 import torch
+from lightning import Trainer
 from method_cases import tagged_views
 from method_runs import fit, moved
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from lightspan.analysis.tag_precision import TagPrecision
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
 from lightspan.errors import UserError
@@ -177,3 +180,22 @@ def test_what_does_not_fit_is_refused() -> None:
         HeuristicMTL(backbone, nn.Linear(9, 3), nn.Linear(16, 8), **sgd)
     with pytest.raises(UserError, match="this TokenViT has none; set mask_token=true"):
         HeuristicMTL(backbone, nn.Linear(16, 3), nn.Linear(16, 8), **sgd).training_step(given, 0)
+
+
+def test_validation_logs_the_precision_of_known_tags(tmp_path: Path) -> None:
+    model = method()
+    batches = [tagged_views(rows, rows) for rows in (6, 2, 5)]
+    given = [batch | {"image": batch["views"][0]} for batch in batches]
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    (found,) = trainer.validate(model, DataLoader(given, batch_size=None), verbose=False)
+    rows = {name: torch.cat([batch[name] for batch in given]) for name in ("image", "tags", "tags_known")}
+    expected = TagPrecision(3)
+    with torch.no_grad():
+        scores = model.tagger(model.backbone.tokens(rows["image"])[:, 1:].mean(dim=1))
+    expected.update(scores, rows["tags"].bool(), rows["tags_known"].bool())
+    assert found == {"val/mean_average_precision": pytest.approx(float(expected.compute()))}
+    assert 0 < found["val/mean_average_precision"] < 1
+    assert not [name for name in model.state_dict() if "precision" in name]
