@@ -315,7 +315,7 @@ def figure(rows: Sequence[Row]) -> bytes:
             axes.set_xlabel("correct, %", fontsize=8)
             axes.tick_params(labelsize=8)
             tidy(axes)
-        axes_E[1].legend(fontsize=7, loc="lower left")  # methods of tokens leave room there
+        axes_E[1].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 0.035))  # methods of tokens leave room there
     return png(drawn)
 
 
