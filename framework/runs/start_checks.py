@@ -59,7 +59,9 @@ def without_validation(trainer: Trainer) -> str | None:
     """What to say of a run that could validate and ends before it does; None for any other."""
     batches, every = trainer.num_training_batches, trainer.check_val_every_n_epoch
     due = trainer.val_check_batch  # None where the clock decides
-    if not trainer.enable_validation or due is None:
+    # Loaders are asked for before the first epoch that is validated; until then nobody knows how much there is.
+    empty = trainer.fit_loop.epoch_loop.val_loop._combined_loader is not None and not any(trainer.num_val_batches)
+    if not trainer.enable_validation or empty or due is None:
         return None
     first = due if every is None else (every - 1) * batches + min(due, batches)
     total = math.inf if trainer.max_epochs in (None, -1) else (trainer.max_epochs or 0) * batches

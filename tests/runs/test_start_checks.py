@@ -229,6 +229,18 @@ def test_a_run_that_is_validated_says_nothing_and_neither_does_one_that_shall_no
     assert "never validated" not in capsys.readouterr().err
 
 
+def test_a_run_without_validation_data_says_nothing_of_it(tmp_path, capsys):
+    class TrainingAlone(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.ones(8, 4))
+
+        def val_dataloader(self) -> Any:
+            return []
+
+    fit(tmp_path, Validated(100), data=TrainingAlone(), max_steps=3)
+    assert "never validated" not in capsys.readouterr().err
+
+
 def loaders() -> Any:
     class Both(LightningDataModule):
         def train_dataloader(self) -> Any:
