@@ -54,7 +54,8 @@ def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
             f"{method} reads images as floating-point tensors, and this batch gives {found}; let the dataset give "
             "float32, standardised as lightspan.datamodules.batches says of an ImageBatch"
         )
-    if len({len(view) for view in views}) > 1:
+    # Compared and not gathered in a set, which would fix the size of a batch that is traced for export.
+    if any(len(view) != len(views[0]) for view in views[1:]):
         raise UserError(
             f"{method} needs every view of each image, and the views of this batch are of {[len(v) for v in views]} "
             "images; let the dataset give each sample as many views"
