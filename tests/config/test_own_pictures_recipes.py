@@ -39,7 +39,7 @@ QUIET = [
 GROUPS = ["data.init_args.groups.sizes=[2, 4]", "data.init_args.groups.from_epochs=[0, 1]"]
 """Of classes, which a batch of eight and five folders have room for."""
 WITHOUT = ("preemption", "watchdog", "learning_rate", "progress", "summary", "ledger", "checkpoint")
-SLOW = ("feature_pictures",)
+SLOW = ("feature_pictures", "pictures")
 """Whose drawing takes longer than the rest of a step; that they fit is seen in the sweep."""
 
 
