@@ -145,12 +145,6 @@ def searched(steps: int) -> dict[str, float]:
     return found
 
 
-def whitened(x: Tensor) -> Tensor:
-    """Rows [N D] whose columns are uncorrelated and of one variance; directions without variance are left out."""
-    u, singular, _ = torch.linalg.svd(x.double() - x.double().mean(dim=0), full_matrices=False)
-    return u[:, singular > 1e-6 * singular[0]] * len(x) ** 0.5
-
-
 def tracklets(method: Any, data: Persons, seed: int) -> Features:
     """Of people who come after those of training, with numbers of tracklets that say nothing of the person."""
     crowd = replace(data.crowd("training"), first=PEOPLE, mixed=MIXED)
@@ -159,12 +153,13 @@ def tracklets(method: Any, data: Persons, seed: int) -> Features:
     features = encoded(method, (samples.batch(place, place) for place in places))
     shuffled = torch.randperm(PEOPLE * 4, generator=torch.Generator().manual_seed(seed))
     number = shuffled[features.fields["tracklet"] - PEOPLE * 4]
-    return replace(features, x=whitened(features.x), fields=features.fields | {"tracklet": number})
+    return replace(features, fields=features.fields | {"tracklet": number})
 
 
 def mined(features: Features, core: float, within: float, across: float) -> MinedIdentities:
     reach = PEOPLE * 4
-    return MineIdentities(core, within, across, near=reach, far=reach, noisy=2.0, truth="identity").fit(features)
+    miner = MineIdentities(core, within, across, near=reach, far=reach, noisy=2.0, truth="identity", whiten=True)
+    return miner.fit(features)
 
 
 def compare(evidence, seeds=SEEDS, steps: int = STEPS) -> None:

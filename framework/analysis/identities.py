@@ -24,6 +24,13 @@ CHUNK = 1 << 22
 """Cosines that are held at once."""
 
 
+def whitened(x_ND: Tensor) -> Tensor:
+    """Rows whose columns are uncorrelated and of variance 1, in float64; directions without variance are left out."""
+    centred_ND = x_ND.double() - x_ND.double().mean(dim=0)
+    rows_NR, singular_R, _ = torch.linalg.svd(centred_ND, full_matrices=False)
+    return rows_NR[:, singular_R > 1e-6 * singular_R[:1]] * len(x_ND) ** 0.5
+
+
 def numbered(group_N: Tensor) -> Tensor:
     """The same groups with numbers from 0 without gaps, in the order of the old ones; -1 stays."""
     kept_N = group_N >= 0

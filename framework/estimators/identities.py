@@ -17,6 +17,7 @@ from lightspan.analysis.identities import (
     noise,
     numbered,
     pairwise_scores,
+    whitened,
     without_far_pictures,
 )
 from lightspan.analysis.labels import WHOLE
@@ -58,7 +59,7 @@ class MineIdentities(Estimator):
 
     Tracklets are numbered in the order in which they were filmed. The mean of all pictures is taken off. Thresholds
     depend on the features: choose them on tracklets whose people are known. In features of few strong directions a
-    chain of similar tracklets joins everybody: whiten them first.
+    chain of similar tracklets joins everybody: set `whiten`, for which there must be more pictures than features.
 
     Args:
         core: least cosine of a picture with the centre of its tracklet, in [-1, 1].
@@ -67,6 +68,7 @@ class MineIdentities(Estimator):
         noisy: the most spread of a person over the distance to the nearest other, above 0.
         tracklet, video: fields of the batches, whole numbers [B] from 0.
         truth: field with the person, for figures alone; None if nobody knows.
+        whiten: compare pictures in features that are uncorrelated and of one variance (not of the paper).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class MineIdentities(Estimator):
         tracklet: str = "tracklet",
         video: str = "camera",
         truth: str | None = None,
+        whiten: bool = False,
     ) -> None:
         for name, value in (("core", core), ("within", within), ("across", across)):
             if not -1 <= value <= 1:
@@ -90,7 +93,7 @@ class MineIdentities(Estimator):
         if not noisy > 0 or math.isinf(noisy):
             raise UserError(f"MineIdentities noisy={noisy} must be above 0 and finite")
         self.core, self.within, self.across, self.near, self.far = core, within, across, near, far
-        self.noisy, self.tracklet, self.video, self.truth = noisy, tracklet, video, truth
+        self.noisy, self.tracklet, self.video, self.truth, self.whiten = noisy, tracklet, video, truth, whiten
 
     def fit(self, features: Features) -> MinedIdentities:
         """Raises: UserError for features without a picture, that are not finite, or without these fields."""
@@ -101,6 +104,8 @@ class MineIdentities(Estimator):
             raise UserError(
                 "features contain NaN or infinite values, so nobody is told by them; the model has diverged"
             )
+        if self.whiten:
+            rows_ND = whitened(rows_ND)
         # What all pictures have in common would make all of them close.
         x_ND, video_N = unit_rows(rows_ND - rows_ND.mean(dim=0)), self._field(features, self.video)
         group_N = numbered(self._field(features, self.tracklet))

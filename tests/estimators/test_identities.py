@@ -1,5 +1,6 @@
 """Mined identities: tracklets of the same people are joined, strangers in them are left out, on data that is known."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,20 @@ def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -
     x, tracklet = torch.cat([axes[:1].expand(4, 4), scattered]), torch.arange(8) // 4
     label = MineIdentities(core=-1.0, noisy=0.1).fit(Features(x, fields={"tracklet": tracklet, "camera": tracklet}))
     assert label.tensors["label"].tolist() == [0] * 4 + [-1] * 4
+
+
+def test_one_strong_direction_hides_people_until_features_are_whitened() -> None:
+    features = crowd(strangers=0)
+    light = 50 * torch.randn(len(features.x), 1, generator=torch.Generator().manual_seed(1))
+    lit = replace(features, x=torch.cat([features.x, light], dim=1))
+    plain, whitened = (mined(lit, near=24, core=-1.0, within=0.7, whiten=whiten)[0] for whiten in (False, True))
+    assert plain.stages[-1]["f1"] < 0.5 < 0.9 < whitened.stages[-1]["f1"]
+
+
+def test_equal_pictures_have_nothing_to_whiten_and_are_one_person() -> None:
+    fields = {"tracklet": torch.arange(6), "camera": torch.zeros(6, dtype=torch.int64)}
+    found = MineIdentities(whiten=True, core=-1.0).fit(Features(torch.ones(6, 3), fields=fields))
+    assert [stage["groups"] for stage in found.stages[2:4]] == [1, 1]
 
 
 def test_a_picture_moves_to_the_person_of_its_video_whom_it_shows() -> None:
