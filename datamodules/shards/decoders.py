@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,11 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
+def place_of(members: Mapping[str, Any]) -> str:
+    """The shard and the key of a sample, for messages."""
+    return f"shard {members['__url__']}: sample {one_line(members['__key__'])}"
+
+
 def decodable(ending: str) -> str:
     """The ending that says how a member is read: its own if it has a decoder, otherwise what follows its last dot, as
     in `1.jpg`, the first picture of a pair.
@@ -143,7 +148,7 @@ def decode_fields(sample: dict[str, Any], fields: dict[str, str]) -> dict[str, A
 
     Raises: UserError that names shard and sample if none is there or its bytes are not what the ending says.
     """
-    where = f"shard {sample['__url__']}: sample {one_line(sample['__key__'])}"
+    where = place_of(sample)
     decoded = {}
     for field, endings in fields.items():
         ending = next((ending for ending in endings.split("|") if ending in sample), None)

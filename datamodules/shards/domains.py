@@ -19,10 +19,10 @@ from lightspan.datamodules.images.views import Views, seeded
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say, train_loader
-from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields
+from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields, place_of
 from lightspan.datamodules.shards.samples import ShardSamples
 from lightspan.datamodules.shards.stream import Decoding, Shards, tell, written_out
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class MaskedDecoding(Decoding):
 
     def _classes(self, mask_HW: Tensor, image: Tensor, members: dict[str, Any]) -> Tensor:
         """int64 [H, W]: the class of each pixel, or `NO_LABEL`."""
-        where = f"shard {members['__url__']}: sample {one_line(members['__key__'])}"
+        where = place_of(members)
         if mask_HW.shape != image.shape[1:]:
             sizes = [" x ".join(map(str, each.shape[-2:])) for each in (mask_HW, image)]
             raise UserError(

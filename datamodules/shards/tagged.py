@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightspan.datamodules.images.views import Views
-from lightspan.datamodules.shards.decoders import IMAGES
+from lightspan.datamodules.shards.decoders import IMAGES, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError, one_line
 
@@ -26,7 +26,7 @@ class TaggedDecoding(Decoding):
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = super().__call__(members, seed)
-        where = f"shard {members['__url__']}: sample {one_line(members['__key__'])}"
+        where = place_of(members)
         lists = self._lists(sample.pop("tags"), where)
         tags_G = torch.zeros(self.num_tags, dtype=torch.int64)
         known_G = torch.full_like(tags_G, int(self.complete))

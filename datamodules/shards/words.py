@@ -9,10 +9,10 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.images.views import Views, view_as_image
-from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
+from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError
 
 LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in the place of each such word"
 
@@ -32,7 +32,7 @@ class WordDecoding(Decoding):
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         decoded = decode_fields(members, self.fields)
-        where = f"shard {members['__url__']}: sample {one_line(members['__key__'])}"
+        where = place_of(members)
         word = normalised(decoded["text"])
         if not word:
             raise UserError(

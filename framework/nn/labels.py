@@ -62,6 +62,24 @@ def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
         )
 
 
+def require_classes(label: Tensor, classes: int, method: str) -> None:
+    """For labels that are still on the host: reading them elsewhere would wait for the device.
+
+    Args:
+        label: whole numbers; below 0 they do not count.
+        classes: how many there are.
+        method: its name, for messages.
+
+    Raises: UserError for a class that is not below `classes`.
+    """
+    if not label.numel() or not has_values(label) or (largest := int(label.max())) < classes:
+        return
+    raise UserError(
+        f"semantic has the class {largest}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
+        "num_classes, or let the data give -1 to pixels that do not count"
+    )
+
+
 def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: str, samples: int | None) -> Tensor:
     require_fields(batch, method)
     given, kind = batch.get(field), "whole number" if whole else "number"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
 
 WHOLE = (torch.int64, torch.int32)
@@ -46,21 +45,3 @@ def require_rows(batch: Mapping[str, Any], field: str, method: str) -> None:
             f"{method}: {field} of this batch has {rows} rows, and the batch has {samples} samples; let the dataset "
             "give a row for each"
         )
-
-
-def require_classes(label: Tensor, classes: int, method: str) -> None:
-    """For labels that are still on the host: reading them elsewhere would wait for the device.
-
-    Args:
-        label: whole numbers; below 0 they do not count.
-        classes: how many there are.
-        method: its name, for messages.
-
-    Raises: UserError for a class that is not below `classes`.
-    """
-    if not label.numel() or not has_values(label) or (largest := int(label.max())) < classes:
-        return
-    raise UserError(
-        f"semantic has the class {largest}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
-        "num_classes, or let the data give -1 to pixels that do not count"
-    )

@@ -33,8 +33,8 @@ from lightspan.method import Method
 from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
+from lightspan.nn.labels import require_classes
 from lightspan.nn.parts import part
-from lightspan.nn.samples import require_classes
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
