@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.backbones.dense import EncodedMaps, MixTransformer, PyramidMaps, UNet
+from lightspan.backbones.dense import EncodedMaps, PyramidMaps, UNet
+from lightspan.backbones.mix_transformer import MixTransformer
 from lightspan.errors import UserError
 
 
