@@ -45,6 +45,7 @@ from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.softcon import SoftCon
 from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
@@ -500,6 +501,11 @@ CASES: dict[str, Case] = {
     "contrastive.sie": Case(sie, placed_views, halves_differ=AMONG_ROWS),
     "contrastive.selfie": Case(selfie, views(1)),
     "contrastive.simclr": Case(lambda **o: SimCLR(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
+    "contrastive.softcon": Case(
+        lambda **o: SoftCon(Pooled(), projector(), patch=(2, 2), momentum=0.5, **o),
+        tagged_views,
+        halves_differ=AMONG_ROWS,
+    ),
     "contrastive.spectral": Case(
         lambda **o: SpectralContrastive(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS
     ),

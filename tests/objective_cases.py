@@ -32,6 +32,7 @@ from lightspan.objectives import (
     prototypes,
     pseudo_labels,
     sigreg,
+    soft_contrast,
     spectral,
     supcon,
     supremix,
@@ -211,6 +212,12 @@ CASES = {
     ),
     "vicreg.invariance": Case(lambda x, weight, label_B, mixed_B: vicreg.invariance(x @ weight, x.tanh() @ weight), 1),
     "vicreg.variance": Case(lambda x, weight, label_B, mixed_B: vicreg.variance(0.3 * x @ weight), 2),
+    "soft_contrast.soft_contrast": Case(
+        lambda x, weight, label_B, mixed_B: sum(
+            soft_contrast.soft_contrast(x @ weight, x.tanh() @ weight, F.one_hot(label_B % 4, 4) > 0, 0.5)
+        ),
+        2 + 2 + 1 + 1,
+    ),
     "supremix.supremix": Case(supremix_loss, 2 + 2 + 1),
     "supcon.supcon": Case(lambda x, weight, label_B, mixed_B: supcon.supcon(x @ weight, label_B, 0.5), 2 + 2 + 1),
     "entropy.prediction_entropy": Case(lambda x, weight, label_B, mixed_B: entropy.prediction_entropy(x @ weight)),
@@ -256,6 +263,7 @@ CASES = {
     ),
 }
 PARTS = {
+    "soft_contrast.tag_similarity",
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
     "asymmetric.require_asymmetry",
     *("barlow.standardise", "barlow.cross_correlation"),

@@ -20,12 +20,12 @@ class Tags(NamedTuple):
     known_BG: Tensor
 
 
-def tags_of(batch: Mapping[str, Any], method: str, count: int) -> Tags:
+def tags_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> Tags:
     """`tags` of a batch, numbers that are 0 or not, and `tags_known`; without the second all are known.
 
     Args:
         method: its name, for messages.
-        count: G, of the method's head.
+        count: G, of the method's head; None, of a method without one, takes any number.
     Raises: UserError for a batch without tags, or with another number of them or of rows.
     """
     require_fields(batch, method)
@@ -37,7 +37,9 @@ def tags_of(batch: Mapping[str, Any], method: str, count: int) -> Tags:
     tags, known = batch["tags"], batch.get("tags_known")
     for name, given in (("tags", tags), ("tags_known", tags if known is None else known)):
         found = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
-        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != count:
+        if not isinstance(given, Tensor) or given.ndim != 2:
+            raise UserError(f"{method} reads {name} as whole numbers [B, G], and those of this batch are {found}")
+        if count is not None and given.shape[1] != count:
             raise UserError(
                 f"{method} has a head of {count} tags, and {name} of this batch are {found}; set "
                 "tagger.out_features to as many as the data have"
