@@ -67,7 +67,7 @@ class MineIdentities(Estimator):
         near, far: how many groups behind it in the sequence each is compared with, in a video and across, at least 0.
         noisy: the most spread of a person over the distance to the nearest other, above 0.
         tracklet, video: fields of the batches, whole numbers [B] from 0.
-        truth: field with the person, for figures alone; None if nobody knows.
+        truth: field with the person, for figures alone, -1 where nobody knows; None if nobody knows anything.
         whiten: compare pictures in features that are uncorrelated and of one variance (not of the paper).
     """
 
@@ -131,13 +131,15 @@ class MineIdentities(Estimator):
         label_T = linked(centre_TD, least, reach, video_T)
         return label_T[group_N.clamp_min(0)].where(group_N >= 0, -1)
 
-    def _field(self, features: Features, name: str) -> Tensor:
+    def _field(self, features: Features, name: str, least: int = 0) -> Tensor:
         column = features.fields.get(name)
-        if column is None or column.ndim != 1 or column.dtype not in WHOLE or bool((column < 0).any()):
+        if column is None or column.ndim != 1 or column.dtype not in WHOLE or bool((column < least).any()):
             got = "nothing" if column is None else f"{column.dtype} {list(column.shape)}"
+            if column is not None and column.dtype in WHOLE and column.numel():
+                got += f" from {int(column.min())}"
             raise UserError(
-                f"MineIdentities reads {name!r} of the batches, whole numbers [B] from 0, but got {got}; set tracklet, "
-                "video and truth to what the data give"
+                f"MineIdentities reads {name!r} of the batches, whole numbers [B] from {least}, but got {got}; set "
+                "tracklet, video and truth to what the data give"
             )
         return column.long()
 
@@ -145,6 +147,7 @@ class MineIdentities(Estimator):
         found: dict[str, Any] = {"stage": name, "groups": len(group_N[group_N >= 0].unique())}
         found["pictures"] = int((group_N >= 0).sum())
         if self.truth is not None:
-            scores = pairwise_scores(group_N, self._field(features, self.truth))
+            truth_N = self._field(features, self.truth, least=-1)
+            scores = pairwise_scores(group_N[truth_N >= 0], truth_N[truth_N >= 0])
             found |= dict(zip(("precision", "recall", "f1"), scores, strict=True))
         return found

@@ -45,6 +45,22 @@ def test_every_stage_brings_labels_nearer_to_the_truth_and_the_last_is_right() -
     assert set(label[label >= 0].tolist()) == set(range(PEOPLE))
 
 
+def test_pictures_of_which_nobody_knows_the_person_have_no_say_in_the_figures() -> None:
+    features = crowd()
+    unknown = features.fields | {
+        "identity": torch.where(torch.arange(len(features.x)) % 3 == 0, -1, features.fields["identity"])
+    }
+    known, _ = mined(features, near=24)
+    partly, label = mined(Features(features.x, fields=unknown), near=24)
+    assert torch.equal(label, mined(features, near=24)[1])
+    assert [stage["groups"] for stage in partly.stages] == [stage["groups"] for stage in known.stages]
+    assert partly.stages[-1]["precision"] == 1
+    with pytest.raises(
+        UserError, match=r"'identity' of the batches, whole numbers \[B\] from -1, but got torch.int64 \[\d+\] from -2"
+    ):
+        mined(Features(features.x, fields=unknown | {"identity": unknown["identity"] - 1}), near=24)
+
+
 def test_without_reach_cameras_stay_apart_and_a_scattered_person_is_left_out() -> None:
     apart, _ = mined(crowd(), near=24, far=0, noisy=1e9)
     assert apart.stages[-1]["groups"] == 2 * PEOPLE  # once for each camera
