@@ -19,8 +19,8 @@ from lightspan.nn.sequences.token_backbone import TokenBackbone
 
 
 class Reconstruction(NamedTuple):
-    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w]; the same
-    pictures with guesses in the hidden places [B C h w]; and those that were looked at as a whole, if there are any.
+    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w], or
+    [B C h w] where that differs by channel; the same pictures with guesses in the hidden places [B C h w]; and those that were looked at as a whole, if there are any.
     """
 
     image_BChw: Tensor
