@@ -38,7 +38,7 @@ class StatlogLandsat(SpectralSets):
     """6,435 windows of 3 x 3 pixels of 80 m in four bands, each with the class of its middle pixel, of six.
 
     Source: Srinivasan, "Statlog (Landsat Satellite)", UCI Machine Learning Repository, 1993. The last 2,000 test, as
-    there. StatlogWindows overlap: nothing is said of where they lie, so a test window may share pixels with one that trains.
+    there. Windows overlap: nothing is said of where they lie, so one that tests may share pixels with one that trains.
 
     Args:
         library: folder of R packages that contains mlbench; None searches the usual places.
