@@ -1,7 +1,7 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
 Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
-places for objects, F columns, G tags.
+places for objects, F columns, G tags. Of pictures from satellites T is the number of dates.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -420,6 +420,78 @@ class SpellingBatch(TypedDict):
     tokens: Tensor
     mask: Tensor
     index: Tensor
+
+
+class MultispectralBatch(TypedDict):
+    """Pictures of any number of bands, as satellites take them.
+
+    image: float32 [B, C, H, W], reflectance standardised per band to about zero mean and unit variance; 0, a band's
+        mean, where a pixel is not valid.
+    valid: int64 [B, C, H, W], 0 where a band was not seen there: nodata, a cloud, a band that is absent. A method takes
+        nothing from such a pixel to learn from.
+    label: int64 [B], each in [0, num_classes); 0 where nothing is known.
+    index: int64 [B], the sample's position in its dataset.
+    """
+
+    image: Tensor
+    valid: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class MultispectralSeriesBatch(TypedDict):
+    """Pictures of one place at several dates. The third axis of `image` and `valid` is that of the T dates.
+
+    image: float32 [B, C, T, H, W], as in `MultispectralBatch`.
+    valid: int64 [B, C, T, H, W], as there.
+    label: int64 [B].
+    index: int64 [B].
+    """
+
+    image: Tensor
+    valid: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class LandBatch(MultispectralBatch):
+    """Rendered scenes of land, see `lightspan.datamodules.rendered.land`.
+
+    image: float32 [B, C, H, W].
+    valid: int64 [B, C, H, W].
+    label: int64 [B], the material of most of the land cover.
+    index: int64 [B].
+    cover: int64 [B, H, W], the land cover of each pixel, a place in `MATERIALS`.
+    tags: int64 [B, G], 1 for each of `MATERIALS` that covers a part of the scene.
+    tags_known: int64 [B, G], 1 throughout.
+    day: float32 [B], of the year, in [0, 365).
+    """
+
+    cover: Tensor
+    tags: Tensor
+    tags_known: Tensor
+    day: Tensor
+
+
+class LandSeriesBatch(MultispectralSeriesBatch):
+    """Rendered series of scenes of land, see `lightspan.datamodules.rendered.land`.
+
+    image: float32 [B, C, T, H, W].
+    valid: int64 [B, C, T, H, W], 0 under clouds.
+    label: int64 [B], the material of most of the land cover.
+    index: int64 [B].
+    clear: float32 [B, C, T, H, W], the image without clouds: to judge by, not to learn from.
+    cover: int64 [B, H, W], the land cover of each pixel, a place in `MATERIALS`.
+    tags: int64 [B, G], 1 for each of `MATERIALS` that covers a part of the scene.
+    tags_known: int64 [B, G], 1 throughout.
+    day: float32 [B, T], of the year, ascending, in [0, 365).
+    """
+
+    clear: Tensor
+    cover: Tensor
+    tags: Tensor
+    tags_known: Tensor
+    day: Tensor
 
 
 class SliceBatch(TypedDict):

@@ -1,8 +1,10 @@
 """Folders of small picture files of every kind, for tests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -50,3 +52,14 @@ def write_every_kind(folder: Path) -> dict[str, Path]:
     exif[0x0112] = 8  # turn it by 90 degrees to see it upright
     save(rgb.rotate(-90, expand=True), "turned.jpg", quality=95, exif=exif)
     return paths
+
+
+def write_tiffs(folder: Path, classes: Mapping[str, int], bands: int = 2, side: int = 8) -> str:
+    """uint16 TIFFs of random numbers, `bands` planes after one another, in a folder for each class: 0.tif, 1.tif."""
+    tifffile = pytest.importorskip("tifffile")
+    for number, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for one in range(count):
+            pixels = np.random.default_rng((number, one)).integers(1, 10_000, (bands, side, side), dtype=np.uint16)
+            tifffile.imwrite(folder / name / f"{one}.tif", pixels, planarconfig="separate", photometric="minisblack")
+    return str(folder)

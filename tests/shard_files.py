@@ -115,3 +115,17 @@ def add_members(archive: tarfile.TarFile, key: str, members: dict[str, bytes]) -
         member = tarfile.TarInfo(f"{key}.{ending}")
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))
+
+
+def array_shard(path: Path, arrays: list[np.ndarray], **others: list[bytes]) -> str:
+    """KEY.npy for each array; `others` are further members, ending -> content for each sample."""
+    with tarfile.open(path, "w") as archive:
+        for number, array in enumerate(arrays):
+            content = io.BytesIO()
+            np.save(content, array)
+            members = {"npy": content.getvalue(), **{ending: contents[number] for ending, contents in others.items()}}
+            for ending, data in members.items():
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    return str(path)

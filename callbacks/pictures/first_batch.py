@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
+from lightspan.callbacks.pictures.band_colours import coloured_dates
 from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.drawing import png
@@ -26,10 +27,12 @@ LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that thei
 class FirstBatch(Callback):
     """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
 
-    Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight pictures
-    form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks are columns.
-    Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
-    a table, colours are its standardised numbers. Other batches are passed over.
+    Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight
+    pictures form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks are
+    columns. Of pictures with many bands three are shown, those that the data module names in `shown_bands`, each
+    stretched by itself, a column for each date; what is not valid is grey. Tokens are drawn as text, by the data
+    module's `tokenizer` or as bytes, beside their pictures if they have some; of a table, colours are its
+    standardised numbers. Other batches are passed over.
 
     Args:
         folder: where the picture goes.
@@ -52,6 +55,11 @@ class FirstBatch(Callback):
         bounds, path = getattr(data, "bounds", None), self.folder / "first-batch.png"
         if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None))) is not None:
             write_atomic(path, png(figure))
+            return
+        if (dates := coloured_dates(batch, getattr(data, "shown_bands", None))) is not None:
+            rows_BTCHW = dates[: self.rows if dates.shape[1] > 1 else 8 * self.rows]
+            columns = dates.shape[1] if dates.shape[1] > 1 else 8
+            write_grid(path, enlarged(rows_BTCHW.flatten(0, 1)), columns, padding=1.0)
             return
         views, columns = _pictures(batch, self.rows)
         if not views:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightspan.callbacks.pictures.band_colours import band_bounds, chosen_bands
 from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
 from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
 from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_in_range
@@ -72,15 +73,26 @@ class Reconstructions(Callback):
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             found = pl_module.reconstruct(batch)  # type: ignore[operator]
         if found is not None and trainer.is_global_zero:
-            images_BCHW = shown(found, getattr(data, "bounds", None))
+            images_BCHW = shown(*_in_colours(found, data))
             columns = 3 if found.other_BChw is None else 4
             write_grid(self.folder / "reconstructions.png", images_BCHW, columns, padding=1.0)
 
 
+def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple[Tensor, Tensor] | None]:
+    """Three bands of pictures that have many, each with its own black and white; others as they are."""
+    bounds, bands = getattr(data, "bounds", None), getattr(data, "shown_bands", None)
+    if bands is None and found.image_BChw.shape[1] in (1, 3):
+        return found, bounds
+    image_BCHW, guess_BCHW = (chosen_bands(part, bands) for part in (found.image_BChw, found.guess_BChw))
+    hidden = found.hidden_B1hw if found.hidden_B1hw.shape[1] == 1 else chosen_bands(found.hidden_B1hw, bands)
+    found = found._replace(image_BChw=image_BCHW, hidden_B1hw=hidden, guess_BChw=guess_BCHW)
+    return found, band_bounds(image_BCHW.float().cpu())
+
+
 def _pictures(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The image of a sample, or its views where it has no image."""
-    kept = "image" if "image" in sample else "views"
-    return {kept: sample[kept]}
+    """The image of a sample, and which of its pixels are valid where it says so; or its views."""
+    kept = ("image", "valid") if "image" in sample else ("views",)
+    return {name: sample[name] for name in kept if name in sample}
 
 
 def shown(found: Reconstruction, bounds: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -98,6 +98,14 @@ class RenderedSets(SampleSets):
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         """uint8 [B, C, H, W]: the pictures with these numbers, of which the training set's give the moments."""
 
+    def moments(self, numbers: np.ndarray) -> ChannelMoments:
+        """Of the training set, measured on the samples with these numbers."""
+        return ChannelMoments(*channel_moments(self.pictures(numbers)))
+
+    def image_sides(self) -> tuple[int, ...]:
+        """Channels, sides and what else a sample's image has."""
+        return self.pictures(np.arange(1)).shape[1:]
+
     @abstractmethod
     def samples(self, first: int, count: int, moments: ChannelMoments) -> RenderedSamples:
         """The samples of a set."""
@@ -106,12 +114,11 @@ class RenderedSets(SampleSets):
         """Makes the sets, once."""
         if self.train is not None:
             return
-        drawn = self.pictures(np.arange(min(self.size, MEASURED)))
-        moments = ChannelMoments(*channel_moments(drawn))
+        moments = self.moments(np.arange(min(self.size, MEASURED)))
         sizes = dict(zip(PARTS, (self.size, self.val_size, self.test_size), strict=True))
         self.train, self.val, self.test = (self.samples(PARTS[name], sizes[name], moments) for name in PARTS)
         self.bank = self.train
-        shape = " x ".join(map(str, drawn.shape[1:]))
+        shape = " x ".join(map(str, self.image_sides()))
         say(
             f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
             f"test samples of {shape}"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lightspan.datamodules.satellite.tiffs import read_tiff
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError, one_line
 
@@ -76,6 +77,16 @@ def decode_array(content: bytes) -> Tensor:
     return torch.from_numpy(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
 
 
+def decode_tiff(content: bytes) -> Tensor:
+    """[S H W] of a TIFF with S bands, whose word decides which axis is theirs: float or int64.
+
+    Raises: ValueError for complex numbers and for what is no TIFF; UserError without tifffile.
+    """
+    pixels = read_tiff(content, None)
+    # torch has next to no operators for uint16 and uint32.
+    return torch.from_numpy(pixels if pixels.dtype.kind == "f" else pixels.astype(np.int64))
+
+
 def decode_text(content: bytes) -> str:
     return content.decode("utf-8")
 
@@ -96,6 +107,8 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "txt": decode_text,
     "json": json.loads,
     "npy": decode_array,
+    "tif": decode_tiff,
+    "tiff": decode_tiff,
 }
 
 

@@ -84,7 +84,7 @@ class Shards(LightningDataModule):
         hold_out: without `val_shards`, the last so many of `shards` validate and do not train; for probes, say.
         bank_size: training samples on which probes fit, spread evenly over all shards; None means all, each time.
         fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
-            Decoders exist for jpg, jpeg, png, webp, cls, txt, json and npy (without pickle).
+            Decoders exist for jpg, jpeg, png, webp, cls, txt, json, npy (without pickle), tif and tiff.
         batch_size: samples of one optimiser step over all ranks.
         image_size: H = W in pixels; the shorter side is scaled to it and the centre cropped. None leaves images as is.
         views: makes the views of a training image.

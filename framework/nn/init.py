@@ -17,7 +17,7 @@ def xavier_uniform_(module: nn.Module) -> None:
     fan-out)) (Glorot, Bengio, 2010), biases 0: how MAE (arXiv 2111.06377) starts its transformers.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.xavier_uniform_(layer.weight.flatten(1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -1,14 +1,18 @@
 """Losses of masked modelling: pixels of hidden patches, and features of hidden patches.
 
-Shapes: B images, M hidden patches of each, d numbers of a patch, D width of features.
+Shapes: B images, M hidden patches of each, d numbers of a patch, D width of features, G groups of bands with L tokens
+each, n numbers of a patch of a group.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sums
-from lightspan.objectives.means import squared_error
+from lightspan.objectives.means import mean, squared_error
 
 LEAST_VARIANCE = 1e-6
 """Added to the variance of a patch, as in MAE's code: a patch of one colour becomes zeros."""
@@ -49,6 +53,46 @@ def patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, normalise: bool = T
         normalise: compare with `normalised_patches`.
     """
     return squared_error(guess_BMd, normalised_patches(patches_BMd) if normalise else patches_BMd)
+
+
+def seen_patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, valid_BMd: Tensor) -> Tensor:
+    """Squared error over the valid numbers of hidden patches, divided by how many numbers there are, valid or not: a
+    scalar in float32 or wider, 0 without any.
+
+    A number that is not valid adds nothing and may hold anything. As the divisor does not depend on what is valid, each
+    valid number weighs the same, in whatever micro-batch and on whatever rank it is. Where all are valid it is
+    `patch_regression` without normalised targets.
+
+    Source: the loss of Prithvi (Jakubik et al., 2023, arXiv 2310.18660); what is not valid is this project's.
+
+    Args:
+        valid_BMd: bool.
+    """
+    return squared_error(guess_BMd.where(valid_BMd, 0), patches_BMd.where(valid_BMd, 0))
+
+
+def seen_absolute_error(guess: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """As `seen_patch_regression`, of |guess - target|, in any shape."""
+    error = (wide(guess) - wide(target).where(valid, 0)).abs().where(valid, 0)
+    return mean(error)
+
+
+def seen_group_regression(
+    guesses: Sequence[Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor], hidden_BGL: Tensor
+) -> Tensor:
+    """Mean over hidden tokens of their mean squared error, of tokens of several groups with patches of their own size;
+    numbers that are not valid add nothing, as in `seen_patch_regression`. 0 where nothing is hidden.
+
+    Source: Cong et al., "SatMAE", 2022, arXiv 2207.08051, and the code of SatMAE++ (arXiv 2403.05419).
+
+    Args:
+        guesses, targets, valid: of each group [B L n].
+        hidden_BGL: bool; the divisor is the number of these tokens.
+    """
+    parts = zip(guesses, targets, valid, strict=True)
+    errors = [(wide(guess) - wide(target)).where(seen, 0).square().mean(dim=2) for guess, target, seen in parts]
+    error_BGL = torch.stack(errors, dim=1).where(hidden_BGL, 0)
+    return error_BGL.sum() / hidden_BGL.sum().clamp_min(1)
 
 
 def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, is_typeddict
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
-from picture_files import write_pictures
-from shard_files import masked_shard, pair_shard, partial_shard, posed_shard, write_shards
+from picture_files import write_pictures, write_tiffs
+from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, write_shards
 from torch import Tensor
 
 from lightspan import datamodules
@@ -35,11 +36,17 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.rendered.land import LandScenes, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.satellite.bands import Bands
+from lightspan.datamodules.satellite.folder import TiffFolder
+from lightspan.datamodules.satellite.scene import LandsatScene, SceneBlocks
+from lightspan.datamodules.satellite.shards import MultispectralShards
+from lightspan.datamodules.satellite.statlog import StatlogLandsat
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
@@ -179,6 +186,32 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PrintedWords, sentences": (lambda folder: PrintedWords(tokenizer=HashedWords(), batch_size=4), "SpelledWordBatch"),
     "WordList": (word_list, "SpellingBatch"),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
+    "LandScenes": (lambda folder: LandScenes(side=16, batch_size=4), "LandBatch"),
+    "LandSeries": (lambda folder: LandSeries(side=16, batch_size=4), "LandSeriesBatch"),
+    "TiffFolder": (
+        lambda folder: TiffFolder(write_tiffs(folder / "in", {"a": 6, "b": 6}), Bands(["x", "y"]), batch_size=4),
+        "MultispectralBatch",
+    ),
+    "MultispectralShards": (
+        lambda folder: MultispectralShards(
+            [array_shard(folder / "s.tar", [np.random.rand(2, 8, 9)] * 4)], Bands(["x", "y"]), batch_size=4
+        ),
+        "MultispectralBatch",
+    ),
+    "MultispectralShards, series": (
+        lambda folder: MultispectralShards(
+            [array_shard(folder / "s.tar", [np.random.rand(3, 2, 8, 9)] * 4)], Bands(["x", "y"]), dates=3, batch_size=4
+        ),
+        "MultispectralSeriesBatch",
+    ),
+    "SceneBlocks": (
+        lambda folder: SceneBlocks(
+            write_tiffs(folder / "in", {"a": 1}, side=64) + "/a/0.tif", Bands(["x", "y"]), 8, 16, batch_size=4
+        ),
+        "MultispectralBatch",
+    ),
+    "LandsatScene": (lambda folder: LandsatScene(batch_size=4), "MultispectralBatch"),
+    "StatlogLandsat": (lambda folder: StatlogLandsat(batch_size=4), "MultispectralBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),

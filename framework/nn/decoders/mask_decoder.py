@@ -17,12 +17,38 @@ from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.widths import OpenOutputs
 
 
-class MaskDecoder(OpenOutputs):
-    """Blocks of self-attention over what was seen and mask tokens, then a norm and a linear layer.
+class MaskTransformer(nn.Module):
+    """Blocks of self-attention over what was seen and mask tokens, then a norm.
 
     Args:
         in_features: D.
         width, depth, heads: of the blocks; MAE's are 512, 8 and 16. Width is a multiple of heads and of 4 (two axes).
+        axis_widths: channels of the positions of each axis of the grid, see `MaskedSequence`.
+    Raises: UserError for sizes that do not fit.
+    """
+
+    def __init__(
+        self, in_features: int, width: int, depth: int, heads: int, axis_widths: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        if min(in_features, width, depth, heads) < 1 or width % heads:
+            raise UserError(
+                f"{type(self).__name__}: width={width} must be a multiple of heads={heads}, and all and depth={depth} "
+                f"and in_features={in_features} above 0"
+            )
+        if axis_widths is not None and sum(axis_widths) != width:
+            raise UserError(f"{type(self).__name__}: axis_widths={[*axis_widths]} must sum to width={width}")
+        self.in_features, self.width = in_features, width
+        self.sequence = MaskedSequence(in_features, width, axis_widths)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+
+class MaskDecoder(OpenOutputs, MaskTransformer):
+    """A `MaskTransformer` and a linear layer.
+
+    Args:
+        in_features, width, depth, heads, axis_widths: of the transformer.
         out_features: o; None leaves it to the method: MAE's are the numbers of a patch, and I-JEPA's are D.
     Raises: UserError for sizes that do not fit.
     """
@@ -30,18 +56,15 @@ class MaskDecoder(OpenOutputs):
     head: nn.Linear
 
     def __init__(
-        self, in_features: int, out_features: int | None = None, width: int = 512, depth: int = 8, heads: int = 16
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        width: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        axis_widths: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        if min(in_features, width, depth, heads) < 1 or width % heads:
-            raise UserError(
-                f"MaskDecoder: width={width} must be a multiple of heads={heads}, and all and depth={depth} and "
-                f"in_features={in_features} above 0"
-            )
-        self.in_features, self.width = in_features, width
-        self.sequence = MaskedSequence(in_features, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        super().__init__(in_features, width, depth, heads, axis_widths)
         if out_features is not None:
             self.settle(out_features)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.nn.sequences.patches import at_places
-from lightspan.nn.sequences.positions import sincos
+from lightspan.nn.sequences.positions import sincos, sincos_by_axis
 
 
 class MaskedSequence(nn.Module):
@@ -20,10 +20,12 @@ class MaskedSequence(nn.Module):
     Args:
         in_features: D.
         width: w, a multiple of 2 for each axis of the grid.
+        axis_widths: channels of the positions of each axis of the grid, which sum to w; None shares them evenly.
     """
 
-    def __init__(self, in_features: int, width: int) -> None:
+    def __init__(self, in_features: int, width: int, axis_widths: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.axis_widths = axis_widths
         self.embed = nn.Linear(in_features, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)  # MAE's start
 
@@ -34,14 +36,21 @@ class MaskedSequence(nn.Module):
             at_BK, ask_BM: int64, places counted row by row.
         """
         seen_BSw = self.embed(tokens_BSD)
-        positions_BTw = positions(seen_BSw, grid)
+        positions_BTw = positions(seen_BSw, grid, self.axis_widths)
         prefix = tokens_BSD.shape[1] - at_BK.shape[1]
         prefix_BPw, seen_BKw = seen_BSw[:, :prefix], seen_BSw[:, prefix:] + at_places(positions_BTw, at_BK)
         masks_BMw = self.mask_token.to(seen_BSw.dtype) + at_places(positions_BTw, ask_BM)
         return torch.cat([prefix_BPw, seen_BKw, masks_BMw], dim=1)
 
 
-def positions(like_BSw: Tensor, grid: Sequence[int]) -> Tensor:
-    """Sines and cosines of a grid, [B T w], for tokens of this width, on their device and in their type."""
-    table_Tw = sincos(grid, like_BSw.shape[2], device=like_BSw.device).to(like_BSw.dtype)
-    return table_Tw.expand(len(like_BSw), -1, -1)
+def positions(like_BSw: Tensor, grid: Sequence[int], axis_widths: Sequence[int] | None = None) -> Tensor:
+    """Sines and cosines of a grid, [B T w], for tokens of this width, on their device and in their type.
+
+    Args:
+        axis_widths: see `MaskedSequence`.
+    """
+    if axis_widths is None:
+        table_Tw = sincos(grid, like_BSw.shape[2], device=like_BSw.device)
+    else:
+        table_Tw = sincos_by_axis(grid, axis_widths, device=like_BSw.device)
+    return table_Tw.to(like_BSw.dtype).expand(len(like_BSw), -1, -1)

@@ -6,6 +6,7 @@ Shapes: B images, C h w, H W grid of T patches, K visible and M hidden ones, d =
 pixels.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -19,8 +20,9 @@ from lightspan.nn.sequences.token_backbone import TokenBackbone
 
 
 class Reconstruction(NamedTuple):
-    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w]; the same
-    pictures with guesses in the hidden places [B C h w]; and those that were looked at as a whole, if there are any.
+    """Pictures, standardised as in the batch [B C h w]; which of their pixels were hidden, bool [B 1 h w], or
+    [B C h w] where that differs by channel; the same pictures with guesses in the hidden places [B C h w]; and those
+    that were looked at as a whole, if there are any.
     """
 
     image_BChw: Tensor
@@ -31,11 +33,13 @@ class Reconstruction(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenPatches:
-    """Images, the sides of a patch, the grid, and int64 places of visible and of hidden patches, [B K] and [B M]."""
+    """Images, or series of them with an axis of dates before h and w, the sides of a patch, the grid, and int64 places
+    of visible and of hidden patches, [B K] and [B M].
+    """
 
     image_BChw: Tensor
-    patch: tuple[int, int]
-    grid: tuple[int, int]
+    patch: tuple[int, ...]
+    grid: tuple[int, ...]
     see_BK: Tensor
     hide_BM: Tensor
 
@@ -46,9 +50,9 @@ class HiddenPatches:
         Args:
             index_B: the images' numbers in their dataset.
         """
-        grid, (height, width, _) = backbone.grid(image_BChw), backbone.patch_shape
+        grid, patch = backbone.grid(image_BChw), tuple(backbone.patch_shape[:-1])
         masks_BHW = masks.draw(grid, step, image_numbers(index_B))
-        return cls(image_BChw, (height, width), grid, *seen_and_hidden(masks_BHW, image_BChw.device))
+        return cls(image_BChw, patch, grid, *seen_and_hidden(masks_BHW, image_BChw.device))
 
     def pixels(self) -> Tensor:
         """What the hidden patches show, [B M d]."""
@@ -59,7 +63,7 @@ class HiddenPatches:
         patches_BTd = patchify(self.image_BChw, self.patch)
         at_BMd = self.hide_BM[..., None].expand(-1, -1, patches_BTd.shape[2])
         filled_BTd = patches_BTd.scatter(1, at_BMd, guess_BMd.to(patches_BTd.dtype))
-        area = self.patch[0] * self.patch[1]
+        area = math.prod(self.patch)
         hidden_BTp = torch.zeros_like(patches_BTd[..., :area], dtype=torch.bool).scatter(1, at_BMd[..., :area], True)
         hidden_B1hw, guess_BChw = (unpatchify(part, self.patch, self.grid) for part in (hidden_BTp, filled_BTd))
         return Reconstruction(self.image_BChw, hidden_B1hw, guess_BChw)

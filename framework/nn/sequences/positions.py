@@ -33,6 +33,31 @@ def sincos(
     return torch.cat([table.new_zeros(prefix, width), table])
 
 
+def sincos_by_axis(
+    grid: Sequence[int], widths: Sequence[int], prefix: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """As `sincos`, with a number of channels for each axis: float32 [prefix+T sum of widths], the last axis first.
+
+    Source: of time, height and width Jakubik et al., "Prithvi", 2023, arXiv 2310.18660, and its code; of a group of
+    bands beside two axes Cong et al., "SatMAE", 2022, arXiv 2207.08051.
+
+    Args:
+        widths: channels of each axis in the grid's order, each a multiple of 2; an axis with 0 leaves no trace.
+    Raises: UserError for other widths, or another number of them.
+    """
+    if len(widths) != len(grid) or min(widths) < 0 or not sum(widths):
+        raise UserError(f"positions of {len(grid)} axes need as many widths, of which one is above 0, not {[*widths]}")
+    parts, count, before = [], math.prod(grid), 1
+    for side, width in zip(grid, widths, strict=True):
+        if width:
+            code_sw = sincos((side,), width, device=device)
+            # Row by row: a place along this axis is repeated for each place of the axes behind it.
+            parts.append(code_sw.repeat_interleave(count // (before * side), dim=0).repeat(before, 1))
+        before *= side
+    table = torch.cat(parts[::-1], dim=1)
+    return torch.cat([table.new_zeros(prefix, table.shape[1]), table])
+
+
 def rotary(grid: Sequence[int], width: int, base: float = 10_000.0, device: torch.device | str = "cpu") -> Tensor:
     """Sines and cosines by which channels 2i and 2i+1 of a head are turned: float32 [T 2 width], sines first.
 

@@ -1,0 +1,70 @@
+"""Scenes of any number of bands, of TIFFs. Pillow reads three or four bands, of 8 bits; tifffile reads them all.
+
+Shapes: S bands, H W pixels.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from lightspan.errors import UserError
+
+ENDINGS = (".tif", ".tiff")
+
+
+def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
+    """[S H W] of the TIFF's own type: whole numbers of up to 32 bits, or floats. Bands may be interleaved by pixel,
+    stand one after the other in a page, or be pages.
+
+    Args:
+        content: a file, or what is in one.
+        bands: S, which tells where the bands are; None takes the TIFF's own word for it.
+    Raises: UserError without tifffile; ValueError for a file that is none, for complex numbers, and where neither axis
+        or both could be that of the bands.
+    """
+    try:
+        import tifffile
+    except ImportError as error:
+        raise UserError(
+            "reading TIFFs of many bands needs tifffile, which is not installed: pip install 'lightspan[satellite]'"
+        ) from error
+    try:
+        with tifffile.TiffFile(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+            if not file.series:
+                raise ValueError("it has no picture")
+            series = file.series[0]
+            pixels, axes = series.asarray(), series.axes
+    except tifffile.TiffFileError as error:
+        raise ValueError(f"it is no TIFF: {error}") from error
+    except (KeyError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"it is a damaged TIFF, or of a kind that tifffile does not read: {error}") from error
+    if pixels.dtype.kind not in "uif":
+        raise ValueError(f"its numbers are {pixels.dtype}; whole numbers and floats are read")
+    return np.ascontiguousarray(bands_first(pixels, bands, interleaved=axes.endswith("S")))
+
+
+def bands_first(pixels: np.ndarray, bands: int | None, interleaved: bool | None = None) -> np.ndarray:
+    """[S H W] of [S H W], [H W S], or [H W] of one band.
+
+    Args:
+        bands: S; None lets `interleaved` decide.
+        interleaved: what the file says of its order. It decides where both ends have S entries.
+    Raises: ValueError where neither end has `bands` entries, or both have and nothing decides.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+        interleaved = False
+    shape = list(pixels.shape)
+    if pixels.ndim != 3 or 0 in shape:
+        raise ValueError(f"its shape {shape} is not that of bands and two sides")
+    if bands is None:
+        if interleaved is None:
+            raise ValueError(f"nothing says which axis of {shape} is that of the bands; name the bands")
+        return np.moveaxis(pixels, 2, 0) if interleaved else pixels
+    first, last = shape[0] == bands, shape[2] == bands
+    if not (first or last):
+        raise ValueError(f"its shape is {shape}, and neither the first nor the last axis has {bands} bands")
+    if first and last and interleaved is None:
+        raise ValueError(f"its shape is {shape}, so {bands} bands could be the first or the last axis")
+    return np.moveaxis(pixels, 2, 0) if last and not (first and not interleaved) else pixels

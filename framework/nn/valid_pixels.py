@@ -1,0 +1,51 @@
+"""Which pixels of a batch were seen, and pictures reduced to the means over what was.
+
+Shapes: B pictures, C bands, H W pixels; a series has an axis of its dates before these.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightspan.errors import UserError
+
+
+def valid_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor:
+    """`valid` of a batch as bool, of the shape of its pictures; all pixels where the batch has none.
+
+    Args:
+        image: the pictures as the method reads them.
+        method: its name, for messages.
+    Raises: UserError for one of another shape.
+    """
+    valid = batch.get("valid")
+    if valid is None:
+        return torch.ones_like(image, dtype=torch.bool)
+    if not isinstance(valid, Tensor) or valid.shape != image.shape:
+        found = [*valid.shape] if isinstance(valid, Tensor) else type(valid).__name__
+        raise UserError(
+            f"{method} needs to know of each pixel and band whether it is valid, and this batch has image "
+            f"{[*image.shape]} and valid {found}; let the dataset give both in one shape, or no valid"
+        )
+    return valid > 0
+
+
+def area_reduced(image_BCHW: Tensor, valid_BCHW: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Means of squares of `factor` pixels a side over what is valid there, 0 where nothing is, and whether all is.
+
+    Raises: UserError for sides that squares do not fill.
+    """
+    if factor == 1:
+        return image_BCHW, valid_BCHW
+    if any(side % factor for side in image_BCHW.shape[2:]):
+        raise UserError(
+            f"pictures of {' x '.join(map(str, image_BCHW.shape[2:]))} pixels cannot be reduced {factor} times; give "
+            f"pictures whose sides are multiples of {factor}"
+        )
+    seen_BCHW = F.avg_pool2d(valid_BCHW.to(image_BCHW.dtype), factor)
+    # An average of a power of two of ones is exactly 1 in every floating-point type.
+    sums_BCHW = F.avg_pool2d(image_BCHW * valid_BCHW, factor)
+    return sums_BCHW / seen_BCHW.clamp_min(1 / (2 * factor**2)), F.avg_pool2d(valid_BCHW.float(), factor) > 1 - 1e-4
