@@ -494,6 +494,21 @@ class LandSeriesBatch(MultispectralSeriesBatch):
     day: Tensor
 
 
+class SeasonsBatch(TypedDict):
+    """Places in two seasons each, with tags: a `TaggedViewsBatch` of any bands, whose views are crops of either season.
+
+    views: V tensors, float32 [B, C, H, W], as the image of a `MultispectralBatch`; V is 2.
+    tags: int64 [B, G], 1 for each tag that holds.
+    tags_known: int64 [B, G], 0 where it is not known whether a tag holds.
+    index: int64 [B].
+    """
+
+    views: list[Tensor]
+    tags: Tensor
+    tags_known: Tensor
+    index: Tensor
+
+
 class SliceBatch(TypedDict):
     """Rendered slices through bodies, see `lightspan.datamodules.rendered.slices`.
 

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightspan.datamodules.rendered.data import RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import SEEDS, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.spectra import MATERIALS, YEAR, season, spectra
 from lightspan.datamodules.satellite.bands import Bands, wavelengths
 from lightspan.datamodules.satellite.moments import BandMoments, band_moments
+from lightspan.datamodules.satellite.resampling import SpectralCrops
 from lightspan.errors import UserError
 
 AT_ONCE = 32
 FIELDS = 9
+SEASONS = 4
 MOST = 5  # materials of a scene
 LEAST_SHARE = 0.02  # of a scene that a material must cover to be among its tags
 GRASS, BUILT, BARE = (MATERIALS.index(name) for name in ("grass", "built", "bare"))
@@ -235,7 +237,7 @@ class LandSamples(RenderedSamples):
         values, valid = (torch.from_numpy(np.moveaxis(part, 1, 0).copy()) for part in (made.reflectance, seen))
         image, clear = (self.moments.standardised(values, of).transpose(0, 1) for of in (valid, torch.ones_like(valid)))
         valid = valid.transpose(0, 1).long()
-        share = (made.cover[:, None] == np.arange(len(MATERIALS))[:, None, None]).mean(axis=(2, 3))
+        share = cover_shares(made.cover)
         tags = torch.from_numpy((share >= LEAST_SHARE).astype(np.int64))
         fields = {
             "label": torch.from_numpy(share.argmax(axis=1)),
@@ -246,6 +248,11 @@ class LandSamples(RenderedSamples):
         if self.dates is None:
             return {"image": image[:, :, 0], "valid": valid[:, :, 0], "day": torch.from_numpy(day[:, 0]), **fields}
         return {"image": image, "valid": valid, "clear": clear, "day": torch.from_numpy(day), **fields}
+
+
+def cover_shares(cover_BHW: np.ndarray) -> np.ndarray:
+    """How much of each scene each of `MATERIALS` covers, float64 [B M]."""
+    return np.stack([(cover_BHW == material).mean(axis=(1, 2)) for material in range(len(MATERIALS))], axis=1)
 
 
 def days(seed: int, numbers: np.ndarray, dates: int | None) -> np.ndarray:
@@ -323,6 +330,51 @@ class LandScenes(RenderedSets):
 
     def samples(self, first: int, count: int, moments: BandMoments) -> LandSamples:  # type: ignore[override]
         return LandSamples(first, count, self.land, self.draw_seed, self.dates, moments)
+
+
+class SeasonSamples(RenderedSamples):
+    """Samples of `SeasonsBatch`: two of a scene's four days, drawn anew in each epoch, each cropped by itself."""
+
+    def __init__(self, scenes: LandSamples, crops: SpectralCrops) -> None:
+        super().__init__(scenes.first, scenes.count)
+        self.scenes, self.crops = scenes, crops
+
+    def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
+        scenes = self.scenes
+        day = days(scenes.draw_seed, numbers, SEASONS)
+        two = Draws(scenes.draw_seed, numbers, 24, seeds).uniform(SEASONS).argsort(axis=1)[:, :2]
+        made = scenes.land.scenes(scenes.draw_seed, numbers, np.take_along_axis(day, two, axis=1))
+        seen = np.broadcast_to(~made.cloudy[:, None], made.reflectance.shape)
+        views: list[Any] = [[], []]
+        for values, valid, seed in zip(made.reflectance, seen, seeds.tolist(), strict=True):
+            for number, view in enumerate(views):
+                cropped = map(torch.from_numpy, (values[:, number], valid[:, number].copy()))
+                view.append(scenes.moments.standardised(*self.crops(*cropped, seed=(2 * seed + number) % SEEDS)))
+        tags = torch.from_numpy((cover_shares(made.cover) >= LEAST_SHARE).astype(np.int64))
+        return {"views": [torch.stack(view) for view in views], "tags": tags, "tags_known": torch.ones_like(tags)}
+
+
+class LandSeasons(LandScenes):
+    """Rendered scenes in two seasons: training batches of `SeasonsBatch`, all others of `LandBatch`.
+
+    A scene has a day in each of four equal parts of the time from mid-February to mid-November, of which an epoch shows
+    two. A tag may hold of what a crop has cut off.
+
+    Args:
+        scale: least and greatest share of a scene in a view, in (0, 1]; views are as large as the scenes.
+        settings: those of `LandScenes`.
+    """
+
+    def __init__(self, side: int = 64, scale: tuple[float, float] = (0.5, 1.0), **settings: Any) -> None:
+        super().__init__(side, **settings)
+        self.crops = SpectralCrops(side, scale)
+
+    def setup(self, stage: str | None = None) -> None:
+        """As `LandScenes`, once."""
+        if self.train is not None:
+            return
+        super().setup(stage)
+        self.train = SeasonSamples(self.bank, self.crops)
 
 
 class LandSeries(LandScenes):

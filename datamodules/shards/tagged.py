@@ -26,26 +26,32 @@ class TaggedDecoding(Decoding):
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = super().__call__(members, seed)
-        where = place_of(members)
-        lists = self._lists(sample.pop("tags"), where)
-        tags_G = torch.zeros(self.num_tags, dtype=torch.int64)
-        known_G = torch.full_like(tags_G, int(self.complete))
-        known_G[lists["absent"]] = 1
-        # What is in both lists holds: an annotator saw it.
-        tags_G[lists["present"]] = known_G[lists["present"]] = 1
-        return sample | {"tags": tags_G, "tags_known": known_G}
+        return sample | tags_in(sample.pop("tags"), self.num_tags, self.complete, place_of(members))
 
-    def _lists(self, given: Any, where: str) -> dict[str, list[int]]:
-        given = {} if given is None else given
-        lists = {name: given.get(name, []) for name in ("present", "absent")} if isinstance(given, Mapping) else {}
-        numbers = [number for of in lists.values() for number in (of if isinstance(of, list) else [None])]
-        right = lists and all(type(number) is int and 0 <= number < self.num_tags for number in numbers)
-        if not right or set(given) - set(lists):
-            raise UserError(
-                f'{where} has tags {one_line(str(given)[:80])}; its .json member must be {{"present": [...], "absent": '
-                f"[...]}}, lists of numbers from 0 to num_tags - 1 = {self.num_tags - 1}, or null"
-            )
-        return lists
+
+def tags_in(given: Any, num_tags: int, complete: bool, where: str) -> dict[str, torch.Tensor]:
+    """`tags` and `tags_known` of a sample, int64 [G], from what its .json member says.
+
+    Args:
+        num_tags, complete: as in `TaggedDecoding`.
+        where: the sample, for messages.
+    Raises: UserError for anything but lists of numbers below G.
+    """
+    given = {} if given is None else given
+    lists = {name: given.get(name, []) for name in ("present", "absent")} if isinstance(given, Mapping) else {}
+    numbers = [number for of in lists.values() for number in (of if isinstance(of, list) else [None])]
+    right = lists and all(type(number) is int and 0 <= number < num_tags for number in numbers)
+    if not right or set(given) - set(lists):
+        raise UserError(
+            f'{where} has tags {one_line(str(given)[:80])}; its .json member must be {{"present": [...], "absent": '
+            f"[...]}}, lists of numbers from 0 to num_tags - 1 = {num_tags - 1}, or null"
+        )
+    tags_G = torch.zeros(num_tags, dtype=torch.int64)
+    known_G = torch.full_like(tags_G, int(complete))
+    known_G[lists["absent"]] = 1
+    # What is in both lists holds: an annotator saw it.
+    tags_G[lists["present"]] = known_G[lists["present"]] = 1
+    return {"tags": tags_G, "tags_known": known_G}
 
 
 class TaggedShards(Shards):

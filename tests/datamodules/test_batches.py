@@ -36,7 +36,7 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
-from lightspan.datamodules.rendered.land import LandScenes, LandSeries
+from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
@@ -44,7 +44,9 @@ from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.satellite.bands import Bands
 from lightspan.datamodules.satellite.folder import TiffFolder
+from lightspan.datamodules.satellite.resampling import SpectralCrops
 from lightspan.datamodules.satellite.scene import LandsatScene, SceneBlocks
+from lightspan.datamodules.satellite.seasons import SeasonShards
 from lightspan.datamodules.satellite.shards import MultispectralShards
 from lightspan.datamodules.satellite.statlog import StatlogLandsat
 from lightspan.datamodules.shards.domains import DomainShards
@@ -187,6 +189,17 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "WordList": (word_list, "SpellingBatch"),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "LandScenes": (lambda folder: LandScenes(side=16, batch_size=4), "LandBatch"),
+    "LandSeasons": (lambda folder: LandSeasons(side=16, batch_size=4), "SeasonsBatch"),
+    "SeasonShards": (
+        lambda folder: SeasonShards(
+            [array_shard(folder / "s.tar", [np.random.rand(seasons, 2, 8, 9) for seasons in (1, 2, 3, 4)])],
+            Bands(["x", "y"]),
+            3,
+            SpectralCrops(8),
+            batch_size=4,
+        ),
+        "SeasonsBatch",
+    ),
     "LandSeries": (lambda folder: LandSeries(side=16, batch_size=4), "LandSeriesBatch"),
     "TiffFolder": (
         lambda folder: TiffFolder(write_tiffs(folder / "in", {"a": 6, "b": 6}), Bands(["x", "y"]), batch_size=4),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import TaggedViewsBatch
+from lightspan.datamodules.batches import SeasonsBatch, TaggedViewsBatch
 from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.corruption import GroupCorruption
@@ -83,7 +83,7 @@ class SoftCon(Method):
         self.student, self.predictor = nn.Sequential(backbone, projector), predictor or nn.Identity()
         self.teacher = EMATeacher(self.student, batch_statistics=True)
 
-    def training_step(self, batch: TaggedViewsBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TaggedViewsBatch | SeasonsBatch, batch_idx: int) -> Tensor:
         views, index_B = global_first(batch, "SoftCon", 2)[:2], index_in(batch, self)
         hold_BG = tags_of(batch, "SoftCon").hold_BG
         keys = [self.teacher(view_BChw) for view_BChw in reversed(views)]

@@ -1,0 +1,103 @@
+"""Places in several seasons: which two a sample shows, its tags, and what is wrong with a shard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from shard_files import array_shard
+
+from lightspan.datamodules.rendered.land import LEAST_SHARE, LandSeasons, cover_shares, days
+from lightspan.datamodules.satellite.bands import Bands
+from lightspan.datamodules.satellite.resampling import SpectralCrops
+from lightspan.datamodules.satellite.seasons import SeasonShards
+from lightspan.errors import UserError
+
+WHOLE = SpectralCrops(8, scale=(1.0, 1.0), flip=0.0)
+
+
+def numbered(seasons: int) -> np.ndarray:
+    """Season t is t everywhere."""
+    return np.arange(float(seasons))[:, None, None, None] + np.zeros((1, 2, 8, 8))
+
+
+def shards(folder: Path, arrays: list[np.ndarray], tags: list[Any] | None = None, **settings: Any) -> SeasonShards:
+    others = {} if tags is None else {"json": [json.dumps(of).encode() for of in tags]}
+    path = array_shard(folder / "s.tar", arrays, **others)
+    moments = {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    data = SeasonShards([path], Bands(["x", "y"]), 3, WHOLE, **moments | settings)
+    data.setup()
+    return data
+
+
+def test_two_different_seasons_are_drawn_and_one_alone_is_shown_twice(tmp_path: Path) -> None:
+    data = shards(tmp_path, [numbered(1), numbered(4)])
+    assert data.train is not None
+    found = [[data.train.sample(place, seed)["views"] for seed in range(60)] for place in (0, 1)]
+    pairs = [[tuple(round(float(view.mean())) for view in views) for views in of] for of in found]
+    assert set(pairs[0]) == {(0, 0)}
+    assert set(pairs[1]) == {(a, b) for a in range(4) for b in range(4) if a != b}
+    again = data.train.sample(1, 7)["views"]
+    assert all(torch.equal(a, b) for a, b in zip(again, found[1][7], strict=True))
+
+
+def test_tags_that_are_listed_hold_and_a_place_without_tags_has_none(tmp_path: Path) -> None:
+    data = shards(tmp_path, [numbered(2)] * 3, [{"present": [0, 2]}, {}, None])
+    assert data.train is not None
+    assert [data.train.sample(i, 0)["tags"].tolist() for i in range(3)] == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    unknown = shards(tmp_path, [numbered(2)], [{"present": [1], "absent": [0]}], complete=False)
+    assert unknown.train is not None
+    assert unknown.train.sample(0, 0)["tags_known"].tolist() == [1, 1, 0]
+    assert shards(tmp_path, [numbered(2)]).bank.sample(0, 0)["tags"].tolist() == [0, 0, 0]
+
+
+def test_validation_shows_the_first_season_whole(tmp_path: Path) -> None:
+    sample = shards(tmp_path, [numbered(3)]).bank.sample(0, 5)
+    assert torch.equal(sample["image"], torch.zeros(2, 8, 8))
+    assert sample["valid"].shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("array", "tags", "message"),
+    [
+        (np.zeros((2, 3, 8, 8)), {}, r"its shape is \[2, 3, 8, 8\], and seasons are \[T S H W\] of S=2 bands"),
+        (np.zeros((0, 2, 8, 8)), {}, r"its shape is \[0, 2, 8, 8\]"),
+        (np.zeros((2, 8, 8)), {}, r"its shape is \[2, 8, 8\]"),
+        (numbered(2), {"present": [3]}, r"lists of numbers from 0 to num_tags - 1 = 2"),
+    ],
+)
+def test_a_bad_sample_is_named(tmp_path: Path, array: np.ndarray, tags: Any, message: str) -> None:
+    data = shards(tmp_path, [array], [tags])
+    assert data.train is not None
+    with pytest.raises(UserError, match=rf"0000.*{message}"):
+        data.train.sample(0, 0)
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_tags=0"):
+        SeasonShards(["x.tar"], Bands(["x"]), 0, WHOLE)
+
+
+def test_rendered_seasons_are_two_of_four_days_of_the_same_land() -> None:
+    data = LandSeasons(side=16, scale=(1.0, 1.0), size=16, val_size=4, batch_size=4)
+    data.crops.flip = 0.0
+    data.setup()
+    assert data.train is not None
+    numbers = np.arange(5)
+    batch = data.train.batch(numbers.tolist(), [3] * 5)
+    made = data.land.scenes(0, numbers, days(0, numbers, 4))
+    # The crop of a whole scene is square only if the drawn ratio is: compared by the mean of a band.
+    means = made.reflectance.mean(axis=(3, 4)).transpose(0, 2, 1)  # [B T C]
+    for view in batch["views"]:
+        seen = view.mean(dim=(2, 3)) * data.bank.moments.std + data.bank.moments.mean
+        near = np.abs(seen.numpy()[:, None] - means).max(axis=2)
+        assert (near.min(axis=1) < 0.03).all()
+    shares = cover_shares(made.cover)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    np.testing.assert_array_equal(batch["tags"].numpy(), shares >= LEAST_SHARE)
+    assert batch["views"][0].shape == (5, 13, 16, 16)
+    one = data.train.batch([2], [3])["views"]
+    assert all(torch.allclose(a[0], b[2], atol=1e-5) for a, b in zip(one, batch["views"], strict=True))
+    assert set(data.bank.sample(0, 0)) >= {"image", "tags", "index"}
