@@ -75,6 +75,10 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
     assert {key for key, found in sizes.items() if True not in found} == set(WITHOUT)
 
 
+STAND_INS = ("sd_fpt", "softcon", "unip", "dptr", "fst", "word_reader")
+"""Methods whose large recipes need weights of earlier runs: each has an overlay scale/stand_ins_NAME."""
+
+
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
