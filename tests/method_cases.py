@@ -24,6 +24,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.language import llama
+from lightspan.backbones.placed_vit import GroupedViT, SeriesViT, series_widths
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
@@ -72,6 +73,8 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.prithvi import Prithvi
+from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.spark import SparK
 from lightspan.methods.merging.adamerging import AdaMerging
@@ -87,10 +90,12 @@ from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
+from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
+from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
@@ -372,6 +377,35 @@ def spark(**optimization: Any) -> SparK:
     return SparK(Strided(), decoder, RandomMasks(0.5), **optimization)
 
 
+def bands(*dates: int, side: int = 16) -> Callable[[int, int], dict[str, Any]]:
+    """Three bands, of which more is valid in one half of the rows than in the other, and in one row nothing."""
+
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        image, seen = (torch.rand(rows, 3, *dates, side, side, generator=generator) for _ in range(2))
+        share = torch.linspace(0, 1, max(rows, 1))[:rows].view(-1, *[1] * (image.ndim - 1))
+        valid = seen < share
+        return {
+            "image": torch.where(valid, 3 * image - 1.5, 0),
+            "valid": valid.long(),
+            "label": torch.zeros(rows, dtype=torch.int64),
+            "index": torch.arange(rows) + ROWS * seed,
+        }
+
+    return made
+
+
+def satmaepp(upsampler: bool, **optimization: Any) -> SatMAEpp:
+    backbone = GroupedViT([[0, 2], [1]], 16, 2, 2, patch_size=2, group_width=4)
+    decoder = GroupedMaskDecoder(16, width=8, depth=1, heads=2, group_width=4)
+    return SatMAEpp(backbone, decoder, UpsamplerPyramid(3, 1, 4) if upsampler else None, steps=1, **optimization)
+
+
+def prithvi(**optimization: Any) -> Prithvi:
+    decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
+    return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
+
+
 def selfie(**optimization: Any) -> Selfie:
     summary = SummaryTransformer(8, depth=1, heads=2, mlp_width=12, dropout=0.0)
     return Selfie(Pooled(), summary, grid=(2, 2), masks=RandomMasks(0.5), **optimization)
@@ -571,6 +605,9 @@ CASES: dict[str, Case] = {
         ),
         views(1),
     ),
+    "masked.prithvi": Case(prithvi, bands(3, side=8)),
+    "masked.satmaepp": Case(partial(satmaepp, True), bands()),
+    "masked.satmaepp, one scale": Case(partial(satmaepp, False), bands()),
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
     "masked.spark": Case(spark, views(1)),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),

@@ -124,6 +124,14 @@ def permuted_letter_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
     return letters.permuted_letter_loss(logits, word_BT)
 
 
+def seen_group_regression(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Of two groups, of which one of three tokens is hidden in each row."""
+    guess, seen = (x @ weight)[:, None], (x > -0.5)[:, None]
+    parts = [[part[..., :2], part[..., 2:].expand(-1, 1, 2)] for part in (guess, x.sin()[:, None], seen)]
+    hidden_BGL = torch.stack([label_B % 2 == 0, label_B % 2 == 1], dim=1)[:, :, None]
+    return masked.seen_group_regression(*parts, hidden_BGL)
+
+
 def hidden_absolute_error(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     """Ranks differ in how much is hidden."""
     return masked.hidden_absolute_error(x @ weight, x.sin(), (label_B % 2 == 0)[:, None])
@@ -256,6 +264,15 @@ CASES = {
     "masked.feature_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.feature_regression((x @ weight)[:, None], x.sin()[:, None])
     ),
+    "masked.seen_patch_regression": Case(
+        lambda x, weight, label_B, mixed_B: masked.seen_patch_regression(
+            (x @ weight)[:, None], x.sin()[:, None], (x > -0.5)[:, None]
+        )
+    ),
+    "masked.seen_absolute_error": Case(
+        lambda x, weight, label_B, mixed_B: masked.seen_absolute_error(x @ weight, x.sin(), x > -0.5)
+    ),
+    "masked.seen_group_regression": Case(seen_group_regression),
     "prototypes.class_and_patch_losses": Case(class_and_patch_losses),
     "prototypes.cross_view_loss": Case(cross_view_loss),
     "prototypes.prototype_cross_entropy": Case(

@@ -5,10 +5,12 @@ Shapes: B batch, P prefix tokens, K places seen, M places asked for, G groups, L
 w of the decoder, n numbers of a patch of a group.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightspan.errors import UserError
 from lightspan.nn.decoders.mask_decoder import MaskTransformer
@@ -48,6 +50,8 @@ class GroupedMaskDecoder(MaskTransformer):
             x_BSw = torch.cat([x_BSw[:, :prefix] + code_w, x_BSw[:, prefix:]], dim=1)
         x_BTw = self.norm(self.blocks(x_BSw))[:, prefix:]
         in_order_BTw = at_places(x_BTw, torch.cat([at_BK, ask_BM], dim=1).argsort(dim=1))
+        # Of a batch without rows the places are unknown, and so is their number.
+        in_order_BTw = F.pad(in_order_BTw, (0, 0, 0, math.prod(grid) - in_order_BTw.shape[1]))
         parts = in_order_BTw.unflatten(1, (len(self.group_heads), -1)).unbind(1)
         return [head(part_BLw) for head, part_BLw in zip(self.group_heads, parts, strict=True)]
 
