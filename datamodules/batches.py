@@ -20,6 +20,21 @@ class TextBatch(TypedDict):
     tokens: Tensor
 
 
+class DocumentBatch(TypedDict):
+    """Pieces of documents, padded to one length.
+
+    tokens: int64 [B, T], without special tokens; 0 on padding, which is at the end.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding.
+    token_bytes: int64 [B, T], bytes of the real text that a token stands for; 0 on padding.
+    index: int64 [B], the piece's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    token_bytes: Tensor
+    index: Tensor
+
+
 class LabelledTextBatch(TypedDict):
     """Tokenized texts, truncated or padded to one length, each with its class.
 
