@@ -15,14 +15,14 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.documents import (
-    BYTES,
     SUFFIXES,
     VAL_FRACTION,
     Document,
-    Encoded,
     Skipped,
+    TextTokens,
     encoded,
     find_documents,
+    numbers_of,
 )
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training
 from lightspan.datamodules.text.windows import in_validation, require_paths
@@ -44,7 +44,7 @@ class Pieces:
         document: int64 [P], the document of each piece, a place in `names`.
     """
 
-    def __init__(self, documents: list[Encoded], names: list[str], form: TextForm) -> None:
+    def __init__(self, documents: list[TextTokens], names: list[str], form: TextForm) -> None:
         sizes = np.array([len(each.tokens) for each in documents], dtype=np.int64)
         counts = -(-sizes // form.longest)
         self.document = np.repeat(np.arange(len(documents)), counts)
@@ -53,15 +53,15 @@ class Pieces:
         of, size = counts[self.document], sizes[self.document]
         self.starts, self.ends = first + place * size // of, first + (place + 1) * size // of
         parts = zip(*documents, strict=True) if documents else [[np.empty(0, np.int32)]] * 2
-        self.text = Encoded(*(np.concatenate(part) for part in parts))
+        self.text = TextTokens(*(np.concatenate(part) for part in parts))
         self.names, self.form = names, form
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def piece(self, index: int) -> Encoded:
+    def piece(self, index: int) -> TextTokens:
         start, end = self.starts[index], self.ends[index]
-        return Encoded(*(column[start:end] for column in self.text))
+        return TextTokens(*(column[start:end] for column in self.text))
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         return {**self.form(self.piece(index), seed), "index": torch.tensor(index)}
@@ -119,7 +119,7 @@ class Corpus(SampleSets):
         """Read, split and tokenise, once."""
         if self.train is not None:
             return
-        self.num_tokens = self.form.prepare(BYTES if self.tokenizer is None else len(self.tokenizer))
+        self.num_tokens = self.form.prepare(*numbers_of(self.tokenizer))
         skipped = Skipped()
         sides: dict[bool, list[Document]] = {False: [], True: []}
         for document in find_documents(self.paths, self.suffixes, skipped):
@@ -146,7 +146,7 @@ class Corpus(SampleSets):
         return joined_in_training(self, self.form, batch)
 
     def _pieces(self, side: str, documents: Iterable[Document], skipped: Skipped) -> Pieces:
-        found, names, short = list[Encoded](), list[str](), 0
+        found, names, short = list[TextTokens](), list[str](), 0
         for name, content in documents:
             document = encoded(content, self.tokenizer)
             if len(document.tokens) < self.form.shortest:

@@ -34,7 +34,7 @@ class Document(NamedTuple):
     content: bytes
 
 
-class Encoded(NamedTuple):
+class TextTokens(NamedTuple):
     """tokens: int32 [N]. byte_counts: int32 [N], of the real text that each token stands for, together all of it."""
 
     tokens: np.ndarray
@@ -95,7 +95,7 @@ def text_of(content: bytes, where: str) -> str:
     return text
 
 
-def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> Encoded:
+def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> TextTokens:
     """A text of any length as tokens without special ones, or as its bytes.
 
     What a tokenizer leaves out, such as spaces that it joins, counts for the token after it, and at the end for the
@@ -105,7 +105,7 @@ def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> Enco
     """
     if tokenizer is None:
         tokens = np.frombuffer(content, dtype=np.uint8).astype(np.int32)
-        return Encoded(tokens, np.ones_like(tokens))
+        return TextTokens(tokens, np.ones_like(tokens))
     text = content.decode()
     made = tokenizer(
         text,
@@ -116,7 +116,7 @@ def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> Enco
     )
     tokens = np.asarray(made["input_ids"], dtype=np.int32)
     if not len(tokens):
-        return Encoded(tokens, np.zeros_like(tokens))
+        return TextTokens(tokens, np.zeros_like(tokens))
     if tokenizer.is_fast:
         before_character = np.concatenate([[0], np.cumsum(_widths(text))])
         ends = np.maximum.accumulate([end for _, end in made["offset_mapping"]])
@@ -124,10 +124,17 @@ def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> Enco
         ends[ends == ends[-1]] = len(content)
     else:
         ends = np.arange(1, len(tokens) + 1) * len(content) // len(tokens)
-    return Encoded(tokens, np.diff(ends, prepend=0).astype(np.int32))
+    return TextTokens(tokens, np.diff(ends, prepend=0).astype(np.int32))
 
 
 def _widths(text: str) -> np.ndarray:
     """Bytes of each character in UTF-8."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     return 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+
+
+def numbers_of(tokenizer: "PreTrainedTokenizerBase | None") -> tuple[int, frozenset[int]]:
+    """How many numbers a tokenizer has, and those of its special tokens, which `encoded` never gives."""
+    if tokenizer is None:
+        return BYTES, frozenset()
+    return len(tokenizer), frozenset(tokenizer.all_special_ids)

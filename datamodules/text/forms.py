@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.datamodules.text.documents import Encoded
+from lightspan.datamodules.text.documents import TextTokens
 from lightspan.errors import UserError
 
 
@@ -24,14 +24,14 @@ class TextForm(ABC):
     longest: int
     shortest: int = 1
 
-    def prepare(self, text_tokens: int) -> int:
-        """Told, before the first sample, how many numbers the tokens of a text have; says how many it needs with its
-        own. Raises: UserError if its own are among them.
+    def prepare(self, text_tokens: int, free: frozenset[int] = frozenset()) -> int:
+        """Told, before the first sample, how many numbers a tokenizer has, and which of them no text has; says how many
+        it needs with its own. Raises: UserError if one of its own may be in a text.
         """
         return text_tokens
 
     @abstractmethod
-    def __call__(self, piece: Encoded, seed: int) -> dict[str, Tensor]:
+    def __call__(self, piece: TextTokens, seed: int) -> dict[str, Tensor]:
         """Of a piece of `shortest` to `longest` tokens."""
 
     def joined(self, batch: Any) -> Any:
@@ -51,7 +51,7 @@ class Padded(TextForm):
             raise UserError(f"Padded length={length} must be at least 1 token")
         self.longest = length
 
-    def __call__(self, piece: Encoded, seed: int) -> dict[str, Tensor]:
+    def __call__(self, piece: TextTokens, seed: int) -> dict[str, Tensor]:
         return {
             "tokens": padded(piece.tokens, self.longest),
             "mask": padded(np.ones(len(piece.tokens)), self.longest),
@@ -64,13 +64,13 @@ def padded(values: np.ndarray, length: int, value: int = 0) -> Tensor:
     return F.pad(torch.from_numpy(values.astype(np.int64)), (0, length - len(values)), value=value)
 
 
-def window(document: Encoded, longest: int, seed: int) -> Encoded:
+def window(document: TextTokens, longest: int, seed: int) -> TextTokens:
     """A document, or if it is longer so many tokens of it, from a place that is drawn from the seed."""
     surplus = len(document.tokens) - longest
     if surplus <= 0:
         return document
     start = int(np.random.default_rng((seed, 1)).integers(surplus + 1))
-    return Encoded(*(column[start : start + longest] for column in document))
+    return TextTokens(*(column[start : start + longest] for column in document))
 
 
 def joined_in_training(data: LightningDataModule, form: TextForm, batch: Any) -> Any:

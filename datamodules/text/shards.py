@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.datamodules.text.documents import BYTES, FIELD, encoded
+from lightspan.datamodules.text.documents import FIELD, encoded, numbers_of
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training, window
 from lightspan.errors import UserError
 
@@ -65,7 +65,7 @@ class TextShards(Shards):
     ) -> None:
         super().__init__(shards, val_shards, fields={FIELD: "txt|json"}, image_size=None, **settings)
         self.form = form or Padded()
-        self.num_tokens = self.form.prepare(BYTES if tokenizer is None else len(tokenizer))
+        self.num_tokens = self.form.prepare(*numbers_of(tokenizer))
         self.decode = TextDecoding(**vars(self.decode), tokenizer=tokenizer, form=self.form)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

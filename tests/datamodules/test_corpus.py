@@ -16,7 +16,7 @@ from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.corpus import Corpus, Pieces
-from lightspan.datamodules.text.documents import Encoded, Skipped, encoded, find_documents, text_of
+from lightspan.datamodules.text.documents import Skipped, TextTokens, encoded, find_documents, text_of
 from lightspan.datamodules.text.forms import Padded, window
 from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.windows import in_validation
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_an_empty_list_of_pieces_is_none() -> None:
     assert len(Pieces([], [], Padded(4))) == 0
-    assert Pieces([Encoded(np.arange(9, dtype=np.int32), np.ones(9, np.int32))], ["a"], Padded(4)).ends.tolist() == [
+    assert Pieces([TextTokens(np.arange(9, dtype=np.int32), np.ones(9, np.int32))], ["a"], Padded(4)).ends.tolist() == [
         3,
         6,
         9,
