@@ -192,8 +192,8 @@ class Denoising(TextForm):
         if spans > available:
             raise UserError(
                 f"{denoiser.name} hides {spans} spans in the {length} tokens that fill a row, more than there are "
-                f"sentinels, {available}; set form.init_args.sentinels={spans}, and as many tokens more in the network, or lower "
-                f"inputs={self.inputs} or targets={self.targets}"
+                f"sentinels, {available}; set form.init_args.sentinels={spans} and let the network know as many tokens "
+                f"more, or lower inputs={self.inputs} or targets={self.targets}"
             )
         return length
 

@@ -48,9 +48,7 @@ def require_denoising(batch: Mapping[str, Any], method: str) -> None:
             field, shape = batch[name], batch[first].shape
             if not isinstance(field, Tensor) or field.dtype not in WHOLE or field.ndim != 2 or field.shape != shape:
                 kind = f"{field.dtype} {list(field.shape)}" if isinstance(field, Tensor) else type(field).__name__
-                raise UserError(
-                    f"{method} reads {name} as int64 [B, T], all of a side alike, and this batch has {kind}"
-                )
+                raise UserError(f"{method} reads {name} as int64 [B, T], like {first}, and this batch has {kind}")
     if batch["inputs"].shape[0] != batch["targets"].shape[0] or batch["inputs"].shape[0] == 0:
         raise UserError(
             f"{method} needs a text on every rank, with an input and a target, and this batch has "
