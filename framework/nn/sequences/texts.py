@@ -35,7 +35,7 @@ def require_denoising(batch: Mapping[str, Any], method: str) -> None:
     Raises: UserError for a batch without them, with fields of other kinds or shapes, or without a row.
     """
     require_fields(batch, method)
-    sides = (("inputs", "input_segments"), ("decoder_inputs", "targets", "target_segments"))
+    sides = (("inputs", "input_segments"), ("targets", "decoder_inputs", "target_segments"))
     lacking = [name for side in sides for name in side if name not in batch]
     if lacking:
         raise UserError(
