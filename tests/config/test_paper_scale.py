@@ -35,7 +35,7 @@ UNKNOWN = {
 
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
-    *("image_text/dptr_union14m", "supervised/word_reader_union14m"),
+    *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
 }
 
 ONE_RANK = [
@@ -78,7 +78,9 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
-    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "word_reader") if f"/{of}" in name]
+    overlays += [
+        f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "ul2", "word_reader") if f"/{of}" in name
+    ]
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")
