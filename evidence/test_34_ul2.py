@@ -7,8 +7,8 @@ recorded. Tokens are 512 pieces of bytes, trained on the documents to train on. 
 the same two in a third of the steps on seed 100, by its own objective on documents that nothing else reads.
 
 Judged by bits per byte of held-out documents, sentinels and the last token among the bits: (i) short gaps, spans of 3
-at 15 %; (ii) the last quarter of a text; (iii) long gaps, spans of 64 at 50 %. A specialist is told its own mode, the only
-one that it knows.
+at 15 %; (ii) the last quarter of a text; (iii) long gaps, spans of 64 at 50 %. A specialist is told its own mode, as it
+knows no other.
 """
 
 from collections import Counter
