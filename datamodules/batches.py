@@ -1,7 +1,7 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
-places for objects, F columns, G tags.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters or documents, U
+tokens of a document, K tasks or places for objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -32,6 +32,52 @@ class LabelledTextBatch(TypedDict):
     tokens: Tensor
     mask: Tensor
     label: Tensor
+    index: Tensor
+
+
+class TokenPairBatch(TypedDict):
+    """Queries and documents: of each query first the one that answers it, then, if P > 1, others that do not.
+
+    tokens: int64 [B, T], of the query with its special tokens.
+    mask: int64 [B, T], 1 where a token is the query's own and 0 on padding, which is at the end.
+    document_tokens: int64 [B, P, U].
+    document_mask: int64 [B, P, U].
+    index: int64 [B], the query's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    document_tokens: Tensor
+    document_mask: Tensor
+    index: Tensor
+
+
+class ScoredPairBatch(TokenPairBatch):
+    """Pairs of texts, P = 1, and how alike they are.
+
+    tokens: int64 [B, T].
+    mask: int64 [B, T].
+    document_tokens: int64 [B, P, U].
+    document_mask: int64 [B, P, U].
+    index: int64 [B].
+    score: float32 [B], larger for pairs that are more alike, in the unit of the data.
+    """
+
+    score: Tensor
+
+
+class WholeWordBatch(TypedDict):
+    """Tokenized texts, truncated or padded to one length, whose words are known.
+
+    tokens: int64 [B, T], with special tokens.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which is at the end.
+    word: int64 [B, T], counted from 0 the word of the text that a token is part of; -1 for special tokens and padding.
+    index: int64 [B], the text's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    word: Tensor
     index: Tensor
 
 

@@ -1,11 +1,44 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["llama"]
+__all__ = ["bert", "llama"]
+
+
+def bert(
+    vocab_size: int = 30522,
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    mlp_width: int = 3072,
+    context: int = 512,
+    dropout: float = 0.1,
+) -> BertModel:
+    """A BERT encoder without pooler, with random weights; the defaults are BERT-base.
+
+    Args:
+        vocab_size: tokens.
+        width, depth, heads, mlp_width: of states, blocks, attention heads, width of the MLP.
+        context: longest text in tokens.
+        dropout: of states and attention, in [0, 1).
+    Raises: UserError if `heads` does not divide `width`, or for another dropout.
+    """
+    if width % heads or not 0 <= dropout < 1:
+        raise UserError(f"bert width={width} must be a multiple of heads={heads}, and dropout={dropout} in [0, 1)")
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp_width,
+        max_position_embeddings=context,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertModel(config, add_pooling_layer=False).train()
 
 
 def llama(
