@@ -18,6 +18,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lightspan.methods
+from lightspan.backbones import language
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
@@ -46,6 +47,7 @@ from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.spectral import SpectralContrastive
+from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Ranking, Retrieval, Starbucks
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -72,6 +74,7 @@ from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.sit import SiT
+from lightspan.methods.masked.smae import SMAE
 from lightspan.methods.masked.spark import SparK
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
@@ -103,8 +106,10 @@ from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
+from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
+from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.targets import MomentumFeatures
@@ -116,6 +121,7 @@ IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
+AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -227,6 +233,21 @@ def texts(rows: int, seed: int) -> dict[str, Any]:
         "label": (torch.arange(rows) + seed) % 3,
         "index": torch.arange(rows) + ROWS * seed,
     }
+
+
+def text_pairs(rows: int, seed: int) -> dict[str, Any]:
+    """Queries with two documents each, and how alike a query and its first one are."""
+    query, *documents = (texts(rows, seed + 100 * number) for number in range(3))
+    stacked = {f"document_{name}": torch.stack([one[name] for one in documents], 1) for name in ("tokens", "mask")}
+    score = {"score": ((torch.arange(rows) + seed) % 4).float()}
+    return {name: query[name] for name in ("tokens", "mask", "index")} | stacked | score
+
+
+def words_of_texts(rows: int, seed: int) -> dict[str, Any]:
+    """Texts whose words have two tokens or, at the end, one, without special tokens."""
+    given = texts(rows, seed)
+    word = (torch.arange(6) // 2).masked_fill(given["mask"] == 0, -1)
+    return {name: given[name] for name in ("tokens", "mask", "index")} | {"word": word}
 
 
 def partly_labelled(rows: int, seed: int) -> dict[str, Any]:
@@ -428,6 +449,19 @@ def bert(**optimization: Any) -> TextClassifier:
     return TextClassifier(BertModel(config, add_pooling_layer=False), 3, **optimization)
 
 
+def small_bert() -> Any:
+    return language.bert(21, 16, 2, 2, 24, 6, dropout=0.0)
+
+
+def starbucks(loss: PairLoss, **optimization: Any) -> Starbucks:
+    return Starbucks(small_bert(), FixedSizes([(1, 4), (2, 16)]), loss, **optimization)
+
+
+def smae(**optimization: Any) -> SMAE:
+    sizes, masks = FixedSizes([(1, 4), (2, 16)]), NestedWordMasks(0.3, 0.6)
+    return SMAE(small_bert(), sizes, mask_token=20, masks=masks, **optimization)
+
+
 def pela(**optimization: Any) -> PELA:
     sides = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 0}
     network = VisionTransformer(embed_dim=16, depth=1, num_heads=2, **sides)
@@ -508,6 +542,15 @@ CASES: dict[str, Case] = {
         views(),
         halves_differ=AMONG_ROWS,
     ),
+    "contrastive.starbucks": Case(
+        partial(starbucks, Ranking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
+    "contrastive.starbucks, retrieval": Case(
+        partial(starbucks, Retrieval()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
+    "contrastive.starbucks, scores": Case(
+        partial(starbucks, CoSENT()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
     "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supremix": Case(
         lambda **o: SupReMix(Pooled(), projector(), **o), views(classes=5), halves_differ=AMONG_ROWS
@@ -566,6 +609,7 @@ CASES: dict[str, Case] = {
         views(1),
     ),
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
+    "masked.smae": Case(smae, words_of_texts, halves_differ=AMONG_TOKENS, refuses_no_row=NO_TEXT),
     "masked.spark": Case(spark, views(1)),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),

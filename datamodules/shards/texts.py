@@ -41,8 +41,8 @@ class QueryDecoding(Decoding):
 
 
 class QueryShards(Shards):
-    """Batches are `TokenPairBatch`, from members KEY.json, such as MS MARCO's passages; order, resume, damage and memory
-    are those of `Shards`. Validation queries have no negatives: all documents are there to be found.
+    """Batches are `TokenPairBatch`, from members KEY.json, such as MS MARCO's passages. Order, resume, damage and
+    memory are those of `Shards`. Validation queries have no negatives: all documents are there to be found.
 
     Args:
         shards, val_shards: as in `Shards`. A member has `query`, `document` and `negatives`, a list.

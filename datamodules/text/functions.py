@@ -64,8 +64,9 @@ def _documented(path: Path) -> Iterator[tuple[str, str]]:
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
         return
     lines = source.splitlines()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in sorted(functions, key=lambda function: function.lineno):
+        if len(node.body) < 2:
             continue
         query = (ast.get_docstring(node, clean=False) or "").strip().partition("\n")[0].strip()
         body = split_names("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno])).strip()

@@ -213,8 +213,8 @@ class LibraryPairs(Pairs):
             sides[in_validation(file, self.val_fraction)].append(Pair(query, body))
         if not all(sides):
             raise UserError(
-                f"of the functions {len(sides[0])} are to train on and {len(sides[1])} to validate on; give more files, "
-                f"or another val_fraction than {self.val_fraction}"
+                f"of the functions {len(sides[0])} are to train on and {len(sides[1])} to validate on; give more "
+                f"files, or another val_fraction than {self.val_fraction}"
             )
         self.train = self.bank = self.samples(sides[0])
         self.val = self.samples(sides[1])

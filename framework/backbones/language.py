@@ -1,11 +1,13 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
+from pathlib import Path
+
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["bert", "llama"]
+__all__ = ["bert", "llama", "stored_bert"]
 
 
 def bert(
@@ -71,3 +73,20 @@ def llama(
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
+
+
+def stored_bert(folder: str) -> BertModel:
+    """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
+
+    Raises: UserError if there is none.
+    """
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise UserError(f"there is no BERT in {place}; save one there with transformers' save_pretrained")
+    try:
+        network = BertModel.from_pretrained(
+            place, local_files_only=True, use_safetensors=True, add_pooling_layer=False, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} has no BERT that transformers can read: {error}") from error
+    return network.train()

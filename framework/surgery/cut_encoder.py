@@ -18,7 +18,7 @@ from lightspan.layers import list_of_blocks
 __all__ = ["cut_encoder"]
 
 EXACT = 1e-6
-ROWS, TOKENS = 2, 8
+ROWS, TOKENS = 2, 4
 
 
 def cut_encoder(network: PreTrainedModel, layers: int, width: int | None = None) -> PreTrainedModel:

@@ -35,8 +35,11 @@ UNKNOWN = {
 
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
-    *("image_text/dptr_union14m", "supervised/word_reader_union14m"),
+    *("image_text/dptr_union14m", "supervised/word_reader_union14m", "contrastive/starbucks_msmarco"),
 }
+
+STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "word_reader", "starbucks")
+"""Of recipes that begin with such a name."""
 
 ONE_RANK = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
@@ -78,7 +81,8 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
-    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "word_reader") if f"/{of}" in name]
+    overlays += [f"scale/stand_ins_{of}" for of in STAND_INS if f"/{of}" in name]
+    overlays += ["scale/stand_ins_starbucks"] if "/smae" in name else []
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")

@@ -21,9 +21,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
-from transformers import PreTrainedModel
 
 from lightspan.analysis.recall_at_k import RecallAtK
 from lightspan.datamodules.batches import ScoredPairBatch, TokenPairBatch
@@ -147,7 +146,7 @@ class Starbucks(Method):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: nn.Module,
         sizes: NestedSizes,
         loss: PairLoss,
         pooling: Pooling = "mean",
@@ -157,7 +156,7 @@ class Starbucks(Method):
     ) -> None:
         super().__init__(**optimization)
         sizes.require(backbone, "Starbucks")
-        if chunk is not None and chunk < 1 or not recall_at or min(recall_at) < 1:
+        if (chunk is not None and chunk < 1) or not recall_at or min(recall_at) < 1:
             raise UserError(f"Starbucks chunk={chunk} and recall_at={[*recall_at]} must be at least 1")
         self.backbone, self.sizes, self.loss, self.pooling = backbone, sizes, loss, pooling
         self.chunk, self.recall_at = chunk, recall_at

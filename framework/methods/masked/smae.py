@@ -14,7 +14,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel
 
@@ -53,7 +53,7 @@ class SMAE(Method):
 
     def __init__(
         self,
-        backbone: BertModel,
+        backbone: nn.Module,
         sizes: FixedSizes,
         mask_token: int,
         masks: NestedWordMasks | None = None,
