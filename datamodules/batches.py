@@ -20,6 +20,46 @@ class TextBatch(TypedDict):
     tokens: Tensor
 
 
+class DocumentBatch(TypedDict):
+    """Pieces of documents, padded to one length.
+
+    tokens: int64 [B, T], without special tokens; 0 on padding, which is at the end.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding.
+    token_bytes: int64 [B, T], bytes of the real text that a token stands for; 0 on padding.
+    index: int64 [B], the piece's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    token_bytes: Tensor
+    index: Tensor
+
+
+class DenoisingBatch(TypedDict):
+    """Corrupted texts and what is missing in them, see `lightspan.datamodules.text.denoising`.
+
+    Several texts may share a row; all that belongs to one has its segment, and its parts stand side by side.
+
+    inputs: int64 [B, T], texts with a sentinel in the place of each hidden span.
+    input_segments: int64 [B, T], the text that a token belongs to, from 1 up in each row; 0 on padding.
+    decoder_inputs: int64 [B, U], targets moved on by one token, behind a token that begins each text.
+    targets: int64 [B, U], sentinels and hidden spans of each text.
+    target_segments: int64 [B, U], as input_segments.
+    target_bytes: int64 [B, U], bytes of the real text that a target token stands for; 0 for all others.
+    denoiser: int64 [B, U], the place in the mixture of what hid this span; 0 on padding.
+    index: int64 [B], the position in its dataset of the first text in a row.
+    """
+
+    inputs: Tensor
+    input_segments: Tensor
+    decoder_inputs: Tensor
+    targets: Tensor
+    target_segments: Tensor
+    target_bytes: Tensor
+    denoiser: Tensor
+    index: Tensor
+
+
 class LabelledTextBatch(TypedDict):
     """Tokenized texts, truncated or padded to one length, each with its class.
 

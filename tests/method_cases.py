@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from method_runs import Pooled
 from timm.models.vision_transformer import VisionTransformer
@@ -20,15 +21,18 @@ from transformers import BertConfig, BertModel
 import lightspan.methods
 from lightspan.backbones import language
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
+from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
-from lightspan.backbones.language import llama
+from lightspan.backbones.language import llama, t5
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
+from lightspan.datamodules.text.denoising import Denoising
+from lightspan.datamodules.text.documents import TextTokens
 from lightspan.merging.models import GaussianModels
 from lightspan.method import Method
 from lightspan.methods.bayesian.ssvi import SSVI
@@ -76,6 +80,7 @@ from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.smae import SMAE
 from lightspan.methods.masked.spark import SparK
+from lightspan.methods.masked.ul2 import UL2
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -120,6 +125,7 @@ ROWS = 8
 IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
+AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
@@ -270,6 +276,23 @@ def spelled_words(rows: int, seed: int) -> dict[str, Any]:
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
     return {"tokens": torch.randint(16, (rows, 9), generator=torch.Generator().manual_seed(seed))}
+
+
+def gaps(rows: int, seed: int) -> dict[str, Any]:
+    """Texts of 4 to 11 tokens with gaps, and what is missing."""
+    form = Denoising(14, 14, sentinels=5)
+    form.prepare(20)
+    generator = np.random.default_rng(seed)
+    made = []
+    for row in range(rows):
+        tokens = generator.integers(20, size=generator.integers(4, 12)).astype(np.int32)
+        text = TextTokens(tokens, np.ones_like(tokens))
+        made.append(form(text, ROWS * seed + row) | {"index": torch.tensor(ROWS * seed + row)})
+    return {name: torch.stack([each[name] for each in made]) for name in made[0]}
+
+
+def ul2(**optimization: Any) -> UL2:
+    return UL2(EncoderDecoder(t5(30, 16, 1, heads=2, mlp_width=24)), **optimization)
 
 
 def projector(width: int = 6) -> Projector:
@@ -598,6 +621,13 @@ CASES: dict[str, Case] = {
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
+    "masked.ul2": Case(ul2, gaps, halves_differ=AMONG_TARGETS, refuses_no_row="needs a text on every rank"),
+    "masked.ul2, decoder alone": Case(
+        lambda **o: UL2(PrefixDecoder(llama(30, 16, 1, 2, 24, 40)), **o),
+        gaps,
+        halves_differ=AMONG_TARGETS,
+        refuses_no_row="needs a text on every rank",
+    ),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
     "masked.cae, pixels": Case(partial(cae, None), views(1)),
     "masked.croco": Case(croco, views(2)),

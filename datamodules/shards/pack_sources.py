@@ -58,6 +58,30 @@ def sources(folder: Path, as_files: bool = False) -> Sources:
     return _by_class(folder, in_classes, remarks)
 
 
+def text_sources(folder: Path) -> Sources:
+    """The texts below a folder as samples of one member, KEY.txt: files, and lines of .jsonl files.
+
+    Texts without anything but white space are left out, and counted in the remarks, as are those that are no text.
+
+    Raises: UserError if there is no such folder, or no text, and for a line without one.
+    """
+    from lightspan.datamodules.text.documents import SUFFIXES, Skipped, find_documents
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name the folder whose texts are to be packed")
+    skipped, samples = Skipped(), list[Members]()
+    for number, (name, content) in enumerate(find_documents([str(folder)], SUFFIXES, skipped)):
+        if not content.strip():
+            skipped.reasons["empty"] += 1
+            continue
+        # A name in a shard ends at its first dot, and two texts may not have the same.
+        key = Path(name.replace(".", "_"))
+        samples.append({f"{(key.parent / f'{number:08}_{key.name}').as_posix()}.txt": content})
+    if not samples:
+        raise UserError(f"{folder} contains no text to pack{skipped}; name another folder")
+    return Sources(samples, [], [str(skipped).removeprefix("; ")] if skipped.reasons else [])
+
+
 def shuffled(samples: list[Members], seed: int) -> list[Members]:
     """The samples in an order drawn from `seed`.
 

@@ -37,6 +37,46 @@ def find_files(root: Path, suffixes: tuple[str, ...], leave_out: frozenset[str])
                 yield path.relative_to(root).as_posix(), path
 
 
+def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of what `data.init_args.paths` names: of files in a folder the path in it, of a file its own name.
+
+    Args:
+        paths: None reads the source of the running Python's standard library, tests and installed packages left out.
+        suffixes: endings of the file names taken from folders.
+    Raises: UserError for a missing path and for a folder without a matching file.
+    """
+    if paths is None:
+        yield from find_files(Path(os.__file__).resolve().parent, suffixes, LIBRARY_LEAVES_OUT)
+        return
+    for name in paths:
+        path = expanded(name, "data.init_args.paths")
+        if path.is_dir():
+            found = list(find_files(path, suffixes, frozenset({"__pycache__"})))
+            if not found:
+                raise UserError(
+                    f"text folder {name} contains no file ending in {' or '.join(suffixes)}; name another "
+                    "folder in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
+                )
+            yield from found
+        elif path.exists():
+            require_regular_file(path, "text path")
+            yield path.name, path
+        else:
+            raise UserError(f"text path {name} does not exist; correct data.init_args.paths, or leave it out")
+
+
+def require_paths(paths: list[str] | None, suffixes: tuple[str, ...], val_fraction: float) -> None:
+    """Raises: UserError for settings of text files that cannot work, whatever the files are."""
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction={val_fraction} is outside (0, 1); 0.05 holds out one file in twenty")
+    if paths is not None and not paths:
+        raise UserError("paths is an empty list; name a folder or a file, or leave it out for the standard library")
+    if paths is not None and "" in paths:
+        raise UserError("paths names an empty text, which would be the folder of this process; name a file or folder")
+    if not suffixes:
+        raise UserError('suffixes is empty, so no file would match; name at least one, such as ".py"')
+
+
 def in_validation(relative_path: str, val_fraction: float) -> bool:
     """Whether a file is held out: decided only by a hash of its relative path, so it is the same on every machine."""
     digest = hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest()
@@ -128,16 +168,7 @@ class ByteText(TextData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(context, batch_size, val_windows, seed, num_workers)
-        if not 0 < val_fraction < 1:
-            raise UserError(f"val_fraction={val_fraction} is outside (0, 1); 0.05 holds out one file in twenty")
-        if paths is not None and not paths:
-            raise UserError("paths is an empty list; name a folder or a file, or leave it out for the standard library")
-        if paths is not None and "" in paths:
-            raise UserError(
-                "paths names an empty text, which would be the folder of this process; name a file or folder"
-            )
-        if not suffixes:
-            raise UserError('suffixes is empty, so no file would match; name at least one, such as ".py"')
+        require_paths(paths, suffixes, val_fraction)
         self.paths, self.suffixes, self.val_fraction = paths, tuple(suffixes), val_fraction
 
     def setup(self, stage: str | None = None) -> None:
@@ -146,7 +177,7 @@ class ByteText(TextData):
             return
         sides: dict[bool, list[bytes]] = {False: [], True: []}
         skipped = 0
-        for relative_path, path in self._files():
+        for relative_path, path in text_files(self.paths, self.suffixes):
             try:
                 content = path.read_bytes()
             except OSError:
@@ -164,26 +195,6 @@ class ByteText(TextData):
             f"{len(self.train)} and {len(self.val)} windows of {self.context + 1} bytes"
             + (f"; {skipped} binary or unreadable files skipped" if skipped else "")
         )
-
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        if self.paths is None:
-            yield from find_files(Path(os.__file__).resolve().parent, self.suffixes, LIBRARY_LEAVES_OUT)
-            return
-        for name in self.paths:
-            path = expanded(name, "data.init_args.paths")
-            if path.is_dir():
-                found = list(find_files(path, self.suffixes, frozenset({"__pycache__"})))
-                if not found:
-                    raise UserError(
-                        f"text folder {name} contains no file ending in {' or '.join(self.suffixes)}; name another "
-                        "folder in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
-                    )
-                yield from found
-            elif path.exists():
-                require_regular_file(path, "text path")
-                yield path.name, path
-            else:
-                raise UserError(f"text path {name} does not exist; correct data.init_args.paths, or leave it out")
 
     def _windows(self, side: str, contents: list[bytes], skipped: int) -> Windows:
         windows = Windows(np.frombuffer(SEPARATOR.join(contents), dtype=np.uint8), self.context + 1)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["bert", "llama", "stored_bert"]
+__all__ = ["bert", "llama", "stored_bert", "t5"]
 
 
 def bert(
@@ -90,3 +90,44 @@ def stored_bert(folder: str) -> BertModel:
     except (OSError, ValueError) as error:
         raise UserError(f"{place} has no BERT that transformers can read: {error}") from error
     return network.train()
+
+
+def t5(
+    vocab_size: int = 361,
+    width: int = 128,
+    depth: int = 2,
+    decoder_depth: int | None = None,
+    heads: int = 4,
+    head_width: int | None = None,
+    mlp_width: int = 256,
+    gated: bool = True,
+    dropout: float = 0.0,
+) -> T5ForConditionalGeneration:
+    """A T5 encoder and decoder with relative positions, one table for inputs and outputs, and random weights.
+
+    Source: Raffel et al., 2019, arXiv 1910.10683; gated as in Shazeer, 2020, arXiv 2002.05202.
+
+    Args:
+        vocab_size: tokens; 361 for bytes with 5 special tokens and 100 sentinels.
+        width, heads, mlp_width: residual width, attention heads, width of the MLP.
+        depth, decoder_depth: blocks of the encoder and of the decoder; None is as many.
+        head_width: of a head; None divides the width among the heads.
+        gated: GELU with a gate (T5 1.1) instead of ReLU (T5).
+        dropout: of activations and attention; UL2 is pretrained without.
+    Raises: UserError if `heads` does not divide `width` and `head_width` is not given.
+    """
+    if head_width is None and width % heads:
+        raise UserError(f"width={width} does not divide into heads={heads}; set head_width, or another number of heads")
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_kv=head_width or width // heads,
+        d_ff=mlp_width,
+        num_layers=depth,
+        num_decoder_layers=decoder_depth or depth,
+        num_heads=heads,
+        dropout_rate=dropout,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        use_cache=False,
+    )
+    return T5ForConditionalGeneration(config)

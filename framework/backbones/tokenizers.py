@@ -1,18 +1,23 @@
 """Tokenizers that need no file, and those of transformers that are in a folder. Nothing is downloaded."""
 
 import re
+import shutil
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, install_extra
+from lightspan.files import require_regular_file
 
 # A recipe may name the functions listed here.
 __all__ = ["HashedWords", "Letters", "stored_tokenizer"]
 
 SPECIAL = {"<pad>": 0, "<start>": 1, "<end>": 2}
+SENTENCE_PIECE = ".model"
 
 
 class HashedWords(PreTrainedTokenizer):
@@ -79,14 +84,30 @@ class Letters(PreTrainedTokenizer):
 
 
 def stored_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """A tokenizer in a folder as transformers writes it, such as that of CLIP with its 49,408 pairs of bytes.
+    """A tokenizer in a folder as transformers writes it, such as that of CLIP with its 49,408 pairs of bytes, or one
+    that `lightspan data tokenizer` has trained. A file of SentencePiece is one too, NAME.model.
 
-    Raises: UserError if there is none.
+    Raises: UserError if there is none, or a file of SentencePiece cannot be read.
     """
     place = Path(folder).expanduser()
+    if place.suffix == SENTENCE_PIECE and place.is_file():
+        return _of_sentence_piece(place)
     if not place.is_dir():
         raise UserError(f"there is no tokenizer in {place}; save one there with transformers' save_pretrained")
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{place} has no tokenizer that transformers can read: {error}") from error
+
+
+def _of_sentence_piece(file: Path) -> PreTrainedTokenizerBase:
+    """That of transformers with the same pieces: it reads a folder, in which the file has a fixed name."""
+    if find_spec("sentencepiece") is None:
+        raise UserError(f"{file} is read with the package sentencepiece; {install_extra('text')}")
+    require_regular_file(file, "tokenizer")
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(file, Path(folder, "tokenizer.model"))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of protobuf, sentencepiece or transformers
+            raise UserError(f"{file} is no model of SentencePiece that transformers can read: {error}") from error

@@ -1,4 +1,6 @@
-"""`lightspan data pack SOURCE --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them."""
+"""`lightspan data pack SOURCE --out DIR`, `data verify DIR` and `data index DIR`: write shards and look after them;
+`data tokenizer FOLDER --out DIR` trains a tokenizer on texts.
+"""
 
 import argparse
 import re
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
 PAIRED = "lightspan.datamodules.shards.paired.PairedShards"
+TEXTS = "lightspan.datamodules.text.shards.TextShards"
+STORED_TOKENIZER = "lightspan.backbones.tokenizers.stored_tokenizer"
+KINDS = ("bpe", "unigram")
 BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -24,8 +29,9 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=("pack", "verify", "index"),
-        help="write shards; compare them with their sha256; write an index beside each shard that has none",
+        choices=("pack", "verify", "index", "tokenizer"),
+        help="write shards; compare them with their sha256; write an index beside each shard that has none; train a "
+        "tokenizer",
     )
     parser.add_argument(
         "source",
@@ -33,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_source,
         help="pack: a folder of the files to write; one folder of images for each class becomes labelled images; "
         "other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
-        "address. verify: what `data pack` wrote. index: the folder of the shards",
+        "address. verify: what `data pack` wrote. index: the folder of the shards. tokenizer: a folder of texts",
     )
-    parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
+    parser.add_argument("--out", metavar="DIR", type=folder, help="pack, tokenizer: folder to write; it must not exist")
     parser.add_argument(
         "--shard-size", metavar="BYTES", default="256M", help="pack: size of a shard, with K, M or G (default: 256M)"
     )
@@ -45,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--files",
         action="store_true",
         help="pack: files with the same name form a sample, even if folders contain images",
+    )
+    parser.add_argument(
+        "--text",
+        action="store_true",
+        help="pack: each text below the folder is a sample: a .txt, .md or .py file, or a line of a .jsonl file",
+    )
+    parser.add_argument("--size", metavar="N", type=int, default=8192, help="tokenizer: its numbers (default: 8192)")
+    parser.add_argument(
+        "--kind", choices=KINDS, default=KINDS[0], help="tokenizer: pairs of bytes, or pieces of SentencePiece"
     )
     parser.add_argument("--decode", action="store_true", help="pack: decode each image completely, not only its header")
     parser.add_argument(
@@ -71,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         return _pack(args)
     if not isinstance(args.source, Path):
         raise UserError(f"data {args.action} looks at a folder, not at {args.source}; name the folder of the shards")
+    if args.action == "tokenizer":
+        return _tokenizer(args.source, args)
     return {"verify": _verify, "index": _index}[args.action](args.source)
 
 
@@ -103,7 +120,10 @@ def _pack(args: argparse.Namespace) -> int:
     print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
     side = None if seen.side is None else min(seen.side, SIDE)
     fields = None if seen.are_pairs() else seen.fields()
-    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), fields, count, side))}"))
+    settings = _settings(pattern(args.out), fields, count, side)
+    if args.text:
+        settings = [f"data.class_path={TEXTS}", *(each for each in settings[1:] if ".fields=" not in each)]
+    print(one_line(f"next: {shlex.join(settings)}"))
     return 0
 
 
@@ -112,16 +132,18 @@ def _samples(
 ) -> "tuple[Iterator[Members], list[str], int | None]":
     """(samples in the order of writing, names of classes, how many samples or None where nobody knows)."""
     if isinstance(args.source, Path):
-        from lightspan.datamodules.shards.pack_sources import shuffled, sources
+        from lightspan.datamodules.shards.pack_sources import shuffled, sources, text_sources
 
-        found = sources(args.source, args.files)
+        if args.text and args.files:
+            raise UserError("--text and --files say two things of the same folder; leave one of them out")
+        found = text_sources(args.source) if args.text else sources(args.source, args.files)
         remarks += found.remarks
         ordered = found.samples if args.keep_order else shuffled(found.samples, args.seed or 0)
         return iter(ordered), found.classes, len(ordered)
     from lightspan.datamodules.shards.pack_stream import LIMIT, opened, samples_of
 
-    if args.seed is not None or args.files:
-        flag = "--files" if args.files else "--seed"
+    if args.seed is not None or args.files or args.text:
+        flag = "--files" if args.files else "--text" if args.text else "--seed"
         raise UserError(f"{flag} is for folders: a tar that is read once keeps its order and its members; leave it out")
     limit = parse_size(args.max_member, LIMIT)
     stream = stack.enter_context(opened(args.source))
@@ -170,6 +192,38 @@ def _index(folder: Path) -> int:
         for remark in remarks:
             print(one_line(remark))
     print(f"{folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
+    return 0
+
+
+def _tokenizer(source: Path, args: argparse.Namespace) -> int:
+    """Trains on the documents that no run with the usual split holds out, and says how a recipe names the result.
+
+    Raises: UserError for a folder that is there, and as `trained_tokenizer` and `find_documents`.
+    """
+    if args.out is None:
+        raise UserError("data tokenizer needs a folder to write; name it with --out DIR")
+    if args.out.exists():
+        raise UserError(f"{args.out} already exists; name a new folder with --out, or remove that one")
+    from lightspan.backbones.trained_tokenizers import trained_tokenizer
+    from lightspan.datamodules.text.documents import SUFFIXES, VAL_FRACTION, Skipped, find_documents
+    from lightspan.datamodules.text.windows import in_validation
+    from lightspan.files import atomic_path
+
+    skipped = Skipped()
+    texts = (
+        document.content.decode()
+        for document in find_documents([str(source)], SUFFIXES, skipped)
+        if not in_validation(document.name, VAL_FRACTION)
+    )
+    tokenizer = trained_tokenizer(texts, args.size, args.kind)
+    with atomic_path(args.out, setting="--out") as temporary:
+        tokenizer.save_pretrained(temporary)
+    print(one_line(f"wrote {args.out}: a tokenizer of {len(tokenizer):,} numbers{skipped}"))
+    settings = [
+        f"data.init_args.tokenizer.class_path={STORED_TOKENIZER}",
+        f"data.init_args.tokenizer.init_args.folder={args.out}",
+    ]
+    print(one_line(f"next: {shlex.join(settings)}"))
     return 0
 
 

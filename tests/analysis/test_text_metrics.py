@@ -109,7 +109,7 @@ def test_settings_and_rows_that_cannot_work_are_refused() -> None:
         RecallAtK().update(torch.tensor([[np.nan]]), torch.ones(1, 1))
     few = FewLabelAccuracy(shots=3)
     few.update(torch.zeros(8, 2), torch.tensor([0] * 5 + [1] * 3), torch.arange(8))
-    with pytest.raises(UserError, match="class 1 has 3 rows.*shots=3"):
+    with pytest.raises(UserError, match=r"class 1 has 3 rows.*shots=3"):
         few.compute()
 
 

@@ -50,8 +50,11 @@ from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
+from lightspan.datamodules.text.corpus import Corpus
+from lightspan.datamodules.text.forms import Padded
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
+from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
@@ -91,10 +94,14 @@ def pictures(folder: Path, **options: Any) -> ImageFolder:
     return ImageFolder(str(folder / "in"), cache_dir=str(folder / "cache"), size=8, batch_size=4, **options)
 
 
-def text(folder: Path) -> ByteText:
+def text_folder(folder: Path) -> str:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
-    return ByteText([str(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
+    return str(folder)
+
+
+def text(folder: Path) -> ByteText:
+    return ByteText([text_folder(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
 
 
 def word_list(folder: Path) -> WordList:
@@ -240,6 +247,14 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "ImageBatch",
     ),
     "ByteText": (text, "TextBatch"),
+    "Corpus": (
+        lambda folder: Corpus([text_folder(folder)], form=Padded(9), val_fraction=0.5, batch_size=4),
+        "DocumentBatch",
+    ),
+    "TextShards": (
+        lambda folder: TextShards([pair_shard(folder / "t.tar", "txt")], form=Padded(9), batch_size=4),
+        "DocumentBatch",
+    ),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }

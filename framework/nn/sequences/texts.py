@@ -27,6 +27,36 @@ def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
     return tokens_BT
 
 
+def require_denoising(batch: Mapping[str, Any], method: str) -> None:
+    """Of the fields that a network reads of a `DenoisingBatch`.
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without them, with fields of other kinds or shapes, or without a row.
+    """
+    require_fields(batch, method)
+    sides = (("inputs", "input_segments"), ("targets", "decoder_inputs", "target_segments"))
+    lacking = [name for side in sides for name in side if name not in batch]
+    if lacking:
+        raise UserError(
+            f"{method} reads corrupted texts, and this batch has no {', '.join(lacking)} (it holds "
+            f"{', '.join(sorted(batch))}); give the data module the form "
+            "lightspan.datamodules.text.denoising.Denoising"
+        )
+    for first, *others in sides:
+        for name in (first, *others):
+            field, shape = batch[name], batch[first].shape
+            if not isinstance(field, Tensor) or field.dtype not in WHOLE or field.ndim != 2 or field.shape != shape:
+                kind = f"{field.dtype} {list(field.shape)}" if isinstance(field, Tensor) else type(field).__name__
+                raise UserError(f"{method} reads {name} as int64 [B, T], like {first}, and this batch has {kind}")
+    if batch["inputs"].shape[0] != batch["targets"].shape[0] or batch["inputs"].shape[0] == 0:
+        raise UserError(
+            f"{method} needs a text on every rank, with an input and a target, and this batch has "
+            f"{batch['inputs'].shape[0]} and {batch['targets'].shape[0]}; let the loader divide its samples evenly "
+            "among the ranks"
+        )
+
+
 def captions_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, Tensor]:
     """`tokens` and `mask` of a batch, int64 [B T], and which samples have a text, bool [B], by its `caption_known`.
 

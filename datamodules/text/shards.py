@@ -1,0 +1,80 @@
+"""Documents from WebDataset tar shards, such as C4's, tokenised as they are read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+from transformers import PreTrainedTokenizerBase
+
+from lightspan.datamodules.shards.decoders import decode_fields, place_of
+from lightspan.datamodules.shards.stream import Decoding, Shards
+from lightspan.datamodules.text.documents import FIELD, encoded, numbers_of
+from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training, window
+from lightspan.errors import UserError
+
+LEFT_OUT = "data.init_args.skip_damaged=true takes another document in its place"
+
+
+@dataclass(frozen=True)
+class TextDecoding(Decoding):
+    """A document, or a part of it that is drawn from the seed, in the form that the batch wants."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    form: TextForm
+
+    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
+        text = decode_fields(members, self.fields)[FIELD]
+        text = text.get(FIELD) if isinstance(text, dict) else text
+        if not isinstance(text, str):
+            raise UserError(f'{place_of(members)} has no text; its .json member must be {{"{FIELD}": "..."}}')
+        document = encoded(text.encode("utf-8", "replace"), self.tokenizer)
+        if len(document.tokens) < self.form.shortest:
+            raise UserError(
+                f"{place_of(members)} has {len(document.tokens)} tokens, and a document needs {self.form.shortest}; "
+                f"{LEFT_OUT}"
+            )
+        return self.form(window(document, self.form.longest, seed), seed)
+
+
+class TextShards(Shards):
+    """Batches are those of `form`, from members KEY.txt, or KEY.json with a field `text`. Order, resume, damage and
+    memory are those of `Shards`: each document once in each epoch, on any number of ranks and workers.
+
+    A document gives one row. Of one that is longer, another part is seen in each epoch. An empty document stops the
+    run, or with `skip_damaged` another takes its place; `lightspan data pack --text` leaves empty ones out.
+
+    Args:
+        shards, val_shards: as in `Shards`.
+        tokenizer: turns a text into tokens; None uses its bytes (UTF-8).
+        form: makes the fields of a batch; None pads to 256 tokens, `DocumentBatch`.
+        settings: `batch_size`, `window`, `seed`, `num_workers`, `skip_damaged` and the others of `Shards` that are not
+            of images.
+
+    Attributes:
+        num_tokens: numbers of tokens, from 0 up, with those that `form` adds.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        val_shards: list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        form: TextForm | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(shards, val_shards, fields={FIELD: "txt|json"}, image_size=None, **settings)
+        self.form = form or Padded()
+        self.num_tokens = self.form.prepare(*numbers_of(tokenizer))
+        self.decode = TextDecoding(**vars(self.decode), tokenizer=tokenizer, form=self.form)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lets `form` join the rows of a batch to train on."""
+        return joined_in_training(self, self.form, batch)
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """Two documents that fill a row, where no shard is."""
+        if not self.is_absent():
+            return None
+        members = {"__url__": "none", "__key__": "none", "txt": b"to be or not to be " * self.form.longest}
+        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
