@@ -75,6 +75,32 @@ class LabelledTextBatch(TypedDict):
     index: Tensor
 
 
+class PromptBatch(TypedDict):
+    """Texts in a prompt, whose label is the next thing to say, see `lightspan.datamodules.text.domains`.
+
+    inputs: int64 [B, T], the prompt with the text in it.
+    input_segments: int64 [B, T], 1 where a token belongs to it; 0 on padding, which is at the end.
+    choices: int64 [B, K, U], the words of each label, which are the same for all texts.
+    decoder_inputs: int64 [B, K, U], choices moved on by one token, behind a token that begins each.
+    choice_segments: int64 [B, K, U], as input_segments.
+    label: int64 [B], each in [0, K).
+    target_inputs: int64 [B, T], of another text, of the target domain, which has no label. Absent where none is to be
+        aligned, as in validation.
+    target_input_segments: int64 [B, T].
+    index: int64 [B], the labelled text's position in its dataset.
+    """
+
+    inputs: Tensor
+    input_segments: Tensor
+    choices: Tensor
+    decoder_inputs: Tensor
+    choice_segments: Tensor
+    label: Tensor
+    target_inputs: NotRequired[Tensor]
+    target_input_segments: NotRequired[Tensor]
+    index: Tensor
+
+
 class TokenPairBatch(TypedDict):
     """Queries and documents: of each query first the one that answers it, then, if P > 1, others that do not.
 

@@ -71,6 +71,7 @@ from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
+from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
@@ -127,6 +128,7 @@ IMAGES = 4 * ROWS
 
 AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
+AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
@@ -254,6 +256,26 @@ def words_of_texts(rows: int, seed: int) -> dict[str, Any]:
     given = texts(rows, seed)
     word = (torch.arange(6) // 2).masked_fill(given["mask"] == 0, -1)
     return {name: given[name] for name in ("tokens", "mask", "index")} | {"word": word}
+
+
+def prompts(rows: int, seed: int) -> dict[str, Any]:
+    """Prompts of two labels, one of them of two words, each beside one of another domain."""
+    own, other = texts(rows, seed), texts(rows, seed + 100)
+    choices = torch.tensor([[4, 1, 0], [5, 6, 1]])
+    told = {
+        "choices": choices,
+        "decoder_inputs": torch.tensor([[0, 4, 0], [0, 5, 6]]),
+        "choice_segments": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    return {
+        "inputs": own["tokens"],
+        "input_segments": own["mask"],
+        **{name: field.expand(rows, 2, 3) for name, field in told.items()},
+        "target_inputs": other["tokens"],
+        "target_input_segments": other["mask"],
+        "label": (torch.arange(rows) + seed) % 2,
+        "index": own["index"],
+    }
 
 
 def partly_labelled(rows: int, seed: int) -> dict[str, Any]:
@@ -485,6 +507,11 @@ def smae(**optimization: Any) -> SMAE:
     return SMAE(small_bert(), sizes, mask_token=20, masks=masks, **optimization)
 
 
+def prompted(alignment: Discrepancy | None, **optimization: Any) -> PromptedClassifier:
+    network = EncoderDecoder(language.t5(20, 16, 1, heads=2, mlp_width=24))
+    return PromptedClassifier(network, 2, alignment, **optimization)
+
+
 def pela(**optimization: Any) -> PELA:
     sides = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 0}
     network = VisionTransformer(embed_dim=16, depth=1, num_heads=2, **sides)
@@ -620,6 +647,12 @@ CASES: dict[str, Case] = {
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
+    "language.prompted_classifier": Case(
+        partial(prompted, None), prompts, halves_differ=AMONG_TOKENS_SAID, refuses_no_row=NO_TEXT
+    ),
+    "language.prompted_classifier, aligned": Case(
+        partial(prompted, Discrepancy()), prompts, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.ul2": Case(ul2, gaps, halves_differ=AMONG_TARGETS, refuses_no_row="needs a text on every rank"),
     "masked.ul2, decoder alone": Case(

@@ -29,6 +29,7 @@ from lightspan.objectives import (
     letters,
     margin,
     masked,
+    mmd,
     prototypes,
     pseudo_labels,
     sigreg,
@@ -244,6 +245,12 @@ CASES = {
         lambda x, weight, label_B, mixed_B: coding_rate.total_coding_rate_loss(x @ weight, x.sin() @ weight, 0.5, 3.0),
         1 + 1,
     ),
+    "mmd.mmd": Case(
+        lambda x, weight, label_B, mixed_B: (
+            mmd.mmd(x @ weight, x.tanh()) + mmd.mmd(x @ weight, x.sin(), unbiased=False)
+        ),
+        2 * (2 + 2),
+    ),
     "text_pairs.document_ranking_loss": Case(document_ranking_loss, 2 * (2 + 1)),
     "text_pairs.cosent_loss": Case(
         lambda x, weight, label_B, mixed_B: text_pairs.cosent_loss(x @ weight, x.tanh(), label_B.to(x.dtype), 0.5),
@@ -279,7 +286,7 @@ CASES = {
 }
 PARTS = {
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
-    "asymmetric.require_asymmetry",
+    *("asymmetric.require_asymmetry", "mmd.require_widths"),
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.forms import TextForm, padded, window
-from lightspan.datamodules.text.packing import packed
+from lightspan.datamodules.text.packing import packed, trimmed
 from lightspan.datamodules.text.spans import MIXTURE, SHORTEST, Denoiser, Mode
 from lightspan.errors import UserError
 
@@ -139,6 +139,8 @@ class Denoising(TextForm):
         tokens: numbers of what no text has; None takes those behind the text's, with 100 sentinels or as many as
             `sentinels` says.
         pack: whether several texts share a row in training, where they fit. Losses are the same, and rows fewer.
+        trim: whether columns that are padding in all rows of a batch to train on are left out, which saves their time;
+            a network that is compiled is compiled anew for each width.
 
     Attributes:
         names: of the denoisers.
@@ -156,6 +158,7 @@ class Denoising(TextForm):
     sentinels: int = 100
     tokens: DenoisingTokens | None = None
     pack: bool = False
+    trim: bool = False
     used: DenoisingTokens = field(init=False)
 
     shortest = SHORTEST
@@ -230,13 +233,13 @@ class Denoising(TextForm):
         }
 
     def joined(self, batch: Any) -> Any:
-        """With `pack`, rows that several texts share."""
-        return packed(batch) if self.pack else batch
+        """With `pack`, rows that several texts share; with `trim`, no wider than the widest."""
+        batch = packed(batch) if self.pack else batch
+        return trimmed(batch) if self.trim else batch
 
 
-def continuation(text: TextTokens, share: float) -> np.ndarray:
+def continuation(length: int, share: float) -> np.ndarray:
     """bool [L]: exactly the last `share` of a text, at least a token: what `Ending` hides on average."""
-    length = len(text.tokens)
     return np.arange(length) >= length - min(max(round(length * share), 1), length - 1)
 
 

@@ -51,6 +51,16 @@ def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: result[name] for name in batch}
 
 
+def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `DenoisingBatch` on the host without the columns that are padding in every row."""
+    widths = {
+        name: int((batch[segments] > 0).sum(dim=1).max())
+        for segments, fields in SIDES.items()
+        for name in (segments, *fields)
+    }
+    return {name: values[:, : widths[name]] if name in widths else values for name, values in batch.items()}
+
+
 def _padding(values: Tensor, segments: Tensor) -> Tensor:
     """[1, 1], what a field has on padding; 0 where it has none."""
     found = values[segments == 0][:1]

@@ -325,6 +325,7 @@ LEFT_OUT = {
     "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
+    "UL2": "learns from text, which these pictures are not",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",
     "Starbucks": "learns from text",

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["bert", "llama", "stored_bert", "t5"]
+__all__ = ["bert", "llama", "stored_bert", "stored_t5", "t5"]
 
 
 def bert(
@@ -131,3 +131,19 @@ def t5(
         use_cache=False,
     )
     return T5ForConditionalGeneration(config)
+
+
+def stored_t5(folder: str) -> T5ForConditionalGeneration:
+    """A T5 from a folder as transformers saves it, with its weights as safetensors; T5 1.1 and its LM-adapted ones too.
+
+    Raises: UserError if there is none.
+    """
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise UserError(f"there is no T5 in {place}; save one there with transformers' save_pretrained")
+    try:
+        network = T5ForConditionalGeneration.from_pretrained(place, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} has no T5 that transformers can read: {error}") from error
+    network.config.use_cache = False
+    return network.train()

@@ -35,10 +35,11 @@ UNKNOWN = {
 
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
-    *("image_text/dptr_union14m", "supervised/word_reader_union14m", "contrastive/starbucks_msmarco"),
+    *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
+    "contrastive/starbucks_msmarco",
 }
 
-STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "word_reader", "starbucks")
+STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "ul2", "word_reader", "starbucks")
 """Of recipes that begin with such a name."""
 
 ONE_RANK = [
@@ -50,6 +51,8 @@ ONE_RANK = [
 def at_scale(config: dict[str, Any]) -> bool:
     """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
     files = (".folder.ImageFolder", ".spelling.WordList")
+    if ".domains.DomainFiles" in str(config["data"]):
+        return True
     return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
 
 

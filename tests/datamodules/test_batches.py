@@ -51,6 +51,8 @@ from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.corpus import Corpus
+from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
+from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
@@ -234,6 +236,14 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "WholeWordShards": (
         lambda folder: WholeWordShards([pair_shard(folder / "t.tar", "txt")], HashedWords(), length=9, batch_size=4),
         "WholeWordBatch",
+    ),
+    "DomainPrompts": (
+        lambda folder: DomainPrompts(DrawnReviews(20, 5), HashedWords(), val_size=2, batch_size=4),
+        "PromptBatch",
+    ),
+    "DomainDenoising": (
+        lambda folder: DomainDenoising(DrawnReviews(20, 5), HashedWords(), val_size=2, batch_size=4),
+        "DenoisingBatch",
     ),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),

@@ -195,6 +195,17 @@ def test_packed_rows_hold_the_same_texts_each_in_a_segment_of_its_own(sizes: lis
     assert begins.sum() == len(sizes)
 
 
+def test_trimmed_rows_are_as_wide_as_the_widest_on_each_side() -> None:
+    form = Denoising(70, 60, pack=True, trim=True)
+    form.prepare(256)
+    given_ = batch([40, 3, 20], form)
+    found = form.joined(given_)
+    assert sorted(map(str, rows_of(found))) == sorted(map(str, rows_of(given_)))
+    for segments in ("input_segments", "target_segments"):
+        assert (found[segments][:, -1] > 0).any()
+    assert found["decoder_inputs"].shape == found["targets"].shape == found["denoiser"].shape
+
+
 def test_rows_are_filled_by_first_fit_with_the_largest_first() -> None:
     assert placed([(3, 1), (9, 9), (4, 4), (3, 4), (1, 1)], (10, 10)) == [[1, 4], [2, 3, 0]]
     assert placed([], (4, 4)) == []
@@ -249,5 +260,5 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read() -> None
 
 
 def test_a_continuation_is_exactly_the_last_share() -> None:
-    assert np.flatnonzero(continuation(text(8), 0.25)).tolist() == [6, 7]
-    assert continuation(text(2), 0.01).tolist() == [False, True]
+    assert np.flatnonzero(continuation(8, 0.25)).tolist() == [6, 7]
+    assert continuation(2, 0.01).tolist() == [False, True]

@@ -102,6 +102,31 @@ def pairs_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, Ten
     return tokens_BT, mask_BT, document_BPU, document_mask_BPU
 
 
+def prompts_of(batch: Mapping[str, Any], method: str) -> dict[str, Tensor]:
+    """What a network reads of a `PromptBatch`: prompts, int64 [B T], and the words of all labels, int64 [B K U].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without them, with fields of other kinds or shapes, or without a row.
+    """
+    require_fields(batch, method)
+    groups = (("inputs", "input_segments"), ("choices", "decoder_inputs", "choice_segments"))
+    if lacking := [name for group in groups for name in group if name not in batch]:
+        raise UserError(
+            f"{method} reads prompts and the words of labels, and this batch has no {', '.join(lacking)} (it holds "
+            f"{', '.join(sorted(batch))}); take a data module such as DomainPrompts"
+        )
+    for axes, (first, *others) in enumerate(groups, 2):
+        for name in others:
+            _require_equal(batch[first], batch[name], axes, method)
+    if batch["inputs"].shape[0] != batch["choices"].shape[0] or batch["inputs"].shape[0] == 0:
+        raise UserError(
+            f"{method} needs a text on every rank, with its choices, and this batch has {batch['inputs'].shape[0]} and "
+            f"{batch['choices'].shape[0]}; let the loader divide its samples evenly among the ranks"
+        )
+    return {name: batch[name] for group in groups for name in group}
+
+
 def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
     """How alike the two texts of each pair are, float [B]. Raises: UserError for a batch that does not tell."""
     if "score" not in batch:
