@@ -1,7 +1,8 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
-places for objects, F columns, G tags. Of pictures from satellites T is the number of dates.
+Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters or documents, U
+tokens of a document, K tasks or places for objects, F columns, G tags. Of pictures from satellites T is the number of
+dates.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -72,6 +73,78 @@ class LabelledTextBatch(TypedDict):
     tokens: Tensor
     mask: Tensor
     label: Tensor
+    index: Tensor
+
+
+class PromptBatch(TypedDict):
+    """Texts in a prompt, whose label is the next thing to say, see `lightspan.datamodules.text.domains`.
+
+    inputs: int64 [B, T], the prompt with the text in it.
+    input_segments: int64 [B, T], 1 where a token belongs to it; 0 on padding, which is at the end.
+    choices: int64 [B, K, U], the words of each label, which are the same for all texts.
+    decoder_inputs: int64 [B, K, U], choices moved on by one token, behind a token that begins each.
+    choice_segments: int64 [B, K, U], as input_segments.
+    label: int64 [B], each in [0, K).
+    target_inputs: int64 [B, T], of another text, of the target domain, which has no label. Absent where none is to be
+        aligned, as in validation.
+    target_input_segments: int64 [B, T].
+    index: int64 [B], the labelled text's position in its dataset.
+    """
+
+    inputs: Tensor
+    input_segments: Tensor
+    choices: Tensor
+    decoder_inputs: Tensor
+    choice_segments: Tensor
+    label: Tensor
+    target_inputs: NotRequired[Tensor]
+    target_input_segments: NotRequired[Tensor]
+    index: Tensor
+
+
+class TokenPairBatch(TypedDict):
+    """Queries and documents: of each query first the one that answers it, then, if P > 1, others that do not.
+
+    tokens: int64 [B, T], of the query with its special tokens.
+    mask: int64 [B, T], 1 where a token is the query's own and 0 on padding, which is at the end.
+    document_tokens: int64 [B, P, U].
+    document_mask: int64 [B, P, U].
+    index: int64 [B], the query's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    document_tokens: Tensor
+    document_mask: Tensor
+    index: Tensor
+
+
+class ScoredPairBatch(TokenPairBatch):
+    """Pairs of texts, P = 1, and how alike they are.
+
+    tokens: int64 [B, T].
+    mask: int64 [B, T].
+    document_tokens: int64 [B, P, U].
+    document_mask: int64 [B, P, U].
+    index: int64 [B].
+    score: float32 [B], larger for pairs that are more alike, in the unit of the data.
+    """
+
+    score: Tensor
+
+
+class WholeWordBatch(TypedDict):
+    """Tokenized texts, truncated or padded to one length, whose words are known.
+
+    tokens: int64 [B, T], with special tokens.
+    mask: int64 [B, T], 1 where a token is the text's own and 0 on padding, which is at the end.
+    word: int64 [B, T], counted from 0 the word of the text that a token is part of; -1 for special tokens and padding.
+    index: int64 [B], the text's position in its dataset.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    word: Tensor
     index: Tensor
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import lightspan.methods
+from lightspan.backbones import language
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.dense import UNet
@@ -52,6 +53,7 @@ from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.softcon import SoftCon
 from lightspan.methods.contrastive.spectral import SpectralContrastive
+from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Ranking, Retrieval, Starbucks
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -71,6 +73,7 @@ from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
+from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
@@ -80,6 +83,7 @@ from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
+from lightspan.methods.masked.smae import SMAE
 from lightspan.methods.masked.spark import SparK
 from lightspan.methods.masked.ul2 import UL2
 from lightspan.methods.merging.adamerging import AdaMerging
@@ -114,8 +118,10 @@ from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
+from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
+from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.targets import MomentumFeatures
@@ -128,6 +134,8 @@ IMAGES = 4 * ROWS
 
 AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
+AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
+AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -238,6 +246,41 @@ def texts(rows: int, seed: int) -> dict[str, Any]:
         "mask": mask,
         "label": (torch.arange(rows) + seed) % 3,
         "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def text_pairs(rows: int, seed: int) -> dict[str, Any]:
+    """Queries with two documents each, and how alike a query and its first one are."""
+    query, *documents = (texts(rows, seed + 100 * number) for number in range(3))
+    stacked = {f"document_{name}": torch.stack([one[name] for one in documents], 1) for name in ("tokens", "mask")}
+    score = {"score": ((torch.arange(rows) + seed) % 4).float()}
+    return {name: query[name] for name in ("tokens", "mask", "index")} | stacked | score
+
+
+def words_of_texts(rows: int, seed: int) -> dict[str, Any]:
+    """Texts whose words have two tokens or, at the end, one, without special tokens."""
+    given = texts(rows, seed)
+    word = (torch.arange(6) // 2).masked_fill(given["mask"] == 0, -1)
+    return {name: given[name] for name in ("tokens", "mask", "index")} | {"word": word}
+
+
+def prompts(rows: int, seed: int) -> dict[str, Any]:
+    """Prompts of two labels, one of them of two words, each beside one of another domain."""
+    own, other = texts(rows, seed), texts(rows, seed + 100)
+    choices = torch.tensor([[4, 1, 0], [5, 6, 1]])
+    told = {
+        "choices": choices,
+        "decoder_inputs": torch.tensor([[0, 4, 0], [0, 5, 6]]),
+        "choice_segments": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    return {
+        "inputs": own["tokens"],
+        "input_segments": own["mask"],
+        **{name: field.expand(rows, 2, 3) for name, field in told.items()},
+        "target_inputs": other["tokens"],
+        "target_input_segments": other["mask"],
+        "label": (torch.arange(rows) + seed) % 2,
+        "index": own["index"],
     }
 
 
@@ -486,6 +529,24 @@ def bert(**optimization: Any) -> TextClassifier:
     return TextClassifier(BertModel(config, add_pooling_layer=False), 3, **optimization)
 
 
+def small_bert() -> Any:
+    return language.bert(21, 16, 2, 2, 24, 6, dropout=0.0)
+
+
+def starbucks(loss: PairLoss, **optimization: Any) -> Starbucks:
+    return Starbucks(small_bert(), FixedSizes([(1, 4), (2, 16)]), loss, **optimization)
+
+
+def smae(**optimization: Any) -> SMAE:
+    sizes, masks = FixedSizes([(1, 4), (2, 16)]), NestedWordMasks(0.3, 0.6)
+    return SMAE(small_bert(), sizes, mask_token=20, masks=masks, **optimization)
+
+
+def prompted(alignment: Discrepancy | None, **optimization: Any) -> PromptedClassifier:
+    network = EncoderDecoder(language.t5(20, 16, 1, heads=2, mlp_width=24))
+    return PromptedClassifier(network, 2, alignment, **optimization)
+
+
 def pela(**optimization: Any) -> PELA:
     sides = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 0}
     network = VisionTransformer(embed_dim=16, depth=1, num_heads=2, **sides)
@@ -571,6 +632,15 @@ CASES: dict[str, Case] = {
         views(),
         halves_differ=AMONG_ROWS,
     ),
+    "contrastive.starbucks": Case(
+        partial(starbucks, Ranking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
+    "contrastive.starbucks, retrieval": Case(
+        partial(starbucks, Retrieval()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
+    "contrastive.starbucks, scores": Case(
+        partial(starbucks, CoSENT()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
     "contrastive.supcon": Case(lambda **o: SupCon(Pooled(), projector(), **o), views(), halves_differ=AMONG_ROWS),
     "contrastive.supremix": Case(
         lambda **o: SupReMix(Pooled(), projector(), **o), views(classes=5), halves_differ=AMONG_ROWS
@@ -617,6 +687,12 @@ CASES: dict[str, Case] = {
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
+    "language.prompted_classifier": Case(
+        partial(prompted, None), prompts, halves_differ=AMONG_TOKENS_SAID, refuses_no_row=NO_TEXT
+    ),
+    "language.prompted_classifier, aligned": Case(
+        partial(prompted, Discrepancy()), prompts, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+    ),
     "language.text_classifier": Case(bert, texts, refuses_no_row=NO_TEXT),
     "masked.ul2": Case(ul2, gaps, halves_differ=AMONG_TARGETS, refuses_no_row="needs a text on every rank"),
     "masked.ul2, decoder alone": Case(
@@ -639,6 +715,7 @@ CASES: dict[str, Case] = {
     "masked.satmaepp": Case(partial(satmaepp, True), bands()),
     "masked.satmaepp, one scale": Case(partial(satmaepp, False), bands()),
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
+    "masked.smae": Case(smae, words_of_texts, halves_differ=AMONG_TOKENS, refuses_no_row=NO_TEXT),
     "masked.spark": Case(spark, views(1)),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),

@@ -29,6 +29,7 @@ from lightspan.objectives import (
     letters,
     margin,
     masked,
+    mmd,
     prototypes,
     pseudo_labels,
     sigreg,
@@ -36,6 +37,7 @@ from lightspan.objectives import (
     spectral,
     supcon,
     supremix,
+    text_pairs,
     vicreg,
 )
 
@@ -172,6 +174,18 @@ def supremix_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -
     return supremix.supremix(x @ weight, label_B, torch.full((len(x),), 0.2), 4.0, 1.0, 0.5)
 
 
+def document_ranking_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """By cosines of two documents a query, and by dot products of one."""
+    documents = torch.stack([x.tanh() @ weight, x.cos() @ weight], dim=1)
+    by_products = text_pairs.document_ranking_loss(x @ weight, documents[:, :1], 2.0, cosine=False)
+    return text_pairs.document_ranking_loss(x @ weight, documents, 0.5) + by_products
+
+
+def score_divergence(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    rows = ((x @ weight, x.tanh()[:, None] @ weight), (x.sin(), x.cos()[:, None]))
+    return text_pairs.score_divergence(*(text_pairs.pair_scores(*pair, cosine=False)[0] for pair in rows))
+
+
 def cluster_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     return coding_rate.cluster_coding_rate(F.normalize(x @ weight, dim=1), (x.sin() @ weight).softmax(dim=1), 0.5)
 
@@ -246,6 +260,21 @@ CASES = {
         lambda x, weight, label_B, mixed_B: coding_rate.total_coding_rate_loss(x @ weight, x.sin() @ weight, 0.5, 3.0),
         1 + 1,
     ),
+    "mmd.mmd": Case(
+        lambda x, weight, label_B, mixed_B: (
+            mmd.mmd(x @ weight, x.tanh()) + mmd.mmd(x @ weight, x.sin(), unbiased=False)
+        ),
+        2 * (2 + 2),
+    ),
+    "text_pairs.document_ranking_loss": Case(document_ranking_loss, 2 * (2 + 1)),
+    "text_pairs.cosent_loss": Case(
+        lambda x, weight, label_B, mixed_B: text_pairs.cosent_loss(x @ weight, x.tanh(), label_B.to(x.dtype), 0.5),
+        2 + 2,
+    ),
+    "text_pairs.score_divergence": Case(score_divergence, 2 + 2 + 1),
+    "text_pairs.coordinate_divergence": Case(
+        lambda x, weight, label_B, mixed_B: text_pairs.coordinate_divergence(x @ weight, x.sin())
+    ),
     "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
@@ -282,11 +311,11 @@ CASES = {
 PARTS = {
     "soft_contrast.tag_similarity",
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
-    "asymmetric.require_asymmetry",
+    *("asymmetric.require_asymmetry", "mmd.require_widths"),
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back"),
-    "supremix.mixed_pairs",
+    *("supremix.mixed_pairs", "text_pairs.pair_scores"),
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(

@@ -329,6 +329,8 @@ LEFT_OUT = {
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "UL2": "learns from text, which these pictures are not",
     "WordReader": "reads words, of which these pictures show none",
+    "SMAE": "learns from text",
+    "Starbucks": "learns from text",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }
 """Methods by the name of their class."""

@@ -1,11 +1,46 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from pathlib import Path
+
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["llama", "t5"]
+__all__ = ["bert", "llama", "stored_bert", "stored_t5", "t5"]
+
+
+def bert(
+    vocab_size: int = 30522,
+    width: int = 768,
+    depth: int = 12,
+    heads: int = 12,
+    mlp_width: int = 3072,
+    context: int = 512,
+    dropout: float = 0.1,
+) -> BertModel:
+    """A BERT encoder without pooler, with random weights; the defaults are BERT-base.
+
+    Args:
+        vocab_size: tokens.
+        width, depth, heads, mlp_width: of states, blocks, attention heads, width of the MLP.
+        context: longest text in tokens.
+        dropout: of states and attention, in [0, 1).
+    Raises: UserError if `heads` does not divide `width`, or for another dropout.
+    """
+    if width % heads or not 0 <= dropout < 1:
+        raise UserError(f"bert width={width} must be a multiple of heads={heads}, and dropout={dropout} in [0, 1)")
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp_width,
+        max_position_embeddings=context,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return BertModel(config, add_pooling_layer=False).train()
 
 
 def llama(
@@ -38,6 +73,23 @@ def llama(
         tie_word_embeddings=False,
     )
     return LlamaForCausalLM(config)
+
+
+def stored_bert(folder: str) -> BertModel:
+    """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
+
+    Raises: UserError if there is none.
+    """
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise UserError(f"there is no BERT in {place}; save one there with transformers' save_pretrained")
+    try:
+        network = BertModel.from_pretrained(
+            place, local_files_only=True, use_safetensors=True, add_pooling_layer=False, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} has no BERT that transformers can read: {error}") from error
+    return network.train()
 
 
 def t5(
@@ -79,3 +131,19 @@ def t5(
         use_cache=False,
     )
     return T5ForConditionalGeneration(config)
+
+
+def stored_t5(folder: str) -> T5ForConditionalGeneration:
+    """A T5 from a folder as transformers saves it, with its weights as safetensors; T5 1.1 and its LM-adapted ones too.
+
+    Raises: UserError if there is none.
+    """
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise UserError(f"there is no T5 in {place}; save one there with transformers' save_pretrained")
+    try:
+        network = T5ForConditionalGeneration.from_pretrained(place, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{place} has no T5 that transformers can read: {error}") from error
+    network.config.use_cache = False
+    return network.train()

@@ -41,6 +41,9 @@ class HashedWords(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         return self.size
 
+    def __len__(self) -> int:
+        return self.size
+
     def get_vocab(self) -> dict[str, int]:
         return dict(SPECIAL)
 
@@ -69,6 +72,9 @@ class Letters(PreTrainedTokenizer):
     @property
     def vocab_size(self) -> int:
         return 128 + len(SPECIAL)
+
+    def __len__(self) -> int:
+        return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
         return dict(SPECIAL)

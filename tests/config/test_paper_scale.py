@@ -39,7 +39,11 @@ UNKNOWN = {
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
+    "contrastive/starbucks_msmarco",
 }
+
+STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "ul2", "word_reader", "starbucks")
+"""Of recipes that begin with such a name."""
 
 ONE_RANK = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
@@ -50,6 +54,8 @@ ONE_RANK = [
 def at_scale(config: dict[str, Any]) -> bool:
     """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
     files = (".folder.ImageFolder", ".spelling.WordList")
+    if ".domains.DomainFiles" in str(config["data"]):
+        return True
     return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
 
 

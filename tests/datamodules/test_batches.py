@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Callable
@@ -54,14 +55,19 @@ from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
+from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.corpus import Corpus
+from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
+from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
+from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.spelling import WordList
+from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.errors import UserError
 
@@ -112,6 +118,20 @@ def text(folder: Path) -> ByteText:
 def word_list(folder: Path) -> WordList:
     (folder / "words.txt").write_text("to\nbe\nor\nnot\nagain\n")
     return WordList(str(folder / "words.txt"), HashedWords(), length=9, val_size=1, batch_size=4)
+
+
+def functions(folder: Path) -> str:
+    """A folder of Python files, some of which are held out."""
+    for number in range(12):
+        source = f'def f{number}():\n    """Gives back number {number} alone."""\n    return {number}\n'
+        (folder / f"file_{number}.py").write_text(source)
+    return str(folder)
+
+
+def lines(folder: Path) -> str:
+    told = ({"query": f"what is {n}", "document": f"a {n}", "negatives": ["b", "c"], "score": n} for n in range(9))
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, told)))
+    return str(folder / "pairs.jsonl")
 
 
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
@@ -194,6 +214,46 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PrintedWords": (lambda folder: PrintedWords(batch_size=4), "WordBatch"),
     "PrintedWords, sentences": (lambda folder: PrintedWords(tokenizer=HashedWords(), batch_size=4), "SpelledWordBatch"),
     "WordList": (word_list, "SpellingBatch"),
+    "LibraryPairs": (
+        lambda folder: LibraryPairs(HashedWords(), functions(folder), val_fraction=0.4, batch_size=4),
+        "TokenPairBatch",
+    ),
+    "TextPairs": (
+        lambda folder: TextPairs(lines(folder), HashedWords(), val_size=2, negatives=2, batch_size=4),
+        "TokenPairBatch",
+    ),
+    "ScoredPairs": (
+        lambda folder: ScoredPairs(lines(folder), HashedWords(), val_size=2, batch_size=4),
+        "ScoredPairBatch",
+    ),
+    "QueryShards": (
+        lambda folder: QueryShards(
+            [
+                partial_shard(
+                    folder / "q.tar", [{"json": line} for line in Path(lines(folder)).read_text().splitlines()]
+                )
+            ],
+            HashedWords(),
+            batch_size=4,
+        ),
+        "TokenPairBatch",
+    ),
+    "WholeWords": (
+        lambda folder: WholeWords(HashedWords(), folder=functions(folder), val_fraction=0.4, batch_size=4),
+        "WholeWordBatch",
+    ),
+    "WholeWordShards": (
+        lambda folder: WholeWordShards([pair_shard(folder / "t.tar", "txt")], HashedWords(), length=9, batch_size=4),
+        "WholeWordBatch",
+    ),
+    "DomainPrompts": (
+        lambda folder: DomainPrompts(DrawnReviews(20, 5), HashedWords(), val_size=2, batch_size=4),
+        "PromptBatch",
+    ),
+    "DomainDenoising": (
+        lambda folder: DomainDenoising(DrawnReviews(20, 5), HashedWords(), val_size=2, batch_size=4),
+        "DenoisingBatch",
+    ),
     "BodySlices": (lambda folder: BodySlices(batch_size=4), "SliceBatch"),
     "LandScenes": (lambda folder: LandScenes(side=16, batch_size=4), "LandBatch"),
     "LandSeasons": (lambda folder: LandSeasons(side=16, batch_size=4), "SeasonsBatch"),

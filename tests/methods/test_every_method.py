@@ -66,6 +66,7 @@ DRAWN = (
     "masked.i_jepa",
     "masked.mae",
     "masked.sit",
+    "masked.smae",
     "masked.spark",
     "supervised.heuristic_mtl",
     "supervised.word_reader",

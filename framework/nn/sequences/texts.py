@@ -80,3 +80,84 @@ def captions_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, 
         )
     require_rows(batch, "tokens", method)
     return tokens_BT, mask_BT, known_rows(batch, "caption_known", tokens_BT)
+
+
+def pairs_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and mask of the queries, int64 [B T], and of their documents, int64 [B P U].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without documents, with such of another shape, or without a query.
+    """
+    tokens_BT = tokens_of(batch, method)
+    if missing := [name for name in ("mask", "document_tokens", "document_mask") if name not in batch]:
+        raise UserError(
+            f"{method} needs queries and their documents, and this batch has no {missing[0]} (it holds "
+            f"{', '.join(sorted(batch))}); take a data module of text pairs, such as LibraryPairs"
+        )
+    mask_BT, document_BPU, document_mask_BPU = (batch[name] for name in ("mask", "document_tokens", "document_mask"))
+    _require_equal(tokens_BT, mask_BT, 2, method)
+    _require_equal(document_BPU, document_mask_BPU, 3, method)
+    require_rows(batch, "document_tokens", method)
+    return tokens_BT, mask_BT, document_BPU, document_mask_BPU
+
+
+def prompts_of(batch: Mapping[str, Any], method: str) -> dict[str, Tensor]:
+    """What a network reads of a `PromptBatch`: prompts, int64 [B T], and the words of all labels, int64 [B K U].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without them, with fields of other kinds or shapes, or without a row.
+    """
+    require_fields(batch, method)
+    groups = (("inputs", "input_segments"), ("choices", "decoder_inputs", "choice_segments"))
+    if lacking := [name for group in groups for name in group if name not in batch]:
+        raise UserError(
+            f"{method} reads prompts and the words of labels, and this batch has no {', '.join(lacking)} (it holds "
+            f"{', '.join(sorted(batch))}); take a data module such as DomainPrompts"
+        )
+    for axes, (first, *others) in enumerate(groups, 2):
+        for name in others:
+            _require_equal(batch[first], batch[name], axes, method)
+    if batch["inputs"].shape[0] != batch["choices"].shape[0] or batch["inputs"].shape[0] == 0:
+        raise UserError(
+            f"{method} needs a text on every rank, with its choices, and this batch has {batch['inputs'].shape[0]} and "
+            f"{batch['choices'].shape[0]}; let the loader divide its samples evenly among the ranks"
+        )
+    return {name: batch[name] for group in groups for name in group}
+
+
+def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
+    """How alike the two texts of each pair are, float [B]. Raises: UserError for a batch that does not tell."""
+    if "score" not in batch:
+        raise UserError(
+            f"{method} with CoSENT needs a score for each pair, and this batch has none (it holds "
+            f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss Ranking"
+        )
+    require_rows(batch, "score", method)
+    return batch["score"]
+
+
+def words_of(batch: Mapping[str, Any], method: str) -> Tensor:
+    """`word` of a batch, int64 [B T]: which word a token is part of. Raises: UserError for a batch without."""
+    tokens_BT = tokens_of(batch, method)
+    if "word" not in batch or "mask" not in batch:
+        raise UserError(
+            f"{method} hides whole words, and this batch does not tell them (it holds {', '.join(sorted(batch))}); "
+            "take a data module such as WholeWords"
+        )
+    _require_equal(tokens_BT, batch["word"], 2, method)
+    _require_equal(tokens_BT, batch["mask"], 2, method)
+    return batch["word"]
+
+
+def _require_equal(tokens: Any, beside: Any, axes: int, method: str) -> None:
+    """Raises: UserError unless both are whole numbers of one shape, and this has so many axes and no empty text."""
+    both = tokens, beside
+    kinds = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in both]
+    whole = all(isinstance(x, Tensor) and x.ndim == axes and x.dtype in WHOLE for x in both)
+    if not whole or tokens.shape != beside.shape or 0 in tokens.shape[1:]:
+        raise UserError(
+            f"{method} reads texts as int64 of {axes} axes, with a mask of the same shape, and this batch gives "
+            f"{' and '.join(kinds)}; let the tokenizer give both"
+        )

@@ -1,0 +1,404 @@
+"""Texts of two domains, one with labels and one without, in the prompts of a language model.
+
+Source: Uppaal et al., 2024, arXiv 2401.17514. No label of the target domain can be reached while a network learns: the
+texts of the target have none (`Unlabelled`), and a file with labels to judge by is read by the test alone.
+Shapes: T tokens of a prompt, K labels, U tokens of a label's words.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
+from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
+from lightspan.datamodules.text.forms import padded
+from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
+from lightspan.errors import UserError
+from lightspan.files import expanded
+
+SIDES = {
+    "input_segments": ("inputs", "input_segments"),
+    "target_input_segments": ("target_inputs", "target_input_segments"),
+    "target_segments": ("targets", "decoder_inputs", "target_segments", "target_bytes", "denoiser"),
+}
+"""Of the batches of both stages: fields of one length, by the one that tells what is padding."""
+
+
+class Labelled(NamedTuple):
+    texts: list[str]
+    labels: list[int]
+
+
+class Unlabelled:
+    """Texts of a target domain, which have no label. Raises: UserError where one is asked for."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    @property
+    def labels(self) -> list[int]:
+        raise UserError(
+            "texts of the target domain have no labels to learn from: that would be no unsupervised adaptation; judge "
+            "with `lightspan evaluate`, which reads the file with labels of the test"
+        )
+
+
+class Domains(ABC):
+    """Where the texts come from. Labels are whole numbers from 0 up."""
+
+    @abstractmethod
+    def source(self) -> Labelled: ...
+
+    @abstractmethod
+    def target(self) -> Unlabelled: ...
+
+    @abstractmethod
+    def target_test(self) -> Labelled:
+        """Other texts of the target, to judge by. Raises: UserError if there are none."""
+
+
+class DomainFiles(Domains):
+    """Files with a JSON object a line: `text`, and where there are labels `label`, a whole number from 0 up.
+
+    Args:
+        source: with labels.
+        target: of the other domain; labels in it are not read.
+        test: of that domain, with labels.
+    """
+
+    def __init__(self, source: str, target: str, test: str | None = None) -> None:
+        self.paths = {"source": source, "target": target, "test": test}
+
+    def source(self) -> Labelled:
+        return _labelled(self._rows("source"))
+
+    def target(self) -> Unlabelled:
+        return Unlabelled([row["text"] for _, row in self._rows("target")])
+
+    def target_test(self) -> Labelled:
+        if self.paths["test"] is None:
+            raise UserError("there are no labels of the target domain to judge by; name a file with them as test")
+        return _labelled(self._rows("test"))
+
+    def _rows(self, which: str) -> list[tuple[str, dict[str, Any]]]:
+        """(where a line is, what it says)."""
+        path = self.paths[which]
+        assert path is not None
+        file = expanded(path, f"data.init_args.domains.init_args.{which}")
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"domains.init_args.{which}={file} cannot be read as UTF-8: {error}") from error
+        rows = [_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise UserError(f"domains.init_args.{which}={file} has no text")
+        return rows
+
+
+def _row(where: str, line: str) -> tuple[str, dict[str, Any]]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where} has no text, or an empty one")
+    return where, row
+
+
+def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> Labelled:
+    for where, row in rows:
+        label = row.get("label")
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise UserError(f"{where} has no label that is a whole number from 0 up")
+    return Labelled([row["text"] for _, row in rows], [row["label"] for _, row in rows])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The words around a text, the same in both stages, and the words of each label.
+
+    Args:
+        template: with {} where the text stands.
+        labels: the words of each label, at least two, all different.
+    """
+
+    template: str = "Review: {} Sentiment:"
+    labels: tuple[str, ...] = ("negative", "positive")
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1:
+            raise UserError(f"Prompt template={self.template!r} needs one {{}} where the text stands")
+        if len(set(self.labels)) < max(2, len(self.labels)) or not all(word.strip() for word in self.labels):
+            raise UserError(f"Prompt labels={[*self.labels]} must be at least two, all different and none empty")
+
+    def around(self) -> tuple[str, str]:
+        before, _, after = self.template.partition("{}")
+        return before.strip(), after.strip()
+
+
+class Words(NamedTuple):
+    """A text by word. text: its tokens. word: int64 [L], the word of each. words: as they stand in the text."""
+
+    text: TextTokens
+    word: np.ndarray
+    words: list[str]
+
+
+class PromptReader:
+    """Makes prompts of texts: tokens of the template and of as many of a text's words as fit between.
+
+    Args:
+        tokenizer: turns words into tokens; special tokens are its own affair and not added.
+        prompt: the template.
+        length: T, with <eos>.
+        tokens: numbers of <pad>, <eos> and sentinels; None takes those behind the tokenizer's, with 100 sentinels.
+    Raises: UserError for a length in which no word fits.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, length: int, tokens: DenoisingTokens | None
+    ) -> None:
+        self.tokenizer, self.prompt, self.length = tokenizer, prompt, length
+        count, free = numbers_of(tokenizer)
+        self.tokens = appended(count, 100) if tokens is None else tokens
+        self.num_tokens = max(count, *(number + 1 for number in self.tokens.all()))
+        if clashing := sorted(number for number in self.tokens.all() if number < count and number not in free):
+            raise UserError(
+                f"{len(clashing)} numbers of pad, eos, modes and sentinels are among the {count:,} that texts have, the "
+                f"first: {clashing[0]}; leave tokens out to use numbers behind them"
+            )
+        self.around = [self.words(part).text for part in prompt.around()]
+        self.room = length - 1 - sum(len(part.tokens) for part in self.around)
+        if self.room < 2:
+            raise UserError(f"length={length} leaves no room for a text in the template {prompt.template!r}; raise it")
+
+    def words(self, text: str, room: int | None = None) -> Words:
+        """A text of at most `room` tokens, whole words but for a first one that is longer."""
+        columns, words, word = [TextTokens(np.zeros(0, np.int32), np.zeros(0, np.int32))], list[str](), list[int]()
+        for one in text.split():
+            made = encoded(one.encode("utf-8", "replace"), self.tokenizer)
+            if room is not None and len(word) + len(made.tokens) > room:
+                if words:
+                    break
+                made = TextTokens(*(column[:room] for column in made))
+            if len(made.tokens):
+                columns.append(made)
+                word += [len(words)] * len(made.tokens)
+                words.append(one)
+        joined = TextTokens(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        return Words(joined, np.asarray(word, np.int64), words)
+
+    def hidden(self, text: Words, choice: WordChoice, generator: np.random.Generator) -> dict[str, Tensor]:
+        """The prompt with words of the text hidden: a row of a `DenoisingBatch` but `index`."""
+        mask = np.isin(text.word, choice.places(text.words, generator))
+        before, after = self.around
+        whole = TextTokens(*(np.concatenate(parts) for parts in zip(before, text.text, after, strict=True)))
+        hidden = np.concatenate([np.zeros(len(before.tokens), bool), mask, np.zeros(len(after.tokens), bool)])
+        inputs, targets, target_bytes = corrupted(whole, hidden, self.tokens, mode=None)
+        pad, places = self.tokens.pad, self.length
+        return {
+            "inputs": padded(inputs, places, pad),
+            "input_segments": padded(np.ones(len(inputs)), places),
+            "decoder_inputs": padded(np.concatenate([[pad], targets[:-1]]), places + 1, pad),
+            "targets": padded(targets, places + 1, pad),
+            "target_segments": padded(np.ones(len(targets)), places + 1),
+            "target_bytes": padded(target_bytes, places + 1),
+            "denoiser": torch.zeros(places + 1, dtype=torch.int64),
+        }
+
+    def shown(self, text: Words) -> tuple[Tensor, Tensor]:
+        """(inputs, segments), int64 [T]: the prompt as it is."""
+        before, after = self.around
+        inputs = np.concatenate([before.tokens, text.text.tokens, after.tokens, [self.tokens.eos]])
+        return padded(inputs, self.length, self.tokens.pad), padded(np.ones(len(inputs)), self.length)
+
+    def choices(self) -> dict[str, Tensor]:
+        """The words of all labels, int64 [K U]: `choices`, `decoder_inputs`, `choice_segments`.
+
+        Raises: UserError for labels that have the same tokens, or none.
+        """
+        said = [np.append(self.words(label).text.tokens, self.tokens.eos) for label in self.prompt.labels]
+        if min(map(len, said)) < 2 or len({tuple(tokens.tolist()) for tokens in said}) < len(said):
+            raise UserError(f"the tokenizer does not tell the labels {[*self.prompt.labels]} apart; choose other words")
+        longest, pad = max(map(len, said)), self.tokens.pad
+        return {
+            "choices": torch.stack([padded(tokens, longest, pad) for tokens in said]),
+            "decoder_inputs": torch.stack([padded(np.append([pad], t[:-1]), longest, pad) for t in said]),
+            "choice_segments": torch.stack([padded(np.ones(len(tokens)), longest) for tokens in said]),
+        }
+
+
+class HiddenWords:
+    """Samples of `DenoisingBatch`; the seed says which words are hidden."""
+
+    def __init__(self, reader: PromptReader, texts: Sequence[Words], choice: WordChoice) -> None:
+        self.reader, self.texts, self.choice = reader, texts, choice
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
+        row = self.reader.hidden(self.texts[index], self.choice, np.random.default_rng(seed))
+        return {**row, "index": torch.tensor(index)}
+
+
+class PromptSamples:
+    """Samples of `PromptBatch`; with target texts, one that the seed draws stands beside each."""
+
+    def __init__(
+        self, reader: PromptReader, texts: Sequence[Words], labels: Sequence[int], target: Sequence[Words] = ()
+    ) -> None:
+        self.reader, self.texts, self.labels, self.target = reader, texts, labels, target
+        self.choices = reader.choices()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
+        inputs, segments = self.reader.shown(self.texts[index])
+        sample = {"inputs": inputs, "input_segments": segments, **self.choices}
+        if self.target:
+            drawn = int(np.random.default_rng(seed).integers(len(self.target)))
+            names = ("target_inputs", "target_input_segments")
+            sample |= dict(zip(names, self.reader.shown(self.target[drawn]), strict=True))
+        return sample | {"label": torch.tensor(self.labels[index]), "index": torch.tensor(index)}
+
+
+class DomainTexts(SampleSets):
+    """What both stages share.
+
+    Args:
+        domains: where the texts come from.
+        tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
+        val_size: texts of the source, evenly spaced, held out to validate on, at least 1.
+        batch_size: texts of one optimiser step over all ranks.
+        seed: of the order and of what is random in a sample.
+        num_workers: processes that fetch batches.
+
+    Attributes:
+        num_tokens: numbers of tokens, from 0 up, with sentinels.
+    """
+
+    def __init__(
+        self,
+        domains: Domains,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Prompt | None = None,
+        length: int = 128,
+        tokens: DenoisingTokens | None = None,
+        val_size: int = 200,
+        batch_size: int = 32,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if val_size < 1:
+            raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
+        self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
+        self.num_tokens = self.reader.num_tokens
+        self.val_size, self.batch_size, self.seed, self.num_workers = val_size, batch_size, seed, num_workers
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Leaves out the columns in which no text of the batch has a token."""
+        for side, own in SIDES.items():
+            if side in batch:
+                longest = max(1, int(batch[side].sum(dim=1).max()))
+                batch |= {name: batch[name][:, :longest] for name in own if name in batch}
+        return batch
+
+    def divided(self) -> tuple[Labelled, Labelled]:
+        """The source: (to train on, to validate on). Raises: UserError for labels that have no words."""
+        source = self.domains.source()
+        self._require_words(source)
+        require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
+        held = set((np.arange(self.val_size) * len(source.texts) // self.val_size).tolist())
+        sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
+        train, val = (Labelled(*([column[place] for place in side] for column in source)) for side in sides)
+        return train, val
+
+    def read(self, texts: Sequence[str]) -> list[Words]:
+        """Raises: UserError for a text of which the tokenizer leaves nothing."""
+        read = [self.reader.words(text, self.reader.room) for text in texts]
+        if empty := [text for text, words in zip(texts, read, strict=True) if not words.words]:
+            raise UserError(f"the tokenizer leaves nothing of the text {empty[0][:40]!r}; remove it")
+        return read
+
+    def _require_words(self, labelled: Labelled) -> None:
+        words = self.reader.prompt.labels
+        if max(labelled.labels) >= len(words):
+            raise UserError(f"texts have labels up to {max(labelled.labels)}, and the prompt words for {len(words)}")
+
+
+class DomainDenoising(DomainTexts):
+    """The first stage: raw texts of both domains in the prompt, with words of the text hidden; `DenoisingBatch`.
+
+    The source's labels are read by `hide` alone, which may rank words by them; the target's never.
+
+    Args:
+        hide: which words are hidden; None is 15 in a hundred at random.
+        source_alone: leaves the target out: what pre-training without the target domain is worth.
+        settings: those of `DomainTexts`.
+    """
+
+    def __init__(
+        self,
+        domains: Domains,
+        tokenizer: PreTrainedTokenizerBase,
+        hide: WordChoice | None = None,
+        source_alone: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(domains, tokenizer, **settings)
+        self.hide, self.source_alone = hide or RandomWords(), source_alone
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, divides and tokenises, once."""
+        if self.train is not None:
+            return
+        train, val = self.divided()
+        self.hide.learn([[plain_word(word) for word in text.split()] for text in train.texts], train.labels)
+        target = [] if self.source_alone else self.domains.target().texts
+        both = self.read([*train.texts, *target])
+        self.train = self.bank = HiddenWords(self.reader, both, self.hide)
+        self.val = HiddenWords(self.reader, self.read(val.texts), self.hide)
+        say(f"domains: {len(train.texts)} texts of the source and {len(target)} of the target, without labels")
+
+
+class DomainPrompts(DomainTexts):
+    """The second stage: labelled texts of the source in the prompt, `PromptBatch`, each beside an unlabelled one of the
+    target, for methods that align both. Validation is of the source, and the test of the target.
+
+    Args:
+        settings: those of `DomainTexts`.
+    """
+
+    num_classes: int
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, divides and tokenises, once; labels of the target only for a test."""
+        if self.train is None:
+            train, val = self.divided()
+            target, texts = self.read(self.domains.target().texts), self.read(train.texts)
+            self.train = PromptSamples(self.reader, texts, train.labels, target)
+            self.bank = PromptSamples(self.reader, texts, train.labels)
+            self.val = PromptSamples(self.reader, self.read(val.texts), val.labels)
+            say(
+                f"domains: {len(texts)} labelled texts of the source to train on, {len(val.texts)} to validate on, "
+                f"{len(target)} of the target without labels"
+            )
+
+    def test_dataloader(self) -> EvaluationLoader:
+        labelled = self.domains.target_test()
+        self._require_words(labelled)
+        return self._evaluate(PromptSamples(self.reader, self.read(labelled.texts), labelled.labels))

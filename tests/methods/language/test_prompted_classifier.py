@@ -1,0 +1,95 @@
+"""Labels that are said: loss and ranking by hand, what is aligned, and two stages that join without a seam."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from method_cases import prompts
+from torch import nn
+from torch.nn import functional as F
+
+from lightspan.backbones.denoisers import EncoderDecoder
+from lightspan.backbones.language import t5
+from lightspan.errors import UserError
+from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
+from lightspan.objectives.mmd import mmd
+
+
+def method(alignment: Discrepancy | None = None, **settings: Any) -> PromptedClassifier:
+    torch.manual_seed(0)
+    network = EncoderDecoder(t5(20, 16, 1, heads=2, mlp_width=24))
+    return PromptedClassifier(network, 2, alignment, **{"optimizer": partial(torch.optim.SGD, lr=0.1)} | settings)
+
+
+def logits(model: PromptedClassifier, given: dict[str, Any], row: int, label: int) -> torch.Tensor:
+    """[U V] by transformers alone, without padding."""
+    network: Any = model.backbone.network
+    length, said = int(given["input_segments"][row].sum()), int(given["choice_segments"][row, label].sum())
+    ids, read = given["inputs"][row : row + 1, :length], given["decoder_inputs"][row : row + 1, label, :said]
+    return network(input_ids=ids, decoder_input_ids=read).logits[0]
+
+
+def test_the_loss_is_cross_entropy_over_the_tokens_of_the_own_labels_words() -> None:
+    model, given = method(), prompts(5, 0)
+    nats = []
+    for row, label in enumerate(given["label"].tolist()):
+        found = logits(model, given, row, label)
+        nats.append(F.cross_entropy(found, given["choices"][row, label, : len(found)], reduction="none"))
+    torch.testing.assert_close(model.training_step(given, 0), torch.cat(nats).mean())  # type: ignore[arg-type]
+
+
+def test_labels_are_ranked_by_the_likelihood_of_all_of_their_words() -> None:
+    model, given = method(), prompts(5, 0)
+    scores = model.predict_step(given, 0)  # type: ignore[arg-type]
+    for row in range(5):
+        for label in range(2):
+            found = logits(model, given, row, label).log_softmax(dim=1)
+            words = given["choices"][row, label, : len(found)]
+            torch.testing.assert_close(scores[row, label], found.gather(1, words[:, None]).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_adds_the_discrepancy_of_both_domains_and_the_target_says_nothing_else() -> None:
+    plain, aligned, given = method(), method(Discrepancy(0.5)), prompts(6, 0)
+    source, target = aligned.features(given), aligned.pooled(given["target_inputs"], given["target_input_segments"])  # type: ignore[arg-type]
+    expected = plain.training_step(given, 0) + 0.5 * mmd(source, target)  # type: ignore[arg-type]
+    torch.testing.assert_close(aligned.training_step(given, 0), expected)  # type: ignore[arg-type]
+    source_alone = {name: field for name, field in given.items() if not name.startswith("target")}
+    assert torch.equal(plain.training_step(source_alone, 0), plain.training_step(given, 0))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="needs texts of the target domain"):
+        aligned.training_step(source_alone, 0)  # type: ignore[arg-type]
+
+
+def test_padding_behind_prompts_and_words_changes_nothing() -> None:
+    model, given = method(), prompts(4, 0)
+    wider = dict(given)
+    for names in (("inputs", "input_segments"), ("choices", "decoder_inputs", "choice_segments")):
+        wider |= {name: F.pad(given[name], (0, 3), value=0 if name.endswith("segments") else 7) for name in names}
+    torch.testing.assert_close(model.scores(wider), model.scores(given))  # type: ignore[arg-type]
+
+
+def test_validation_counts_rows_whose_own_label_is_first() -> None:
+    model, given = method(), prompts(6, 0)
+    given["label"] = model.scores(given).argmax(dim=1)  # type: ignore[arg-type]
+    given["label"][0] = 1 - given["label"][0]
+    logged: dict[str, Any] = {}
+    model.log_dict = lambda figures, **options: logged.update(figures)  # type: ignore[method-assign]
+    model.validation_step(given, 0)  # type: ignore[arg-type]
+    assert float(logged["val/accuracy"]) == pytest.approx(5 / 6)
+    model.test_step(given, 0)  # type: ignore[arg-type]
+    assert logged["test/loss_nats"] == logged["val/loss_nats"] > 0
+
+
+def test_settings_and_batches_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UserError, match="num_classes=1"):
+        PromptedClassifier(method().backbone, 1, optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match="needs a network of lightspan.backbones.denoisers"):
+        PromptedClassifier(nn.Linear(2, 2), 2, optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match="weight=-1"):
+        Discrepancy(-1)
+    three = PromptedClassifier(method().backbone, 3, optimizer=torch.optim.SGD)
+    with pytest.raises(UserError, match="words of 2 labels, and num_classes=3"):
+        three.training_step(prompts(3, 0), 0)  # type: ignore[arg-type]
+    without = {name: field for name, field in prompts(3, 0).items() if name != "choices"}
+    with pytest.raises(UserError, match="this batch has no choices"):
+        method().training_step(without, 0)  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""The discrepancy of two sets: a double loop, a set and itself, sets apart and alike, and too few rows."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+from lightspan.objectives.mmd import WIDTHS, mmd
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 1
+
+
+def by_loops(x: Tensor, y: Tensor, unbiased: bool) -> float:
+    rows = [*x, *y]
+    distances = [float((a - b).square().sum()) for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+    unit = sum(distances) / len(distances)
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return sum(math.exp(-float((a - b).square().sum()) / (w * unit)) for w in WIDTHS) / len(WIDTHS)
+
+    def within(one: Tensor) -> float:
+        terms = [kernel(a, b) for i, a in enumerate(one) for j, b in enumerate(one) if not unbiased or i != j]
+        return sum(terms) / len(terms)
+
+    return within(x) + within(y) - 2 * sum(kernel(a, b) for a in x for b in y) / (len(x) * len(y))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_it_is_what_a_double_loop_gives_and_symmetric(unbiased: bool) -> None:
+    found = mmd(X, Y, unbiased=unbiased)
+    assert float(found) == pytest.approx(by_loops(X, Y, unbiased), abs=1e-12)
+    assert float(found) == pytest.approx(float(mmd(Y, X, unbiased=unbiased)), abs=1e-12)
+
+
+def test_a_set_and_itself_are_not_apart_and_the_unbiased_one_is_0_on_average() -> None:
+    assert float(mmd(X, X, unbiased=False)) == pytest.approx(0, abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    alike = [float(mmd(*torch.randn(2, 20, 3, generator=generator))) for _ in range(200)]
+    assert abs(sum(alike) / 200) < 3 * torch.tensor(alike).std() / 200**0.5
+    assert min(alike) < 0
+    assert float(mmd(X, X + 5)) > 0.5
+
+
+def test_the_gradient_is_that_of_finite_differences_with_the_unit_held() -> None:
+    x = X.clone().requires_grad_()
+    mmd(x, Y).backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    with torch.no_grad():  # towards the other set it falls
+        assert mmd(X - 1e-3 * x.grad, Y) < mmd(X, Y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_equal_rows_and_large_ones_have_finite_gradients(dtype: torch.dtype) -> None:
+    for x, y in (
+        (X[:1], Y),
+        (X[:0], Y),
+        (X * 0, Y * 0),
+        (X * 0, Y),
+        (X[:1].expand(4, 3), X[:1].expand(3, 3)),
+        (X * 1e4, Y),
+    ):
+        x = x.to(dtype).clone().requires_grad_()
+        found = mmd(x, y.to(dtype))
+        found.backward()
+        assert found.isfinite()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+    assert mmd(X[:1], Y) == 0
+    assert mmd(X * 0, Y * 0) == 0
+
+
+def test_widths_that_cannot_be_are_refused() -> None:
+    for widths in ((), (1.0, 0.0)):
+        with pytest.raises(UserError, match="must name at least one, all above 0"):
+            mmd(X, Y, widths)
