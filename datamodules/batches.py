@@ -1,6 +1,6 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
+Shapes: B samples on this rank in one micro-batch, T context length, L steps, C H W image, V views, P parameters, K tasks or
 places for objects, F columns, G tags.
 """
 
@@ -31,6 +31,19 @@ class LabelledTextBatch(TypedDict):
 
     tokens: Tensor
     mask: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class SequenceBatch(TypedDict):
+    """Sequences of values, all of one length, each with its class.
+
+    sequence: float32 [B, L, C], C numbers of each of L steps, normalised as the data module says.
+    label: int64 [B], each in [0, num_classes). A method that learns without labels ignores it.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
+    """
+
+    sequence: Tensor
     label: Tensor
     index: Tensor
 

@@ -24,6 +24,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.language import llama
+from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
@@ -73,6 +74,7 @@ from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.spark import SparK
+from lightspan.methods.masked.spt import SPT, Levels, NextValue
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -81,6 +83,7 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
@@ -116,6 +119,7 @@ IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
+AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -245,6 +249,13 @@ def words(rows: int, seed: int) -> dict[str, Any]:
 def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     given = words(rows, seed) | texts(rows, seed)
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
+def series(rows: int, seed: int) -> dict[str, Any]:
+    """Seven steps of two numbers."""
+    sequence = torch.randn(rows, 7, 2, generator=torch.Generator().manual_seed(seed))
+    label = (torch.arange(rows) + seed) % 3
+    return {"sequence": sequence, "label": label, "index": torch.arange(rows) + ROWS * seed}
 
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
@@ -567,6 +578,18 @@ CASES: dict[str, Case] = {
     ),
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
     "masked.spark": Case(spark, views(1)),
+    "masked.spt": Case(
+        lambda **o: SPT(sequence_transformer(2, width=8, depth=1, heads=2), **o), series, halves_differ=AMONG_STEPS
+    ),
+    "masked.spt, symbols": Case(
+        lambda **o: SPT(sequence_state_space(None, 20, width=8, depth=1, states=3), **o),
+        texts,
+        halves_differ=AMONG_STEPS,
+    ),
+    "masked.spt, next value": Case(
+        lambda **o: SPT(sequence_state_space(2, width=8, depth=1, states=3, causal=True), NextValue(), Levels(8), **o),
+        series,
+    ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(
@@ -589,6 +612,9 @@ CASES: dict[str, Case] = {
         unsharded="which FSDP2 splits",
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.sequence_classifier": Case(
+        lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
+    ),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),

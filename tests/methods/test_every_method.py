@@ -67,6 +67,8 @@ DRAWN = (
     "masked.mae",
     "masked.sit",
     "masked.spark",
+    "masked.spt",
+    "masked.spt, symbols",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )
