@@ -1,7 +1,7 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, L steps, C H W image, V views, P parameters, K tasks or
-places for objects, F columns, G tags.
+Shapes: B samples on this rank in one micro-batch, T context length, L steps, C H W image, V views, P parameters, K
+tasks or places for objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar

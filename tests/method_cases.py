@@ -74,7 +74,7 @@ from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.spark import SparK
-from lightspan.methods.masked.spt import SPT, Levels, NextValue
+from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -587,7 +587,9 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_STEPS,
     ),
     "masked.spt, next value": Case(
-        lambda **o: SPT(sequence_state_space(2, width=8, depth=1, states=3, causal=True), NextValue(), Levels(8), **o),
+        lambda **o: SPT(
+            sequence_state_space(2, width=8, depth=1, states=3, causal=True), NextValue(), LevelGuess(8), **o
+        ),
         series,
     ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, is_typeddict
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
@@ -40,6 +41,10 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.sequences.listops import ListOps
+from lightspan.datamodules.sequences.own import OwnSequences
+from lightspan.datamodules.sequences.pixels import PixelSequences
+from lightspan.datamodules.sequences.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
@@ -96,6 +101,11 @@ def text(folder: Path) -> ByteText:
 def word_list(folder: Path) -> WordList:
     (folder / "words.txt").write_text("to\nbe\nor\nnot\nagain\n")
     return WordList(str(folder / "words.txt"), HashedWords(), length=9, val_size=1, batch_size=4)
+
+
+def own_sequences(folder: Path) -> OwnSequences:
+    np.savez(folder / "own.npz", sequences=np.arange(60.0).reshape(20, 3), labels=np.arange(20) % 2)
+    return OwnSequences(str(folder / "own.npz"), batch_size=4)
 
 
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
@@ -191,6 +201,13 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "ByteText": (text, "TextBatch"),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
+    "ListOps": (
+        lambda folder: ListOps(9, 4, shortest=4, longest=20, depth=2, batch_size=4),
+        "LabelledTextBatch",
+    ),
+    "PythonBytes": (lambda folder: PythonBytes(64, ["http", "xml"], batch_size=4), "LabelledTextBatch"),
+    "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
+    "OwnSequences": (own_sequences, "SequenceBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }
 

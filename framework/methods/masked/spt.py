@@ -33,7 +33,7 @@ from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.masked import hidden_absolute_error
 
 
-class Guess(ABC):
+class StepGuess(ABC):
     """What a head gives for each step, and how far that is from the step itself.
 
     Attributes:
@@ -53,7 +53,7 @@ class Guess(ABC):
         """Mean over the counted numbers of all ranks, a scalar in float32 or wider; 0 without any."""
 
 
-class Symbols(Guess):
+class SymbolGuess(StepGuess):
     """Cross-entropy over the vocabulary, in nats."""
 
     symbols = True
@@ -65,7 +65,7 @@ class Symbols(Guess):
         return known_cross_entropy(guess_BLO.flatten(0, 1), x.flatten(), counted_BL.flatten())
 
 
-class Values(Guess):
+class ValueGuess(StepGuess):
     """Absolute error of values, which the data have normalised."""
 
     unit = "absolute_error"
@@ -78,7 +78,7 @@ class Values(Guess):
 
 
 @dataclass(frozen=True)
-class Levels(Guess):
+class LevelGuess(StepGuess):
     """Cross-entropy over equally spaced levels of each number, in nats; a value belongs to the nearest one.
 
     Args:
@@ -93,7 +93,8 @@ class Levels(Guess):
     def __post_init__(self) -> None:
         if self.count < 2 or not self.least < self.greatest:
             raise UserError(
-                f"Levels count={self.count} must be at least 2, and least={self.least} below greatest={self.greatest}"
+                f"LevelGuess count={self.count} must be at least 2, and least={self.least} below "
+                f"greatest={self.greatest}"
             )
 
     def outputs(self, backbone: nn.Module) -> int:
@@ -115,7 +116,7 @@ class Denoised(NamedTuple):
     counted_BL: Tensor
 
 
-class Masked(nn.Module):
+class MaskedSteps(nn.Module):
     """Hidden steps are guessed from all others.
 
     Args:
@@ -158,7 +159,7 @@ class NextValue(nn.Module):
     def fit_to(self, backbone: nn.Module) -> None:
         """Raises: UserError for a network whose steps depend on later ones, which they would only have to copy."""
         if not backbone.causal:
-            raise UserError("NextValue needs a causal network; set causal=true of the backbone, or take Masked")
+            raise UserError("NextValue needs a causal network; set causal=true of the backbone, or take MaskedSteps")
 
     def forward(self, backbone: Any, x: Tensor, own_BL: Tensor | None, index_B: Tensor, step: int) -> Denoised:
         own_BL = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if own_BL is None else own_BL
@@ -172,8 +173,8 @@ class SPT(Method):
 
     Args:
         backbone: one of `lightspan.backbones.sequence`.
-        pretext: `Masked` or `NextValue`; None is Masked with half of the steps hidden.
-        guess: `Symbols`, `Values` or `Levels`; None takes the first for symbols and the second for values.
+        pretext: `MaskedSteps` or `NextValue`; None is MaskedSteps with half of the steps hidden.
+        guess: `SymbolGuess`, `ValueGuess` or `LevelGuess`; None takes the first for symbols and the second for values.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     Raises: UserError for a network of another kind, or parts that do not fit it.
     """
@@ -181,20 +182,20 @@ class SPT(Method):
     def __init__(
         self,
         backbone: nn.Module,
-        pretext: Masked | NextValue | None = None,
-        guess: Guess | None = None,
+        pretext: MaskedSteps | NextValue | None = None,
+        guess: StepGuess | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
         require_series(backbone, "SPT")
         symbols = backbone.vocab_size is not None
-        guess = guess or (Symbols() if symbols else Values())
+        guess = guess or (SymbolGuess() if symbols else ValueGuess())
         if guess.symbols != symbols:
             raise UserError(
                 f"{type(guess).__name__} guesses {'symbols' if guess.symbols else 'values'}, and the network reads "
-                f"{'symbols' if symbols else 'values'}; take {'Symbols' if symbols else 'Values or Levels'}"
+                f"{'symbols' if symbols else 'values'}; take {'SymbolGuess' if symbols else 'ValueGuess or LevelGuess'}"
             )
-        self.backbone, self.pretext, self.guess = backbone, pretext or Masked(), guess
+        self.backbone, self.pretext, self.guess = backbone, pretext or MaskedSteps(), guess
         self.pretext.fit_to(backbone)
         self.denoising_head = nn.Linear(backbone.num_features, guess.outputs(backbone))  # type: ignore[arg-type]
 

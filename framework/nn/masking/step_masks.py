@@ -1,6 +1,7 @@
-"""Masks of a sequence's steps: each is hidden by itself with one probability, or spans of several at once.
+"""Masks of steps of a sequence: each is hidden by itself with one probability, or spans of several at once.
 
-Source: Amos, Berant, Gupta, "Never Train from Scratch", 2023, arXiv 2310.02980, section 3. Shapes: B sequences, L steps.
+Source: Amos, Berant, Gupta, "Never Train from Scratch", 2023, arXiv 2310.02980, section 3.
+Shapes: B sequences, L steps.
 """
 
 from dataclasses import dataclass

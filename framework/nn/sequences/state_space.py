@@ -44,7 +44,8 @@ def recurrence(
 
 def powers(base_DN: Tensor, count: int) -> Tensor:
     """base^0 to base^(count - 1), [D N count], by doubling."""
-    table_DNl, top_DN1 = torch.ones_like(base_DN).unsqueeze(2), base_DN.unsqueeze(2)
+    # Not a constant 1, so that sequences of one step leave no weight out of the graph, as DDP needs.
+    table_DNl, top_DN1 = (0 * base_DN + 1).unsqueeze(2), base_DN.unsqueeze(2)
     while table_DNl.shape[2] < count:
         table_DNl = torch.cat([table_DNl, top_DN1 * table_DNl], dim=2)
         top_DN1 = top_DN1 * top_DN1
