@@ -37,7 +37,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 LABELLED, VALIDATION, BATCH = 300, 200, 25
-BEFORE, TUNING = 1200, 400
+BEFORE, TUNING = 1400, 1000
 NETWORKS: dict[str, Callable[[], SequenceNetwork]] = {
     "transformer": partial(sequence_transformer, width=64, depth=2, heads=4),
     "state space": partial(sequence_state_space, width=64, depth=2),

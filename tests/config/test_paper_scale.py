@@ -36,6 +36,7 @@ UNKNOWN = {
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "supervised/word_reader_union14m"),
+    *("masked/spt_lra_image", "supervised/sequence_lra_image"),
 }
 
 ONE_RANK = [
@@ -45,8 +46,8 @@ ONE_RANK = [
 
 
 def at_scale(config: dict[str, Any]) -> bool:
-    """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
-    files = (".folder.ImageFolder", ".spelling.WordList")
+    """A paper's data come as shards, folders of pictures, lists of words or arrays, which no package has."""
+    files = (".folder.ImageFolder", ".spelling.WordList", ".own.OwnSequences")
     return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
 
 
@@ -75,10 +76,13 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
     assert {key for key, found in sizes.items() if True not in found} == set(WITHOUT)
 
 
+STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "word_reader", "sequence")
+
+
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
-    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "word_reader") if f"/{of}" in name]
+    overlays += [f"scale/stand_ins_{of}" for of in STAND_INS if f"/{of}" in name]
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")

@@ -41,6 +41,7 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
+from lightspan.datamodules.sequences.blank import BlankSequences
 from lightspan.datamodules.sequences.listops import ListOps
 from lightspan.datamodules.sequences.own import OwnSequences
 from lightspan.datamodules.sequences.pixels import PixelSequences
@@ -207,6 +208,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "PythonBytes": (lambda folder: PythonBytes(64, ["http", "xml"], batch_size=4), "LabelledTextBatch"),
     "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
+    "BlankSequences": (lambda folder: BlankSequences(5, 2, batch_size=4), "SequenceBatch"),
     "OwnSequences": (own_sequences, "SequenceBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.sequences.blank import BlankSequences
 from lightspan.datamodules.sequences.listops import SYMBOLS, Expressions, ListOps, draw, values_of
 from lightspan.datamodules.sequences.own import OwnSequences
 from lightspan.datamodules.sequences.pixels import PixelSequences
@@ -278,6 +279,23 @@ def test_broken_files_are_refused(content: bytes, tmp_path: Path) -> None:
     np.savez(tmp_path / "own.npz", x=np.zeros(3))
     with pytest.raises(UserError, match=r"holds x; it needs arrays sequences and labels: np.savez"):
         ready(OwnSequences(str(tmp_path / "own.npz")))
+
+
+def test_sequences_that_are_equal_to_one_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    rows = np.arange(60.0).reshape(20, 3)
+    rows[3], rows[5] = rows[18], rows[0]  # one of the test sequences, and one for validation
+    data = own(tmp_path, rows, val_size=2)
+    assert len(data.train) == 16 - 2 - 2
+    assert not rows_of(data, "train") & (rows_of(data, "val") | rows_of(data, "test"))
+
+
+def test_blank_sequences_all_differ() -> None:
+    data = ready(BlankSequences(6, 2, classes=3, size=20, val_size=6))
+    assert (len(data.train), len(data.val), len(data.test)) == (14, 6, 5)
+    assert len(rows_of(data, "train")) == 14
+    assert all(float(row.std()) == 0 for row in data.train.data.rows)
+    with pytest.raises(UserError, match="BlankSequences length=0, channels=1"):
+        BlankSequences(0)
 
 
 def test_sizes_that_ask_for_too_much_are_refused() -> None:
