@@ -325,6 +325,8 @@ LEFT_OUT = {
     "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
+    "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
+    "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }
