@@ -1,8 +1,8 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters or documents, U
-tokens of a document, K tasks or places for objects, F columns, G tags. Of pictures from satellites T is the number of
-dates.
+Shapes: B samples on this rank in one micro-batch, T context length, L steps, C H W image, V views, P parameters or
+documents, U tokens of a document, K tasks or places for objects, F columns, G tags. Of pictures from satellites T is the
+number of dates.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -145,6 +145,19 @@ class WholeWordBatch(TypedDict):
     tokens: Tensor
     mask: Tensor
     word: Tensor
+    index: Tensor
+
+
+class SequenceBatch(TypedDict):
+    """Sequences of values, all of one length, each with its class.
+
+    sequence: float32 [B, L, C], C numbers of each of L steps, normalised as the data module says.
+    label: int64 [B], each in [0, num_classes). A method that learns without labels ignores it.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
+    """
+
+    sequence: Tensor
+    label: Tensor
     index: Tensor
 
 

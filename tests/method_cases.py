@@ -28,6 +28,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, SeriesViT, series_widths
+from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
@@ -85,6 +86,7 @@ from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.smae import SMAE
 from lightspan.methods.masked.spark import SparK
+from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
 from lightspan.methods.masked.ul2 import UL2
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
@@ -94,6 +96,7 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
@@ -136,6 +139,7 @@ AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of i
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
 AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
+AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -300,6 +304,13 @@ def words(rows: int, seed: int) -> dict[str, Any]:
 def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     given = words(rows, seed) | texts(rows, seed)
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
+def series(rows: int, seed: int) -> dict[str, Any]:
+    """Seven steps of two numbers."""
+    sequence = torch.randn(rows, 7, 2, generator=torch.Generator().manual_seed(seed))
+    label = (torch.arange(rows) + seed) % 3
+    return {"sequence": sequence, "label": label, "index": torch.arange(rows) + ROWS * seed}
 
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
@@ -717,6 +728,20 @@ CASES: dict[str, Case] = {
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
     "masked.smae": Case(smae, words_of_texts, halves_differ=AMONG_TOKENS, refuses_no_row=NO_TEXT),
     "masked.spark": Case(spark, views(1)),
+    "masked.spt": Case(
+        lambda **o: SPT(sequence_transformer(2, width=8, depth=1, heads=2), **o), series, halves_differ=AMONG_STEPS
+    ),
+    "masked.spt, symbols": Case(
+        lambda **o: SPT(sequence_state_space(None, 20, width=8, depth=1, states=3), **o),
+        texts,
+        halves_differ=AMONG_STEPS,
+    ),
+    "masked.spt, next value": Case(
+        lambda **o: SPT(
+            sequence_state_space(2, width=8, depth=1, states=3, causal=True), NextValue(), LevelGuess(8), **o
+        ),
+        series,
+    ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(
@@ -739,6 +764,9 @@ CASES: dict[str, Case] = {
         unsharded="which FSDP2 splits",
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.sequence_classifier": Case(
+        lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
+    ),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),

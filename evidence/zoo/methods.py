@@ -328,6 +328,8 @@ LEFT_OUT = {
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "UL2": "learns from text, which these pictures are not",
+    "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
+    "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",
     "Starbucks": "learns from text",

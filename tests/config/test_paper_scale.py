@@ -42,8 +42,6 @@ WITHOUT_DECAY = {
     "contrastive/starbucks_msmarco",
 }
 
-STAND_INS = ("sd_fpt", "unip", "dptr", "fst", "ul2", "word_reader", "starbucks")
-"""Of recipes that begin with such a name."""
 
 ONE_RANK = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),

@@ -50,6 +50,11 @@ from lightspan.datamodules.satellite.scene import LandsatScene, SceneBlocks
 from lightspan.datamodules.satellite.seasons import SeasonShards
 from lightspan.datamodules.satellite.shards import MultispectralShards
 from lightspan.datamodules.satellite.statlog import StatlogLandsat
+from lightspan.datamodules.sequences.blank import BlankSequences
+from lightspan.datamodules.sequences.listops import ListOps
+from lightspan.datamodules.sequences.own import OwnSequences
+from lightspan.datamodules.sequences.pixels import PixelSequences
+from lightspan.datamodules.sequences.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
@@ -132,6 +137,11 @@ def lines(folder: Path) -> str:
     told = ({"query": f"what is {n}", "document": f"a {n}", "negatives": ["b", "c"], "score": n} for n in range(9))
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, told)))
     return str(folder / "pairs.jsonl")
+
+
+def own_sequences(folder: Path) -> OwnSequences:
+    np.savez(folder / "own.npz", sequences=np.arange(60.0).reshape(20, 3), labels=np.arange(20) % 2)
+    return OwnSequences(str(folder / "own.npz"), batch_size=4)
 
 
 MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
@@ -312,6 +322,14 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "DocumentBatch",
     ),
     "Austen": (lambda folder: Austen(context=9, batch_size=4, val_windows=4), "TextBatch"),
+    "ListOps": (
+        lambda folder: ListOps(9, 4, shortest=4, longest=20, depth=2, batch_size=4),
+        "LabelledTextBatch",
+    ),
+    "PythonBytes": (lambda folder: PythonBytes(64, ["http", "xml"], batch_size=4), "LabelledTextBatch"),
+    "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
+    "BlankSequences": (lambda folder: BlankSequences(5, 2, batch_size=4), "SequenceBatch"),
+    "OwnSequences": (own_sequences, "SequenceBatch"),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }
 

@@ -68,6 +68,8 @@ DRAWN = (
     "masked.sit",
     "masked.smae",
     "masked.spark",
+    "masked.spt",
+    "masked.spt, symbols",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )
