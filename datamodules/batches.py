@@ -1,7 +1,7 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, C H W image, V views, P parameters, K tasks or
-places for objects, F columns, G tags.
+Shapes: B samples on this rank in one micro-batch, T context length or frames, S samples of a wave, C H W image, V
+views, P parameters, K tasks or places for objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -33,6 +33,47 @@ class LabelledTextBatch(TypedDict):
     mask: Tensor
     label: Tensor
     index: Tensor
+
+
+class AudioBatch(TypedDict):
+    """Recordings at one sample rate, which the data module says as `rate`, padded with zeros at the end.
+
+    wave: float32 [B, S], one channel, mostly in [-1, 1].
+    length: int64 [B], samples of each recording before its padding, in [1, S].
+    label: int64 [B], each in [0, num_classes); 0 where the data have no labels.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
+    """
+
+    wave: Tensor
+    length: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class SpokenBatch(AudioBatch):
+    """Spoken captions, see `lightspan.datamodules.audio.spoken`.
+
+    wave: float32 [B, S].
+    length: int64 [B].
+    label: int64 [B], the language.
+    keyword: int64 [B], what the caption speaks of: a place in `KEYWORDS`; the number of these if none of them.
+    index: int64 [B].
+    """
+
+    keyword: Tensor
+
+
+class SpeechBatch(AudioBatch):
+    """Generated speech with exact labels, see `lightspan.datamodules.rendered.speech`.
+
+    wave: float32 [B, S].
+    length: int64 [B].
+    label: int64 [B], the speaker.
+    phone: int64 [B, T], the phone in the middle of each frame of 25 ms every 10 ms; -1 where there is none.
+    index: int64 [B].
+    """
+
+    phone: Tensor
 
 
 class ImageBatch(TypedDict):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
 PAIRED = "lightspan.datamodules.shards.paired.PairedShards"
+RECORDINGS = "lightspan.datamodules.shards.recordings.RecordingShards"
 BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         type=_source,
-        help="pack: a folder of the files to write; one folder of images for each class becomes labelled images; "
-        "other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
+        help="pack: a folder of the files to write; one folder of images or recordings for each class becomes labelled "
+        "ones; other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
         "address. verify: what `data pack` wrote. index: the folder of the shards",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="pack: files with the same name form a sample, even if folders contain images",
     )
-    parser.add_argument("--decode", action="store_true", help="pack: decode each image completely, not only its header")
+    parser.add_argument(
+        "--decode", action="store_true", help="pack: decode each image and recording completely, not only its header"
+    )
     parser.add_argument(
         "--skip-damaged", action="store_true", help="pack: leave out what cannot be decoded, and name it"
     )
@@ -102,8 +105,9 @@ def _pack(args: argparse.Namespace) -> int:
     count = seen.count - len(left_out)
     print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
     side = None if seen.side is None else min(seen.side, SIDE)
-    fields = None if seen.are_pairs() else seen.fields()
-    print(one_line(f"next: {shlex.join(_settings(pattern(args.out), fields, count, side))}"))
+    reader = PAIRED if seen.are_pairs() else RECORDINGS if seen.are_recordings() else SHARDS
+    fields = seen.fields() if reader == SHARDS else None
+    print(one_line(f"next: {shlex.join(_settings(reader, pattern(args.out), fields, count, side))}"))
     return 0
 
 
@@ -128,17 +132,14 @@ def _samples(
     return samples_of(stream, args.source, limit, remarks), [], None
 
 
-def _settings(shards: str, fields: dict[str, str] | None, count: int, side: int | None) -> list[str]:
-    """The flags with which a recipe reads what was packed; pictures of `side` pixels, or none where None. Without
-    `fields` the samples are pairs.
-    """
+def _settings(reader: str, shards: str, fields: dict[str, str] | None, count: int, side: int | None) -> list[str]:
+    """The flags with which a recipe reads what was packed; pictures of `side` pixels, or none where None."""
     settings = {"shards": f"[{shards}]"}
     if fields is not None:
         settings["fields"] = f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"
     settings["batch_size"] = str(min(count, BATCH))
     if side is not None:
         settings["image_size"] = str(side)
-    reader = PAIRED if fields is None else SHARDS
     return [f"data.class_path={reader}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
 
 

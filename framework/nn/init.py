@@ -21,3 +21,12 @@ def xavier_uniform_(module: nn.Module) -> None:
             nn.init.xavier_uniform_(layer.weight.flatten(1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def bert_normal_(module: nn.Module) -> None:
+    """Weights of linear layers from N(0, 0.02^2), biases 0: how BERT (arXiv 1810.04805) starts."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
