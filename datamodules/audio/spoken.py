@@ -38,7 +38,8 @@ class SpokenCaptions(AudioData):
     tells speakers apart.
 
     Stamps are divided into training, validation and test by a hash of their English captions: no stamp, and no two
-    stamps of one caption, are on both sides, in whatever language. NAME.ogg, how what a stamp shows sounds, is left out.
+    stamps of one caption, are on both sides, in whatever language. Sounds of what a stamp shows (NAME.ogg) are left
+    out.
 
     Args:
         root: folder of the stamps; None means the system package tuxpaint-stamps-default.

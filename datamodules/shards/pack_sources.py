@@ -1,4 +1,4 @@
-"""What can be packed from a folder: images or recordings by class, or files, of which those of one name are a sample."""
+"""What can be packed from a folder: images or recordings by class, or files, those of one name a sample."""
 
 import os
 from collections import Counter

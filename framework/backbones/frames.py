@@ -36,8 +36,8 @@ class FrameTransformer(nn.Module):
     """Frames [B T F] and which of them are valid, bool [B T] -> the states of all, [B T w]; no state depends on a frame
     that is not valid, but those of such frames, which mean nothing.
 
-    Positions are fixed sines and cosines of any length, added before a norm and dropout. Weights of linear layers start
-    at N(0, 0.02^2), biases at 0.
+    Positions are fixed sines and cosines of any length, added before a norm and dropout. Weights start as in
+    `lightspan.nn.init.bert_normal_`.
 
     Args:
         bands: F.
@@ -65,7 +65,7 @@ class FrameTransformer(nn.Module):
         self.bands, self.num_features = bands, width
         self.embed, self.norm, self.drop = nn.Linear(bands, width), nn.LayerNorm(width), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(PostNormBlock(width, heads, mlp_width or 4 * width, dropout) for _ in range(depth))
-        bert_normal_(self)
+        bert_normal_(self, width)
 
     @property
     def feature_modules(self) -> list[nn.Module]:
@@ -75,7 +75,7 @@ class FrameTransformer(nn.Module):
     def forward(self, frames_BTF: Tensor, valid_BT: Tensor) -> Tensor:
         x_BTw = self.embed(frames_BTF.to(self.embed.weight.dtype))
         place_Tw = sincos([x_BTw.shape[1]], self.num_features, device=x_BTw.device)
-        x_BTw = self.drop(self.norm(wide(x_BTw) + place_Tw).to(x_BTw.dtype))
+        x_BTw = self.drop(self.norm((wide(x_BTw) + place_Tw).to(x_BTw.dtype)))
         seen_B11T = valid_BT[:, None, None]
         for block in self.blocks:
             x_BTw = block(x_BTw, seen_B11T)

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         type=_source,
         help="pack: a folder of the files to write; one folder of images or recordings for each class becomes labelled "
-        "ones; other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
-        "address. verify: what `data pack` wrote. index: the folder of the shards",
+        "ones; other files with the same name form one sample. Or a tar that is read once: - for standard input, or an "
+        "https address. verify: what `data pack` wrote. index: the folder of the shards",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack: folder to write; it must not exist")
     parser.add_argument(

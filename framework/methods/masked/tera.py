@@ -64,7 +64,7 @@ class TERA(Method):
         self.head = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, backbone.bands)
         )
-        bert_normal_(self.head)
+        bert_normal_(self.head, width)
 
     def spectrogram(self, batch: AudioBatch) -> Spectrogram:
         """Clean, as the front end makes it."""

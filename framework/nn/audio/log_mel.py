@@ -94,12 +94,18 @@ class LogMel(nn.Module):
             if missing > 0:
                 wave_BS = nn.functional.pad(wave_BS, (0, missing))
             frames_BTW = wave_BS.unfold(1, self.window, self.hop) * self.window_W.to(wave_BS)
-            energy_BTK = torch.view_as_real(torch.fft.rfft(frames_BTW)).square().sum(dim=-1)
-            x_BTF = (energy_BTK @ self.filters_KF.to(wave_BS) + FLOOR).log()
+            x_BTF = (energies(frames_BTW) @ self.filters_KF.to(wave_BS) + FLOOR).log()
             valid_BT = torch.arange(x_BTF.shape[1], device=wave_BS.device) < self.count(length_B)[:, None]
             if self.normalise:
                 x_BTF = normalised(x_BTF, valid_BT)
             return Spectrogram(x_BTF.masked_fill(~valid_BT[..., None], 0), valid_BT)
+
+
+def energies(frames_BTW: Tensor) -> Tensor:
+    """Of each frequency, [B T K]."""
+    if not frames_BTW.numel():  # of which torch makes no transform
+        return frames_BTW[..., : frames_BTW.shape[2] // 2 + 1]
+    return torch.view_as_real(torch.fft.rfft(frames_BTW)).square().sum(dim=-1)
 
 
 def normalised(x_BTF: Tensor, valid_BT: Tensor) -> Tensor:
