@@ -56,8 +56,8 @@ class SpokenBatch(AudioBatch):
     wave: float32 [B, S].
     length: int64 [B].
     label: int64 [B], the language.
-    keyword: int64 [B], what the caption speaks of: a place in `KEYWORDS`; the number of these if none of them.
     index: int64 [B].
+    keyword: int64 [B], what the caption speaks of: a place in `KEYWORDS`; the number of these if none of them.
     """
 
     keyword: Tensor
@@ -69,8 +69,8 @@ class SpeechBatch(AudioBatch):
     wave: float32 [B, S].
     length: int64 [B].
     label: int64 [B], the speaker.
-    phone: int64 [B, T], the phone in the middle of each frame of 25 ms every 10 ms; -1 where there is none.
     index: int64 [B].
+    phone: int64 [B, T], the phone in the middle of each frame of 25 ms every 10 ms; -1 where there is none.
     """
 
     phone: Tensor

@@ -23,6 +23,7 @@ from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
+from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
@@ -73,6 +74,7 @@ from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.spark import SparK
+from lightspan.methods.masked.tera import TERA
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -82,6 +84,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.word_reader import WordReader
+from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -103,6 +106,7 @@ from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
+from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.token_lstm import TokenLSTM
@@ -116,6 +120,7 @@ IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
+AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -181,6 +186,14 @@ def views(
         }
 
     return made
+
+
+def sounds(rows: int, seed: int) -> dict[str, Any]:
+    """Noise of two lengths, half a second and a fourth."""
+    wave = torch.randn(rows, 500, generator=torch.Generator().manual_seed(seed + 200))
+    length = 500 - 250 * (torch.arange(rows) % 2)
+    wave = wave.masked_fill(torch.arange(500) >= length[:, None], 0)
+    return {"wave": wave, "length": length, "index": torch.arange(rows) + ROWS * seed}
 
 
 def placed_views(rows: int, seed: int) -> dict[str, Any]:
@@ -328,6 +341,13 @@ def mmc(**optimization: Any) -> MMC:
 def sit(**optimization: Any) -> SiT:
     corruption = GroupCorruption(RectangleMasks(0.5, longest=0.5), alien=0.0, fill="shifted")
     return SiT(patch_vit(), nn.Linear(16, 8), corruption=corruption, momentum=0.5, **optimization)
+
+
+def tera(**optimization: Any) -> TERA:
+    alterations = SpectrogramAlterations(noise=0.5)
+    return TERA(
+        FrameTransformer(6, width=8, depth=1, heads=2, dropout=0.0), LogMel(1_000, 6), alterations, **optimization
+    )
 
 
 def heuristic_mtl(**optimization: Any) -> HeuristicMTL:
@@ -567,6 +587,7 @@ CASES: dict[str, Case] = {
     ),
     "masked.sit": Case(sit, views(), halves_differ=AMONG_ROWS),
     "masked.spark": Case(spark, views(1)),
+    "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(

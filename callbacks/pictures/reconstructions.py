@@ -25,12 +25,13 @@ GREY = 0.5  # in the place of what is hidden
 
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
-    the other view that it looks at, if there is one, and its guesses in the place of what was hidden.
+    the other view that it looks at, if there is one, and its guesses in the place of what was hidden. Of recordings
+    they are spectrograms: clean, with grey in the place of what is to be guessed, as the network sees them, and guessed.
 
     For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
-    datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images and of pairs
-    here do. Pictures are spread evenly over the dataset. A module that returns None gets no picture. Training continues
-    as without it.
+    datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images, of pairs and of
+    recordings here do. Pictures are spread evenly over the dataset. A module that returns None gets no picture.
+    Training continues as without it.
 
     Args:
         folder: where the picture goes.
@@ -78,9 +79,9 @@ class Reconstructions(Callback):
 
 
 def _pictures(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The image of a sample, or its views where it has no image."""
-    kept = "image" if "image" in sample else "views"
-    return {kept: sample[kept]}
+    """The image of a sample, its views where it has no image, or its wave and how long that is."""
+    kept = ("wave", "length") if "wave" in sample else ("image",) if "image" in sample else ("views",)
+    return {name: sample[name] for name in kept}
 
 
 def shown(found: Reconstruction, bounds: tuple[Tensor, Tensor] | None) -> Tensor:

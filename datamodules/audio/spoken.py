@@ -82,7 +82,9 @@ class SpokenCaptions(AudioData):
             )
         self.classes = self.languages
         files = [file for of_language in found for file in of_language]
-        captions = [english(file) for file in files]
+        stems = [file.parent / file.name.split("_desc_")[0] for file in files]
+        of_stem = {stem: english(file) for stem, file in zip(stems, files, strict=True)}
+        captions = [of_stem[stem] for stem in stems]
         shares = np.array(
             [_share(caption or file.name.split("_desc_")[0]) for caption, file in zip(captions, files, strict=True)]
         )

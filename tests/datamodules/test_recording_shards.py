@@ -1,12 +1,11 @@
 """Recordings from shards: packed from a folder, exact on ranks, damage named or replaced."""
 
-import tarfile
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shard_files import sound_shard
 from sound_files import BAD, encoded, tone, write_recordings
 
 from lightspan.cli import main
@@ -15,16 +14,6 @@ from lightspan.datamodules.shards import pack as packing
 from lightspan.datamodules.shards.pack_sources import sources
 from lightspan.datamodules.shards.recordings import RecordingShards
 from lightspan.errors import UserError
-
-
-def shard(path: Path, samples: list[dict[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as archive:
-        for number, members in enumerate(samples):
-            for ending, content in members.items():
-                member = tarfile.TarInfo(f"{number:04}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, BytesIO(content))
-    return str(path)
 
 
 def opened(shards: list[str], **settings: Any) -> RecordingShards:
@@ -58,7 +47,8 @@ def test_what_cannot_be_read_is_not_packed(name: str, tmp_path: Path) -> None:
 
 def test_every_rank_has_its_share_of_each_batch(tmp_path: Path) -> None:
     samples = [{"wav": encoded(tone(0.1 + 0.01 * number))} for number in range(8)]
-    data = opened([shard(tmp_path / "a.tar", samples[:3]), shard(tmp_path / "b.tar", samples[3:])], batch_size=4)
+    parts = {"a": samples[:3], "b": samples[3:]}
+    data = opened([sound_shard(tmp_path / f"{name}.tar", part) for name, part in parts.items()], batch_size=4)
     assert data.train is not None
     loaders = [
         ExactLoader(data.train, 4, rank=rank, world_size=size, order=data.train.order(2))
@@ -74,7 +64,7 @@ def test_every_rank_has_its_share_of_each_batch(tmp_path: Path) -> None:
 
 def test_training_draws_segments_and_the_bank_takes_the_middle(tmp_path: Path) -> None:
     ramp = torch.linspace(0, 0.5, 16_000).numpy()
-    data = opened([shard(tmp_path / "a.tar", [{"wav": encoded(ramp, subtype="FLOAT"), "cls": b"3"}] * 2)])
+    data = opened([sound_shard(tmp_path / "a.tar", [{"wav": encoded(ramp, subtype="FLOAT"), "cls": b"3"}] * 2)])
     assert data.train is not None
     starts = [float(data.train.sample(0, seed)["wave"][0]) for seed in (1, 2, 1)]
     assert starts[0] == starts[2] != starts[1]
@@ -85,7 +75,7 @@ def test_training_draws_segments_and_the_bank_takes_the_middle(tmp_path: Path) -
 @pytest.mark.parametrize("name", [*BAD])
 def test_damage_is_named_with_its_place_or_replaced(name: str, tmp_path: Path) -> None:
     samples = [{"wav": BAD[name][0]}, {"wav": encoded(tone())}]
-    path = shard(tmp_path / "a.tar", samples)
+    path = sound_shard(tmp_path / "a.tar", samples)
     with pytest.raises(UserError, match=rf"a\.tar: sample 0000: its \.wav member cannot be decoded: ({BAD[name][1]})"):
         list(opened([path]).train_dataloader())
     (batch,) = opened([path], skip_damaged=True).train_dataloader()
@@ -93,7 +83,7 @@ def test_damage_is_named_with_its_place_or_replaced(name: str, tmp_path: Path) -
 
 
 def test_a_sample_without_sound_or_with_a_wrong_class_is_named(tmp_path: Path) -> None:
-    path = shard(tmp_path / "a.tar", [{"txt": b"words"}, {"wav": encoded(tone()), "cls": b"x"}])
+    path = sound_shard(tmp_path / "a.tar", [{"txt": b"words"}, {"wav": encoded(tone()), "cls": b"x"}])
     data = opened([path])
     assert data.train is not None
     with pytest.raises(UserError, match=r"sample 0000 has no \.wav or \.flac or \.ogg or \.mp3 member; it has txt"):
@@ -107,4 +97,4 @@ def test_without_a_shard_a_plan_has_two_silent_recordings(tmp_path: Path) -> Non
     assert batch is not None
     assert batch["wave"].shape == (2, 4_000)
     assert batch["length"].tolist() == [4_000] * 2
-    assert opened([shard(tmp_path / "a.tar", [{"wav": encoded(tone())}] * 2)]).stand_in() is None
+    assert opened([sound_shard(tmp_path / "a.tar", [{"wav": encoded(tone())}] * 2)]).stand_in() is None

@@ -67,6 +67,7 @@ DRAWN = (
     "masked.mae",
     "masked.sit",
     "masked.spark",
+    "masked.tera",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )
