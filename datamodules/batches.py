@@ -1,8 +1,8 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
-Shapes: B samples on this rank in one micro-batch, T context length, L steps, C H W image, V views, P parameters or
-documents, U tokens of a document, K tasks or places for objects, F columns, G tags. Of pictures from satellites T is the
-number of dates.
+Shapes: B samples on this rank in one micro-batch, T context length, frames or, of pictures from satellites, dates, L
+steps, S samples of a wave, C H W image, V views, P parameters or documents, U tokens of a document, K tasks or places for
+objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
@@ -159,6 +159,47 @@ class SequenceBatch(TypedDict):
     sequence: Tensor
     label: Tensor
     index: Tensor
+
+
+class AudioBatch(TypedDict):
+    """Recordings at one sample rate, which the data module says as `rate`, padded with zeros at the end.
+
+    wave: float32 [B, S], one channel, mostly in [-1, 1].
+    length: int64 [B], samples of each recording before its padding, in [1, S].
+    label: int64 [B], each in [0, num_classes); 0 where the data have no labels.
+    index: int64 [B], the sample's position in its dataset; the same on every rank and in every epoch.
+    """
+
+    wave: Tensor
+    length: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class SpokenBatch(AudioBatch):
+    """Spoken captions, see `lightspan.datamodules.audio.spoken`.
+
+    wave: float32 [B, S].
+    length: int64 [B].
+    label: int64 [B], the language.
+    index: int64 [B].
+    keyword: int64 [B], what the caption speaks of: a place in `KEYWORDS`; the number of these if none of them.
+    """
+
+    keyword: Tensor
+
+
+class SpeechBatch(AudioBatch):
+    """Generated speech with exact labels, see `lightspan.datamodules.rendered.speech`.
+
+    wave: float32 [B, S].
+    length: int64 [B].
+    label: int64 [B], the speaker.
+    index: int64 [B].
+    phone: int64 [B, T], the phone in the middle of each frame of 25 ms every 10 ms; -1 where there is none.
+    """
+
+    phone: Tensor
 
 
 class ImageBatch(TypedDict):

@@ -17,15 +17,14 @@ def hashed_noise(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         seed_B: int64.
         stream: tells several noises of one seed apart, such as those of its views.
     """
-    bits = _bits(seed_B, stream, shape)
-    first, second = ((bits >> shift & 0xFFFFFF).float() / 2**24 for shift in (40, 8))
+    first, second = _uniforms(seed_B, stream, torch.Size(shape).numel())
     normal = (-2 * (1 - first).log()).sqrt() * (2 * torch.pi * second).cos()
     return normal.view(len(seed_B), *shape)
 
 
-def hashed_shares(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Numbers spread evenly over [0, 1), multiples of 2^-24, float32 [B, *shape]; arguments as of `hashed_noise`."""
-    return ((_bits(seed_B, stream, shape) >> 40 & 0xFFFFFF).float() / 2**24).view(len(seed_B), *shape)
+def hashed_uniform(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers in [0, 1), multiples of 2^-24, float32 [B, *shape]: functions as those of `hashed_noise`."""
+    return _uniforms(seed_B, stream, torch.Size(shape).numel())[0].view(len(seed_B), *shape)
 
 
 def mixed_seed(number_B: Tensor, *others: int) -> Tensor:
@@ -35,12 +34,13 @@ def mixed_seed(number_B: Tensor, *others: int) -> Tensor:
     return number_B
 
 
-def _bits(seed_B: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """64 for each number, int64 [B, count]."""
-    count = torch.Size(shape).numel()
+def _uniforms(seed_B: Tensor, stream: int, count: int) -> tuple[Tensor, Tensor]:
+    """Two numbers in [0, 1) for each place, float32 [B count]."""
     place = torch.arange(count, device=seed_B.device) + stream * count
     # Seeds are hashed first, so that neighbouring ones do not meet at neighbouring places.
-    return _hashed(_hashed(seed_B)[:, None] + place)
+    bits = _hashed(_hashed(seed_B)[:, None] + place)
+    first, second = ((bits >> shift & 0xFFFFFF).float() / 2**24 for shift in (40, 8))
+    return first, second
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
+from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, SeriesViT, series_widths
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
@@ -87,6 +88,7 @@ from lightspan.methods.masked.sit import SiT
 from lightspan.methods.masked.smae import SMAE
 from lightspan.methods.masked.spark import SparK
 from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
+from lightspan.methods.masked.tera import TERA
 from lightspan.methods.masked.ul2 import UL2
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
@@ -98,6 +100,7 @@ from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.word_reader import WordReader
+from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
@@ -121,6 +124,7 @@ from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
+from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
@@ -140,6 +144,7 @@ AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own
 AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
+AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -205,6 +210,14 @@ def views(
         }
 
     return made
+
+
+def sounds(rows: int, seed: int) -> dict[str, Any]:
+    """Noise of two lengths, half a second and a fourth."""
+    wave = torch.randn(rows, 500, generator=torch.Generator().manual_seed(seed + 200))
+    length = 500 - 250 * (torch.arange(rows) % 2)
+    wave = wave.masked_fill(torch.arange(500) >= length[:, None], 0)
+    return {"wave": wave, "length": length, "index": torch.arange(rows) + ROWS * seed}
 
 
 def placed_views(rows: int, seed: int) -> dict[str, Any]:
@@ -411,6 +424,13 @@ def mmc(**optimization: Any) -> MMC:
 def sit(**optimization: Any) -> SiT:
     corruption = GroupCorruption(RectangleMasks(0.5, longest=0.5), alien=0.0, fill="shifted")
     return SiT(patch_vit(), nn.Linear(16, 8), corruption=corruption, momentum=0.5, **optimization)
+
+
+def tera(**optimization: Any) -> TERA:
+    alterations = SpectrogramAlterations(noise=0.5)
+    return TERA(
+        FrameTransformer(6, width=8, depth=1, heads=2, dropout=0.0), LogMel(1_000, 6), alterations, **optimization
+    )
 
 
 def heuristic_mtl(**optimization: Any) -> HeuristicMTL:
@@ -742,6 +762,7 @@ CASES: dict[str, Case] = {
         ),
         series,
     ),
+    "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(

@@ -49,6 +49,17 @@ def pair_shard(path: Path, ending: str) -> str:
     return str(path)
 
 
+def sound_shard(path: Path, samples: list[dict[str, bytes]]) -> str:
+    """Samples of these members, {ending: content}."""
+    with tarfile.open(path, "w") as archive:
+        for number, members in enumerate(samples):
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{number:04}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
 def partial_shard(path: Path, said: list[dict[str, str]]) -> str:
     """A picture for each of these, with the members {ending: content} beside it."""
     with tarfile.open(path, "w") as archive:

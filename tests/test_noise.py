@@ -3,7 +3,7 @@
 import torch
 from scipy import stats
 
-from lightspan.noise import hashed_noise, hashed_shares, mixed_seed
+from lightspan.noise import hashed_noise, hashed_uniform, mixed_seed
 
 
 def test_noise_is_normal_and_a_function_of_seed_and_stream_alone() -> None:
@@ -20,9 +20,9 @@ def test_noise_is_normal_and_a_function_of_seed_and_stream_alone() -> None:
 
 def test_shares_are_even_and_a_function_of_seed_and_stream_alone() -> None:
     seeds = torch.tensor([0, 1, 2**63 - 1])
-    shares = hashed_shares(seeds, 0, (70, 100))
-    assert torch.equal(shares[1:], hashed_shares(seeds[1:], 0, (70, 100)))
-    assert not torch.equal(shares, hashed_shares(seeds, 1, (70, 100)))
+    shares = hashed_uniform(seeds, 0, (70, 100))
+    assert torch.equal(shares[1:], hashed_uniform(seeds[1:], 0, (70, 100)))
+    assert not torch.equal(shares, hashed_uniform(seeds, 1, (70, 100)))
     assert shares.min() >= 0
     assert shares.max() < 1
     assert all(stats.kstest(row.flatten(), "uniform").pvalue > 0.01 for row in shares.double().numpy())

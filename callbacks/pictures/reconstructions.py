@@ -26,12 +26,13 @@ GREY = 0.5  # in the place of what is hidden
 
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
-    the other view that it looks at, if there is one, and its guesses in the place of what was hidden.
+    the other view that it looks at, if there is one, and its guesses in the place of what was hidden. Of recordings
+    they are spectrograms: clean, with grey in the place of what is to be guessed, as the network sees them, guessed.
 
     For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
-    datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images and of pairs
-    here do. Pictures are spread evenly over the dataset. A module that returns None gets no picture. Training continues
-    as without it.
+    datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images, of pairs and of
+    recordings here do. Pictures are spread evenly over the dataset. A module that returns None gets no picture.
+    Training continues as without it.
 
     Args:
         folder: where the picture goes.
@@ -90,8 +91,8 @@ def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple
 
 
 def _pictures(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The image of a sample, and which of its pixels are valid where it says so; or its views."""
-    kept = ("image", "valid") if "image" in sample else ("views",)
+    """The image of a sample, and its valid pixels if it says so; its views if it has no image; or its wave."""
+    kept = ("wave", "length") if "wave" in sample else ("image", "valid") if "image" in sample else ("views",)
     return {name: sample[name] for name in kept if name in sample}
 
 

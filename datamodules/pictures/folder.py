@@ -81,7 +81,7 @@ class ImageFolder(PictureData):
         training = self._files(self.folder)
         sets = [training]
         if self.val_folder is not None:
-            sets.append(self._like(training, self._files(self.val_folder)))
+            sets.append(self._files(self.val_folder).like(training))
         packs = [self.cache.packed(files, self.decode, self.num_workers) for files in sets]
         self._report_damage(sets, packs)
         firsts = [0, len(training.names)][: len(sets)]
@@ -111,20 +111,6 @@ class ImageFolder(PictureData):
         for remark in files.remarks:
             say(f"{folder}: {remark}")
         return files
-
-    def _like(self, training: PictureFiles, val: PictureFiles) -> PictureFiles:
-        """Validation pictures with the training folder's numbers of classes."""
-        if not training.classes:
-            return PictureFiles(val.folder, val.names, np.zeros_like(val.labels), [], val.remarks)
-        numbers = {name: number for number, name in enumerate(training.classes)}
-        firsts = [name.split("/")[0] for name in val.names]
-        if unknown := sorted({first for first in firsts if first not in numbers}):
-            raise UserError(
-                f"{val.folder} has {one_line(unknown[0])}, which is no class of {training.folder}; its classes are "
-                f"{one_line(', '.join(training.classes))}"
-            )
-        labels = np.array([numbers[first] for first in firsts], np.int64)
-        return PictureFiles(val.folder, val.names, labels, training.classes, val.remarks)
 
     def _report_damage(self, sets: Sequence[PictureFiles], packs: Sequence[PackedPictures]) -> None:
         damaged = [

@@ -5,7 +5,7 @@ Shapes: B samples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,8 +63,8 @@ class RenderedSamples(ABC):
         return {name: [x[0] for x in field] if isinstance(field, list) else field[0] for name, field in batch.items()}
 
 
-class RenderedSets(SampleSets):
-    """Loaders of three sets of rendered samples that share none.
+class DrawnSets(SampleSets):
+    """Loaders of three sets of drawn samples that share none.
 
     Args:
         size, val_size, test_size: samples of the sets, in [1, 2**32]. Each set's first samples stay the same when it
@@ -95,6 +95,34 @@ class RenderedSets(SampleSets):
         self.draw_seed, self.seed, self.num_workers = draw_seed, seed, num_workers
 
     @abstractmethod
+    def sets(self) -> Callable[[int, int], RenderedSamples]:
+        """(first number, count) -> the samples of a set."""
+
+    @abstractmethod
+    def described(self) -> str:
+        """What a sample is, for a line; called after `sets`."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Makes the sets, once."""
+        if self.train is not None:
+            return
+        make = self.sets()
+        sizes = dict(zip(PARTS, (self.size, self.val_size, self.test_size), strict=True))
+        self.train, self.val, self.test = (make(PARTS[name], sizes[name]) for name in PARTS)
+        self.bank = self.train
+        say(
+            f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
+            f"test samples of {self.described()}"
+        )
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
+
+
+class RenderedSets(DrawnSets):
+    """Sets of pictures, which are standardised by the channels of the first training pictures."""
+
+    @abstractmethod
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
         """uint8 [B, C, H, W]: the pictures with these numbers, of which the training set's give the moments."""
 
@@ -110,19 +138,9 @@ class RenderedSets(SampleSets):
     def samples(self, first: int, count: int, moments: ChannelMoments) -> RenderedSamples:
         """The samples of a set."""
 
-    def setup(self, stage: str | None = None) -> None:
-        """Makes the sets, once."""
-        if self.train is not None:
-            return
+    def sets(self) -> Callable[[int, int], RenderedSamples]:
         moments = self.moments(np.arange(min(self.size, MEASURED)))
-        sizes = dict(zip(PARTS, (self.size, self.val_size, self.test_size), strict=True))
-        self.train, self.val, self.test = (self.samples(PARTS[name], sizes[name], moments) for name in PARTS)
-        self.bank = self.train
-        shape = " x ".join(map(str, self.image_sides()))
-        say(
-            f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
-            f"test samples of {shape}"
-        )
+        return lambda first, count: self.samples(first, count, moments)
 
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
+    def described(self) -> str:
+        return " x ".join(map(str, self.sides))

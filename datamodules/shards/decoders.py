@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lightspan.datamodules.audio.sound import SOUNDS, header, read
 from lightspan.datamodules.satellite.tiffs import read_tiff
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError, one_line
@@ -87,6 +88,14 @@ def decode_tiff(content: bytes) -> Tensor:
     return torch.from_numpy(pixels if pixels.dtype.kind == "f" else pixels.astype(np.int64))
 
 
+def decode_sound(content: bytes) -> Tensor:
+    """The mean of the channels of a recording at its own rate, float32 [N].
+
+    Raises: ValueError as `lightspan.datamodules.audio.sound.read`.
+    """
+    return torch.from_numpy(read(content)[0])
+
+
 def decode_text(content: bytes) -> str:
     return content.decode("utf-8")
 
@@ -103,6 +112,7 @@ def decode_class(content: bytes) -> int:
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(IMAGES, decode_image),
     MASK: decode_mask,
+    **dict.fromkeys(SOUNDS, decode_sound),
     "cls": decode_class,
     "txt": decode_text,
     "json": json.loads,
@@ -128,13 +138,15 @@ def damage_of(ending: str, content: bytes, whole: bool) -> str | None:
     """Why `content` cannot be decoded as its ending says; None if it can, or the ending has no decoder.
 
     Args:
-        whole: False reads only the header of an image, which takes a thousandth of the time: it finds what is empty,
-            not an image or too large, but not what is truncated.
+        whole: False reads only the header of an image or a recording, which takes a thousandth of the time: it finds
+            what is empty, not an image or too large, but not each that is truncated.
     """
     ending = decodable(ending)
     try:
         if ending in IMAGES and not whole:
             open_image(content).close()
+        elif ending in SOUNDS and not whole:
+            header(content)
         elif ending in DECODERS:
             DECODERS[ending](content)
     except UNDECODABLE as error:

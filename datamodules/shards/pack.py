@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, MASK, damage_of
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, MASK, SOUNDS, damage_of
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
@@ -32,12 +32,12 @@ def pack(
     """Writes `out`, a new folder: shards, their indices, SHA256SUMS, and classes.json if there are classes.
 
     The folder appears only once everything in it is complete. The same input gives the same bytes. What
-    has a decoder must decode; of images, only the header is read.
+    has a decoder must decode; of images and recordings, only the header is read.
 
     Args:
         samples: in the order in which they are written; each is held no longer than it takes to write it.
         shard_bytes: a shard ends when it has reached this many bytes.
-        decode: True decodes images to the end.
+        decode: True decodes images and recordings to the end.
         left_out: a list that gets a line for each sample that cannot be read or decoded, and is left out; None refuses
             to pack where there is any, once all have been read.
 
@@ -103,7 +103,11 @@ def _file_bytes(path: Path) -> bytes:
 
 def _refusal(damaged: list[str], count: int, decode: bool) -> str:
     shown = "; ".join(sorted(damaged)[:5]) + ("; ..." if damaged[5:] else "")
-    further = "" if decode else ". Only the headers of images were read; --decode also finds images that are cut short"
+    further = (
+        ""
+        if decode
+        else ". Only the headers of images and sound were read; --decode also finds those that are cut short"
+    )
     return (
         f"{len(damaged)} of {count} samples cannot be decoded, so training could not read them: {shown}. Correct or "
         f"remove these files, or leave them out with --skip-damaged{further}"
@@ -184,6 +188,12 @@ class SeenSamples:
         fields = {name: {"image": images}.get(name, name) for name in ("image", *DECODERS) if name in common}
         names = {"cls": "label", MASK: "semantic"}
         return {names.get(name, name): endings for name, endings in fields.items()}
+
+    def are_recordings(self) -> bool:
+        """Whether each sample has sound and no picture, as `RecordingShards` read them."""
+        return bool(self.endings) and all(
+            {*ending} & {*SOUNDS} and not {*ending} & {*IMAGES} for ending in self.endings
+        )
 
     def are_pairs(self) -> bool:
         """Whether each sample has two pictures, such as KEY.1.jpg and KEY.2.jpg, as `PairedShards` reads them."""

@@ -1,4 +1,4 @@
-"""What can be packed from a folder: images by class, or files, where those with the same name form a sample."""
+"""What can be packed from a folder: images or recordings by class, or files, those of one name a sample."""
 
 import os
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, decodable
+from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, SOUNDS, decodable
 from lightspan.datamodules.shards.tars import META, split_name
 from lightspan.errors import UserError
 
@@ -27,9 +27,9 @@ class Sources(NamedTuple):
 def sources(folder: Path, as_files: bool = False) -> Sources:
     """What is to be packed. Hidden files are left out and counted; links are refused, since they can lead elsewhere.
 
-    If each image is in a folder of its class, and nothing else is there, samples are labelled images: members
-    CLASS/NAME.ENDING and CLASS/NAME.cls, the number of the class in sorted order. If no folder contains an image, the
-    files with the same name up to the first dot form one sample. Anything between the two is refused.
+    If each image or recording is in a folder of its class, and nothing else is there, samples are labelled ones:
+    members CLASS/NAME.ENDING and CLASS/NAME.cls, the number of the class in sorted order. If no folder contains one,
+    the files with the same name up to the first dot form one sample. Anything between the two is refused.
 
     Args:
         as_files: True treats any folder as the second kind.
@@ -44,16 +44,16 @@ def sources(folder: Path, as_files: bool = False) -> Sources:
         raise UserError(f"{folder} contains no file to pack; name another folder")
     _check_names(folder, files)
     remarks = [f"{hidden} hidden files and folders are left out"] if hidden else []
-    in_classes = [file for file in files if _is_image(file) and len(file.parts) > 1]
+    in_classes = [file for file in files if _has_class(file) and len(file.parts) > 1]
     if as_files or not in_classes:
         return _by_name(folder, files, remarks, as_files)
     others = sorted(set(files) - set(in_classes))
     if others:
         more = f", nor are {len(others) - 1} others" if others[1:] else ""
         raise UserError(
-            f"{folder / others[0]} is not an image ({', '.join(IMAGES)}) in a class folder{more}, but other files "
-            f"of {folder} are; remove it, or begin its name with a dot, to pack labelled images, or pack all files "
-            "without labels with --files"
+            f"{folder / others[0]} is not an image ({', '.join(IMAGES)}) or recording ({', '.join(SOUNDS)}) in a class "
+            f"folder{more}, but other files of {folder} are; remove it, or begin its name with a dot, to pack labelled "
+            "samples, or pack all files without labels with --files"
         )
     return _by_class(folder, in_classes, remarks)
 
@@ -128,8 +128,9 @@ def _check_names(folder: Path, files: Iterable[Path]) -> None:
             raise UserError(f"the name {str(folder / file)!r} is not UTF-8, which shards need; rename it") from error
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix[1:].lower() in IMAGES
+def _has_class(file: Path) -> bool:
+    """Whether it is of a kind that a folder can give a class."""
+    return file.suffix[1:].lower() in (*IMAGES, *SOUNDS)
 
 
 def _by_class(folder: Path, images: list[Path], remarks: list[str]) -> Sources:
@@ -147,12 +148,12 @@ def _by_class(folder: Path, images: list[Path], remarks: list[str]) -> Sources:
     if repeated:
         more = f", and {len(repeated) - 1} more names are shared" if repeated[1:] else ""
         raise UserError(
-            f"{folder}: {keys.count(repeated[0])} images are named {repeated[0]}, with dots as _, so they would "
+            f"{folder}: {keys.count(repeated[0])} files are named {repeated[0]}, with dots as _, so they would "
             f"form one sample{more}; rename them"
         )
     empty = sorted(set(classes) - {image.parts[0] for image in images})
     if empty:
-        remarks = [*remarks, f"{len(empty)} of {len(classes)} classes have no image: {', '.join(empty[:5])}"]
+        remarks = [*remarks, f"{len(empty)} of {len(classes)} classes have no sample: {', '.join(empty[:5])}"]
     return Sources(samples, classes, remarks)
 
 
@@ -183,7 +184,10 @@ def _by_name(folder: Path, files: list[Path], remarks: list[str], as_files: bool
             "files, or pack them for other readers with --files"
         )
     if "cls" not in endings:
-        remarks = [*remarks, "samples have no label: no folder contains images of one class, and no file ends in .cls"]
+        remarks = [
+            *remarks,
+            "samples have no label: no folder contains images or recordings of one class, and no file ends in .cls",
+        ]
     lacking = {ending: len(samples) - count for ending, count in endings.items() if count < len(samples)}
     remarks += [f"{count} of {len(samples)} samples have no .{ending}" for ending, count in sorted(lacking.items())[:5]]
     return Sources(samples, [], remarks)

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Decoding:
             sample |= self.image(self._resized(sample.pop("image")), seed)
         return sample
 
+    def plain(self) -> Self:
+        """The same without views or anything else that is random, made where batches are fetched."""
+        return replace(self, image=replace(self.image, views=None, made_on="workers"))
+
     def _resized(self, image: Tensor) -> Tensor:
         if self.image_size is None:
             return image
@@ -84,7 +88,8 @@ class Shards(LightningDataModule):
         hold_out: without `val_shards`, the last so many of `shards` validate and do not train; for probes, say.
         bank_size: training samples on which probes fit, spread evenly over all shards; None means all, each time.
         fields: name in the batch -> ending of the member, or several as "jpg|png", of which the first present one wins.
-            Decoders exist for jpg, jpeg, png, webp, cls, txt, json, npy (without pickle), tif and tiff.
+            Decoders exist for jpg, jpeg, png, webp, cls, txt, json, npy (without pickle), tif and tiff;
+            `RecordingShards` read sound.
         batch_size: samples of one optimiser step over all ranks.
         image_size: H = W in pixels; the shorter side is scaled to it and the centre cropped. None leaves images as is.
         views: makes the views of a training image.
@@ -168,7 +173,7 @@ class Shards(LightningDataModule):
         if self.train is not None:
             return
         self.train = self._samples("shards", self.shards, self.decode)
-        plain = replace(self.decode, image=replace(self.decode.image, views=None, made_on="workers"))
+        plain = self.decode.plain()
         self.bank = self.train.decoded_by(plain)
         self.val = self._samples("val_shards", self.val_shards, plain)
         say(

@@ -22,6 +22,7 @@ PAIRED = "lightspan.datamodules.shards.paired.PairedShards"
 TEXTS = "lightspan.datamodules.text.shards.TextShards"
 STORED_TOKENIZER = "lightspan.backbones.tokenizers.stored_tokenizer"
 KINDS = ("bpe", "unigram")
+RECORDINGS = "lightspan.datamodules.shards.recordings.RecordingShards"
 BATCH, SIDE = 256, 224  # the largest that are proposed
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -37,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         type=_source,
-        help="pack: a folder of the files to write; one folder of images for each class becomes labelled images; "
-        "other files with the same name form one sample. Or a tar that is read once: - for standard input, or an https "
-        "address. verify: what `data pack` wrote. index: the folder of the shards. tokenizer: a folder of texts",
+        help="pack: a folder of the files to write; one folder of images or recordings for each class becomes labelled "
+        "ones; other files with the same name form one sample. Or a tar that is read once: - for standard input, or an "
+        "https address. verify: what `data pack` wrote. index: the folder of the shards. tokenizer: a folder of texts",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack, tokenizer: folder to write; it must not exist")
     parser.add_argument(
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=KINDS, default=KINDS[0], help="tokenizer: pairs of bytes, or pieces of SentencePiece"
     )
-    parser.add_argument("--decode", action="store_true", help="pack: decode each image completely, not only its header")
+    parser.add_argument(
+        "--decode", action="store_true", help="pack: decode each image and recording completely, not only its header"
+    )
     parser.add_argument(
         "--skip-damaged", action="store_true", help="pack: leave out what cannot be decoded, and name it"
     )
@@ -119,11 +122,10 @@ def _pack(args: argparse.Namespace) -> int:
     count = seen.count - len(left_out)
     print(one_line(f"wrote {args.out}: {count:,} samples{of_classes} in {shards} shards"))
     side = None if seen.side is None else min(seen.side, SIDE)
-    fields = None if seen.are_pairs() else seen.fields()
-    settings = _settings(pattern(args.out), fields, count, side)
-    if args.text:
-        settings = [f"data.class_path={TEXTS}", *(each for each in settings[1:] if ".fields=" not in each)]
-    print(one_line(f"next: {shlex.join(settings)}"))
+    reader = PAIRED if seen.are_pairs() else RECORDINGS if seen.are_recordings() else SHARDS
+    reader = TEXTS if args.text else reader
+    fields = seen.fields() if reader == SHARDS else None
+    print(one_line(f"next: {shlex.join(_settings(reader, pattern(args.out), fields, count, side))}"))
     return 0
 
 
@@ -150,17 +152,14 @@ def _samples(
     return samples_of(stream, args.source, limit, remarks), [], None
 
 
-def _settings(shards: str, fields: dict[str, str] | None, count: int, side: int | None) -> list[str]:
-    """The flags with which a recipe reads what was packed; pictures of `side` pixels, or none where None. Without
-    `fields` the samples are pairs.
-    """
+def _settings(reader: str, shards: str, fields: dict[str, str] | None, count: int, side: int | None) -> list[str]:
+    """The flags with which a recipe reads what was packed; pictures of `side` pixels, or none where None."""
     settings = {"shards": f"[{shards}]"}
     if fields is not None:
         settings["fields"] = f"{{{', '.join(f'{k}: {v}' for k, v in fields.items())}}}"
     settings["batch_size"] = str(min(count, BATCH))
     if side is not None:
         settings["image_size"] = str(side)
-    reader = PAIRED if fields is None else SHARDS
     return [f"data.class_path={reader}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
 
 

@@ -1,5 +1,7 @@
 """How weights are initialised."""
 
+import math
+
 from torch import nn
 
 
@@ -19,5 +21,17 @@ def xavier_uniform_(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.xavier_uniform_(layer.weight.flatten(1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def bert_normal_(module: nn.Module, width: int = 768) -> None:
+    """Weights of linear layers from N(0, 0.02^2 768 / width), biases 0: how BERT (arXiv 1810.04805) starts at its width
+    of 768, and of the same size of outputs at any other.
+    """
+    std = 0.02 * math.sqrt(768 / width)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -30,14 +30,18 @@ class Tokens:
         prefix_BPD: tokens without a position, such as the class token; None if there are none, or if the
             network does not say how many (timm's do, by `num_prefix_tokens`; those of transformers do not, so theirs
             are among the others).
+        valid_BT: bool, False on the padding of a sequence; None if there is none.
     """
 
     tokens_BTD: Tensor
     grid: tuple[int, int] | None = None
     prefix_BPD: Tensor | None = None
+    valid_BT: Tensor | None = None
 
     def pooled(self) -> Tensor:
-        """Mean over tokens, prefix left out, in float32 or wider: [B D]."""
+        """Mean over tokens, prefix and padding left out, in float32 or wider: [B D]."""
+        if self.valid_BT is not None:
+            return valid_mean(self.tokens_BTD, self.valid_BT)
         return wide(self.tokens_BTD).mean(dim=1)
 
     def first(self) -> Tensor:
@@ -52,6 +56,12 @@ class Tokens:
                 f"there is no first token: all lie on a grid of {self.grid[0]} x {self.grid[1]}; take the mean"
             )
         return self.tokens_BTD[:, 0]
+
+
+def valid_mean(tokens_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+    """Mean over the tokens that are not padding, in float32 or wider: [B D]; 0 where all are."""
+    total_BD = wide(tokens_BTD).masked_fill(~valid_BT[..., None], 0).sum(dim=1)
+    return total_BD / valid_BT.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequence[int] = (-1,)) -> list[Tokens]:

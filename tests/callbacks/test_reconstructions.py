@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchvision.io import ImageReadMode, decode_image
 
+from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.vit import TokenViT, vit
 from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, shown
 from lightspan.datamodules.images.views import RandomViews
 from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.rendered.pairs import ScenePairs
+from lightspan.datamodules.rendered.speech import RenderedSpeech
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.errors import UserError
 from lightspan.method import Method
@@ -25,6 +27,8 @@ from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE, middle
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.tera import TERA
+from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
@@ -74,6 +78,16 @@ MADE = {
     "cae": cae,
     "codes": lambda: cae(PatchCodes(4)),
 }
+
+
+def test_spectrograms_of_recordings_are_drawn_in_four_columns(tmp_path: Path) -> None:
+    data = RenderedSpeech(seconds=0.3, shortest=0.2, size=8, val_size=4, test_size=4, batch_size=4)
+    model = TERA(FrameTransformer(40, 8, 1, 2), LogMel(mels=40), optimizer=STEP)
+    callback = Reconstructions(str(tmp_path), rows=3)
+    settings: Any = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 1}
+    Trainer(accelerator="cpu", callbacks=[callback], **settings).fit(model, datamodule=data)
+    picture = decode_image(tmp_path / "reconstructions.png", ImageReadMode.RGB)
+    assert picture.shape[2] / picture.shape[1] == pytest.approx(4 * 28 / (3 * 40), rel=0.15)
 
 
 @pytest.mark.parametrize("kind", MADE)

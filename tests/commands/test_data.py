@@ -157,7 +157,7 @@ def test_folders_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "cat").mkdir(parents=True)
     for name in ("a.jpg", "a.png"):
         (tmp_path / "images" / "cat" / name).write_bytes(b"")
-    with pytest.raises(UserError, match="2 images are named cat/a, with dots as _"):
+    with pytest.raises(UserError, match="2 files are named cat/a, with dots as _"):
         sources(tmp_path / "images")
     (tmp_path / "twice").mkdir()
     for name in ("a.txt", "a.TXT"):
@@ -204,7 +204,7 @@ def test_a_flat_folder_of_images_has_no_labels_and_says_so(
 ) -> None:
     assert main(["data", "pack", str(pictures / "dogs" / "more"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "samples have no label: no folder contains images of one class" in printed
+    assert "samples have no label: no folder contains images or recordings of one class" in printed
     assert "'data.init_args.fields={image: png}'" in printed
     data = Shards([packing.pattern(tmp_path / "out")], fields={"image": "png"}, batch_size=2)
     data.setup()
@@ -236,7 +236,7 @@ def test_a_class_without_images_keeps_its_number_and_is_named(pictures: Path) ->
     found = sources(pictures)
     assert found.classes == ["bees", "cats", "dogs"]
     assert {sample[name] for sample in found.samples for name in sample if name.endswith(".cls")} == {b"1", b"2"}
-    assert "1 of 3 classes have no image: bees" in found.remarks
+    assert "1 of 3 classes have no sample: bees" in found.remarks
 
 
 def test_samples_that_lack_a_member_are_counted(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_images_that_could_not_be_read_are_not_packed(
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "3 of 12 samples cannot be decoded" in error
-    assert "Only the headers of images were read; --decode also finds images that are cut short" in error
+    assert "Only the headers of images and sound were read; --decode also finds those that are cut short" in error
     for name, what in wrong.items():
         assert re.search(rf"cats/{name}: [^;]*({what})", error)
     assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ UNKNOWN = {
 WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
-    "contrastive/starbucks_msmarco",
+    *("contrastive/starbucks_msmarco", "masked/spt_lra_image", "supervised/sequence_lra_image"),
 }
 
 
@@ -50,11 +50,10 @@ ONE_RANK = [
 
 
 def at_scale(config: dict[str, Any]) -> bool:
-    """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
-    files = (".folder.ImageFolder", ".spelling.WordList")
-    if ".domains.DomainFiles" in str(config["data"]):
-        return True
-    return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
+    """A paper's data come as shards, folders of pictures, lists of words, texts or arrays, which no package has."""
+    files = (".folder.ImageFolder", ".spelling.WordList", ".own.OwnSequences")
+    data = str(config["data"])
+    return "'shards': " in data or ".domains.DomainFiles" in data or config["data"]["class_path"].endswith(files)
 
 
 MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}

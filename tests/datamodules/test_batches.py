@@ -14,12 +14,15 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from picture_files import write_pictures, write_tiffs
-from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, write_shards
+from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
+from sound_files import encoded, tone, write_recordings
 from torch import Tensor
 
 from lightspan import datamodules
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules import batches
+from lightspan.datamodules.audio.folder import AudioFolder
+from lightspan.datamodules.audio.spoken import SpokenCaptions
 from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.partial import PartlyLabelledShards
 from lightspan.datamodules.image_text.scenes import Scenes
@@ -42,6 +45,7 @@ from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
+from lightspan.datamodules.rendered.speech import RenderedSpeech
 from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.satellite.bands import Bands
 from lightspan.datamodules.satellite.folder import TiffFolder
@@ -58,6 +62,7 @@ from lightspan.datamodules.sequences.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
+from lightspan.datamodules.shards.recordings import RecordingShards
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
@@ -120,6 +125,18 @@ def text(folder: Path) -> ByteText:
     return ByteText([text_folder(folder)], (".txt",), context=9, batch_size=4, val_fraction=0.5, val_windows=4)
 
 
+def recordings(folder: Path) -> AudioFolder:
+    write_recordings(folder, {"a": 4, "b": 4})
+    return AudioFolder(str(folder), seconds=0.2, batch_size=4)
+
+
+def spoken(folder: Path) -> SpokenCaptions:
+    for number in range(20):
+        (folder / f"{number}.txt").write_text(f"The letter {number}.")
+        (folder / f"{number}_desc_fr.ogg").write_bytes(encoded(tone(0.1), ending="ogg"))
+    return SpokenCaptions(str(folder), ("fr",), seconds=0.2, batch_size=4)
+
+
 def word_list(folder: Path) -> WordList:
     (folder / "words.txt").write_text("to\nbe\nor\nnot\nagain\n")
     return WordList(str(folder / "words.txt"), HashedWords(), length=9, val_size=1, batch_size=4)
@@ -164,6 +181,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
     "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
     "Shards": (shards, "ImageBatch"),
+    "RecordingShards": (
+        lambda folder: RecordingShards([sound_shard(folder / "r.tar", [{"wav": encoded(tone())}] * 4)], batch_size=4),
+        "AudioBatch",
+    ),
     "PosedShards": (
         lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
         "ViewsBatch",
@@ -312,6 +333,9 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: PictureDataset([(torch.rand(3, 9, 8), 1)] * 8, size=8, batch_size=4),  # type: ignore[arg-type]
         "ImageBatch",
     ),
+    "AudioFolder": (recordings, "AudioBatch"),
+    "SpokenCaptions": (spoken, "SpokenBatch"),
+    "RenderedSpeech": (lambda folder: RenderedSpeech(batch_size=4), "SpeechBatch"),
     "ByteText": (text, "TextBatch"),
     "Corpus": (
         lambda folder: Corpus([text_folder(folder)], form=Padded(9), val_fraction=0.5, batch_size=4),

@@ -70,6 +70,7 @@ DRAWN = (
     "masked.spark",
     "masked.spt",
     "masked.spt, symbols",
+    "masked.tera",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.noise import hashed_shares, mixed_seed
+from lightspan.noise import hashed_uniform, mixed_seed
 from lightspan.ranges import require_shares
 
 
@@ -44,7 +44,7 @@ class StepMasks:
         """
         seed_B = mixed_seed(index_B.long(), step, self.seed)
         count = -(-length // self.span) + 1
-        hidden_BS = hashed_shares(seed_B, 0, (count,)) < self.share
-        shift_B1 = (hashed_shares(seed_B, 1, (count,))[:, :1] * self.span).long()
+        hidden_BS = hashed_uniform(seed_B, 0, (count,)) < self.share
+        shift_B1 = (hashed_uniform(seed_B, 1, (count,))[:, :1] * self.span).long()
         place_BL = (torch.arange(length, device=index_B.device) + shift_B1) // self.span
         return hidden_BS.gather(1, place_BL)

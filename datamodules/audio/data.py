@@ -1,0 +1,186 @@
+"""What data modules of recordings share: samples read when they are asked for, and what is said of them at the start.
+
+Shapes: N recordings, S samples.
+"""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.workers import Damaged
+from lightspan.errors import UserError, one_line
+
+LISTENED = 500
+"""Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
+MOST_NAMED = 1000  # damaged files in one message
+
+
+class Recordings:
+    """Samples of `AudioBatch`, or with further labels of another that has its fields.
+
+    Args:
+        files: N of them.
+        labels: int64 [N] of each field.
+        reader: makes the waves.
+        drawn: whether the segment of a long recording is drawn from a sample's seed; otherwise it is the middle one.
+        skip_damaged: True raises `Damaged` for a recording that cannot be read, so that the loader replaces it.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        labels: Mapping[str, np.ndarray],
+        reader: WaveReader,
+        drawn: bool,
+        skip_damaged: bool = False,
+    ) -> None:
+        self.files, self.labels, self.reader, self.drawn = files, labels, reader, drawn
+        self.skip_damaged = skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        try:
+            wave = self.reader(self.files[index], seed if self.drawn else None)
+        except (ValueError, OSError) as error:
+            message = f"{one_line(str(self.files[index]))}: {one_line(str(error))}"
+            if self.skip_damaged:
+                raise Damaged(message) from error
+            raise UserError(
+                f"{message}; repair or remove it, or train without it with data.init_args.skip_damaged=true"
+            ) from error
+        labels = {name: torch.tensor(int(label_N[index])) for name, label_N in self.labels.items()}
+        return {**wave, **labels, "index": torch.tensor(index)}
+
+
+class AudioData(SampleSets):
+    """Recordings in files. A subclass finds them.
+
+    Each is mixed to one channel and resampled to `rate`. In training a long one gives a segment of `seconds` that is
+    drawn anew in each epoch; in evaluation the middle one. Order, ranks and resume are those of `ExactLoader`.
+
+    Args:
+        rate: of the waves, in Hz.
+        seconds: of the longest segment, which all waves are padded to.
+        level_db: root mean square of each segment in dB of full scale, such as -25; None leaves levels as they are.
+        batch_size: recordings of one optimiser step over all ranks.
+        seed: of the order and of the segments.
+        num_workers: processes that read.
+        skip_damaged: True trains without recordings that cannot be read and names those found at the start; False
+            refuses to start.
+
+    Attributes:
+        classes: names of the labels, known after `setup`; none where there are no labels.
+    """
+
+    def __init__(
+        self,
+        rate: int = 16_000,
+        seconds: float = 15.0,
+        level_db: float | None = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        num_workers: int = 0,
+        skip_damaged: bool = False,
+    ) -> None:
+        super().__init__()
+        self.reader = WaveReader(rate, seconds, level_db)
+        self.rate, self.batch_size, self.seed, self.num_workers = rate, batch_size, seed, num_workers
+        self.skip_damaged = skip_damaged
+        self.classes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def find(self) -> tuple[list[Path], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(files, labels int64 [N] by field, places of the files in the sets `train`, `val` and `test`)."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Once. Raises: UserError for damaged recordings, unless they are skipped, and for a set without any."""
+        if self.train is not None:
+            return
+        files, labels, parts = self.find()
+        damaged = self._heard(files)
+        sets = {name: places[~np.isin(places, sorted(damaged))] for name, places in parts.items()}
+        if lacking := [name for name, places in sets.items() if not len(places)]:
+            raise UserError(
+                f"{type(self).__name__} has {len(files) - len(damaged)} readable recordings, and none is left for "
+                f"{lacking[0]}; give more, or change the shares that are held out"
+            )
+        made = {name: self._samples(files, labels, places, False) for name, places in sets.items()}
+        self.train = self._samples(files, labels, sets["train"], True)
+        self.bank, self.val, self.test = made["train"], made["val"], made["test"]
+        digest = hashlib.sha256()
+        for place in sets["train"].tolist():
+            numbers = [int(label_N[place]) for label_N in labels.values()]
+            digest.update(
+                f"{files[place]}\0{files[place].stat().st_size}\0{numbers}\0".encode("utf-8", "surrogateescape")
+            )
+        self._content = digest.hexdigest()[:32]
+        say(
+            f"recordings: {len(self.train):,} for training and {len(made['val']):,} for validation, at {self.rate:,} "
+            f"Hz, of at most {self.reader.seconds:g} s, "
+            + (f"{len(self.classes):,} classes" if self.classes else "without labels")
+        )
+
+    def training_order(self) -> Order:
+        assert self.train is not None
+        return Order((len(self.train),), content=self._content)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
+
+    def _samples(
+        self, files: Sequence[Path], labels: Mapping[str, np.ndarray], places: np.ndarray, drawn: bool
+    ) -> Recordings:
+        of = {name: label_N[places] for name, label_N in labels.items()}
+        return Recordings([files[place] for place in places.tolist()], of, self.reader, drawn, self.skip_damaged)
+
+    def _heard(self, files: Sequence[Path]) -> set[int]:
+        """Places of the damaged ones; says what is remarkable about the others."""
+        listened = {*np.unique(np.linspace(0, len(files) - 1, min(len(files), LISTENED)).astype(int)).tolist()}
+        damage: dict[int, str] = {}
+        silent = clipped = lower = 0
+        for place, file in enumerate(files):
+            try:
+                lower += header(file).rate < self.rate
+                if place in listened:
+                    wave_N, _ = read(file)
+                    silent += is_silent(wave_N)
+                    clipped += is_clipped(wave_N)
+            except (ValueError, OSError) as error:
+                damage[place] = one_line(str(error))
+        self._report_damage(files, damage)
+        of = f"of {len(listened):,} recordings that were listened to"
+        if clipped:
+            say(f"{clipped:,} {of} are clipped: equal samples at full scale follow one another")
+        if silent:
+            say(f"{silent:,} {of} are silent; they train as they are")
+        if lower:
+            say(f"{lower:,} recordings have a sample rate below {self.rate:,} Hz: the highest frequencies are empty")
+        return {*damage}
+
+    def _report_damage(self, files: Sequence[Path], damage: Mapping[int, str]) -> None:
+        if not damage:
+            return
+        lines = [f"  {one_line(str(files[place]))}: {why}" for place, why in damage.items()]
+        more = [f"  and {len(lines) - MOST_NAMED:,} more"] if len(lines) > MOST_NAMED else []
+        listed = "\n".join([*lines[:MOST_NAMED], *more])
+        if len(damage) == len(files):
+            raise UserError(f"none of the {len(files):,} recordings can be read:\n{listed}\nName another folder")
+        counted = f"{len(damage):,} of {len(files):,} recordings cannot be read"
+        if not self.skip_damaged:
+            raise UserError(
+                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
+                "data.init_args.skip_damaged=true"
+            )
+        say(f"{counted} and are left out:\n{listed}")

@@ -1,0 +1,226 @@
+"""Recordings as waves: read, mixed to one channel, resampled, cut, levelled. WAV, FLAC, OGG and MP3, by libsndfile.
+
+Shapes: N samples of a recording, C channels, S samples of a segment.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightspan.errors import UserError
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
+
+SOUNDS = ("wav", "flac", "ogg", "mp3")
+FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}
+RATES = (1_000, 768_000)  # Hz: a header that says another is taken to be damaged
+FULL_SCALE, CLIPPED_RUN = 0.99, 3
+"""A recording is clipped where so many equal samples follow one another so near the largest number of its format."""
+_UNKNOWN_SIZES = {0, 2**32 - 1}  # of a WAV's samples, where it was written as a stream
+_VORBIS_BLOCK = 8_192
+"""The most samples of a block. An OGG may count the samples of one that its encoder left out at its beginning."""
+_LARGEST_PAGE = 65_307  # bytes of an OGG, of which the last says that it is the last
+Source = bytes | Path
+
+
+class Header(NamedTuple):
+    """What a recording's header says: samples of each channel, Hz, channels, and the format."""
+
+    frames: int
+    rate: int
+    channels: int
+    format: str
+
+
+def header(source: Source) -> Header:
+    """Raises: ValueError for what is empty, no recording, of no channel or sample, of a rate outside RATES, or cut
+    short as far as its beginning and end tell; OSError for a file that cannot be opened.
+    """
+    with _opened(source) as (sound, _):
+        return _header(sound)
+
+
+def read(source: Source, first: int = 0, count: int | None = None) -> tuple[np.ndarray, int]:
+    """(mean of the channels, float32 [N], Hz) of `count` samples from `first` on, or of all.
+
+    Raises: ValueError as `header`, and for samples that cannot be decoded, are missing or not finite.
+    """
+    with _opened(source) as (sound, errors):
+        said = _header(sound)
+        count = said.frames - first if count is None else count
+        # The place of a sample in an MP3 is known by decoding what is before it.
+        skipped = first if said.format == "MP3" else 0
+        try:
+            sound.seek(first - skipped)
+            samples_NC = sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
+        except errors as error:
+            raise ValueError(f"its samples cannot be decoded: {_said(error)}") from error
+    lost = count - len(samples_NC)
+    if lost > (_VORBIS_BLOCK if said.format == "OGG" and len(samples_NC) else 0):
+        raise ValueError(f"it is cut short: {len(samples_NC):,} samples are there of the {count:,} that it should have")
+    if not np.isfinite(samples_NC).all():
+        at = int(np.flatnonzero(~np.isfinite(samples_NC).all(axis=1))[0])
+        raise ValueError(f"its sample {first + at:,} is not a finite number")
+    return samples_NC.mean(axis=1), said.rate
+
+
+def resampled(wave_N: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """float32 at another rate by a polyphase filter: ceil(N wanted / rate) samples."""
+    if rate == wanted or not len(wave_N):
+        return wave_N
+    from scipy.signal import resample_poly  # takes half a second to import
+
+    divisor = math.gcd(rate, wanted)
+    return resample_poly(wave_N, wanted // divisor, rate // divisor).astype(np.float32)
+
+
+def levelled(wave_N: np.ndarray, level_db: float) -> np.ndarray:
+    """Scaled to a root mean square of 10^(level_db / 20), full scale being 1; silence stays what it is."""
+    rms = float(np.sqrt(np.square(wave_N, dtype=np.float64).mean())) if len(wave_N) else 0.0
+    return wave_N if rms == 0 else wave_N * np.float32(10 ** (level_db / 20) / rms)
+
+
+def is_silent(wave_N: np.ndarray) -> bool:
+    """Whether nothing moves: a constant is silence too."""
+    return not len(wave_N) or float(np.ptp(wave_N)) == 0
+
+
+def is_clipped(wave_N: np.ndarray) -> bool:
+    """See CLIPPED_RUN."""
+    flat = (np.diff(wave_N) == 0) & (np.abs(wave_N[1:]) >= FULL_SCALE)
+    return bool(len(flat) and (np.convolve(flat, np.ones(CLIPPED_RUN - 1)) >= CLIPPED_RUN - 1).any())
+
+
+@dataclass(frozen=True)
+class WaveReader:
+    """(recording, seed) -> wave, float32 [S], and length, int64.
+
+    Args:
+        rate: in Hz, to which all are brought.
+        seconds: of the longest segment; S are the samples of it, and zeros follow a shorter recording.
+        level_db: root mean square of each segment in dB of full scale; None leaves levels as they are.
+    """
+
+    rate: int
+    seconds: float
+    level_db: float | None = None
+
+    def __post_init__(self) -> None:
+        if not RATES[0] <= self.rate <= RATES[1] or not 0 < self.seconds < math.inf:
+            raise UserError(
+                f"rate={self.rate} Hz must be in [{RATES[0]:,}, {RATES[1]:,}], and seconds={self.seconds} above 0"
+            )
+        if self.samples < 1:
+            raise UserError(f"seconds={self.seconds} at rate={self.rate} Hz is less than one sample; raise seconds")
+        if self.level_db is not None and not -100 <= self.level_db <= 0:
+            raise UserError(
+                f"level_db={self.level_db} must be in [-100, 0] dB of full scale; -25 is usual for speech, and null "
+                "leaves levels as they are"
+            )
+
+    @property
+    def samples(self) -> int:
+        """S."""
+        return round(self.seconds * self.rate)
+
+    def __call__(self, source: Source, seed: int | None = None) -> dict[str, Tensor]:
+        """Of a recording that is longer than `seconds`, the segment that the seed draws, or the middle one.
+
+        Raises: as `read`.
+        """
+        said = header(source)
+        count = min(said.frames, math.ceil(self.samples * said.rate / self.rate))
+        room = said.frames - count
+        first = room // 2 if seed is None else int(np.random.default_rng(seed).integers(room + 1))
+        wave_N, rate = read(source, first, count)
+        return self.padded(resampled(wave_N, rate, self.rate))
+
+    def padded(self, wave_N: np.ndarray) -> dict[str, Tensor]:
+        """Cut to S samples, levelled, and filled with zeros."""
+        wave_N = wave_N[: self.samples]
+        if self.level_db is not None:
+            wave_N = levelled(wave_N, self.level_db)
+        wave_S = torch.zeros(self.samples)
+        wave_S[: len(wave_N)] = torch.from_numpy(wave_N)
+        return {"wave": wave_S, "length": torch.tensor(len(wave_N))}
+
+
+@contextmanager
+def _opened(source: Source) -> "Iterator[tuple[SoundFile, type[Exception]]]":
+    """(the recording, what its reader raises)."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UserError("recordings are read by soundfile; pip install 'lightspan[audio]'") from error
+    with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        if not size:
+            raise ValueError("it is empty")
+        try:
+            sound = soundfile.SoundFile(stream)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"it is not a WAV, FLAC, OGG or MP3 recording: {_said(error)}") from error
+        with sound:
+            if sound.format not in FORMATS:
+                raise ValueError(f"it is a recording of format {sound.format}; WAV, FLAC, OGG and MP3 are read")
+            _require_end(stream, size, sound)
+            yield sound, soundfile.LibsndfileError
+
+
+def _header(sound: "SoundFile") -> Header:
+    said = Header(sound.frames, sound.samplerate, sound.channels, sound.format)
+    if said.channels < 1 or said.frames < 1:
+        raise ValueError(f"it has {said.frames} samples of {said.channels} channels, and each must be at least 1")
+    if not RATES[0] <= said.rate <= RATES[1]:
+        raise ValueError(
+            f"its header says a sample rate of {said.rate:,} Hz, which is outside [{RATES[0]:,}, {RATES[1]:,}]"
+        )
+    return said
+
+
+def _said(error: Any) -> str:
+    return str(getattr(error, "error_string", error)).rstrip(".")
+
+
+def _require_end(stream: BinaryIO, size: int, sound: "SoundFile") -> None:
+    """libsndfile takes what is there for the whole of a WAV or an OGG. Leaves the stream where it was.
+
+    Raises: ValueError for one that is cut short.
+    """
+    at = stream.tell()
+    missing = None
+    if sound.format in ("WAV", "WAVEX"):
+        missing = _missing_of_wav(stream, size)
+    elif sound.format == "OGG":
+        stream.seek(max(0, size - _LARGEST_PAGE))
+        tail = stream.read()
+        page = tail.rfind(b"OggS")
+        if page < 0 or not tail[page + 5 : page + 6] or not tail[page + 5] & 4:
+            missing = "its last page does not say that it is the last"
+    stream.seek(at)
+    if missing is not None:
+        raise ValueError(f"it is cut short: {missing}")
+
+
+def _missing_of_wav(stream: BinaryIO, size: int) -> str | None:
+    at = 12
+    while at + 8 <= size:
+        stream.seek(at)
+        name, length = stream.read(4), int.from_bytes(stream.read(4), "little")
+        if name == b"data":
+            there = size - at - 8
+            promised = None if length in _UNKNOWN_SIZES or length <= there else length
+            return promised and f"its header says {promised:,} bytes of samples, and {there:,} are there"
+        at += 8 + length + length % 2
+    return None

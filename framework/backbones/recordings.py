@@ -1,0 +1,56 @@
+"""Encoders of recordings for estimators, which ask for features of a batch: `lightspan.features.encoded.Encoded`.
+
+Shapes: B recordings, T frames, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightspan.backbones.frames import FrameTransformer
+from lightspan.errors import UserError
+from lightspan.nn.audio.log_mel import LogMel
+from lightspan.nn.audio.waves import waves_of
+from lightspan.nn.tokens import Tokens, token_features, valid_mean
+
+# A recipe may name the classes listed here.
+__all__ = ["RecordingEncoder"]
+
+
+class RecordingEncoder(nn.Module):
+    """Batches of recordings -> [B D], the means of their valid frames: of a network's states, or of log-mel bands.
+
+    Args:
+        front: makes the frames. Bands that are normalised by utterance have mean 0: without a network take
+            `normalise: false`.
+        network: such as a trained one, through `lightspan.backbones.weights.with_weights`; None takes the bands.
+    Raises: UserError for bands of mean 0 without a network, and for another number of bands than the network reads.
+    """
+
+    def __init__(self, front: LogMel, network: FrameTransformer | None = None) -> None:
+        super().__init__()
+        if network is None and front.normalise:
+            raise UserError(
+                "RecordingEncoder: the means of normalised bands are 0 for every recording; set front.normalise=false, "
+                "or give a network"
+            )
+        if network is not None and network.bands != front.mels:
+            raise UserError(
+                f"RecordingEncoder front.mels={front.mels} and network.bands={network.bands} must be equal; change one"
+            )
+        self.front, self.network = front, network
+
+    def features(self, batch: Mapping[str, Any]) -> Tensor:
+        frames_BTF, valid_BT = self.front(*waves_of(batch, self))
+        return valid_mean(frames_BTF if self.network is None else self.network(frames_BTF, valid_BT), valid_BT)
+
+    def token_features(self, batch: Mapping[str, Any], layers: Sequence[int] = (-1,)) -> list[Tokens]:
+        """The frames of each layer of the network. Raises: UserError without one."""
+        if self.network is None:
+            raise UserError("RecordingEncoder has no network, so no layers; leave layer out")
+        frames_BTF, valid_BT = self.front(*waves_of(batch, self))
+        network = self.network
+        found = token_features(network, lambda: network(frames_BTF, valid_BT), layers)
+        return [replace(tokens, valid_BT=valid_BT) for tokens in found]
