@@ -41,9 +41,9 @@ class Nouns:
                 f"this WordNet has no noun at {name}; names of ImageNet's classes are places in version 3.0, so "
                 "install that one (Debian: wordnet-base)"
             )
-        word, _, sense = name.strip().replace(" ", "_").lower().partition("#")
+        word, mark, sense = name.strip().replace(" ", "_").lower().partition("#")
         found = self.senses.get(word, ())
-        number = int(sense) if sense.isdecimal() else 0 if sense else 1
+        number = int(sense) if sense.isdecimal() else 0 if mark else 1
         if not 1 <= number <= len(found):
             has = f"has {len(found)} senses of it" if found else "has no such noun"
             raise UserError(f"the class {one_line(name)!r}: WordNet {has}; name a noun, or a sense of one as crane#5")
