@@ -206,14 +206,16 @@ class Loki(Estimator):
             classifier of CLIP.
         scale: of the scores of a `rule`, above 0; CLIP's cosines have 100.
         l2: penalty of the logistic regression, above 0 and finite, see `lightspan.analysis.linear_probe`.
-        temperature: of the softmax, above 0 and finite. None chooses it on observed labels, of which each fifth is left
-            out of the classifier in turn: on their rows in `val`, or else on a fifth of the bank's rows, which the
-            classifier then has not seen. It is 1 for one or two observed labels. The likelihood of held-out rows would
-            not do: classes that are told apart without error make it as confident as can be, and Loki argmax.
+        temperature: of the softmax, above 0 and finite; 1 takes probabilities as they are, as the paper does. Near 0
+            Loki is argmax, and a large one gives the centre of the metric. None chooses it on observed labels, of which
+            each fifth is left out of the classifier in turn, on their rows in `val` or else on a fifth of the bank's
+            rows. That tells little with few labels, or evenly spaced ones, each of which lies in the middle of its
+            neighbours at any temperature. With one or two observed labels it is 1. The likelihood of held-out rows
+            would not do: it makes classes that are told apart without error as sure as can be, and Loki argmax.
     """
 
     def __init__(
-        self, rule: HeadRule | None = None, scale: float = 1.0, l2: float = 1.0, temperature: float | None = None
+        self, rule: HeadRule | None = None, scale: float = 1.0, l2: float = 1.0, temperature: float | None = 1.0
     ) -> None:
         for name, value in (("scale", scale), ("l2", l2), ("temperature", temperature)):
             if value is not None and not 0 < value < math.inf:
@@ -268,7 +270,8 @@ class Loki(Estimator):
 
     def _temperature(self, bank: Features, metric: LabelMetric, val: Features | None) -> float:
         """The one of `TEMPERATURES` with the least squared distance, of equals the one nearest to 1, where some of the
-        observed classes play labels that are not. Their rows and those of the others count half each.
+        observed classes play labels that are not. Their rows count by the share of labels that are not observed,
+        those of the others by that of the observed ones: as if all labels were alike.
         """
         class_C = bank.classes().unique()
         if val is None:
@@ -277,6 +280,7 @@ class Loki(Estimator):
             bank, val = (Features(bank.rows()[rows], bank.classes()[rows]) for rows in (~held_N, held_N))
         asked = val.of_classes(class_C.tolist())
         folds = min(FOLDS, len(class_C))
+        unseen = 1 - len(class_C) / len(metric)
         cost_T = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         for fold in range(folds):
             kept = [label for place, label in enumerate(class_C.tolist()) if place % folds != fold]
@@ -288,7 +292,7 @@ class Loki(Estimator):
             for number, temperature in enumerate(TEMPERATURES):
                 found_N = frechet_labels((logits_NK / temperature).softmax(dim=1), head.class_C, metric)
                 squared_N = metric.squared_pairs(found_N, asked.classes())
-                cost_T[number] += squared_N[is_kept_N].mean() + squared_N[~is_kept_N].mean()
+                cost_T[number] += (1 - unseen) * squared_N[is_kept_N].mean() + unseen * squared_N[~is_kept_N].mean()
         return min(zip(cost_T.tolist(), TEMPERATURES, strict=True), key=lambda one: (one[0], abs(math.log(one[1]))))[1]
 
 

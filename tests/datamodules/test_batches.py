@@ -166,7 +166,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
     "SwappedCaptions": (
-        lambda folder: SwappedCaptions(Scenes(HashedWords(), size=288), batch_size=4),
+        lambda folder: SwappedCaptions(Scenes(tokenizer=HashedWords(), size=288), batch_size=4),
         "LabelledImageTextBatch",
     ),
     "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),

@@ -25,7 +25,7 @@ def on_a_circle(seed: int, rows: int = 240, noise: float = 0.1) -> Features:
 
 def test_labels_without_a_sample_are_predicted_and_a_permuted_metric_misleads() -> None:
     bank, query = on_a_circle(0).of_classes(OBSERVED), on_a_circle(1)
-    found = Loki().fit(bank, query, ring(LABELS))
+    found = Loki(temperature=2.0).fit(bank, query, ring(LABELS))
     assert found.squared_distance < 0.5 * found.squared_distance_argmax
     assert found.unseen_accuracy is not None
     assert found.unseen_accuracy > 0.3
@@ -34,7 +34,7 @@ def test_labels_without_a_sample_are_predicted_and_a_permuted_metric_misleads() 
     assert found.accuracy_argmax <= 6 / 24
     order = torch.randperm(LABELS, generator=torch.Generator().manual_seed(0))
     distance = ring(LABELS).squared(torch.arange(LABELS)).sqrt()
-    permuted = Loki().fit(bank, query, MatrixMetric(distance[order][:, order])).tensors["prediction"]
+    permuted = Loki(temperature=2.0).fit(bank, query, MatrixMetric(distance[order][:, order])).tensors["prediction"]
     truth = query.classes()
     assert ring(LABELS).squared_pairs(permuted, truth).mean() > found.squared_distance_argmax
 
@@ -53,11 +53,13 @@ def test_a_temperature_near_zero_is_argmax_and_equal_distances_are_too() -> None
 
 def test_the_query_has_no_say_in_the_temperature_and_val_has() -> None:
     bank = on_a_circle(0).of_classes(OBSERVED)
-    one, other = (Loki().fit(bank, query, ring(LABELS)) for query in (on_a_circle(1), on_a_circle(2, noise=2.0)))
+    one, other = (
+        Loki(temperature=None).fit(bank, query, ring(LABELS)) for query in (on_a_circle(1), on_a_circle(2, noise=2.0))
+    )
     assert one.temperature == other.temperature
     plain = MatrixMetric(1 - torch.eye(LABELS))
-    assert Loki().fit(bank, bank, plain).temperature == 1  # all are equally good
-    with_val = Loki().fit(bank, on_a_circle(1), ring(LABELS), val=on_a_circle(3, noise=1.0))
+    assert Loki(temperature=None).fit(bank, bank, plain).temperature == 1  # all are equally good
+    with_val = Loki(temperature=None).fit(bank, on_a_circle(1), ring(LABELS), val=on_a_circle(3, noise=1.0))
     assert with_val.temperature > 0
     again = Loki(temperature=with_val.temperature).fit(bank, on_a_circle(1), ring(LABELS))
     assert again.squared_distance == with_val.squared_distance
