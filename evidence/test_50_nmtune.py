@@ -39,7 +39,7 @@ NOISES, SOURCE, EACH, SET_ASIDE = (0.0, 0.3), 5, 15, 150
 EPOCHS, BATCH, STEPS, SHOWN = 20, 64, 300, 32
 ARMS = ("linear probe", "MLP", "NMTune")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-CHOSEN = {"linear probe": 1e-2, "MLP": 1e-3, "NMTune": 1e-3}
+CHOSEN = {"linear probe": 3e-1, "MLP": 3e-3, "NMTune": 1e-3}
 Set = tuple[Tensor, Tensor]
 
 

@@ -33,7 +33,7 @@ SEEDS, SEARCH_SEED = (0, 1, 2), 100
 DIRECTIONS, SIDE, EACH, NOISE = 36, 16, 30, 0.1
 KNOWN = (4, 6, 12)
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-CHOSEN = {"bars": 4.0, "stamps": 1.0}
+CHOSEN = {"bars": 4.0, "stamps": 2.0}
 STAMPS = {
     "animals/birds": "bird",
     "animals/fish": "fish",

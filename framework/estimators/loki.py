@@ -4,6 +4,7 @@ Source: arXiv 2307.12226, in `lightspan.analysis.loki`. Shapes: N rows, K observ
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,20 +213,30 @@ class Loki(Estimator):
             rows. That tells little with few labels, or evenly spaced ones, each of which lies in the middle of its
             neighbours at any temperature. With one or two observed labels it is 1. The likelihood of held-out rows
             would not do: it makes classes that are told apart without error as sure as can be, and Loki argmax.
+        observed: labels of the bank that the classifier learns; rows of others are left out. None takes all.
     """
 
     def __init__(
-        self, rule: HeadRule | None = None, scale: float = 1.0, l2: float = 1.0, temperature: float | None = 1.0
+        self,
+        rule: HeadRule | None = None,
+        scale: float = 1.0,
+        l2: float = 1.0,
+        temperature: float | None = 1.0,
+        observed: Sequence[int] | None = None,
     ) -> None:
         for name, value in (("scale", scale), ("l2", l2), ("temperature", temperature)):
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"Loki {name}={value} must be above 0 and finite")
+        if observed is not None and not observed:
+            raise UserError("Loki observed=[] leaves no label that the classifier knows; name at least one")
         self.rule, self.scale, self.l2, self.temperature = rule, scale, l2, temperature
+        self.observed = None if observed is None else list(observed)
 
     def fit(self, bank: Features, query: Features, metric: LabelMetric, val: Features | None = None) -> LokiScores:
         """Raises: UserError for sets without rows, of different width or that are not finite, and for labels that the
         metric does not have.
         """
+        bank = bank if self.observed is None else bank.of_classes(self.observed)
         for name, features in (("bank", bank), ("query", query)):
             metric.require_numbers(features.classes(), name)
             if not len(features):

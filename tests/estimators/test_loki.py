@@ -29,6 +29,7 @@ def test_labels_without_a_sample_are_predicted_and_a_permuted_metric_misleads() 
     assert found.squared_distance < 0.5 * found.squared_distance_argmax
     assert found.unseen_accuracy is not None
     assert found.unseen_accuracy > 0.3
+    assert Loki(temperature=2.0, observed=OBSERVED).fit(on_a_circle(0), query, ring(LABELS)) == found
     assert (found.labels, found.observed, found.reachable, found.next_label) == (24, 6, 24, None)
     assert found.query_rows == 240
     assert found.accuracy_argmax <= 6 / 24
@@ -82,6 +83,8 @@ def test_texts_of_the_observed_classes_make_the_classifier_and_those_of_all_the_
 def test_labels_that_do_not_fit_the_metric_are_refused() -> None:
     with pytest.raises(UserError, match="query has labels from 0 to 23, and the metric knows 12"):
         Loki().fit(on_a_circle(0).of_classes([0, 1]), on_a_circle(1), ring(12))
+    with pytest.raises(UserError, match=r"Loki observed=\[\] leaves no label"):
+        Loki(observed=[])
     with pytest.raises(UserError, match="no row in its query"):
         Loki().fit(on_a_circle(0), on_a_circle(1).of_classes([]), ring(LABELS))
 
