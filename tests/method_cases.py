@@ -94,6 +94,7 @@ from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
+from lightspan.methods.robustness.nmtune import NMTune
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
@@ -117,6 +118,7 @@ from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector
+from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
@@ -775,6 +777,9 @@ CASES: dict[str, Case] = {
     ),
     "merging.concrete_arithmetic": Case(partial(merging, ConcreteArithmetic), of_tasks, unsharded=WHOLE),
     "masked.mae": Case(lambda **o: MAE(patch_vit(), MaskDecoder(16, 4, width=8, depth=1, heads=2), **o), views(1)),
+    "robustness.nmtune": Case(
+        lambda **o: NMTune(Pooled(), ResidualMLP(8, batch_norm=False), 3, **o), views(), halves_differ=AMONG_ROWS
+    ),
     "supervised.look": Case(
         lambda **o: LOOK(Pooled(), projector(), queue=12, neighbours=5, momentum=0.9, **o), views()
     ),

@@ -33,6 +33,7 @@ from lightspan.objectives import (
     prototypes,
     pseudo_labels,
     sigreg,
+    singular,
     soft_contrast,
     spectral,
     supcon,
@@ -226,6 +227,9 @@ CASES = {
     "info_nce.crossed_info_nce": Case(crossed_info_nce, 2 * (2 + 1)),
     "info_nce.queued_info_nce": Case(queued_info_nce, 1),
     "sigreg.sigreg": Case(sigreg_loss, 1),
+    "singular.leading_singular_share": Case(
+        lambda x, weight, label_B, mixed_B: singular.leading_singular_share(x @ weight, leading=2), 2
+    ),
     "spectral.spectral_contrastive": Case(
         lambda x, weight, label_B, mixed_B: spectral.spectral_contrastive(x @ weight, x.tanh() @ weight), 1
     ),
@@ -233,6 +237,7 @@ CASES = {
         lambda x, weight, label_B, mixed_B: vicreg.vicreg_loss(x @ weight, x.tanh() @ weight), 2
     ),
     "vicreg.invariance": Case(lambda x, weight, label_B, mixed_B: vicreg.invariance(x @ weight, x.tanh() @ weight), 1),
+    "vicreg.covariance": Case(lambda x, weight, label_B, mixed_B: vicreg.covariance(x @ weight), 2),
     "vicreg.variance": Case(lambda x, weight, label_B, mixed_B: vicreg.variance(0.3 * x @ weight), 2),
     "soft_contrast.soft_contrast": Case(
         lambda x, weight, label_B, mixed_B: sum(

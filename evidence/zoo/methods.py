@@ -321,6 +321,7 @@ LEFT_OUT = {
     "SatMAEpp": "has an encoder of its own, with tokens for groups of bands, of which these pictures have one",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
     "FST": "labels pixels, of which these pictures have no classes",
+    "NMTune": "leaves its encoder as it is, and learns a classifier behind it",
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "CION": "learns who is on pictures of persons, of which these have none",
     "UNIP": "learns the attention of a larger network, which has to be trained first",

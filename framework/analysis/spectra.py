@@ -48,6 +48,21 @@ def effective_rank(values_S: Tensor) -> Tensor:
     return torch.where(total == 0, torch.zeros_like(total), entropy.exp())
 
 
+def singular_value_entropy(values_S: Tensor) -> Tensor:
+    """SVE of Chen et al. (arXiv 2309.17002, section 2.3): the entropy in nats of the singular values as shares of their
+    sum, in [0, log S], [...]: high where features spread over many directions. 0 for zeros, and for one value.
+    """
+    return effective_rank(values_S).clamp_min(1).log()
+
+
+def largest_value_ratio(values_S: Tensor) -> Tensor:
+    """LSVR of the same: -log of the largest singular value's share of their sum, in nats, in [0, log S], [...]: high
+    where the strongest direction has lost its lead. 0 for zeros, and for one value.
+    """
+    relative_S = _relative(values_S)
+    return relative_S.sum(dim=-1).clamp_min(1).log()  # the largest is 1
+
+
 def participation_ratio(values_S: Tensor) -> Tensor:
     """(sum e)^2 / sum e^2 over the energies e = s^2; in [1, S], S if all are equal, 0 for zeros."""
     share_S = energy_shares(values_S)

@@ -76,6 +76,18 @@ def variance(z_BD: Tensor, target: float = 1.0) -> Tensor:
     return _lacking(squares_D / (rows - 1).clamp_min(1), target)
 
 
+def covariance(z_BD: Tensor) -> Tensor:
+    """c of one view: the sum of squared covariances of different features of all ranks' rows, over D; 0 for one row."""
+    with torch.autocast(z_BD.device.type, enabled=False):
+        z_BD = wide(z_BD)
+        total_D, rows = sum_over_rows(z_BD.sum(dim=0), len(z_BD))
+        centred_BD = z_BD - total_D / rows.clamp_min(1)
+        products_DD, _ = sum_over_rows(centred_BD.T @ centred_BD, 0)
+    covariance_DD = products_DD / (rows - 1).clamp_min(1)
+    off_diagonal_DD = covariance_DD - torch.diag_embed(covariance_DD.diagonal())
+    return off_diagonal_DD.square().sum() / z_BD.shape[1]
+
+
 def _lacking(variance: Tensor, target: float) -> Tensor:
     """How far standard deviations lie below the target, the mean."""
     return (target - (variance + VARIANCE_EPS).sqrt()).relu().mean()

@@ -27,11 +27,13 @@ from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.partial import PartlyLabelledShards
 from lightspan.datamodules.image_text.scenes import Scenes
 from lightspan.datamodules.image_text.stamps import Stamps
+from lightspan.datamodules.image_text.swapped_captions import SwappedCaptions
 from lightspan.datamodules.images.blank import Blank
 from lightspan.datamodules.images.class_stream import ClassStream
 from lightspan.datamodules.images.classes import ClassSubset
 from lightspan.datamodules.images.coloured_shapes import ColouredShapes
 from lightspan.datamodules.images.few_shots import FewShots
+from lightspan.datamodules.images.noisy_labels import NoisyLabels
 from lightspan.datamodules.images.repeated import RepeatedImages
 from lightspan.datamodules.images.shapes import Shapes
 from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
@@ -173,6 +175,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
     "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], batch_size=4), "ImageBatch"),
     "ColouredShapes": (lambda folder: ColouredShapes(4, size=256), "ImageBatch"),
+    "NoisyLabels": (lambda folder: NoisyLabels(Digits(), batch_size=4), "ImageBatch"),
     "RepeatedImages": (lambda folder: RepeatedImages(Digits(), count=3, times=2, batch_size=4), "ImageBatch"),
     "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, batch_size=4), "ImageBatch"),
     "Derived": (lambda folder: Derived(Digits(), 1, 7, batch_size=4), "ImageBatch"),
@@ -229,6 +232,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "PartlyLabelledBatch",
     ),
     "Scenes": (lambda folder: Scenes(tokenizer=HashedWords(), batch_size=4, size=288), "LabelledImageTextBatch"),
+    "SwappedCaptions": (
+        lambda folder: SwappedCaptions(Scenes(tokenizer=HashedWords(), size=288), batch_size=4),
+        "LabelledImageTextBatch",
+    ),
     "Stamps": (lambda folder: Stamps(tokenizer=HashedWords(), batch_size=4), "LabelledImageTextBatch"),
     "RenderedScenes": (lambda folder: RenderedScenes(batch_size=4), "SceneBatch"),
     "RenderedScenes, two views": (lambda folder: RenderedScenes(views=TwoViews(), batch_size=4), "SceneViewsBatch"),

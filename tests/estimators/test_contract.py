@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 import lightspan.estimators
+from lightspan.analysis.label_metrics import ring
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.merging_statistics import NetworkOnData
@@ -184,6 +185,11 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
     **{name: {"bank": dense_of, "query": dense_of} for name in ("LinearSegmentation", "DepthOrder", "PromptIoU")},
     "CrossCameraRetrieval": {"bank": seen_of, "query": seen_of},
     "MineIdentities": {"features": filmed_of},
+    "Loki": {
+        "bank": lambda features: features,
+        "query": lambda features: features,
+        "metric": lambda features: ring(12),
+    },
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -270,6 +276,7 @@ WRONG = {
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
+    "Loki": [{name: wrong} for name in ("scale", "l2", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)],
     "MineIdentities": [
         *({name: wrong} for name in ("core", "within", "across") for wrong in (-1.1, 1.1, math.nan)),
         *({name: -1} for name in ("near", "far")),
@@ -333,6 +340,14 @@ COMPUTED = {
     "AttentionPatterns": {
         *("one row", "two rows", "one class", "classes left out", "constant features", "zeros", "a row of zeros"),
         *("equal points", "a lattice", "no feature", "denormal", "positions kept", "without labels"),
+    },
+    "Loki": {
+        *("one row", "two rows", "one class", "a class of one sample", "classes left out", "constant features"),
+        *("zeros", "a row of zeros", "equal points", "a lattice", "no feature", "denormal", "huge"),
+    },
+    "SpectrumSpread": {
+        *("one row", "two rows", "one class", "constant features", "zeros", "a row of zeros", "a lattice", "denormal"),
+        *("huge", "more features than rows", "without labels", "labels below zero", "several labels a sample"),
     },
     "MineIdentities": {
         *("one row", "two rows", "one class", "a class of one sample", "classes left out", "constant features"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.objectives.vicreg import vicreg_loss, vicreg_terms
+from lightspan.objectives.vicreg import covariance, vicreg_loss, vicreg_terms
 
 
 def rows(count: int = 9, width: int = 5, seed: int = 0) -> Tensor:
@@ -14,15 +14,15 @@ def rows(count: int = 9, width: int = 5, seed: int = 0) -> Tensor:
 
 def test_the_terms_are_numpys_variances_and_covariances() -> None:
     z1, z2 = 0.7 * rows(), 1.3 * rows(seed=1)
-    variance, covariance = 0.0, 0.0
+    variance, products = 0.0, 0.0
     for z in (z1.numpy(), z2.numpy()):
         variance += np.maximum(0, 1 - np.sqrt(z.var(axis=0, ddof=1) + 1e-4)).mean() / 2
         c = np.cov(z, rowvar=False)
-        covariance += (np.square(c).sum() - np.square(np.diag(c)).sum()) / 5
+        products += (np.square(c).sum() - np.square(np.diag(c)).sum()) / 5
     terms = vicreg_terms(z1, z2)
     assert terms.invariance.item() == pytest.approx(np.square((z1 - z2).numpy()).mean(), rel=1e-12)
     assert terms.variance.item() == pytest.approx(variance, rel=1e-12)
-    assert terms.covariance.item() == pytest.approx(covariance, rel=1e-12)
+    assert terms.covariance.item() == pytest.approx(products, rel=1e-12)
 
 
 def test_lightly_has_the_same_loss_and_gradient() -> None:
@@ -66,3 +66,13 @@ def test_one_row_counts_as_equal_rows_as_on_several_ranks_and_none_as_well() -> 
     torch.testing.assert_close(one, equal)
     assert [term.item() for term in one[1:]] == pytest.approx([0.99, 0])
     assert [term.item() for term in vicreg_terms(rows(0), rows(0))] == pytest.approx([0, 0.99, 0])
+
+
+def test_the_covariance_of_one_view_is_the_sum_of_squares_off_the_diagonal_and_changes_with_a_rotation() -> None:
+    z = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance_DD = torch.from_numpy(np.cov(z.numpy(), rowvar=False))
+    expected = (covariance_DD.square().sum() - covariance_DD.diagonal().square().sum()) / 4
+    torch.testing.assert_close(covariance(z), expected)
+    torch.testing.assert_close(2 * covariance(z), vicreg_terms(z, z).covariance)
+    turned = z @ torch.linalg.qr(z[:4]).Q
+    assert (covariance(turned) - expected).abs() > 0.01 * expected

@@ -1,0 +1,358 @@
+"""Loki on frozen features: classes of which there was no sample are predicted too, by how far labels are apart.
+
+Source: arXiv 2307.12226, in `lightspan.analysis.loki`. Shapes: N rows, K observed labels.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightspan.analysis.closed_form import HeadRule, LinearHead
+from lightspan.analysis.label_metrics import GraphMetric, LabelMetric
+from lightspan.analysis.layout import plane_layout
+from lightspan.analysis.linear_probe import fit_linear_probe
+from lightspan.analysis.loki import MOST, frechet_labels, locus, next_label
+from lightspan.analysis.rows import unit_rows
+from lightspan.drawing import COLOURS, SOFT, canvas, png
+from lightspan.errors import UserError
+from lightspan.estimators.estimator import Estimator
+from lightspan.features.features import Features
+from lightspan.results import Figure, Result
+
+TEMPERATURES = tuple(2.0**power for power in range(-4, 7))
+FOLDS = 5
+"""Parts of the observed labels that are left out in turn where a temperature is chosen."""
+INNER = "#cfd5dc"
+SHOWN = 80
+"""Labels in a picture, those that samples have or get first."""
+KINDS = ("observed", "reachable", "not reachable", "no label")
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+"""In which names are written beside their points, from left to right and from below to above."""
+
+
+@dataclass(frozen=True)
+class LokiScores(Result):
+    """Loki beside argmax on the rows of the query, and what is known of the labels. Accuracies are in [0, 1].
+
+    Attributes:
+        squared_distance, squared_distance_argmax: mean squared distance of the predicted label to the right one.
+        accuracy, accuracy_argmax: of all rows.
+        unseen_accuracy: of rows whose label is not observed, where argmax has 0; None without any.
+        seen_accuracy, seen_accuracy_argmax: of the other rows; None without any.
+        reachable: labels that some probabilities predict; None for many labels that form no tree.
+        next_label: the one to observe next, farthest from the reachable ones; None if these are all, or not known.
+        places: labels of the picture: name, x, y and kind.
+        edges: pairs of places that an edge joins.
+        moved: where rows of labels that are not observed went: pairs of places, and the share of the label's rows.
+    `tensors` has `prediction` and `prediction_argmax`, int64 [N].
+    """
+
+    squared_distance: float
+    squared_distance_argmax: float
+    accuracy: float
+    accuracy_argmax: float
+    unseen_accuracy: float | None
+    seen_accuracy: float | None
+    seen_accuracy_argmax: float | None
+    labels: int
+    observed: int
+    reachable: int | None
+    next_label: str | None
+    temperature: float
+    query_rows: int
+    places: tuple[dict[str, Any], ...] = ()
+    edges: tuple[tuple[int, int], ...] = ()
+    moved: tuple[tuple[int, int, float], ...] = ()
+
+    def figures(self) -> tuple[Figure, ...]:
+        shares = (
+            ("accuracy", self.accuracy),
+            ("accuracy of argmax", self.accuracy_argmax),
+            ("accuracy on unseen labels", self.unseen_accuracy),
+            ("accuracy on observed labels", self.seen_accuracy),
+            ("accuracy of argmax on observed labels", self.seen_accuracy_argmax),
+        )
+        return (
+            Figure("mean squared distance", self.squared_distance),
+            Figure("mean squared distance of argmax", self.squared_distance_argmax),
+            *(Figure(name, 100 * share, "%") for name, share in shares if share is not None),
+            Figure("labels", self.labels),
+            Figure("observed labels", self.observed),
+            *([] if self.reachable is None else [Figure("reachable labels", self.reachable)]),
+            Figure("temperature", self.temperature),
+            Figure("rows of query", self.query_rows),
+        )
+
+    def table(self) -> tuple[dict[str, Any], ...]:
+        return tuple(
+            {"label": self.places[one]["name"], "predicted": self.places[other]["name"], "share": share}
+            for one, other, share in self.moved
+        )
+
+    def picture(self, title: str) -> bytes | None:
+        """The plane of the labels, larger than the picture of other results."""
+        figure, ((axes,),) = canvas(title, size=(7.2, 5.6))
+        self.draw(axes)
+        return png(figure)
+
+    def draw(self, axes: Any) -> None:
+        x, y = ([place[side] for place in self.places] for side in "xy")
+        axes.set_axis_off()
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.margins(0.12)
+        for one, other in self.edges:
+            axes.plot([x[one], x[other]], [y[one], y[other]], color=INNER, linewidth=1.0, zorder=1)
+        looks = (COLOURS[0], COLOURS[0], 48), (COLOURS[2], COLOURS[2], 26), ("white", SOFT, 26), (INNER, INNER, 8)
+        for kind, (face, edge, size) in zip(KINDS, looks, strict=True):
+            of_kind = [number for number, place in enumerate(self.places) if place["kind"] == kind]
+            if of_kind:
+                axes.scatter(
+                    *([side[number] for number in of_kind] for side in (x, y)),
+                    s=size,
+                    facecolor=face,
+                    edgecolor=edge,
+                    linewidth=1.2,
+                    zorder=3,
+                    label=f"{kind} ({len(of_kind)})" if kind != KINDS[3] else None,
+                )
+        for one, other, share in self.moved:
+            if one != other:
+                style = {
+                    "arrowstyle": "-|>",
+                    "color": COLOURS[1],
+                    "linewidth": 0.6 + 2 * share,
+                    "alpha": 0.25 + 0.6 * share,
+                }
+                bent = {"connectionstyle": "arc3,rad=0.18", "shrinkA": 4, "shrinkB": 5, "mutation_scale": 9}
+                axes.annotate("", (x[other], y[other]), (x[one], y[one]), arrowprops=style | bent, zorder=2)
+        if any(one != other for one, other, _ in self.moved):
+            axes.plot([], [], color=COLOURS[1], linewidth=1.4, label="unseen, to what is predicted instead")
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, handletextpad=0.3
+        )
+        self._name(axes, x, y)
+
+    def _name(self, axes: Any, x: list[float], y: list[float]) -> None:
+        """Writes names where none covers another or a point, those of labels that samples have first."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure = axes.figure
+        renderer, size = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72
+        figure.draw_without_rendering()  # places in pixels are known only then
+        points = axes.transData.transform([*zip(x, y, strict=True)]) if x else []
+        taken = [(px - 3 * size, py - 3 * size, px + 3 * size, py + 3 * size) for px, py in points]
+        frame = axes.get_window_extent(renderer)
+        busy = {end for one, other, _ in self.moved for end in (one, other)}
+        first = sorted(range(len(x)), key=lambda i: (i not in busy, KINDS.index(self.places[i]["kind"]), i))
+        for number in first:
+            for reach in (5, 9):
+                if (box := self._written(axes, number, x, y, reach, taken, frame, renderer)) is not None:
+                    taken.append(box)
+                    break
+
+    def _written(
+        self,
+        axes: Any,
+        number: int,
+        x: list[float],
+        y: list[float],
+        reach: float,
+        taken: list[Any],
+        frame: Any,
+        renderer: Any,
+    ) -> tuple[float, float, float, float] | None:
+        """The place of a name, in pixels, if one of the directions has room for it."""
+        from matplotlib.patheffects import withStroke
+
+        name, stroke = self.places[number]["name"], [withStroke(linewidth=2, foreground="white")]
+        # Away from the middle first, where others are less in the way.
+        for across, up in sorted(
+            DIRECTIONS, key=lambda way: -(way[0] * x[number] + way[1] * y[number]) / math.hypot(*way)
+        ):
+            text = axes.annotate(
+                name if len(name) <= 24 else name[:23] + "…",
+                (x[number], y[number]),
+                (reach * across, reach * up),
+                textcoords="offset points",
+                ha=("right", "center", "left")[across + 1],
+                va=("top", "center", "bottom")[up + 1],
+                fontsize=7.5,
+                color=SOFT if self.places[number]["kind"] == KINDS[3] else "black",
+                path_effects=stroke,
+                parse_math=False,
+                zorder=4,
+            )
+            text.set_in_layout(False)
+            box = text.get_window_extent(renderer)
+            left, low, right, high = box.x0 - 1, box.y0, box.x1 + 1, box.y1
+            inside = frame.x0 <= left and right <= frame.x1 and frame.y0 <= low and high <= frame.y1
+            if inside and not any(left < b[2] and right > b[0] and low < b[3] and high > b[1] for b in taken):
+                return left, low, right, high
+            text.remove()
+        return None
+
+
+class Loki(Estimator):
+    """Classifies the query by a classifier of the bank's classes, the observed labels, and by the metric of all labels.
+
+    Labels are numbers in the metric: those of the query may be ones that the bank does not have.
+
+    Args:
+        rule: makes the classifier; None is logistic regression, as the paper has it for frozen features. With
+            `lightspan.analysis.closed_form.NearestMean` and cosines, a bank of texts of the observed classes makes the
+            classifier of CLIP.
+        scale: of the scores of a `rule`, above 0; CLIP's cosines have 100.
+        l2: penalty of the logistic regression, above 0 and finite, see `lightspan.analysis.linear_probe`.
+        temperature: of the softmax, above 0 and finite; 1 takes probabilities as they are, as the paper does. Near 0
+            Loki is argmax, and a large one gives the centre of the metric. None chooses it on observed labels, of which
+            each fifth is left out of the classifier in turn, on their rows in `val` or else on a fifth of the bank's
+            rows. That tells little with few labels, or evenly spaced ones, each of which lies in the middle of its
+            neighbours at any temperature. With one or two observed labels it is 1. The likelihood of held-out rows
+            would not do: it makes classes that are told apart without error as sure as can be, and Loki argmax.
+        observed: labels of the bank that the classifier learns; rows of others are left out. None takes all.
+    """
+
+    def __init__(
+        self,
+        rule: HeadRule | None = None,
+        scale: float = 1.0,
+        l2: float = 1.0,
+        temperature: float | None = 1.0,
+        observed: Sequence[int] | None = None,
+    ) -> None:
+        for name, value in (("scale", scale), ("l2", l2), ("temperature", temperature)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"Loki {name}={value} must be above 0 and finite")
+        if observed is not None and not observed:
+            raise UserError("Loki observed=[] leaves no label that the classifier knows; name at least one")
+        self.rule, self.scale, self.l2, self.temperature = rule, scale, l2, temperature
+        self.observed = None if observed is None else list(observed)
+
+    def fit(self, bank: Features, query: Features, metric: LabelMetric, val: Features | None = None) -> LokiScores:
+        """Raises: UserError for sets without rows, of different width or that are not finite, and for labels that the
+        metric does not have.
+        """
+        bank = bank if self.observed is None else bank.of_classes(self.observed)
+        for name, features in (("bank", bank), ("query", query)):
+            metric.require_numbers(features.classes(), name)
+            if not len(features):
+                raise UserError(f"Loki got no row in its {name}; give it at least one")
+        head = self._head(bank)
+        temperature = self._temperature(bank, metric, val) if self.temperature is None else self.temperature
+        logits_NK = self._logits(head, query)
+        observed_K, truth_N = head.class_C.cpu(), query.classes().cpu()
+        found_N = frechet_labels((logits_NK / temperature).softmax(dim=1), observed_K, metric)
+        argmax_N = observed_K[logits_NK.argmax(dim=1).cpu()]
+        seen_N = torch.isin(truth_N, observed_K)
+        small = (isinstance(metric, GraphMetric) and metric.is_tree) or len(metric) <= MOST
+        reached_L = locus(observed_K, metric) if small else None
+        following = next_label(observed_K, metric) if small else None
+        return LokiScores(
+            squared_distance=float(metric.squared_pairs(found_N, truth_N).mean()),
+            squared_distance_argmax=float(metric.squared_pairs(argmax_N, truth_N).mean()),
+            accuracy=_share(found_N == truth_N) or 0.0,
+            accuracy_argmax=_share(argmax_N == truth_N) or 0.0,
+            unseen_accuracy=_share((found_N == truth_N)[~seen_N]),
+            seen_accuracy=_share((found_N == truth_N)[seen_N]),
+            seen_accuracy_argmax=_share((argmax_N == truth_N)[seen_N]),
+            labels=len(metric),
+            observed=len(observed_K),
+            reachable=None if reached_L is None else int(reached_L.sum()),
+            next_label=None if following is None else metric.names[following],
+            temperature=temperature,
+            query_rows=len(query),
+            **_pictured(metric, observed_K, reached_L, truth_N, found_N, seen_N),
+            tensors={"prediction": found_N, "prediction_argmax": argmax_N},
+        )
+
+    def _head(self, bank: Features) -> LinearHead:
+        if self.rule is not None:
+            return self.rule.head(bank.moments(by_class=True, unit=True))
+        class_C, place_N = bank.classes().unique(return_inverse=True)
+        return LinearHead(*fit_linear_probe(bank.rows(), place_N, self.l2), class_C)
+
+    def _logits(self, head: LinearHead, features: Features) -> Tensor:
+        rows_ND = features.rows()
+        return head.scores(rows_ND) if self.rule is None else self.scale * head.scores(unit_rows(rows_ND))
+
+    def _temperature(self, bank: Features, metric: LabelMetric, val: Features | None) -> float:
+        """The one of `TEMPERATURES` with the least squared distance, of equals the one nearest to 1, where some of the
+        observed classes play labels that are not. Their rows count by the share of labels that are not observed,
+        those of the others by that of the observed ones: as if all labels were alike.
+        """
+        class_C = bank.classes().unique()
+        if val is None:
+            held_N = torch.zeros(len(bank), dtype=torch.bool)
+            held_N[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[: len(bank) // 5]] = True
+            bank, val = (Features(bank.rows()[rows], bank.classes()[rows]) for rows in (~held_N, held_N))
+        asked = val.of_classes(class_C.tolist())
+        folds = min(FOLDS, len(class_C))
+        unseen = 1 - len(class_C) / len(metric)
+        cost_T = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        for fold in range(folds):
+            kept = [label for place, label in enumerate(class_C.tolist()) if place % folds != fold]
+            part, is_kept_N = bank.of_classes(kept), torch.isin(asked.classes(), torch.tensor(kept))
+            if len(kept) < 2 or not len(part) or is_kept_N.all() or not is_kept_N.any():
+                continue
+            head = self._head(part)
+            logits_NK = self._logits(head, asked)
+            for number, temperature in enumerate(TEMPERATURES):
+                found_N = frechet_labels((logits_NK / temperature).softmax(dim=1), head.class_C, metric)
+                squared_N = metric.squared_pairs(found_N, asked.classes())
+                cost_T[number] += (1 - unseen) * squared_N[is_kept_N].mean() + unseen * squared_N[~is_kept_N].mean()
+        return min(zip(cost_T.tolist(), TEMPERATURES, strict=True), key=lambda one: (one[0], abs(math.log(one[1]))))[1]
+
+
+def _share(right_N: Tensor) -> float | None:
+    return float(right_N.double().mean()) if len(right_N) else None
+
+
+def _pictured(
+    metric: LabelMetric,
+    observed_K: Tensor,
+    reached_L: Tensor | None,
+    truth_N: Tensor,
+    found_N: Tensor,
+    seen_N: Tensor,
+) -> dict[str, Any]:
+    """The fields of the picture; of each label that is not observed the prediction that most of its rows get."""
+    pairs_P2, count_P = torch.stack([truth_N, found_N], dim=1)[~seen_N].unique(dim=0, return_counts=True)
+    most: dict[int, tuple[int, int]] = {}
+    for (truth, found), count in zip(pairs_P2.tolist(), count_P.tolist(), strict=True):
+        most[truth] = max(most.get(truth, (-1, 0)), (count, found), key=lambda one: one[0])
+    rows = {truth: int((truth_N == truth).sum()) for truth in most}
+    whole = metric.of_all_nodes() if isinstance(metric, GraphMetric) else metric
+    wanted = [*most, *(found for _, found in most.values()), *observed_K.tolist(), *truth_N.unique().tolist()]
+    wanted += range(len(metric)) if len(metric) <= SHOWN else ()
+    wanted += range(len(whole)) if len(whole) <= SHOWN else ()
+    shown = list(dict.fromkeys(wanted))[:SHOWN]
+    place_of = {label: place for place, label in enumerate(shown)}
+    shown_S = torch.tensor(shown, dtype=torch.int64)
+    squared = whole.squared_pairs(shown_S.repeat_interleave(len(shown_S)), shown_S.repeat(len(shown_S)))
+    at_S2 = plane_layout(squared.sqrt().view(len(shown_S), -1))
+    observed = set(observed_K.tolist())
+
+    def kind(label: int) -> str:
+        if label in observed:
+            return KINDS[0]
+        if label >= len(metric):
+            return KINDS[3]
+        return KINDS[1] if reached_L is None or bool(reached_L[label]) else KINDS[2]
+
+    edges = whole.edges.tolist() if isinstance(whole, GraphMetric) else []
+    return {
+        "places": tuple(
+            {"name": whole.names[label], "x": x, "y": y, "kind": kind(label)}
+            for label, (x, y) in zip(shown, at_S2.tolist(), strict=True)
+        ),
+        "edges": tuple((place_of[a], place_of[b]) for a, b in edges if a in place_of and b in place_of),
+        "moved": tuple(
+            (place_of[truth], place_of[found], count / rows[truth])
+            for truth, (count, found) in most.items()
+            if truth in place_of and found in place_of
+        ),
+    }

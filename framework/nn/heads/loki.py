@@ -1,0 +1,45 @@
+"""A head without weights that turns logits of some labels into scores of all: Loki, as a module.
+
+Source: arXiv 2307.12226; `lightspan.analysis.loki` says more, and never holds a matrix as large as this one.
+Shapes: K observed labels, N labels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightspan.devices import wide
+from lightspan.distributed import register_replicated
+from lightspan.errors import UserError
+from lightspan.ranges import require_temperatures
+
+
+class LokiHead(nn.Module):
+    """Scores -softmax(logits / T) D^2: [... K] -> [... N], in float32 or wider. The largest is the prediction.
+
+    Behind the logits of any classifier: `nn.Sequential(model, LokiHead(metric.squared(observed)))`. It has a gradient,
+    so that one may also train through it with the scores as logits, as the authors' code does.
+
+    Args:
+        squared_KN: squared distances of the K labels whose logits come in, in their order, to all labels, at least 0
+            and finite.
+        temperature: T, above 0 and finite; near 0 the label with the largest logit wins.
+    """
+
+    squared_KN: Tensor
+
+    def __init__(self, squared_KN: Tensor, temperature: float = 1.0) -> None:
+        super().__init__()
+        if squared_KN.ndim != 2 or not squared_KN.numel() or not (squared_KN.isfinite() & (squared_KN >= 0)).all():
+            raise UserError(
+                f"LokiHead squared_KN {list(squared_KN.shape)} must be finite squares of distances [K, N], of at least "
+                "one label"
+            )
+        require_temperatures(temperature=temperature)
+        register_replicated(self, "squared_KN", squared_KN.float())
+        self.temperature = temperature
+        self.in_features, self.out_features = squared_KN.shape
+
+    def forward(self, logits_K: Tensor) -> Tensor:
+        with torch.autocast(logits_K.device.type, enabled=False):
+            p_K = (wide(logits_K) / self.temperature).softmax(dim=-1)
+            return -(p_K @ self.squared_KN.to(p_K.dtype))

@@ -1,0 +1,109 @@
+"""Loki on features: labels without a sample, the choice of the temperature, and names that do not overlap."""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+
+from lightspan.analysis.closed_form import NearestMean
+from lightspan.analysis.label_metrics import EmbeddingMetric, GraphMetric, MatrixMetric, ring
+from lightspan.drawing import canvas
+from lightspan.errors import UserError
+from lightspan.estimators.loki import Loki
+from lightspan.features.features import Features
+
+LABELS, OBSERVED = 24, [0, 4, 8, 12, 16, 20]
+
+
+def on_a_circle(seed: int, rows: int = 240, noise: float = 0.1) -> Features:
+    label = torch.arange(rows) % LABELS
+    at = 2 * math.pi * label / LABELS
+    x = torch.stack([at.cos(), at.sin()], dim=1)
+    return Features(x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)), label)
+
+
+def test_labels_without_a_sample_are_predicted_and_a_permuted_metric_misleads() -> None:
+    bank, query = on_a_circle(0).of_classes(OBSERVED), on_a_circle(1)
+    found = Loki(temperature=2.0).fit(bank, query, ring(LABELS))
+    assert found.squared_distance < 0.5 * found.squared_distance_argmax
+    assert found.unseen_accuracy is not None
+    assert found.unseen_accuracy > 0.3
+    assert Loki(temperature=2.0, observed=OBSERVED).fit(on_a_circle(0), query, ring(LABELS)) == found
+    assert (found.labels, found.observed, found.reachable, found.next_label) == (24, 6, 24, None)
+    assert found.query_rows == 240
+    assert found.accuracy_argmax <= 6 / 24
+    order = torch.randperm(LABELS, generator=torch.Generator().manual_seed(0))
+    distance = ring(LABELS).squared(torch.arange(LABELS)).sqrt()
+    permuted = Loki(temperature=2.0).fit(bank, query, MatrixMetric(distance[order][:, order])).tensors["prediction"]
+    truth = query.classes()
+    assert ring(LABELS).squared_pairs(permuted, truth).mean() > found.squared_distance_argmax
+
+
+def test_a_temperature_near_zero_is_argmax_and_equal_distances_are_too() -> None:
+    bank, query = on_a_circle(0).of_classes(OBSERVED), on_a_circle(1)
+    for found in (
+        Loki(temperature=1e-4).fit(bank, query, ring(LABELS)),
+        Loki(temperature=1.0).fit(bank, query, MatrixMetric(1 - torch.eye(LABELS))),
+    ):
+        assert torch.equal(found.tensors["prediction"], found.tensors["prediction_argmax"])
+        assert found.squared_distance == found.squared_distance_argmax
+        assert found.seen_accuracy == found.seen_accuracy_argmax
+        assert found.unseen_accuracy == 0
+
+
+def test_the_query_has_no_say_in_the_temperature_and_val_has() -> None:
+    bank = on_a_circle(0).of_classes(OBSERVED)
+    one, other = (
+        Loki(temperature=None).fit(bank, query, ring(LABELS)) for query in (on_a_circle(1), on_a_circle(2, noise=2.0))
+    )
+    assert one.temperature == other.temperature
+    plain = MatrixMetric(1 - torch.eye(LABELS))
+    assert Loki(temperature=None).fit(bank, bank, plain).temperature == 1  # all are equally good
+    with_val = Loki(temperature=None).fit(bank, on_a_circle(1), ring(LABELS), val=on_a_circle(3, noise=1.0))
+    assert with_val.temperature > 0
+    again = Loki(temperature=with_val.temperature).fit(bank, on_a_circle(1), ring(LABELS))
+    assert again.squared_distance == with_val.squared_distance
+
+
+def test_texts_of_the_observed_classes_make_the_classifier_and_those_of_all_the_metric() -> None:
+    """As CLIP: images near the text of their class."""
+    at = 2 * math.pi * torch.arange(8) / 8
+    text, label = torch.stack([at.cos(), at.sin()], dim=1), torch.arange(80) % 8
+    query = Features(text[label] + 0.05 * torch.randn(80, 2, generator=torch.Generator().manual_seed(1)), label)
+    bank, rule = Features(text, torch.arange(8)), NearestMean(cosine=True)
+    found = Loki(rule, scale=100.0, temperature=1.0).fit(bank, query, EmbeddingMetric(text))
+    assert found.accuracy == found.accuracy_argmax == 1
+    assert found.unseen_accuracy is None
+    half = bank.of_classes([0, 2, 4, 6])
+    fewer = Loki(rule, scale=100.0, temperature=20.0).fit(half, query, EmbeddingMetric(text))
+    assert fewer.squared_distance < 0.5 * fewer.squared_distance_argmax
+
+
+def test_labels_that_do_not_fit_the_metric_are_refused() -> None:
+    with pytest.raises(UserError, match="query has labels from 0 to 23, and the metric knows 12"):
+        Loki().fit(on_a_circle(0).of_classes([0, 1]), on_a_circle(1), ring(12))
+    with pytest.raises(UserError, match=r"Loki observed=\[\] leaves no label"):
+        Loki(observed=[])
+    with pytest.raises(UserError, match="no row in its query"):
+        Loki().fit(on_a_circle(0), on_a_circle(1).of_classes([]), ring(LABELS))
+
+
+def test_names_in_the_picture_stay_inside_and_do_not_overlap() -> None:
+    edges = [(f"a garment of kind {i}", f"a garment of kind {i // 3}") for i in range(1, 40)]
+    metric = GraphMetric(edges, labels=[f"a garment of kind {i}" for i in range(40)])
+    label = torch.arange(400) % 40
+    x = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) + label[:, None]
+    found = Loki(temperature=1.0).fit(Features(x, label).of_classes([20, 30, 39]), Features(x, label), metric)
+    assert {place["kind"] for place in found.places} == {"observed", "reachable", "not reachable"}
+    assert len(found.places) == 40
+    assert len(found.edges) == 39
+    assert found.table()[0]["share"] <= 1
+    figure, ((axes,),) = canvas("many names", size=(7.2, 5.6))
+    found.draw(axes)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) > 20
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    frame = axes.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
