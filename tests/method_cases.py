@@ -81,6 +81,7 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
@@ -589,6 +590,7 @@ CASES: dict[str, Case] = {
         unsharded="which FSDP2 splits",
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
