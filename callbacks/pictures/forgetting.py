@@ -70,7 +70,8 @@ class Forgetting(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, after: int) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        counts, seen = TaskAccuracy(len(data.tasks)).to(module.device), sorted(sum(data.tasks[: after + 1], []))
+        counts = TaskAccuracy(len(data.tasks)).to(module.device)
+        seen = sorted(number for task in data.tasks[: after + 1] for number in task)
         with detached(module):
             for on, loader in enumerate(data.val_dataloader()[: after + 1]):
                 for batch in loader:

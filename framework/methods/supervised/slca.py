@@ -120,8 +120,8 @@ class SLCA(Method):
         self.backbone, self.num_classes = backbone, num_classes
         if (width := given_features(backbone)) is None:
             raise UserError(
-                f"SLCA needs the width of its backbone, but {type(backbone).__name__} has no attribute num_features; use "
-                "one of lightspan.backbones.vision or set it"
+                f"SLCA needs the width of its backbone, but {type(backbone).__name__} has no attribute num_features; "
+                "use one of lightspan.backbones.vision or set it"
             )
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, a=-0.04, b=0.04)
@@ -146,8 +146,8 @@ class SLCA(Method):
             return
         if sorted(c for task in tasks for c in task) != list(range(self.num_classes)):
             raise UserError(
-                f"the tasks of {type(data).__name__} have the classes {tasks}, and SLCA num_classes={self.num_classes}; "
-                "give it their number"
+                f"the tasks of {type(data).__name__} have the classes {tasks}, and SLCA num_classes="
+                f"{self.num_classes}; give it their number"
             )
         for number, task in enumerate(tasks):
             self.task_C[task] = number

@@ -1,4 +1,4 @@
-"""SLCA: heads of other tasks stay, the aligned head is only for answers, samples follow the Gaussians, a run resumes."""
+"""SLCA: rows of other tasks stay, the aligned head only answers, samples follow the Gaussians, a run resumes."""
 
 import math
 from functools import partial
