@@ -1,10 +1,10 @@
-"""Resize and normalise (arXiv 2305.13456): one frozen network whose input is prepared in different ways, and baselines.
+"""Resize and normalise (arXiv 2305.13456): a frozen network whose input is prepared in different ways, and baselines.
 
 Scenes of a sensor with three bands are rendered from small pictures: the picture, its blur, and its change from left to
 right, each in digital numbers with a gain and an offset of its own, as satellites deliver them. A convolutional network
 learns ten kinds of clothes (the shipped Fashion-MNIST) at 32 pixels, standardised by the bands of its training scenes.
-Then digits, which it has never seen, of 8 pixels, are told apart by the 5 nearest neighbours of its features: as they
-are and divided by 10,000, as benchmarks did, or at 32 pixels and standardised by the training scenes, as it was trained.
+Then digits of 8 pixels, which it has never seen, are told apart by the 5 nearest neighbours of its features: as they
+are and divided by 10,000, as benchmarks did, or at 32 pixels and standardised by the training scenes, as in training.
 
 The rate was chosen on seed 100 by accuracy on 500 training scenes of clothes that were held out:
 `python evidence/test_11_resize_normalise.py` repeats the search. Nothing else was chosen.
@@ -126,7 +126,7 @@ def test_a_frozen_network_is_judged_by_its_preprocessing(evidence) -> None:
         over_wrong[seed] = found["network", matched] - found["network", wrong]
     evidence.note(
         f"2,996 training scenes of clothes in {EPOCHS} epochs; 1,200 digits in the bank, 597 asked; a digit is 0.17 "
-        f"points. Rate {RATE:g} of {len(RATES)}, chosen on seed {SEARCH_SEED} and {VALIDATION} held-out scenes of clothes."
+        f"points. Rate {RATE:g} of {len(RATES)}, chosen on seed {SEARCH_SEED} and {VALIDATION} held-out scenes."
     )
     evidence.claim("matched preprocessing minus own size and /10,000", over_native, at_least=10.0, unit="points")
     evidence.claim("matched preprocessing minus wrong statistics (/10,000)", over_wrong, at_least=3.0, unit="points")

@@ -35,6 +35,7 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.pictures.in_memory import PicturesInMemory
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
@@ -117,6 +118,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TexturedScenes": (lambda folder: TexturedScenes(size=16, batch_size=4), "ImageBatch"),
     "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
     "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
+    "PicturesInMemory": (
+        lambda folder: PicturesInMemory(pictures(folder), num_classes=2, batch_size=4),
+        "ImageBatch",
+    ),
     "Shards": (shards, "ImageBatch"),
     "PosedShards": (
         lambda folder: PosedShards([posed_shard(folder / "posed.tar")], columns=2, batch_size=4),
