@@ -41,7 +41,7 @@ RATES = {
     "slow": [(lr, share) for lr in (1e-3, 3e-3, 1e-2, 3e-2) for share in (0.01, 0.1)],
     "SLCA": [(lr, share) for lr in (1e-3, 3e-3, 1e-2, 3e-2) for share in (0.01, 0.1)],
 }
-CHOSEN = {"uniform": (1e-2, 1.0), "slow": (1e-2, 0.01), "SLCA": (1e-2, 0.01)}
+CHOSEN = {"uniform": (5e-3, 1.0), "slow": (1e-2, 0.01), "SLCA": (3e-3, 0.01)}
 
 
 def pretrained(seed: int, val_size: int) -> tuple[nn.Module, float]:

@@ -177,6 +177,7 @@ class IncrementalAccuracy(Result):
             axes.plot(range(task + 1, learned + 1), shares, color=colour, linewidth=1.0, marker=".", alpha=0.8)
             axes.annotate(f" {task + 1}", (learned, shares[-1]), color=colour, fontsize=7, va="center")
         axes.plot(range(1, learned + 1), [100 * a for a in accuracies], color=COLOURS[0], linewidth=2.5, marker="o")
+        axes.set_xticks(range(1, learned + 1))
         axes.set_xlabel("tasks learned (thick: all classes seen; thin: each task)")
         axes.set_ylabel("accuracy, %")
 

@@ -17,7 +17,7 @@ from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.probes import LinearProbe
 from lightspan.features.preprocessing import require_stated
-from lightspan.features.preprocessing_grid import Cell, Grid
+from lightspan.features.preprocessing_grid import GridCell, Grid
 from lightspan.results import Figure, Result
 
 
@@ -91,7 +91,7 @@ class ResizeNormalise(Estimator):
             rows.append(named | found)
         return GridScores(tuple(rows), score)
 
-    def _scores(self, cell: Cell) -> tuple[dict[str, float], str]:
+    def _scores(self, cell: GridCell) -> tuple[dict[str, float], str]:
         known, asked = cell.bank.label_N, cell.query.label_N
         if known is None or asked is None:
             raise UserError("ResizeNormalise needs a label for each sample, but the bank or the query has none")

@@ -26,7 +26,7 @@ from lightspan.nn.bands import inflated
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """Features of one encoder and one preprocessing.
 
     Attributes:
@@ -52,7 +52,7 @@ class Grid:
         cells: encoder by encoder.
     """
 
-    cells: tuple[Cell, ...]
+    cells: tuple[GridCell, ...]
 
 
 class PreprocessingGrid(Input):
@@ -123,7 +123,7 @@ class PreprocessingGrid(Input):
             )
             for what, features in (("the bank", bank), ("the query", query)):
                 require_stated(what, features, prepare.statement())
-            cells.append(Cell(name, size, how, which, prepare.statement(), bank, query))
+            cells.append(GridCell(name, size, how, which, prepare.statement(), bank, query))
         return Grid(tuple(cells))
 
     def outlook(self, store: FeatureStore) -> str:

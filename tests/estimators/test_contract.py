@@ -22,7 +22,7 @@ from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
-from lightspan.features.preprocessing_grid import Cell, Grid
+from lightspan.features.preprocessing_grid import GridCell, Grid
 from lightspan.features.stream import FeatureStream
 from lightspan.merging.models import Held
 from lightspan.merging.weights import Weights
@@ -165,7 +165,7 @@ def grid_of(features: Features) -> Grid:
     """A cell whose bank and query are these."""
     stated = {"bands": None, "size": 8, "normalisation": {"name": "divided"}}
     features = replace(features, key=json.dumps({"preprocessing": stated}))
-    return Grid((Cell("network", 8, "divided", "all", stated, features, features),))
+    return Grid((GridCell("network", 8, "divided", "all", stated, features, features),))
 
 
 OF: dict[type, Callable[[Features], Any]] = {
