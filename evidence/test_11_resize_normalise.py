@@ -31,7 +31,7 @@ from lightspan.features.store import FeatureStore
 
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2), 100, 500
 SIZE, EPOCHS, BATCH = 32, 10, 64
-RATES, RATE = (3e-4, 1e-3, 3e-3), 3e-3
+RATES, RATE = (3e-4, 1e-3, 3e-3), 1e-3
 GAIN, OFFSET = torch.tensor([2000.0, 1200.0, 2500.0]), torch.tensor([1000.0, 600.0, 1300.0])
 
 

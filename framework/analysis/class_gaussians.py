@@ -59,16 +59,15 @@ class ClassGaussians(nn.Module):
         if not moments.count:
             return
         covariance_FF = moments.within_DD / max(moments.count - 1, 1)
-        covariance_FF = covariance_FF + self.jitter * torch.eye(len(covariance_FF), dtype=covariance_FF.dtype).to(
-            covariance_FF
-        )
+        covariance_FF.diagonal().add_(self.jitter)
         self.count_C[number] = moments.count
         self.mean_CF[number] = moments.mean_CD[0].to(self.mean_CF)
         self.factor_CFF[number] = factor(covariance_FF).to(self.factor_CFF)
 
     def known(self) -> list[int]:
         """The classes that were learned, ascending."""
-        return self.count_C.nonzero()[:, 0].tolist()
+        known: list[int] = self.count_C.nonzero()[:, 0].tolist()
+        return known
 
     def covariance(self, number: int) -> Tensor:
         """[F F], the jitter included."""

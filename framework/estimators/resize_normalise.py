@@ -17,7 +17,7 @@ from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.probes import LinearProbe
 from lightspan.features.preprocessing import require_stated
-from lightspan.features.preprocessing_grid import GridCell, Grid
+from lightspan.features.preprocessing_grid import Grid, GridCell
 from lightspan.results import Figure, Result
 
 

@@ -22,7 +22,7 @@ from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
-from lightspan.features.preprocessing_grid import GridCell, Grid
+from lightspan.features.preprocessing_grid import Grid, GridCell
 from lightspan.features.stream import FeatureStream
 from lightspan.merging.models import Held
 from lightspan.merging.weights import Weights

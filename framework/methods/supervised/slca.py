@@ -79,7 +79,6 @@ class SLCA(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`. The schedule's run is one task.
     """
 
-    num_classes: int
     task_C: Tensor
     begun: Tensor
     done: Tensor
@@ -144,21 +143,21 @@ class SLCA(Method):
         tasks = getattr(data, "tasks", None)
         if stage != "fit" or tasks is None:
             return
-        if sorted(c for task in tasks for c in task) != list(range(self.num_classes)):
+        if sorted(number for task in tasks for number in task) != list(range(len(self.task_C))):
             raise UserError(
                 f"the tasks of {type(data).__name__} have the classes {tasks}, and SLCA num_classes="
-                f"{self.num_classes}; give it their number"
+                f"{len(self.task_C)}; give it their number"
             )
         for number, task in enumerate(tasks):
             self.task_C[task] = number
-        self._steps = list(data.task_steps())
+        self._steps = list(data.task_steps()) if len(tasks) > 1 else []
 
     def configure_model(self) -> None:
         self.require_whole("writes rows of a whole head back")
 
     def configure_optimizers(self) -> Any:
         """Raises: UserError for a run that goes through the tasks more than once."""
-        if len(self._steps) < 2:
+        if not self._steps:
             return super().configure_optimizers()
         if (total := self._total_steps()) > sum(self._steps):
             raise UserError(
@@ -291,7 +290,7 @@ class SLCA(Method):
         self.log(f"{stage}/accuracy", accuracy, batch_size=len(label_B), sync_dist=True, prog_bar=True)
 
     def _ends(self) -> list[int]:
-        """Micro-batches until each task has ended; none where all data are one task."""
+        """Micro-batches until each of several tasks has ended."""
         share = self.trainer.accumulate_grad_batches
         return [share * steps for steps in accumulate(self._steps)]
 
