@@ -100,6 +100,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
+from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.bank_noise import BankNoise
@@ -793,6 +794,7 @@ CASES: dict[str, Case] = {
     "supervised.sequence_classifier": Case(
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
+    "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),

@@ -65,6 +65,27 @@ class ClassStream(ImageData):
     def train_dataloader(self) -> ExactLoader:
         """Raises: UserError for a task that does not fill a batch."""
         assert self.train is not None
+        places = self._places()
+        classes = " | ".join(" ".join(map(str, task)) for task in self.tasks)
+        said = f"classes {classes}, each seen {'once' if self.passes == 1 else f'{self.passes} times'}"
+        order = InSequence(tuple(map(len, places)), content=said)
+        samples = _Placed(self.train, np.concatenate(places))
+        return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+
+    def task_steps(self) -> list[int]:
+        """Optimiser steps of each task, after `setup`. Raises: UserError as `train_dataloader`."""
+        return [len(own) // self.batch_size for own in self._places()]
+
+    def task_bank(self, number: int) -> EvaluationLoader:
+        """The training images of a task as they are, each once, after `setup`."""
+        assert isinstance(self.bank.data, Labelled)
+        own = np.isin(self.bank.data.labels, self.tasks[number])
+        part = Labelled(*(column[own] for column in self.bank.data))
+        return self._evaluate(ImageSamples(part, self.bank.mean, self.bank.std))
+
+    def _places(self) -> list[np.ndarray]:
+        """Of the images of each task, as often as they are seen, in whole batches."""
+        assert self.train is not None
         assert isinstance(self.train.data, Labelled)
         places = []
         for number, task in enumerate(self.tasks):
@@ -76,11 +97,7 @@ class ClassStream(ImageData):
                     "lower it, or raise passes"
                 )
             places.append(own[: len(own) // self.batch_size * self.batch_size])
-        classes = " | ".join(" ".join(map(str, task)) for task in self.tasks)
-        said = f"classes {classes}, each seen {'once' if self.passes == 1 else f'{self.passes} times'}"
-        order = InSequence(tuple(map(len, places)), content=said)
-        samples = _Placed(self.train, np.concatenate(places))
-        return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+        return places
 
     def val_dataloader(self) -> list[EvaluationLoader]:  # type: ignore[override]
         """Raises: UserError for a task without validation images: its loader would be left out without a word."""

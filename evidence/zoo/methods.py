@@ -325,6 +325,7 @@ LEFT_OUT = {
     "SDFPT": "starts from the weights of an earlier run, and needs another run of them as its teacher",
     "CION": "learns who is on pictures of persons, of which these have none",
     "UNIP": "learns the attention of a larger network, which has to be trained first",
+    "SLCA": "learns classes task by task, after a pre-training",
     "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightspan.analysis.labels import require_labels
+from lightspan.analysis.labels import kind_of, require_labels
+from lightspan.analysis.probe_scores import probe_scores
 from lightspan.analysis.rows import unit_rows
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
@@ -77,6 +78,37 @@ def knn_mean(
     return torch.cat(means)
 
 
+def euclidean_knn_scores(
+    bank_ND: Tensor, known: Tensor, query_MD: Tensor, asked: Tensor, k: int = 5, chunk: int = 1024
+) -> dict[str, float]:
+    """`lightspan.analysis.probe_scores` of the k nearest bank rows by Euclidean distance, with equal votes.
+
+    Like scikit-learn's KNeighborsClassifier: of classes with equal votes the smallest wins; of tags and numbers, the
+    neighbours' mean counts. Distances are computed in float64, about the bank's mean.
+
+    Args:
+        known, asked: labels of the bank's and the query's rows, of one kind (`lightspan.analysis.labels.kind_of`).
+        k, chunk: as in `knn_accuracy`.
+    Raises: UserError as `knn_accuracy` and `probe_scores`.
+    """
+    _require_neighbours(bank_ND, query_MD, k)
+    classes = kind_of(known) == "classes"
+    values_NE = known.double().view(len(known), -1)
+    if classes:
+        require_labels("knn", bank_ND, known)
+        require_labels("knn", query_MD, asked)
+        values_NE = torch.nn.functional.one_hot(known, 1 + int(known.max())).double()
+    bank_ND, query_MD = bank_ND.double(), query_MD.double()
+    origin_D = bank_ND.mean(dim=0)
+    bank_ND, query_MD = bank_ND - origin_D, query_MD - origin_D
+    half_N = bank_ND.square().sum(dim=1) / 2
+    means = []
+    for query_QD in query_MD.split(chunk):
+        nearest_QK = (query_QD @ bank_ND.T - half_N).topk(k).indices
+        means.append(values_NE[nearest_QK].mean(dim=1))
+    return probe_scores(torch.cat(means), asked)
+
+
 def recall_at_one(x_ND: Tensor, label_N: Tensor, chunk: int = 1024) -> float:
     """Share of rows whose nearest other row by cosine is of their class, in [0, 1]: retrieval among themselves.
 
@@ -97,14 +129,9 @@ def _neighbours(
     bank_ND: Tensor, query_MD: Tensor, k: int, temperature: float | None, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(weights, bank rows), both [Q K], of each chunk of queries; checked when the first one is taken."""
-    if not 1 <= k <= len(bank_ND):
-        raise UserError(f"knn k={k} is outside [1, {len(bank_ND)}], the rows in the bank; lower k or use a larger bank")
+    _require_neighbours(bank_ND, query_MD, k)
     if temperature is not None and temperature <= 0:
         raise UserError(f"knn temperature={temperature} must be above 0, or null for equal votes")
-    if not len(query_MD):
-        raise UserError("knn got no query rows; give it at least one validation sample")
-    if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
-        raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")
     wide = wide_type(bank_ND.dtype, query_MD.dtype)
     bank_ND, query_MD = unit_rows(bank_ND.to(wide)), unit_rows(query_MD.to(wide))
     for query_QD in query_MD.split(chunk):
@@ -112,3 +139,12 @@ def _neighbours(
         # Relative to the nearest one: the same votes, without overflow at a small temperature.
         nearness_QK = similarity_QK - similarity_QK[:, :1]
         yield torch.ones_like(nearness_QK) if temperature is None else (nearness_QK / temperature).exp(), neighbour_QK
+
+
+def _require_neighbours(bank_ND: Tensor, query_MD: Tensor, k: int) -> None:
+    if not 1 <= k <= len(bank_ND):
+        raise UserError(f"knn k={k} is outside [1, {len(bank_ND)}], the rows in the bank; lower k or use a larger bank")
+    if not len(query_MD):
+        raise UserError("knn got no query rows; give it at least one validation sample")
+    if not (bank_ND.isfinite().all() and query_MD.isfinite().all()):
+        raise UserError("features contain NaN or infinite values, so they have no neighbours; the model has diverged")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightspan.analysis.closed_form import Discriminant, EmpiricalBayes, HeadRule, LinearHead, NearestMean, Precision
 from lightspan.analysis.rows import unit_rows
+from lightspan.drawing import COLOURS
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.probes import ProbeScores
@@ -168,10 +169,17 @@ class IncrementalAccuracy(Result):
         )
 
     def draw(self, axes: Any) -> None:
-        accuracies = self.after_task()
-        axes.plot(range(1, len(accuracies) + 1), [100 * a for a in accuracies], marker="o")
-        axes.set_xlabel("tasks learned")
-        axes.set_ylabel("accuracy on all classes seen, %")
+        """A line for each task from where it was learned, and one for all classes seen."""
+        accuracies, learned = self.after_task(), len(self.correct)
+        for task in range(learned):
+            shares = [100 * right[task] / self.rows[task] for right in self.correct[task:]]
+            colour = COLOURS[1 + task % (len(COLOURS) - 1)]
+            axes.plot(range(task + 1, learned + 1), shares, color=colour, linewidth=1.0, marker=".", alpha=0.8)
+            axes.annotate(f" {task + 1}", (learned, shares[-1]), color=colour, fontsize=7, va="center")
+        axes.plot(range(1, learned + 1), [100 * a for a in accuracies], color=COLOURS[0], linewidth=2.5, marker="o")
+        axes.set_xticks(range(1, learned + 1))
+        axes.set_xlabel("tasks learned (thick: all classes seen; thin: each task)")
+        axes.set_ylabel("accuracy, %")
 
 
 class ClassIncremental(Estimator):

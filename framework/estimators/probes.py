@@ -21,6 +21,7 @@ from lightspan.analysis.probe_scores import probe_scores, rows_to_choose_by
 from lightspan.errors import UserError
 from lightspan.estimators.estimator import Estimator
 from lightspan.features.features import Features
+from lightspan.features.preprocessing import preprocessing_of, require_stated
 from lightspan.results import Figure, Result
 
 PERCENT = ("accuracy", "mean_average_precision")
@@ -107,6 +108,9 @@ class FieldProbe(Probe):
                 f"features are {list(bank.x.shape[1:])} in bank and {list(query.x.shape[1:])} in query; take both from "
                 "one encoder"
             )
+        prepared = preprocessing_of(bank)
+        if prepared is not None and preprocessing_of(query) is not None:
+            require_stated("the query", query, prepared)
         known, asked = self._labels_of(bank), self._labels_of(query)
         if known is None or asked is None:
             raise UserError(f"a probe needs a {self.field} for each sample, but the bank or the query has none")

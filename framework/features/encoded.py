@@ -19,6 +19,7 @@ from lightspan.distributed import digest_of_first_rank, gather_rows, rank, toget
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
+from lightspan.features.preprocessing import stated
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
 
@@ -101,7 +102,9 @@ class Encoded(Input):
                 )
         data = data_identity(self.data, loader)
         data["sha256"] = digest_of_first_rank(data["sha256"])
+        said = stated(self.transforms)
         return {
+            **({} if said is None else {"preprocessing": said}),
             "encoder": encoder,
             "transforms": transforms,
             "reads": None if self._is_method() else self.field,
@@ -137,6 +140,8 @@ class Encoded(Input):
     def _rows(self, loader: Any, done: set[int], device: torch.device) -> Iterator[Rows]:
         modes = [(part, part.training) for part in self.encoder.modules()]
         self.encoder.to(device).eval()
+        for transform in self.transforms:
+            transform.to(device)
         try:
             for batch in loader:
                 if "index" not in batch:
@@ -182,7 +187,8 @@ class Encoded(Input):
 
 class FeatureFile(Input):
     """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`. What else
-    it holds are fields of the samples, such as `tracklet` or `camera`.
+    it holds are fields of the samples, such as `tracklet` or `camera`. Its metadata may state, as JSON under
+    `preprocessing`, how images were prepared, see `lightspan.features.preprocessing.Preprocess.statement`.
 
     Args:
         path: of the file.
@@ -199,12 +205,19 @@ class FeatureFile(Input):
         try:
             with safe_open(file, "pt") as stored:
                 columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+                said = (stored.metadata() or {}).get("preprocessing")
         except SafetensorError as error:
             raise UserError(f"{file} is not a complete safetensors file ({error})") from error
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
         x_ND, label_N, index_N = (columns.pop(name, None) for name in ("features", "label", "index"))
-        return Features(x_ND, label_N, index_N, str(file), fields=columns)
+        key = str(file)
+        if said is not None:
+            try:
+                key = json.dumps({"file": key, "preprocessing": json.loads(said)})
+            except ValueError as error:
+                raise UserError(f"{file} states its preprocessing as {said!r}, which is not JSON") from error
+        return Features(x_ND, label_N, index_N, key, fields=columns)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.load(store))} samples in {self.path}"

@@ -147,7 +147,13 @@ class FeatureStore:
         if reason := fault(entry, contents=False):
             raise UserError(f"the features at {entry} {reason.text}; delete that folder, and they are computed again")
         columns = {name: _column(entry / CONTENT, name) for name in _names(entry / CONTENT)}
-        key_text = json.dumps((manifest(entry) or {}).get("key"), sort_keys=True)
+        stored = (manifest(entry) or {}).get("key")
+        if stored != json.loads(json.dumps(key)):
+            raise UserError(
+                f"the features at {entry} were stored under another key than the one asked for: {_apart(stored, key)}; "
+                "delete that folder, and they are computed again"
+            )
+        key_text = json.dumps(stored, sort_keys=True)
         return Features(columns["features"], columns.get("label"), columns["index"], key_text)
 
     @contextmanager
@@ -166,6 +172,15 @@ class FeatureStore:
             yield
         finally:
             lock.release()
+
+
+def _apart(stored: Any, asked: Mapping[str, Any]) -> str:
+    if not isinstance(stored, dict):
+        return "it has none"
+    names = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
+    return "; ".join(
+        f"{name} {stored.get(name, 'unstated')} there, {asked.get(name, 'unstated')} here" for name in names
+    )
 
 
 def _require_rows(rows: Rows) -> None:

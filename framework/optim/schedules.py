@@ -3,12 +3,13 @@ learning rates and weight decay, and of what a teacher follows and says.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from lightspan.errors import UserError
 from lightspan.ranges import require_shares, require_temperatures
@@ -16,6 +17,21 @@ from lightspan.ranges import require_shares, require_temperatures
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 """What a Method expects: called with the optimiser and the run's number of optimiser steps.
 `torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
+
+
+def in_turn(schedule: ScheduleCallable, lengths: Sequence[int]) -> ScheduleCallable:
+    """The schedule of a run of several parts, at the start of each of which it begins anew.
+
+    Args:
+        schedule: of one part.
+        lengths: optimiser steps of each part, at least one part.
+    """
+
+    def made(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+        parts = [schedule(optimizer, length) for length in lengths]
+        return SequentialLR(optimizer, parts, milestones=[*accumulate(lengths)][:-1])
+
+    return made
 
 
 def cosine_between(start: float, end: float, share: float) -> float:
@@ -161,3 +177,30 @@ class WarmupCosineDecay(WarmupCosine):
         factor = cosine_between(1.0, self.decay_factor, min(self.last_epoch / self.total_steps, 1.0))
         for group, base in zip(self.optimizer.param_groups, self.base_decays, strict=True):
             group["weight_decay"] = base * factor
+
+
+class Staircase(LRScheduler):
+    """A constant rate that falls by a factor at some shares of the run; every group keeps its own first rate.
+
+    Args:
+        total_steps: optimiser steps of the whole run, >= 1.
+        at: shares of the run in (0, 1), ascending.
+        factor: of each fall, in (0, 1].
+    Raises: UserError for values outside these ranges.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, at: Sequence[float] = (0.9,), factor: float = 0.1
+    ) -> None:
+        if total_steps < 1:
+            raise UserError(
+                f"total_steps={total_steps} must be at least 1; set trainer.max_steps or trainer.max_epochs"
+            )
+        if list(at) != sorted(at) or not all(0 < share < 1 for share in at) or not 0 < factor <= 1:
+            raise UserError(f"at={[*at]} must be ascending shares in (0, 1), and factor={factor} in (0, 1]")
+        self.total_steps, self.at, self.factor = total_steps, tuple(at), factor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        fallen = sum(self.last_epoch >= share * self.total_steps for share in self.at)
+        return [base * self.factor**fallen for base in self.base_lrs]

@@ -24,6 +24,7 @@ CAPTIONS = {
     "first-batch": "The first training batch: a row for each picture, a column for each view",
     "neighbours": "Validation pictures (framed) and the training pictures whose features are nearest",
     "map": "Validation pictures, those with similar features close together",
+    "forgetting": "Accuracy on each task after each task, and on all classes seen so far",
     "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
 MOST_DRAWN = 12  # runs; charts tell no more of them apart

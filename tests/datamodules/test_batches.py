@@ -42,6 +42,7 @@ from lightspan.datamodules.images.textured_scenes import TexturedScenes
 from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.pictures.dataset import PictureDataset
 from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.pictures.in_memory import PicturesInMemory
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -183,6 +184,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "TexturedScenes": (lambda folder: TexturedScenes(size=16, batch_size=4), "ImageBatch"),
     "FewShots": (lambda folder: FewShots(Digits(), shots=2, batch_size=4), "ImageBatch"),
     "ClassStream": (lambda folder: ClassStream(Digits(), batch_size=4), "ImageBatch"),
+    "PicturesInMemory": (
+        lambda folder: PicturesInMemory(pictures(folder), num_classes=2, batch_size=4),
+        "ImageBatch",
+    ),
     "Shards": (shards, "ImageBatch"),
     "RecordingShards": (
         lambda folder: RecordingShards([sound_shard(folder / "r.tar", [{"wav": encoded(tone())}] * 4)], batch_size=4),

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lightspan.datamodules.images.class_stream import ClassStream
 from lightspan.datamodules.images.small import Digits
@@ -74,6 +75,22 @@ def test_validation_has_a_loader_for_each_task_and_the_bank_all_images() -> None
         assert {int(y) for batch in loader for y in batch["label"]} == set(task)
     assert sum(len(batch["label"]) for loader in loaders for batch in loader) == 360
     assert sum(len(batch["label"]) for batch in data.bank_dataloader()) == 1437
+
+
+def test_steps_are_those_of_the_loader_and_the_bank_of_a_task_has_each_of_its_images_once() -> None:
+    data = stream(tasks=3, passes=2)
+    assert sum(data.task_steps()) == len(data.train_dataloader())
+    labels, seen = data.train.data.labels, 0
+    for number, task in enumerate(data.tasks):
+        assert data.task_steps()[number] == 2 * np.isin(labels, task).sum() // 50
+        batches = list(data.task_bank(number))
+        found = torch.cat([batch["label"] for batch in batches])
+        assert sorted(found.tolist()) == sorted(labels[np.isin(labels, task)].tolist())
+        images = torch.cat([batch["image"] for batch in batches])
+        whole = torch.cat([batch["image"] for batch in data.bank_dataloader()])
+        assert torch.equal(images, whole[torch.from_numpy(np.isin(labels, task))])
+        seen += len(found)
+    assert seen == len(labels)
 
 
 def test_what_makes_no_stream_is_refused() -> None:

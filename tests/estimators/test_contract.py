@@ -23,6 +23,7 @@ from lightspan.estimators.estimator import Estimator
 from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
+from lightspan.features.preprocessing_grid import Grid, GridCell
 from lightspan.features.stream import FeatureStream
 from lightspan.merging.models import Held
 from lightspan.merging.weights import Weights
@@ -161,10 +162,18 @@ def filmed_of(features: Features) -> Features:
     return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
 
 
+def grid_of(features: Features) -> Grid:
+    """A cell whose bank and query are these."""
+    stated = {"bands": None, "size": 8, "normalisation": {"name": "divided"}}
+    features = replace(features, key=json.dumps({"preprocessing": stated}))
+    return Grid((GridCell("network", 8, "divided", "all", stated, features, features),))
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     NetworkOnData: network_on,
     FeatureStream: stream_of,
+    Grid: grid_of,
 }
 """What an estimator takes, made of the same features, by type."""
 
@@ -275,6 +284,7 @@ WRONG = {
         )
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
+    "ResizeNormalise": [{"k": 0}, {"k": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
     "Loki": [{name: wrong} for name in ("scale", "l2", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)],
     "MineIdentities": [
@@ -378,6 +388,7 @@ COMPUTED = {
     "GDABaseToNew": {"a class of one sample", "classes left out", "constant features", "zeros", "a lattice"},
     "ClassIncremental": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
+    "ResizeNormalise": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal"},
     "CompareHead": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "LinearProbe": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},
     "AttentiveProbe": {"one row", "one class", "constant features", "zeros", "a lattice", "denormal", "positions kept"},

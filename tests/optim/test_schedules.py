@@ -1,5 +1,6 @@
 """Schedules: rates worked by hand, ratios between groups, resume, ranges."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -8,11 +9,13 @@ from torch import nn
 
 from lightspan.errors import UserError
 from lightspan.optim.schedules import (
+    Staircase,
     TeacherMomentum,
     TeacherTemperature,
     WarmupCosine,
     WarmupCosineDecay,
     WarmupLine,
+    in_turn,
     line_between,
 )
 
@@ -164,3 +167,37 @@ def test_a_teacher_follows_on_a_half_cosine_and_sharpens_on_a_line():
 def test_a_teachers_schedules_check_themselves(made, message):
     with pytest.raises(UserError, match=message):
         made()
+
+
+def of_run(schedule, total_steps, lr=1.0):
+    """The rate of each step."""
+    optimizer = torch.optim.SGD([parameter()], lr=lr)
+    return rates(schedule(optimizer, total_steps), optimizer, total_steps)
+
+
+def test_a_staircase_falls_by_its_factor_at_each_share_of_the_run():
+    found = of_run(partial(Staircase, at=(0.5, 0.9), factor=0.1), 10, lr=2.0)
+    assert found == pytest.approx([2.0] * 5 + [0.2] * 4 + [0.02])
+    assert of_run(partial(Staircase, at=()), 3) == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": (0.9, 0.5)}, "must be ascending shares"),
+        ({"at": (1.0,)}, r"in \(0, 1\)"),
+        ({"factor": 0.0}, r"factor=0.0 in \(0, 1\]"),
+        ({"total_steps": 0}, "total_steps=0 must be at least 1"),
+    ],
+)
+def test_a_staircase_refuses_what_lies_outside_its_ranges(options, message):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(UserError, match=message):
+        Staircase(optimizer, **{"total_steps": 5, **options})
+
+
+@pytest.mark.parametrize("schedule", [Staircase, WarmupCosine, torch.optim.lr_scheduler.CosineAnnealingLR])
+def test_schedules_in_turn_begin_anew_with_each_part(schedule):
+    lengths = (4, 7, 1, 5)
+    expected = [rate for length in lengths for rate in of_run(schedule, length)]
+    assert of_run(in_turn(schedule, lengths), sum(lengths)) == pytest.approx(expected)
