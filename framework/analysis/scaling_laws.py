@@ -26,7 +26,7 @@ from scipy.special import stdtrit
 from lightspan.errors import UserError
 
 FEWEST_SIZES = 3
-GRID = 200
+GRID = 100
 MOST_RESAMPLES = 500
 LEAST_SHARE = 1e-3
 """Of the largest error: smaller ones count as this, since the logarithm of nothing is infinite."""
@@ -129,7 +129,10 @@ def fit(form: Form, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None
         best = int(solved(grid_G[:, None])[0].argmin())
         around = (float(grid_G[max(best - 1, 0)]), float(grid_G[min(best + 1, GRID - 1)]))
         found = minimize_scalar(
-            lambda at: float(solved(np.array([[at]]))[0][0]), bounds=around, method="bounded", options={"xatol": 1e-11}
+            lambda at: float(solved(np.array([[at]]))[0][0]),
+            bounds=around,
+            method="bounded",
+            options={"xatol": 1e-9, "maxiter": 60},
         )
         shape = float(found.x)
     _, level_G, scale_G = solved(np.array([[shape]]))
@@ -154,6 +157,16 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
+def _interval(value: float, drawn: Sequence[float], chances: Sequence[float], seeds: int) -> Interval:
+    """Of a value that was drawn again for each resample of so many seeds."""
+    if seeds < 2:
+        return Interval(value)
+    values, chance = np.array(drawn), np.array(chances)
+    variance = float(chance @ (values - chance @ values) ** 2) * seeds / (seeds - 1)
+    reach = float(stdtrit(seeds - 1, 0.975)) * math.sqrt(variance)
+    return Interval(value, value - reach, value + reach)
+
+
 @dataclass(frozen=True)
 class FormFit:
     """A form on all sizes.
@@ -162,6 +175,7 @@ class FormFit:
         left_out: how far it was from the largest size when fitted without it: a difference of scores, or with a `top`
             of natural logarithms of errors.
         drawn: fitted to each of the resamples.
+        drawn_left_out: as `left_out`, of each of the resamples.
         chances: of the resamples, adding to 1.
         seeds: S.
     """
@@ -169,6 +183,7 @@ class FormFit:
     law: Law
     left_out: float
     drawn: tuple[Law, ...]
+    drawn_left_out: tuple[float, ...]
     chances: tuple[float, ...]
     seeds: int
 
@@ -185,12 +200,7 @@ class FormFit:
         }
 
     def _interval(self, value: float, drawn: Sequence[float]) -> Interval:
-        if self.seeds < 2:
-            return Interval(value)
-        values, chances = np.array(drawn), np.array(self.chances)
-        variance = float(chances @ (values - chances @ values) ** 2) * self.seeds / (self.seeds - 1)
-        reach = float(stdtrit(self.seeds - 1, 0.975)) * math.sqrt(variance)
-        return Interval(value, value - reach, value + reach)
+        return _interval(value, drawn, self.chances, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,6 @@ class ScalingCurve:
     Attributes:
         fits: of all forms that the sizes determine, the simplest first, which is the log-linear one.
         best: the one of them that predicts the largest size best when that is left out.
-        noise: standard error of the mean at the largest size, in the unit of `FormFit.left_out`; NaN with one seed.
         notes: what the reader must know.
     """
 
@@ -208,7 +217,6 @@ class ScalingCurve:
     top: float | None
     fits: tuple[FormFit, ...]
     best: FormFit
-    noise: float
     notes: tuple[str, ...]
 
     @property
@@ -250,6 +258,7 @@ def scaling_curve(sizes_K: Sequence[int], scores_SK: np.ndarray, top: float | No
             fit(form, sizes, mean_K, top),
             _left_out(form, sizes, mean_K, top),
             tuple(fit(form, sizes, share_S @ scores_SK, top) for share_S, _ in draws),
+            tuple(_left_out(form, sizes, share_S @ scores_SK, top) for share_S, _ in draws),
             chances,
             len(scores_SK),
         )
@@ -258,9 +267,8 @@ def scaling_curve(sizes_K: Sequence[int], scores_SK: np.ndarray, top: float | No
     )
     least = min(one.left_out for one in fits)
     best = next(one for one in fits if one.left_out <= least + EQUAL)
-    noise = _noise(scores_SK[:, -1], top)
-    notes = (*_few(len(sizes), len(scores_SK)), *_alike(sizes, fits, best, noise), *_bends(sizes, scores_SK, top))
-    return ScalingCurve(tuple(int(size) for size in sizes_K), top, fits, best, noise, notes)
+    notes = (*_few(len(sizes), len(scores_SK)), *_alike(sizes, fits, best), *_bends(sizes, scores_SK, top))
+    return ScalingCurve(tuple(int(size) for size in sizes_K), top, fits, best, notes)
 
 
 def _left_out(form: Form, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None) -> float:
@@ -269,13 +277,6 @@ def _left_out(form: Form, sizes_K: np.ndarray, scores_K: np.ndarray, top: float 
         return abs(said - float(scores_K[-1]))
     both = np.log(errors(np.array([*scores_K, said]), top))
     return float(abs(both[-1] - both[-2]))
-
-
-def _noise(scores_S: np.ndarray, top: float | None) -> float:
-    if len(scores_S) < 2:
-        return math.nan
-    values_S = scores_S if top is None else np.log(errors(scores_S, top))
-    return float(values_S.std(ddof=1)) / math.sqrt(len(scores_S))
 
 
 def _resamples(count: int) -> list[tuple[np.ndarray, float]]:
@@ -301,16 +302,23 @@ def _few(sizes: int, seeds: int) -> list[str]:
     return notes
 
 
-def _alike(sizes_K: np.ndarray, fits: Sequence[FormFit], best: FormFit, noise: float) -> list[str]:
-    alike = [one for one in fits if one is best or one.left_out <= best.left_out + 2 * noise]
+def _alike(sizes_K: np.ndarray, fits: Sequence[FormFit], best: FormFit) -> list[str]:
+    alike = [best, *(one for one in fits if one is not best and not _is_worse(one, best))]
     if len(alike) < 2:
         return []
     far = 10 * float(sizes_K[-1])
     said = ", ".join(f"{one.law.at(far):.4g} by the {one.law.form.name}" for one in alike)
     return [
-        f"the points cannot separate {len(alike)} forms: left out, the largest size is predicted equally well by them, "
-        f"within twice its standard error over seeds. Of ten times the data they say {said}"
+        f"the points cannot separate {len(alike)} forms: they predict the largest size equally well, as far as these "
+        f"seeds tell. Of ten times the data they say {said}"
     ]
+
+
+def _is_worse(one: FormFit, best: FormFit) -> bool:
+    """Whether it misses the largest size by more than the best form in 95 % of such seeds."""
+    more = [a - b for a, b in zip(one.drawn_left_out, best.drawn_left_out, strict=True)]
+    least = _interval(one.left_out - best.left_out, more, one.chances, one.seeds).low
+    return least is not None and least > 0
 
 
 def _bends(sizes_K: np.ndarray, scores_SK: np.ndarray, top: float | None) -> list[str]:

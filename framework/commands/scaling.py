@@ -91,10 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 if every run is done, 1 if not. Raises: UserError for what cannot be run, before the first run starts."""
     top = _top(args.top)
+    mode = "min" if args.metric is None else mode_of(args.metric, args.mode, "--metric")
     place = Path(args.recipe)
     study, sweep, out = _continued(args, place) if (place / SCALING).is_file() else _begun(args)
     if args.metric is not None:
-        sweep = replace(sweep, metric=args.metric, mode=mode_of(args.metric, args.mode, "--metric"))
+        sweep = replace(sweep, metric=args.metric, mode=mode)
     return _run(args, study, sweep, out, top)
 
 

@@ -16,7 +16,7 @@ def drawn(title: str, metric: str, points: Mapping[int, SeedScores], curve: Scal
     """PNG bytes. The best form is a line with the band of its interval, the others are dashed; behind the largest size
     all of them are predictions.
     """
-    figure, ((axes,),) = canvas(title, (7.4, 4.6))
+    figure, ((axes,),) = canvas(title, (7.4, 5.2))
     far = 10 * curve.sizes[-1]
     places = np.geomspace(curve.sizes[0], far, PLACES)
     others = iter(zip(COLOURS[1:], DASHES, strict=False))
@@ -53,7 +53,10 @@ def drawn(title: str, metric: str, points: Mapping[int, SeedScores], curve: Scal
     lowest, highest = (guess.value if end is None else end for end in (guess.low, guess.high))
     # The interval is shown as far as it does not push the points together.
     axes.set_ylim(max(min(low, lowest), low - 4 * room) - room, min(max(high, highest), high + 4 * room) + room)
+    marks = [*curve.sizes, far]
+    axes.set_xticks(marks, [f"{mark:,}" for mark in marks], fontsize=8)
+    axes.minorticks_off()
     axes.set(xlabel=f"training samples\n{policy}", ylabel=metric)
-    axes.legend(frameon=False, fontsize=8, loc="best")
     tidy(axes)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return png(figure)
