@@ -81,6 +81,7 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.tag_classifier import TagClassifier
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
@@ -215,6 +216,12 @@ def tagged_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views, and three tags, of which some are not known."""
     tags, known = (torch.rand(2, rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6).long()
     return views()(rows, seed) | {"tags": tags * known, "tags_known": known}
+
+
+def tagged(rows: int, seed: int) -> dict[str, Any]:
+    """Three tags, all known."""
+    tags = torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return images()(rows, seed) | {"tags": tags.long()}
 
 
 def texts(rows: int, seed: int) -> dict[str, Any]:
@@ -590,6 +597,7 @@ CASES: dict[str, Case] = {
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
+    "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

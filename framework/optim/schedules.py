@@ -161,3 +161,27 @@ class WarmupCosineDecay(WarmupCosine):
         factor = cosine_between(1.0, self.decay_factor, min(self.last_epoch / self.total_steps, 1.0))
         for group, base in zip(self.optimizer.param_groups, self.base_decays, strict=True):
             group["weight_decay"] = base * factor
+
+
+class Staircase(LRScheduler):
+    """The rate times `factor` after each of equal parts of the run: rate(t) = factor^floor(stairs t / total_steps).
+
+    Args:
+        optimizer: each group keeps its own rate.
+        total_steps: of the run, at least 1; later steps keep the last rate.
+        stairs: parts, at least 1; the rate falls between them, `stairs` - 1 times.
+        factor: above 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, stairs: int, factor: float = 0.9) -> None:
+        if total_steps < 1 or stairs < 1 or not 0 < factor < math.inf:
+            raise UserError(
+                f"Staircase total_steps={total_steps} and stairs={stairs} must be at least 1, and factor={factor} "
+                "above 0"
+            )
+        self.total_steps, self.stairs, self.factor = total_steps, stairs, factor
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        fallen = min(self.stairs * self.last_epoch // self.total_steps, self.stairs - 1)
+        return [rate * self.factor**fallen for rate in self.base_lrs]

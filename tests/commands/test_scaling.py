@@ -3,12 +3,13 @@
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from rank_processes import PROJECT
 from rank_processes import fit as fit_of_ranks
 
@@ -192,7 +193,9 @@ def test_too_few_samples_for_all_classes_are_told() -> None:
     whole = Whole(data.train_dataloader())
     assert whole.require(4, 0, None) == "4 samples have 4 of the 10 classes, as shares are kept"
     assert whole.require(40, 0, None) is None
-    with pytest.raises(UserError, match="--sizes 1200 is more than the .* training samples of the 3 classes of seed 0"):
+    with pytest.raises(
+        UserError, match=r"--sizes 1200 is more than the .* training samples of the 3 classes of seed 0"
+    ):
         whole.require(1_200, 0, 3)
 
 
@@ -204,25 +207,41 @@ def test_the_report_of_a_curve_shows_its_figure(stub: Stub, capsys: pytest.Captu
     assert "at ten times the data" in page
 
 
+def test_the_example_of_the_document_and_its_continuation(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "scaling-curves.md").read_text()
+    first, more = [
+        shlex.split(line)[1:]
+        for line in text.splitlines()
+        if line.startswith("lightspan scaling") and ("--out curves/linear" in line or "--seeds 5" in line)
+    ]
+    assert main(first) == 0
+    assert "equal steps: each size trains for 345 steps of 128 samples" in capsys.readouterr().out
+    assert len(stub.started) == 12
+    assert main(more) == 0
+    assert len(stub.started) == 5 * 5
+
+
 @pytest.mark.runs
-def test_a_cell_killed_in_its_middle_goes_on_and_two_ranks_are_one(tmp_path: Path) -> None:
+def test_a_cell_that_stops_on_two_ranks_goes_on_on_one_as_if_it_had_been_there_all_along(tmp_path: Path) -> None:
     part = [f"trainer.callbacks.part.class_path={SUBSET}", "trainer.callbacks.part.init_args.size=24"]
-    often = "trainer.callbacks.checkpoint.init_args.every_n_train_steps=2"
-    straight = fit_of_ranks(tmp_path / "straight", *part, often)
-    for ranks in (1, 2):
-        run = tmp_path / f"ranks{ranks}"
-        fit_of_ranks(run, *part, often, "trainer.max_steps=5", ranks=ranks)
-        again = fit_of_ranks(run, *part, often, ranks=ranks)
-        assert {*again.statuses, *straight.statuses} == {0}, again.said
-        assert ledger(run) == ledger(tmp_path / "straight")
-        assert np.allclose(last_loss(run), last_loss(tmp_path / "straight"), rtol=1e-5)
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    statuses = [
+        *fit_of_ranks(straight, *part).statuses,
+        *fit_of_ranks(run, *part, "trainer.max_steps=5", ranks=2).statuses,
+        *fit_of_ranks(run, *part).statuses,
+    ]
+    assert statuses == [0, 0, 0, 0]
+    assert ledger(run) == ledger(straight)
+    for one, other in zip(weights(run), weights(straight), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
 def ledger(run: Path) -> Any:
+    """What the run trained on: the parts of each epoch's order, and the digest of the samples."""
     found = json.loads((run / "ledger.json").read_text())
+    assert found["data"]["epoch_samples"] == 24
     return found["data"], found["ranges"]
 
 
-def last_loss(run: Path) -> float:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line][-1]
+def weights(run: Path) -> list[torch.Tensor]:
+    return [*torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].values()]

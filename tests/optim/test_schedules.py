@@ -8,6 +8,7 @@ from torch import nn
 
 from lightspan.errors import UserError
 from lightspan.optim.schedules import (
+    Staircase,
     TeacherMomentum,
     TeacherTemperature,
     WarmupCosine,
@@ -164,3 +165,15 @@ def test_a_teacher_follows_on_a_half_cosine_and_sharpens_on_a_line():
 def test_a_teachers_schedules_check_themselves(made, message):
     with pytest.raises(UserError, match=message):
         made()
+
+
+def test_a_staircase_falls_by_the_factor_between_equal_parts_of_the_run_and_not_behind_it():
+    optimizer = torch.optim.SGD([parameter()], lr=0.8)
+    found = rates(Staircase(optimizer, 6, stairs=3, factor=0.5), optimizer, 8)
+    assert found == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("settings", [{"stairs": 0}, {"stairs": 2, "factor": 0.0}, {"stairs": 2, "total_steps": 0}])
+def test_a_staircase_checks_itself(settings):
+    with pytest.raises(UserError, match="Staircase total_steps="):
+        Staircase(torch.optim.SGD([parameter()], lr=0.8), **{"total_steps": 6} | settings)
