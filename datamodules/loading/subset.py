@@ -49,7 +49,7 @@ def nested_order(count: int, seed: int, labels: np.ndarray | None = None) -> np.
     return mixed[np.argsort((number + 0.5) / members[place], kind="stable")]
 
 
-class Part:
+class SubsetSamples:
     """The samples of a set at these places, which keep their numbers in the set as `index`."""
 
     def __init__(self, dataset: Dataset, chosen: np.ndarray) -> None:
@@ -66,7 +66,7 @@ class Part:
         return self.whole.sample(int(self.chosen[index]), seed)
 
 
-class BatchPart(Part):
+class SubsetOfBatches(SubsetSamples):
     """Of a set that makes whole batches."""
 
     def batch(self, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
@@ -133,16 +133,16 @@ class TrainingSubset(Callback):
         own = np.flatnonzero(np.isin(labels, drawn))
         return own[nested_order(len(own), self.seed, labels[own])]
 
-    def taken(self, dataset: Dataset, order: Order | None) -> tuple[Part, Order]:
+    def taken(self, dataset: Dataset, order: Order | None) -> tuple[SubsetSamples, Order]:
         """The part, and its samples in the order that the whole would have had."""
         chosen = self.choose(dataset)
         digest = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()[:16]
-        kind = BatchPart if isinstance(dataset, BatchDataset) else Part
+        kind = SubsetOfBatches if isinstance(dataset, BatchDataset) else SubsetSamples
         return kind(dataset, chosen), (order or Order((len(dataset),))).of_part(chosen, digest)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         part = getattr(trainer.train_dataloader, "dataset", None)
-        if not isinstance(part, Part):
+        if not isinstance(part, SubsetSamples):
             raise UserError(
                 "TrainingSubset cannot take a part of these data: a "
                 f"{type(trainer.train_dataloader).__name__} loads them; return `train_loader(...)` of "

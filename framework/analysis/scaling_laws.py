@@ -37,7 +37,7 @@ NEAR_TOP = 0.02
 
 
 @dataclass(frozen=True)
-class Form:
+class CurveForm:
     """level + scale * f(N; shape), where N is over its geometric mean over all sizes.
 
     Attributes:
@@ -56,11 +56,11 @@ class Form:
         return 2 if self.span is None else 3
 
 
-LOG_LINEAR = Form("log-linear", "s = a + b log10 N", lambda x_K, shape_G1: x_K + 0 * shape_G1)
-POWER_LAW = Form(
+LOG_LINEAR = CurveForm("log-linear", "s = a + b log10 N", lambda x_K, shape_G1: x_K + 0 * shape_G1)
+POWER_LAW = CurveForm(
     "power law", "s = s_inf + c N^-beta", lambda x_K, beta_G1: 10.0 ** (-beta_G1 * x_K), lambda low, high: (0.01, 4.0)
 )
-SATURATING_LOG = Form(
+SATURATING_LOG = CurveForm(
     "saturating log",
     "s = a + b log10(N / (1 + N / N_sat))",
     lambda x_K, at_G1: x_K - np.log10(1 + 10.0 ** (x_K - at_G1)),
@@ -79,7 +79,7 @@ class Law:
         shape: beta, or log10 of N_sat over that N; 0 without one.
     """
 
-    form: Form
+    form: CurveForm
     centre: float
     level: float
     scale: float
@@ -91,7 +91,7 @@ class Law:
         return float(self.level + self.scale * self.form.basis(x_K, np.array([[self.shape]]))[0, 0])
 
     def numbers(self) -> dict[str, float]:
-        """Those of the equation in `Form.text`, by name."""
+        """Those of the equation in `CurveForm.text`, by name."""
         if self.form is POWER_LAW:
             c = self.scale * 10.0 ** (self.shape * self.centre)
             return {"s_inf": self.level, "c": c, "beta": self.shape}
@@ -99,7 +99,7 @@ class Law:
         return line if self.form is LOG_LINEAR else line | {"N_sat": 10.0 ** (self.shape + self.centre)}
 
 
-def fit(form: Form, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None = None) -> Law:
+def fit(form: CurveForm, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None = None) -> Law:
     """Least squares, by the logarithm of errors where there is a `top`.
 
     Args:
@@ -271,7 +271,7 @@ def scaling_curve(sizes_K: Sequence[int], scores_SK: np.ndarray, top: float | No
     return ScalingCurve(tuple(int(size) for size in sizes_K), top, fits, best, notes)
 
 
-def _left_out(form: Form, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None) -> float:
+def _left_out(form: CurveForm, sizes_K: np.ndarray, scores_K: np.ndarray, top: float | None) -> float:
     said = fit(form, sizes_K[:-1], scores_K[:-1], top).at(float(sizes_K[-1]))
     if top is None:
         return abs(said - float(scores_K[-1]))

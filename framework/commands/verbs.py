@@ -108,7 +108,7 @@ VERBS = (
         "train on ever larger parts of the data, and say what ten times the data would give",
         (
             "lightspan scaling supervised/linear --sizes 200 500 1000 2000 --metric val/accuracy --out curves/linear",
-            "lightspan scaling curves/linear --sizes 3000 --seeds 5 --workers 2",
+            "lightspan scaling supervised/linear --sizes 300 1000 3000 --seeds 0,1 --steps epochs --workers 2",
         ),
         "scaling",
         flags=True,

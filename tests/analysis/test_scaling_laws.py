@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from lightspan.analysis import scaling_laws as laws
-from lightspan.analysis.scaling_laws import LOG_LINEAR, POWER_LAW, SATURATING_LOG, Form, fit, scaling_curve
+from lightspan.analysis.scaling_laws import LOG_LINEAR, POWER_LAW, SATURATING_LOG, CurveForm, fit, scaling_curve
 from lightspan.errors import UserError
 
 SIZES = np.array([300, 1_000, 3_000, 10_000, 30_000])
@@ -46,7 +46,7 @@ def test_the_planted_form_is_chosen_by_the_largest_size_left_out(name: str) -> N
 
 
 @pytest.mark.parametrize("form", [LOG_LINEAR, POWER_LAW], ids=lambda form: form.name)
-def test_intervals_of_three_seeds_cover_the_truth_at_one_per_cent_of_noise(form: Form) -> None:
+def test_intervals_of_three_seeds_cover_the_truth_at_one_per_cent_of_noise(form: CurveForm) -> None:
     _, truth, numbers = TRUTHS[form.name]
     draws, covered = np.random.default_rng(0), dict.fromkeys({"b", "beta", "s_inf"} & numbers.keys(), 0)
     exact, resampled = truth(SIZES.astype(float)), laws._resamples(3)

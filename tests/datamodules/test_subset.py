@@ -21,7 +21,7 @@ from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import train_loader
-from lightspan.datamodules.loading.subset import BatchPart, Part, TrainingSubset, nested_order, subset_of
+from lightspan.datamodules.loading.subset import SubsetOfBatches, SubsetSamples, TrainingSubset, nested_order, subset_of
 from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace
@@ -195,9 +195,9 @@ def test_validation_and_bank_stay_whole() -> None:
 def test_samples_keep_their_numbers_and_batches_are_made_at_once() -> None:
     data = prepared("rendered", Path())
     part = loader_of(data, 16).dataset
-    assert type(part) is BatchPart
+    assert type(part) is SubsetOfBatches
     assert part.batch([0, 3], [0, 0])["index"].tolist() == part.chosen[[0, 3]].tolist()
-    assert type(loader_of(prepared("digits", Path()), 16).dataset) is Part
+    assert type(loader_of(prepared("digits", Path()), 16).dataset) is SubsetSamples
 
 
 def test_classes_are_drawn_by_the_seed_and_the_same_for_each_size() -> None:
