@@ -101,6 +101,7 @@ from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.slca import SLCA
+from lightspan.methods.supervised.tag_classifier import TagClassifier
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.bank_noise import BankNoise
@@ -255,6 +256,12 @@ def tagged_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views, and three tags, of which some are not known."""
     tags, known = (torch.rand(2, rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6).long()
     return views()(rows, seed) | {"tags": tags * known, "tags_known": known}
+
+
+def tagged(rows: int, seed: int) -> dict[str, Any]:
+    """Three tags, all known."""
+    tags = torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return images()(rows, seed) | {"tags": tags.long()}
 
 
 def texts(rows: int, seed: int) -> dict[str, Any]:
@@ -796,6 +803,7 @@ CASES: dict[str, Case] = {
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
+    "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),
     "supervised.classifier, frames": Case(framed, images(), refuses_low_rank="RiemannianSGD cannot keep the state of"),
 }

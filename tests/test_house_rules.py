@@ -61,7 +61,7 @@ MAY_USE: dict[str, set[str]] = {
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
-LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "replay", "report", "runs", "sweeps"}
+LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "replay", "report", "runs", "scaling", "sweeps"}
 SHELL = {"__init__", "__main__", "cli", "commands"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
 AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -44,6 +44,17 @@ class Order:
     def require_micro_batch(self, size: int) -> None:
         """Raises: UserError for an order that means nothing when a rank gets `size` samples of it at a time."""
 
+    def of_part(self, chosen: np.ndarray, digest: str) -> "Order":
+        """The order of some of these samples, each seen once in an epoch: tails are carried over.
+
+        Args:
+            chosen: their numbers, ascending, int64 [n].
+            digest: tells this part from others.
+        """
+        blocks = np.searchsorted(np.cumsum(self.sizes), chosen, side="right")
+        sizes = np.bincount(blocks, minlength=len(self.sizes)).tolist()
+        return replace(self, sizes=tuple(sizes), carries=True, content=f"{self.content}/{digest}")
+
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(len(self)): int64 [len(self)]. It needs 8 bytes per sample."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
@@ -61,6 +72,13 @@ class Order:
 @dataclass(frozen=True)
 class InSequence(Order):
     """Blocks in their own order, each mixed by itself: tasks that come one after the other."""
+
+    def of_part(self, chosen: np.ndarray, digest: str) -> Order:
+        """Raises: UserError, since a task of a part would not fill whole batches."""
+        raise UserError(
+            "a part of tasks that come one after the other would mix two of them in a batch; take fewer samples of "
+            "each (train_size of their source)"
+        )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
@@ -100,6 +118,17 @@ class ClassBalanced(Order):
                 f"per_class={self.per_class} must be at least 2 and divide batch_size={self.batch_size}; set "
                 "data.init_args.per_class or batch_size"
             )
+
+    def of_part(self, chosen: np.ndarray, digest: str) -> Order:
+        """Batches go by class as before, so that an epoch need not see each sample."""
+        whole = self.clusters
+        return replace(
+            self,
+            sizes=(len(chosen),),
+            content=f"{self.content}/{digest}",
+            labels=self.labels[chosen],
+            clusters=None if whole is None else lambda epoch: whole(epoch)[chosen],
+        )
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
@@ -197,6 +226,10 @@ class ClassGroups(Order):
                 f"takes at least 2 to tell them apart, and the data have {classes}; lower data.init_args.batch_size, "
                 "or give more classes"
             )
+
+    def of_part(self, chosen: np.ndarray, digest: str) -> Order:
+        """Batches go by class as before. Raises: UserError as the whole, for a part with too few classes."""
+        return replace(self, sizes=(len(chosen),), content=f"{self.content}/{digest}", labels=self.labels[chosen])
 
     def require_micro_batch(self, size: int) -> None:
         if wrong := [group for group in self.groups.sizes if size % group]:

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
@@ -43,8 +44,12 @@ def train_loader(
     trainer: Trainer | None,
     order: Order | None = None,
 ) -> ExactLoader:
-    """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks."""
+    """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks. Where
+    the trainer has a `TrainingSubset`, it loads that part of the samples.
+    """
     own, ranks = data_rank(trainer)
+    if (subset := subset_of(trainer)) is not None:
+        dataset, order = subset.taken(dataset, order)
     if trainer is None:
         return ExactLoader(dataset, batch_size, seed, own, ranks, num_workers=num_workers, order=order)
     if overfit := trainer.overfit_batches:  # type: ignore[attr-defined]  # a connector of the trainer sets it

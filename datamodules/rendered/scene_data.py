@@ -52,14 +52,16 @@ class Known:
     Args:
         labels, captions: samples with a label, and with a caption.
         tags: tags that hold and are told; those that do not hold cannot be told from those that are left out.
+        wrong_tags: tags, whether they hold or not, that are told to be the other way round.
     """
 
     labels: float = 1.0
     captions: float = 1.0
     tags: float = 1.0
+    wrong_tags: float = 0.0
 
     def __post_init__(self) -> None:
-        require_shares(labels=self.labels, captions=self.captions, tags=self.tags)
+        require_shares(labels=self.labels, captions=self.captions, tags=self.tags, wrong_tags=self.wrong_tags)
 
 
 class SceneSamples(RenderedSamples):
@@ -97,6 +99,7 @@ class SceneSamples(RenderedSamples):
             np.array([[self.known.labels], [self.known.captions]], np.float32) > told.uniform(2).T
         )
         tags_known = (hidden == 0) | (told.uniform(len(TAGS)) < np.float32(self.known.tags))
+        wrong = told.uniform(len(TAGS)) < np.float32(self.known.wrong_tags)
         fields = {
             "instances": drawn.instances,
             "semantic": semantics(layout, drawn.instances),
@@ -108,7 +111,7 @@ class SceneSamples(RenderedSamples):
             "pose": np.concatenate([layout.centre, layout.radius[..., None], layout.angle[..., None]], axis=2),
             "visible": drawn.visible,
             "hides": drawn.hides,
-            "tags": hidden,
+            "tags": hidden ^ wrong,
             "tags_known": tags_known.astype(np.int64),
             "label": labels(layout, drawn.instances),
             "label_known": label_known.astype(np.int64),

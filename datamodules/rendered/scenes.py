@@ -106,6 +106,8 @@ class SceneSpace:
         fewest, most: objects, 0 <= fewest <= most and 1 <= most.
         shapes: how many of `SHAPES` are used, from the first.
         colours: how many of `COLOURS`.
+        zipf: exponent >= 0 of a long tail: the k-th shape, colour, texture and size come in proportion to k^-zipf; with
+            0 all are equally frequent.
     """
 
     height: int = 48
@@ -114,6 +116,7 @@ class SceneSpace:
     most: int = 4
     shapes: int = len(SHAPES)
     colours: int = len(COLOURS)
+    zipf: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.height, self.width) < 1 or not 0 <= self.fewest <= self.most or self.most < 1:
@@ -126,12 +129,16 @@ class SceneSpace:
                 f"scenes have 1 to {len(SHAPES)} shapes and 1 to {len(COLOURS)} colours, not shapes={self.shapes} and "
                 f"colours={self.colours}"
             )
+        if not 0 <= self.zipf < math.inf:
+            raise UserError(
+                f"zipf={self.zipf} of scenes is the exponent of a long tail; it must be at least 0 and finite"
+            )
 
     def layout(self, seed: int, index: np.ndarray) -> SceneLayout:
         """The objects of the scenes with these numbers, int64 [B]."""
         draws, K = Draws(seed, index), self.most
         absent = np.arange(K) >= self.fewest + draws.integers(self.most - self.fewest + 1)[:, None]
-        kinds = [draws.integers(n, K) for n in (self.shapes, self.colours, len(TEXTURES), len(SIZES))]
+        kinds = [self._kinds(draws, n) for n in (self.shapes, self.colours, len(TEXTURES), len(SIZES))]
         x, y, angle, wide, near = np.moveaxis(draws.uniform(K, 5), 2, 0)
         side = min(self.height, self.width)
         least, most = np.array([*SIZES.values()], dtype=np.float32)[kinds[3]].transpose(2, 0, 1) * side
@@ -156,6 +163,14 @@ class SceneSpace:
             np.where(absent[:, :, None], np.float32(0), centre),
             *(np.where(absent, np.float32(0), number) for number in numbers),
         )
+
+    def _kinds(self, draws: Draws, count: int) -> np.ndarray:
+        """Which of `count` kinds each place for an object has, int64 [B, K]."""
+        if not self.zipf:
+            return draws.integers(count, self.most)
+        share = np.arange(1, count + 1) ** -self.zipf
+        ends = np.cumsum(share / share.sum())[:-1].astype(np.float32)
+        return np.searchsorted(ends, draws.uniform(self.most), side="right")
 
     def draw(
         self, layout: SceneLayout, seed: int, index: np.ndarray, style: Style, hues: np.ndarray | None = None

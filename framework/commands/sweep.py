@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,14 +166,28 @@ def _checked(args: argparse.Namespace, sweep: Sweep) -> Resolved:
     seeded = {key: seed for key in sweep.seed_keys for seed in sweep.seeds or ()}
     points = [point | seeded for point in _points_to_check(sweep)]
     found = [_resolved(args, point) for point in points]
-    specs = (found[0].config.get("trainer", {}).get("callbacks") or {}).values()
-    if not any(spec.get("class_path") == SUMMARY_CLASS for spec in specs):
-        raise UserError(
-            f"{found[0].name} has no callback {SUMMARY_CLASS}, from whose file a sweep learns that a run is done; give "
-            "it one, for example with base: defaults"
-        )
+    require_summary(found[0])
     print_notes(dict.fromkeys(note for one in found for note in one.notes))
     return found[0]
+
+
+def require_summary(resolved: Resolved) -> None:
+    """Raises: UserError for a recipe of whose runs nobody would know that they are done."""
+    specs = (resolved.config.get("trainer", {}).get("callbacks") or {}).values()
+    if not any(spec.get("class_path") == SUMMARY_CLASS for spec in specs):
+        raise UserError(
+            f"{resolved.name} has no callback {SUMMARY_CLASS}, from whose file a sweep learns that a run is done; give "
+            "it one, for example with base: defaults"
+        )
+
+
+def require_allowed(sweep: Sweep, place: Path, allowed: Sequence[str]) -> None:
+    """Raises: UserError for a folder whose runs would load code that this command line does not allow."""
+    if strange := [name for name in sweep.modules if name not in allowed]:
+        raise UserError(
+            f"{place / SWEEP} runs code of {', '.join(strange)}; if you trust it, add "
+            + shlex.join(allow_options(strange))
+        )
 
 
 def _points_to_check(sweep: Sweep) -> list[Settings]:
@@ -202,11 +217,7 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
         raise UserError(
             f"{args.flags[0]}: {place} is continued as its {SWEEP} says; a changed sweep needs another --out"
         )
-    if strange := [name for name in sweep.modules if name not in args.allow_modules]:
-        raise UserError(
-            f"{place / SWEEP} runs code of {', '.join(strange)}; if you trust it, add "
-            + shlex.join(allow_options(strange))
-        )
+    require_allowed(sweep, place, args.allow_modules)
     if args.task is not None:
         return _one_task(args, sweep, place)
     if args.metric is not None:
@@ -228,13 +239,13 @@ def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) 
         return _outlook(_joined(sweep, out), out)
     with sole_use(out), exits_on_sigterm():
         sweep = _joined(sweep, out)
-        _refuse_changed_recipe(sweep, out)
+        refuse_changed_recipe(sweep, out)
         write(out, sweep)
         done = conclude(run_due(sweep, out, args.workers or 1, args.retry_failed), out)
         return 0 if done else UNFINISHED
 
 
-def _refuse_changed_recipe(sweep: Sweep, out: Path) -> None:
+def refuse_changed_recipe(sweep: Sweep, out: Path) -> None:
     """Raises: UserError if runs that are due would train something else than those that the folder has, since the
     recipe has changed: the ranking would compare two experiments.
     """

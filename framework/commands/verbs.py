@@ -104,6 +104,16 @@ VERBS = (
         flags=True,
     ),
     Verb(
+        "scaling",
+        "train on ever larger parts of the data, and say what ten times the data would give",
+        (
+            "lightspan scaling supervised/linear --sizes 200 500 1000 2000 --metric val/accuracy --out curves/linear",
+            "lightspan scaling supervised/linear --sizes 300 1000 3000 --seeds 0,1 --steps epochs --workers 2",
+        ),
+        "scaling",
+        flags=True,
+    ),
+    Verb(
         "run",
         "run a recipe that does not train (an estimator or a merger)",
         (

@@ -183,24 +183,30 @@ class Staircase(LRScheduler):
     """A constant rate that falls by a factor at some shares of the run; every group keeps its own first rate.
 
     Args:
-        total_steps: optimiser steps of the whole run, >= 1.
-        at: shares of the run in (0, 1), ascending.
+        total_steps: optimiser steps of the whole run, >= 1; later steps keep the last rate.
+        at: shares of the run in (0, 1), ascending; a whole number cuts the run into so many equal parts.
         factor: of each fall, in (0, 1].
     Raises: UserError for values outside these ranges.
     """
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, at: Sequence[float] = (0.9,), factor: float = 0.1
+        self, optimizer: Optimizer, total_steps: int, at: Sequence[float] | int = (0.9,), factor: float = 0.1
     ) -> None:
         if total_steps < 1:
             raise UserError(
                 f"total_steps={total_steps} must be at least 1; set trainer.max_steps or trainer.max_epochs"
             )
-        if list(at) != sorted(at) or not all(0 < share < 1 for share in at) or not 0 < factor <= 1:
-            raise UserError(f"at={[*at]} must be ascending shares in (0, 1), and factor={factor} in (0, 1]")
-        self.total_steps, self.at, self.factor = total_steps, tuple(at), factor
+        shares = [part / at for part in range(1, at)] if isinstance(at, int) else [*at]
+        wrong = at < 1 if isinstance(at, int) else shares != sorted(shares) or not all(0 < x < 1 for x in shares)
+        if wrong or not 0 < factor <= 1:
+            raise UserError(
+                f"Staircase at={at} must be ascending shares in (0, 1), or parts of the run, 1 or more, and "
+                f"factor={factor} in (0, 1]"
+            )
+        self.falls = [math.ceil(share * total_steps - 1e-9) for share in shares]
+        self.factor = factor
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        fallen = sum(self.last_epoch >= share * self.total_steps for share in self.at)
+        fallen = sum(self.last_epoch >= step for step in self.falls)
         return [base * self.factor**fallen for base in self.base_lrs]

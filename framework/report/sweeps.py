@@ -1,6 +1,7 @@
 """What a sweep shows: its runs as points, a heat map of two of its keys, and a slice along each key."""
 
 import math
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.errors import UserError
-from lightspan.files import refuse_link_out
+from lightspan.files import read_small, refuse_link_out
 from lightspan.report.chart import Chart, ChartLine, draw
 from lightspan.report.ranking import RankedRun, Ranking
-from lightspan.report.runs import Run, load_run, unique_names
+from lightspan.report.runs import MOST_PICTURE_BYTES, PNG_MARK, Run, load_run, unique_names
 from lightspan.report.sections import unit_of
-from lightspan.run_files import SWEEP
+from lightspan.run_files import SCALING_PICTURE, SWEEP
 from lightspan.runs.status import Status, status_of
 from lightspan.sweeps.files import Sweep, Trial, read
 from lightspan.sweeps.points import Range, written
@@ -131,7 +132,19 @@ def sweep_section(found: SweepRuns, ranking: Ranking) -> str:
         note = f'<p class="note">{escape(text)}.</p>'
     return (
         f'<h2>Sweep of {escape(sweep.recipe)}</h2><p class="lead">{escape(lead)}</p>{note}'
-        f'<div class="heats">{"".join(maps)}</div><div class="charts">{"".join(slices)}</div>'
+        f'{_figure(found.folder)}<div class="heats">{"".join(maps)}</div><div class="charts">{"".join(slices)}</div>'
+    )
+
+
+def _figure(folder: Path) -> str:
+    """The figure of a curve over sizes of the data, where `lightspan scaling` drew one."""
+    path = folder / SCALING_PICTURE
+    content = None if path.is_symlink() else read_small(path, MOST_PICTURE_BYTES)
+    if content is None or not content.startswith(PNG_MARK):
+        return ""
+    return (
+        '<div class="pictures"><img alt="the score over the number of training samples, and at ten times the data" '
+        f'src="data:image/png;base64,{b64encode(content).decode()}"></div>'
     )
 
 

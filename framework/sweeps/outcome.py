@@ -31,7 +31,7 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
     if not sweep.keys:
         console.print(seed_table(over_seeds(sweep, folder)))
     elif sweep.metric is None:
-        if known := _metric(sweep, folder):
+        if known := known_metric(sweep, folder):
             commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), "--metric", known])
     else:
         ranking = ranked(sweep, folder, sweep.metric)
@@ -45,7 +45,7 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
         elif done and (said := unlogged(folder / done[0].run, sweep.metric)):
             print_notes([said])
     if undone:
-        _name(undone, folder)
+        name_undone(undone, folder)
         retry = ["--retry-failed"] if any(status_of(folder / trial.run) is Status.FAILED for trial in undone) else []
         commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), *retry])
     print(f"{'not finished' if undone else 'done'}: {folder}")
@@ -54,13 +54,14 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
     return not undone
 
 
-def _metric(sweep: Sweep, folder: Path) -> str | None:
+def known_metric(sweep: Sweep, folder: Path) -> str | None:
     """A score that the runs logged and whose name says which direction is better."""
     names = dict.fromkeys(name for trial in sweep.trials[:1] for name in last_values(folder / trial.run / METRICS))
     return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
 
 
-def _name(undone: Sequence[Trial], folder: Path) -> None:
+def name_undone(undone: Sequence[Trial], folder: Path) -> None:
+    """Prints which runs are not done, and why."""
     for trial in undone[:_FEW]:
         run = folder / trial.run
         status = status_of(run)

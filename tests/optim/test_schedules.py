@@ -178,7 +178,13 @@ def of_run(schedule, total_steps, lr=1.0):
 def test_a_staircase_falls_by_its_factor_at_each_share_of_the_run():
     found = of_run(partial(Staircase, at=(0.5, 0.9), factor=0.1), 10, lr=2.0)
     assert found == pytest.approx([2.0] * 5 + [0.2] * 4 + [0.02])
-    assert of_run(partial(Staircase, at=()), 3) == [1.0] * 3
+    assert of_run(partial(Staircase, at=()), 3) == of_run(partial(Staircase, at=1), 3) == [1.0] * 3
+
+
+def test_a_staircase_of_equal_parts_falls_between_them_and_not_behind_the_run():
+    optimizer = torch.optim.SGD([parameter()], lr=0.8)
+    found = rates(Staircase(optimizer, 6, at=3, factor=0.5), optimizer, 8)
+    assert found == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,7 @@ def test_a_staircase_falls_by_its_factor_at_each_share_of_the_run():
         ({"at": (0.9, 0.5)}, "must be ascending shares"),
         ({"at": (1.0,)}, r"in \(0, 1\)"),
         ({"factor": 0.0}, r"factor=0.0 in \(0, 1\]"),
+        ({"at": 0}, "parts of the run, 1 or more"),
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
     ],
 )

@@ -194,3 +194,35 @@ def test_a_pose_is_what_made_the_view() -> None:
 def test_numbers_out_of_range_are_refused(make: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make()
+
+
+def test_with_zipf_kinds_come_in_proportion_to_a_power_of_their_rank_and_without_as_before() -> None:
+    numbers = np.arange(4000)
+    layout = SceneSpace(16, 16, fewest=1, most=1, zipf=1.0).layout(3, numbers)
+    for field, count in ((layout.shape, len(SHAPES)), (layout.texture, 4)):
+        share = 1 / np.arange(1, count + 1)
+        wanted = 4000 * share / share.sum()
+        found = np.bincount(field[:, 0], minlength=count)
+        assert (abs(found - wanted) <= 4 * np.sqrt(wanted)).all()
+    even = [SceneSpace(16, 16, zipf=zipf).layout(3, numbers) for zipf in (0.0, 1.0)]
+    assert np.array_equal(even[0].angle, even[1].angle)
+    with pytest.raises(UserError, match=r"zipf=-1"):
+        SceneSpace(zipf=-1.0)
+
+
+def test_as_many_tags_as_asked_are_told_wrongly_in_training_and_none_elsewhere() -> None:
+    told = [
+        RenderedScenes(SceneSpace(16, 16), known=Known(wrong_tags=share), size=400, val_size=20, test_size=20)
+        for share in (0.0, 0.2)
+    ]
+    true, noisy = (ready(data).train.batch([*range(400)], [0] * 400)["tags"] for data in told)
+    wrong = (true != noisy).double()
+    error = (0.2 * 0.8 / wrong.numel()) ** 0.5
+    assert abs(wrong.mean() - 0.2) <= 3 * error
+    assert abs(wrong[true == 1].mean() - 0.2) <= 3 * (0.2 * 0.8 / (true == 1).sum()) ** 0.5
+    assert set(noisy.unique().tolist()) == {0, 1}
+    assert torch.equal(
+        told[0].val.batch([*range(20)], [0] * 20)["tags"], told[1].val.batch([*range(20)], [0] * 20)["tags"]
+    )
+    again = ready(told[1]).train.batch([7, 3], [1, 2])["tags"]
+    assert torch.equal(again, noisy[[7, 3]])
