@@ -135,7 +135,7 @@ class MaskedSteps(nn.Module):
         if backbone.vocab_size is not None:
             self.column_D = nn.Parameter(torch.randn(width))  # as nn.Embedding starts
         else:
-            bound = (backbone.channels + 1) ** -0.5  # type: ignore[operator] # as nn.Linear starts
+            bound = (backbone.channels + 1) ** -0.5  # as nn.Linear starts
             self.column_D = nn.Parameter(torch.empty(width).uniform_(-bound, bound))
 
     def embedded(self, backbone: Any, x: Tensor, hidden_BL: Tensor) -> Tensor:
