@@ -4,12 +4,14 @@ Scenes of 32 x 32 pixels with one or two objects and 22 tags: shapes, colours, t
 follow Zipf's law, a fifth of all tags told the wrong way round. A convolutional network learns the tags
 (`TagClassifier`) on nested parts of 300, 1,000, 3,000, 10,000 and 30,000 scenes, shifted and flipped at random, each
 for equally many steps. Its frozen features are read by a linear probe in two tasks: scikit-learn's digits, and the
-eight shapes of single objects in another style. The network is 16 channels wide in its first stage; the narrow one,
-which it is compared with, has 8. Fits are those of `lightspan scaling`: errors by their logarithms, intervals over
+colours of single objects, with hues turned and blurred. The network is 16 channels wide in its first stage; the narrow
+one, which it is compared with, has 8. Fits are those of `lightspan scaling`: errors by their logarithms, intervals over
 seeds.
 
-The rate of each width and size is the best of the same three for all, by the mean average precision of true tags on
-other scenes, on seed 100. `python evidence/test_79_jft_scaling.py` repeats that search.
+The rate of each width and size is the better of the same two for all, by the mean average precision of true tags on
+other scenes, on seed 100, of which nothing is reported. Size of pictures, shifts, number of objects and the second task
+were settled on that seed too: without shifts, features of 1,000 scenes told less than random ones in both tasks, and
+the shapes of single objects in another style were told by none of the features.
 """
 
 from functools import cache, partial
@@ -41,12 +43,11 @@ SEEDS, SEARCH = (0, 1, 2), 100
 SIZES = (300, 1_000, 3_000, 10_000, 30_000)
 WIDE, NARROW = 16, 8
 SIDE, SHIFT, BATCH, STEPS, HELD_OUT = 32, 4, 64, 600, 1_500
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
-TASKS = ("digits", "shapes in another style")
+TASKS = ("digits", "colours of objects")
 KNOWN_DIGITS, KNOWN_OBJECTS, ASKED_OBJECTS = 200, 400, 1_500
 PERFECT = 100.0
-CHOSEN: dict[tuple[int, int], float] = {}
 
 
 class Scenes(LightningDataModule):
@@ -54,7 +55,7 @@ class Scenes(LightningDataModule):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        space = SceneSpace(SIDE, SIDE, fewest=1, most=1, zipf=1.0)
+        space = SceneSpace(SIDE, SIDE, fewest=1, most=2, zipf=1.0)
         sets = {"size": SIZES[-1], "val_size": HELD_OUT, "batch_size": BATCH, "draw_seed": seed}
         drawn = RenderedScenes(space, known=Known(wrong_tags=0.2), **sets)
         drawn.setup()
@@ -120,8 +121,8 @@ def tasks(seed: int) -> dict[str, tuple[Tensor, Tensor, int]]:
     x = torch.from_numpy(images).float()[:, None].expand(-1, 3, -1, -1)
     x = (F.interpolate(x, (SIDE, SIDE), mode="bilinear") - 0.3) / 0.35
     count = KNOWN_OBJECTS + ASKED_OBJECTS
-    style = Style(hue=0.3, blur=0.6, inverted=True)
-    other, _ = RenderedObjects(("shape",), size=count, side=SIDE, style=style, draw_seed=1_000 + seed).load()
+    style = Style(hue=0.15, blur=0.5)
+    other, _ = RenderedObjects(("colour",), size=count, side=SIDE, style=style, draw_seed=1_000 + seed).load()
     objects = torch.from_numpy(other.images).float() / 255
     objects = (objects - objects.mean((0, 2, 3), keepdim=True)) / objects.std((0, 2, 3), keepdim=True)
     return {
@@ -149,10 +150,12 @@ def search() -> dict[tuple[int, int], float]:
             tried = {rate: precision(trained(width, size, rate, SEARCH), SEARCH) for rate in RATES}
             chosen[width, size] = max(tried, key=lambda rate: tried[rate])
             print(width, size, {rate: round(value, 2) for rate, value in tried.items()}, flush=True)
+    scenes.cache_clear()
     return chosen
 
 
 def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS) -> None:
+    chosen = search()
     reached: dict[tuple[int, str], list[list[float]]] = {(w, task): [] for w in (WIDE, NARROW) for task in TASKS}
     untrained: dict[str, dict[int, float]] = {task: {} for task in TASKS}
     for seed in seeds:
@@ -164,14 +167,14 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS) -> None:
                 if width == WIDE:
                     untrained[task][seed] = random[task]
             for size in SIZES:
-                method = trained(width, size, CHOSEN[width, size], seed)
+                method = trained(width, size, chosen[width, size], seed)
                 evidence.figure(f"precision of true tags, width {width}, {size}", precision(method, seed), seed, "%")
                 for task, score in transferred(method.backbone, seed).items():
                     reached[width, task][-1].append(score)
                     evidence.figure(f"{task}, width {width}, {size}", score, seed, "%")
         scenes.cache_clear()
     evidence.note(
-        f"{STEPS} steps of {BATCH} scenes for every size. Rates of {RATES}, chosen on seed {SEARCH}: {CHOSEN}"
+        f"{STEPS} steps of {BATCH} scenes for every size. Rates of {RATES}, chosen on seed {SEARCH}: {chosen}"
     )
     for task in TASKS:
         scores_SK, narrow_SK = np.array(reached[WIDE, task]), np.array(reached[NARROW, task])
@@ -204,7 +207,3 @@ def slope(scores_K: np.ndarray) -> float:
 
 def test_jft_scaling(evidence: Any) -> None:
     compare(evidence)
-
-
-if __name__ == "__main__":
-    print(search())
