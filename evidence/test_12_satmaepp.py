@@ -31,11 +31,11 @@ from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2), 100
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 CHOSEN = {"multi-scale": 1e-3, "single scale": 1e-3}
 TEN = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 GROUPS, LANDSAT_GROUPS = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9)), ((0, 1, 2), (3,), (4, 5))
-STEPS, BATCH, WIDTH, FEATURES = 1000, 32, 64, 20
+STEPS, BATCH, WIDTH, FEATURES = 2400, 16, 64, 12
 POOL, UNSEEN, SIDE = 2048, 1000, 64
 
 
@@ -152,8 +152,8 @@ def test_satmaepp(evidence) -> None:
     for name, value in on_landsat(SEEDS[0], STEPS // 2).items():
         evidence.figure(f"PSNR at four times the size, Landsat 7, {name}", value, seed=SEEDS[0], unit="dB")
     evidence.note(
-        f"{STEPS} steps of {BATCH} of {POOL} scenes; probes learn from these and are read on {UNSEEN}. Rates of {RATES} "
-        f"chosen on seed {SEARCH} by land cover on scenes of its own",
+        f"{STEPS} steps of {BATCH} of {POOL} scenes; probes learn from these and are read on {UNSEEN}. Rates of "
+        f"{RATES} chosen on seed {SEARCH} by land cover on scenes of its own",
         CHOSEN,
     )
 
