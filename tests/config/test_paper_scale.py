@@ -47,7 +47,7 @@ ONE_RANK = [
 def at_scale(config: dict[str, Any]) -> bool:
     """A paper's data come as shards, folders of pictures or lists of words, which no package has."""
     files = (".folder.ImageFolder", ".spelling.WordList")
-    return "'shards': " in str(config["data"]) or config["data"]["class_path"].endswith(files)
+    return "'shards': " in str(config["data"]) or any(f"{name}'" in str(config["data"]) for name in files)
 
 
 MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
@@ -78,7 +78,9 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 def built(name: str) -> Method:
     """The method of a recipe, without numbers in its weights where it can be made so."""
     overlays = ["scale/stand_ins_pairs"] if "clip" in name else ["scale/stand_ins_pre"] if "/pre_" in name else []
-    overlays += [f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "word_reader") if f"/{of}" in name]
+    overlays += [
+        f"scale/stand_ins_{of}" for of in ("sd_fpt", "unip", "dptr", "fst", "word_reader", "slca") if f"/{of}" in name
+    ]
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")
