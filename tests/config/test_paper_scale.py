@@ -51,9 +51,8 @@ ONE_RANK = [
 
 def at_scale(config: dict[str, Any]) -> bool:
     """A paper's data come as shards, folders of pictures, lists of words, texts or arrays, which no package has."""
-    files = (".folder.ImageFolder", ".spelling.WordList", ".own.OwnSequences")
-    data = str(config["data"])
-    return "'shards': " in data or ".domains.DomainFiles" in data or config["data"]["class_path"].endswith(files)
+    files = ("'shards': ", ".folder.ImageFolder'", ".spelling.WordList'", ".own.OwnSequences'", ".domains.DomainFiles'")
+    return any(part in str(config["data"]) for part in files)
 
 
 MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
