@@ -8,7 +8,8 @@ regression of EfficientNet-Lite0's features knows 12 of them, drawn anew for eac
 other pictures, and those of the 12 that it does not know, are predicted. Distances are edges of WordNet's tree over the
 classes.
 
-In both a random permutation of the labels in the metric has to do worse than argmax. `python evidence/test_59_loki.py`
+With the labels of the metric permuted at random Loki has to do worse: than argmax on bars, than with the right ones on
+stamps, where some label in the middle of the tree is nearer than a wrong leaf whoever chose it. `python evidence/test_59_loki.py`
 chooses the temperature on bars, and on a division of the stamps, of seed 100; argmax has none to choose. Figures at
 temperature 1, and at that which the estimator chooses on known labels alone, are recorded beside it.
 """
@@ -44,7 +45,6 @@ STAMPS = {
     "animals/mammals/deer": "deer",
     "animals/mammals/equines": "equine",
     "animals/mammals/rodents": "rodent",
-    "animals/dinosaur": "dinosaur",
     "clothes/hats": "hat",
     "food/fruit": "fruit",
     "food/vegetables": "vegetable",
@@ -55,6 +55,7 @@ STAMPS = {
     "hobbies/music": "musical instrument",
     "plants/flowers": "flower",
     "plants/trees": "tree",
+    "symbols/chess": "chessman",
     "symbols/money": "coin",
     "town/houses": "house",
     "vehicles/auto": "car",
@@ -190,10 +191,12 @@ def test_stamps(evidence) -> None:
         figures(evidence, "stamps, 12 of 24 classes known", seed, found)
         beside(evidence, "stamps, 12 of 24 classes known", seed, *sets, metric)
         saved[seed] = 100 * (1 - found.squared_distance / found.squared_distance_argmax)
-        lost[seed] = misled(estimator, *sets, metric, seed) - found.squared_distance_argmax
+        wrong = misled(estimator, *sets, metric, seed)
+        evidence.figure("stamps, 12 of 24 classes known, squared distance with a permuted metric", wrong, seed)
+        lost[seed] = wrong - found.squared_distance
     evidence.note(f"Temperature of {TEMPERATURES} chosen on seed {SEARCH_SEED}", {"stamps": CHOSEN["stamps"]})
     evidence.claim("stamps, squared distance of Loki below argmax", saved, at_least=5.0, unit="%")
-    evidence.claim("stamps, squared distance with a permuted metric minus argmax", lost, at_least=0.0)
+    evidence.claim("stamps, squared distance with a permuted metric minus the right one", lost, at_least=0.0)
 
 
 if __name__ == "__main__":
