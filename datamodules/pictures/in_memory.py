@@ -1,5 +1,7 @@
 """Pictures of a folder as an image set in memory, for data modules that divide or change such sets."""
 
+from typing import Any
+
 import numpy as np
 
 from lightspan.datamodules.images.small import ImageData, Labelled
@@ -32,7 +34,8 @@ class PicturesInMemory(ImageData):
                 f"PicturesInMemory needs labelled pictures, and {type(self.source).__name__} found none; put the "
                 "pictures of each class into a folder of its name"
             )
-        found = [_decoded(part.data) for part in (self.source.bank, self.source.val)]
+        parts: list[Any] = [self.source.bank, self.source.val]
+        found = [_decoded(part.data) for part in parts]
         if (most := 1 + max(int(part.labels.max()) for part in found)) > self.num_classes:
             raise UserError(f"PicturesInMemory num_classes={self.num_classes}, but the pictures have {most} classes")
         return found[0], found[1]

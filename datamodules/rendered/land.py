@@ -212,7 +212,8 @@ def fractal(draws: Draws, count: int, side: int, rough: float = 0.6) -> np.ndarr
     """Smooth random fields of mean 0 and a deviation near 1, float32 [B count side side]: octaves of noise, each of
     twice as many points and `rough` times the size of the one before.
     """
-    total, variance, size, points = np.float32(0), 0.0, 1.0, 4
+    total = np.zeros((draws.count, count, side, side), dtype=np.float32)
+    variance, size, points = 0.0, 1.0, 4
     while points <= max(side, 4):
         spread = _spread(side, points)
         total = total + np.float32(size) * (spread @ draws.normal(count, points, points) @ spread.T)
@@ -348,8 +349,8 @@ class SeasonSamples(RenderedSamples):
         views: list[Any] = [[], []]
         for values, valid, seed in zip(made.reflectance, seen, seeds.tolist(), strict=True):
             for number, view in enumerate(views):
-                cropped = map(torch.from_numpy, (values[:, number], valid[:, number].copy()))
-                view.append(scenes.moments.standardised(*self.crops(*cropped, seed=(2 * seed + number) % SEEDS)))
+                date = torch.from_numpy(values[:, number]), torch.from_numpy(valid[:, number].copy())
+                view.append(scenes.moments.standardised(*self.crops(*date, (2 * seed + number) % SEEDS)))
         tags = torch.from_numpy((cover_shares(made.cover) >= LEAST_SHARE).astype(np.int64))
         return {"views": [torch.stack(view) for view in views], "tags": tags, "tags_known": torch.ones_like(tags)}
 
@@ -374,6 +375,7 @@ class LandSeasons(LandScenes):
         if self.train is not None:
             return
         super().setup(stage)
+        assert isinstance(self.bank, LandSamples)
         self.train = SeasonSamples(self.bank, self.crops)
 
 

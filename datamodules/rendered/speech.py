@@ -107,7 +107,7 @@ def _phone_at(phone_BP: np.ndarray, end_BP: np.ndarray, at_N: np.ndarray) -> np.
 def _glided(said_BC2: np.ndarray) -> np.ndarray:
     """Means over five steps of the filters, 40 ms."""
     padded = np.pad(said_BC2, ((0, 0), (2, 2), (0, 0)), mode="edge")
-    return sum(padded[:, at : at + said_BC2.shape[1]] for at in range(5)) / 5
+    return np.mean([padded[:, at : at + said_BC2.shape[1]] for at in range(5)], axis=0)
 
 
 def _gains(formants_BC2: np.ndarray, tilt_B: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ both terms are means over the two directions.
 Shapes: B scenes of this rank, C h w, G tags, D embedding width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,8 +97,9 @@ class SoftCon(Method):
 
     def masked(self, views: list[Tensor], index_B: Tensor) -> list[Tensor]:
         """What the student sees of each view: patches drawn by seed, step, scene and view are zero."""
-        grid, step = grid_of(views[0].shape[2:], self.patch), self.global_step
-        return [self.hide(view_BChw, grid, index_B, step, number)[0] for number, view_BChw in enumerate(views)]
+        (height, width), step = grid_of(views[0].shape[2:], self.patch), self.global_step
+        hide = partial(self.hide, grid=(height, width), index_B=index_B, step=step)
+        return [hide(view_BChw, view=number)[0] for number, view_BChw in enumerate(views)]
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum(self.share_of_run()))

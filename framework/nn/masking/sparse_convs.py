@@ -39,7 +39,7 @@ POINTWISE = (
 class ActiveCells:
     """Which cells of images are active: a grid, and places counted row by row, int64 [B K], as many of each image."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     see_BK: Tensor
 
     def mask(self, sides: tuple[int, int]) -> Tensor:
