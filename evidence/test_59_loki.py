@@ -9,9 +9,10 @@ other pictures, and those of the 12 that it does not know, are predicted. Distan
 classes.
 
 With the labels of the metric permuted at random Loki has to do worse: than argmax on bars, than with the right ones on
-stamps, where some label in the middle of the tree is nearer than a wrong leaf whoever chose it. `python evidence/test_59_loki.py`
-chooses the temperature on bars, and on a division of the stamps, of seed 100; argmax has none to choose. Figures at
-temperature 1, and at that which the estimator chooses on known labels alone, are recorded beside it.
+stamps, where some label in the middle of the tree is nearer than a wrong leaf whoever chose it. `python
+evidence/test_59_loki.py` chooses the temperature on bars, and on a division of the stamps, of seed 100; argmax has none
+to choose. Figures at temperature 1, and at that which the estimator chooses on known labels alone, are recorded beside
+it.
 """
 
 import math
