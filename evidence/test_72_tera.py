@@ -154,7 +154,7 @@ def test_tera(evidence):
                 evidence.figure(f"{name}, {arm}", value, seed, "" if name.startswith("L1") else "%")
     evidence.note(
         f"{STEPS} steps of {BATCH} utterances. Of rates {RATES} and penalties {PENALTIES}, chosen on seed {SEARCH} "
-        f"(rate, phones, speakers): {CHOSEN}. The log-mel speaker probe reads bands that are not normalised by utterance."
+        f"(rate, phones, speakers): {CHOSEN}. Of log-mel, speakers are read from bands that are not normalised."
     )
 
     def gain(what: str, arm: str, over: str) -> dict[int, float]:
