@@ -34,3 +34,14 @@ def test_each_of_the_numbers_mixed_into_a_seed_counts_and_rows_do_not_see_one_an
     assert torch.equal(mixed_seed(number[2:], 3, 7), seeds[2:])
     several = [seeds, mixed_seed(number, 7, 3), mixed_seed(number, 3, 8), mixed_seed(number, 4, 7)]
     assert len(set(torch.cat(several).tolist())) == 20
+
+
+def test_uniform_numbers_fill_their_interval_and_depend_on_seed_stream_and_place_alone() -> None:
+    seeds = torch.arange(4)
+    drawn = hashed_uniform(seeds, 0, (100, 100))
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    counts = (10 * drawn).long().flatten().bincount(minlength=10)
+    assert (counts - 4000).abs().max() < 250
+    assert torch.equal(hashed_uniform(seeds[1:2], 0, (5,))[0], drawn[1].flatten()[:5])
+    assert not torch.equal(hashed_uniform(seeds, 1, (100, 100)), drawn)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.backbones.frames import FrameTransformer
 from lightspan.errors import UserError
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.audio.waves import waves_of
@@ -25,20 +24,23 @@ class RecordingEncoder(nn.Module):
     Args:
         front: makes the frames. Bands that are normalised by utterance have mean 0: without a network take
             `normalise: false`.
-        network: such as a trained one, through `lightspan.backbones.weights.with_weights`; None takes the bands.
+        network: of frames and which of them are valid, such as a `lightspan.backbones.frames.FrameTransformer`, a trained
+            one through `lightspan.backbones.weights.with_weights`; None takes the bands.
     Raises: UserError for bands of mean 0 without a network, and for another number of bands than the network reads.
     """
 
-    def __init__(self, front: LogMel, network: FrameTransformer | None = None) -> None:
+    def __init__(self, front: LogMel, network: nn.Module | None = None) -> None:
         super().__init__()
         if network is None and front.normalise:
             raise UserError(
                 "RecordingEncoder: the means of normalised bands are 0 for every recording; set front.normalise=false, "
                 "or give a network"
             )
-        if network is not None and network.bands != front.mels:
+        bands = None if network is None else getattr(network, "bands", None)
+        if network is not None and bands != front.mels:
             raise UserError(
-                f"RecordingEncoder front.mels={front.mels} and network.bands={network.bands} must be equal; change one"
+                f"RecordingEncoder front.mels={front.mels} and network.bands={bands} must be equal; take a network of "
+                "frames, such as FrameTransformer, of as many bands"
             )
         self.front, self.network = front, network
 

@@ -19,7 +19,7 @@ from lightspan.backbones.vision import MLP, LeNet, SmallConvNet
 from lightspan.errors import UserError
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.supervised.classifier import Classifier
-from lightspan.nn.tokens import token_features
+from lightspan.nn.tokens import Tokens, token_features
 
 ViT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
 TIMM = {
@@ -176,3 +176,15 @@ def test_what_cannot_be_read_is_named() -> None:
         token_features(torchvision.models.resnet18(), lambda: None)
     with pytest.raises(UserError, match="MLP ran 0 of the 1 requested layers"):
         token_features(net, lambda: None)
+
+
+def test_padding_of_a_sequence_has_no_say_in_its_mean() -> None:
+    tokens = torch.randn(3, 4, 2).bfloat16()
+    valid = torch.arange(4) < torch.tensor([[4], [1], [0]])
+    pooled = Tokens(tokens, valid_BT=valid).pooled()
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled[0], tokens[0].float().mean(0))
+    torch.testing.assert_close(pooled[1], tokens[1, 0].float())
+    assert not pooled[2].any()
+    tokens[~valid] = torch.nan
+    assert torch.equal(Tokens(tokens, valid_BT=valid).pooled(), pooled)
