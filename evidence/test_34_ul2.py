@@ -38,7 +38,7 @@ from lightspan.methods.masked.ul2 import UL2
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH_SEED, SEARCH_SHARE = (0, 1, 2), 100, 3
-SIZE, INPUTS, TARGETS, STEPS, BATCH, JUDGED = 512, 96, 96, 400, 32, 256
+SIZE, INPUTS, TARGETS, STEPS, BATCH, JUDGED = 512, 104, 104, 400, 16, 256
 RATES = (2e-3, 5e-3)
 
 
@@ -143,8 +143,9 @@ def unigram(given: Texts) -> float:
     counts = np.ones(given.tokens)
     for text in given.training[1]:
         counts += np.bincount(text.tokens, minlength=given.tokens)
-    nats = -np.log2(counts / counts.sum())
-    return sum(nats[text.tokens].sum() for text in given.test[1]) / sum(t.byte_counts.sum() for t in given.test[1])
+    bits_of = -np.log2(counts / counts.sum())
+    test = given.test[1]
+    return float(sum(bits_of[text.tokens].sum() for text in test) / sum(text.byte_counts.sum() for text in test))
 
 
 def chosen_rates(given: Texts) -> dict[str, float]:

@@ -215,7 +215,7 @@ class Denoising(TextForm):
     def corrupt(self, piece: TextTokens, seed: int) -> tuple[Corrupted, int]:
         """What becomes of a piece, and the place of its denoiser in the mixture."""
         chosen = int(np.random.default_rng((seed, 2)).choice(len(self.mixture), p=self.shares))
-        denoiser, text = self.mixture[chosen], window(piece, self.lengths[chosen], seed)
+        denoiser, text = self.mixture[chosen], window(piece, self.lengths[chosen], seed, 1)
         hidden = denoiser.hidden(len(text.tokens), np.random.default_rng((seed, 3)))
         return corrupted(text, hidden, self.used, denoiser.mode if self.mode_tokens else None), chosen
 

@@ -64,12 +64,12 @@ def padded(values: np.ndarray, length: int, value: int = 0) -> Tensor:
     return F.pad(torch.from_numpy(values.astype(np.int64)), (0, length - len(values)), value=value)
 
 
-def window(document: TextTokens, longest: int, seed: int) -> TextTokens:
-    """A document, or if it is longer so many tokens of it, from a place that is drawn from the seed."""
+def window(document: TextTokens, longest: int, seed: int, stream: int = 0) -> TextTokens:
+    """A document, or if it is longer so many tokens of it, from a place that is drawn from seed and stream."""
     surplus = len(document.tokens) - longest
     if surplus <= 0:
         return document
-    start = int(np.random.default_rng((seed, 1)).integers(surplus + 1))
+    start = int(np.random.default_rng((seed, stream)).integers(surplus + 1))
     return TextTokens(*(column[start : start + longest] for column in document))
 
 

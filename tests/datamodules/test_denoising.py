@@ -101,7 +101,7 @@ def test_ten_thousand_texts_come_back_from_each_denoiser_of_the_mixture() -> Non
     for seed, length in enumerate(lengths.tolist()):
         piece = TextTokens(*(column[:length] for column in whole))
         made, chosen = form.corrupt(piece, seed)
-        read = window(piece, form.lengths[chosen], seed)
+        read = window(piece, form.lengths[chosen], seed, 1)
         assert np.array_equal(restored(made.inputs, made.targets, form.used), read.tokens)
         drawn[chosen] += 1
     assert len(drawn) == 7
