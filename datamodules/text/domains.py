@@ -175,8 +175,8 @@ class PromptReader:
         self.num_tokens = max(count, *(number + 1 for number in self.tokens.all()))
         if clashing := sorted(number for number in self.tokens.all() if number < count and number not in free):
             raise UserError(
-                f"{len(clashing)} numbers of pad, eos, modes and sentinels are among the {count:,} that texts have, the "
-                f"first: {clashing[0]}; leave tokens out to use numbers behind them"
+                f"{len(clashing)} numbers of pad, eos, modes and sentinels are among the {count:,} that texts have, "
+                f"the first: {clashing[0]}; leave tokens out to use numbers behind them"
             )
         self.around = [self.words(part).text for part in prompt.around()]
         self.room = length - 1 - sum(len(part.tokens) for part in self.around)
