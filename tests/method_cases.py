@@ -128,7 +128,6 @@ IMAGES = 4 * ROWS
 
 AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
-AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
@@ -647,9 +646,7 @@ CASES: dict[str, Case] = {
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
-    "language.prompted_classifier": Case(
-        partial(prompted, None), prompts, halves_differ=AMONG_TOKENS_SAID, refuses_no_row=NO_TEXT
-    ),
+    "language.prompted_classifier": Case(partial(prompted, None), prompts, refuses_no_row=NO_TEXT),
     "language.prompted_classifier, aligned": Case(
         partial(prompted, Discrepancy()), prompts, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
     ),
