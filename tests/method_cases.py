@@ -51,7 +51,7 @@ from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.spectral import SpectralContrastive
-from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Ranking, Retrieval, Starbucks
+from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -592,7 +592,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "contrastive.starbucks": Case(
-        partial(starbucks, Ranking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+        partial(starbucks, SentenceRanking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
     ),
     "contrastive.starbucks, retrieval": Case(
         partial(starbucks, Retrieval()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT

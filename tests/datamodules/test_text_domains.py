@@ -17,7 +17,7 @@ from lightspan.datamodules.text.domains import (
     DomainPrompts,
     Prompt,
     PromptReader,
-    Unlabelled,
+    UnlabelledTexts,
 )
 from lightspan.datamodules.text.drawn_reviews import AFTERWARDS, WORDS, DrawnReviews
 from lightspan.datamodules.text.word_choices import (
@@ -173,7 +173,7 @@ def test_drawn_reviews_praise_in_words_of_their_own_and_tell_what_comes_after_in
     domains = DrawnReviews(400, 100, shared=0.5, seed=2)
     source, target, test = domains.source(), domains.target(), domains.target_test()
     assert source == DrawnReviews(400, 100, shared=0.5, seed=2).source()
-    assert isinstance(target, Unlabelled)
+    assert isinstance(target, UnlabelledTexts)
     assert not set(target.texts) & set(test.texts) or len(set(test.texts)) > 90
     kitchen = {word for words in WORDS["kitchen"] for word in words}
     books = {word for words in WORDS["books"] for word in words}

@@ -152,7 +152,7 @@ def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
     if "score" not in batch:
         raise UserError(
             f"{method} with CoSENT needs a score for each pair, and this batch has none (it holds "
-            f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss Ranking"
+            f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss SentenceRanking"
         )
     require_rows(batch, "score", method)
     return batch["score"]
