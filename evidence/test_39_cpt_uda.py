@@ -34,7 +34,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2, 3, 4)
 SEARCHED = 100
-FIRST, SECOND, BATCH, LENGTH, HIDDEN = 600, 200, 32, 32, 0.15
+FIRST, SECOND, BATCH, LENGTH, HIDDEN = 800, 60, 32, 24, 0.25
 RATES = (1e-3, 3e-3)
 WEIGHTS = (0.1, 1.0)
 VOCABULARY = 4096

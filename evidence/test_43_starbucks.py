@@ -28,12 +28,12 @@ from lightspan.backbones.language import bert
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.functions import library_functions
-from lightspan.datamodules.text.pairs import PairSamples, Texts
+from lightspan.datamodules.text.pairs import TextPairSamples, Texts
 from lightspan.datamodules.text.whole_words import WholeWordSamples, WordCutter
 from lightspan.datamodules.text.windows import in_validation
-from lightspan.methods.contrastive.starbucks import Ranking, Starbucks
+from lightspan.methods.contrastive.starbucks import SentenceRanking, Starbucks
 from lightspan.methods.masked.smae import SMAE
-from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSizes, RandomSizes, Size
+from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, NestedSizes, RandomSizes
 from lightspan.objectives.text_pairs import pair_scores
 from lightspan.optim.schedules import WarmupCosine
 
@@ -41,7 +41,7 @@ SEEDS = (0, 1, 2)
 SEARCHED = 100
 RATES = (1e-3, 3e-3, 1e-2)
 PAIRS = [(1, 8), (2, 16), (3, 32), (4, 64)]
-SIZES = [Size(*pair) for pair in PAIRS]
+SIZES = [NestedSize(*pair) for pair in PAIRS]
 STEPS, BATCH, QUERY, DOCUMENT, WORDS = 400, 64, 16, 32, 2048
 SMAE_STEPS, SMAE_RATE = 240, 3e-3
 MASK = WORDS  # a number behind those of the tokenizer
@@ -67,9 +67,9 @@ def functions(part: str) -> tuple[list[str], list[str]]:
 
 
 @functools.cache
-def pairs(part: str) -> PairSamples:
+def pairs(part: str) -> TextPairSamples:
     tokenizer, (queries, bodies) = HashedWords(WORDS), functions(part)
-    return PairSamples(Texts.of(tokenizer, queries, QUERY), Texts.of(tokenizer, bodies, DOCUMENT))
+    return TextPairSamples(Texts.of(tokenizer, queries, QUERY), Texts.of(tokenizer, bodies, DOCUMENT))
 
 
 @functools.cache
@@ -123,13 +123,13 @@ def trained(arm: str, rate: float, seed: int, steps: int = STEPS, start: nn.Modu
     elif arm == "plain":
         sizes = FixedSizes(PAIRS[-1:])
     backbone = start if start is not None else encoder(1 if arm == "separate" else 4)
-    method = Starbucks(backbone, sizes, Ranking(), **optimisation(rate))  # type: ignore[arg-type]
+    method = Starbucks(backbone, sizes, SentenceRanking(), **optimisation(rate))  # type: ignore[arg-type]
     fit(method, pairs("train"), steps, seed)
     return method.eval()
 
 
 @torch.no_grad()
-def recall(method: Starbucks, part: str, sizes: list[Size]) -> dict[str, float]:
+def recall(method: Starbucks, part: str, sizes: list[NestedSize]) -> dict[str, float]:
     """Recall at 10 of each size, in per cent."""
     samples = pairs(part)
     batches = [samples_of(samples, first) for first in range(0, len(samples), 256)]
@@ -143,12 +143,12 @@ def recall(method: Starbucks, part: str, sizes: list[Size]) -> dict[str, float]:
     return measured
 
 
-def samples_of(samples: PairSamples, first: int) -> dict[str, Tensor]:
+def samples_of(samples: TextPairSamples, first: int) -> dict[str, Tensor]:
     rows = [samples.sample(index, 0) for index in range(first, min(first + 256, len(samples)))]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def judged(arm: str) -> list[Size]:
+def judged(arm: str) -> list[NestedSize]:
     """The sizes an arm trains."""
     return SIZES[:1] if arm == "separate" else SIZES[-1:] if arm == "plain" else SIZES
 

@@ -55,7 +55,7 @@ from lightspan.methods.contrastive.sie import SIE
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.contrastive.softcon import SoftCon
 from lightspan.methods.contrastive.spectral import SpectralContrastive
-from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Ranking, Retrieval, Starbucks
+from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
@@ -145,7 +145,6 @@ IMAGES = 4 * ROWS
 
 AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
-AMONG_TOKENS_SAID = "each token of a label weighs the same: a micro-batch has other labels"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
@@ -674,7 +673,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
     ),
     "contrastive.starbucks": Case(
-        partial(starbucks, Ranking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
+        partial(starbucks, SentenceRanking()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
     ),
     "contrastive.starbucks, retrieval": Case(
         partial(starbucks, Retrieval()), text_pairs, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
@@ -728,9 +727,7 @@ CASES: dict[str, Case] = {
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
-    "language.prompted_classifier": Case(
-        partial(prompted, None), prompts, halves_differ=AMONG_TOKENS_SAID, refuses_no_row=NO_TEXT
-    ),
+    "language.prompted_classifier": Case(partial(prompted, None), prompts, refuses_no_row=NO_TEXT),
     "language.prompted_classifier, aligned": Case(
         partial(prompted, Discrepancy()), prompts, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT
     ),

@@ -1,7 +1,7 @@
 """Texts of two domains, one with labels and one without, in the prompts of a language model.
 
 Source: Uppaal et al., 2024, arXiv 2401.17514. No label of the target domain can be reached while a network learns: the
-texts of the target have none (`Unlabelled`), and a file with labels to judge by is read by the test alone.
+texts of the target have none (`UnlabelledTexts`), and a file with labels to judge by is read by the test alone.
 Shapes: T tokens of a prompt, K labels, U tokens of a label's words.
 """
 
@@ -34,12 +34,12 @@ SIDES = {
 """Of the batches of both stages: fields of one length, by the one that tells what is padding."""
 
 
-class Labelled(NamedTuple):
+class LabelledTexts(NamedTuple):
     texts: list[str]
     labels: list[int]
 
 
-class Unlabelled:
+class UnlabelledTexts:
     """Texts of a target domain, which have no label. Raises: UserError where one is asked for."""
 
     def __init__(self, texts: list[str]) -> None:
@@ -57,13 +57,13 @@ class Domains(ABC):
     """Where the texts come from. Labels are whole numbers from 0 up."""
 
     @abstractmethod
-    def source(self) -> Labelled: ...
+    def source(self) -> LabelledTexts: ...
 
     @abstractmethod
-    def target(self) -> Unlabelled: ...
+    def target(self) -> UnlabelledTexts: ...
 
     @abstractmethod
-    def target_test(self) -> Labelled:
+    def target_test(self) -> LabelledTexts:
         """Other texts of the target, to judge by. Raises: UserError if there are none."""
 
 
@@ -79,13 +79,13 @@ class DomainFiles(Domains):
     def __init__(self, source: str, target: str, test: str | None = None) -> None:
         self.paths = {"source": source, "target": target, "test": test}
 
-    def source(self) -> Labelled:
+    def source(self) -> LabelledTexts:
         return _labelled(self._rows("source"))
 
-    def target(self) -> Unlabelled:
-        return Unlabelled([row["text"] for _, row in self._rows("target")])
+    def target(self) -> UnlabelledTexts:
+        return UnlabelledTexts([row["text"] for _, row in self._rows("target")])
 
-    def target_test(self) -> Labelled:
+    def target_test(self) -> LabelledTexts:
         if self.paths["test"] is None:
             raise UserError("there are no labels of the target domain to judge by; name a file with them as test")
         return _labelled(self._rows("test"))
@@ -116,12 +116,12 @@ def _row(where: str, line: str) -> tuple[str, dict[str, Any]]:
     return where, row
 
 
-def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> Labelled:
+def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> LabelledTexts:
     for where, row in rows:
         label = row.get("label")
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise UserError(f"{where} has no label that is a whole number from 0 up")
-    return Labelled([row["text"] for _, row in rows], [row["label"] for _, row in rows])
+    return LabelledTexts([row["text"] for _, row in rows], [row["label"] for _, row in rows])
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ class PromptReader:
         self.num_tokens = max(count, *(number + 1 for number in self.tokens.all()))
         if clashing := sorted(number for number in self.tokens.all() if number < count and number not in free):
             raise UserError(
-                f"{len(clashing)} numbers of pad, eos, modes and sentinels are among the {count:,} that texts have, the "
-                f"first: {clashing[0]}; leave tokens out to use numbers behind them"
+                f"{len(clashing)} numbers of pad, eos, modes and sentinels are among the {count:,} that texts have, "
+                f"the first: {clashing[0]}; leave tokens out to use numbers behind them"
             )
         self.around = [self.words(part).text for part in prompt.around()]
         self.room = length - 1 - sum(len(part.tokens) for part in self.around)
@@ -317,14 +317,14 @@ class DomainTexts(SampleSets):
                 batch |= {name: batch[name][:, :longest] for name in own if name in batch}
         return batch
 
-    def divided(self) -> tuple[Labelled, Labelled]:
+    def divided(self) -> tuple[LabelledTexts, LabelledTexts]:
         """The source: (to train on, to validate on). Raises: UserError for labels that have no words."""
         source = self.domains.source()
         self._require_words(source)
         require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
         held = set((np.arange(self.val_size) * len(source.texts) // self.val_size).tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
-        train, val = (Labelled(*([column[place] for place in side] for column in source)) for side in sides)
+        train, val = (LabelledTexts(*([column[place] for place in side] for column in source)) for side in sides)
         return train, val
 
     def read(self, texts: Sequence[str]) -> list[Words]:
@@ -334,7 +334,7 @@ class DomainTexts(SampleSets):
             raise UserError(f"the tokenizer leaves nothing of the text {empty[0][:40]!r}; remove it")
         return read
 
-    def _require_words(self, labelled: Labelled) -> None:
+    def _require_words(self, labelled: LabelledTexts) -> None:
         words = self.reader.prompt.labels
         if max(labelled.labels) >= len(words):
             raise UserError(f"texts have labels up to {max(labelled.labels)}, and the prompt words for {len(words)}")

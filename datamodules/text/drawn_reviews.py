@@ -8,7 +8,7 @@ the raw texts.
 
 import numpy as np
 
-from lightspan.datamodules.text.domains import Domains, Labelled, Unlabelled
+from lightspan.datamodules.text.domains import Domains, LabelledTexts, UnlabelledTexts
 from lightspan.errors import UserError
 
 DOMAINS = ("books", "kitchen")
@@ -59,19 +59,19 @@ class DrawnReviews(Domains):
         self.size, self.test_size, self.shared, self.seed = size, test_size, shared, seed
         self.names = {"source": source, "target": DOMAINS[1 - DOMAINS.index(source)]}
 
-    def source(self) -> Labelled:
+    def source(self) -> LabelledTexts:
         return self._drawn("source", 0, self.size)
 
-    def target(self) -> Unlabelled:
-        return Unlabelled(self._drawn("target", 1, self.size).texts)
+    def target(self) -> UnlabelledTexts:
+        return UnlabelledTexts(self._drawn("target", 1, self.size).texts)
 
-    def target_test(self) -> Labelled:
+    def target_test(self) -> LabelledTexts:
         return self._drawn("target", 2, self.test_size)
 
-    def _drawn(self, which: str, stream: int, count: int) -> Labelled:
+    def _drawn(self, which: str, stream: int, count: int) -> LabelledTexts:
         generator = np.random.default_rng((self.seed, stream))
         labels = (np.arange(count) % 2).tolist()
-        return Labelled([self._review(self.names[which], label, generator) for label in labels], labels)
+        return LabelledTexts([self._review(self.names[which], label, generator) for label in labels], labels)
 
     def _review(self, domain: str, label: int, generator: np.random.Generator) -> str:
         words, parts = WORDS[domain][label], PARTS[domain]
@@ -79,10 +79,8 @@ class DrawnReviews(Domains):
         of = generator.choice(len(parts), 2, replace=False)
         thing = THINGS[domain][int(generator.integers(len(THINGS[domain])))]
         first, second = (NEUTRAL[int(place)] for place in generator.choice(len(NEUTRAL), 2, replace=False))
-        review = (
-            f"{first} this {thing} {second} the {parts[of[0]]} is {words[said[0]]} the {parts[of[1]]} {words[said[1]]}"
-        )
+        review = f"{first} {thing} {parts[of[0]]} {words[said[0]]} {second} {parts[of[1]]} {words[said[1]]}"
         if generator.random() < self.shared:
             afterwards = generator.choice(len(AFTERWARDS[label]), 2, replace=False)
-            review += " so i " + " and ".join(AFTERWARDS[label][int(place)] for place in afterwards)
+            review += " so " + " and ".join(AFTERWARDS[label][int(place)] for place in afterwards)
         return review

@@ -49,7 +49,7 @@ class Pair(NamedTuple):
     score: float | None = None
 
 
-class PairSamples:
+class TextPairSamples:
     """Samples of `TokenPairBatch`, or of `ScoredPairBatch` with scores.
 
     Args:
@@ -166,11 +166,11 @@ class Pairs(SampleSets):
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
-    def samples(self, pairs: Sequence[Pair], negatives: int = 0) -> PairSamples:
+    def samples(self, pairs: Sequence[Pair], negatives: int = 0) -> TextPairSamples:
         """Tokenised, each text once."""
         others = sorted({text for pair in pairs for text in pair.negatives}) if negatives else []
         number = {text: place for place, text in enumerate(others)}
-        return PairSamples(
+        return TextPairSamples(
             Texts.of(self.tokenizer, [pair.query for pair in pairs], self.query_length),
             Texts.of(self.tokenizer, [pair.document for pair in pairs], self.document_length),
             Texts.of(self.tokenizer, others, self.document_length),

@@ -21,7 +21,7 @@ EXACT = 1e-6
 ROWS, TOKENS = 2, 4
 
 
-def cut_encoder(network: PreTrainedModel, layers: int, width: int | None = None) -> PreTrainedModel:
+def cut_encoder(network: nn.Module, layers: int, width: int | None = None) -> PreTrainedModel:
     """A copy of the embeddings and the first n blocks, whose last states are what these blocks give in the whole.
 
     `config.truncate_dim` says how many of the first coordinates of a pooled state are the embedding, under the name
@@ -33,6 +33,8 @@ def cut_encoder(network: PreTrainedModel, layers: int, width: int | None = None)
         width: d, in [1, D]; None is all.
     Raises: UserError for another size, or for a network that does more to its last state than its blocks do.
     """
+    if not isinstance(network, PreTrainedModel):
+        raise UserError(f"cut_encoder cuts encoders of transformers, not {type(network).__name__}")
     whole, wide = network.config.num_hidden_layers, network.config.hidden_size
     width = wide if width is None else width
     if not 1 <= layers <= whole or not 1 <= width <= wide:

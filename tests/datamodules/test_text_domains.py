@@ -17,7 +17,7 @@ from lightspan.datamodules.text.domains import (
     DomainPrompts,
     Prompt,
     PromptReader,
-    Unlabelled,
+    UnlabelledTexts,
 )
 from lightspan.datamodules.text.drawn_reviews import AFTERWARDS, WORDS, DrawnReviews
 from lightspan.datamodules.text.word_choices import (
@@ -73,9 +73,8 @@ def test_information_is_by_hand_the_logarithm_of_a_ratio_of_shares() -> None:
     assert found["good"] == pytest.approx(np.log(0.5 / (0.5 * 0.5)))
     assert found["plot"] == found["the"] == pytest.approx(0)
     assert "rare" not in label_information([*TEXTS, ["rare"]], [*LABELS, 1])
-    assert label_information([["a", "a"]] * 3 + [["b"]] * 3, [0, 0, 1, 1, 1, 1])["a"] == pytest.approx(
-        np.log(2 / 3 / (2 / 6) / 1) - np.log(1 / 2) + np.log(1 / 2)
-    )
+    twice = label_information([["a", "a"]] * 3 + [["b"]] * 3, [0, 0, 1, 1, 1, 1])
+    assert twice["a"] == pytest.approx(np.log((2 / 6) / (3 / 6 * 2 / 6)))
 
 
 def test_informative_and_uninformative_words_are_equally_many_and_other_ones() -> None:
@@ -106,9 +105,9 @@ def test_no_label_of_the_target_can_be_reached_while_a_network_learns(tmp_path: 
         data.setup("fit")
         assert list(data.train_dataloader())
         assert list(data.val_dataloader())
+    untested = DomainFiles(str(tmp_path / "source.jsonl"), str(tmp_path / "target.jsonl"))
     with pytest.raises(UserError, match="there are no labels of the target domain to judge by"):
-        data = DomainPrompts(DomainFiles(*map(str, (tmp_path / "source.jsonl", tmp_path / "target.jsonl"))), TOKENIZER)
-        data.test_dataloader()
+        DomainPrompts(untested, TOKENIZER).test_dataloader()
 
 
 def without_test(domains: DomainFiles) -> DomainFiles:
@@ -133,16 +132,16 @@ def test_the_source_is_divided_and_the_test_is_the_targets(tmp_path: Path) -> No
     data = DomainPrompts(files(tmp_path), TOKENIZER, val_size=2, batch_size=4)
     data.setup()
     assert (len(data.train), len(data.val)) == (8, 2)  # type: ignore[arg-type]
-    (batch,) = data.test_dataloader()
-    assert batch["label"].tolist() == [0, 1, 0, 1, 0, 1][: len(batch["label"])]
-    assert "target_inputs" not in batch
+    first, second = data.test_dataloader()
+    assert [*first["label"].tolist(), *second["label"].tolist()] == [0, 1, 0, 1, 0, 1]
+    assert "target_inputs" not in first
     alone = DomainDenoising(files(tmp_path), TOKENIZER, source_alone=True, val_size=2, batch_size=4)
     both = DomainDenoising(files(tmp_path), TOKENIZER, val_size=2, batch_size=4)
     for data, count in ((alone, 8), (both, 16)):
         data.setup()
         assert len(data.train) == count  # type: ignore[arg-type]
-    first = data.train.sample(9, 3)  # type: ignore[union-attr]
-    assert torch.equal(first["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
+    hidden = data.train.sample(9, 3)  # type: ignore[union-attr]
+    assert torch.equal(hidden["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
 
 
 def test_choices_are_the_words_of_all_labels_behind_what_begins_them() -> None:
@@ -174,7 +173,7 @@ def test_drawn_reviews_praise_in_words_of_their_own_and_tell_what_comes_after_in
     domains = DrawnReviews(400, 100, shared=0.5, seed=2)
     source, target, test = domains.source(), domains.target(), domains.target_test()
     assert source == DrawnReviews(400, 100, shared=0.5, seed=2).source()
-    assert isinstance(target, Unlabelled)
+    assert isinstance(target, UnlabelledTexts)
     assert not set(target.texts) & set(test.texts) or len(set(test.texts)) > 90
     kitchen = {word for words in WORDS["kitchen"] for word in words}
     books = {word for words in WORDS["books"] for word in words}

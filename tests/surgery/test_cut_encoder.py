@@ -56,6 +56,8 @@ def test_sizes_and_networks_that_cannot_be_cut_are_refused(tmp_path: Path) -> No
     for layers, width in ((0, 8), (4, 8), (1, 0), (1, 17)):
         with pytest.raises(UserError, match=rf"layers={layers} and width={width} must lie in \[1, 3\] and \[1, 16\]"):
             cut_encoder(networks()[0], layers, width)
+    with pytest.raises(UserError, match="cuts encoders of transformers, not Linear"):
+        cut_encoder(torch.nn.Linear(2, 2), 1)
     with pytest.raises(UserError, match="cannot be cut: the last states of its first 1 blocks differ"):
         cut_encoder(llama(20, 16, 2, 2, 24, 16).model, 1)
     with pytest.raises(UserError, match="there is no BERT in"):

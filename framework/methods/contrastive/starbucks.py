@@ -30,7 +30,7 @@ from lightspan.distributed import gather_rows
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.grad_cache import in_chunks
-from lightspan.nn.sequences.nested_sizes import NestedSizes, Pooling, Size, pooled_layers, require_positions
+from lightspan.nn.sequences.nested_sizes import NestedSize, NestedSizes, Pooling, pooled_layers, require_positions
 from lightspan.nn.sequences.texts import pairs_of, scores_of
 from lightspan.objectives.info_nce import unit
 from lightspan.objectives.text_pairs import (
@@ -75,7 +75,7 @@ class PairLoss(ABC):
         return coordinate_divergence(small, whole)
 
 
-class Ranking(PairLoss):
+class SentenceRanking(PairLoss):
     """Similarity of sentences from pairs and triplets: MultipleNegativesRanking.
 
     Args:
@@ -94,7 +94,7 @@ class CoSENT(PairLoss):
     """Similarity of sentences from pairs with scores; a `ScoredPairBatch`.
 
     Args:
-        temperature, divergence: as in `Ranking`.
+        temperature, divergence: as in `SentenceRanking`.
     """
 
     def __init__(self, temperature: float = 0.05, divergence: float = 0.3) -> None:
@@ -137,7 +137,7 @@ class Starbucks(Method):
     Args:
         backbone: an encoder of transformers; its config has num_hidden_layers and hidden_size.
         sizes: what each step trains.
-        loss: `Ranking`, `CoSENT` or `Retrieval`.
+        loss: `SentenceRanking`, `CoSENT` or `Retrieval`.
         pooling: the row of a text: its first token's state, or the mean over its tokens.
         chunk: texts that are encoded at once on a rank; all, if None.
         recall_at: how many documents a query may name.
@@ -166,7 +166,7 @@ class Starbucks(Method):
         """Of the queries at the whole size, [B D]."""
         return self._rows([self.sizes.full.layer], batch["tokens"], batch["mask"])[:, 0]
 
-    def embedded(self, sizes: Sequence[Size], batch: TokenPairBatch) -> dict[Size, tuple[Tensor, Tensor]]:
+    def embedded(self, sizes: Sequence[NestedSize], batch: TokenPairBatch) -> dict[NestedSize, tuple[Tensor, Tensor]]:
         """(queries [B d], documents [B P d]) at each of the sizes, from one forward pass each."""
         tokens_BT, mask_BT, document_BPT, document_mask_BPT = pairs_of(batch, "Starbucks")
         layers = sorted({size.layer for size in sizes})
@@ -195,7 +195,7 @@ class Starbucks(Method):
         return loss
 
     @torch.compiler.disable  # the step's number changes with each step, and a graph would be made for each
-    def _sizes_of_step(self) -> tuple[Size, ...]:
+    def _sizes_of_step(self) -> tuple[NestedSize, ...]:
         return self.sizes.of_step(self.global_step)
 
     def validation_step(self, batch: TokenPairBatch | ScoredPairBatch, batch_idx: int) -> None:
@@ -217,7 +217,7 @@ class Starbucks(Method):
             figures |= self._recall(size, *rows) if score_Q is None else self._correlation(size, *rows, score_Q)
         self.log_dict(figures, sync_dist=True)
 
-    def _recall(self, size: Size, query_Qd: Tensor, document_QPd: Tensor) -> dict[str, Tensor]:
+    def _recall(self, size: NestedSize, query_Qd: Tensor, document_QPd: Tensor) -> dict[str, Tensor]:
         """Of the queries of all ranks among the documents of all ranks."""
         scores_QN, own_QN = pair_scores(query_Qd, document_QPd, self.loss.cosine)
         found = {}
@@ -227,7 +227,9 @@ class Starbucks(Method):
             found[f"val/recall_at_{k}_{size}"] = metric.compute()
         return found
 
-    def _correlation(self, size: Size, query_Qd: Tensor, document_QPd: Tensor, score_Q: Tensor) -> dict[str, Tensor]:
+    def _correlation(
+        self, size: NestedSize, query_Qd: Tensor, document_QPd: Tensor, score_Q: Tensor
+    ) -> dict[str, Tensor]:
         cosine_Q = (unit(query_Qd) * unit(document_QPd[:, 0])).sum(dim=1)
         cosine_N, score_N = (gather_rows(column)[0] for column in (cosine_Q, score_Q.to(cosine_Q.dtype)))
         return {f"val/spearman_{size}": spearman_corrcoef(cosine_N, score_N)}

@@ -23,7 +23,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
-from lightspan.nn.sequences.texts import prompts_of
+from lightspan.nn.sequences.texts import prompts_of, target_prompts_of
 from lightspan.objectives.means import known_mean
 from lightspan.objectives.mmd import WIDTHS, mmd, require_widths
 from lightspan.ranges import require_weights
@@ -96,12 +96,7 @@ class PromptedClassifier(Method):
         if self.alignment is None:
             self.log_training({"train/loss_nats": task}, prog_bar=True)
             return task
-        if "target_inputs" not in batch or "target_input_segments" not in batch:
-            raise UserError(
-                "PromptedClassifier with an alignment needs texts of the target domain, and this batch has none (it "
-                f"holds {', '.join(sorted(batch))}); give the data a target"
-            )
-        sides = ((batch["inputs"], batch["input_segments"]), (batch["target_inputs"], batch["target_input_segments"]))
+        sides = (prompts["inputs"], prompts["input_segments"]), target_prompts_of(batch, "PromptedClassifier")
         apart = mmd(*(self.pooled(*side) for side in sides), self.alignment.widths)
         loss = task + self.alignment.weight * apart
         self.log_training({"train/loss": loss, "train/loss_nats": task, "train/discrepancy": apart}, prog_bar=True)

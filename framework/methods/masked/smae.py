@@ -31,7 +31,7 @@ from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSizes, require
 from lightspan.nn.sequences.texts import tokens_of, words_of
 
 
-class Masked(NamedTuple):
+class MaskedTexts(NamedTuple):
     """What the encoder or the decoder reads, int64 [B T], and where to guess: places in the flat batch, int64 [M]."""
 
     tokens_BT: Tensor
@@ -85,7 +85,7 @@ class SMAE(Method):
         return masked_mean(states_BTD, batch["mask"])
 
     @torch.compiler.disable  # words are drawn on the host
-    def masked(self, batch: WholeWordBatch) -> tuple[Masked, Masked]:
+    def masked(self, batch: WholeWordBatch) -> tuple[MaskedTexts, MaskedTexts]:
         """What the encoder reads, and what the decoder does."""
         tokens_BT, word_BT = tokens_of(batch, "SMAE"), words_of(batch, "SMAE")
         indices, device = image_numbers(index_in(batch, self)), tokens_BT.device
@@ -96,7 +96,7 @@ class SMAE(Method):
                 tokens_BT.cpu().numpy(), mask_BT, self.mask_token, len(self.words_VD), self.global_step, indices, stream
             )
             places = torch.from_numpy(mask_BT.ravel().nonzero()[0]).to(device)
-            read.append(Masked(torch.from_numpy(new_BT).to(device), places))
+            read.append(MaskedTexts(torch.from_numpy(new_BT).to(device), places))
         return read[0], read[1]
 
     def losses(self, batch: WholeWordBatch) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from lightspan.nn.heads.pooling import masked_mean
 Pooling = Literal["cls", "mean"]
 
 
-class Size(NamedTuple):
+class NestedSize(NamedTuple):
     """layer: how many blocks are kept, from 1. width: how many of the first coordinates, from 1."""
 
     layer: int
@@ -39,7 +39,7 @@ class NestedSizes(ABC):
     """
 
     def __init__(self, pairs: list[tuple[int, int]]) -> None:
-        self.listed = tuple(Size(*pair) for pair in pairs)
+        self.listed = tuple(NestedSize(*pair) for pair in pairs)
         if not self.listed or min(map(min, self.listed)) < 1:
             raise UserError(f"pairs={pairs} must name at least one (layer, width), both numbers at least 1")
         for before, after in zip(self.listed, self.listed[1:], strict=False):
@@ -50,17 +50,17 @@ class NestedSizes(ABC):
                 )
 
     @property
-    def full(self) -> Size:
+    def full(self) -> NestedSize:
         return self.listed[-1]
 
     @abstractmethod
-    def of_step(self, step: int) -> tuple[Size, ...]:
+    def of_step(self, step: int) -> tuple[NestedSize, ...]:
         """What this step trains; the whole network comes last."""
 
     def require(self, backbone: nn.Module, method: str) -> None:
         """Raises: UserError if the last pair is not the whole of a transformers encoder, or it is no such network."""
         config: Any = getattr(backbone, "config", None)
-        whole = Size(getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
+        whole = NestedSize(getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
         if not min(whole):
             raise UserError(
                 f"{method} needs an encoder of transformers, whose config tells num_hidden_layers and hidden_size, not "
@@ -83,7 +83,7 @@ class FixedSizes(NestedSizes):
     (10, 512), (12, 768).
     """
 
-    def of_step(self, step: int) -> tuple[Size, ...]:
+    def of_step(self, step: int) -> tuple[NestedSize, ...]:
         return self.listed
 
 
@@ -107,10 +107,15 @@ class RandomSizes(NestedSizes):
             )
         self.seed = seed
 
-    def of_step(self, step: int) -> tuple[Size, ...]:
+    def of_step(self, step: int) -> tuple[NestedSize, ...]:
         generator = np.random.default_rng((self.seed, step))
         layer, width = int(generator.integers(1, self.full.layer)), int(generator.choice(self.widths))
-        return Size(layer, width), Size(layer, self.full.width), Size(self.full.layer, width), self.full
+        return (
+            NestedSize(layer, width),
+            NestedSize(layer, self.full.width),
+            NestedSize(self.full.layer, width),
+            self.full,
+        )
 
 
 def require_positions(backbone: Any, tokens_BT: Tensor, method: str) -> None:

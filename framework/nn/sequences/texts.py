@@ -119,12 +119,32 @@ def prompts_of(batch: Mapping[str, Any], method: str) -> dict[str, Tensor]:
     for axes, (first, *others) in enumerate(groups, 2):
         for name in others:
             _require_equal(batch[first], batch[name], axes, method)
-    if batch["inputs"].shape[0] != batch["choices"].shape[0] or batch["inputs"].shape[0] == 0:
+    rows = [batch[first].shape[0] for first, *_ in groups]
+    if rows[0] == 0:
         raise UserError(
-            f"{method} needs a text on every rank, with its choices, and this batch has {batch['inputs'].shape[0]} and "
-            f"{batch['choices'].shape[0]}; let the loader divide its samples evenly among the ranks"
+            f"{method} needs a text on every rank, and this batch has none; let the loader divide its samples evenly "
+            "among the ranks"
         )
+    if rows[0] != rows[1]:
+        raise UserError(f"{method}: this batch has {rows[0]} prompts and the words of labels for {rows[1]}")
     return {name: batch[name] for group in groups for name in group}
+
+
+def target_prompts_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor]:
+    """Prompts of the target domain, int64 [B T], and which of their tokens are no padding, int64 [B T].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without them, or with fields of other kinds or shapes.
+    """
+    names = ("target_inputs", "target_input_segments")
+    if lacking := [name for name in names if name not in batch]:
+        raise UserError(
+            f"{method} with an alignment needs texts of the target domain, and this batch has no {lacking[0]} (it "
+            f"holds {', '.join(sorted(batch))}); take a data module such as DomainPrompts"
+        )
+    _require_equal(batch[names[0]], batch[names[1]], 2, method)
+    return batch[names[0]], batch[names[1]]
 
 
 def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
@@ -132,7 +152,7 @@ def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
     if "score" not in batch:
         raise UserError(
             f"{method} with CoSENT needs a score for each pair, and this batch has none (it holds "
-            f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss Ranking"
+            f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss SentenceRanking"
         )
     require_rows(batch, "score", method)
     return batch["score"]

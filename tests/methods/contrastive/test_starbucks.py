@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightspan.backbones.language import bert
 from lightspan.errors import UserError
-from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Ranking, Retrieval, Starbucks
-from lightspan.nn.sequences.nested_sizes import FixedSizes, RandomSizes, Size
+from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
+from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, RandomSizes
 from lightspan.objectives.text_pairs import document_ranking_loss
 from lightspan.surgery.cut_encoder import cut_encoder
 
@@ -24,7 +24,7 @@ PAIRS = [(1, 4), (2, 8), (3, 16)]
 def method(loss: PairLoss | None = None, pairs: list[tuple[int, int]] = PAIRS, **settings: Any) -> Starbucks:
     torch.manual_seed(0)
     backbone = bert(20, 16, 3, 2, 24, 6, dropout=0.0)
-    given: dict[str, Any] = {"sizes": FixedSizes(pairs), "loss": loss or Ranking()}
+    given: dict[str, Any] = {"sizes": FixedSizes(pairs), "loss": loss or SentenceRanking()}
     return Starbucks(backbone, **given | {"optimizer": partial(torch.optim.SGD, lr=0.1)} | settings)
 
 
@@ -35,7 +35,7 @@ def batch() -> dict[str, Any]:
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_size_inside_is_the_network_that_was_cut_to_it(pooling: Any) -> None:
     model, given = method(pooling=pooling), batch()
-    for size in map(Size._make, PAIRS):
+    for size in map(NestedSize._make, PAIRS):
         query_Bd, document_BPd = model.embedded(model.sizes.listed, given)[size]
         small = cut_encoder(model.backbone, *size)  # type: ignore[arg-type]
         alone = method(pairs=[(size.layer, 16)], pooling=pooling) if size.layer == 3 else None
@@ -50,7 +50,7 @@ def test_a_size_inside_is_the_network_that_was_cut_to_it(pooling: Any) -> None:
         assert alone is None or torch.equal(alone.features(given), model.features(given))
 
 
-@pytest.mark.parametrize("loss", [Ranking(), CoSENT(), Retrieval(temperature=2.0)])
+@pytest.mark.parametrize("loss", [SentenceRanking(), CoSENT(), Retrieval(temperature=2.0)])
 def test_the_loss_is_the_sum_of_what_each_size_gives_alone_and_of_the_divergences(loss: PairLoss) -> None:
     model, given = method(loss), batch()
     rows = model.embedded(model.sizes.listed, given)
@@ -61,7 +61,7 @@ def test_the_loss_is_the_sum_of_what_each_size_gives_alone_and_of_the_divergence
     assert apart > 0
 
 
-@pytest.mark.parametrize("loss", [Ranking(), CoSENT(), Retrieval()])
+@pytest.mark.parametrize("loss", [SentenceRanking(), CoSENT(), Retrieval()])
 def test_with_the_whole_size_alone_the_loss_is_the_base_loss(loss: PairLoss) -> None:
     model, given = method(loss, PAIRS[-1:]), batch()
     rows = model.embedded(model.sizes.listed, given)[model.sizes.full]
@@ -70,25 +70,27 @@ def test_with_the_whole_size_alone_the_loss_is_the_base_loss(loss: PairLoss) -> 
 
 def test_ranking_by_hand_is_cross_entropy_of_cosines_times_twenty_among_all_documents() -> None:
     model, given = method(), batch()
-    query_BD, document_BPD = model.embedded([Size(3, 16)], given)[Size(3, 16)]
+    query_BD, document_BPD = model.embedded([NestedSize(3, 16)], given)[NestedSize(3, 16)]
     scores = F.cosine_similarity(query_BD[:, None], document_BPD.flatten(0, 1)[None], dim=2)
     torch.testing.assert_close(
-        Ranking().base(query_BD, document_BPD, given), F.cross_entropy(20 * scores, 2 * torch.arange(6))
+        SentenceRanking().base(query_BD, document_BPD, given), F.cross_entropy(20 * scores, 2 * torch.arange(6))
     )
 
 
 def test_the_whole_embedding_teaches_and_does_not_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     query, documents = torch.randn(4, 8, generator=generator), torch.randn(4, 2, 8, generator=generator)
-    for loss in (Ranking(), Retrieval()):
+    for loss in (SentenceRanking(), Retrieval()):
         small = [x[..., :3].clone().requires_grad_() for x in (query, documents)]
         whole = [x.clone().requires_grad_() for x in (query, documents)]
         apart = loss.apart(*small, *whole)
         apart.backward()
-        assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in small) or isinstance(loss, Ranking)
+        assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in small) or isinstance(loss, SentenceRanking)
         assert all(x.grad is None for x in whole)
         assert loss.apart(query, documents, query, documents) == 0
-    assert Ranking().apart(query[:, :3], documents[..., :3], query, documents) == pytest.approx(0)  # coordinates alone
+    assert SentenceRanking().apart(query[:, :3], documents[..., :3], query, documents) == pytest.approx(
+        0
+    )  # coordinates alone
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -102,7 +104,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(chunk: int) -> None:
 
 def test_layers_behind_a_size_and_coordinates_beyond_it_have_no_gradient_from_it() -> None:
     model, given = method(), batch()
-    query_Bd, _ = model.embedded([Size(1, 4)], given)[Size(1, 4)]
+    query_Bd, _ = model.embedded([NestedSize(1, 4)], given)[NestedSize(1, 4)]
     query_Bd.sum().backward()
     grads = {name: p.grad for name, p in model.backbone.named_parameters()}
     assert all(grad is None for name, grad in grads.items() if ".layer.1." in name or ".layer.2." in name)
@@ -141,7 +143,7 @@ def test_validation_counts_who_finds_its_own_document_at_each_size() -> None:
 
 def test_validation_of_scored_pairs_is_spearmans_correlation() -> None:
     model, given = method(CoSENT()), [text_pairs(5, 0), text_pairs(4, 1)]
-    rows = [model.embedded(model.sizes.listed, one)[Size(2, 8)] for one in given]
+    rows = [model.embedded(model.sizes.listed, one)[NestedSize(2, 8)] for one in given]
     cosines = torch.cat([F.cosine_similarity(query, documents[:, 0]) for query, documents in rows])
     stats = pytest.importorskip("scipy.stats")
     expected = stats.spearmanr(cosines.detach(), torch.cat([one["score"] for one in given])).statistic
@@ -160,7 +162,7 @@ def test_sizes_that_are_drawn_are_a_function_of_seed_and_step() -> None:
 
 def test_all_rows_alike_and_a_text_without_tokens_are_ordinary() -> None:
     alike = {name: field[:1].expand(4, *field.shape[1:]) for name, field in text_pairs(4, 0).items()}
-    for loss in (Ranking(), CoSENT(), Retrieval()):
+    for loss in (SentenceRanking(), CoSENT(), Retrieval()):
         model = method(loss)
         model.training_step(alike, 0).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -182,8 +184,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: RandomSizes([(3, 16)]), "two widths"),
     (lambda: method(recall_at=()), "recall_at"),
     (lambda: method(chunk=0), "chunk=0"),
-    (lambda: Ranking(temperature=0), "temperature=0 must be above 0"),
-    (lambda: Ranking(divergence=-1), "divergence=-1"),
+    (lambda: SentenceRanking(temperature=0), "temperature=0 must be above 0"),
+    (lambda: SentenceRanking(divergence=-1), "divergence=-1"),
     (lambda: FixedSizes(PAIRS).require(nn.Linear(2, 2), "Starbucks"), "needs an encoder of transformers"),
 ]
 

@@ -83,7 +83,7 @@ def test_validation_counts_rows_whose_own_label_is_first() -> None:
 def test_settings_and_batches_that_cannot_work_are_refused() -> None:
     with pytest.raises(UserError, match="num_classes=1"):
         PromptedClassifier(method().backbone, 1, optimizer=torch.optim.SGD)
-    with pytest.raises(UserError, match="needs a network of lightspan.backbones.denoisers"):
+    with pytest.raises(UserError, match=r"needs a network of lightspan\.backbones\.denoisers"):
         PromptedClassifier(nn.Linear(2, 2), 2, optimizer=torch.optim.SGD)
     with pytest.raises(UserError, match="weight=-1"):
         Discrepancy(-1)
