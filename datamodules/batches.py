@@ -1,8 +1,8 @@
 """The batches that datamodules give to methods: typed mappings, one for each modality.
 
 Shapes: B samples on this rank in one micro-batch, T context length, frames or, of pictures from satellites, dates, L
-steps, S samples of a wave, C H W image, V views, P parameters or documents, U tokens of a document, K tasks or places for
-objects, F columns, G tags.
+steps, S samples of a wave, C H W image, V views, P parameters or documents, U tokens of a document, K tasks or places
+for objects, F columns, G tags.
 """
 
 from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar

@@ -220,7 +220,8 @@ def _missing_of_wav(stream: BinaryIO, size: int) -> str | None:
         name, length = stream.read(4), int.from_bytes(stream.read(4), "little")
         if name == b"data":
             there = size - at - 8
-            promised = None if length in _UNKNOWN_SIZES or length <= there else length
-            return promised and f"its header says {promised:,} bytes of samples, and {there:,} are there"
+            if length in _UNKNOWN_SIZES or length <= there:
+                return None
+            return f"its header says {length:,} bytes of samples, and {there:,} are there"
         at += 8 + length + length % 2
     return None

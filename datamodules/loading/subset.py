@@ -113,17 +113,15 @@ class TrainingSubset(Callback):
 
     def candidates(self, dataset: Dataset) -> np.ndarray:
         """All samples of which a part may have any, in their `nested_order`. Raises: UserError."""
-        knows = isinstance(dataset, LabelledDataset)
-        if not knows and (self.by_class or self.classes is not None):
+        labels = dataset.labels() if isinstance(dataset, LabelledDataset) and self.by_class is not False else None
+        if labels is None and (self.by_class or self.classes is not None):
             asked = "by_class=true" if self.classes is None else f"classes={self.classes}"
             raise UserError(
                 f"TrainingSubset {asked}: {type(dataset).__name__} does not know the classes of its samples without "
                 "reading them all (it has no labels()); leave it out"
             )
-        labels = dataset.labels() if knows and self.by_class is not False else None
-        if self.classes is None:
+        if labels is None or self.classes is None:
             return nested_order(len(dataset), self.seed, labels)
-        assert labels is not None
         present = np.unique(labels)
         if self.classes > len(present):
             raise UserError(

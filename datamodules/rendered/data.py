@@ -143,4 +143,4 @@ class RenderedSets(DrawnSets):
         return lambda first, count: self.samples(first, count, moments)
 
     def described(self) -> str:
-        return " x ".join(map(str, self.sides))
+        return " x ".join(map(str, self.image_sides()))

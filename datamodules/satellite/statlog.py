@@ -69,7 +69,8 @@ class StatlogLandsat(SpectralSets):
         # Rows list the pixels row by row, each with its four bands.
         stored = table.to_numpy(dtype=np.float32).reshape(-1, 3, 3, 4).transpose(3, 0, 1, 2)
         values, valid = self.bands.reflectance(stored)
-        album = StatlogWindows(*(np.ascontiguousarray(part.transpose(1, 0, 2, 3)) for part in (values, valid)), labels)
+        values, valid = (np.ascontiguousarray(part.transpose(1, 0, 2, 3)) for part in (values, valid))
+        album = StatlogWindows(values, valid, labels)
         rest = len(labels) - TEST
         require_enough(None, self.val_size, rest, "training windows of StatlogLandsat")
         order = np.random.default_rng(self.split_seed).permutation(rest)

@@ -81,6 +81,8 @@ class OwnSequences(SequenceSets):
     def _read(self, setting: str, path: str, labels: str | None) -> tuple[np.ndarray, np.ndarray]:
         """(sequences [N L C] of values, or [N L] of symbols; labels), checked."""
         file = expanded(path, f"data.init_args.{setting}")
+        rows: Any
+        classes: Any
         if labels is None:
             arrays = _loaded(file, setting)
             if not isinstance(arrays, dict) or not {"sequences", "labels"} <= arrays.keys():

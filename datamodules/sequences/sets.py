@@ -52,7 +52,7 @@ Labelled = ValueRows | SymbolRows
 
 def taken(data: Labelled, indices: np.ndarray) -> Labelled:
     """Some of the sequences."""
-    return type(data)(*(None if column is None else column[indices] for column in data))
+    return data._replace(**{name: column[indices] for name, column in data._asdict().items() if column is not None})
 
 
 class SequenceSamples:

@@ -324,7 +324,10 @@ class DomainTexts(SampleSets):
         require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
         held = set((np.arange(self.val_size) * len(source.texts) // self.val_size).tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
-        train, val = (LabelledTexts(*([column[place] for place in side] for column in source)) for side in sides)
+        train, val = (
+            LabelledTexts([source.texts[place] for place in side], [source.labels[place] for place in side])
+            for side in sides
+        )
         return train, val
 
     def read(self, texts: Sequence[str]) -> list[Words]:

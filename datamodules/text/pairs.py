@@ -111,7 +111,7 @@ def read_pairs(path: str, negatives: int, scored: bool) -> list[Pair]:
 
 def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pair:
     """A pair of what a JSON says. Raises: UserError for missing or empty texts, or too few of them."""
-    texts = [found.get(name) if isinstance(found, dict) else None for name in ("query", "document")]
+    texts: list[Any] = [found.get(name) if isinstance(found, dict) else None for name in ("query", "document")]
     for name, text in zip(("query", "document"), texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {name}, or an empty one; it must be a text")

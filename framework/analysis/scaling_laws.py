@@ -142,7 +142,7 @@ def fit(form: CurveForm, sizes_K: np.ndarray, scores_K: np.ndarray, top: float |
 def errors(scores: np.ndarray, top: float) -> np.ndarray:
     """|top - s|, at least a small share of the largest: positive, whatever the scores."""
     found = np.abs(top - scores)
-    return np.maximum(found, max(LEAST_SHARE * float(found.max()), np.finfo(np.float32).tiny))
+    return np.maximum(found, max(LEAST_SHARE * float(found.max()), float(np.finfo(np.float32).tiny)))
 
 
 @dataclass(frozen=True)

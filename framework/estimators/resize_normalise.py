@@ -98,14 +98,16 @@ class ResizeNormalise(Estimator):
         bank_ND, query_MD = cell.bank.rows().double(), cell.query.rows().double()
         plain = euclidean_knn_scores(bank_ND, known, query_MD, asked, self.k)
         (score,) = list(plain)[:1]
-        scaled = euclidean_knn_scores(*standardised(bank_ND, query_MD, known, asked), self.k)
+        scaled = euclidean_knn_scores(*standardised(bank_ND, query_MD, known, asked), k=self.k)
         found = {"knn": plain[score], "knn_scaled": scaled[score]}
         if self.probe is not None:
             found["linear"] = self.probe.fit(cell.bank, cell.query).scores[score]
         return found, score
 
 
-def standardised(bank_ND: Tensor, query_MD: Tensor, known: Tensor, asked: Tensor) -> tuple[Tensor, ...]:
+def standardised(
+    bank_ND: Tensor, query_MD: Tensor, known: Tensor, asked: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both by the mean and deviation of the bank, like StandardScaler; constant features become 0 in the bank."""
     if not bank_ND.isfinite().all():
         return bank_ND, known, query_MD, asked  # refused with the neighbours

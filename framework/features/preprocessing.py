@@ -154,6 +154,13 @@ class Preprocess(nn.Module):
     Raises: UserError for a size or bands out of range, and in `forward` for images that lack a band.
     """
 
+    shift: Tensor
+    scale: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    low: Tensor | None
+    width: Tensor | None
+
     def __init__(
         self,
         affine: Affine,
@@ -187,7 +194,7 @@ class Preprocess(nn.Module):
     def raw(self, image_BCHW: Tensor) -> Tensor:
         """The chosen bands of images as they are, without standardisation by their data module."""
         x = image_BCHW.float()
-        if self.low is not None:
+        if self.low is not None and self.width is not None:
             x = (x - self.low) / self.width
         if self.bands is None:
             return x
@@ -208,11 +215,11 @@ class Preprocess(nn.Module):
         x_BCHW = (x_BCHW - self.shift) / self.scale
         if self.affine.clips:
             x_BCHW = x_BCHW.clamp(0, 1)
-        return x_BCHW if self.mean is None else (x_BCHW - self.mean) / self.std
+        return x_BCHW if self.mean is None or self.std is None else (x_BCHW - self.mean) / self.std
 
     def inverse(self, y_BCHW: Tensor) -> Tensor:
         """What `normalised` was given, as far as nothing was cut."""
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             y_BCHW = y_BCHW * self.std + self.mean
         return y_BCHW * self.scale + self.shift
 

@@ -115,7 +115,7 @@ class PreprocessingGrid(Input):
             network = inflated(encoder, len(affine.shift))
             if hasattr(network, "learn"):
                 network = copy.deepcopy(network)
-                network.learn(self._training(prepare))  # type: ignore[operator]
+                network.learn(self._training(prepare))
             settings: dict[str, Any] = {"transforms": [prepare], "pool": self.pool, "dtype": self.dtype}
             bank, query = (
                 Encoded(network, self.data, split, **settings).load(store)  # type: ignore[arg-type]

@@ -210,7 +210,7 @@ class Starbucks(Method):
         self._judged = []
         query_QS, document_QPS = torch.cat(queries), torch.cat(documents)
         score_Q = None if scores[0] is None else torch.cat(scores)
-        first, figures = 0, {}
+        first, figures = 0, dict[str, Tensor]()
         for size in self.sizes.listed:
             part = slice(first, first := first + size.width)
             rows = query_QS[:, part], document_QPS[..., part]

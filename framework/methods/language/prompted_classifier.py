@@ -96,8 +96,9 @@ class PromptedClassifier(Method):
         if self.alignment is None:
             self.log_training({"train/loss_nats": task}, prog_bar=True)
             return task
-        sides = (prompts["inputs"], prompts["input_segments"]), target_prompts_of(batch, "PromptedClassifier")
-        apart = mmd(*(self.pooled(*side) for side in sides), self.alignment.widths)
+        source_BD = self.pooled(prompts["inputs"], prompts["input_segments"])
+        target_BD = self.pooled(*target_prompts_of(batch, "PromptedClassifier"))
+        apart = mmd(source_BD, target_BD, self.alignment.widths)
         loss = task + self.alignment.weight * apart
         self.log_training({"train/loss": loss, "train/loss_nats": task, "train/discrepancy": apart}, prog_bar=True)
         return loss

@@ -76,13 +76,14 @@ class UL2(Method):
 
     def validation_step(self, batch: DenoisingBatch, batch_idx: int) -> None:
         nats_BU, known_BU = self.nats(batch)
-        metrics = zip(self.nats_per_token, self.bits_per_byte, strict=True)
+        metrics: Any = zip(self.nats_per_token, self.bits_per_byte, strict=True)
         for place, (nats_per_token, bits_per_byte) in enumerate(metrics):
             those_BU = known_BU & (batch["denoiser"] == place - 1) if place else known_BU
             nats_per_token.update(nats_BU.where(those_BU, 0), those_BU)
             bits_per_byte.update(nats_BU.where(those_BU, 0), batch["target_bytes"].where(those_BU, 0))
 
     def on_validation_epoch_end(self) -> None:
+        metrics: Any
         for label, metrics in (("loss_nats", self.nats_per_token), ("bits_per_byte", self.bits_per_byte)):
             for name, metric in zip(("", *self.names), metrics, strict=True):
                 figure = metric.compute()  # over all ranks, so that all log the same

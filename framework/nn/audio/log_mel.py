@@ -120,8 +120,8 @@ def normalised(x_BTF: Tensor, valid_BT: Tensor) -> Tensor:
 
 def mel_filters(rate: int, window: int, mels: int, low: float, high: float) -> np.ndarray:
     """Weights of the frequencies of a window in each band, float64 [K F]; see `LogMel`."""
-    ends = [2595 * math.log10(1 + edge / 700) for edge in (low, high)]
-    edge_F2 = 700 * (10 ** (np.linspace(*ends, mels + 2) / 2595) - 1)
+    first, last = (2595 * math.log10(1 + edge / 700) for edge in (low, high))
+    edge_F2 = 700 * (10 ** (np.linspace(first, last, mels + 2) / 2595) - 1)
     frequency_K1 = np.linspace(0, rate / 2, window // 2 + 1)[:, None]
     left_F, middle_F, right_F = edge_F2[:-2], edge_F2[1:-1], edge_F2[2:]
     rising_KF = (frequency_K1 - left_F) / (middle_F - left_F)
