@@ -12,7 +12,8 @@ With the labels of the metric permuted at random Loki has to do worse: than argm
 stamps, where some label in the middle of the tree is nearer than a wrong leaf whoever chose it. `python
 evidence/test_59_loki.py` chooses the temperature on bars, and on a division of the stamps, of seed 100; argmax has none
 to choose. Figures at temperature 1, and at that which the estimator chooses on known labels alone, are recorded beside
-it.
+it. The bars' noise, width and jitter were settled on seed 100 as well, among about eight settings: with more noise,
+narrower bars and T = 1 Loki took 3.78 to 1.68 and named 13 % of the unseen directions.
 """
 
 import math

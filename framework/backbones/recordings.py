@@ -24,8 +24,8 @@ class RecordingEncoder(nn.Module):
     Args:
         front: makes the frames. Bands that are normalised by utterance have mean 0: without a network take
             `normalise: false`.
-        network: of frames and which of them are valid, such as a `lightspan.backbones.frames.FrameTransformer`, trained
-            through `lightspan.backbones.weights.with_weights`; None takes the bands.
+        network: of frames and which of them are valid, such as a `lightspan.backbones.frames.FrameTransformer`, a
+            trained one through `lightspan.backbones.weights.with_weights`; None takes the bands.
     Raises: UserError for bands of mean 0 without a network, and for another number of bands than the network reads.
     """
 

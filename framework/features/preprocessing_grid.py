@@ -112,15 +112,12 @@ class PreprocessingGrid(Input):
             bands = self._numbers(names, len(statistics.mean))
             affine = normalisation.affine(statistics.of_bands(bands))
             prepare = Preprocess(affine, how, size, bands, raw)
-            network = inflated(encoder, len(affine.shift))
+            network: Any = inflated(encoder, len(affine.shift))
             if hasattr(network, "learn"):
                 network = copy.deepcopy(network)
                 network.learn(self._training(prepare))
             settings: dict[str, Any] = {"transforms": [prepare], "pool": self.pool, "dtype": self.dtype}
-            bank, query = (
-                Encoded(network, self.data, split, **settings).load(store)  # type: ignore[arg-type]
-                for split in ("bank", self.query)
-            )
+            bank, query = (Encoded(network, self.data, split, **settings).load(store) for split in ("bank", self.query))
             for what, features in (("the bank", bank), ("the query", query)):
                 require_stated(what, features, prepare.statement())
             cells.append(GridCell(name, size, how, which, prepare.statement(), bank, query))
