@@ -334,6 +334,9 @@ LEFT_OUT = {
     "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",
+    "SoftCon": "learns from tags, of which these pictures have none",
+    "TagClassifier": "learns from tags, of which these pictures have none",
+    "TERA": "learns from sound",
     "Starbucks": "learns from text",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }

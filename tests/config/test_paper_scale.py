@@ -32,7 +32,7 @@ WITHOUT = {
 
 UNKNOWN = {
     *("contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"),
-    *("supervised/heuristic_mtl_openimages", "image_text/m3i_vit_b16"),
+    *("supervised/heuristic_mtl_openimages", "image_text/m3i_vit_b16", "contrastive/softcon_ssl4eo"),
 }
 """There is no code of their authors; headers say what was assumed."""
 
@@ -40,6 +40,7 @@ WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
     *("contrastive/starbucks_msmarco", "masked/spt_lra_image", "supervised/sequence_lra_image"),
+    "supervised/tag_classifier_jft",
 }
 
 
@@ -120,8 +121,9 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         assert spared == set(trained)
     elif name == "supervised/grassmann_imagenet":
         assert spared == {"head.frame_KFR"}
-    else:  # norms, biases, LayerScale and CLIP's temperature; mask tokens have three axes in their authors' code
-        assert spared == {key for key, each in trained.items() if each.ndim < 2 and not key.endswith("mask_token")}
+    else:  # norms, biases, LayerScale and CLIP's temperature; tokens have three axes in their authors' code
+        tokens = ("mask_token", "cls_token")
+        assert spared == {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
 
 
 def test_there_are_recipes_at_the_scale_of_papers() -> None:
