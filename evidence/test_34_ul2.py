@@ -1,6 +1,6 @@
 """UL2 (arXiv 2205.05131) on the Python standard library: one mixture of denoisers against each specialist.
 
-Arms with one network (a decoder that sees its inputs in both directions, width 128, 4 blocks), the same steps of the
+Arms with one network (a decoder that sees its inputs in both directions, width 128, 3 blocks), the same steps of the
 same number of texts, in rows of the same widths, so at equal compute: R alone (spans of 3 and 8 tokens, 15 %), S alone
 (ends of texts), the mixture of seven, and the mixture without mode tokens. Arms differ in target tokens, which are
 recorded. Tokens are 512 pieces of bytes, trained on the documents to train on. Each arm has the rate that was best of
@@ -38,7 +38,7 @@ from lightspan.methods.masked.ul2 import UL2
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH_SEED, SEARCH_SHARE = (0, 1, 2), 100, 3
-SIZE, INPUTS, TARGETS, STEPS, BATCH, JUDGED = 512, 104, 104, 400, 16, 256
+SIZE, INPUTS, TARGETS, STEPS, BATCH, JUDGED = 512, 104, 104, 300, 16, 256
 RATES = (2e-3, 5e-3)
 
 
@@ -94,7 +94,7 @@ def trained(arm: str, given: Texts, seed: int, rate: float, steps: int) -> tuple
     """In evaluation mode, and how many target tokens it learned from; with steps=0 untrained."""
     seed_everything(seed, verbose=False)
     form = form_of(ARMS[arm].denoisers, ARMS[arm].mode_tokens, given.tokens)
-    network = llama(form.tokens_known, 128, 4, 4, 344, INPUTS + TARGETS)  # type: ignore[attr-defined]
+    network = llama(form.tokens_known, 128, 3, 4, 344, INPUTS + TARGETS)  # type: ignore[attr-defined]
     optimization = {
         "optimizer": partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.1),
         "lr_scheduler": partial(WarmupCosine, warmup=0.1, final=0.1),
