@@ -11,6 +11,7 @@ utterances of its own.
 The second part has no claim: languages and keywords of spoken captions, on stamps that are not among those trained on.
 """
 
+import contextlib
 from collections.abc import Iterable
 from functools import cache, partial
 from itertools import product
@@ -25,6 +26,7 @@ from lightspan.analysis.linear_probe import fit_linear_probe, linear_accuracy, l
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.datamodules.audio.data import Recordings
 from lightspan.datamodules.audio.spoken import KEYWORDS, SpokenCaptions
+from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.rendered.data import PARTS
 from lightspan.datamodules.rendered.speech import SpeechSamples
 from lightspan.methods.masked.tera import TERA
@@ -139,9 +141,11 @@ def measured(
 
 
 def captions(part: Recordings, count: int) -> Batch:
-    """So many of a set, evenly spaced."""
-    places = (torch.arange(min(count, len(part))) * len(part) // min(count, len(part))).tolist()
-    samples = [part.sample(place, 0) for place in places]
+    """So many of a set, evenly spaced, without those that cannot be read."""
+    samples = []
+    for place in (torch.arange(min(count, len(part))) * len(part) // min(count, len(part))).tolist():
+        with contextlib.suppress(Damaged):
+            samples.append(part.sample(place, 0))
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

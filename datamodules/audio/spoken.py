@@ -46,6 +46,7 @@ class SpokenCaptions(AudioData):
         languages: as the files name them.
         val_share, test_share: shares of the captions, each above 0, together below 1.
         seconds: as in `AudioData`; 4 holds 97 % of the recordings whole.
+        skip_damaged: as in `AudioData`, but True unless it is set: one recording of Debian's package ends too early.
         settings: those of `AudioData`.
     Raises: UserError at setup if there are no recordings of a language.
     """
@@ -57,9 +58,10 @@ class SpokenCaptions(AudioData):
         val_share: float = 0.1,
         test_share: float = 0.2,
         seconds: float = 4.0,
+        skip_damaged: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(seconds=seconds, **settings)
+        super().__init__(seconds=seconds, skip_damaged=skip_damaged, **settings)
         if min(val_share, test_share) <= 0 or val_share + test_share >= 1:
             raise UserError(f"val_share={val_share} and test_share={test_share} must be above 0, and together below 1")
         if not languages or len(set(languages)) < len(languages):
