@@ -25,6 +25,7 @@ from rich.table import Table
 
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules.rendered.data import RenderedSets
+from lightspan.datamodules.rendered.land import LandScenes
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedScenes, TwoDomains
@@ -48,6 +49,7 @@ CASES: dict[str, tuple[str, int, Callable[[], RenderedSets]]] = {
     "Persons": ("one picture, 48 x 24", 1, lambda: Persons()),
     "PrintedWords": ("one picture, 32 x 96", 1, lambda: PrintedWords()),
     "BodySlices": ("one grey picture, 64 x 64", 1, lambda: BodySlices()),
+    "LandScenes": ("one picture of 13 bands, 64 x 64", 1, lambda: LandScenes()),
 }
 
 
@@ -83,17 +85,26 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def sheet(data: RenderedSets, columns: int = 12, rows: int = 4, scale: int = 3) -> Image.Image:
-    """The first training samples side by side; the views of one stand below each other."""
+    """The first training samples side by side; the views of one stand below each other. Of many bands in colours."""
     data.setup()
-    shown = data.train.batch(range(columns * rows), [0] * columns * rows)  # type: ignore[union-attr]
-    moments = data.train.moments  # type: ignore[union-attr]
-    views = [*shown.get("views", []), *(shown[field] for field in ("image", "target_image") if field in shown)]
-    pixels = torch.cat([view * moments.std + moments.mean for view in views], dim=2)  # [N, C, V H, W]
-    pixels = pixels.mul(255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+    pixels = (
+        torch.from_numpy(data.pictures(np.arange(columns * rows)))
+        if hasattr(data, "shown_bands")
+        else views(data, columns * rows)
+    )
     _, _, height, width = pixels.shape
     grid = pixels.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
     size = (scale * columns * width, scale * rows * height)
     return Image.fromarray(grid.numpy()).resize(size, Image.Resampling.NEAREST)
+
+
+def views(data: RenderedSets, count: int) -> torch.Tensor:
+    """All pictures of the first training samples, below each other, uint8 [N 3 V*H W]."""
+    shown = data.train.batch(range(count), [0] * count)  # type: ignore[union-attr]
+    moments = data.train.moments  # type: ignore[union-attr]
+    found = [*shown.get("views", []), *(shown[field] for field in ("image", "target_image") if field in shown)]
+    pixels = torch.cat([view * moments.std + moments.mean for view in found], dim=2)  # [N, C, V H, W]
+    return pixels.mul(255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

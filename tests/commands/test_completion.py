@@ -81,7 +81,7 @@ def test_arguments_with_few_values_offer_them() -> None:
         "torch-export",
         "onnx",
     ]
-    assert offered("data", "") == ["pack", "verify", "index"]
+    assert offered("data", "") == ["pack", "verify", "index", "tokenizer"]
     assert offered("completion", "") == [*SHELLS]
 
 

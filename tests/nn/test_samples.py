@@ -24,14 +24,16 @@ def test_the_samples_of_a_batch_are_those_that_a_network_reads() -> None:
     ("tags", "said"),
     [
         (WORDS[:1], "tags of this batch has 1 rows, and the batch has 2 samples"),
-        (WORDS[0], r"a head of 3 tags, and tags of this batch are \[3\]"),
-        ([[0, 1, 1]], "tags of this batch are a list"),
+        (WORDS[:, :2], r"a head of 3 tags, and tags of this batch are \[2, 2\]"),
+        (WORDS[0], r"reads tags as whole numbers \[B, G\], and those of this batch are \[3\]"),
+        ([[0, 1, 1]], "reads tags as whole .* those of this batch are a list"),
     ],
 )
 def test_tags_of_another_shape_are_refused(tags: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tags_of({"image": IMAGE, "tags": tags}, "M", 3)
-    with pytest.raises(UserError, match=said.replace("tags of this", "tags_known of this")):
+    known = said.replace("tags of this", "tags_known of this").replace("reads tags", "reads tags_known")
+    with pytest.raises(UserError, match=known):
         tags_of({"image": IMAGE, "tags": WORDS, "tags_known": tags}, "M", 3)
 
 
