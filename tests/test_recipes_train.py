@@ -68,7 +68,7 @@ def gives_its_result(resolved: Resolved) -> None:
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
-PAPER = r"'shards': |amazon/|runs/clip/|isic19/|oxford_pets/|cion_al|cifar100_pictures|eurosat"
+PAPER = r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|cion_al|cifar100_pictures|eurosat"
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
 NOT_HERE = "is not installed|install it"
