@@ -169,6 +169,7 @@ def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid
 
 
 def test_an_upsampler_is_that_of_the_source_step_by_step() -> None:
+    torch.manual_seed(0)
     pyramid, x = UpsamplerPyramid(2, 2, 4), torch.randn(2, 2, 4, 4)
     norms = [module for module in pyramid.modules() if isinstance(module, torch.nn.LayerNorm)]
     with torch.no_grad():
