@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightspan.datamodules.satellite.bands import Bands
 from lightspan.datamodules.satellite.resampling import SpectralCrops, square
-from lightspan.datamodules.satellite.shards import MultispectralShards, SpectralDecoding
+from lightspan.datamodules.satellite.shards import MultispectralShards, SpectralDecoding, under_clouds
 from lightspan.datamodules.shards.decoders import decode_array, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.tagged import tags_in
@@ -22,7 +22,8 @@ from lightspan.errors import UserError
 
 @dataclass(frozen=True)
 class SeasonDecoding(SpectralDecoding):
-    """Makes samples of `SeasonsBatch` where there are crops, else `MultispectralBatch` with tags.
+    """Makes samples of `SeasonsBatch` where there are crops, else `MultispectralBatch` with tags; where there are no
+    moments either, all seasons, to be measured.
 
     Args:
         num_tags, complete: those of `SeasonShards`.
@@ -39,11 +40,14 @@ class SeasonDecoding(SpectralDecoding):
         except UNDECODABLE as error:
             raise UserError(f"{where} cannot be used: {error}") from error
         tags = tags_in(given, self.num_tags, self.complete, where)
+        if self.crops is None and self.moments is not None:
+            values, valid = values[:, :1], valid[:, :1]
+        if self.image_size is not None:
+            values, valid = square(values, valid, self.image_size)
         if self.crops is None:
-            image, seen = values[:, 0], valid[:, 0]
-            if self.image_size is not None:
-                image, seen = square(image, seen, self.image_size)
-            image = image if self.moments is None else self.moments.standardised(image, seen)
+            if self.moments is None:  # to be measured, over all seasons, as training shows them all
+                return {"image": values, "valid": valid.long(), **tags}
+            image, seen = self.moments.standardised(values[:, 0], valid[:, 0]), valid[:, 0]
             return {"image": image, "valid": seen.long(), "label": torch.tensor(0), **tags}
         generator = np.random.default_rng(seed)
         # Two of the seasons, or the only one twice.
@@ -63,8 +67,7 @@ class SeasonDecoding(SpectralDecoding):
         stored, count = decode_array(members["npy"]).numpy(), len(self.bands.stored_names)
         if stored.ndim != 4 or not stored.size or stored.shape[1] != count:
             raise ValueError(f"its shape is {list(stored.shape)}, and seasons are [T S H W] of S={count} bands")
-        values, valid = self.bands.reflectance(np.moveaxis(stored, 1, 0))
-        return torch.from_numpy(values), torch.from_numpy(valid)
+        return under_clouds(members, *self.bands.reflectance(np.moveaxis(stored, 1, 0)))
 
 
 class SeasonShards(MultispectralShards):
@@ -74,7 +77,7 @@ class SeasonShards(MultispectralShards):
 
     Args:
         shards, val_shards: as in `Shards`. A sample has KEY.npy, its seasons [T S H W], and KEY.json, its tags, as in
-            `TaggedShards`; a place without KEY.json has none.
+            `TaggedShards`; a place without KEY.json has none. KEY.clouds.npy, [T H W], is as in `MultispectralShards`.
         bands: what is stored and what of it is taken.
         num_tags: G, at least 1.
         crops: of a training view.

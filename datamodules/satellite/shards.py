@@ -76,13 +76,21 @@ class SpectralDecoding(Decoding):
                     f"S={count} bands"
                 )
             values, valid = self.bands.reflectance(np.moveaxis(stored, 1, 0))
-        if CLOUDS in members:
-            clouds = decode_array(members[CLOUDS]).numpy()
-            if clouds.shape != values.shape[1:]:
-                raise ValueError(f"its .{CLOUDS} is of {list(clouds.shape)}, and the picture of {[*values.shape[1:]]}")
-            valid = valid & ~clouds.astype(bool)
-            values = np.where(valid, values, 0)
-        return torch.from_numpy(values), torch.from_numpy(valid)
+        return under_clouds(members, values, valid)
+
+
+def under_clouds(members: dict[str, Any], values: np.ndarray, valid: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as tensors, with what a .clouds.npy member of the sample marks as not valid, and 0 there.
+
+    Raises: ValueError for clouds of another shape than a band's.
+    """
+    if CLOUDS in members:
+        clouds = decode_array(members[CLOUDS]).numpy()
+        if clouds.shape != values.shape[1:]:
+            raise ValueError(f"its .{CLOUDS} is of {list(clouds.shape)}, and the picture of {[*values.shape[1:]]}")
+        valid = valid & ~clouds.astype(bool)
+        values = np.where(valid, values, 0)
+    return torch.from_numpy(values), torch.from_numpy(valid)
 
 
 class MultispectralShards(Shards):

@@ -6,6 +6,8 @@ Shapes: B series, C bands, T dates, h w sides.
 import torch
 from torch import Tensor
 
+from lightspan.devices import wide
+
 
 def between_dates(image_BCThw: Tensor, valid_BCThw: Tensor, day_BT: Tensor) -> Tensor:
     """Each pixel that is not valid, by linear interpolation between the nearest valid dates before and after it; where
@@ -16,8 +18,10 @@ def between_dates(image_BCThw: Tensor, valid_BCThw: Tensor, day_BT: Tensor) -> T
         day_BT: ascending.
     """
     dates = range(image_BCThw.shape[2])
-    day_BT111 = day_BT[:, :, None, None, None].to(image_BCThw)
-    zero, never = torch.zeros_like(image_BCThw[:, :, 0]), torch.zeros_like(valid_BCThw[:, :, 0])
+    # Half types hold no day of a year exactly.
+    wide_BCThw = wide(image_BCThw)
+    day_BT111 = day_BT[:, :, None, None, None].to(wide_BCThw)
+    zero, never = torch.zeros_like(wide_BCThw[:, :, 0]), torch.zeros_like(valid_BCThw[:, :, 0])
 
     def nearest(order: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of the dates up to and with each, in this order: the last valid value, its day, and whether there is one."""
@@ -25,7 +29,7 @@ def between_dates(image_BCThw: Tensor, valid_BCThw: Tensor, day_BT: Tensor) -> T
         value, day, seen = zero, zero, never
         for t in order:
             here = valid_BCThw[:, :, t]
-            value = image_BCThw[:, :, t].where(here, value)
+            value = wide_BCThw[:, :, t].where(here, value)
             day = day_BT111[:, t].expand_as(zero).where(here, day)
             seen = seen | here
             values[t], days[t], known[t] = value, day, seen
@@ -38,4 +42,4 @@ def between_dates(image_BCThw: Tensor, valid_BCThw: Tensor, day_BT: Tensor) -> T
         middle = before[t] + share.clamp(0, 1) * (after[t] - before[t])
         one_side = before[t].where(has_before[t], after[t])
         filled.append(middle.where(has_before[t] & has_after[t], one_side))
-    return torch.stack(filled, dim=2).where(~valid_BCThw, image_BCThw)
+    return torch.stack(filled, dim=2).to(image_BCThw).where(~valid_BCThw, image_BCThw)

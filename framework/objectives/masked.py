@@ -99,7 +99,7 @@ def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tens
     """Mean of |guess - target| over the hidden numbers of all ranks, a scalar in float32 or wider; 0 without any.
 
     Source: Atito et al., "SiT", 2021, arXiv 2104.03602: each hidden number weighs the same, whatever share of its image
-    is hidden.
+    is hidden. It is the loss of TERA too (Liu, Li, Lee, 2020, arXiv 2007.06028), over labelled cells.
 
     Args:
         hidden: bool, of a shape that expands to that of `guess` and `target`.

@@ -41,7 +41,7 @@ class SoftCon(Method):
 
     Few tags make most pairs alike, which pulls all features together: the instance term holds them apart, and
     `lightspan.callbacks.watching.collapse_sentinel` says if it does not. A scene without a tag takes part in the
-    instance term alone.
+    instance term alone; a tag that is not known counts as one that does not hold.
 
     Args:
         backbone: the student's, [B C h w] -> [B num_features]; the teacher is a copy.

@@ -157,7 +157,9 @@ class SatMAEpp(Method):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs val/grown_mse of the finest picture, guessed with nothing hidden, and that of bilinear enlargement."""
+        """Logs val/grown_mse of the finest picture, guessed with nothing hidden, and that of bilinear enlargement, over
+        valid pixels.
+        """
         if self.upsampler is None:
             return
         (image_BChw, _), *_, (finest, valid) = self.scales(batch)
@@ -165,6 +167,7 @@ class SatMAEpp(Method):
             "grown": self.grown(image_BChw)[-1],
             "bilinear": F.interpolate(image_BChw, finest.shape[2:], mode="bilinear"),
         }
-        errors = {name: (guess - finest).where(valid, 0).square().mean() for name, guess in made.items()}
+        count = valid.sum().clamp_min(1)
+        errors = {name: (guess - finest).where(valid, 0).square().sum() / count for name, guess in made.items()}
         figures = {f"val/{name}_mse": error for name, error in errors.items()}
-        self.log_dict(figures, batch_size=len(image_BChw), sync_dist=True)
+        self.log_dict(figures, batch_size=int(count), sync_dist=True)

@@ -138,3 +138,18 @@ def test_crops_are_a_function_of_the_seed_and_alike_for_all_bands_dates_and_what
     assert not never[1].any()
     with pytest.raises(UserError, match=r"SpectralCrops size=8 .* scale=\[0.0, 1.0\]"):
         SpectralCrops(8, (0.0, 1.0))
+
+
+def test_a_mirrored_crop_mirrors_what_is_valid_and_as_often_as_stated() -> None:
+    ramp, whole = torch.arange(1.0, 9).expand(1, 8, 8), SpectralCrops(8, scale=(1.0, 1.0))
+    valid = ramp > 3
+    mirrored = 0
+    for seed in range(100):
+        made, seen = whole(torch.where(valid, ramp, 0), valid, seed)
+        assert not made[~seen].any()
+        assert seen.any()
+        assert made[seen].min() > 3
+        mirrored += bool(seen[0, 0, 0])
+    assert 30 < mirrored < 70
+    for flip, last in ((0.0, True), (1.0, False)):
+        assert bool(SpectralCrops(8, (1.0, 1.0), flip)(ramp, valid, 0)[1][0, 0, -1]) is last

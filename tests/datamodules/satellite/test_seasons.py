@@ -1,5 +1,6 @@
 """Places in several seasons: which two a sample shows, its tags, and what is wrong with a shard."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,25 @@ def numbered(seasons: int) -> np.ndarray:
     return np.arange(float(seasons))[:, None, None, None] + np.zeros((1, 2, 8, 8))
 
 
-def shards(folder: Path, arrays: list[np.ndarray], tags: list[Any] | None = None, **settings: Any) -> SeasonShards:
+def saved(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def shards(
+    folder: Path,
+    arrays: list[np.ndarray],
+    tags: list[Any] | None = None,
+    clouds: list[np.ndarray] | None = None,
+    crops: SpectralCrops = WHOLE,
+    **settings: Any,
+) -> SeasonShards:
     others = {} if tags is None else {"json": [json.dumps(of).encode() for of in tags]}
+    others |= {} if clouds is None else {"clouds.npy": [saved(of) for of in clouds]}
     path = array_shard(folder / "s.tar", arrays, **others)
     moments = {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
-    data = SeasonShards([path], Bands(["x", "y"]), 3, WHOLE, **moments | settings)
+    data = SeasonShards([path], Bands(["x", "y"]), 3, crops, **moments | settings)
     data.setup()
     return data
 
@@ -57,6 +72,50 @@ def test_validation_shows_the_first_season_whole(tmp_path: Path) -> None:
     sample = shards(tmp_path, [numbered(3)]).bank.sample(0, 5)
     assert torch.equal(sample["image"], torch.zeros(2, 8, 8))
     assert sample["valid"].shape == (2, 8, 8)
+
+
+def test_moments_are_those_of_all_seasons_and_standardise_views_and_bank(tmp_path: Path) -> None:
+    data = shards(tmp_path, [1 + 2 * numbered(2), 1 + 2 * numbered(2)], mean=None, std=None)
+    assert data.decode.moments is not None
+    assert [part.tolist() for part in data.decode.moments] == [[2, 2], [1, 1]]
+    assert data.train is not None
+    assert sorted(float(view.mean()) for view in data.train.sample(0, 0)["views"]) == pytest.approx([-1, 1])
+    assert data.bank.sample(0, 0)["image"].mean() == -1
+
+
+def test_clouds_hide_their_season_from_views_moments_and_bank(tmp_path: Path) -> None:
+    clouds = np.zeros((2, 8, 8), np.uint8)
+    clouds[0, :, :4], clouds[1] = 1, 1
+    seasons = 5 + numbered(2)
+    seasons[0, :, :, :4] = 99
+    data = shards(tmp_path, [seasons, seasons], clouds=[clouds] * 2, mean=None, std=None)
+    assert data.decode.moments is not None
+    assert [part.tolist() for part in data.decode.moments] == [[5, 5], [1, 1]]
+    assert torch.equal(data.bank.sample(0, 0)["valid"], torch.from_numpy(1 - clouds[0]).long().expand(2, 8, 8))
+    plain = shards(tmp_path, [seasons], clouds=[clouds])
+    assert plain.train is not None
+    views = plain.train.sample(0, 0)["views"]
+    assert sorted(float(view.mean()) for view in views) == [0, 2.5]  # all clouds, and half of a 5
+    with pytest.raises(UserError, match=r"clouds.npy is of \[8, 8\], and the picture of \[2, 8, 8\]"):
+        shards(tmp_path, [seasons], clouds=[clouds[0]]).bank.sample(0, 0)
+
+
+def test_the_size_of_images_is_taken_before_crops_as_of_other_shards(tmp_path: Path) -> None:
+    bordered = np.zeros((1, 2, 8, 16))
+    bordered[..., 4:12] = 3  # the square in the middle
+    data = shards(tmp_path, [bordered], image_size=8)
+    assert data.train is not None
+    for view in [*data.train.sample(0, 0)["views"], data.bank.sample(0, 0)["image"]]:
+        torch.testing.assert_close(view, torch.full((2, 8, 8), 3.0))
+
+
+def test_the_two_views_are_cropped_each_by_itself_and_bands_alike(tmp_path: Path) -> None:
+    ramp = np.arange(8.0) + np.zeros((1, 2, 8, 8))
+    data = shards(tmp_path, [ramp], crops=SpectralCrops(8, scale=(0.2, 0.5), flip=0.0))
+    assert data.train is not None
+    first, second = data.train.sample(0, 3)["views"]
+    assert not torch.allclose(first, second)
+    assert torch.equal(first[0], first[1])
 
 
 @pytest.mark.parametrize(

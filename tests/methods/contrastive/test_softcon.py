@@ -1,6 +1,7 @@
 """SoftCon: MoCo v3 without its soft term and masks, what the student sees, and a network for other bands."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,35 @@ def test_the_share_of_patches_is_hidden_in_all_bands_at_other_places_of_each_vie
     assert torch.equal(torch.stack(model.masked([view, view], torch.arange(5))), masked)
 
 
+def test_hidden_patches_hang_on_step_and_scene_and_the_teacher_follows_by_its_momentum() -> None:
+    model, view = method(RandomMasks(0.5), momentum=0.75), torch.ones(5, 3, 8, 8)
+    (masked,) = model.masked([view], torch.arange(5))
+    assert torch.equal(model.masked([view[:2]], torch.tensor([3, 1]))[0], masked[[3, 1]])
+    assert len({tuple(row.flatten().tolist()) for row in masked}) == 5
+    before = [weight.clone() for weight in model.teacher.parameters()]
+    with torch.no_grad():
+        for weight in model.student.parameters():
+            weight += 1
+    model.share_of_run = lambda: 0.0  # type: ignore[method-assign]
+    model.after_optimizer_step()
+    for was, now in zip(before, model.teacher.parameters(), strict=True):
+        torch.testing.assert_close(now, was + 0.25)
+    trainer = SimpleNamespace(global_step=1)
+    model._trainer = trainer  # type: ignore[assignment]
+    assert not torch.equal(model.masked([view], torch.arange(5))[0], masked)
+
+
+@pytest.mark.parametrize(("rows", "half"), [(1, False), (3, True)])
+def test_one_scene_half_precision_and_black_scenes_are_finite(rows: int, half: bool) -> None:
+    model, given = method(), tagged(rows)
+    given["views"] = [view * 0 for view in given["views"]]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = model.training_step(given, 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_network_for_other_bands_has_a_new_first_layer_and_is_otherwise_the_same() -> None:
     for make, side, first in (
         (lambda: timm.create_model("resnet18", num_classes=0), 32, "conv1.weight"),
@@ -88,6 +118,22 @@ def test_a_network_for_other_bands_has_a_new_first_layer_and_is_otherwise_the_sa
         assert [name for name in before if not torch.equal(before[name], after[name])] == [first]
         assert after[first].shape[:2] == (before[first].shape[0], 13)
         assert network.eval()(torch.zeros(2, 13, side, side)).isfinite().all()
+
+
+def test_the_new_first_layer_is_the_old_one_but_for_its_channels() -> None:
+    settings: dict[str, Any] = {
+        "stride": 2,
+        "padding": 1,
+        "dilation": 2,
+        "padding_mode": "reflect",
+        "dtype": torch.bfloat16,
+    }
+    old = nn.Conv2d(3, 4, 3, **settings)
+    new = other_bands(nn.Sequential(old, nn.ReLU()), 5)[0]  # type: ignore[index]
+    assert repr(new) == repr(nn.Conv2d(5, 4, 3, **settings))
+    assert new.weight.dtype == torch.bfloat16
+    assert torch.equal(new.bias, old.bias)
+    assert other_bands(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)), 5)[0].bias is None  # type: ignore[index]
 
 
 def test_what_it_cannot_train_is_refused() -> None:

@@ -161,6 +161,14 @@ def test_interpolation_is_numpys() -> None:
         np.testing.assert_allclose(made[b, c, :, y, x], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_interpolation_in_half_precision_knows_each_day() -> None:
+    image = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)
+    image[0, 0, 2], valid = 8, torch.tensor([True, False, True]).view(1, 1, 3, 1, 1)
+    made = between_dates(image, valid, torch.tensor([[300.0, 301.0, 304.0]]))
+    assert made.dtype == torch.bfloat16
+    assert made.flatten().tolist() == [0, 2, 8]
+
+
 def test_validation_logs_errors_over_gaps_alone() -> None:
     model, given = method(), batch()
     given |= {"clear": given["image"], "day": torch.tensor([[1.0, 5.0, 9.0]] * 4)}
@@ -209,6 +217,30 @@ def test_clouds_that_cannot_be_are_refused(tmp_path: Path) -> None:
             CloudMasks(**settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"this is \[4, 4\]"):
         CloudMasks().draw((4, 4), 0, [0])
+
+
+def test_drawn_clouds_are_smooth_and_real_ones_hide_where_they_are_thickest(tmp_path: Path) -> None:
+    drawn = CloudMasks(0.5, 0.5).draw((1, 16, 16), 0, range(50))[:, 0]
+    borders = (drawn[:, 1:] != drawn[:, :-1]).mean()
+    assert borders < 0.2  # half of all where patches are drawn one by one
+    np.save(tmp_path / "clouds.npy", np.arange(16.0).reshape(1, 4, 4))
+    (one,) = CloudMasks(0.5, 0.5, str(tmp_path / "clouds.npy")).draw((1, 4, 4), 0, [0])
+    np.testing.assert_array_equal(one[0], np.arange(16).reshape(4, 4) >= 8)
+    assert CloudMasks(1.0, 1.0).draw((1, 2, 2), 0, [0]).sum() == 3  # a patch of a single date stays
+
+
+def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
+    kinds = [type(layer).__name__ for layer in SeriesNeck(4, 2, 3).layers]
+    stage = ["ConvTranspose2d", "ChannelNorm", "GELU", "ConvTranspose2d"]
+    assert kinds == [*stage, *stage, "Conv2d", "ChannelNorm", "ReLU", "Conv2d"]
+    torch.manual_seed(0)
+    # A token reaches its own pixels, and through the head's convolution those beside them.
+    neck, tokens = SeriesNeck(4, 2, 3, doublings=1), torch.randn(1, 2 * 5 * 7, 4)
+    other = tokens.clone()
+    other[0, 35 + 2 * 7 + 4] += 1  # of the second date, row 2, column 4
+    changed = (neck(tokens, (2, 5, 7), (10, 14)) != neck(other, (2, 5, 7), (10, 14)))[0].any(dim=0)
+    assert changed.nonzero().aminmax(dim=0).min.tolist() == [3, 7]
+    assert changed.nonzero().aminmax(dim=0).max.tolist() == [6, 10]
 
 
 def test_a_neck_gives_a_class_to_each_pixel_and_dates_their_own_channels() -> None:

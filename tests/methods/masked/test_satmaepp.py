@@ -20,6 +20,7 @@ from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.masking.mask_samplers import RandomMasks, TubeMasks
+from lightspan.nn.sequences.positions import sincos, sincos_by_axis
 from lightspan.nn.valid_pixels import area_reduced
 
 GROUPS = ((0, 3), (1,), (4, 2))
@@ -150,6 +151,57 @@ def test_grown_pictures_have_twice_and_four_times_the_size_and_a_constant_is_not
         torch.testing.assert_close(mirrored, made.flip(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid() -> None:
+    model, given = method(), batch()
+    given["valid"] = (torch.rand(given["valid"].shape, generator=torch.Generator().manual_seed(3)) < 0.98).long()
+    given["image"] = torch.where(given["valid"] > 0, given["image"], 0)
+    image = model.scales(given)[0][0]
+    see, hide, _ = model.hidden(image, given["index"])
+    assert model.upsampler is not None
+    grown = model.upsampler(model.picture(model.guess(image, see, hide), (3, 4, 4)))
+    middle, seen = area_reduced(given["image"], given["valid"] > 0, 2)
+    assert 0.8 < float(seen.float().mean()) < 1
+    parts = [(grown[0], middle, seen), (grown[1], given["image"], given["valid"] > 0)]
+    errors = [float((made - target)[valid].abs().sum()) / valid.numel() for made, target, valid in parts]
+    found = figures(model, given)
+    assert found["train/multi_scale"] == pytest.approx(sum(errors) / 2, rel=1e-5)
+    assert found["train/loss"] == pytest.approx(0.6 * found["train/base"] + 0.4 * sum(errors) / 2, rel=1e-5)
+
+
+def test_an_upsampler_is_that_of_the_source_step_by_step() -> None:
+    torch.manual_seed(0)
+    pyramid, x = UpsamplerPyramid(2, 2, 4), torch.randn(2, 2, 4, 4)
+    norms = [module for module in pyramid.modules() if isinstance(module, torch.nn.LayerNorm)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.normal_()
+            norm.bias.normal_()
+
+    def normed(norm: torch.nn.LayerNorm, of: Tensor) -> Tensor:
+        deviation = (of.var(dim=1, keepdim=True, correction=0) + 1e-6).sqrt()
+        centred = (of - of.mean(dim=1, keepdim=True)) / deviation
+        return centred * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    state = normed(pyramid.norm, F.gelu(pyramid.enter(x)))
+    for block, head, made in zip(pyramid.blocks, pyramid.heads, pyramid(x), strict=True):
+        up = F.leaky_relu(normed(block.norm, F.conv_transpose2d(state, block.up.weight, block.up.bias, 2, 1)), 0.01)
+        state = normed(block.out, up + 0.5 * block.second(F.relu(block.first(up))))
+        torch.testing.assert_close(made, head(state), rtol=1e-4, atol=1e-5)
+
+
+def test_the_class_token_has_the_code_of_one_further_group_in_the_decoder_and_none_of_a_place() -> None:
+    model = method()
+    seen: list[Tensor] = []
+    model.decoder.blocks.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    tokens, places = torch.randn(1, 1 + 48, 16), torch.arange(48)[None]
+    model.decoder(tokens, places, places[:, :0], (3, 4, 4))
+    embedded = model.decoder.sequence.embed(tokens)
+    expected = torch.zeros(8)
+    expected[4:] = sincos((4,), 4)[3]
+    torch.testing.assert_close(seen[0][0, 0] - embedded[0, 0], expected)
+    torch.testing.assert_close(seen[0][0, 1:] - embedded[0, 1:], sincos_by_axis((3, 4, 4), (4, 2, 2)))
+
+
 def test_pixels_that_are_not_valid_may_hold_anything_under_the_hidden_tokens() -> None:
     model, given = method(steps=0, upsampler=None), batch(side=8)
     _, _, hidden = model.hidden(given["image"], given["index"])
@@ -212,6 +264,14 @@ def test_validation_compares_with_bilinear_enlargement() -> None:
     enlarged = F.interpolate(F.avg_pool2d(given["image"], 4), (32, 32), mode="bilinear")
     torch.testing.assert_close(logged["val/bilinear_mse"], (enlarged - given["image"]).square().mean())
     assert set(logged) == {"val/grown_mse", "val/bilinear_mse"}
+    given["valid"][:, :, :16] = 0
+    given["image"][:, :, :16] = 0
+    model.validation_step(given, 0)
+    enlarged = F.interpolate(F.avg_pool2d(given["image"], 4), (32, 32), mode="bilinear")
+    expected = (enlarged - given["image"])[:, :, 16:].square().mean()
+    torch.testing.assert_close(logged["val/bilinear_mse"], expected)
+    model.validation_step({**given, "valid": given["valid"] * 0}, 0)
+    assert logged["val/grown_mse"] == 0
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,18 @@ def test_with_all_axes_off_the_clean_frames_are_seen_and_guessed_everywhere() ->
     assert torch.equal(altered.frames_BTF, clean.frames_BTF)
     expected = (guess - clean.frames_BTF)[clean.valid_BT].abs().mean()
     torch.testing.assert_close(model.training_step(given, 0), expected)
+
+
+def test_validation_is_the_loss_with_the_alterations_of_step_0_and_training_alters_anew() -> None:
+    model, given = method(), batch()
+    logged: dict[str, Tensor] = {}
+    model.log = lambda name, value, **options: logged.update({name: value})  # type: ignore[method-assign, assignment]
+    expected = model.training_step(given, 0)
+    model._trainer = SimpleNamespace(global_step=3)  # type: ignore[assignment]
+    model.log_training = lambda figures: None  # type: ignore[method-assign]
+    model.validation_step(given, 0)
+    torch.testing.assert_close(logged["val/loss"], expected)
+    assert not torch.allclose(model.training_step(given, 0), expected)
 
 
 def test_padding_does_not_change_loss_or_features() -> None:

@@ -126,6 +126,15 @@ def test_noise_comes_in_the_stated_share_of_steps_to_all_recordings_and_labels_n
     assert torch.equal(one.labelled_BTF, steps[0].labelled_BTF)
 
 
+def test_noise_differs_between_recordings_and_lies_over_what_was_made_zero_too() -> None:
+    x, valid, index = spectrograms(4)
+    added = replace(OFF, noise=1.0)(x, valid, index, 0).frames_BTF - x
+    correlation = torch.corrcoef(added.flatten(1))
+    assert (correlation - torch.eye(4)).abs().max() < 0.1
+    altered, labelled = replace(TIME, zero=1.0, swapped=0.0, noise=1.0)(x, valid, index, 0)
+    assert float(altered[labelled].std()) == pytest.approx(0.2, rel=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_draws_do_not_depend_on_the_rest_of_the_batch_nor_on_padding(dtype: torch.dtype) -> None:
     alterations = SpectrogramAlterations(noise=1.0)
