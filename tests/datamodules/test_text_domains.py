@@ -144,6 +144,35 @@ def test_the_source_is_divided_and_the_test_is_the_targets(tmp_path: Path) -> No
     assert torch.equal(hidden["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
 
 
+def test_validation_has_the_shares_of_all_labels_whatever_their_order() -> None:
+    data = DomainPrompts(DrawnReviews(40, 5), TOKENIZER, val_size=10, batch_size=4)  # labels take turns in these
+    data.setup()
+    labels = [int(data.val.sample(place, 0)["label"]) for place in range(10)]  # type: ignore[union-attr]
+    assert sum(labels) == 5
+
+
+def test_a_text_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:
+    text = "good book \u2028 and \u0085 more"
+    (tmp_path / "target.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = str(tmp_path / "target.jsonl")
+    assert DomainFiles(path, path).target().texts == [text]
+
+
+def test_a_text_that_may_have_more_spans_than_there_are_sentinels_is_refused(tmp_path: Path) -> None:
+    long = {"source": [{"text": " ".join(f"word{n}" for n in range(30)), "label": n % 2} for n in range(6)]}
+    numbers = appended(len(TOKENIZER), 8)
+    for rate, fits in ((0.25, True), (0.5, False), (0.9, True)):  # at 0.9 seen words divide them into few spans
+        data = DomainDenoising(
+            files(tmp_path, **long), TOKENIZER, RandomWords(rate), val_size=2, batch_size=4, tokens=numbers
+        )
+        if fits:
+            data.setup()
+            assert list(data.train_dataloader())
+        else:
+            with pytest.raises(UserError, match="in a text of 30, in up to 15 spans, and there are 8"):
+                data.setup()
+
+
 def test_choices_are_the_words_of_all_labels_behind_what_begins_them() -> None:
     made = PromptReader(TOKENIZER, Prompt("{} is", ("good", "not good at all")), 20, None)
     told = made.choices()
