@@ -151,6 +151,27 @@ def test_validation_has_the_shares_of_all_labels_whatever_their_order() -> None:
     assert sum(labels) == 5
 
 
+def test_the_first_stage_reads_both_domains_and_ranks_words_by_what_is_trained_on(tmp_path: Path) -> None:
+    class Told(RandomWords):
+        def learn(self, texts: Any, labels: Any) -> None:
+            self.told = list(zip(map(" ".join, texts), labels, strict=True))
+
+    hide = Told(0.3)
+    data = DomainDenoising(files(tmp_path), TOKENIZER, hide, val_size=2, batch_size=4)
+    data.setup()
+    read, held = ([" ".join(words.words) for words in side.texts] for side in (data.train, data.val))  # type: ignore
+    assert read[8:] == [f"sharp knife {n}" for n in range(8)]
+    assert sorted([*read[:8], *held]) == [f"good book {n}" for n in range(10)]
+    assert hide.told == [(text, int(text[-1]) % 2) for text in read[:8]]
+
+
+def test_each_epoch_puts_another_text_of_the_target_beside_one_of_the_source(tmp_path: Path) -> None:
+    data = DomainPrompts(files(tmp_path), TOKENIZER, val_size=2, batch_size=4)
+    data.setup()
+    drawn = {tuple(data.train.sample(0, seed)["target_inputs"].tolist()) for seed in range(60)}  # type: ignore
+    assert drawn == {tuple(data.reader.shown(data.reader.words(f"sharp knife {n}"))[0].tolist()) for n in range(8)}
+
+
 def test_a_text_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:
     text = "good book \u2028 and \u0085 more"
     (tmp_path / "target.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def test_cosent_is_small_where_pairs_that_are_more_alike_have_the_larger_cosine(
     query = torch.tensor([[1.0, 0.0]]).expand(3, 2)
     document = torch.stack([angle.cos(), angle.sin()], dim=1)
     score = torch.tensor([0.0, 1.0, 2.0])
-    assert cosent_loss(query, document, score) < 1e-3
+    assert cosent_loss(query, document, score) < 1e-2
     assert cosent_loss(query, document, -score) > 10
 
 

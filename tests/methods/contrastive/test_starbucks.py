@@ -94,13 +94,11 @@ def test_what_each_loss_says_of_sizes_is_by_hand() -> None:
     torch.testing.assert_close(loss.apart(*small, query, documents), divergence(*scores))
     torch.testing.assert_close(loss.base(*small, {}), F.cross_entropy(scores[1], 2 * torch.arange(4)))
     score = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    alike = torch.stack([torch.tensor([1.5, 1.0, 0.5, 0.0]).cos(), torch.tensor([1.5, 1.0, 0.5, 0.0]).sin()], dim=1)
-    first = torch.tensor([[1.0, 0.0]]).expand(4, 2)
-    assert (
-        CoSENT().base(first, alike[:, None], {"score": score})
-        < 0.01
-        < CoSENT().base(first, alike[:, None], {"score": -score})
-    )
+    angle, first = torch.tensor([2.5, 1.5, 1.0, 0.3]), torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    alike = torch.stack([angle.cos(), angle.sin()], dim=1)[:, None]
+    right, wrong = (CoSENT().base(first, alike, {"score": told}) for told in (score, -score))
+    assert right < 0.01
+    assert wrong > 10
 
 
 def test_the_whole_embedding_teaches_and_does_not_learn() -> None:
