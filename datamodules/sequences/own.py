@@ -58,7 +58,15 @@ class OwnSequences(SequenceSets):
                 "both must be of one length"
             )
         if self.read_as == "symbols":
+            # Of one type: what is equal in both files is found by its bytes.
+            if training.dtype != test.dtype:
+                training, test = training.astype(np.int64), test.astype(np.int64)
             return self._symbols(training, first), self._symbols(test, second)
+        if training.dtype != test.dtype:
+            raise UserError(
+                "path and test_path hold different types: bytes (uint8) are scaled to [-1, 1], and other numbers "
+                "standardised; save both in one"
+            )
         return ValueRows(training, first), ValueRows(test, second)
 
     def normalised(self, training: Labelled, *others: Labelled) -> list[Labelled]:
@@ -93,7 +101,8 @@ class OwnSequences(SequenceSets):
                 )
             rows, classes = arrays["sequences"], arrays["labels"]
         else:
-            rows, classes = _loaded(file, setting), _loaded(expanded(labels, "data.init_args.labels"), "labels")
+            beside = setting.replace("path", "labels")
+            rows, classes = _loaded(file, setting), _loaded(expanded(labels, f"data.init_args.{beside}"), beside)
             if isinstance(rows, dict) or isinstance(classes, dict):
                 raise UserError(f"data.init_args.{setting} and its labels must both be .npy files, or one .npz file")
         kind = "iu" if self.read_as == "symbols" else "iuf"

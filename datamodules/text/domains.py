@@ -5,7 +5,6 @@ texts of the target have none (`UnlabelledTexts`), and a file with labels to jud
 Shapes: T tokens of a prompt, K labels, U tokens of a label's words.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
+from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
 from lightspan.errors import UserError
-from lightspan.files import expanded
 
 SIDES = {
     "input_segments": ("inputs", "input_segments"),
@@ -92,28 +91,16 @@ class DomainFiles(Domains):
 
     def _rows(self, which: str) -> list[tuple[str, dict[str, Any]]]:
         """(where a line is, what it says)."""
-        path = self.paths[which]
+        path, setting = self.paths[which], f"data.init_args.domains.init_args.{which}"
         assert path is not None
-        file = expanded(path, f"data.init_args.domains.init_args.{which}")
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"domains.init_args.{which}={file} cannot be read as UTF-8: {error}") from error
-        rows = [_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = json_lines(path, setting)
+        for where, row in rows:
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where} has no text, or an empty one")
         if not rows:
-            raise UserError(f"domains.init_args.{which}={file} has no text")
+            raise UserError(f"{setting}={path} has no text")
         return rows
-
-
-def _row(where: str, line: str) -> tuple[str, dict[str, Any]]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} has no text, or an empty one")
-    return where, row
 
 
 def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> LabelledTexts:
@@ -281,14 +268,17 @@ class DomainTexts(SampleSets):
     Args:
         domains: where the texts come from.
         tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
-        val_size: texts of the source, evenly spaced, held out to validate on, at least 1.
+        val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced.
         batch_size: texts of one optimiser step over all ranks.
         seed: of the order and of what is random in a sample.
         num_workers: processes that fetch batches.
 
     Attributes:
         num_tokens: numbers of tokens, from 0 up, with sentinels.
+        inputs, targets: the most tokens that a network reads and says.
     """
+
+    targets: int
 
     def __init__(
         self,
@@ -306,7 +296,7 @@ class DomainTexts(SampleSets):
         if val_size < 1:
             raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
         self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
-        self.num_tokens = self.reader.num_tokens
+        self.num_tokens, self.inputs = self.reader.num_tokens, length
         self.val_size, self.batch_size, self.seed, self.num_workers = val_size, batch_size, seed, num_workers
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -322,7 +312,9 @@ class DomainTexts(SampleSets):
         source = self.domains.source()
         self._require_words(source)
         require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
-        held = set((np.arange(self.val_size) * len(source.texts) // self.val_size).tolist())
+        # By label: evenly spaced places of a file whose labels take turns may all have one label.
+        by_label = np.argsort(source.labels, kind="stable")
+        held = set(by_label[np.arange(self.val_size) * len(by_label) // self.val_size].tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
         train, val = (
             LabelledTexts([source.texts[place] for place in side], [source.labels[place] for place in side])
@@ -364,6 +356,7 @@ class DomainDenoising(DomainTexts):
     ) -> None:
         super().__init__(domains, tokenizer, **settings)
         self.hide, self.source_alone = hide or RandomWords(), source_alone
+        self.targets = self.inputs + 1
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, divides and tokenises, once."""
@@ -373,9 +366,20 @@ class DomainDenoising(DomainTexts):
         self.hide.learn([[plain_word(word) for word in text.split()] for text in train.texts], train.labels)
         target = [] if self.source_alone else self.domains.target().texts
         both = self.read([*train.texts, *target])
+        held = self.read(val.texts)
+        self._require_sentinels(max(len(text.words) for text in (*both, *held)))
         self.train = self.bank = HiddenWords(self.reader, both, self.hide)
-        self.val = HiddenWords(self.reader, self.read(val.texts), self.hide)
+        self.val = HiddenWords(self.reader, held, self.hide)
         say(f"domains: {len(train.texts)} texts of the source and {len(target)} of the target, without labels")
+
+    def _require_sentinels(self, words: int) -> None:
+        """Raises: UserError if the longest text may have more spans than there are sentinels."""
+        hidden, available = self.hide.count(words), self.reader.tokens.sentinels
+        if (spans := min(hidden, words - hidden + 1)) > available:
+            raise UserError(
+                f"{hidden} words are hidden in a text of {words}, in up to {spans} spans, and there are {available} "
+                "sentinels; lower length or the rate of hide, or name more in data.init_args.tokens"
+            )
 
 
 class DomainPrompts(DomainTexts):
@@ -387,6 +391,10 @@ class DomainPrompts(DomainTexts):
     """
 
     num_classes: int
+
+    def __init__(self, domains: Domains, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        super().__init__(domains, tokenizer, **settings)
+        self.targets = self.reader.choices()["choices"].shape[1]
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, divides and tokenises, once; labels of the target only for a test."""

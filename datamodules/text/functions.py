@@ -63,7 +63,7 @@ def _documented(path: Path) -> Iterator[tuple[str, str]]:
             tree = ast.parse(source)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
         return
-    lines = source.splitlines()
+    lines = source.split("\n")  # as the parser counts them: a form feed ends none
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for node in sorted(functions, key=lambda function: function.lineno):
         if len(node.body) < 2:

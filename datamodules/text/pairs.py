@@ -3,8 +3,7 @@
 Shapes: N queries, M documents, T and U tokens of a query and of a document.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
 from lightspan.datamodules.text.functions import library_functions
+from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
-from lightspan.files import expanded
 
 
 class Texts(NamedTuple):
@@ -98,14 +97,9 @@ def read_pairs(path: str, negatives: int, scored: bool) -> list[Pair]:
 
     Raises: UserError naming the line.
     """
-    file = expanded(path, "data.init_args.path")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.init_args.path={file} cannot be read as UTF-8: {error}") from error
-    pairs = [_pair(f"{file}, line {number}", line, negatives, scored) for number, line in _filled(lines)]
+    pairs = [pair_of(*line, negatives, scored) for line in json_lines(path, "data.init_args.path")]
     if not pairs:
-        raise UserError(f"{file} has no pair: write a JSON object with query and document in each line")
+        raise UserError(f"{path} has no pair: write a JSON object with query and document in each line")
     return pairs
 
 
@@ -126,18 +120,6 @@ def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pai
     if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score)):
         raise UserError(f"{where} has no score that is a finite number")
     return Pair(texts[0], texts[1], tuple(others), float(score) if scored else None)
-
-
-def _filled(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _pair(where: str, line: str, negatives: int, scored: bool) -> Pair:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    return pair_of(where, found, negatives, scored)
 
 
 class Pairs(SampleSets):

@@ -1,6 +1,5 @@
 """Texts as tokens, with the word of each token: for masks of whole words. Shapes: N texts, T tokens."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.functions import library_functions
+from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
-from lightspan.files import expanded
 
 
 class WordCutter:
@@ -132,22 +131,13 @@ class WholeWords(SampleSets):
         """(what the hash is of, text)."""
         if self.path is None:
             return [(function.file, function.body) for function in library_functions(self.folder)]
-        file = expanded(self.path, "data.init_args.path")
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.init_args.path={file} cannot be read as UTF-8: {error}") from error
-        texts = [text_of(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+        texts = [text_of(*line) for line in json_lines(self.path, "data.init_args.path")]
         return [(text, text) for text in texts]
 
 
-def text_of(where: str, line: str, name: str = "text") -> str:
-    """A text of a line of JSON. Raises: UserError for a line without one, or with an empty one."""
-    try:
-        found: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    text = found.get(name) if isinstance(found, dict) else None
+def text_of(where: str, found: Any) -> str:
+    """A text of what a JSON says. Raises: UserError if it has none, or an empty one."""
+    text = found.get("text") if isinstance(found, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} has no {name}, or an empty one; it must be a text")
+        raise UserError(f"{where} has no text, or an empty one; it must be a text")
     return text

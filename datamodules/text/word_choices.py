@@ -65,8 +65,11 @@ class WordChoice(ABC):
 
     def places(self, words: Sequence[str], generator: np.random.Generator) -> np.ndarray:
         """Places of the hidden words in a text of at least one, int64, in order."""
-        count = max(1, round(self.rate * len(words)))
-        return np.sort(self.ranked(words, generator.permutation(len(words)))[:count])
+        return np.sort(self.ranked(words, generator.permutation(len(words)))[: self.count(len(words))])
+
+    def count(self, words: int) -> int:
+        """How many are hidden of so many."""
+        return max(1, round(self.rate * words))
 
     @abstractmethod
     def ranked(self, words: Sequence[str], shuffled: np.ndarray) -> np.ndarray:

@@ -141,5 +141,5 @@ def require_room(network: DenoisingNetwork, num_tokens: int, longest: int) -> No
     if network.positions is not None and longest > network.positions:
         raise UserError(
             f"inputs and targets have {longest} tokens together, and the network has {network.positions} positions; "
-            f"set its context to {longest}, or lower form.init_args.inputs or targets"
+            f"set its context to {longest}, or lower the inputs and targets of the data's form, or its length"
         )

@@ -40,6 +40,7 @@ def mmd(x_RD: Tensor, y_SD: Tensor, widths: Sequence[float] = WIDTHS, unbiased: 
         count, all_ND = len(x_MD), torch.cat([x_MD, y_ND])
         if min(count, len(y_ND)) < 1 + unbiased:
             return all_ND.sum() * 0
+        all_ND = all_ND - all_ND.detach().mean(dim=0)  # far from 0 the products below would round distances away
         norm_N = all_ND.square().sum(dim=1)
         squared_NN = (norm_N[:, None] + norm_N - 2 * all_ND @ all_ND.T).clamp_min(0)
         # Rounding leaves a distance of a row to itself.

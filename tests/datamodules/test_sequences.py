@@ -243,6 +243,20 @@ def test_two_arrays_and_a_test_file_of_ones_own(tmp_path: Path) -> None:
     assert (len(data.train), len(data.test), data.num_classes) == (14, 6, 4)  # equal ones are not trained on
 
 
+def test_files_of_two_types_are_compared_as_one_or_refused(tmp_path: Path) -> None:
+    rows = np.arange(60).reshape(20, 3)
+    labels = np.arange(20) % 2
+    for name, part, kind in (("train", slice(20), np.int64), ("test", slice(5), np.uint8)):
+        np.savez(tmp_path / f"{name}.npz", sequences=rows[part].astype(kind), labels=labels[part])
+    paths = {"path": str(tmp_path / "train.npz"), "test_path": str(tmp_path / "test.npz")}
+    assert len(ready(OwnSequences(**paths, read_as="symbols")).train) == 15  # those of the test are not trained on
+    with pytest.raises(UserError, match="path and test_path hold different types"):
+        ready(OwnSequences(**paths))
+    np.save(tmp_path / "test.npy", rows)
+    with pytest.raises(UserError, match=r"data\.init_args\.test_labels=.*gone"):
+        ready(OwnSequences(paths["path"], test_path=str(tmp_path / "test.npy"), test_labels=str(tmp_path / "gone.npy")))
+
+
 class Unpickled:
     def __reduce__(self) -> Any:
         raise AssertionError("was unpickled")

@@ -144,6 +144,56 @@ def test_the_source_is_divided_and_the_test_is_the_targets(tmp_path: Path) -> No
     assert torch.equal(hidden["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
 
 
+def test_validation_has_the_shares_of_all_labels_whatever_their_order() -> None:
+    data = DomainPrompts(DrawnReviews(40, 5), TOKENIZER, val_size=10, batch_size=4)  # labels take turns in these
+    data.setup()
+    labels = [int(data.val.sample(place, 0)["label"]) for place in range(10)]  # type: ignore[union-attr]
+    assert sum(labels) == 5
+
+
+def test_the_first_stage_reads_both_domains_and_ranks_words_by_what_is_trained_on(tmp_path: Path) -> None:
+    class Told(RandomWords):
+        def learn(self, texts: Any, labels: Any) -> None:
+            self.told = list(zip(map(" ".join, texts), labels, strict=True))
+
+    hide = Told(0.3)
+    data = DomainDenoising(files(tmp_path), TOKENIZER, hide, val_size=2, batch_size=4)
+    data.setup()
+    read, held = ([" ".join(words.words) for words in side.texts] for side in (data.train, data.val))  # type: ignore
+    assert read[8:] == [f"sharp knife {n}" for n in range(8)]
+    assert sorted([*read[:8], *held]) == [f"good book {n}" for n in range(10)]
+    assert hide.told == [(text, int(text[-1]) % 2) for text in read[:8]]
+
+
+def test_each_epoch_puts_another_text_of_the_target_beside_one_of_the_source(tmp_path: Path) -> None:
+    data = DomainPrompts(files(tmp_path), TOKENIZER, val_size=2, batch_size=4)
+    data.setup()
+    drawn = {tuple(data.train.sample(0, seed)["target_inputs"].tolist()) for seed in range(60)}  # type: ignore
+    assert drawn == {tuple(data.reader.shown(data.reader.words(f"sharp knife {n}"))[0].tolist()) for n in range(8)}
+
+
+def test_a_text_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:
+    text = "good book \u2028 and \u0085 more"
+    (tmp_path / "target.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = str(tmp_path / "target.jsonl")
+    assert DomainFiles(path, path).target().texts == [text]
+
+
+def test_a_text_that_may_have_more_spans_than_there_are_sentinels_is_refused(tmp_path: Path) -> None:
+    long = {"source": [{"text": " ".join(f"word{n}" for n in range(30)), "label": n % 2} for n in range(6)]}
+    numbers = appended(len(TOKENIZER), 8)
+    for rate, fits in ((0.25, True), (0.5, False), (0.9, True)):  # at 0.9 seen words divide them into few spans
+        data = DomainDenoising(
+            files(tmp_path, **long), TOKENIZER, RandomWords(rate), val_size=2, batch_size=4, tokens=numbers
+        )
+        if fits:
+            data.setup()
+            assert list(data.train_dataloader())
+        else:
+            with pytest.raises(UserError, match="in a text of 30, in up to 15 spans, and there are 8"):
+                data.setup()
+
+
 def test_choices_are_the_words_of_all_labels_behind_what_begins_them() -> None:
     made = PromptReader(TOKENIZER, Prompt("{} is", ("good", "not good at all")), 20, None)
     told = made.choices()

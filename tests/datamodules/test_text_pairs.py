@@ -54,6 +54,28 @@ def python_files(folder: Path, count: int = 12) -> str:
     return str(folder)
 
 
+def test_a_form_feed_ends_no_line_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        'x = 1\n\x0c\ndef f():\n    """Gives back the number one."""\n    y = "\x0c"\n    return 1\n'
+    )
+    (found,) = library_functions(str(tmp_path))
+    assert found.body == 'y = "\x0c"\n    return 1'
+
+
+def test_a_text_of_a_file_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:
+    text = "one \u2028 two \u0085 three"
+    rows = [{"text": f"{text} {n}", "query": text, "document": text} for n in range(20)]
+    (tmp_path / "a.jsonl").write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    pairs = TextPairs(str(tmp_path / "a.jsonl"), HashedWords(64), val_size=3)
+    pairs.setup()
+    assert (len(pairs.train), len(pairs.val)) == (17, 3)  # type: ignore[arg-type]
+    words = WholeWords(HashedWords(64), str(tmp_path / "a.jsonl"), length=8, val_fraction=0.5)
+    words.setup()
+    assert len(words.train) + len(words.val) == 20  # type: ignore[arg-type]
+
+
 def test_functions_are_first_lines_of_docstrings_and_bodies_each_once(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("def (")

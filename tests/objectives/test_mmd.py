@@ -73,6 +73,33 @@ def test_few_rows_equal_rows_and_large_ones_have_finite_gradients(dtype: torch.d
     assert mmd(X * 0, Y * 0) == 0
 
 
+def test_the_unit_has_no_gradient_and_makes_the_scale_of_rows_nothing() -> None:
+    x = X.clone().requires_grad_()
+    (found,) = torch.autograd.grad(mmd(x, Y), x)
+    rows = torch.cat([X, Y])
+    unit = torch.cdist(rows, rows).square().sum() / (12 * 11)
+
+    def held(x: Tensor) -> Tensor:
+        def kernel(a: Tensor, b: Tensor) -> Tensor:
+            squared = (a[:, None] - b[None]).square().sum(dim=2)
+            return torch.stack([(-squared / (w * unit)).exp() for w in WIDTHS]).mean(dim=0)
+
+        own = kernel(x, x)
+        return (own.sum() - own.trace()) / 20 - 2 * kernel(x, Y).mean()
+
+    (expected,) = torch.autograd.grad(held(x), x)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+    for scale in (1e-4, 1e4):
+        assert float(mmd(scale * X, scale * Y)) == pytest.approx(float(mmd(X, Y)), abs=1e-9)
+
+
+def test_where_both_sets_stand_does_not_matter() -> None:
+    """States of a network have a large mean beside which what tells them apart is small."""
+    x, y = X.float(), Y.float()
+    for far in (1e3, torch.tensor([0.0, -1e4, 3e3])):
+        assert float(mmd(x + far, y + far)) == pytest.approx(float(mmd(x, y)), abs=2e-3)
+
+
 def test_widths_that_cannot_be_are_refused() -> None:
     for widths in ((), (1.0, 0.0)):
         with pytest.raises(UserError, match="must name at least one, all above 0"):

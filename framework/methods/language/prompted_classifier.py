@@ -74,11 +74,12 @@ class PromptedClassifier(Method):
         self.backbone, self.num_classes, self.alignment = backbone, num_classes, alignment
 
     def setup(self, stage: str) -> None:
-        """Raises: UserError for data whose tokens the backbone does not know."""
+        """Raises: UserError for data whose tokens or prompts the backbone has no room for."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "num_tokens"):
-            require_room(self.backbone, data.num_tokens, 0)
+            longest = getattr(data, "inputs", 0) + getattr(data, "targets", 0)
+            require_room(self.backbone, data.num_tokens, longest)
 
     def features(self, batch: PromptBatch) -> Tensor:
         """The mean of the states of a prompt, [B D]."""

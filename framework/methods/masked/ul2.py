@@ -41,17 +41,16 @@ class UL2(Method):
         self._measure(())
 
     def setup(self, stage: str) -> None:
-        """Takes the names of the denoisers from the data.
+        """Takes the names of the denoisers from the data, where there are several.
 
         Raises: UserError for data whose tokens or rows the backbone has no room for.
         """
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        form = getattr(data, "form", None)
-        if data is None or form is None or not hasattr(form, "names"):
-            return
-        require_room(self.backbone, data.num_tokens, form.inputs + form.targets)
-        if self.names != form.names:
+        form = getattr(data, "form", data)  # data of a single denoiser are their own form
+        if data is not None and hasattr(form, "inputs") and hasattr(form, "targets"):
+            require_room(self.backbone, data.num_tokens, form.inputs + form.targets)
+        if hasattr(form, "names") and self.names != form.names:
             self._measure(form.names)
 
     def nats(self, batch: DenoisingBatch) -> tuple[Tensor, Tensor]:

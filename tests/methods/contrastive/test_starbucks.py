@@ -77,6 +77,30 @@ def test_ranking_by_hand_is_cross_entropy_of_cosines_times_twenty_among_all_docu
     )
 
 
+def test_what_each_loss_says_of_sizes_is_by_hand() -> None:
+    """Of sentences the coordinates of queries and all documents, of retrieval products over the temperature."""
+    generator = torch.Generator().manual_seed(0)
+    query, documents = torch.randn(4, 8, generator=generator), torch.randn(4, 2, 8, generator=generator)
+    small = query[:, :3] + 1, documents[..., :3].sin()
+
+    def divergence(whole: Tensor, part: Tensor) -> Tensor:
+        p, q = whole.softmax(dim=1), part.softmax(dim=1)
+        return (p * (p / q).log()).sum(dim=1).mean()
+
+    rows = [torch.cat([one[:, :3], many[..., :3].flatten(0, 1)]) for one, many in ((query, documents), small)]
+    torch.testing.assert_close(SentenceRanking().apart(*small, query, documents), divergence(*rows))
+    loss = Retrieval(temperature=2.0)
+    scores = [one @ many.flatten(0, 1).T / 2 for one, many in ((query, documents), small)]
+    torch.testing.assert_close(loss.apart(*small, query, documents), divergence(*scores))
+    torch.testing.assert_close(loss.base(*small, {}), F.cross_entropy(scores[1], 2 * torch.arange(4)))
+    score = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    angle, first = torch.tensor([2.5, 1.5, 1.0, 0.3]), torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    alike = torch.stack([angle.cos(), angle.sin()], dim=1)[:, None]
+    right, wrong = (CoSENT().base(first, alike, {"score": told}) for told in (score, -score))
+    assert right < 0.01
+    assert wrong > 10
+
+
 def test_the_whole_embedding_teaches_and_does_not_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     query, documents = torch.randn(4, 8, generator=generator), torch.randn(4, 2, 8, generator=generator)

@@ -1,6 +1,7 @@
 """Labels that are said: loss and ranking by hand, what is aligned, and two stages that join without a seam."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from method_cases import prompts
 from torch import nn
 from torch.nn import functional as F
 
-from lightspan.backbones.denoisers import EncoderDecoder
-from lightspan.backbones.language import t5
+from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
+from lightspan.backbones.language import llama, t5
+from lightspan.backbones.tokenizers import HashedWords
+from lightspan.datamodules.text.domains import DomainPrompts
+from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.errors import UserError
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.objectives.mmd import mmd
@@ -60,12 +64,35 @@ def test_alignment_adds_the_discrepancy_of_both_domains_and_the_target_says_noth
         aligned.training_step(source_alone, 0)  # type: ignore[arg-type]
 
 
+def test_alignment_moves_both_domains_by_kernels_of_its_own_widths() -> None:
+    aligned, given = method(Discrepancy(2.0, (0.5,))), prompts(6, 0)
+    source, target = aligned.features(given), aligned.pooled(given["target_inputs"], given["target_input_segments"])  # type: ignore[arg-type]
+    expected = method().training_step(given, 0) + 2.0 * mmd(source, target, (0.5,))  # type: ignore[arg-type]
+    loss = aligned.training_step(given, 0)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, expected)
+    table = aligned.backbone.network.shared.weight  # type: ignore[union-attr]
+    alone = torch.autograd.grad(method_loss(aligned, given), table)[0]
+    both = torch.autograd.grad(loss, table)[0] - alone
+    torch.testing.assert_close(
+        both, torch.autograd.grad(2.0 * mmd(source, target, (0.5,)), table)[0], atol=1e-6, rtol=1e-4
+    )
+
+
+def method_loss(model: PromptedClassifier, given: dict[str, Any]) -> torch.Tensor:
+    """Without what is aligned."""
+    held, model.alignment = model.alignment, None
+    loss = model.training_step(given, 0)  # type: ignore[arg-type]
+    model.alignment = held
+    return loss
+
+
 def test_padding_behind_prompts_and_words_changes_nothing() -> None:
     model, given = method(), prompts(4, 0)
     wider = dict(given)
     for names in (("inputs", "input_segments"), ("choices", "decoder_inputs", "choice_segments")):
         wider |= {name: F.pad(given[name], (0, 3), value=0 if name.endswith("segments") else 7) for name in names}
     torch.testing.assert_close(model.scores(wider), model.scores(given))  # type: ignore[arg-type]
+    torch.testing.assert_close(model.features(wider), model.features(given))  # type: ignore[arg-type]
 
 
 def test_validation_counts_rows_whose_own_label_is_first() -> None:
@@ -77,7 +104,22 @@ def test_validation_counts_rows_whose_own_label_is_first() -> None:
     model.validation_step(given, 0)  # type: ignore[arg-type]
     assert float(logged["val/accuracy"]) == pytest.approx(5 / 6)
     model.test_step(given, 0)  # type: ignore[arg-type]
-    assert logged["test/loss_nats"] == logged["val/loss_nats"] > 0
+    expected = F.cross_entropy(model.scores(given), given["label"])  # type: ignore[arg-type]
+    torch.testing.assert_close(logged["val/loss_nats"], expected)
+    assert logged["test/loss_nats"] == logged["val/loss_nats"]
+
+
+def test_data_that_do_not_fit_the_network_are_refused() -> None:
+    data = DomainPrompts(DrawnReviews(20, 5), HashedWords(64), length=16, val_size=2)  # labels are a word and <eos>
+    for context, tokens, said in ((17, 0, "have 18 tokens together"), (18, -1, "set its vocab_size"), (18, 0, None)):
+        network = PrefixDecoder(llama(data.num_tokens + tokens, 16, 1, 2, 24, context))
+        model = PromptedClassifier(network, 2, optimizer=torch.optim.SGD)
+        model.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+        if said is None:
+            model.setup("fit")
+        else:
+            with pytest.raises(UserError, match=said):
+                model.setup("fit")
 
 
 def test_settings_and_batches_that_cannot_work_are_refused() -> None:

@@ -80,6 +80,46 @@ def test_the_first_state_alone_carries_the_text_into_the_decoder() -> None:
     assert not torch.equal(losses[0], losses[2])
 
 
+def test_the_decoder_trains_the_first_state_and_is_no_part_of_the_encoder() -> None:
+    model, given = method(), batch()
+    mine = {id(parameter) for parameter in model.decoder.parameters()}
+    assert not mine & {id(parameter) for parameter in model.backbone.parameters()}
+    states = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    model.backbone.forward = lambda **inputs: type("Output", (), {"hidden_states": [states] * 3})()  # type: ignore
+    (grad_BTD,) = torch.autograd.grad(model.losses(given)[1][0], states)  # type: ignore[arg-type]
+    assert (grad_BTD[:, 0, :4].abs().sum(dim=1) > 0).any()
+    assert not grad_BTD[:, 1:].any()
+    assert not grad_BTD[:, :, 4:].any()
+
+
+def test_each_network_reads_its_own_mask_and_nothing_else_is_changed() -> None:
+    model, given = method(masks=NestedWordMasks(0.3, 0.9)), batch()
+    seen, guessed = model.masked(given)  # type: ignore[arg-type]
+    assert set(seen.place_M.tolist()) < set(guessed.place_M.tolist())
+    for one in (seen, guessed):
+        masked = torch.zeros(36, dtype=torch.bool).index_fill(0, one.place_M, True).view(6, 6)
+        assert torch.equal(one.tokens_BT[~masked], given["tokens"][~masked])
+        assert (one.tokens_BT[masked] == 20).double().mean() > 0.5
+    pairs = [method(masks=NestedWordMasks(0.6, 0.6, seed)).masked(given) for seed in range(9)]  # type: ignore[arg-type]
+    assert any(not torch.equal(one.tokens_BT, other.tokens_BT) for one, other in pairs)  # words that stay, each its own
+
+
+def test_what_is_hidden_follows_from_a_texts_number_and_not_from_its_place() -> None:
+    model, given = method(), batch()
+    turned = {name: field.flip(0) for name, field in given.items()}
+    for one, other in zip(model.masked(given), model.masked(turned), strict=True):  # type: ignore[arg-type]
+        assert torch.equal(one.tokens_BT, other.tokens_BT.flip(0))
+
+
+def test_features_are_the_mean_over_a_texts_own_tokens_with_nothing_hidden() -> None:
+    model, given = method(), batch()
+    row = int(given["mask"].sum(dim=1).argmin())
+    length = int(given["mask"][row].sum())
+    assert length < 6
+    alone = model.backbone(input_ids=given["tokens"][row : row + 1, :length]).last_hidden_state
+    torch.testing.assert_close(model.features(given)[row], alone[0].mean(dim=0), atol=1e-5, rtol=1e-5)  # type: ignore[arg-type]
+
+
 def test_a_text_without_words_gives_nothing_and_no_text_with_any_gives_zero() -> None:
     given = batch()
     given["word"][:] = -1

@@ -134,6 +134,17 @@ def test_the_losses_are_those_of_torch_over_hidden_steps_alone() -> None:
     torch.testing.assert_close(model.loss(given, 7), expected)
 
 
+def test_training_hides_other_steps_in_each_step_and_validation_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given, logged = method(), values(), dict[str, Any]()
+    monkeypatch.setattr(type(model), "global_step", 6)
+    monkeypatch.setattr(model, "log", lambda name, value, **_: logged.update({name: value}))
+    assert model.training_step(given, 0) == model.loss(given, 6) != model.loss(given, 0)
+    model.validation_step(given, 0)
+    assert logged["val/absolute_error"] == model.loss(given, 0)
+    turned = {name: field.flip(0) for name, field in given.items()}
+    torch.testing.assert_close(model.loss(turned, 3), model.loss(given, 3))  # of a sequence's number, not its place
+
+
 def test_no_value_marks_a_step_that_does_not_count() -> None:
     """-100 and -10,000 are values like any other."""
     given = values()

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.language import llama, t5
+from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.denoising import Denoising
+from lightspan.datamodules.text.domains import DomainDenoising
+from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.packing import packed
 from lightspan.errors import UserError
 from lightspan.methods.masked.ul2 import UL2
@@ -99,6 +102,14 @@ def test_validation_tells_what_a_byte_costs_under_each_denoiser(tmp_path: Path) 
     assert figures["val/bits_per_byte"] == pytest.approx(total, rel=1e-5)
 
 
+def test_an_epoch_of_validation_knows_nothing_of_the_one_before(tmp_path: Path) -> None:
+    data, model = corpus(tmp_path), small()
+    trainer(tmp_path).validate(model, data, verbose=False)
+    torch.nn.init.zeros_(model.backbone.network.lm_head.weight)  # type: ignore[union-attr, arg-type]
+    (figures,) = trainer(tmp_path).validate(model, data, verbose=False)
+    assert figures["val/loss_nats"] == pytest.approx(math.log(361), rel=1e-5)
+
+
 def test_rows_are_packed_in_training_alone(tmp_path: Path) -> None:
     losses = {}
     for pack in (False, True):
@@ -122,6 +133,16 @@ def test_data_that_do_not_fit_the_network_are_refused_before_the_first_step(tmp_
     short = UL2(PrefixDecoder(llama(361, 16, 1, 2, 24, 191)), optimizer=SGD)
     with pytest.raises(UserError, match="inputs and targets have 192 tokens together"):
         trainer(tmp_path, max_steps=1).fit(short, corpus(tmp_path))
+
+
+def test_so_are_prompts_with_hidden_words(tmp_path: Path) -> None:
+    data = DomainDenoising(DrawnReviews(20, 5), HashedWords(64), length=16, val_size=2, batch_size=4)
+    few = UL2(EncoderDecoder(t5(data.num_tokens - 1, 16, 1, heads=2)), optimizer=SGD)
+    with pytest.raises(UserError, match=f"set its vocab_size to {data.num_tokens}"):
+        trainer(tmp_path, max_steps=1).fit(few, data)
+    short = UL2(PrefixDecoder(llama(data.num_tokens, 16, 1, 2, 24, 32)), optimizer=SGD)
+    with pytest.raises(UserError, match=r"have 33 tokens together.*or its length"):
+        trainer(tmp_path, max_steps=1).fit(short, data)
 
 
 def test_batches_of_something_else_are_refused() -> None:

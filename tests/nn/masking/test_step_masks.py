@@ -33,6 +33,13 @@ def test_runs_of_hidden_steps_are_whole_spans_but_at_both_ends(span: int) -> Non
         assert all((second - first) % span == 0 for first, second in pairwise(changes))
 
 
+@pytest.mark.parametrize("span", [2, 5])
+def test_spans_begin_at_each_place_equally_often(span: int) -> None:
+    hidden = StepMasks(0.5, span).draw(24, 0, torch.arange(10_000))
+    share = 0.5 / span  # of two spans beside each other one is hidden in half of the cases
+    assert ((hidden[:, 1:] != hidden[:, :-1]).double().mean(dim=0) - share).abs().max() < 4 * (share / 10_000) ** 0.5
+
+
 def test_none_and_all() -> None:
     assert not StepMasks(0.0).draw(50, 0, MANY).any()
     assert StepMasks(1.0, span=3).draw(50, 0, MANY).all()

@@ -128,6 +128,23 @@ def test_the_hippo_start_is_s4d_lins() -> None:
     torch.testing.assert_close(lambda_DN, expected, atol=3e-6, rtol=0)
 
 
+def test_weights_start_with_the_spread_of_their_sources() -> None:
+    """Of S4D-Lin a normal number times the hold of an input, of LRU's ring one that keeps the variance of noise."""
+    torch.manual_seed(0)
+    steps = StateSpace(4000, 2, start="hippo", steps=(0.05, 0.05))
+    drawn_KDN = torch.view_as_complex(steps.weight_KDN2.detach())
+    pole_N = torch.complex(torch.full((2,), -0.5), torch.pi * torch.arange(2.0))
+    hold_N = ((0.05 * pole_N).exp() - 1) / pole_N
+    torch.testing.assert_close(drawn_KDN.abs().square().mean(dim=(0, 1)), hold_N.abs().square(), rtol=0.06, atol=0)
+    ring = StateSpace(4000, 3, start="random")
+    radius_DN = ring.dynamics()[0].detach().abs()
+    assert radius_DN.min() > 0.499
+    assert radius_DN.max() < 0.991
+    assert radius_DN.square().mean() == pytest.approx((0.99**2 + 0.5**2) / 2, rel=0.02)  # even over the ring's area
+    ratio_KDN = torch.view_as_complex(ring.weight_KDN2.detach()).abs().square() / (1 - radius_DN.square())
+    assert ratio_KDN.mean() == pytest.approx(1 / 6, rel=0.06)
+
+
 def test_half_types_are_computed_in_float32_and_rounded_once() -> None:
     built, x = layer(bidirectional=True), values(40, dtype=torch.bfloat16)
     given = built(x)

@@ -1,0 +1,32 @@
+"""Files with a JSON value in each line."""
+
+import json
+from typing import Any
+
+from lightspan.errors import UserError
+from lightspan.files import expanded
+
+
+def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
+    """(where a line stands, for messages; what it says) of all lines that are not empty.
+
+    A line ends where the file has a new line, and nowhere else: JSON leaves other ends of lines, such as U+2028 or
+    U+0085, in texts as they are.
+
+    Args:
+        setting: what names the file, for messages.
+    Raises: UserError for a file that cannot be read, or a line that is not JSON, naming it.
+    """
+    file = expanded(path, setting)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{setting}={file} cannot be read as UTF-8: {error}") from error
+    return [_read(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read(where: str, line: str) -> tuple[str, Any]:
+    try:
+        return where, json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
