@@ -34,7 +34,7 @@ def aligned_cross_entropy(logits_BC: Tensor, label_B: Tensor, task_C: Tensor, te
 
 
 @dataclass(frozen=True)
-class Alignment:
+class ClassifierAlignment:
     """How a head is aligned.
 
     Attributes:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightspan.analysis.class_gaussians import ClassGaussians
-from lightspan.analysis.classifier_alignment import Alignment, aligned_cross_entropy
+from lightspan.analysis.classifier_alignment import ClassifierAlignment, aligned_cross_entropy
 from lightspan.analysis.moments import Moments
 from lightspan.noise import mixed_seed
 
@@ -42,7 +42,7 @@ def gaussians(known: tuple[int, ...] = (0, 1, 3, 4)) -> ClassGaussians:
 
 
 TASK_C = torch.tensor([1, 0, 2, 0, 1, 2])  # classes 2 and 5 have not come yet
-SETTINGS = Alignment(epochs=3, samples=8, lr=0.02, decay=0.1, temperature=0.5, shrink=0.6, seed=4)
+SETTINGS = ClassifierAlignment(epochs=3, samples=8, lr=0.02, decay=0.1, temperature=0.5, shrink=0.6, seed=4)
 
 
 def loss_of_numpy(weight: np.ndarray, x: np.ndarray, label: np.ndarray, task: np.ndarray) -> float:
@@ -79,7 +79,7 @@ def test_the_head_is_that_of_momentum_with_decay_on_a_half_cosine_over_all_class
 def test_what_is_given_stays_and_no_epoch_and_classes_without_a_gaussian_leave_rows_as_they_are() -> None:
     head = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
     before = head.detach().clone()
-    for how, known in ((Alignment(epochs=0), gaussians()), (SETTINGS, gaussians(()))):
+    for how, known in ((ClassifierAlignment(epochs=0), gaussians()), (SETTINGS, gaussians(()))):
         _, weight, bias = how.rows(head[:, :3], head[:, 3], known, TASK_C, 1)
         assert torch.equal(weight, before[[0, 1, 3, 4], :3])
         assert torch.equal(bias, before[[0, 1, 3, 4], 3])

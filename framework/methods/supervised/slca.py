@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.analysis.class_gaussians import ClassGaussians
-from lightspan.analysis.classifier_alignment import Alignment
+from lightspan.analysis.classifier_alignment import ClassifierAlignment
 from lightspan.analysis.moments import Moments
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.distributed import agreed, register_replicated
@@ -52,8 +52,8 @@ class SLCA(Method):
         num_classes: C >= 2 of all tasks together; labels are in [0, C).
         backbone_rate: of the backbone over that of the head, which is the optimiser's, in (0, 1]; 1 is plain
             fine-tuning. Rules of `groups` come first.
-        align_epochs, samples, align_lr, align_decay, temperature, shrink, seed: of the alignment, see `Alignment`;
-            with `align_epochs` 0 the head stays as it was trained.
+        align_epochs, samples, align_lr, align_decay, temperature, shrink, seed: see `ClassifierAlignment`; with
+            `align_epochs` 0 the head stays as it was trained.
         jitter: added to the variances of each class, >= 0.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`. The schedule's run is one task.
     """
@@ -104,7 +104,7 @@ class SLCA(Method):
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, a=-0.04, b=0.04)
         nn.init.zeros_(self.head.bias)
-        self.alignment = Alignment(align_epochs, samples, align_lr, align_decay, temperature, shrink, seed)
+        self.alignment = ClassifierAlignment(align_epochs, samples, align_lr, align_decay, temperature, shrink, seed)
         self.gaussians = ClassGaussians(num_classes, self.head.in_features, jitter)
         register_replicated(self, "task_C", torch.zeros(num_classes, dtype=torch.int64))
         register_replicated(self, "begun", torch.tensor(0))  # tasks
