@@ -107,7 +107,7 @@ class MatrixMetric(LabelMetric):
             raise UserError(
                 f"{len(self)} names do not fit label distances {list(distance_NN.shape)}; give one for each"
             )
-        self.distance_NN = distance_NN.double()
+        self.distance_NN = distance_NN.double().cpu()
         self._require_distances()
         _warn_of_detours(self.distance_NN, self.names)
 
@@ -213,6 +213,7 @@ class GraphMetric(LabelMetric):
         return len(self.edges) == len(self) - 1 and len(self.nodes) == len(self)
 
     def squared_columns(self, from_K: Tensor, start: int, stop: int) -> Tensor:
+        from_K = from_K.cpu()
         # From the side with fewer labels: paths from a label are found to all others at once.
         if len(from_K) <= stop - start:
             return self._from(from_K.numpy())[:, start:stop]

@@ -3,6 +3,7 @@
 from torch import nn
 
 from lightspan.errors import UserError
+from lightspan.nn.bands import first_convolution, of_bands
 
 # A recipe may name the function listed here.
 __all__ = ["other_bands"]
@@ -19,26 +20,13 @@ def other_bands(network: nn.Module, bands: int) -> nn.Module:
         network: whose first convolution reads the image: those of timm and torchvision, `lightspan.backbones.vit.vit`,
             SmallConvNet; changed in place.
         bands: channels of the images, at least 1.
-    Raises: UserError for a network without a convolution, or one that splits its channels into groups.
+    Raises: UserError for a network without a convolution inside, or as `lightspan.nn.bands.of_bands`.
     """
-    if bands < 1:
-        raise UserError(f"other_bands bands={bands} must be at least 1")
-    found = next(((name, part) for name, part in network.named_modules() if isinstance(part, nn.Conv2d)), None)
-    kind = type(network).__name__
+    found, kind = first_convolution(network), type(network).__name__
     if found is None or not found[0]:
-        raise UserError(f"other_bands replaces the first convolution of a network, and {kind} has none")
+        raise UserError(f"other_bands replaces the first convolution inside a network, and {kind} has none inside")
     name, old = found
-    if old.groups != 1:
-        raise UserError(
-            f"other_bands cannot replace {name} of {kind}, which keeps its {old.in_channels} channels apart in "
-            f"{old.groups} groups; make the network with as many channels as there are bands"
-        )
-    new = nn.Conv2d(
-        bands, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,  # type: ignore[arg-type]
-        bias=old.bias is not None, padding_mode=old.padding_mode,
-    ).to(old.weight)  # fmt: skip
-    if old.bias is not None and new.bias is not None:
-        new.bias.data.copy_(old.bias.data)  # it belongs to the filters' outputs, not to the bands
+    new = of_bands(old, bands, f"other_bands {kind}")
     owner, _, attribute = name.rpartition(".")
     setattr(network.get_submodule(owner), attribute, new)
     return network

@@ -94,7 +94,7 @@ class PatchConvolutions(RandomConvolutions):
             images: batches [B C H W] of the training images, prepared as `forward` will get them.
         Raises: UserError for no image, or ones smaller than a patch.
         """
-        kept = torch.cat([batch.float().cpu() for batch in images])
+        kept = torch.cat([*(batch.float().cpu() for batch in images)] or [torch.zeros(0, 1, 1, 1)])
         height, width = kept.shape[-2] - self.side + 1, kept.shape[-1] - self.side + 1
         if not len(kept) or min(height, width) < 1:
             raise UserError(

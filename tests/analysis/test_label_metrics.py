@@ -44,6 +44,19 @@ def test_embeddings_have_their_euclidean_distances_and_none_to_themselves() -> N
     assert not squared.diagonal().any()
 
 
+def test_what_all_embeddings_have_in_common_costs_no_digits() -> None:
+    x = 1e8 + torch.arange(24.0, dtype=torch.float64).view(8, 3) % 7
+    torch.testing.assert_close(every(EmbeddingMetric(x)), torch.from_numpy(cdist(x, x, "sqeuclidean")))
+    assert (every(EmbeddingMetric(embedded(40).double().repeat(3, 1))) >= 0).all()
+
+
+def test_paths_are_found_from_whichever_side_has_fewer_labels() -> None:
+    for metric in (random_tree(9), GraphMetric(EDGES, LENGTHS, ["e", "a", "c"], only_labels=True)):
+        whole, rows = every(metric), torch.tensor([2, 0])
+        for start, stop in ((0, 1), (1, 2), (0, 3), (1, 3)):
+            torch.testing.assert_close(metric.squared_columns(rows, start, stop), whole[rows, start:stop])
+
+
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_blocks_of_any_size_are_the_columns_in_their_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = [random_tree(9), EmbeddingMetric(embedded()), MatrixMetric(every(random_tree(9)).sqrt())]

@@ -12,6 +12,16 @@ def test_points_of_a_plane_keep_their_distances() -> None:
     assert torch.equal(found, plane_layout(torch.cdist(x, x)))
 
 
+def test_distances_that_no_plane_has_are_weighed_by_their_inverse_squares() -> None:
+    """The stress has no slope where it ends."""
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted, place = torch.pdist(x), plane_layout(torch.cdist(x, x), steps=3000).requires_grad_()
+    ((torch.pdist(place) - wanted) / wanted).square().sum().backward()
+    assert place.grad is not None
+    assert place.grad.abs().amax() < 1e-3
+    torch.testing.assert_close(place.detach().mean(dim=0), torch.zeros(2, dtype=torch.float64))
+
+
 def test_a_path_lies_on_a_line_and_few_or_equal_things_have_places() -> None:
     line = torch.arange(5.0)[:, None]
     found = plane_layout(torch.cdist(line, line))

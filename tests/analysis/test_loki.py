@@ -50,6 +50,23 @@ def test_it_equals_a_plain_loop_in_blocks_of_any_size(
         assert int(found) == min(range(12), key=lambda y: costs[y])
 
 
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_of_equal_labels_the_first_wins(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (label_metrics, loki):
+        monkeypatch.setattr(module, "BLOCK", block)
+    for metric in (ring(4), EmbeddingMetric(torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [-1.0, 0.0]]))):
+        assert frechet_labels(torch.full((2, 2), 0.5), torch.tensor([3, 1]), metric).tolist() == [0, 0]
+
+
+def test_the_locus_has_labels_that_tie_and_hangs_on_no_unit_of_the_distances() -> None:
+    x, observed = torch.randn(14, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 4, 5, 9])
+    expected = locus(observed, EmbeddingMetric(x))
+    for unit in (1e-6, 1e6):
+        assert torch.equal(locus(observed, EmbeddingMetric(unit * x)), expected)
+    twins = EmbeddingMetric(torch.tensor([[0.0], [1.0], [2.0], [1.0], [0.0]]))
+    assert locus(torch.tensor([0, 2]), twins).all()
+
+
 def test_a_common_factor_of_distances_or_weights_changes_nothing() -> None:
     observed, p, distance = torch.tensor([0, 8, 3]), shares(60, 3), every(random_tree(12)).sqrt()
     found = frechet_labels(p, observed, MatrixMetric(distance))

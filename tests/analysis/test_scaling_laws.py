@@ -74,6 +74,18 @@ def test_the_interval_of_a_slope_is_students_over_the_slopes_of_the_seeds() -> N
         assert (found.low, found.high) == pytest.approx((slopes.mean() - reach, slopes.mean() + reach))
 
 
+def test_with_a_top_the_line_is_numpys_with_weights_by_errors_and_what_is_left_out_a_logarithm_of_them() -> None:
+    scores = np.array([0.41, 0.62, 0.70, 0.88, 0.93])
+    for top, values in ((1.0, scores), (0.0, 1 - scores)):
+        slope, level = np.polyfit(np.log10(SIZES), values, 1, w=1 / (1 - scores))
+        numbers = fit(LOG_LINEAR, SIZES, values, top).numbers()
+        assert numbers == pytest.approx({"a": level, "b": slope})
+        slope, level = np.polyfit(np.log10(SIZES[:-1]), values[:-1], 1, w=1 / (1 - scores[:-1]))
+        error = abs(top - (level + slope * np.log10(SIZES[-1])))
+        found = scaling_curve(SIZES.tolist(), values[None], top).fits[0].left_out
+        assert found == pytest.approx(abs(math.log(error / 0.07)))
+
+
 def test_resamples_of_more_seeds_than_five_are_random_and_always_the_same() -> None:
     one, other = laws._resamples(8), laws._resamples(8)
     assert len(one) == laws.MOST_RESAMPLES

@@ -180,6 +180,8 @@ def test_patches_are_whitened_twice_and_come_from_the_training_images() -> None:
     assert flat(torch.ones(1, 1, 4, 4)).isfinite().all()
     with pytest.raises(UserError, match="at least 3 pixels"):
         net.learn([SCENES[..., :2]])
+    with pytest.raises(UserError, match="at least 3 pixels"):
+        net.learn([])
 
 
 def test_an_inflated_convolution_gives_equal_bands_what_it_gave() -> None:
@@ -194,6 +196,23 @@ def test_an_inflated_convolution_gives_equal_bands_what_it_gave() -> None:
     assert inflated(ImageStatistics(), 9)(torch.rand(2, 9, 4, 4)).shape == (2, 36)
     alone = inflated(nn.Conv2d(3, 2, 1), 5)
     assert alone(torch.rand(1, 5, 4, 4)).shape == (1, 2, 4, 4)
+
+
+def test_an_inflated_convolution_keeps_its_settings_and_repeats_its_weights_in_turn() -> None:
+    old = nn.Conv2d(3, 2, 3, stride=2, padding=1, dilation=2, padding_mode="circular").bfloat16()
+    net = nn.Sequential(old, nn.ReLU())
+    new: Any = inflated(net, 5)[0]  # type: ignore[index]
+    assert new.weight.dtype == torch.bfloat16
+    assert torch.equal(new.bias, old.bias)
+    weight = old.weight[:, [0, 1, 2, 0, 1]] * (3 / 5)
+    assert torch.equal(new.weight, weight)
+    x = torch.rand(2, 5, 9, 9).bfloat16()
+    padded = F.pad(x, (1, 1, 1, 1), mode="circular")
+    torch.testing.assert_close(new(x), F.conv2d(padded, weight, old.bias, stride=2, dilation=2))
+    with pytest.raises(UserError, match="inflated Sequential bands=0 must be at least 1"):
+        inflated(net, 0)
+    with pytest.raises(UserError, match=r"inflated Sequential cannot replace .* its 4 channels apart in 2 groups"):
+        inflated(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), 5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 11])

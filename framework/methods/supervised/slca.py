@@ -4,7 +4,8 @@ Source: Zhang, Wang, Kang, Chen, Wei, "SLCA: Slow Learner with Classifier Alignm
 Pre-trained Model", ICCV 2023, arXiv 2303.05118, and the authors' code. In each task the cross-entropy is over its own
 classes alone, the backbone at a hundredth of the head's rate, rows of the head that belong to other tasks as they are.
 Then a Gaussian of each new class is kept, and a copy of the head is trained on features drawn from those of all
-classes: it answers until the next task begins, which goes on from the head itself. Of the code, not of the paper: the
+classes (`lightspan.analysis.classifier_alignment`): it answers until the next task begins, which goes on from the head
+itself. Of the code, not of the paper: the
 means of older classes are shrunk, the optimiser and its schedule start anew with each task, weight decay and momentum
 of the alignment. Differs from it: the head is one linear layer, whose other rows are written back after each step;
 each covariance is factored once; classes of a task may be any, and tasks of different sizes. Assumed: the start of the
@@ -23,36 +24,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.analysis.class_gaussians import ClassGaussians
+from lightspan.analysis.classifier_alignment import ClassifierAlignment
 from lightspan.analysis.moments import Moments
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import wide_type
 from lightspan.distributed import agreed, register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
-from lightspan.noise import mixed_seed
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.optim.groups import Rule
 from lightspan.optim.schedules import in_turn
 from lightspan.ranges import require_shares, require_temperatures, require_weights
-
-
-def aligned_cross_entropy(logits_BC: Tensor, label_B: Tensor, task_C: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of logits over `temperature` times the mean, over tasks, of the length of a task's part of them.
-
-    A factor of all logits changes nothing, so that a row cannot lower its loss by longer logits.
-
-    Args:
-        label_B: whole numbers in [0, C).
-        task_C: the task of each class, from 0 without gaps.
-    """
-    wide_BC = logits_BC.to(wide_type(logits_BC.dtype))
-    squares_BT = wide_BC.new_zeros(len(wide_BC), int(task_C.max()) + 1).index_add(1, task_C, wide_BC.square())
-    # A length of 0 has no gradient, and below the smallest number all logits are equal.
-    length_B1 = squares_BT.clamp_min(torch.finfo(squares_BT.dtype).tiny).sqrt().mean(dim=1, keepdim=True)
-    return label_cross_entropy(wide_BC / (temperature * length_B1), label_B)
 
 
 class SLCA(Method):
@@ -68,14 +52,9 @@ class SLCA(Method):
         num_classes: C >= 2 of all tasks together; labels are in [0, C).
         backbone_rate: of the backbone over that of the head, which is the optimiser's, in (0, 1]; 1 is plain
             fine-tuning. Rules of `groups` come first.
-        align_epochs: of the alignment, >= 0; 0 leaves the head as it was trained.
-        samples: S, of each class in an epoch of the alignment, and rows of its batches, >= 1.
-        align_lr, align_decay: rate at its start, which falls on a half cosine, and weight decay, > 0 and >= 0.
-        temperature: of the normalised logits, > 0.
-        shrink: factor of the mean of a class that is infinitely old, in [0, 1]: 1 for the newest task, and
-            shrink + (1 - shrink) (own task + 1) / (tasks so far) for the others.
+        align_epochs, samples, align_lr, align_decay, temperature, shrink, seed: see `ClassifierAlignment`; with
+            `align_epochs` 0 the head stays as it was trained.
         jitter: added to the variances of each class, >= 0.
-        seed: of the samples.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`. The schedule's run is one task.
     """
 
@@ -125,8 +104,7 @@ class SLCA(Method):
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, a=-0.04, b=0.04)
         nn.init.zeros_(self.head.bias)
-        self.align_epochs, self.samples, self.align_lr, self.align_decay = align_epochs, samples, align_lr, align_decay
-        self.temperature, self.shrink, self.seed = temperature, shrink, seed
+        self.alignment = ClassifierAlignment(align_epochs, samples, align_lr, align_decay, temperature, shrink, seed)
         self.gaussians = ClassGaussians(num_classes, self.head.in_features, jitter)
         register_replicated(self, "task_C", torch.zeros(num_classes, dtype=torch.int64))
         register_replicated(self, "begun", torch.tensor(0))  # tasks
@@ -217,7 +195,7 @@ class SLCA(Method):
         self._learn(task)
         self.aligned_weight.copy_(self.head.weight.detach())
         self.aligned_bias.copy_(self.head.bias.detach())
-        if task and self.align_epochs:
+        if task and self.alignment.epochs:
             self.align(task)
         self.done.fill_(task + 1)
 
@@ -244,34 +222,14 @@ class SLCA(Method):
         for number in classes:
             self.gaussians.learn(number, moments[number].over_ranks())
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def align(self, task: int) -> None:
         """Trains the copy of the head on samples of all classes so far: the same on every rank, of the same state."""
-        classes = self.gaussians.known()
-        seen_C = (self.task_C <= task).nonzero()[:, 0]
-        place_C = torch.zeros_like(self.task_C)
-        place_C[seen_C] = torch.arange(len(seen_C), device=seen_C.device)
-        kind = wide_type(self.head.weight.dtype)
-        weight, bias = (p.detach()[seen_C].to(kind).requires_grad_() for p in (self.head.weight, self.head.bias))
-        optimizer = torch.optim.SGD([weight, bias], self.align_lr, momentum=0.9, weight_decay=self.align_decay)
-        label_N = torch.tensor(classes, device=weight.device).repeat_interleave(self.samples)
-        of_class = {number: int(self.task_C[number]) for number in classes}
-        for epoch in range(self.align_epochs):
-            optimizer.param_groups[0]["lr"] = self.align_lr * (1 + math.cos(math.pi * epoch / self.align_epochs)) / 2
-            seeds = self.seed, task, epoch
-            scales = {c: self.shrink + (1 - self.shrink) * (of_class[c] + 1) / (task + 1) for c in classes}
-            x_NF = torch.cat([self.gaussians.sample(c, self.samples, seeds, scales[c]) for c in classes]).to(kind)
-            shuffle = torch.Generator().manual_seed(int(mixed_seed(torch.tensor(-1), *seeds)))
-            for rows in torch.randperm(len(x_NF), generator=shuffle).to(weight.device).split(self.samples):
-                logits_SC = F.linear(x_NF[rows], weight, bias)
-                loss = aligned_cross_entropy(logits_SC, place_C[label_N[rows]], self.task_C[seen_C], self.temperature)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        with torch.no_grad():
-            # Replicas compute the same, but another processor may round the last bit differently.
-            self.aligned_weight[seen_C] = agreed(weight.detach()).to(self.aligned_weight)
-            self.aligned_bias[seen_C] = agreed(bias.detach()).to(self.aligned_bias)
+        head = self.head.weight, self.head.bias
+        seen_C, weight, bias = self.alignment.rows(*head, self.gaussians, self.task_C, task)
+        # Replicas compute the same, but another processor may round the last bit differently.
+        self.aligned_weight[seen_C] = agreed(weight).to(self.aligned_weight)
+        self.aligned_bias[seen_C] = agreed(bias).to(self.aligned_bias)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", batch)

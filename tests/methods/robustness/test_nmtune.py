@@ -67,6 +67,21 @@ def test_terms_but_the_covariance_do_not_change_when_both_kinds_of_features_are_
     assert kept_geometry(f, f).item() == 0
 
 
+def test_the_head_begins_he_uniform_and_validation_measures_the_images() -> None:
+    model = method(encoder=Pooled(), num_classes=3)
+    assert not model.head.bias.any()
+    most = (6 / 8) ** 0.5  # of He et al., for 8 features
+    assert 0.8 * most < model.head.weight.abs().amax() <= most
+    logged: dict[str, Any] = {}
+    model.log_dict = lambda figures, **_: logged.update(figures)  # type: ignore[assignment, method-assign]
+    model.eval()
+    image, label = two_views()["views"][0], torch.tensor([0, 1, 2, 0, 1, 1, 1, 1])
+    model.validation_step({"image": image, "label": label}, 0)
+    logits = model(image)
+    assert logged["val/loss_nats"].item() == pytest.approx(F.cross_entropy(logits, label).item())
+    assert logged["val/accuracy"].item() == pytest.approx((logits.argmax(dim=1) == label).double().mean().item())
+
+
 def test_no_gradient_reaches_the_encoder_nor_the_features_that_are_kept() -> None:
     model = method()
     before = {name: value.clone() for name, value in model.backbone.encoder.state_dict().items()}

@@ -22,7 +22,7 @@ from lightspan.datamodules.images.class_stream import ClassStream
 from lightspan.datamodules.images.small import Digits
 from lightspan.errors import UserError
 from lightspan.methods.supervised.classifier import Classifier
-from lightspan.methods.supervised.slca import SLCA, aligned_cross_entropy
+from lightspan.methods.supervised.slca import SLCA
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.schedules import Staircase
 
@@ -163,28 +163,6 @@ def test_a_single_task_is_plain_training(tmp_path: Path) -> None:
     assert torch.equal(model(image), plain(image))
 
 
-def test_scaling_all_logits_leaves_the_loss_and_each_task_weighs_by_its_own_length() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_BC, label_B = torch.randn(6, 5, generator=generator).double(), torch.tensor([0, 1, 2, 3, 4, 0])
-    task_C = torch.tensor([0, 1, 0, 1, 1])
-    loss = aligned_cross_entropy(logits_BC, label_B, task_C, 0.1)
-    for factor_ in (1e-6, 0.3, 1e5):
-        torch.testing.assert_close(aligned_cross_entropy(factor_ * logits_BC, label_B, task_C, 0.1), loss)
-    parts = [np.linalg.norm(logits_BC[:, task_C == t].numpy(), axis=1) for t in (0, 1)]
-    z = logits_BC.numpy() / (0.1 * (parts[0] + parts[1])[:, None] / 2)
-    by_hand = np.mean([np.log(np.exp(row).sum()) - row[y] for row, y in zip(z, label_B.tolist(), strict=True)])
-    assert float(loss) == pytest.approx(by_hand)
-
-
-def test_logits_of_zero_have_a_finite_loss_and_gradient() -> None:
-    logits_BC = torch.zeros(2, 3, requires_grad=True)
-    aligned_cross_entropy(logits_BC, torch.tensor([0, 2]), torch.tensor([0, 0, 1]), 0.1).backward()
-    assert logits_BC.grad is not None
-    assert logits_BC.grad.isfinite().all()
-    half = torch.randn(2, 3, dtype=torch.bfloat16)
-    assert aligned_cross_entropy(half, torch.tensor([0, 2]), torch.tensor([0, 0, 1]), 0.1).dtype == torch.float32
-
-
 def test_means_shrink_with_age_and_not_for_the_newest_task(tmp_path: Path) -> None:
     model, asked = method(align_epochs=1), []
     sample = model.gaussians.sample
@@ -252,6 +230,21 @@ def test_the_best_line_on_samples_of_a_shared_covariance_is_that_of_discriminant
     lda = np.linalg.solve(covariance.numpy(), [1.0, 1.5])
     cosine = line @ lda / np.linalg.norm(line) / np.linalg.norm(lda)
     assert math.degrees(math.acos(min(cosine, 1.0))) < 1
+
+
+def test_gaussians_are_of_features_without_dropout_and_the_modes_of_training_come_back(tmp_path: Path) -> None:
+    """Of the last task, whose features the backbone at the end still gives."""
+    backbone = nn.Sequential(MLP((1, 8, 8), (12,)), nn.Dropout(0.5))
+    backbone.num_features = 12  # type: ignore[assignment]
+    data, model = stream(), method(backbone)
+    run(model, data, tmp_path)
+    assert backbone[1].training
+    backbone.eval()
+    with torch.no_grad():
+        batches = [(backbone(batch["image"]), batch["label"]) for batch in data.task_bank(3)]
+    x_NF, label_N = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for number in data.tasks[3]:
+        torch.testing.assert_close(model.gaussians.mean_CF[number], x_NF[label_N == number].mean(dim=0))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
