@@ -233,10 +233,13 @@ class Loki(Estimator):
         self.observed = None if observed is None else list(observed)
 
     def fit(self, bank: Features, query: Features, metric: LabelMetric, val: Features | None = None) -> LokiScores:
-        """Raises: UserError for sets without rows, of different width or that are not finite, and for labels that the
-        metric does not have.
+        """Raises: UserError for sets without rows, of different width or that are not finite, for labels that the
+        metric does not have, and `observed` ones that the bank does not have.
         """
-        bank = bank if self.observed is None else bank.of_classes(self.observed)
+        if self.observed is not None:
+            if lacking := sorted(set(self.observed) - set(bank.classes().tolist())):
+                raise UserError(f"Loki observed={lacking}: the bank has no row of these labels; leave them out")
+            bank = bank.of_classes(self.observed)
         for name, features in (("bank", bank), ("query", query)):
             metric.require_numbers(features.classes(), name)
             if not len(features):

@@ -8,6 +8,8 @@ import torch
 
 from lightspan.analysis.closed_form import NearestMean
 from lightspan.analysis.label_metrics import EmbeddingMetric, GraphMetric, MatrixMetric, ring
+from lightspan.analysis.linear_probe import fit_linear_probe
+from lightspan.analysis.loki import frechet_labels
 from lightspan.drawing import canvas
 from lightspan.errors import UserError
 from lightspan.estimators.loki import Loki
@@ -80,11 +82,48 @@ def test_texts_of_the_observed_classes_make_the_classifier_and_those_of_all_the_
     assert fewer.squared_distance < 0.5 * fewer.squared_distance_argmax
 
 
+def test_the_chosen_temperature_is_that_of_a_loop_over_labels_left_out() -> None:
+    """With a tenth of unknown labels, and with nine of ten: each kind of row counts by its share of the labels."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (7, 60):
+        at = torch.rand(count, 2, generator=generator).double() * 3
+        label = torch.arange(90) % 6
+        bank, val = (Features(at[label] + torch.randn(90, 2, generator=generator), label) for _ in range(2))
+        metric, costs = EmbeddingMetric(at), []
+        for power in range(-4, 7):
+            cost = 0.0
+            for fold in range(5):
+                kept = [c for c in range(6) if c % 5 != fold]
+                part = bank.of_classes(kept)
+                places = torch.searchsorted(torch.tensor(kept), part.classes())
+                weight, bias = fit_linear_probe(part.rows(), places, 1.0)
+                p = ((val.rows().double() @ weight + bias) / 2.0**power).softmax(dim=1)
+                found, seen = frechet_labels(p, torch.tensor(kept), metric), torch.isin(label, torch.tensor(kept))
+                squared = metric.squared_pairs(found, label)
+                cost += float(squared[seen].mean() * 6 / count + squared[~seen].mean() * (1 - 6 / count))
+            costs.append(cost)
+        chosen = Loki(temperature=None).fit(bank, val, metric, val=val).temperature
+        assert costs[int(math.log2(chosen)) + 4] == pytest.approx(min(costs))
+        assert max(costs) > min(costs)
+
+
+def test_one_class_and_equal_features_in_half_precision_are_ordinary() -> None:
+    query = Features(torch.ones(8, 3).bfloat16(), torch.arange(8) % 4)
+    one = Loki(temperature=None).fit(Features(torch.ones(5, 3).bfloat16(), torch.full((5,), 2)), query, ring(4))
+    assert (one.temperature, one.reachable, one.next_label) == (1.0, 1, "0")
+    assert one.tensors["prediction"].tolist() == [2] * 8
+    assert one.squared_distance == (4 + 1 + 0 + 1) / 4
+    equal = Loki().fit(Features(torch.ones(6, 3).bfloat16(), torch.arange(6) % 3), query, ring(4))
+    assert len(equal.tensors["prediction"].unique()) == 1
+
+
 def test_labels_that_do_not_fit_the_metric_are_refused() -> None:
     with pytest.raises(UserError, match="query has labels from 0 to 23, and the metric knows 12"):
         Loki().fit(on_a_circle(0).of_classes([0, 1]), on_a_circle(1), ring(12))
     with pytest.raises(UserError, match=r"Loki observed=\[\] leaves no label"):
         Loki(observed=[])
+    with pytest.raises(UserError, match=r"Loki observed=\[3, 99\]: the bank has no row of these labels"):
+        Loki(observed=[0, 99, 3]).fit(on_a_circle(0).of_classes([0, 1]), on_a_circle(1), ring(LABELS))
     with pytest.raises(UserError, match="no row in its query"):
         Loki().fit(on_a_circle(0), on_a_circle(1).of_classes([]), ring(LABELS))
 

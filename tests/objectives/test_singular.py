@@ -35,6 +35,9 @@ def test_it_does_not_change_with_rotations_order_or_scale() -> None:
     z, turn = rows(8, 5), torch.linalg.qr(rows(5, 5)).Q
     for same in (z @ turn, z.flip(0), -3e20 * z, 1e-20 * z):
         torch.testing.assert_close(leading_singular_share(same, 2), leading_singular_share(z, 2))
+    for factor in (1e25, 1e-25):  # whose squares float32 does not have
+        found = leading_singular_share(factor * z.float(), 2)
+        torch.testing.assert_close(found.double(), leading_singular_share(z, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_by_hand_and_at_the_ends() -> None:
@@ -42,5 +45,7 @@ def test_by_hand_and_at_the_ends() -> None:
     assert leading_singular_share(z, 2).item() == pytest.approx(0.35)
     assert leading_singular_share(z, 9).item() == pytest.approx(0.25)  # the mean of all
     assert leading_singular_share(torch.ones(7, 3), 1).item() == pytest.approx(1)
+    line = rows(40, 1, torch.float32) @ rows(1, 30, torch.float32)  # whose other values are rounding errors
+    assert leading_singular_share(line, 1).item() == pytest.approx(1, abs=1e-6)
     for nothing in (torch.zeros(7, 3), torch.zeros(0, 3)):
         assert leading_singular_share(nothing).item() == 0
