@@ -46,8 +46,8 @@ class UL2(Method):
         Raises: UserError for data whose tokens or rows the backbone has no room for.
         """
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        form = getattr(data, "form", data)  # data of a single denoiser are their own form
+        data: Any = getattr(self.trainer, "datamodule", None)
+        form: Any = getattr(data, "form", data)  # data of a single denoiser are their own form
         if data is not None and hasattr(form, "inputs") and hasattr(form, "targets"):
             require_room(self.backbone, data.num_tokens, form.inputs + form.targets)
         if hasattr(form, "names") and self.names != form.names:
