@@ -76,7 +76,13 @@ def settings(arm: str) -> list[Setting]:
     return [Setting(rate, 0.0, temperature) for rate in RATES for temperature in TEMPERATURES]
 
 
-CHOSEN: dict[str, Setting] = {}
+CHOSEN = {
+    "soft contrast": Setting(1e-2, 5.0),
+    "hard contrast": Setting(1e-2, 0.0, 0.2),
+    "soft contrast, noisy tags": Setting(1e-2, 5.0),
+    "a third of the steps": Setting(1e-2, 5.0),
+    "a third of the steps, from colours": Setting(1e-2, 5.0),
+}
 
 
 @lru_cache(maxsize=1)
