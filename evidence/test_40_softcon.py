@@ -7,7 +7,8 @@ scenes are read by a linear probe of the materials with a tenth of the labels (m
 pair by pair with the similarity of the scenes' tags (Spearman).
 Weights of another kind of images: a transformer for three bands, trained by hard contrast on rendered objects, whose
 first layer is made anew; against random weights with a third of the steps.
-Each arm chooses among the same rates on another seed: `python evidence/test_40_softcon.py` repeats that search.
+Each arm chooses among six settings on another seed, three rates and two soft weights or temperatures: `python
+evidence/test_40_softcon.py` repeats that search.
 """
 
 from functools import lru_cache
@@ -36,14 +37,14 @@ SEEDS, SEARCH = (0, 1, 2), 100
 BANDS = ("B2", "B3", "B4", "B8", "B11", "B12")
 SIDE, PATCH, WIDTH = 24, 6, 64
 STEPS, BATCH, SCENES, JUDGED, LABELS = 600, 64, 2048, 1024, 205
-RATES = (3e-4, 1e-3, 3e-3)
+RATES, SOFT_WEIGHTS, TEMPERATURES = (1e-3, 3e-3, 1e-2), (1.0, 5.0), (0.2, 0.1)
 FLIPPED = 0.2
 
 
 class Arm(NamedTuple):
-    """How much the soft term weighs, which tags are flipped, what share of the steps is taken, and from which start."""
+    """Whether there is a soft term, which tags are flipped, what share of the steps is taken, and from which start."""
 
-    soft: float = 1.0
+    soft: bool = True
     flipped: float = 0.0
     share: float = 1.0
     from_colours: bool = False
@@ -52,13 +53,36 @@ class Arm(NamedTuple):
 SHORT = 1 / 3
 ARMS = {
     "soft contrast": Arm(),
-    "hard contrast": Arm(soft=0.0),
+    "hard contrast": Arm(soft=False),
     "soft contrast, noisy tags": Arm(flipped=FLIPPED),
     "a third of the steps": Arm(share=SHORT),
     "a third of the steps, from colours": Arm(share=SHORT, from_colours=True),
 }
 UNTRAINED = "random weights"
-CHOSEN: dict[str, float] = {}
+
+
+class Setting(NamedTuple):
+    """A rate, and of soft contrast its weight, of hard contrast the temperature: two values of each are tried."""
+
+    rate: float
+    weight: float
+    temperature: float = 0.2
+
+
+def settings(arm: str) -> list[Setting]:
+    """As many of each arm."""
+    if ARMS[arm].soft:
+        return [Setting(rate, weight) for rate in RATES for weight in SOFT_WEIGHTS]
+    return [Setting(rate, 0.0, temperature) for rate in RATES for temperature in TEMPERATURES]
+
+
+CHOSEN = {
+    "soft contrast": Setting(1e-2, 5.0),
+    "hard contrast": Setting(1e-2, 0.0, 0.2),
+    "soft contrast, noisy tags": Setting(1e-2, 5.0),
+    "a third of the steps": Setting(1e-2, 5.0),
+    "a third of the steps, from colours": Setting(1e-2, 5.0),
+}
 
 
 @lru_cache(maxsize=1)
@@ -85,12 +109,20 @@ def network(bands: int) -> TokenViT:
     return vit(WIDTH, 4, 4, img_size=SIDE, patch_size=PATCH, in_chans=bands)
 
 
-def method(backbone: nn.Module, rate: float, soft: float) -> SoftCon:
+def method(backbone: nn.Module, setting: Setting) -> SoftCon:
     heads = (
         Projector(WIDTH, [256], 64, bias=False, batch_norm=True),
         Projector(64, [256], 64, bias=False, batch_norm=True),
     )
-    return SoftCon(backbone, *heads, soft_weight=soft, patch=(PATCH, PATCH), momentum=0.98, **adamw(rate))
+    return SoftCon(
+        backbone,
+        *heads,
+        soft_weight=setting.weight,
+        patch=(PATCH, PATCH),
+        temperature=setting.temperature,
+        momentum=0.98,
+        **adamw(setting.rate),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +133,7 @@ def of_colours(seed: int) -> dict[str, Tensor]:
         batch_size=BATCH, draw_seed=seed, seed=seed,
     )  # fmt: skip
     seed_everything(seed, verbose=False)
-    trained = method(network(3), 1e-3, 0.0)
+    trained = method(network(3), Setting(1e-3, 0.0))
     batches = kept(data, ("views", "tags", "tags_known", "index"))
     quiet_trainer(max_steps=STEPS, gradient_clip_val=3.0).fit(trained, served(batches))
     return trained.backbone.state_dict()
@@ -122,13 +154,13 @@ def seen(backbone: nn.Module, loader: Any) -> Features:
     return Features(x, tags.bool())
 
 
-def measured(arm: str, rate: float, seed: int) -> dict[str, float]:
+def measured(arm: str, setting: Setting | None, seed: int) -> dict[str, float]:
     data, batches = land(seed)
     seed_everything(seed, verbose=False)
-    if arm == UNTRAINED:
+    if setting is None:
         backbone = network(len(BANDS))
     else:
-        soft, noise, share, from_colours = ARMS[arm]
+        _, noise, share, from_colours = ARMS[arm]
         backbone = network(3 if from_colours else len(BANDS))
         if from_colours:
             backbone.load_state_dict(of_colours(seed))
@@ -136,7 +168,7 @@ def measured(arm: str, rate: float, seed: int) -> dict[str, float]:
             other_bands(backbone, len(BANDS))
         steps = round(share * STEPS)
         given = flipped(batches[:steps], noise, seed) if noise else batches[:steps]
-        trained = method(backbone, rate, soft)
+        trained = method(backbone, setting)
         quiet_trainer(max_steps=steps, gradient_clip_val=3.0).fit(trained, served(given))
         backbone = trained.backbone
     bank, query = seen(backbone, data.val_dataloader()), seen(backbone, data.test_dataloader())
@@ -154,12 +186,16 @@ def measured(arm: str, rate: float, seed: int) -> dict[str, float]:
 
 
 def compare(evidence, seeds=SEEDS) -> None:
-    runs = {arm: {seed: measured(arm, CHOSEN.get(arm, 0.0), seed) for seed in seeds} for arm in (*ARMS, UNTRAINED)}
+    runs = {arm: {seed: measured(arm, CHOSEN.get(arm), seed) for seed in seeds} for arm in (*ARMS, UNTRAINED)}
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
             for name, value in found.items():
                 evidence.figure(f"{name}, {arm}", value, seed, "%" if name == "mAP" else "")
-    evidence.note(f"{STEPS} steps of {BATCH} scenes; rates of {RATES} chosen on seed {SEARCH}", CHOSEN)
+    evidence.note(
+        f"{STEPS} steps of {BATCH} scenes; chosen on seed {SEARCH} of rates {RATES}, and of soft weights "
+        f"{SOFT_WEIGHTS} or temperatures {TEMPERATURES}",
+        {arm: tuple(chosen) for arm, chosen in CHOSEN.items()},
+    )
 
     def gain(better: str, worse: str, figure: str = "mAP") -> dict[int, float]:
         return {seed: runs[better][seed][figure] - runs[worse][seed][figure] for seed in seeds}
@@ -182,9 +218,11 @@ def test_softcon(evidence) -> None:
 
 if __name__ == "__main__":
     for name in ARMS:
-        print(
-            name,
-            {rate: {k: round(v, 3) for k, v in measured(name, rate, SEARCH).items()} for rate in RATES},
-            flush=True,
-        )
-    print(UNTRAINED, measured(UNTRAINED, 0.0, SEARCH))
+        for setting in settings(name):
+            print(
+                name,
+                setting,
+                {key: round(value, 3) for key, value in measured(name, setting, SEARCH).items()},
+                flush=True,
+            )
+    print(UNTRAINED, measured(UNTRAINED, None, SEARCH))
