@@ -8,20 +8,8 @@ from lightspan.datamodules.images.small import ImageData, ImageSamples, Labelled
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import InSequence
 from lightspan.datamodules.loading.ranks import train_loader
+from lightspan.datamodules.loading.subset import SubsetSamples
 from lightspan.errors import UserError
-
-
-class _Placed:
-    """Samples of a set at given places, some of them several times."""
-
-    def __init__(self, samples: ImageSamples, places: np.ndarray) -> None:
-        self.samples, self.places = samples, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def sample(self, index: int, seed: int) -> dict[str, Any]:
-        return self.samples.sample(int(self.places[index]), seed)
 
 
 class ClassStream(ImageData):
@@ -69,7 +57,7 @@ class ClassStream(ImageData):
         classes = " | ".join(" ".join(map(str, task)) for task in self.tasks)
         said = f"classes {classes}, each seen {'once' if self.passes == 1 else f'{self.passes} times'}"
         order = InSequence(tuple(map(len, places)), content=said)
-        samples = _Placed(self.train, np.concatenate(places))
+        samples = SubsetSamples(self.train, np.concatenate(places))
         return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
     def task_steps(self) -> list[int]:

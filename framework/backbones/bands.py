@@ -26,7 +26,5 @@ def other_bands(network: nn.Module, bands: int) -> nn.Module:
     if found is None or not found[0]:
         raise UserError(f"other_bands replaces the first convolution inside a network, and {kind} has none inside")
     name, old = found
-    new = of_bands(old, bands, f"other_bands {kind}")
-    owner, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(owner), attribute, new)
+    network.set_submodule(name, of_bands(old, bands, f"other_bands {kind}"))
     return network

@@ -93,9 +93,8 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
 
 
-def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """--seeds, --seed-key, --workers and --retry-failed, which `lightspan fit` has too."""
-    parser.add_argument("--seeds", metavar="0,1,2", help="one run for each of these seeds (seed_everything)")
+def add_run_queue_arguments(parser: argparse.ArgumentParser) -> None:
+    """--seed-key and --workers, of every verb that starts several runs."""
     parser.add_argument(
         "--seed-key",
         dest="seed_keys",
@@ -105,6 +104,12 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         help="another key that takes each seed, such as data.init_args.seed; repeat it",
     )
     parser.add_argument("--workers", type=count, metavar="N", help="runs at the same time (default 1)")
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """--seeds, --seed-key, --workers and --retry-failed, which `lightspan fit` has too."""
+    parser.add_argument("--seeds", metavar="0,1,2", help="one run for each of these seeds (seed_everything)")
+    add_run_queue_arguments(parser)
     parser.add_argument(
         "--retry-failed", action="store_true", help="when it is continued, also start the runs again that failed"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lightspan.commands.arguments import (
     add_images_arguments,
     add_recipe_arguments,
+    add_run_queue_arguments,
     configuration_words,
     count,
     folder,
@@ -57,14 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", metavar="N", help="numbers of training samples, 3 or more; of a folder: further ones"
     )
     parser.add_argument("--seeds", metavar="N|0,5,7", help=f"how many seeds, from 0 up, or which (default {SEEDS})")
-    parser.add_argument(
-        "--seed-key",
-        dest="seed_keys",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="another key that takes each seed, such as data.init_args.seed; repeat it",
-    )
+    add_run_queue_arguments(parser)
     parser.add_argument(
         "--metric", metavar="NAME", help="the score, such as val/accuracy (default: the first one logged)"
     )
@@ -81,7 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="equal: all sizes train for as many steps as the recipe on all data (default); epochs: for as many epochs",
     )
     parser.add_argument("--classes", type=count, metavar="K", help="train on K classes alone, drawn by the seed")
-    parser.add_argument("--workers", type=count, metavar="N", help="runs at the same time (default 1)")
     parser.add_argument("--retry-failed", action="store_true", help="also start the runs again that failed")
     parser.add_argument(
         "--out", type=folder, metavar="DIR", help="folder of the curve and its runs (default: runs/RECIPE/TIME)"
