@@ -44,19 +44,27 @@ class DrawnReviews(Domains):
         size: reviews of each domain to learn from.
         test_size: others of the target to judge by.
         shared: share of the reviews that tell what the writer does next, in [0, 1].
+        mixed: share of the words of praise and blame that say the contrary of the review's label, in [0, 1].
         source: `books` or `kitchen`; the other is the target.
         seed: >= 0.
     """
 
     def __init__(
-        self, size: int = 2000, test_size: int = 1000, shared: float = 0.5, source: str = "books", seed: int = 0
+        self,
+        size: int = 2000,
+        test_size: int = 1000,
+        shared: float = 0.5,
+        mixed: float = 0.0,
+        source: str = "books",
+        seed: int = 0,
     ) -> None:
-        if min(size, test_size) < 1 or not 0 <= shared <= 1 or source not in DOMAINS or seed < 0:
+        shares = 0 <= shared <= 1 and 0 <= mixed <= 1
+        if min(size, test_size) < 1 or not shares or source not in DOMAINS or seed < 0:
             raise UserError(
-                f"DrawnReviews size={size} and test_size={test_size} must be at least 1, shared={shared} in [0, 1], "
-                f"source={source!r} one of {', '.join(DOMAINS)}, and seed={seed} at least 0"
+                f"DrawnReviews size={size} and test_size={test_size} must be at least 1, shared={shared} and "
+                f"mixed={mixed} in [0, 1], source={source!r} one of {', '.join(DOMAINS)}, and seed={seed} at least 0"
             )
-        self.size, self.test_size, self.shared, self.seed = size, test_size, shared, seed
+        self.size, self.test_size, self.shared, self.mixed, self.seed = size, test_size, shared, mixed, seed
         self.names = {"source": source, "target": DOMAINS[1 - DOMAINS.index(source)]}
 
     def source(self) -> LabelledTexts:
@@ -74,12 +82,14 @@ class DrawnReviews(Domains):
         return LabelledTexts([self._review(self.names[which], label, generator) for label in labels], labels)
 
     def _review(self, domain: str, label: int, generator: np.random.Generator) -> str:
-        words, parts = WORDS[domain][label], PARTS[domain]
-        said = generator.choice(len(words), 2, replace=False)
+        parts = PARTS[domain]
         of = generator.choice(len(parts), 2, replace=False)
+        said = generator.choice(len(WORDS[domain][label]), 2, replace=False)
+        sides = np.where(generator.random(2) < self.mixed, 1 - label, label)
+        words = [WORDS[domain][side][place] for side, place in zip(sides, said, strict=True)]
         thing = THINGS[domain][int(generator.integers(len(THINGS[domain])))]
         first, second = (NEUTRAL[int(place)] for place in generator.choice(len(NEUTRAL), 2, replace=False))
-        review = f"{first} {thing} {parts[of[0]]} {words[said[0]]} {second} {parts[of[1]]} {words[said[1]]}"
+        review = f"{first} {thing} {parts[of[0]]} {words[0]} {second} {parts[of[1]]} {words[1]}"
         if generator.random() < self.shared:
             afterwards = generator.choice(len(AFTERWARDS[label]), 2, replace=False)
             review += " so " + " and ".join(AFTERWARDS[label][int(place)] for place in afterwards)
