@@ -31,8 +31,8 @@ from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2), 100
-RATES = (1e-3, 2e-3, 4e-3)
-CHOSEN = {"multi-scale": 1e-3, "single scale": 1e-3}
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+CHOSEN = {"multi-scale": 4e-3, "single scale": 4e-3}
 TEN = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
 GROUPS, LANDSAT_GROUPS = ((0, 1, 2, 6), (3, 4, 5, 7), (8, 9)), ((0, 1, 2), (3,), (4, 5))
 STEPS, BATCH, WIDTH, FEATURES = 2400, 16, 64, 12
