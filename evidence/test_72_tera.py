@@ -49,7 +49,7 @@ ARMS = {
 }
 BASELINES = ("log-mel", "random weights")
 CHOSEN: dict[str, tuple[float, float, float]] = {
-    "log-mel": (0.0, 10.0, 1.0),
+    "log-mel": (0.0, 100.0, 1.0),
     "random weights": (0.0, 10.0, 1.0),
     **dict.fromkeys(ARMS, (1e-3, 10.0, 1.0)),
 }
