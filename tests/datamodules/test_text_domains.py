@@ -235,6 +235,20 @@ def test_drawn_reviews_praise_in_words_of_their_own_and_tell_what_comes_after_in
     assert not any(set(AFTERWARDS[1 - label]) & set(text.split()) for text, label in zip(*source, strict=True))
 
 
+def test_mixed_reviews_praise_and_blame_against_their_label_as_often_as_asked() -> None:
+    def contrary(mixed: float) -> float:
+        source = DrawnReviews(1000, 5, mixed=mixed).source()
+        count = sum(
+            len(set(WORDS["books"][1 - label]) & set(text.split())) for text, label in zip(*source, strict=True)
+        )
+        return count / 2000
+
+    assert [contrary(0.0), contrary(1.0)] == [0, 1]
+    assert contrary(0.2) == pytest.approx(0.2, abs=0.04)
+    source = DrawnReviews(200, 5, shared=1.0, mixed=1.0).source()
+    assert all(set(AFTERWARDS[label]) & set(text.split()) for text, label in zip(*source, strict=True))
+
+
 BAD: list[tuple[dict[str, list[Any]], str]] = [
     ({"source": ["{"]}, "source.jsonl, line 1 is not JSON"),
     ({"source": [{"text": " ", "label": 0}]}, "line 1 has no text, or an empty one"),
@@ -264,6 +278,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: RandomWords(1.0), "RandomWords rate=1.0"),
     (lambda: InformativeWords().places(["a"], np.random.default_rng(0)), "was told no labelled texts"),
     (lambda: DrawnReviews(shared=2), "shared=2"),
+    (lambda: DrawnReviews(mixed=-0.1), "mixed=-0.1"),
     (lambda: DrawnReviews(source="cars"), "source='cars'"),
     (lambda: DomainFiles("/nowhere/a", "b").source(), "cannot be read"),
 ]
