@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lightspan.cli import parser_of
-from lightspan.commands.verbs import verb_of
+from lightspan.commands.verbs import VERBS, verb_of
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
@@ -91,6 +91,14 @@ def test_every_recipe_of_a_document_exists() -> None:
     for document in DOCUMENTS:
         named = re.findall(rf"`((?:{FAMILIES})/\w+)`", document.read_text())
         assert not [name for name in named if not (ROOT / "recipes" / f"{name}.yaml").is_file()], document
+
+
+def test_verbs_that_sources_and_recipes_name_exist() -> None:
+    folders = ("framework", "datamodules", "callbacks", "recipes")
+    files = [path for folder in folders for ending in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{ending}")]
+    named = {(path, verb) for path in files for verb in re.findall(r"`lightspan ([a-z][a-z-]+)", path.read_text())}
+    assert len(named) > 30
+    assert not [(str(path), verb) for path, verb in named if not any(verb == known.words[0] for known in VERBS)]
 
 
 def test_every_promise_names_tests_that_exist() -> None:

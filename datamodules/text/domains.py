@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
@@ -48,7 +48,7 @@ class UnlabelledTexts:
     def labels(self) -> list[int]:
         raise UserError(
             "texts of the target domain have no labels to learn from: that would be no unsupervised adaptation; judge "
-            "with `lightspan evaluate`, which reads the file with labels of the test"
+            "with `lightspan test`, which reads the file with labels of the test"
         )
 
 
@@ -268,7 +268,8 @@ class DomainTexts(SampleSets):
     Args:
         domains: where the texts come from.
         tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
-        val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced.
+        val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced. None
+            takes a tenth, at most 200.
         batch_size: texts of one optimiser step over all ranks.
         seed: of the order and of what is random in a sample.
         num_workers: processes that fetch batches.
@@ -287,13 +288,13 @@ class DomainTexts(SampleSets):
         prompt: Prompt | None = None,
         length: int = 128,
         tokens: DenoisingTokens | None = None,
-        val_size: int = 200,
+        val_size: int | None = None,
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if val_size < 1:
+        if val_size is not None and val_size < 1:
             raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
         self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
         self.num_tokens, self.inputs = self.reader.num_tokens, length
@@ -311,10 +312,11 @@ class DomainTexts(SampleSets):
         """The source: (to train on, to validate on). Raises: UserError for labels that have no words."""
         source = self.domains.source()
         self._require_words(source)
-        require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
+        size = held_out_size(self.val_size, len(source.texts), most=200)
+        require_enough(None, size, len(source.texts), "texts of the source domain")
         # By label: evenly spaced places of a file whose labels take turns may all have one label.
         by_label = np.argsort(source.labels, kind="stable")
-        held = set(by_label[np.arange(self.val_size) * len(by_label) // self.val_size].tolist())
+        held = set(by_label[np.arange(size) * len(by_label) // size].tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
         train, val = (
             LabelledTexts([source.texts[place] for place in side], [source.labels[place] for place in side])
