@@ -241,10 +241,12 @@ class HiddenWords:
 
 
 class PromptSamples:
-    """Samples of `PromptBatch`; with target texts, one that the seed draws stands beside each."""
+    """Samples of `PromptBatch`, without labels if there are none; with target texts, one that the seed draws stands
+    beside each.
+    """
 
     def __init__(
-        self, reader: PromptReader, texts: Sequence[Words], labels: Sequence[int], target: Sequence[Words] = ()
+        self, reader: PromptReader, texts: Sequence[Words], labels: Sequence[int] = (), target: Sequence[Words] = ()
     ) -> None:
         self.reader, self.texts, self.labels, self.target = reader, texts, labels, target
         self.choices = reader.choices()
@@ -259,7 +261,8 @@ class PromptSamples:
             drawn = int(np.random.default_rng(seed).integers(len(self.target)))
             names = ("target_inputs", "target_input_segments")
             sample |= dict(zip(names, self.reader.shown(self.target[drawn]), strict=True))
-        return sample | {"label": torch.tensor(self.labels[index]), "index": torch.tensor(index)}
+        sample |= {"label": torch.tensor(self.labels[index])} if self.labels else {}
+        return sample | {"index": torch.tensor(index)}
 
 
 class DomainTexts(SampleSets):
@@ -386,7 +389,8 @@ class DomainDenoising(DomainTexts):
 
 class DomainPrompts(DomainTexts):
     """The second stage: labelled texts of the source in the prompt, `PromptBatch`, each beside an unlabelled one of the
-    target, for methods that align both. Validation is of the source, and the test of the target.
+    target, for methods that align both. Validation is of the source, the test of labelled texts of the target, and
+    predictions are for its raw texts.
 
     Args:
         settings: those of `DomainTexts`.
@@ -415,3 +419,7 @@ class DomainPrompts(DomainTexts):
         labelled = self.domains.target_test()
         self._require_words(labelled)
         return self._evaluate(PromptSamples(self.reader, self.read(labelled.texts), labelled.labels))
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The raw texts of the target, in the order of their file."""
+        return self._evaluate(PromptSamples(self.reader, self.read(self.domains.target().texts)))
