@@ -77,3 +77,8 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
             f"train_size={train_size} and val_size={val_size} ask for more than the {count} {samples}; lower one of "
             "them"
         )
+
+
+def held_out_size(val_size: int | None, count: int, most: int) -> int:
+    """How many of `count` samples of a user's file are held out: `val_size`, or for None a tenth, in [1, most]."""
+    return min(most, max(1, count // 10)) if val_size is None else val_size

@@ -1,7 +1,7 @@
 """A folder of the user's own TIFFs of many bands."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ class Tiffs:
         names: below the folder.
         labels: int64 [N].
         size: H = W; None leaves all as they are, which then must be of the size of the first.
+        like: H and W of the first; empty where they are not compared.
+        dates: as in `TiffFolder`.
     """
 
     folder: Path
@@ -35,28 +37,32 @@ class Tiffs:
     bands: Bands
     size: int | None
     like: list[int]
+    dates: int | None
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Raises: UserError, naming the file, for one that cannot be read, or has other bands or another size."""
         path = self.folder / self.names[number]
         try:
-            stored = read_tiff(path, len(self.bands.stored_names))
+            count = len(self.bands.stored_names)
+            stored = read_tiff(path, count * (self.dates or 1))
+            if self.dates is not None:
+                stored = np.moveaxis(stored.reshape(self.dates, count, *stored.shape[1:]), 1, 0)
             values, valid = self.bands.reflectance(stored)
         except (ValueError, OSError) as error:
             raise UserError(f"{one_line(str(path))} cannot be used: {error}") from error
         if self.size is not None:
             made = square(torch.from_numpy(values), torch.from_numpy(valid), self.size)
             values, valid = (part.numpy() for part in made)
-        elif self.like and [*values.shape[1:]] != self.like:
+        elif self.like and [*values.shape[-2:]] != self.like:
             raise UserError(
-                f"{one_line(str(path))} is of {' x '.join(map(str, values.shape[1:]))} pixels, and others are of "
+                f"{one_line(str(path))} is of {' x '.join(map(str, values.shape[-2:]))} pixels, and others are of "
                 f"{' x '.join(map(str, self.like))}; set data.init_args.size to one size for all"
             )
         return values, valid, int(self.labels[number])
 
 
 class TiffFolder(SpectralSets):
-    """TIFFs in a folder and its folders: batches of `MultispectralBatch`.
+    """TIFFs in a folder and its folders: batches of `MultispectralBatch`, with `dates` of `MultispectralSeriesBatch`.
 
     Files are read again whenever they are asked for. Links are not followed.
 
@@ -68,7 +74,10 @@ class TiffFolder(SpectralSets):
         labels: "folders" makes the first folder below `folder` the class of a file; "none" gives no labels; "auto" is
             the first of these if every file lies in such a folder.
         val_share: share of each class held out for validation, in (0, 1), by a hash of the names.
+        dates: of each TIFF, which has all bands of the first date, then of the second; 1 makes series of a single date
+            of pictures, for methods that read series. None gives pictures without an axis of dates.
         settings: those of `SpectralSets`.
+    Raises: UserError for settings out of range.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class TiffFolder(SpectralSets):
         size: int | None = None,
         labels: Literal["auto", "folders", "none"] = "auto",
         val_share: float = 0.1,
+        dates: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(bands, **settings)
@@ -85,6 +95,9 @@ class TiffFolder(SpectralSets):
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
+        if dates is not None and dates < 1:
+            raise UserError(f"dates={dates} must be at least 1; leave it out for pictures without an axis of dates")
+        self.dates = dates
         self.folder = expanded(folder, "data.init_args.folder")
         self.size, self.labels, self.val_share = size, labels, val_share
 
@@ -105,8 +118,8 @@ class TiffFolder(SpectralSets):
         classed = self.labels != "none" and not outside
         classes = sorted({name.split("/")[0] for name in names}) if classed else []
         labels = np.array([classes.index(name.split("/")[0]) if classed else 0 for name in names], np.int64)
-        album = Tiffs(self.folder, tuple(names), labels, self.bands, self.size, [])
-        album = Tiffs(self.folder, tuple(names), labels, self.bands, self.size, [*album.read(0)[0].shape[1:]])
+        album = Tiffs(self.folder, tuple(names), labels, self.bands, self.size, [], self.dates)
+        album = replace(album, like=[*album.read(0)[0].shape[-2:]])
         validates = held_out(names, labels, self.val_share)
         train, val = np.flatnonzero(~validates), np.flatnonzero(validates)
         sizes = [(self.folder / names[number]).stat().st_size for number in train]

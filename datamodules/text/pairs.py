@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -209,7 +209,7 @@ class TextPairs(Pairs):
     Args:
         path: lines such as {"query": "...", "document": "...", "negatives": ["...", "..."]}.
         val_path: likewise, to validate on; None takes `val_size` of the first file.
-        val_size: pairs, evenly spaced, at least 1.
+        val_size: pairs, evenly spaced, at least 1; None takes a tenth of the file, at most 1,000.
         negatives: texts of `negatives` that a training query gets beside its document, drawn anew in each epoch.
             Validation has none: all documents are there to be found.
         settings: those of `Pairs`.
@@ -223,12 +223,12 @@ class TextPairs(Pairs):
         path: str,
         tokenizer: PreTrainedTokenizerBase,
         val_path: str | None = None,
-        val_size: int = 1000,
+        val_size: int | None = None,
         negatives: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, **settings)
-        if val_size < 1 or negatives < 0:
+        if (val_size is not None and val_size < 1) or negatives < 0:
             raise UserError(f"val_size={val_size} must be at least 1 and negatives={negatives} at least 0")
         self.path, self.val_path, self.val_size, self.negatives = path, val_path, val_size, negatives
 
@@ -238,8 +238,9 @@ class TextPairs(Pairs):
             return
         training = read_pairs(self.path, self.negatives, self.scored)
         if self.val_path is None:
-            require_enough(None, self.val_size, len(training), f"pairs of {self.path}")
-            held = set((np.arange(self.val_size) * len(training) // self.val_size).tolist())
+            size = held_out_size(self.val_size, len(training), most=1000)
+            require_enough(None, size, len(training), f"pairs of {self.path}")
+            held = set((np.arange(size) * len(training) // size).tolist())
             validation = [training[place] for place in sorted(held)]
             training = [pair for place, pair in enumerate(training) if place not in held]
         else:

@@ -144,6 +144,15 @@ def test_the_source_is_divided_and_the_test_is_the_targets(tmp_path: Path) -> No
     assert torch.equal(hidden["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
 
 
+def test_predictions_are_for_the_raw_texts_of_the_target_in_the_order_of_their_file(tmp_path: Path) -> None:
+    domains = files(tmp_path)
+    data = DomainPrompts(domains, TOKENIZER, val_size=2, batch_size=3)
+    batches = list(data.predict_dataloader())
+    shown = torch.stack([data.reader.shown(words)[0] for words in data.read(domains.target().texts)])
+    assert torch.equal(torch.cat([batch["inputs"] for batch in batches]), shown)
+    assert not any("label" in batch for batch in batches)
+
+
 def test_validation_has_the_shares_of_all_labels_whatever_their_order() -> None:
     data = DomainPrompts(DrawnReviews(40, 5), TOKENIZER, val_size=10, batch_size=4)  # labels take turns in these
     data.setup()

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.text.functions import library_functions, split_names
 from lightspan.datamodules.text.pairs import LibraryPairs, Pair, Pairs, ScoredPairs, TextPairs, pair_of
@@ -124,6 +125,18 @@ def test_a_query_has_its_document_first_and_then_negatives_that_its_seed_draws(t
     assert len({data.train.sample(0, seed)["document_tokens"].numpy().tobytes() for seed in range(9)}) > 1
     assert data.val.sample(0, 0)["document_tokens"].shape[0] == 1
     assert "score" not in first
+
+
+@pytest.mark.parametrize(("lines", "held"), [(2, 1), (19, 1), (40, 4)])
+def test_a_tenth_of_the_pairs_is_held_out(lines: int, held: int, tmp_path: Path) -> None:
+    data = TextPairs(write(tmp_path, [{"query": f"q {n}", "document": f"d {n}"} for n in range(lines)]), HashedWords())
+    data.setup()
+    assert (len(data.train), len(data.val)) == (lines - held, held)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "most", "held"), [(None, 1000, 1000), (None, 200, 200), (3, 2, 3)])
+def test_no_more_is_held_out_of_a_large_file_unless_it_is_asked_for(size: int | None, most: int, held: int) -> None:
+    assert held_out_size(size, 123_456, most) == held
 
 
 def test_scores_and_a_file_to_validate_on(tmp_path: Path) -> None:

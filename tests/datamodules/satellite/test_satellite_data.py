@@ -87,6 +87,29 @@ def test_a_folder_of_tiffs_has_its_folders_as_classes(tmp_path: Path) -> None:
     assert [data.train.sample(i, 0)["label"].item() for i in (0, 17)] == [0, 1]
 
 
+def test_a_folder_has_series_of_as_many_dates_as_it_says(tmp_path: Path) -> None:
+    for number in range(12):
+        values = np.arange(4 * 8 * 9, dtype=np.uint16).reshape(4, 8, 9) + number
+        tifffile.imwrite(tmp_path / f"{number}.tif", values, planarconfig="separate", photometric="minisblack")
+    single, double = (
+        TiffFolder(str(tmp_path), Bands([*names]), size=8, dates=dates) for names, dates in (("wxyz", 1), ("xy", 2))
+    )
+    plain = TiffFolder(str(tmp_path), Bands([*"wxyz"]), size=8)
+    for data in (single, double, plain):
+        data.setup()
+    assert single.train is not None
+    assert double.train is not None
+    assert plain.train is not None
+    assert torch.equal(single.train.sample(0, 0)["image"][:, 0], plain.train.sample(0, 0)["image"])
+    album = plain.train.album
+    first, _, _ = album.read(0)  # bands w x of the first date and y z of the second are x y of both
+    series, valid, _ = double.train.album.read(0)
+    np.testing.assert_array_equal(series, np.moveaxis(first.reshape(2, 2, 8, 8), 1, 0))
+    assert valid.shape == (2, 2, 8, 8)
+    with pytest.raises(UserError, match="dates=0 must be at least 1"):
+        TiffFolder(str(tmp_path), XY, dates=0)
+
+
 def test_a_picture_without_any_valid_pixel_stays_a_sample_and_counts_for_no_statistics(tmp_path: Path) -> None:
     write_tiffs(tmp_path, {"a": 12})
     empty = sorted((tmp_path / "a").iterdir())[0]

@@ -283,7 +283,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         method(group_width=3)
     with pytest.raises(UserError, match=r"SatMAEpp steps=2 .* this is one for 5 bands and 1"):
         method(upsampler=UpsamplerPyramid(5, 1))
-    with pytest.raises(UserError, match="does not fit a network for 5 bands"):
+    with pytest.raises(
+        UserError, match=r"a network for 5 bands.*: the backbone's groups, and the upsampler's channels"
+    ):
         method().training_step(batch(4), 0)
     with pytest.raises(UserError, match="30 x 30 pixels cannot be reduced 4 times"):
         method().training_step(batch(side=30), 0)
