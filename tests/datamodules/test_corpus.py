@@ -193,3 +193,15 @@ def test_an_empty_list_of_pieces_is_none() -> None:
         6,
         9,
     ]
+
+
+def test_a_file_that_several_paths_name_is_read_once(tmp_path: Path) -> None:
+    """Under two names, both of which are hashed, it might be trained on and held out."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for number in range(40):
+        (inner / f"{number}.txt").write_text(f"{number} is a text")
+    (tmp_path / "link").symlink_to(inner)
+    data = Corpus([str(tmp_path), str(inner), str(tmp_path / "link"), str(inner / "3.txt")], val_fraction=0.3)
+    data.setup()
+    assert sorted(data.train.names + data.val.names) == sorted(f"inner/{number}.txt" for number in range(40))

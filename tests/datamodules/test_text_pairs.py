@@ -146,6 +146,8 @@ BAD: list[tuple[list[Any], Callable[..., Any], str]] = [
     ([{"query": "a", "document": "b"}], lambda *a: TextPairs(*a, negatives=1), "has no negatives"),
     ([PAIRS[0] | {"score": "high"}], ScoredPairs, "has no score that is a finite number"),
     ([PAIRS[0] | {"score": float("nan")}], ScoredPairs, "has no score that is a finite number"),
+    ([PAIRS[0] | {"score": 1e300}], ScoredPairs, "has no score that is a finite number of 32 bits"),
+    ([PAIRS[0] | {"score": 10**400}], ScoredPairs, "has no score that is a finite number of 32 bits"),
     ([], TextPairs, "has no pair"),
     ([PAIRS[0]], TextPairs, "ask for more than the 1 pairs"),
 ]

@@ -72,6 +72,7 @@ class PromptedClassifier(Method):
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
         self.backbone, self.num_classes, self.alignment = backbone, num_classes, alignment
+        self.num_tokens = backbone.num_tokens
 
     def setup(self, stage: str) -> None:
         """Raises: UserError for data whose tokens or prompts the backbone has no room for."""
@@ -107,7 +108,7 @@ class PromptedClassifier(Method):
     def nats(self, prompts: dict[str, Tensor], choice_BU: Tensor, read_BU: Tensor, said_BU: Tensor) -> Tensor:
         """Cross-entropy of each token of a choice, [B U], in float32 or wider."""
         logits_BUV = self.backbone(prompts["inputs"], prompts["input_segments"], read_BU, said_BU)
-        return F.cross_entropy(wide(logits_BUV).transpose(1, 2), choice_BU, reduction="none")
+        return F.cross_entropy(wide(logits_BUV).transpose(1, 2), choice_BU.long(), reduction="none")
 
     def scores(self, batch: PromptBatch) -> Tensor:
         """Log-likelihood in nats of the words of each label, [B K]."""
@@ -130,7 +131,7 @@ class PromptedClassifier(Method):
 
     def labels(self, batch: PromptBatch) -> Tensor:
         """int64 [B]."""
-        return labels_of(batch, "PromptedClassifier", len(batch["inputs"]))
+        return labels_of(batch, "PromptedClassifier", len(batch["inputs"])).long()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """`scores`, [B K]."""

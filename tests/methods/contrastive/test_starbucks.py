@@ -230,7 +230,7 @@ def test_batches_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(UserError, match="CoSENT needs a score"):
         method(CoSENT()).training_step(unscored(3, 0), 0)  # type: ignore[arg-type]
     flat = batch() | {"document_mask": torch.ones(6, 2, 5).long()}
-    with pytest.raises(UserError, match="with a mask of the same shape"):
+    with pytest.raises(UserError, match="with document_mask of the same shape"):
         method().training_step(flat, 0)
 
 
