@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightspan.backbones.denoisers import DenoisingNetwork, EncoderDecoder, PrefixDecoder, added_mask, require_room
+from lightspan.backbones.denoisers import (
+    DenoisingNetwork,
+    EncoderDecoder,
+    PrefixDecoder,
+    added_mask,
+    places_in_text,
+    require_room,
+)
 from lightspan.backbones.language import llama, t5
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
@@ -143,3 +150,7 @@ def test_networks_without_room_for_the_data_say_what_to_set() -> None:
     with pytest.raises(UserError, match="width=30 does not divide into heads=4"):
         t5(width=30)
     assert t5(width=30, head_width=8).config.d_kv == 8
+
+
+def test_places_count_from_0_in_each_text() -> None:
+    assert places_in_text(torch.tensor([[1, 1, 2, 0, 2, 1, 0]])).tolist() == [[0, 1, 0, 0, 1, 2, 1]]
