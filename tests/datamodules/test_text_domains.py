@@ -180,6 +180,7 @@ def test_each_epoch_puts_another_text_of_the_target_beside_one_of_the_source(tmp
     data.setup()
     drawn = {tuple(data.train.sample(0, seed)["target_inputs"].tolist()) for seed in range(60)}  # type: ignore
     assert drawn == {tuple(data.reader.shown(data.reader.words(f"sharp knife {n}"))[0].tolist()) for n in range(8)}
+    assert not any(name.startswith("target_") for side in (data.bank, data.val) for name in side.sample(0, 0))
 
 
 def test_a_text_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from shard_files import partial_shard
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.backbones.trained_tokenizers import trained_tokenizer
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.text.functions import library_functions, split_names
 from lightspan.datamodules.text.pairs import LibraryPairs, Pair, Pairs, ScoredPairs, TextPairs, pair_of
+from lightspan.datamodules.text.tokenized import tokenized
 from lightspan.datamodules.text.whole_words import WholeWords, WordCutter
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
@@ -240,3 +242,28 @@ def test_shards_of_pairs_and_of_texts_give_what_files_do_and_name_what_they_cann
         stand_in = absent.stand_in()
         assert stand_in is not None
         assert len(stand_in["tokens"]) == 2
+
+
+def test_special_tokens_stand_around_a_text_as_its_tokenizer_has_them() -> None:
+    tokenizer = trained_tokenizer(["some words of a text"] * 9, 280)
+    for single, before, after in (("<start> $A <end>", [1], [2]), ("$A <end>", [], [2]), ("$A", [], [])):
+        special = [(token, number) for number, token in ((1, "<start>"), (2, "<end>")) if token in single]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+        cutter = WordCutter(tokenizer, 12)
+        assert (cutter.before, cutter.after) == (before, after)
+        row = cutter.cut(*cutter.tokens_and_words("some words"), seed=0)
+        assert row["tokens"][row["mask"] == 1].tolist() == tokenizer("some words")["input_ids"]
+
+
+def test_words_that_look_like_a_special_token_are_text() -> None:
+    for tokenizer in (trained_tokenizer(["some <pad> <mask>"] * 9, 280), HashedWords(64)):
+        special = set(tokenizer.all_special_ids)
+        tokens, words = WordCutter(tokenizer, 12).tokens_and_words("<mask> <pad>")
+        assert len(tokens)
+        assert not special & set(tokens.tolist())
+        assert (words >= 0).all()
+        row, mask = tokenized(tokenizer, ["<mask> <pad>"], 32)
+        assert special & set(row[mask == 1][1:-1].tolist()) == set()
+        assert mask.sum() > 3
