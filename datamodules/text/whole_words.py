@@ -33,7 +33,8 @@ class WordCutter:
         require_length(length)
         self.tokenizer, self.length = tokenizer, length
         own, around = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-        start = next(place for place in range(len(around)) if around[place : place + len(own)] == own)
+        places = (place for place in range(len(around)) if around[place : place + len(own)] == own)
+        start = next(places, 0)
         self.before, self.after = around[:start], around[start + len(own) :]
         if (special := len(self.before) + len(self.after)) >= length:
             raise UserError(f"length={length} leaves no room beside the {special} special tokens of a text")

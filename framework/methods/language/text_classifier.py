@@ -14,7 +14,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
-from lightspan.nn.sequences.texts import texts_of
+from lightspan.nn.sequences.texts import require_encoder, texts_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
@@ -36,6 +36,7 @@ class TextClassifier(Method):
         super().__init__(**optimization)
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
+        require_encoder(backbone, "TextClassifier")
         self.backbone, self.num_classes = backbone, num_classes
         self.num_tokens = getattr(backbone.config, "vocab_size", None)
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightspan.analysis.bits_per_byte import BitsPerByte
-from lightspan.backbones.denoisers import DenoisingNetwork, require_room
+from lightspan.backbones.denoisers import DenoisingNetwork, require_denoiser, require_room
 from lightspan.datamodules.batches import DenoisingBatch
 from lightspan.devices import wide
 from lightspan.method import Method
@@ -33,10 +33,12 @@ class UL2(Method):
     Args:
         backbone: an encoder with a decoder, or a decoder alone; see `lightspan.backbones.denoisers`.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    Raises: UserError for another network.
     """
 
     def __init__(self, backbone: DenoisingNetwork, **optimization: Any) -> None:
         super().__init__(**optimization)
+        require_denoiser(backbone, "UL2")
         self.backbone, self.num_tokens = backbone, backbone.num_tokens
         self._measure(())
 

@@ -56,6 +56,17 @@ def texts_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor]:
     return tokens_BT, batch["mask"]
 
 
+def require_encoder(backbone: Any, method: str) -> None:
+    """Raises: UserError for a network that is none of transformers, is one of two, or ends with a head for words."""
+    head = getattr(backbone, "get_output_embeddings", lambda: None)()
+    whole = hasattr(backbone, "encoder") and hasattr(backbone, "decoder")
+    if whole or head is not None or not getattr(getattr(backbone, "config", None), "hidden_size", 0):
+        raise UserError(
+            f"{method} needs an encoder of transformers without a head, which gives last_hidden_state, such as "
+            f"BertModel, not {type(backbone).__name__}"
+        )
+
+
 def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:
     """Before a batch goes to the device, where a token without an embedding would end in an error of a kernel.
 
@@ -73,9 +84,9 @@ def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:
         least, largest = (int(end) for end in torch.aminmax(tokens))
         if least < 0 or largest >= num_tokens:
             raise UserError(
-                f"{method}: {name} of this batch has numbers from {least} to {largest}, and the network knows those in "
-                f"[0, {num_tokens}); set its vocab_size to {max(largest + 1, num_tokens)} or more, or take the "
-                "tokenizer that it was made for"
+                f"{method}: {name} of this batch are numbers from {least} to {largest}, and the network knows those in "
+                f"[0, {num_tokens}); take the tokenizer that it was made for, or set its vocab_size to what the "
+                "tokenizer has"
             )
 
 

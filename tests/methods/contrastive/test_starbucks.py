@@ -11,7 +11,7 @@ from method_cases import text_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.backbones.language import bert
+from lightspan.backbones.language import bert, t5
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, RandomSizes
@@ -202,6 +202,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: FixedSizes([(0, 4), (3, 16)]), "both numbers at least 1"),
     (lambda: FixedSizes([(2, 8), (1, 16)]), r"must grow: \(1, 16\) comes after \(2, 8\)"),
     (lambda: FixedSizes([(2, 8), (2, 8)]), "must grow"),
+    (lambda: FixedSizes([(1, 8), (2, 4), (3, 16)]), r"must grow: \(2, 4\) comes after \(1, 8\)"),
     (lambda: method(pairs=[(1, 4), (4, 16)]), r"\(4, 16\), beyond the 3 layers of width 16"),
     (lambda: method(pairs=[(1, 4), (3, 17)]), r"\(3, 17\), beyond"),
     (lambda: method(pairs=[(1, 4), (2, 16)]), r"must end with the whole network, \(3, 16\)"),
@@ -211,6 +212,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: SentenceRanking(temperature=0), "temperature=0 must be above 0"),
     (lambda: SentenceRanking(divergence=-1), "divergence=-1"),
     (lambda: FixedSizes(PAIRS).require(nn.Linear(2, 2), "Starbucks"), "needs an encoder of transformers"),
+    (
+        lambda: FixedSizes(PAIRS).require(t5(20, 16, 1, heads=2, mlp_width=24), "Starbucks"),
+        "not T5ForConditionalGeneration",
+    ),
 ]
 
 

@@ -89,7 +89,7 @@ def test_a_token_without_an_embedding_is_refused_before_its_batch_goes_to_the_de
     for wrong in (-1, model.num_tokens):
         scribbled = given[field].clone()
         scribbled[1, 2] = wrong
-        with pytest.raises(UserError, match=rf"{field} of this batch has numbers from .* in \[0, {model.num_tokens}\)"):
+        with pytest.raises(UserError, match=rf"{field} of this batch are numbers from .* in \[0, {model.num_tokens}\)"):
             model._on_before_batch_transfer(given | {field: scribbled})
     last = torch.full_like(given[field], model.num_tokens - 1)
     model._on_before_batch_transfer(given | {field: last})
