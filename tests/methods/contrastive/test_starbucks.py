@@ -197,6 +197,18 @@ def test_all_rows_alike_and_a_text_without_tokens_are_ordinary() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [SentenceRanking, CoSENT, Retrieval])
+def test_the_divergence_counts_with_its_weight(kind: Any) -> None:
+    given, weight = batch(), 1e4  # networks that have learned nothing are hardly apart
+    heavy, none = (method(kind(divergence=w)).double() for w in (weight, 0))
+    rows = heavy.embedded(heavy.sizes.listed, given)
+    *small, whole = (rows[size] for size in heavy.sizes.listed)
+    apart = float(sum(heavy.loss.apart(*one, *whole).detach() for one in small))
+    assert apart > 0
+    losses = [float(model.training_step(given, 0).detach()) for model in (heavy, none)]
+    assert losses[0] - losses[1] == pytest.approx(weight * apart, rel=1e-6)
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: FixedSizes([]), "must name at least one"),
     (lambda: FixedSizes([(0, 4), (3, 16)]), "both numbers at least 1"),
