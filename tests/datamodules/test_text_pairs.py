@@ -17,7 +17,7 @@ from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.text.functions import library_functions, split_names
 from lightspan.datamodules.text.pairs import LibraryPairs, Pair, Pairs, ScoredPairs, TextPairs, pair_of
 from lightspan.datamodules.text.tokenized import tokenized
-from lightspan.datamodules.text.whole_words import WholeWords, WordCutter
+from lightspan.datamodules.text.whole_words import WholeWords, WholeWordSamples, WordCutter
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
 
@@ -207,6 +207,15 @@ def test_of_a_long_text_a_part_is_read_that_its_seed_draws() -> None:
     assert all(torch.equal(cut["word"][1:-1], torch.arange(5) + cut["word"][1]) for cut in cuts)
     with pytest.raises(UserError, match="length=2"):
         WordCutter(HashedWords(), 2)
+
+
+def test_each_sample_of_whole_words_is_its_own_text() -> None:
+    cutter, texts = WordCutter(HashedWords(), 9), ["one two", "three", "four five six", "seven"]
+    samples = WholeWordSamples(texts, cutter)
+    for index, text in enumerate(texts):
+        sample = samples.sample(index, 0)
+        assert sample["tokens"][sample["mask"] == 1].tolist() == HashedWords()(text)["input_ids"]
+        assert sample["index"] == index
 
 
 def test_whole_words_come_from_lines_or_from_functions(tmp_path: Path) -> None:
