@@ -19,6 +19,8 @@ from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
 
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+
 
 class Texts(NamedTuple):
     """tokens: int32 [N, T], padded at the end. lengths: int64 [N], tokens that are not padding."""
@@ -117,8 +119,9 @@ def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pai
             f"{where} has no negatives, and data.init_args.negatives={negatives} asks for some; set it to 0"
         )
     score = found.get("score")
-    if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score)):
-        raise UserError(f"{where} has no score that is a finite number")
+    # NaN is not below either. What float32 would round to infinity is refused with it.
+    if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= LARGEST_SCORE):
+        raise UserError(f"{where} has no score that is a finite number of 32 bits")
     return Pair(texts[0], texts[1], tuple(others), float(score) if scored else None)
 
 
