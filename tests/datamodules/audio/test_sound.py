@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import resample_poly
-from sound_files import BAD, FORMATS, encoded, tone, wav_header
+from sound_files import BAD, FORMATS, encoded, tone, wav_header, written
 
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, levelled, read, resampled
 from lightspan.datamodules.audio.spoken import FOLDER
@@ -48,11 +48,20 @@ def test_what_is_wrong_with_a_recording_is_said(name: str, tmp_path: Path) -> No
             read(source)
 
 
-def test_a_wav_that_was_written_as_a_stream_is_whole() -> None:
+@pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"])  # the second is SoX's
+def test_a_wav_that_was_written_as_a_stream_is_whole(length: bytes) -> None:
     content = bytearray(encoded(tone()))
     at = content.index(b"data") + 4
-    content[at : at + 4] = b"\xff\xff\xff\xff"
+    content[at : at + 4] = length
     assert len(read(bytes(content))[0]) == len(tone())
+
+
+def test_an_rf64_is_whole_and_a_wav_of_gsm_which_none_can_seek_in_is_read() -> None:
+    np.testing.assert_allclose(read(written(tone(), "RF64"))[0], tone(), atol=1e-4)
+    gsm = written(tone(0.5, 8_000), "WAV", "GSM610", 8_000)
+    whole, (part, _) = read(gsm)[0], read(gsm, 1_000, 500)
+    assert np.corrcoef(whole[: len(tone(0.5, 8_000))], tone(0.5, 8_000))[0, 1] > 0.9
+    assert np.array_equal(part, whole[1_000:1_500])
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 16_001])

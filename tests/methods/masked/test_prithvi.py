@@ -1,5 +1,6 @@
 """Prithvi: MAE as the case of one date, patches and positions of three axes, what is valid, and gaps filled."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_runs import fit
+from lightning import Trainer
+from method_runs import SILENT, Served, fit
 from torch import Tensor, nn
 
 from lightspan.analysis.gap_filling import between_dates
@@ -170,10 +172,7 @@ def test_interpolation_in_half_precision_knows_each_day() -> None:
 
 
 def test_validation_logs_errors_over_gaps_alone() -> None:
-    model, given = method(), batch()
-    given |= {"clear": given["image"], "day": torch.tensor([[1.0, 5.0, 9.0]] * 4)}
-    given["valid"][:, :, 1, :3] = 0
-    given["image"] = torch.where(given["valid"] > 0, given["image"], 0)
+    model, given = method(), with_gaps()
     logged: dict[str, Tensor] = {}
     model.log_dict = lambda of, **options: logged.update(of)  # type: ignore[method-assign, assignment]
     model.validation_step(given, 0)
@@ -182,6 +181,45 @@ def test_validation_logs_errors_over_gaps_alone() -> None:
     middle = (given["clear"][:, :, 0] + given["clear"][:, :, 2]) / 2 - given["clear"][:, :, 1]
     torch.testing.assert_close(logged["val/gap_mse_interpolated"], middle[:, :, :3].square().mean())
     torch.testing.assert_close(logged["val/gap_mse"], (model.fill(given) - given["clear"])[gap].square().mean())
+
+
+def with_gaps(rows: int = 4) -> dict[str, Any]:
+    given = batch(rows=rows)
+    given |= {"clear": given["image"], "day": torch.tensor([[1.0, 5.0, 9.0]] * rows)}
+    given["valid"][:, :, 1, :3] = 0
+    given["image"] = torch.where(given["valid"] > 0, given["image"], 0)
+    return given
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+def test_a_batch_weighs_in_validation_as_much_as_it_has_gaps(precision: Any, tmp_path: Path) -> None:
+    small, large, none = with_gaps(1), with_gaps(), with_gaps()
+    small["clear"], large["clear"] = small["clear"] + 40, large["clear"] + 30
+    none["valid"][:] = 1
+    none["image"] = none["clear"]
+    trainer = Trainer(
+        **SILENT, precision=precision, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    (found,) = trainer.validate(method(), Served([small, none, large]), verbose=False)
+    expected = sum(float(of["clear"][of["valid"] == 0].square().sum()) for of in (small, large)) / (5 * 2 * 3 * 9)
+    assert found["val/gap_mse_mean"] == pytest.approx(expected, rel=1e-6 if precision == "32-true" else 5e-3)
+    (nothing,) = trainer.validate(method(), Served([none]), verbose=False)
+    assert all(math.isnan(figure) for figure in nothing.values())  # no gap, no figure
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ({"clear": torch.zeros(4, 2, 12, 9)}, r"clear, the truth under clouds, which is \[4, 2, 12, 9\] in this batch"),
+        ({"day": None}, r"by day, numbers \[4, 3\] that rise along a series, and this batch has None"),
+        ({"day": torch.zeros(4, 2)}, r"by day, numbers \[4, 3\]"),
+        ({"day": torch.tensor([[1.0, 9.0, 5.0]] * 4)}, r"has \[\[1\.0, 9\.0, 5\.0\], .* the dates in their order"),
+        ({"valid": torch.ones(4, 2, 3, 12)}, r"valid \[4, 2, 3, 12\]"),
+    ],
+)
+def test_validation_batches_that_do_not_fit_are_refused(spoilt: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        method().validation_step(with_gaps() | spoilt, 0)
 
 
 @pytest.mark.parametrize("real", [False, True])

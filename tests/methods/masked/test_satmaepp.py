@@ -151,6 +151,26 @@ def test_grown_pictures_have_twice_and_four_times_the_size_and_a_constant_is_not
         torch.testing.assert_close(mirrored, made.flip(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_those_of_the_reduced_picture_and_guesses_stand_in_hidden_places_alone() -> None:
+    model, given = method(), batch()
+    small = F.avg_pool2d(given["image"], 4)
+    torch.testing.assert_close(model.features(given), model.backbone(small))
+    found = model.reconstruct(given)
+    torch.testing.assert_close(found.image_BChw, small)
+    assert torch.equal(found.guess_BChw[~found.hidden_B1hw], found.image_BChw[~found.hidden_B1hw])
+    assert not torch.isclose(found.guess_BChw, found.image_BChw)[found.hidden_B1hw].any()
+
+
+def test_a_picture_is_grown_from_all_of_its_tokens_each_once() -> None:
+    model, asked = method(), []
+    whole = model.guess
+    model.guess = lambda image, see, hide: asked.append((see, hide)) or whole(image, see, hide)  # type: ignore[method-assign, func-returns-value]
+    model.grown(torch.randn(2, 5, 8, 8))
+    ((see, hide),) = asked
+    assert torch.equal(see, torch.arange(48).expand(2, -1))
+    assert hide.shape == (2, 0)
+
+
 def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid() -> None:
     model, given = method(), batch()
     given["valid"] = (torch.rand(given["valid"].shape, generator=torch.Generator().manual_seed(3)) < 0.98).long()
@@ -234,7 +254,13 @@ def test_a_reduced_picture_is_the_mean_over_what_is_valid_and_valid_where_all_is
         values = image[window][valid[window]]
         torch.testing.assert_close(made[row, band, y, x], values.mean() if len(values) else torch.tensor(0.0))
         assert seen[row, band, y, x] == valid[window].all()
+    spoilt = area_reduced(torch.where(valid, image, 1e4), valid, 2)
+    assert torch.equal(spoilt[0], made)
     torch.testing.assert_close(area_reduced(image, torch.ones_like(valid), 4)[0], F.avg_pool2d(image, 4))
+    thirds = torch.ones(1, 1, 9, 9)
+    torch.testing.assert_close(
+        area_reduced(thirds, thirds > 0, 3), (torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3) > 0)
+    )
 
 
 def test_masks_may_hide_the_same_places_in_all_groups() -> None:
