@@ -88,6 +88,7 @@ class SatMAEpp(Method):
     def scales(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
         """Pictures of a batch and which of their pixels are valid, from the encoder's scale to the batch's own."""
         image_BChw = image_of(batch, "SatMAEpp")
+        self.backbone.grid(image_BChw)  # which refuses what cannot be reduced, such as a series
         valid_BChw = valid_of(batch, image_BChw, "SatMAEpp")
         return [area_reduced(image_BChw, valid_BChw, 2**step) for step in range(self.steps, -1, -1)]
 

@@ -53,6 +53,12 @@ def test_what_is_not_finite_is_never_valid() -> None:
     assert (valid.tolist(), values.tolist()) == ([[[False, False, False, True]]], [[[0, 0, 0, 1]]])
 
 
+@pytest.mark.parametrize("stored", [np.ones((1, 2, 2), np.complex64), np.full((1, 2, 2), "a"), np.ones((1, 0, 2))])
+def test_what_is_no_number_and_what_has_no_pixel_is_refused(stored: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"whole numbers and floats are read, of one pixel at least"):
+        Bands(["x"]).reflectance(stored)
+
+
 def test_a_band_that_is_absent_is_an_error_or_marked() -> None:
     with pytest.raises(UserError, match=r"asks for z, which bands.stored .x, y. does not have"):
         Bands(["x", "y"], ["z", "x"])

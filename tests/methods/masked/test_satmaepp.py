@@ -311,6 +311,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         method(upsampler=UpsamplerPyramid(5, 1))
     with pytest.raises(UserError, match="does not fit a network for 5 bands"):
         method().training_step(batch(4), 0)
+    for shape in ((4, 5, 4, 32, 32), (4, 32, 32)):
+        with pytest.raises(UserError, match=r"does not fit a network for 5 bands, which takes \[B C h w\]"):
+            method().training_step({"image": torch.zeros(shape), "index": torch.arange(4)}, 0)
     with pytest.raises(UserError, match="30 x 30 pixels cannot be reduced 4 times"):
         method().training_step(batch(side=30), 0)
     with pytest.raises(UserError, match=r"image \[4, 5, 32, 32\] and valid \[4, 1, 32, 32\]"):
