@@ -118,6 +118,28 @@ def test_a_segment_of_another_rate_has_the_stated_length() -> None:
     assert int(whole["length"]) == math.ceil(4_410 * 160 / 441)
 
 
+def test_a_segment_is_as_long_as_stated_where_rates_do_not_divide_it_and_levels_are_those_of_what_is_kept() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 900).astype(np.float32)
+    reader = WaveReader(16_000, 0.1000625, level_db=-25.0)
+    for rate in (1_000, 8_000):
+        found = reader(encoded(np.tile(noise, 8), rate, subtype="FLOAT"), seed=1)
+        assert int(found["length"]) == 1_601
+        assert float(found["wave"].double().square().mean().sqrt()) == pytest.approx(10 ** (-25 / 20), rel=1e-6)
+
+
+def test_a_sample_that_is_no_number_is_counted_from_the_beginning() -> None:
+    with pytest.raises(ValueError, match="its sample 2 is not a finite number"):
+        read(wav_header(values=[0.0, 0.0, math.nan, 0.0]), 1, 3)
+
+
+def test_a_chunk_of_odd_length_stands_before_an_even_place() -> None:
+    content = encoded(tone())
+    at = content.index(b"data")
+    odd = content[:at] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + content[at:]
+    with pytest.raises(ValueError, match="it is cut short: its header says 9,600 bytes of samples"):
+        header(odd[:5_000])
+
+
 def test_an_ogg_that_counts_a_block_too_many_is_read() -> None:
     file = FOLDER / "seasonal/hanukkah/menorah_desc_fr.ogg"
     if not file.is_file():

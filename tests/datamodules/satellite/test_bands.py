@@ -36,6 +36,8 @@ def test_reflectance_is_what_the_user_says_of_the_stored_numbers() -> None:
     values, _ = Bands(["x"], scale=1e-4, offset=-1000).reflectance(stored)
     np.testing.assert_allclose(values, [[[0, 0.25]]], atol=1e-7)
     assert Bands(["x"]).reflectance(stored)[0].tolist() == [[[1000, 3500]]]  # nothing is guessed
+    large = np.array([[[2**31 + 1, 2**31]]], np.uint32)
+    assert Bands(["x"], offset=-(2.0**31)).reflectance(large)[0].tolist() == [[[1, 0]]]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint32, np.float32, np.float64])

@@ -163,6 +163,12 @@ def test_interpolation_is_numpys() -> None:
         np.testing.assert_allclose(made[b, c, :, y, x], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_dates_of_one_day_are_interpolated_by_the_first_of_them() -> None:
+    image, valid = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 3, 1, 1), torch.tensor([True, False, True])
+    made = between_dates(image, valid.view(1, 1, 3, 1, 1), torch.full((1, 3), 40.0))
+    assert made.flatten().tolist() == [1, 1, 5]
+
+
 def test_interpolation_in_half_precision_knows_each_day() -> None:
     image = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)
     image[0, 0, 2], valid = 8, torch.tensor([True, False, True]).view(1, 1, 3, 1, 1)
@@ -279,6 +285,17 @@ def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
     changed = (neck(tokens, (2, 5, 7), (10, 14)) != neck(other, (2, 5, 7), (10, 14)))[0].any(dim=0)
     assert changed.nonzero().aminmax(dim=0).min.tolist() == [3, 7]
     assert changed.nonzero().aminmax(dim=0).max.tolist() == [6, 10]
+
+
+def test_dates_stand_one_after_the_other_in_channels_and_the_rest_of_the_way_is_bilinear() -> None:
+    neck, tokens, seen = SeriesNeck(4, 2, 3, doublings=1), torch.randn(2, 2 * 5 * 7, 4), []
+    assert neck.layers[0].out_channels == 4
+    neck.layers[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    logits = neck(tokens, (2, 5, 7), (20, 28))
+    maps = tokens.view(2, 2, 5, 7, 4)
+    assert torch.equal(seen[0], torch.cat([maps[:, 0], maps[:, 1]], dim=3).movedim(3, 1))
+    expected = torch.nn.functional.interpolate(neck.layers(seen[0]), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(logits, expected)
 
 
 def test_a_neck_gives_a_class_to_each_pixel_and_dates_their_own_channels() -> None:

@@ -188,6 +188,27 @@ def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid
     assert found["train/loss"] == pytest.approx(0.6 * found["train/base"] + 0.4 * sum(errors) / 2, rel=1e-5)
 
 
+def test_an_upsampler_has_four_features_a_band_and_its_last_picture_trains_all_but_the_other_heads() -> None:
+    pyramid = UpsamplerPyramid(3)
+    assert pyramid.enter.out_channels == 12
+    pyramid(torch.randn(1, 3, 4, 4))[-1].square().sum().backward()
+    assert {name for name, weight in pyramid.named_parameters() if weight.grad is None} == {
+        "heads.0.weight",
+        "heads.0.bias",
+    }
+
+
+def test_rows_and_columns_of_a_picture_that_is_no_square_keep_their_places() -> None:
+    model = method()
+    assert model.backbone.grid(torch.zeros(1, 5, 4, 6)) == (3, 2, 3)
+    assert model.backbone.norm.eps == 1e-6
+    assert model.backbone.cls_token.detach().std() < 0.05
+    wide = torch.randn(2, 5, 16, 24)
+    given = {"image": wide, "index": torch.arange(2)}
+    assert model.reconstruct(given).guess_BChw.shape == (2, 5, 4, 6)
+    assert [made.shape[2:] for made in model.grown(F.avg_pool2d(wide, 4))] == [(8, 12), (16, 24)]
+
+
 def test_an_upsampler_is_that_of_the_source_step_by_step() -> None:
     torch.manual_seed(0)
     pyramid, x = UpsamplerPyramid(2, 2, 4), torch.randn(2, 2, 4, 4)
@@ -231,6 +252,11 @@ def test_pixels_that_are_not_valid_may_hold_anything_under_the_hidden_tokens() -
     )
     given["valid"] = given["valid"] * (torch.rand(given["valid"].shape) < 0.5)
     expected = figures(model, given)["train/base"]
+    guess = model.reconstruct(given).guess_BChw
+    counted = covered & (given["valid"] > 0)
+    sizes = torch.tensor([{band: len(group) for group in GROUPS for band in group}[band] for band in range(5)])
+    squares = ((guess - given["image"]) ** 2 / (4 * sizes[:, None, None]))[counted].sum() / hidden.sum()
+    assert expected == pytest.approx(float(squares), rel=1e-5)  # of a token all numbers are counted
     spoilt = torch.where(covered & (given["valid"] == 0), 1e4, given["image"])
     assert figures(model, {**given, "image": spoilt})["train/base"] == pytest.approx(expected, rel=1e-6)
 
@@ -290,6 +316,8 @@ def test_validation_compares_with_bilinear_enlargement() -> None:
     enlarged = F.interpolate(F.avg_pool2d(given["image"], 4), (32, 32), mode="bilinear")
     torch.testing.assert_close(logged["val/bilinear_mse"], (enlarged - given["image"]).square().mean())
     assert set(logged) == {"val/grown_mse", "val/bilinear_mse"}
+    finest = model.grown(F.avg_pool2d(given["image"], 4))[-1]
+    torch.testing.assert_close(logged["val/grown_mse"], (finest - given["image"]).square().mean())
     given["valid"][:, :, :16] = 0
     given["image"][:, :, :16] = 0
     model.validation_step(given, 0)
@@ -305,6 +333,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         method([[0], [0]])
     with pytest.raises(UserError, match="group_width=0 tells 2 groups not apart"):
         method([[0], [1]], group_width=0)
+    with pytest.raises(UserError, match="leave a multiple of 4 above 0 of width=16"):
+        method(group_width=16)
     with pytest.raises(UserError, match="group_width=3 must be a multiple of 2"):
         method(group_width=3)
     with pytest.raises(UserError, match=r"SatMAEpp steps=2 .* this is one for 5 bands and 1"):
