@@ -271,6 +271,7 @@ def test_drawn_clouds_are_smooth_and_real_ones_hide_where_they_are_thickest(tmp_
     (one,) = CloudMasks(0.5, 0.5, str(tmp_path / "clouds.npy")).draw((1, 4, 4), 0, [0])
     np.testing.assert_array_equal(one[0], np.arange(16).reshape(4, 4) >= 8)
     assert CloudMasks(1.0, 1.0).draw((1, 2, 2), 0, [0]).sum() == 3  # a patch of a single date stays
+    assert CloudMasks(0.01, 0.01).draw((2, 4, 4), 0, [0]).sum() == 1  # and one is hidden at least
 
 
 def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
