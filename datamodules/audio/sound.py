@@ -228,7 +228,7 @@ def _require_end(stream: BinaryIO, size: int, sound: "SoundFile") -> None:
 
 
 def _missing_of_wav(stream: BinaryIO, size: int) -> str | None:
-    at, samples = 12, None
+    at, samples = 12, 0
     while at + 8 <= size:
         stream.seek(at)
         name, length = stream.read(4), int.from_bytes(stream.read(4), "little")
@@ -236,8 +236,7 @@ def _missing_of_wav(stream: BinaryIO, size: int) -> str | None:
             samples = int.from_bytes(stream.read(16)[8:], "little")
         if name == b"data":
             there = size - at - 8
-            if length in _UNKNOWN_SIZES and samples is not None:
-                length = samples
+            length = samples or length
             if length in _UNKNOWN_SIZES or length <= there:
                 return None
             return f"its header says {length:,} bytes of samples, and {there:,} are there"

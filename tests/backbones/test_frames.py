@@ -52,7 +52,7 @@ def test_the_states_are_those_of_torchs_encoder_layers() -> None:
 
 def test_what_enters_attention_weights_and_both_branches_are_dropped_in_training_alone() -> None:
     model = network(dropout=0.25, depth=1)
-    (block,), acted = model.blocks, []
+    (block,), acted = model.blocks, list[tuple[str, float]]()
     drops = {"entry": model.drop, "attention": block.drop, "MLP": block.mlp.drop2}
     for name, drop in drops.items():
         drop.register_forward_hook(lambda module, given, made, name=name: acted.append((name, module.p)))

@@ -289,7 +289,7 @@ def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
 
 
 def test_dates_stand_one_after_the_other_in_channels_and_the_rest_of_the_way_is_bilinear() -> None:
-    neck, tokens, seen = SeriesNeck(4, 2, 3, doublings=1), torch.randn(2, 2 * 5 * 7, 4), []
+    neck, tokens, seen = SeriesNeck(4, 2, 3, doublings=1), torch.randn(2, 2 * 5 * 7, 4), list[Tensor]()
     assert neck.layers[0].out_channels == 4
     neck.layers[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     logits = neck(tokens, (2, 5, 7), (20, 28))

@@ -162,7 +162,7 @@ def test_features_are_those_of_the_reduced_picture_and_guesses_stand_in_hidden_p
 
 
 def test_a_picture_is_grown_from_all_of_its_tokens_each_once() -> None:
-    model, asked = method(), []
+    model, asked = method(), list[tuple[Tensor, Tensor]]()
     whole = model.guess
     model.guess = lambda image, see, hide: asked.append((see, hide)) or whole(image, see, hide)  # type: ignore[method-assign, func-returns-value]
     model.grown(torch.randn(2, 5, 8, 8))
