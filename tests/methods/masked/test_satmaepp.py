@@ -339,6 +339,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         method(group_width=3)
     with pytest.raises(UserError, match=r"SatMAEpp steps=2 .* this is one for 5 bands and 1"):
         method(upsampler=UpsamplerPyramid(5, 1))
+    decoder = GroupedMaskDecoder(16, width=8, depth=1, heads=2, group_width=4)
+    with pytest.raises(UserError, match=r"SatMAEpp steps=-1 must be at least 0 .* this is no upsampler"):
+        SatMAEpp(method().backbone, decoder, steps=-1, optimizer=partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(UserError, match="does not fit a network for 5 bands"):
         method().training_step(batch(4), 0)
     for shape in ((4, 5, 4, 32, 32), (4, 32, 32)):
