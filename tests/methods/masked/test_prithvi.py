@@ -249,6 +249,18 @@ def test_clouds_cover_one_date_with_equal_counts_and_hang_on_step_and_number(tmp
             assert one[:4].all() or one[:, 3:].all() or one[:4].sum() == one.sum() or one[:, 3:].sum() == one.sum()
 
 
+def test_clouds_hang_on_the_seed_come_from_all_masks_and_ties_are_broken_at_random(tmp_path: Path) -> None:
+    drawn = [CloudMasks(0.5, 0.5, seed=seed).draw((1, 8, 8), 0, range(4)) for seed in (0, 1)]
+    assert not np.array_equal(*drawn)
+    masks = np.zeros((2, 8, 8))
+    masks[0, :4] = 1
+    np.save(tmp_path / "clouds.npy", masks)  # the second is the same everywhere
+    real = CloudMasks(0.5, 0.5, str(tmp_path / "clouds.npy")).draw((1, 8, 8), 0, range(40))[:, 0]
+    of_first = (real == (masks[0] > 0)).all(axis=(1, 2))
+    assert 10 < of_first.sum() < 30
+    assert len({mask.tobytes() for mask in real[~of_first]}) == (~of_first).sum()
+
+
 def test_clouds_that_cannot_be_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
     for settings, message in (
