@@ -148,13 +148,35 @@ def test_a_bad_file_is_named(tmp_path: Path, spoil: Callable[[Path], object], me
         TiffFolder(str(tmp_path), XY).setup()
 
 
+@pytest.mark.parametrize("compression", ["zlib", "lzma"])
+def test_a_compressed_file_that_is_cut_or_spoilt_is_named(tmp_path: Path, compression: str) -> None:
+    write_tiffs(tmp_path, {"a": 3})
+    pixels = np.random.default_rng(0).integers(0, 9_999, (2, 8, 8)).astype(np.uint16)
+    whole = tiff(pixels, planarconfig="separate", compression=compression)
+    (at,) = tifffile.TiffFile(io.BytesIO(whole)).pages[0].dataoffsets[:1]
+    for content in (whole[: at + 30], whole[: at + 30] + bytes(20) + whole[at + 50 :]):
+        (tmp_path / "a" / "x.tif").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.tif cannot be used: it is (a damaged|no) TIFF"):
+            TiffFolder(str(tmp_path), XY).setup()
+
+
+def test_hidden_files_and_links_are_no_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiffs(tmp_path, {"a": 5, "b": 5, ".trash": 5})
+    (tmp_path / "a" / "._0.tif").write_bytes(b"what macOS keeps beside a file")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    data = TiffFolder(str(tmp_path), XY, val_share=0.2)
+    data.setup()
+    assert (len(data.train) + len(data.val), data.classes) == (10, ("a", "b"))
+    assert "1 links were left out" in capsys.readouterr().out
+
+
 def test_folders_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match=r"TIFF folder .*none does not exist; name a folder of TIFF files"):
         TiffFolder(str(tmp_path / "none"), XY).setup()
-    with pytest.raises(UserError, match=r"has no file that ends in .tif or .tiff"):
+    with pytest.raises(UserError, match=r"have no file that ends in \.tif, \.tiff; the folder is empty"):
         TiffFolder(str(tmp_path), XY).setup()
     tifffile.imwrite(tmp_path / "x.tif", np.zeros((2, 8, 8)))
-    with pytest.raises(UserError, match=r"labels=folders, and x.tif lie in no folder"):
+    with pytest.raises(UserError, match=r"labels=folders wants each TIFF .*, but 1 are in none, such as x\.tif"):
         TiffFolder(str(tmp_path), XY, labels="folders").setup()
     with pytest.raises(UserError, match="1 pictures to train and 0 to validate are too few"):
         TiffFolder(str(tmp_path), XY).setup()
