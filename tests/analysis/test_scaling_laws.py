@@ -114,6 +114,14 @@ def test_what_points_cannot_say_is_said() -> None:
     assert "saturated, within 2 % of 1" in notes(np.array([[0.9, 0.95, 0.97, 0.98, 0.99]] * 2), top=1.0)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 30.0])
+def test_rounding_does_not_bend_a_straight_line(scale: float) -> None:
+    """Of seeds that are parallel to one another, whose slopes differ by rounding alone."""
+    for sizes in (SIZES, np.array([8, 16, 32, 64]), np.array([7, 11, 13, 170])):
+        lines = scale * np.log10(sizes) + scale * np.arange(3)[:, None] / 7
+        assert "bends" not in notes(lines, sizes)
+
+
 def test_one_seed_has_estimates_and_no_interval() -> None:
     curve = scaling_curve([10, 100, 1000], np.array([[0.1, 0.2, 0.3]]))
     assert curve.per_decade.record() == {"value": pytest.approx(0.1), "low": None, "high": None}

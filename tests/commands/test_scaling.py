@@ -137,6 +137,39 @@ def test_equal_epochs_count_those_of_the_recipe_on_all_data(stub: Stub, capsys: 
     assert study_of(Path("out")).length == 3
 
 
+@pytest.mark.parametrize(("limit", "length"), [("2", 6), ("0.5", 12), ("1.0", 24), ("100", 24), ("1", 3)])
+def test_epochs_that_a_limit_ends_early_count_as_long_as_they_are(
+    limit: str, length: int, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three epochs of 8 steps without it; the runs see all of their samples, so that the limit is not theirs."""
+    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=3", f"trainer.limit_train_batches={limit}"]
+    assert main([*CURVE, "--sizes", "8", "16", "32", "--seeds", "1", *epochs, "--out", "out"]) == 0
+    assert f"each size trains for {length} steps of 8 samples" in capsys.readouterr().out
+    line = stub.commands["size8-seed0"]
+    assert line.index(f"limit_train_batches={limit}") < line.rindex("trainer.limit_train_batches=1.0")
+
+
+def test_a_limit_counts_micro_batches(stub: Stub) -> None:
+    """Of three, the last makes a step with two accumulated ones before it that is not full."""
+    words = ["trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"]
+    assert main([*CURVE, "--sizes", "8", "16", "32", "--seeds", "1", *words, "trainer.max_steps=-1", "--out", "o"]) == 0
+    assert study_of(Path("o")).length == 6
+    assert "trainer.val_check_interval=12" in stub.commands["size8-seed0"]
+
+
+def test_with_classes_no_size_is_proposed_that_they_may_not_have(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = ["data.class_path=lightspan.datamodules.images.small.Digits", "data.init_args.batch_size=8"]
+    words = [*CURVE, *digits, "--sizes", "8", "16", "32", "--seeds", "1", "--out"]
+    assert main([*words, "whole"]) == 0
+    assert "--sizes 320" in capsys.readouterr().out
+    assert main([*words, "three", "--classes", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "next: lightspan report" in said
+    assert "--sizes" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -155,6 +188,7 @@ def test_equal_epochs_count_those_of_the_recipe_on_all_data(stub: Stub, capsys: 
         ([*SIZES, "seed_everything=3"], "seed_everything=3 and --seeds both set the seed"),
         ([*SIZES, f"{SUBSET_SIZE}=3"], "follows from --sizes, --seeds and --classes"),
         ([*SIZES, "--steps", "epochs", "trainer.max_steps=3"], "less than half an epoch of its 64 samples"),
+        ([*SIZES, "trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.limit_train_batches=0"], "does not say how"),
         ([*SIZES, "trainer.max_steps=-1"], "does not say how long it trains"),
         ([*SIZES, "trainer.callbacks.summary=null"], "from whose file a sweep learns that a run is done"),
         ([*SIZES, "data.class_path=tiny_lab.parts.Rows"], "Rows loads its training data by a DataLoader"),
