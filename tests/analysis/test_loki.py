@@ -111,7 +111,7 @@ def test_labels_cover_a_tree_if_they_are_its_leaves_and_the_farthest_comes_next(
 
 
 def test_the_next_label_is_far_from_what_can_be_predicted_and_not_from_what_was_observed() -> None:
-    """The middle of a path can be predicted, so that a twig of one step there is nearer than two steps beyond an end."""
+    """The middle of a path can be predicted, so that a twig of a step there is nearer than two steps beyond an end."""
     tree = GraphMetric([*((str(i), str(i + 1)) for i in range(8)), ("4", "twig"), ("0", "out"), ("out", "farther")])
     observed = tree.numbers(["0", "8"])
     assert int(tree.distance_to_set(observed).argmax()) == tree.numbers(["twig"])

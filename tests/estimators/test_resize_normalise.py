@@ -327,6 +327,38 @@ def test_features_that_state_nothing_or_something_else_are_refused_by_name(tmp_p
         ResizeNormalise().fit(Grid(()))
 
 
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        {"size": 8, "bands": None, "normalisation": {"name": "x", "shift": "abc", "scale": [1.0]}},
+        {"size": 8, "bands": None, "normalisation": {"name": "x", "shift": [None], "scale": [1.0]}},
+        {"size": 8, "bands": 3, "normalisation": {"name": "x", "shift": [0.0], "scale": [1.0]}},
+        {"size": 8, "bands": None, "normalisation": "imagenet"},
+        {"mean": 0.5},
+    ],
+)
+def test_what_another_program_states_in_its_own_way_is_refused_in_its_words(stranger: Any, tmp_path: Path) -> None:
+    cell = grid(tmp_path).cells[0]
+    other = replace(cell.query, key=json.dumps({"preprocessing": stranger}))
+    with pytest.raises(UserError, match=r"the query of statistics has features of .*, where all bands") as error:
+        ResizeNormalise().fit(Grid((replace(cell, query=other),)))
+    assert json.dumps(stranger) in str(error.value)
+
+
+def test_data_without_a_bank_or_images_are_refused(tmp_path: Path) -> None:
+    class Bare(LightningDataModule):
+        pass
+
+    class Sounds(Scenes):
+        def loader(self, *settings: Any) -> DataLoader:
+            return DataLoader([{"sound": torch.ones(2, 3), "index": torch.arange(2)}], batch_size=None)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"Bare has no bank_dataloader\(\)"):
+        grid(tmp_path, data=Bare())
+    with pytest.raises(UserError, match=r"PreprocessingGrid has no image: it contains \['index', 'sound'\]"):
+        grid(tmp_path, data=Sounds())
+
+
 def test_a_file_states_its_preprocessing_in_its_metadata(tmp_path: Path) -> None:
     cell, store = grid(tmp_path).cells[0], FeatureStore(tmp_path)
     columns = {"features": cell.query.x.clone(), "label": cell.query.label_N.clone()}  # type: ignore[union-attr]
@@ -381,6 +413,7 @@ def test_two_ranks_take_the_statistics_of_all_images() -> None:
     ("make", "said"),
     [
         (lambda: Divided(0.0), "Divided by=0.0 must be finite and not 0"),
+        (lambda: Given([np.nan], [1.0]).affine(numpys()), r"Given mean=\[nan\] must be finite for each band"),
         (lambda: Given([0.0], [0.0]), r"Given std=\[0.0\] must be above 0"),
         (lambda: Given([0.0], []), r"Given std=\[\] must be above 0"),
         (lambda: Given([0.0, 1.0], [1.0]).affine(BandStatistics.of([SCENES])), "Given mean has 2 numbers, but 5 bands"),
