@@ -142,6 +142,43 @@ def test_labels_that_do_not_fit_the_metric_are_refused() -> None:
         Loki().fit(on_a_circle(0), on_a_circle(1).of_classes([]), ring(LABELS))
 
 
+def test_the_scale_of_a_rules_scores_is_an_inverse_temperature() -> None:
+    bank, query = on_a_circle(0).of_classes(OBSERVED), on_a_circle(1)
+    rule = NearestMean(cosine=True)
+    one = Loki(rule, scale=100.0, temperature=20.0).fit(bank, query, ring(LABELS))
+    assert torch.equal(
+        Loki(rule, scale=5.0).fit(bank, query, ring(LABELS)).tensors["prediction"], one.tensors["prediction"]
+    )
+    assert not torch.equal(Loki(rule).fit(bank, query, ring(LABELS)).tensors["prediction"], one.tensors["prediction"])
+
+
+def test_nodes_that_are_no_labels_are_drawn_as_such() -> None:
+    tree = GraphMetric(
+        [("a", "up"), ("b", "up"), ("up", "top"), ("c", "top")], labels=["a", "b", "c"], only_labels=True
+    )
+    label = torch.arange(9) % 3
+    given = Features(torch.nn.functional.one_hot(label).float(), label)
+    found = Loki().fit(given.of_classes([0, 1]), given, tree)
+    kinds = {place["name"]: place["kind"] for place in found.places}
+    assert (kinds["a"], kinds["b"], kinds["up"], kinds["top"]) == ("observed", "observed", "no label", "no label")
+    assert kinds["c"] == "not reachable"
+
+
+def test_the_table_says_what_most_rows_of_each_unseen_label_get() -> None:
+    query = on_a_circle(1, noise=0.4)
+    found = Loki(temperature=2.0).fit(on_a_circle(0).of_classes(OBSERVED), query, ring(LABELS))
+    got = {
+        label: found.tensors["prediction"][query.classes() == label].bincount(minlength=LABELS) for label in range(24)
+    }
+    table = found.table()
+    assert sorted(int(row["label"]) for row in table) == [label for label in range(24) if label not in OBSERVED]
+    for row in table:
+        count_N = got[int(row["label"])]
+        assert row["share"] == count_N.max() / 10
+        assert count_N[int(row["predicted"])] == count_N.max()
+    assert any(row["share"] < 0.5 for row in table)
+
+
 def test_names_in_the_picture_stay_inside_and_do_not_overlap() -> None:
     edges = [(f"a garment of kind {i}", f"a garment of kind {i // 3}") for i in range(1, 40)]
     metric = GraphMetric(edges, labels=[f"a garment of kind {i}" for i in range(40)])

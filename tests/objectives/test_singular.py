@@ -49,3 +49,13 @@ def test_by_hand_and_at_the_ends() -> None:
     assert leading_singular_share(line, 1).item() == pytest.approx(1, abs=1e-6)
     for nothing in (torch.zeros(7, 3), torch.zeros(0, 3)):
         assert leading_singular_share(nothing).item() == 0
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_rows_that_are_not_finite_give_nan_as_an_overflow_of_half_precision_does(
+    wrong: float, shape: tuple[int, int]
+) -> None:
+    z = rows(*shape, torch.float32)
+    z[1, 2] = wrong
+    assert leading_singular_share(z.requires_grad_()).isnan()

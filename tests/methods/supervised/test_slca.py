@@ -288,6 +288,15 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) 
         method(**settings)
 
 
+def test_an_alignment_that_diverges_is_told(tmp_path: Path) -> None:
+    model, given = method(align_lr=1e30), ClassGaussians(10, 12)
+    for number in range(4):
+        given.learn(number, Moments.of(torch.randn(5, 12)))
+    model.gaussians, model.task_C = given, torch.tensor([0, 0, 1, 1] + [2] * 6)
+    with pytest.raises(UserError, match=r"after task 1 has diverged with align_lr=1e\+30; lower it"):
+        model.align(1)
+
+
 def test_another_number_of_classes_and_a_second_pass_through_the_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="and SLCA num_classes=9; give it their number"):
         run(method(num_classes=9), stream(), tmp_path)
