@@ -40,6 +40,8 @@ from lightspan.features.preprocessing import (
     Standardised,
     Window,
     preprocessing_of,
+    require_stated,
+    stated,
 )
 from lightspan.features.preprocessing_grid import Grid, PreprocessingGrid
 from lightspan.features.store import FeatureStore
@@ -325,6 +327,15 @@ def test_features_that_state_nothing_or_something_else_are_refused_by_name(tmp_p
             ResizeNormalise().fit(Grid((replace(cell, query=other),)))
     with pytest.raises(UserError, match="the grid has no cell"):
         ResizeNormalise().fit(Grid(()))
+
+
+def test_transforms_state_something_if_exactly_one_of_them_does() -> None:
+    """Of two, nobody knows which the images went through last."""
+    one, other = (Preprocess(Divided().affine(numpys()), "divided", size) for size in (8, 9))
+    assert stated([nn.Identity(), one]) == one.statement() != other.statement()
+    assert stated([]) is stated([nn.Identity()]) is stated([one, other]) is None
+    with pytest.raises(UserError, match="the bank has features of unstated preprocessing"):
+        require_stated("the bank", Features(torch.ones(2, 2)), None)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_by_hand_and_at_the_ends() -> None:
     assert leading_singular_share(z, 2).item() == pytest.approx(0.35)
     assert leading_singular_share(z, 9).item() == pytest.approx(0.25)  # the mean of all
     assert leading_singular_share(torch.ones(7, 3), 1).item() == pytest.approx(1)
+    small = torch.diag(torch.tensor([1.0, 1e-6], dtype=torch.float64))  # a value of its own, and no rounding
+    assert leading_singular_share(small, 1).item() == pytest.approx(1 / (1 + 1e-6), rel=1e-9)
     line = rows(40, 1, torch.float32) @ rows(1, 30, torch.float32)  # whose other values are rounding errors
     assert leading_singular_share(line, 1).item() == pytest.approx(1, abs=1e-6)
     for nothing in (torch.zeros(7, 3), torch.zeros(0, 3)):

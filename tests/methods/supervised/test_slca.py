@@ -212,6 +212,8 @@ def test_one_row_no_row_dead_features_and_rounding_leave_a_gaussian_that_can_be_
         assert found.sample(number, 5, (0,)).isfinite().all()
     singular = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-9]], dtype=torch.float64)
     torch.testing.assert_close(factor(singular) @ factor(singular).T, singular, rtol=0, atol=1e-8)
+    negative = torch.diag(torch.tensor([1.0, -0.25, 4.0]))  # as rounding may leave it, and more
+    torch.testing.assert_close(factor(negative) @ factor(negative).T, torch.diag(torch.tensor([1.0, 0.0, 4.0])))
     with pytest.raises(UserError, match="of 4 features got moments of 3"):
         found.learn(0, Moments.of(torch.ones(2, 3)))
 
