@@ -114,6 +114,21 @@ def test_what_points_cannot_say_is_said() -> None:
     assert "saturated, within 2 % of 1" in notes(np.array([[0.9, 0.95, 0.97, 0.98, 0.99]] * 2), top=1.0)
 
 
+def test_a_ceiling_just_below_the_smallest_size_is_found() -> None:
+    n = SIZES.astype(float)
+    found = fit(SATURATING_LOG, n, 0.1 + 0.15 * np.log10(n / (1 + n / 120))).numbers()
+    assert found == pytest.approx({"a": 0.1, "b": 0.15, "N_sat": 120.0}, rel=1e-6)
+
+
+def test_of_forms_that_miss_by_less_than_a_billionth_the_simplest_is_taken() -> None:
+    draws, least = np.random.default_rng(0), []
+    for _ in range(4):
+        curve = scaling_curve(SIZES.tolist(), 0.5 + 1e-12 * draws.standard_normal((1, 5)))
+        assert curve.best.law.form is LOG_LINEAR
+        least.append(min(curve.fits, key=lambda one: one.left_out).law.form)
+    assert {*least} != {LOG_LINEAR}
+
+
 def test_an_interval_is_as_wide_as_the_resamples_spread_about_their_own_mean() -> None:
     """Which a form that bends does not have at its estimate."""
     reach = t.ppf(0.975, 1) * math.sqrt(2)

@@ -38,7 +38,7 @@ def _project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Stub:
-    """Stands in for processes: a run ends at once with level + 0.1 log10 N and a little by seed, or fails where told."""
+    """Stands in for processes: a run ends at once with level + 0.1 log10 N and a little by seed, or fails if told."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
