@@ -46,8 +46,8 @@ class LokiHead(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         squared_KN = self.squared_KN
         super()._apply(fn, recurse)
-        # They move with the module and keep their dtype: half precision has one number for several labels' distances.
-        self.squared_KN = squared_KN.to(self.squared_KN.device)
+        if self.squared_KN.dtype != squared_KN.dtype:  # half precision has one number for several labels' distances
+            self.squared_KN = squared_KN.to(self.squared_KN.device)
         return self
 
     def forward(self, logits_K: Tensor) -> Tensor:

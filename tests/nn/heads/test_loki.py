@@ -46,6 +46,7 @@ def test_distances_of_neighbours_do_not_become_equal_in_half_precision() -> None
         kept = torch.nn.Sequential(LokiHead(ring(100).squared(observed))).to(dtype)
         assert torch.equal(kept(logits), exact(logits))
         assert torch.equal(kept.float()[0].squared_KN, exact.squared_KN)
+    assert exact.to("meta").to_empty(device="cpu").squared_KN.shape == (3, 100)
 
 
 def test_it_has_widths_and_a_state_and_no_weights() -> None:
