@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from lightspan.analysis.closed_form import NearestMean
+from lightspan.analysis.closed_form import LinearHead, NearestMean
 from lightspan.analysis.label_metrics import EmbeddingMetric, GraphMetric, MatrixMetric, ring
 from lightspan.analysis.linear_probe import fit_linear_probe
 from lightspan.analysis.loki import frechet_labels
@@ -114,8 +114,14 @@ def test_the_chosen_temperature_is_that_of_a_loop_over_labels_left_out(count: in
 
 def test_without_val_a_fifth_of_the_bank_judges_classifiers_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of five labels is left out once, so that a row of the other four fifths is learned four times."""
-    rows, head = [], Loki._head
-    monkeypatch.setattr(Loki, "_head", lambda self, bank: rows.append(len(bank)) or head(self, bank))
+    rows: list[int] = []
+    head = Loki._head
+
+    def counted(self: Loki, bank: Features) -> LinearHead:
+        rows.append(len(bank))
+        return head(self, bank)
+
+    monkeypatch.setattr(Loki, "_head", counted)
     bank = on_a_circle(0).of_classes([0, 4, 8, 12, 16])
     Loki(temperature=None).fit(bank, on_a_circle(1), ring(LABELS))
     assert (rows[0], sum(rows[1:])) == (50, 4 * 40)
