@@ -233,6 +233,15 @@ def test_neighbours_are_scikit_learns(k: int) -> None:
     assert euclidean_knn_scores(*scaled, k)["accuracy"] == pytest.approx(expected)  # type: ignore[arg-type]
 
 
+def test_a_constant_feature_is_not_divided_by_its_rounding() -> None:
+    rounded = []
+    for count in range(3, 12):
+        bank, label = torch.full((count, 1), 0.1, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+        rounded.append(float(bank.std(0, correction=0)))
+        assert float(standardised(bank, bank + 0.1, label, label)[2].max()) == pytest.approx(0.1)
+    assert max(rounded) > 0
+
+
 def test_neighbours_of_tags_are_scikit_learns() -> None:
     generator = np.random.default_rng(0)
     bank, query = generator.normal(size=(50, 4)), generator.normal(size=(30, 4))
@@ -274,6 +283,15 @@ def test_scores_and_picture_of_a_grid_with_all_baselines(tmp_path: Path) -> None
         fitted = KNeighborsClassifier(3, algorithm="brute").fit(rows[0], cell.bank.label_N)
         assert row["knn"] == pytest.approx(fitted.score(rows[1], cell.query.label_N))
         assert {"knn", "knn_scaled", "linear"} <= row.keys()
+        assert cell.query.label_N is not None
+        x, known, y, asked = standardised(
+            cell.bank.x.double(), cell.query.x.double(), cell.bank.label_N, cell.query.label_N
+        )
+        assert row["knn_scaled"] == pytest.approx(
+            KNeighborsClassifier(3, algorithm="brute").fit(x, known).score(y, asked)
+        )
+    with pytest.raises(UserError, match="no patches of 5 bands"):  # the network that was given has learned nothing
+        encoders["patches"](SCENES)
     assert len(scores.figures()) == len(scores.table()) == 16
     picture = scores.picture("a title")
     assert picture is not None
