@@ -37,9 +37,17 @@ class SampleSets(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Makes the sets, once."""
 
+    def training_content(self) -> str:
+        """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same
+        ones; empty if nothing does.
+        """
+        return ""
+
     def training_order(self) -> Order | None:
         """How training samples are shuffled; None is all of them in one order."""
-        return None
+        assert self.train is not None
+        content = self.training_content()
+        return Order((len(self.train),), content=content) if content else None
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None

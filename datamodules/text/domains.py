@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
@@ -235,6 +236,10 @@ class HiddenWords:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        return [text.text.tokens for text in self.texts]
+
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         row = self.reader.hidden(self.texts[index], self.choice, np.random.default_rng(seed))
         return {**row, "index": torch.tensor(index)}
@@ -253,6 +258,10 @@ class PromptSamples:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        return [np.asarray(self.labels, np.int64), *(text.text.tokens for text in (*self.texts, *self.target))]
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         inputs, segments = self.reader.shown(self.texts[index])
@@ -310,6 +319,9 @@ class DomainTexts(SampleSets):
                 longest = max(1, int(batch[side].sum(dim=1).max()))
                 batch |= {name: batch[name][:, :longest] for name in own if name in batch}
         return batch
+
+    def training_content(self) -> str:
+        return content_of(self.train.arrays())  # type: ignore[union-attr]
 
     def divided(self) -> tuple[LabelledTexts, LabelledTexts]:
         """The source: (to train on, to validate on). Raises: UserError for labels that have no words."""

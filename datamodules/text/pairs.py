@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.functions import library_functions
@@ -75,6 +76,13 @@ class TextPairSamples:
 
     def __len__(self) -> int:
         return len(self.queries.lengths)
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        texts = [side for side in (self.queries, self.documents, self.others) if side is not None]
+        own = [np.asarray(places, np.int64) for places in self.negatives]
+        scores = [] if self.scores is None else [self.scores]
+        return [*(array for side in texts for array in side), *own, *scores]
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         tokens, mask = self.queries.row(index)
@@ -150,6 +158,9 @@ class Pairs(SampleSets):
         require_length(document_length)
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+
+    def training_content(self) -> str:
+        return content_of(self.train.arrays())  # type: ignore[union-attr]
 
     def samples(self, pairs: Sequence[Pair], negatives: int = 0) -> TextPairSamples:
         """Tokenised, each text once."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.functions import library_functions
@@ -130,6 +131,9 @@ class WholeWords(SampleSets):
         self.train, self.val = (WholeWordSamples(texts, self.cutter) for texts in sides)
         self.bank = self.train
         say(f"texts: {len(sides[0])} to train on, {len(sides[1])} to validate on")
+
+    def training_content(self) -> str:
+        return content_of([self.train.tokens, self.train.words, self.train.ends])  # type: ignore[union-attr]
 
     def _texts(self) -> list[tuple[str, str]]:
         """(what the hash is of, text)."""
