@@ -15,6 +15,7 @@ from lightspan.distributed import mean_over_ranks, register_replicated, world_si
 from lightspan.errors import UserError, one_line
 from lightspan.nn.image_numbers import keep_on_host, require_places, require_room
 from lightspan.nn.labels import require_labels
+from lightspan.nn.sequences.texts import require_known_tokens
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.schedules import ScheduleCallable
@@ -42,10 +43,13 @@ class Method(LightningModule):
             before its batch goes to the device, where it would end in an error of a kernel. None refuses nothing.
         num_images: set by a method that has a place for each training image, whose numbers lie in [0, num_images): data
             with more images, and an image with another number, are refused in the same way. None refuses nothing.
+        num_tokens: set by a method whose network knows so many tokens: texts with another number are refused in the
+            same way. None refuses nothing.
     """
 
     num_classes: int | None = None
     num_images: int | None = None
+    num_tokens: int | None = None
 
     def __init__(
         self,
@@ -64,13 +68,15 @@ class Method(LightningModule):
             require_room(getattr(self.trainer, "datamodule", None), self.num_images, type(self).__name__)
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        """Raises: UserError for labels that are not below `num_classes`, and in training for images whose numbers are
-        not below `num_images`.
+        """Raises: UserError for labels that are not below `num_classes`, tokens that are not below `num_tokens`, and in
+        training for images whose numbers are not below `num_images`.
         """
         # Not Lightning's public hook, which it would take away from data modules that have one, with a warning.
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         if self.num_classes is not None and isinstance(batch, Mapping) and "label" in batch:
             require_labels(batch["label"], self.num_classes, self)
+        if self.num_tokens is not None:
+            require_known_tokens(batch, self.num_tokens, type(self).__name__)
         if self.num_images is not None and self._trainer is not None and self._trainer.training:
             require_places(batch, self.num_images, type(self).__name__)
         return batch

@@ -1,9 +1,13 @@
-"""Random numbers by hashing: functions of a seed and a place, the same on every device, with no generator to set.
+"""Random numbers by hashing: functions of a seed and a place, the same on every device, with no generator to set; and
+what makes noise smooth.
 
 Source: the last steps of SplitMix64 (Steele, Lea and Flood, 2014), and Box and Muller's normal numbers.
 Shapes: B rows.
 """
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,3 +51,12 @@ def _hashed(x: Tensor) -> Tensor:
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+@functools.cache
+def interpolation(side: int, points: int) -> np.ndarray:
+    """float64 [side points], by which noise at points of equal distances becomes smooth: linear interpolation for the
+    middles of `side` pixels, of which the first and the last point are the outer edges.
+    """
+    at = (np.arange(side) + 0.5) / side * (points - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(points)), 0)

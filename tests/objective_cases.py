@@ -332,6 +332,7 @@ PARTS = {
         "means.mean",
         "means.known_mean",
         "means.squared_error",
+        "means.squared_error_at",
         "means.weighted_sum",
         "prototypes.identity_shares",
         "prototypes.mixed_targets",

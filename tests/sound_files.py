@@ -17,10 +17,16 @@ def tone(seconds: float = 0.3, rate: int = 16_000, hz: float = 440.0, channels: 
     return wave if channels == 1 else np.stack([wave * (1 - channel) for channel in range(channels)], axis=1)
 
 
-def encoded(wave: np.ndarray, rate: int = 16_000, ending: str = "wav", subtype: str | None = None) -> bytes:
-    stream, (kind, usual) = io.BytesIO(), FORMATS[ending]
-    soundfile.write(stream, wave, rate, format=kind, subtype=subtype or usual)
+def written(wave: np.ndarray, kind: str, subtype: str | None = "PCM_16", rate: int = 16_000) -> bytes:
+    """As a format of libsndfile's."""
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, rate, format=kind, subtype=subtype)
     return stream.getvalue()
+
+
+def encoded(wave: np.ndarray, rate: int = 16_000, ending: str = "wav", subtype: str | None = None) -> bytes:
+    kind, usual = FORMATS[ending]
+    return written(wave, kind, subtype or usual, rate)
 
 
 def write_recordings(folder: Path, classes: dict[str, int], ending: str = "wav", **of_tone: float) -> None:
@@ -56,19 +62,19 @@ BAD: dict[str, tuple[bytes, str]] = {
         wav_header(rate=50),
         r"its header says a sample rate of 50 Hz, which is outside \[1,000, 768,000\]",
     ),
+    "beyond 2^31": (wav_header(values=[0.1, -3e9]), r"its sample 1 is not a finite number of at most 2\^31"),
     "NaN": (wav_header(values=[0.1, 0.2, float("nan"), 0.3]), "its sample 2 is not a finite number"),
     "a cut WAV": (encoded(tone())[:5000], r"it is cut short: its header says 9,600 bytes of samples, and 4,956 are"),
     "a cut FLAC": (cut("flac"), "it is cut short|its samples cannot be decoded"),
+    "a cut RF64": (
+        written(tone(), "RF64")[:5000],
+        r"it is cut short: its header says 9,600 bytes of samples, and [0-9,]+ are",
+    ),
     "a cut OGG": (cut("ogg"), "it is cut short: its last page does not say"),
+    "a cut last page of an OGG": (encoded(tone(), ending="ogg")[:-9], "it is cut short: its last page is not whole"),
     "a cut MP3": (cut("mp3"), "it is cut short: [0-9,]+ samples are there of the"),
-    "another format": (b"", ""),  # replaced below
+    "another format": (
+        written(tone(), "AU"),
+        "it is a recording of format AU; WAV, FLAC, OGG and MP3 are read",
+    ),
 }
-
-
-def au() -> bytes:
-    stream = io.BytesIO()
-    soundfile.write(stream, tone(), 16_000, format="AU", subtype="PCM_16")
-    return stream.getvalue()
-
-
-BAD["another format"] = (au(), "it is a recording of format AU; WAV, FLAC, OGG and MP3 are read")

@@ -2,13 +2,15 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lightspan.cli import parser_of
-from lightspan.commands.verbs import verb_of
+from lightspan.commands.verbs import VERBS, verb_of
+from lightspan.config.resolve import ANY_KIND, resolve
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]
@@ -91,6 +93,32 @@ def test_every_recipe_of_a_document_exists() -> None:
     for document in DOCUMENTS:
         named = re.findall(rf"`((?:{FAMILIES})/\w+)`", document.read_text())
         assert not [name for name in named if not (ROOT / "recipes" / f"{name}.yaml").is_file()], document
+
+
+def test_verbs_that_sources_and_recipes_name_exist() -> None:
+    folders = ("framework", "datamodules", "callbacks", "recipes")
+    files = [path for folder in folders for ending in ("py", "yaml") for path in (ROOT / folder).rglob(f"*.{ending}")]
+    named = {(path, verb) for path in files for verb in re.findall(r"`lightspan ([a-z][a-z-]+)", path.read_text())}
+    assert len(named) > 30
+    assert not [(str(path), verb) for path, verb in named if not any(verb == known.words[0] for known in VERBS)]
+
+
+def examples() -> list[tuple[str, str, str]]:
+    """(page and name, the recipe below or "", text) of the YAML blocks headed `# my_NAME.yaml:  lightspan ...`."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"^ *```yaml\n(.*?)^ *```", document.read_text(), re.DOTALL | re.MULTILINE):
+            text = textwrap.dedent(block)
+            if head := re.match(r"# (my_\w+|six)\.yaml:.*?lightspan (?:fit|run) ([\w./]+)", text):
+                found.append((f"{document.name} {head[1]}", "" if head[2].endswith(".yaml") else head[2], text))
+    return found
+
+
+@pytest.mark.parametrize(("name", "recipe", "text"), examples(), ids=lambda part: part if len(part) < 60 else "")
+def test_recipes_for_data_of_your_own_have_no_mistake(name: str, recipe: str, text: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    resolve(recipe or str(mine), [str(mine)] if recipe else [], [], kinds=ANY_KIND)
 
 
 def test_every_promise_names_tests_that_exist() -> None:

@@ -1,9 +1,11 @@
 """Hashed noise: normal, and a function of its seed alone."""
 
+import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from lightspan.noise import hashed_noise, hashed_uniform, mixed_seed
+from lightspan.noise import hashed_noise, hashed_uniform, interpolation, mixed_seed
 
 
 def test_noise_is_normal_and_a_function_of_seed_and_stream_alone() -> None:
@@ -45,3 +47,11 @@ def test_uniform_numbers_fill_their_interval_and_depend_on_seed_stream_and_place
     assert (counts - 4000).abs().max() < 250
     assert torch.equal(hashed_uniform(seeds[1:2], 0, (5,))[0], drawn[1].flatten()[:5])
     assert not torch.equal(hashed_uniform(seeds, 1, (100, 100)), drawn)
+
+
+@pytest.mark.parametrize(("side", "points"), [(1, 4), (5, 2), (16, 4), (3, 9), (7, 1)])
+def test_interpolation_is_numpys_at_the_middles_of_pixels_between_the_outer_edges(side: int, points: int) -> None:
+    values = np.random.default_rng(0).normal(size=points)
+    middles = (np.arange(side) + 0.5) / side
+    expected = np.interp(middles, np.linspace(0, 1, points), values) if points > 1 else np.full(side, values[0])
+    np.testing.assert_allclose(interpolation(side, points) @ values, expected, atol=1e-12)

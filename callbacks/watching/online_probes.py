@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightspan.analysis.labels import kind_of
 from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.detached import detached, ends_with_epoch, log_now
-from lightspan.callbacks.watching.encoding import Encoding
-from lightspan.errors import UserError
+from lightspan.callbacks.watching.encoding import Columns, Encoding
+from lightspan.errors import UserError, print_notes
 from lightspan.estimators.probes import KNN, LinearProbe, Probe
 
 
@@ -22,7 +25,8 @@ class OnlineProbes(Callback):
     and scored on the validation samples. Labels are classes, tags or numbers by their dtype
     (`lightspan.analysis.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
     that is given several settings chooses on the bank, mostly on a fifth of it, never by what it reports, and what it
-    chose is logged as probe/NAME_SETTING. The effective rank is that of the centred validation features, in
+    chose is logged as probe/NAME_SETTING. Where all samples have one class, as recordings without labels do, a probe of
+    it has no score, and a note says so. The effective rank is that of the centred validation features, in
     [1, min(M - 1, D)] for M of them.
 
     Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
@@ -83,6 +87,7 @@ class OnlineProbes(Callback):
             {split: fields for split, fields in reads.items() if fields},
         )
         self._probed: int | None = None
+        self._left_out: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.encoding.require(trainer, pl_module)
@@ -130,12 +135,30 @@ class OnlineProbes(Callback):
             for layer in val.layers:
                 end = "" if layer is None else f"/layer_{layer}"
                 for name, probe in self.probes.items():
+                    if (field := _told_apart_by_none(probe, bank, val)) is not None:
+                        self._say_none(name, field)
+                        continue
                     found = probe.fit(bank.of(layer, probe.reads_tokens), val.of(layer, probe.reads_tokens))
                     named = found.scores | found.chosen
                     metrics |= {f"probe/{name}_{what}{end}": float(value) for what, value in named.items()}
                 rank = effective_rank(singular_values(val.of(layer).rows(), center=True))
                 metrics[f"probe/effective_rank{end}"] = rank.item()
         return metrics
+
+    def _say_none(self, name: str, field: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            rank_zero_only(print_notes)([f"all samples have one {field}, so the probe {name} has no score"])
+
+
+def _told_apart_by_none(probe: Probe, bank: Columns, val: Columns) -> str | None:
+    """The field that a probe reads, if it has one class in all samples: every encoder would be right of all of them."""
+    for name in probe.reads:
+        if (labels := bank.fields.get(name)) is None or kind_of(labels) != "classes":
+            continue
+        if len(torch.cat([labels, val.fields[name].to(labels)]).unique()) == 1:
+            return name
+    return None
 
 
 def _reads(probes: Iterable[Probe], split: str) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ import torch
 
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.loading.workers import Damaged
@@ -132,9 +131,8 @@ class AudioData(SampleSets):
             + (f"{len(self.classes):,} classes" if self.classes else "without labels")
         )
 
-    def training_order(self) -> Order:
-        assert self.train is not None
-        return Order((len(self.train),), content=self._content)
+    def training_content(self) -> str:
+        return self._content
 
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)

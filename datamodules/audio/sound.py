@@ -26,7 +26,12 @@ FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"}
 RATES = (1_000, 768_000)  # Hz: a header that says another is taken to be damaged
 FULL_SCALE, CLIPPED_RUN = 0.99, 3
 """A recording is clipped where so many equal samples follow one another so near the largest number of its format."""
-_UNKNOWN_SIZES = {0, 2**32 - 1}  # of a WAV's samples, where it was written as a stream
+LOUDEST = 2.0**31
+"""What whole numbers of 32 bits come to where they stand for floats. What is louder is damage, and has no energy that a
+float32 could hold.
+"""
+_UNKNOWN_SIZES = {0, 0x7FFFF000, 2**32 - 1}
+"""Of a WAV's samples, where it was written as a stream; SoX writes the second."""
 _VORBIS_BLOCK = 8_192
 """The most samples of a block. An OGG may count the samples of one that its encoder left out at its beginning."""
 _LARGEST_PAGE = 65_307  # bytes of an OGG, of which the last says that it is the last
@@ -53,24 +58,25 @@ def header(source: Source) -> Header:
 def read(source: Source, first: int = 0, count: int | None = None) -> tuple[np.ndarray, int]:
     """(mean of the channels, float32 [N], Hz) of `count` samples from `first` on, or of all.
 
-    Raises: ValueError as `header`, and for samples that cannot be decoded, are missing or not finite.
+    Raises: ValueError as `header`, and for samples that cannot be decoded, are missing, not finite or above LOUDEST.
     """
     with _opened(source) as (sound, errors):
         said = _header(sound)
         count = said.frames - first if count is None else count
-        # The place of a sample in an MP3 is known by decoding what is before it.
-        skipped = first if said.format == "MP3" else 0
+        # The place of a sample in an MP3 is known by decoding what is before it, and in a WAV of GSM no other is found.
+        skipped = first if said.format == "MP3" or not sound.seekable() else 0
         try:
-            sound.seek(first - skipped)
+            if skipped < first:
+                sound.seek(first)
             samples_NC = sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
         except errors as error:
             raise ValueError(f"its samples cannot be decoded: {_said(error)}") from error
     lost = count - len(samples_NC)
     if lost > (_VORBIS_BLOCK if said.format == "OGG" and len(samples_NC) else 0):
         raise ValueError(f"it is cut short: {len(samples_NC):,} samples are there of the {count:,} that it should have")
-    if not np.isfinite(samples_NC).all():
-        at = int(np.flatnonzero(~np.isfinite(samples_NC).all(axis=1))[0])
-        raise ValueError(f"its sample {first + at:,} is not a finite number")
+    if not (sound_NC := np.abs(samples_NC) <= LOUDEST).all():
+        at = int(np.flatnonzero(~sound_NC.all(axis=1))[0])
+        raise ValueError(f"its sample {first + at:,} is not a finite number of at most 2^31, where full scale is 1")
     return samples_NC.mean(axis=1), said.rate
 
 
@@ -200,26 +206,34 @@ def _require_end(stream: BinaryIO, size: int, sound: "SoundFile") -> None:
     """
     at = stream.tell()
     missing = None
-    if sound.format in ("WAV", "WAVEX"):
+    if sound.format in ("WAV", "WAVEX", "RF64"):
         missing = _missing_of_wav(stream, size)
     elif sound.format == "OGG":
         stream.seek(max(0, size - _LARGEST_PAGE))
         tail = stream.read()
-        page = tail.rfind(b"OggS")
-        if page < 0 or not tail[page + 5 : page + 6] or not tail[page + 5] & 4:
+        at_page = tail.rfind(b"OggS")
+        page = tail[at_page:] if at_page >= 0 else b""
+        # A page begins with 27 bytes, of which the last counts the lengths that follow, those of its parts.
+        lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        if not page[5:6] or not page[5] & 4:
             missing = "its last page does not say that it is the last"
+        elif len(page) < 27 or len(page) < 27 + page[26] + sum(lengths):
+            missing = "its last page is not whole"
     stream.seek(at)
     if missing is not None:
         raise ValueError(f"it is cut short: {missing}")
 
 
 def _missing_of_wav(stream: BinaryIO, size: int) -> str | None:
-    at = 12
+    at, samples = 12, 0
     while at + 8 <= size:
         stream.seek(at)
         name, length = stream.read(4), int.from_bytes(stream.read(4), "little")
+        if name == b"ds64":  # an RF64 may be longer than 32 bits tell: the size of the file, and then of the samples
+            samples = int.from_bytes(stream.read(16)[8:], "little")
         if name == b"data":
             there = size - at - 8
+            length = samples or length
             if length in _UNKNOWN_SIZES or length <= there:
                 return None
             return f"its header says {length:,} bytes of samples, and {there:,} are there"

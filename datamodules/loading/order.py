@@ -1,7 +1,8 @@
 """The canonical order of samples: a function of seed and epoch, independent of ranks, workers and micro-batches."""
 
+import hashlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,6 +13,14 @@ from lightspan.errors import UserError
 def sample_seeds(seed: int, epoch: int, length: int) -> np.ndarray:
     """One seed per sample, by sample index: a pure function of (seed, epoch, index), int64 [length]."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 1]))).integers(2**63, size=length)
+
+
+def content_of(arrays: Iterable[np.ndarray]) -> str:
+    """32 hexadecimal digits that tell numbers from all others: by their values, types and shapes, and their order."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,17 @@ class SampleSets(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Makes the sets, once."""
 
+    def training_content(self) -> str:
+        """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same
+        ones; empty if nothing does.
+        """
+        return ""
+
     def training_order(self) -> Order | None:
         """How training samples are shuffled; None is all of them in one order."""
-        return None
+        assert self.train is not None
+        content = self.training_content()
+        return Order((len(self.train),), content=content) if content else None
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
@@ -77,3 +85,8 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
             f"train_size={train_size} and val_size={val_size} ask for more than the {count} {samples}; lower one of "
             "them"
         )
+
+
+def held_out_size(val_size: int | None, count: int, most: int) -> int:
+    """How many of `count` samples of a user's file are held out: `val_size`, or for None a tenth, in [1, most]."""
+    return min(most, max(1, count // 10)) if val_size is None else val_size

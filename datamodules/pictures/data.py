@@ -172,7 +172,9 @@ class PictureData(SampleSets):
         """The validation pictures: no others are held out."""
         return self.val_dataloader()
 
-    def training_order(self) -> Order:
+    def training_content(self) -> str:
+        return self._content
+
+    def training_order(self) -> Order | None:
         assert self.train is not None
-        order = labelled_order(self.train, self, self.per_class, self.groups, self._content)
-        return order or Order((len(self.train),), content=self._content)
+        return labelled_order(self.train, self, self.per_class, self.groups, self._content) or super().training_order()

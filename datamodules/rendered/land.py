@@ -21,6 +21,7 @@ from lightspan.datamodules.satellite.bands import Bands, wavelengths
 from lightspan.datamodules.satellite.moments import BandMoments, band_moments
 from lightspan.datamodules.satellite.resampling import SpectralCrops
 from lightspan.errors import UserError
+from lightspan.noise import interpolation
 
 AT_ONCE = 32
 FIELDS = 9
@@ -201,13 +202,6 @@ def grid(side: int) -> tuple[np.ndarray, np.ndarray]:
     return middles[None, :] + np.zeros_like(middles)[:, None], middles[:, None] + np.zeros_like(middles)[None, :]
 
 
-@functools.cache
-def _spread(side: int, points: int) -> np.ndarray:
-    """float32 [side points]: linear interpolation of points at equal distances."""
-    at = (np.arange(side) + 0.5) / side * (points - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(points)), 0).astype(np.float32)
-
-
 def fractal(draws: Draws, count: int, side: int, rough: float = 0.6) -> np.ndarray:
     """Smooth random fields of mean 0 and a deviation near 1, float32 [B count side side]: octaves of noise, each of
     twice as many points and `rough` times the size of the one before.
@@ -215,7 +209,7 @@ def fractal(draws: Draws, count: int, side: int, rough: float = 0.6) -> np.ndarr
     total = np.zeros((draws.count, count, side, side), dtype=np.float32)
     variance, size, points = 0.0, 1.0, 4
     while points <= max(side, 4):
-        spread = _spread(side, points)
+        spread = interpolation(side, points).astype(np.float32)
         total = total + np.float32(size) * (spread @ draws.normal(count, points, points) @ spread.T)
         # Of what is between points the variance is smaller: 4/9 on average over both axes.
         variance, size, points = variance + size**2 * 4 / 9, size * rough, 2 * points - 1

@@ -106,8 +106,12 @@ class Bands:
     def reflectance(self, stored_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What numbers [S ...] mean: float32 [C ...], 0 where they mean nothing, and bool [C ...], whether they do.
 
-        Raises: ValueError for another number of bands.
+        Raises: ValueError for another number of bands, without a pixel, and for what are no real numbers.
         """
+        if not stored_S.size or stored_S.dtype.kind not in "buif":
+            raise ValueError(
+                f"it is {stored_S.dtype} {[*stored_S.shape]}; whole numbers and floats are read, of one pixel at least"
+            )
         if len(stored_S) != len(self.stored_names):
             raise ValueError(
                 f"it has {len(stored_S)} bands, and bands.stored names {len(self.stored_names)}: "

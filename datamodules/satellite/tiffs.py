@@ -4,6 +4,9 @@ Shapes: S bands, H W pixels.
 """
 
 import io
+import lzma
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,12 @@ import numpy as np
 from lightspan.errors import UserError
 
 ENDINGS = (".tif", ".tiff")
+# What tifffile and the decoders of compressed parts raise beside ValueError and OSError; those of imagecodecs are
+# RuntimeErrors.
+_DAMAGE = (
+    LookupError, RuntimeError, TypeError, AttributeError, EOFError, MemoryError, struct.error, zlib.error,
+    lzma.LZMAError,
+)  # fmt: skip
 
 
 def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
@@ -37,7 +46,7 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
             pixels, axes = series.asarray(), series.axes
     except tifffile.TiffFileError as error:
         raise ValueError(f"it is no TIFF: {error}") from error
-    except (KeyError, IndexError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"it is a damaged TIFF, or of a kind that tifffile does not read: {error}") from error
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"its numbers are {pixels.dtype}; whole numbers and floats are read")

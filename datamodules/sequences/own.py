@@ -50,7 +50,7 @@ class OwnSequences(SequenceSets):
             parts = (rows[kept], labels[kept]), (rows[tested], labels[tested])
         else:
             parts = (rows, labels), self._read("test_path", self.test_path, self.test_labels)
-        self.num_classes = int(max(labels.max() for _, labels in parts)) + 1
+        self.num_classes = int(max(labels.max(initial=0) for _, labels in parts)) + 1
         (training, first), (test, second) = parts
         if training.shape[1:] != test.shape[1:]:
             raise UserError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import evaluation_loader, say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.documents import (
@@ -134,6 +135,9 @@ class Corpus(SampleSets):
             f"{total / tokens:.2f} bytes per token, {len(train):,} and {len(val):,} pieces of at most "
             f"{self.form.longest} tokens{skipped}"
         )
+
+    def training_content(self) -> str:
+        return content_of([self.train.text.tokens, self.train.starts])  # type: ignore[union-attr]
 
     def val_dataloader(self) -> EvaluationLoader:
         count = len(self.val)

@@ -166,9 +166,12 @@ class Denoising(TextForm):
     def __post_init__(self) -> None:
         self.mixture = tuple(MIXTURE if self.denoisers is None else self.denoisers)
         weights = np.ones(len(self.mixture)) if self.weights is None else np.asarray(self.weights, dtype=np.float64)
-        if not self.mixture or len(weights) != len(self.mixture) or not (weights >= 0).all() or not weights.sum() > 0:
+        if not self.mixture:
+            raise UserError("denoisers is empty, so nothing would be hidden; leave it out for UL2's seven")
+        if len(weights) != len(self.mixture) or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
             raise UserError(
-                f"weights={self.weights} must be {len(self.mixture)} numbers from 0 up, one above 0, for each denoiser"
+                f"weights={self.weights} must be {len(self.mixture)} numbers from 0 up, one above 0 and none infinite, "
+                "for each denoiser"
             )
         self.shares = weights / weights.sum()
         self.names = tuple(denoiser.name for denoiser in self.mixture)

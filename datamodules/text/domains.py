@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
@@ -48,7 +49,7 @@ class UnlabelledTexts:
     def labels(self) -> list[int]:
         raise UserError(
             "texts of the target domain have no labels to learn from: that would be no unsupervised adaptation; judge "
-            "with `lightspan evaluate`, which reads the file with labels of the test"
+            "with `lightspan test`, which reads the file with labels of the test"
         )
 
 
@@ -235,22 +236,32 @@ class HiddenWords:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        return [text.text.tokens for text in self.texts]
+
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         row = self.reader.hidden(self.texts[index], self.choice, np.random.default_rng(seed))
         return {**row, "index": torch.tensor(index)}
 
 
 class PromptSamples:
-    """Samples of `PromptBatch`; with target texts, one that the seed draws stands beside each."""
+    """Samples of `PromptBatch`, without labels if there are none; with target texts, one that the seed draws stands
+    beside each.
+    """
 
     def __init__(
-        self, reader: PromptReader, texts: Sequence[Words], labels: Sequence[int], target: Sequence[Words] = ()
+        self, reader: PromptReader, texts: Sequence[Words], labels: Sequence[int] = (), target: Sequence[Words] = ()
     ) -> None:
         self.reader, self.texts, self.labels, self.target = reader, texts, labels, target
         self.choices = reader.choices()
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        return [np.asarray(self.labels, np.int64), *(text.text.tokens for text in (*self.texts, *self.target))]
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         inputs, segments = self.reader.shown(self.texts[index])
@@ -259,7 +270,8 @@ class PromptSamples:
             drawn = int(np.random.default_rng(seed).integers(len(self.target)))
             names = ("target_inputs", "target_input_segments")
             sample |= dict(zip(names, self.reader.shown(self.target[drawn]), strict=True))
-        return sample | {"label": torch.tensor(self.labels[index]), "index": torch.tensor(index)}
+        sample |= {"label": torch.tensor(self.labels[index])} if self.labels else {}
+        return sample | {"index": torch.tensor(index)}
 
 
 class DomainTexts(SampleSets):
@@ -268,7 +280,8 @@ class DomainTexts(SampleSets):
     Args:
         domains: where the texts come from.
         tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
-        val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced.
+        val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced. None
+            takes a tenth, at most 200.
         batch_size: texts of one optimiser step over all ranks.
         seed: of the order and of what is random in a sample.
         num_workers: processes that fetch batches.
@@ -287,13 +300,13 @@ class DomainTexts(SampleSets):
         prompt: Prompt | None = None,
         length: int = 128,
         tokens: DenoisingTokens | None = None,
-        val_size: int = 200,
+        val_size: int | None = None,
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if val_size < 1:
+        if val_size is not None and val_size < 1:
             raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
         self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
         self.num_tokens, self.inputs = self.reader.num_tokens, length
@@ -307,14 +320,18 @@ class DomainTexts(SampleSets):
                 batch |= {name: batch[name][:, :longest] for name in own if name in batch}
         return batch
 
+    def training_content(self) -> str:
+        return content_of(self.train.arrays())  # type: ignore[union-attr]
+
     def divided(self) -> tuple[LabelledTexts, LabelledTexts]:
         """The source: (to train on, to validate on). Raises: UserError for labels that have no words."""
         source = self.domains.source()
         self._require_words(source)
-        require_enough(None, self.val_size, len(source.texts), "texts of the source domain")
+        size = held_out_size(self.val_size, len(source.texts), most=200)
+        require_enough(None, size, len(source.texts), "texts of the source domain")
         # By label: evenly spaced places of a file whose labels take turns may all have one label.
         by_label = np.argsort(source.labels, kind="stable")
-        held = set(by_label[np.arange(self.val_size) * len(by_label) // self.val_size].tolist())
+        held = set(by_label[np.arange(size) * len(by_label) // size].tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
         train, val = (
             LabelledTexts([source.texts[place] for place in side], [source.labels[place] for place in side])
@@ -384,7 +401,8 @@ class DomainDenoising(DomainTexts):
 
 class DomainPrompts(DomainTexts):
     """The second stage: labelled texts of the source in the prompt, `PromptBatch`, each beside an unlabelled one of the
-    target, for methods that align both. Validation is of the source, and the test of the target.
+    target, for methods that align both. Validation is of the source, the test of labelled texts of the target, and
+    predictions are for its raw texts.
 
     Args:
         settings: those of `DomainTexts`.
@@ -413,3 +431,7 @@ class DomainPrompts(DomainTexts):
         labelled = self.domains.target_test()
         self._require_words(labelled)
         return self._evaluate(PromptSamples(self.reader, self.read(labelled.texts), labelled.labels))
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The raw texts of the target, in the order of their file."""
+        return self._evaluate(PromptSamples(self.reader, self.read(self.domains.target().texts)))

@@ -11,7 +11,7 @@ def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
     """(where a line stands, for messages; what it says) of all lines that are not empty.
 
     A line ends where the file has a new line, and nowhere else: JSON leaves other ends of lines, such as U+2028 or
-    U+0085, in texts as they are.
+    U+0085, in texts as they are. The mark with which programs of Windows begin UTF-8 is passed over.
 
     Args:
         setting: what names the file, for messages.
@@ -19,7 +19,7 @@ def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
     """
     file = expanded(path, setting)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}={file} cannot be read as UTF-8: {error}") from error
     return [_read(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 class Texts(NamedTuple):
@@ -74,6 +77,13 @@ class TextPairSamples:
     def __len__(self) -> int:
         return len(self.queries.lengths)
 
+    def arrays(self) -> list[np.ndarray]:
+        """All that the samples consist of."""
+        texts = [side for side in (self.queries, self.documents, self.others) if side is not None]
+        own = [np.asarray(places, np.int64) for places in self.negatives]
+        scores = [] if self.scores is None else [self.scores]
+        return [*(array for side in texts for array in side), *own, *scores]
+
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         tokens, mask = self.queries.row(index)
         rows = [self.documents.row(index)]
@@ -117,8 +127,9 @@ def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pai
             f"{where} has no negatives, and data.init_args.negatives={negatives} asks for some; set it to 0"
         )
     score = found.get("score")
-    if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score)):
-        raise UserError(f"{where} has no score that is a finite number")
+    # NaN is not below either. What float32 would round to infinity is refused with it.
+    if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= LARGEST_SCORE):
+        raise UserError(f"{where} has no score that is a finite number of 32 bits")
     return Pair(texts[0], texts[1], tuple(others), float(score) if scored else None)
 
 
@@ -147,6 +158,9 @@ class Pairs(SampleSets):
         require_length(document_length)
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+
+    def training_content(self) -> str:
+        return content_of(self.train.arrays())  # type: ignore[union-attr]
 
     def samples(self, pairs: Sequence[Pair], negatives: int = 0) -> TextPairSamples:
         """Tokenised, each text once."""
@@ -209,7 +223,7 @@ class TextPairs(Pairs):
     Args:
         path: lines such as {"query": "...", "document": "...", "negatives": ["...", "..."]}.
         val_path: likewise, to validate on; None takes `val_size` of the first file.
-        val_size: pairs, evenly spaced, at least 1.
+        val_size: pairs, evenly spaced, at least 1; None takes a tenth of the file, at most 1,000.
         negatives: texts of `negatives` that a training query gets beside its document, drawn anew in each epoch.
             Validation has none: all documents are there to be found.
         settings: those of `Pairs`.
@@ -223,12 +237,12 @@ class TextPairs(Pairs):
         path: str,
         tokenizer: PreTrainedTokenizerBase,
         val_path: str | None = None,
-        val_size: int = 1000,
+        val_size: int | None = None,
         negatives: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, **settings)
-        if val_size < 1 or negatives < 0:
+        if (val_size is not None and val_size < 1) or negatives < 0:
             raise UserError(f"val_size={val_size} must be at least 1 and negatives={negatives} at least 0")
         self.path, self.val_path, self.val_size, self.negatives = path, val_path, val_size, negatives
 
@@ -238,8 +252,9 @@ class TextPairs(Pairs):
             return
         training = read_pairs(self.path, self.negatives, self.scored)
         if self.val_path is None:
-            require_enough(None, self.val_size, len(training), f"pairs of {self.path}")
-            held = set((np.arange(self.val_size) * len(training) // self.val_size).tolist())
+            size = held_out_size(self.val_size, len(training), most=1000)
+            require_enough(None, size, len(training), f"pairs of {self.path}")
+            held = set((np.arange(size) * len(training) // size).tolist())
             validation = [training[place] for place in sorted(held)]
             training = [pair for place, pair in enumerate(training) if place not in held]
         else:

@@ -64,7 +64,7 @@ class Spans(Denoiser):
     mode: Mode = "R"
 
     def __post_init__(self) -> None:
-        if self.mean < 1 or not 0 < self.rate < 1:
+        if not self.mean >= 1 or not 0 < self.rate < 1:
             raise UserError(f"Spans mean={self.mean} must be at least 1, and rate={self.rate} in (0, 1)")
         _require_mode(self)
 

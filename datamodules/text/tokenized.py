@@ -15,6 +15,15 @@ def require_length(length: int) -> None:
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mask), int64 [N, T]: truncated or padded at the end to T = length."""
-    encoded = tokenizer(list(texts), truncation=True, max_length=length, padding="max_length", padding_side="right")
+    """(tokens, mask), int64 [N, T]: truncated or padded at the end to T = length. Words that look like a special token
+    are text.
+    """
+    encoded = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=length,
+        padding="max_length",
+        padding_side="right",
+        split_special_tokens=True,
+    )
     return tuple(np.asarray(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))  # type: ignore[return-value]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.functions import library_functions
@@ -21,7 +22,8 @@ class WordCutter:
     """A text as the fields of a `WholeWordBatch` but `index`.
 
     Of a text of more tokens a part is taken at a random place, as SMAE's code does, and the special tokens stand around
-    it. A tokenizer that knows no words (a slow one of transformers) has one word a token.
+    it as the tokenizer has them. One that knows no words (a slow one of transformers) has one word a token. Words that
+    look like a special token are text.
 
     Args:
         tokenizer: puts as many special tokens around every text.
@@ -31,15 +33,18 @@ class WordCutter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         require_length(length)
         self.tokenizer, self.length = tokenizer, length
-        special = list(tokenizer("")["input_ids"])
-        self.before, self.after = special[:1], special[1:]
-        if len(special) >= length:
-            raise UserError(f"length={length} leaves no room beside the {len(special)} special tokens of a text")
+        own, around = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+        places = (place for place in range(len(around)) if around[place : place + len(own)] == own)
+        start = next(places, 0)
+        self.before, self.after = around[:start], around[start + len(own) :]
+        if (special := len(self.before) + len(self.after)) >= length:
+            raise UserError(f"length={length} leaves no room beside the {special} special tokens of a text")
         self.padding = tokenizer.pad_token_id or 0
 
     def tokens_and_words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 [L], without special tokens."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        encoded = self.tokenizer(text, verbose=False, **options)
         tokens = encoded["input_ids"]
         words = encoded.word_ids() if self.tokenizer.is_fast else range(len(tokens))
         return np.asarray(tokens, np.int32), np.asarray([-1 if word is None else word for word in words], np.int32)
@@ -126,6 +131,9 @@ class WholeWords(SampleSets):
         self.train, self.val = (WholeWordSamples(texts, self.cutter) for texts in sides)
         self.bank = self.train
         say(f"texts: {len(sides[0])} to train on, {len(sides[1])} to validate on")
+
+    def training_content(self) -> str:
+        return content_of([self.train.tokens, self.train.words, self.train.ends])  # type: ignore[union-attr]
 
     def _texts(self) -> list[tuple[str, str]]:
         """(what the hash is of, text)."""

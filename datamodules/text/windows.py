@@ -39,6 +39,7 @@ def find_files(root: Path, suffixes: tuple[str, ...], leave_out: frozenset[str])
 
 def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     """(name, path) of what `data.init_args.paths` names: of files in a folder the path in it, of a file its own name.
+    A file that several of them name is given once, under its first name, so that no split has it on both sides.
 
     Args:
         paths: None reads the source of the running Python's standard library, tests and installed packages left out.
@@ -48,6 +49,7 @@ def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[t
     if paths is None:
         yield from find_files(Path(os.__file__).resolve().parent, suffixes, LIBRARY_LEAVES_OUT)
         return
+    given = set[Path]()
     for name in paths:
         path = expanded(name, "data.init_args.paths")
         if path.is_dir():
@@ -57,12 +59,15 @@ def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[t
                     f"text folder {name} contains no file ending in {' or '.join(suffixes)}; name another "
                     "folder in data.init_args.paths, or the endings of its files in data.init_args.suffixes"
                 )
-            yield from found
         elif path.exists():
             require_regular_file(path, "text path")
-            yield path.name, path
+            found = [(path.name, path)]
         else:
             raise UserError(f"text path {name} does not exist; correct data.init_args.paths, or leave it out")
+        for inside, file in found:
+            if (real := file.resolve()) not in given:
+                given.add(real)
+                yield inside, file
 
 
 def require_paths(paths: list[str] | None, suffixes: tuple[str, ...], val_fraction: float) -> None:

@@ -27,7 +27,7 @@ class FewLabelAccuracy(Metric):
         l2: of `lightspan.analysis.linear_probe`, above 0.
         seed: of the draws.
         options: of torchmetrics.Metric.
-    Raises: UserError for settings below their limits; in `compute` for a class with too few rows.
+    Raises: UserError for settings below their limits; in `compute` for a class with too few rows, or none.
     """
 
     higher_is_better = True
@@ -39,20 +39,30 @@ class FewLabelAccuracy(Metric):
 
     def __init__(self, shots: int = 10, draws: int = 5, l2: float = 1.0, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
-        if shots < 1 or draws < 1 or l2 <= 0:
+        if shots < 1 or draws < 1 or not l2 > 0:
             raise UserError(f"FewLabelAccuracy shots={shots}, draws={draws} and l2={l2} must be at least 1, 1 and > 0")
         self.shots, self.draws, self.l2, self.seed = shots, draws, l2, seed
         for name in ("x", "label", "index"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, x_BD: Tensor, label_B: Tensor, index_B: Tensor) -> None:
-        """Args: index_B: numbers of the samples, each once."""
+        """Args: index_B: numbers of the samples, each once.
+
+        Raises: UserError for another number of labels, or of numbers, than rows.
+        """
+        if x_BD.ndim != 2 or not label_B.shape == index_B.shape == x_BD.shape[:1]:
+            raise UserError(
+                "FewLabelAccuracy needs a label and a number for each row, and got rows "
+                f"{list(x_BD.shape)}, labels {list(label_B.shape)} and numbers {list(index_B.shape)}"
+            )
         self.x.append(x_BD.detach())
         self.label.append(label_B)
         self.index.append(index_B)
 
     def compute(self) -> Tensor:
         """Scalar in float64."""
+        if not len(self.x):
+            raise UserError("there is no row to learn from; FewLabelAccuracy needs an update before it is computed")
         x_ND, label_N, index_N = (dim_zero_cat(part).cpu() for part in (self.x, self.label, self.index))
         order = index_N.argsort()
         x_ND, label_N = x_ND[order], label_N[order]

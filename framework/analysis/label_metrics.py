@@ -117,7 +117,7 @@ class MatrixMetric(LabelMetric):
     def _require_distances(self) -> None:
         distance_NN = self.distance_NN
         for wrong_NN, what in (
-            (~distance_NN.isfinite(), "must be finite"),
+            (~distance_NN.square().isfinite(), "must be finite, and so must its square"),
             (distance_NN < 0, "must not be negative"),
             (torch.eye(len(self), dtype=torch.bool) & (distance_NN != 0), "must be 0, of a label to itself"),
             ((distance_NN - distance_NN.T).abs() > 1e-6 * distance_NN.abs().amax(), "must be the same both ways"),
@@ -139,7 +139,7 @@ class EmbeddingMetric(LabelMetric):
     """
 
     def __init__(self, x_ND: Tensor, names: Sequence[str] | None = None) -> None:
-        if x_ND.ndim != 2 or not x_ND.isfinite().all():
+        if x_ND.ndim != 2 or not x_ND.double().square().sum().isfinite():
             raise UserError(f"embeddings of labels must be finite rows [N, D], but are {list(x_ND.shape)}")
         super().__init__([*map(str, range(len(x_ND)))] if names is None else names)
         if len(self) != len(x_ND):
@@ -175,11 +175,11 @@ class GraphMetric(LabelMetric):
         labels: Sequence[str] | None = None,
         only_labels: bool = False,
     ) -> None:
-        nodes = list(dict.fromkeys(name for edge in edges for name in edge))
-        first = nodes if labels is None else list(labels)
+        nodes = dict.fromkeys(name for edge in edges for name in edge)
+        first = list(nodes if labels is None else labels)
         named = set(first)
         super().__init__(first if only_labels else [*first, *(name for name in nodes if name not in named)])
-        if nodes and (unknown := [name for name in first if name not in set(nodes)]):
+        if nodes and (unknown := [name for name in first if name not in nodes]):
             raise UserError(
                 f"no edge of the graph names the label {one_line(unknown[0])!r}; connect it, or leave it out"
             )

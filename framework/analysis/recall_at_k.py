@@ -43,8 +43,13 @@ class RecallAtK(Metric):
     def update(self, scores_BG: Tensor, match_BG: Tensor) -> None:
         """Args: match_BG: bool, the documents that a query looks for, any number of them.
 
-        Raises: UserError for scores that are not finite.
+        Raises: UserError for scores that are not finite, and for matches of another shape.
         """
+        if scores_BG.ndim != 2 or match_BG.shape != scores_BG.shape:
+            raise UserError(
+                f"RecallAtK compares scores [B, G] with matches of the same shape, and got {list(scores_BG.shape)} and "
+                f"{list(match_BG.shape)}"
+            )
         scores_BG = wide(scores_BG.detach())
         if not scores_BG.isfinite().all():
             raise UserError("scores contain NaN or infinite values, so nothing is the best; the model has diverged")

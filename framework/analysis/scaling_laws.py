@@ -329,7 +329,7 @@ def _bends(sizes_K: np.ndarray, scores_SK: np.ndarray, top: float | None) -> lis
     notes = []
     if (seeds := len(lost_S)) > 1:
         reach = float(stdtrit(seeds - 1, 0.975)) * lost_S.std(ddof=1) / math.sqrt(seeds)
-        if lost_S.mean() > reach:
+        if lost_S.mean() > reach + EQUAL * max(abs(first), abs(last)):  # more than rounding
             notes.append(
                 f"the curve bends: {first:+.3g} per decade between the first two sizes and {last:+.3g} between the "
                 "last two, so that b of a straight line says too much of the next decade"

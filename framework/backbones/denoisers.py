@@ -46,10 +46,17 @@ class EncoderDecoder(DenoisingNetwork):
     """An encoder that sees all of an input, and a decoder that sees it and the target up to a token: T5's.
 
     Its positions are relative, so that it has no longest input.
+
+    Raises: UserError for a network without an encoder, a decoder or a head.
     """
 
     def __init__(self, network: T5ForConditionalGeneration) -> None:
         super().__init__()
+        if not all(isinstance(getattr(network, part, None), nn.Module) for part in ("encoder", "decoder", "lm_head")):
+            raise UserError(
+                "EncoderDecoder holds a T5 of transformers with its head, such as T5ForConditionalGeneration, not "
+                f"{type(network).__name__}"
+            )
         self.network, self.num_tokens = network, network.config.vocab_size
 
     def states(self, inputs_BT: Tensor, segments_BT: Tensor) -> Tensor:
@@ -79,12 +86,20 @@ class PrefixDecoder(DenoisingNetwork):
 
     Inputs stand before the targets of a row, each text's target at the positions behind its input. A token begins the
     target, as in a decoder with an encoder.
+
+    Raises: UserError for a network that has an encoder, or no head.
     """
 
     def __init__(self, network: LlamaForCausalLM) -> None:
         super().__init__()
-        self.network, self.num_tokens = network, network.config.vocab_size
-        self.positions = network.config.max_position_embeddings
+        head, config = getattr(network, "get_output_embeddings", lambda: None)(), getattr(network, "config", None)
+        if head is None or config is None or config.is_encoder_decoder:
+            raise UserError(
+                "PrefixDecoder holds a decoder of transformers with its head, such as LlamaForCausalLM, not "
+                f"{type(network).__name__}"
+            )
+        self.network, self.num_tokens = network, config.vocab_size
+        self.positions = getattr(config, "max_position_embeddings", None)
 
     def states(self, inputs_BT: Tensor, segments_BT: Tensor) -> Tensor:
         nothing_B0 = inputs_BT[:, :0]
@@ -110,6 +125,15 @@ class PrefixDecoder(DenoisingNetwork):
             position_ids=places_in_text(segments_BS),
             use_cache=False,
         ).last_hidden_state
+
+
+def require_denoiser(backbone: nn.Module, method: str) -> None:
+    """Raises: UserError for another network."""
+    if not isinstance(backbone, DenoisingNetwork):
+        raise UserError(
+            f"{method} needs a network of lightspan.backbones.denoisers, such as EncoderDecoder, not "
+            f"{type(backbone).__name__}"
+        )
 
 
 def same_text(segments_BQ: Tensor, segments_BK: Tensor) -> Tensor:

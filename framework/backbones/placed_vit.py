@@ -182,8 +182,12 @@ def series_widths(width: int) -> tuple[int, int, int]:
 
 def _require_bands(image: Tensor, bands: int, axes: int) -> None:
     if image.ndim != axes or image.shape[1] != bands:
-        kind = "[B C h w]" if axes == 4 else "[B C T h w], with an axis of dates"
+        kind, setting = (
+            ("[B C h w]", "backbone's groups, and the upsampler's channels,")
+            if axes == 4
+            else ("[B C T h w], with an axis of dates (dates=1 of the data for single pictures)", "backbone's in_chans")
+        )
         raise UserError(
             f"a batch of {[*image.shape]} does not fit a network for {bands} bands, which takes {kind}; let the data "
-            "give these, or make the network for them"
+            f"give these, or make the network for them: the {setting} count bands"
         )

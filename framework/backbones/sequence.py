@@ -17,6 +17,7 @@ from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.sequences.positions import sincos
 from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.nn.sequences.state_space import StateSpace
+from lightspan.ranges import require_shares
 
 # A recipe may name the functions listed here.
 __all__ = ["sequence_state_space", "sequence_transformer"]
@@ -54,7 +55,8 @@ class StateSpaceBlock(nn.Module):
 
 
 class SequenceNetwork(nn.Module):
-    """An input map, equal blocks and a last norm; features are the mean over the steps: [B L C] or [B L] -> [B D].
+    """An input map, equal blocks and a last norm; features are the mean over the steps, 0 without any: [B L C] or [B L]
+    -> [B D].
 
     Padding at the end of a sequence has no effect on its own steps.
 
@@ -122,7 +124,9 @@ class SequenceNetwork(nn.Module):
 
     def forward(self, x: Tensor, own_BL: Tensor | None = None) -> Tensor:
         states_BLD = self.encode(self.embed(x), own_BL)
-        return states_BLD.mean(dim=1) if own_BL is None else masked_mean(states_BLD, own_BL)
+        if own_BL is not None:
+            return masked_mean(states_BLD, own_BL)
+        return states_BLD.mean(dim=1) if states_BLD.shape[1] else states_BLD.sum(dim=1)  # no step has no NaN
 
 
 def sequence_transformer(
@@ -146,6 +150,7 @@ def sequence_transformer(
         window: steps of a chunk of local attention, for long sequences; see `SelfAttention`.
         dropout: of each branch, in [0, 1]; the paper has none.
     """
+    require_shares(dropout=dropout)
     if positions not in ("sinusoidal", "rotary", "none"):
         raise UserError(f"positions={positions!r} must be sinusoidal, rotary or none")
     turns = positions == "rotary"
@@ -175,6 +180,7 @@ def sequence_state_space(
         causal: each step depends on itself and those before it alone.
         dropout: of each branch, in [0, 1].
     """
+    require_shares(dropout=dropout)
 
     def block() -> nn.Module:
         return StateSpaceBlock(width, StateSpace(width, states, not causal, start), dropout)

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,8 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     call_arguments["weights_only"] = True
     if verb != "predict":
         call_arguments["verbose"] = False
+    else:
+        let_predict(built.model, built.datamodule)
     function = getattr(built.trainer, verb)
     status, result = call(lambda: function(built.model, **call_arguments), built, run_dir, source)
     if status == 0 and is_first_rank():
@@ -77,6 +82,40 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
         else:
             _print_metrics(result, run_dir / {"validate": VALIDATED, "test": TESTED}[verb])
     return status
+
+
+def let_predict(model: Any, data: Any) -> None:
+    """Lets a data module that does not say what to predict for give its test samples, or without these those of
+    validation. Raises: UserError for a method without predictions.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not (is_overridden("predict_step", model) or is_overridden("forward", model)):
+        raise UserError(
+            f"{type(model).__name__} has no predict_step, so it predicts nothing; classifiers do, and of other methods "
+            "an estimator reads the features (docs/estimators.md)"
+        )
+    if data is not None and not is_overridden("predict_dataloader", data):
+        given = [name for name in ("test_dataloader", "val_dataloader") if is_overridden(name, data)]
+        if given:
+            data.predict_dataloader = partial(_one_after_the_other, getattr(data, given[0]))
+
+
+def _one_after_the_other(loaders: Callable[[], Any]) -> Any:
+    """The loader, or several as one, which `predict_step` need not tell apart."""
+    found = loaders()
+    return _Chain(found) if isinstance(found, list | tuple) else found
+
+
+class _Chain:
+    def __init__(self, loaders: Sequence[Any]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(self.loaders)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
 
 
 def _write_predictions(predictions: Any, path: Path) -> None:

@@ -24,6 +24,7 @@ from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
 
 Pool = Literal["none", "mean", "first"]
+Split = Literal["bank", "val", "test"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,7 +55,7 @@ class Encoded(Input):
         self,
         encoder: nn.Module,
         data: LightningDataModule,
-        split: Literal["bank", "val", "test"] = "bank",
+        split: Split = "bank",
         field: str = "image",
         transforms: list[nn.Module] | None = None,
         layer: int | None = None,
@@ -130,12 +131,7 @@ class Encoded(Input):
         return {name: column[place_N] for name, column in zip(self.fields, columns, strict=True)}
 
     def _loader(self) -> Any:
-        make = getattr(self.data, name := f"{self.split}_dataloader", None)
-        if make is None or getattr(type(self.data), name, None) is getattr(LightningDataModule, name, make):
-            raise UserError(f"{type(self.data).__name__} has no {name}(); choose another split")
-        self.data.prepare_data()
-        self.data.setup("test" if self.split == "test" else "fit")
-        return make()
+        return split_loader(self.data, self.split)
 
     def _rows(self, loader: Any, done: set[int], device: torch.device) -> Iterator[Rows]:
         modes = [(part, part.training) for part in self.encoder.modules()]
@@ -183,6 +179,16 @@ class Encoded(Input):
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
         return callable(features) and not isinstance(features, nn.Module)  # some networks have a part of this name
+
+
+def split_loader(data: LightningDataModule, split: Split) -> Any:
+    """That of a data module which is set up for it here. Raises: UserError for data without that split."""
+    make = getattr(data, name := f"{split}_dataloader", None)
+    if make is None or getattr(type(data), name, None) is getattr(LightningDataModule, name, make):
+        raise UserError(f"{type(data).__name__} has no {name}(); choose another split")
+    data.prepare_data()
+    data.setup("test" if split == "test" else "fit")
+    return make()
 
 
 class FeatureFile(Input):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightspan.analysis.moments import Moments
 from lightspan.distributed import all_reduce_max
-from lightspan.errors import UserError
+from lightspan.errors import UserError, one_line
 from lightspan.features.features import Features
 
 
@@ -243,16 +243,19 @@ def preprocessing_of(features: Features) -> dict[str, Any] | None:
 
 
 def in_words(preprocessing: dict[str, Any] | None) -> str:
-    """A statement in a sentence for people: "bands all, 32 px, standardised (shift 0.13, scale 0.31)"."""
+    """A statement in a sentence for people: "all bands at 32 px, standardised (shift 0.13, scale 0.31)"; one that
+    another program made in its own way as it is.
+    """
     if preprocessing is None:
         return "unstated preprocessing"
-    size, bands, how = (preprocessing.get(key) for key in ("size", "bands", "normalisation"))
-    how = how if isinstance(how, dict) else {}
-    numbers = ", ".join(
-        f"{key} {' '.join(f'{value:.4g}' for value in how[key])}" for key in ("shift", "scale") if how.get(key)
-    )
-    named = "all bands" if bands is None else f"bands {' '.join(map(str, bands))}"
-    return f"{named} at {'their own size' if size is None else f'{size} px'}, {how.get('name')} ({numbers})"
+    try:
+        size, bands, how = (preprocessing[key] for key in ("size", "bands", "normalisation"))
+        name = how["name"]
+        numbers = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in how[key])}" for key in ("shift", "scale"))
+        named = "all bands" if bands is None else f"bands {' '.join(map(str, bands))}"
+    except (TypeError, ValueError, KeyError):
+        return one_line(json.dumps(preprocessing))
+    return f"{named} at {'their own size' if size is None else f'{size} px'}, {name} ({numbers})"
 
 
 def require_stated(what: str, features: Features, asked: dict[str, Any] | None) -> None:
@@ -293,4 +296,6 @@ def _each_band(what: str, values: Sequence[float], statistics: BandStatistics) -
     count = len(statistics.mean)
     if len(values) not in (1, count):
         raise UserError(f"{what} has {len(values)} numbers, but {count} bands are encoded; give one for each")
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{what}={[*values]} must be finite for each band")
     return tuple(values) * (count if len(values) == 1 else 1)

@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.features.encoded import Encoded, Pool
+from lightspan.features.encoded import Encoded, Pool, split_loader
 from lightspan.features.features import Features, Input
 from lightspan.features.preprocessing import (
     BandStatistics,
@@ -100,9 +100,10 @@ class PreprocessingGrid(Input):
         self.normalisations, self.bands, self.query, self.pool, self.dtype = normalisations, bands, query, pool, dtype
 
     def load(self, store: FeatureStore) -> Grid:
-        """Raises: UserError for bands that are not there, and stored features of another preprocessing."""
-        self.data.prepare_data()
-        self.data.setup("fit")
+        """Raises: UserError for bands, images or splits that are not there, and stored features of another
+        preprocessing.
+        """
+        split_loader(self.data, "bank")  # sets it up
         raw = getattr(self.data, "bounds", None)
         statistics = BandStatistics.of(self._training(_as_they_are(raw)))
         cells = []
@@ -130,6 +131,8 @@ class PreprocessingGrid(Input):
     def _training(self, prepare: nn.Module) -> Iterator[Tensor]:
         with torch.no_grad():
             for batch in self.data.bank_dataloader():  # type: ignore[attr-defined]
+                if "image" not in batch:
+                    raise UserError(f"a batch for PreprocessingGrid has no image: it contains {sorted(batch)}")
                 yield prepare(batch["image"])
 
     def _numbers(self, names: Sequence[int | str] | None, count: int) -> list[int] | None:

@@ -28,7 +28,8 @@ def require_fields(batch: Any, method: str) -> None:
 def samples_in(batch: Mapping[str, Any]) -> int | None:
     """B, by what a network reads: images, first views, texts, sequences, sound. None for a batch of something else."""
     views = batch.get("views")
-    read = (batch.get("image"), views[0] if views else None, *map(batch.get, ("tokens", "sequence", "wave")))
+    first = None if views is None or not len(views) else views[0]
+    read = (batch.get("image"), first, *map(batch.get, ("tokens", "sequence", "wave")))
     return next((len(field) for field in read if isinstance(field, Tensor)), None)
 
 

@@ -40,6 +40,13 @@ def squared_error(x: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(x, target) if x.numel() else F.mse_loss(x, target, reduction="sum")
 
 
+def squared_error_at(x: Tensor, target: Tensor, at: Tensor) -> Tensor:
+    """Mean squared difference over the entries of this rank at which `at`, bool of one shape with both, holds: a scalar
+    in float32 or wider; 0 without any. Others may hold anything.
+    """
+    return (wide(x) - wide(target)).where(at, 0).square().sum() / at.sum().clamp_min(1)
+
+
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Of the losses of several tasks, scalars, each times the weight of its name; at least one."""
     first, *others = (weights[name] * loss for name, loss in losses.items())

@@ -30,8 +30,8 @@ def mmd(x_RD: Tensor, y_SD: Tensor, widths: Sequence[float] = WIDTHS, unbiased: 
     Args:
         widths: > 0, without unit.
         unbiased: no row is compared with itself; the result may then be below 0.
-    Returns: scalar, the same on all ranks; 0, with gradient 0, where a set has too few rows: one, or two if unbiased. 0
-        where all rows are alike.
+    Returns: scalar, the same on all ranks; 0, with gradient 0, where a set has too few rows: fewer than one, or than
+        two if unbiased, and where all rows are alike.
     Raises: UserError for other widths.
     """
     require_widths(widths)
@@ -40,7 +40,10 @@ def mmd(x_RD: Tensor, y_SD: Tensor, widths: Sequence[float] = WIDTHS, unbiased: 
         count, all_ND = len(x_MD), torch.cat([x_MD, y_ND])
         if min(count, len(y_ND)) < 1 + unbiased:
             return all_ND.sum() * 0
-        all_ND = all_ND - all_ND.detach().mean(dim=0)  # far from 0 the products below would round distances away
+        # Far from 0 the products below would round distances away. First from a row, which leaves exact zeros of rows
+        # that are all alike, where a rounded mean would leave noise for the unit to blow up.
+        all_ND = all_ND - all_ND[0].detach()
+        all_ND = all_ND - all_ND.detach().mean(dim=0)
         norm_N = all_ND.square().sum(dim=1)
         squared_NN = (norm_N[:, None] + norm_N - 2 * all_ND @ all_ND.T).clamp_min(0)
         # Rounding leaves a distance of a row to itself.

@@ -61,7 +61,7 @@ def cosent_loss(query_BD: Tensor, document_BD: Tensor, score_B: Tensor, temperat
         cosine_N = gather_rows((unit(query_BD) * unit(document_BD)).sum(dim=1))[0] / temperature
     score_N = gather_rows(score_B)[0]
     apart_NN = cosine_N[None, :] - cosine_N[:, None]
-    wrong = apart_NN.masked_fill(score_N[:, None] <= score_N[None, :], torch.finfo(apart_NN.dtype).min)
+    wrong = apart_NN.masked_fill(~(score_N[:, None] > score_N[None, :]), torch.finfo(apart_NN.dtype).min)
     return torch.cat([wrong.new_zeros(1), wrong.flatten()]).logsumexp(dim=0)
 
 

@@ -89,7 +89,8 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
     if isinstance(error, ValueError) and "configure_optimizers" in passed:
         return f"the optimiser or its schedule refuses its settings: {error}"
     if "setup_data" in passed and "`val_check_interval`" in str(error):
-        return f"the Trainer refuses this run: {str(error).strip()}"
+        said = str(error).strip().replace("`check_val_every_n_epoch=None`", "trainer.check_val_every_n_epoch=null")
+        return f"the Trainer refuses this run: {said}"
     if "_validate_condition_metric" in passed:
         return f"early stopping: {error}"
     from lightspan.runs.start_checks import past_its_end

@@ -78,12 +78,13 @@ def study_of(resolved: Resolved, whole: Whole, policy: Policy, classes: int | No
     Raises: UserError for a recipe that says neither, or trains for less than an epoch where epochs are to be equal.
     """
     trainer = resolved.config.get("trainer", {})
-    per_epoch = whole.samples // whole.loader.batch_size
+    per_epoch, until_limit = whole.samples // whole.loader.batch_size, _steps_until_limit(trainer, whole)
     steps, epochs = (trainer.get(name) for name in ("max_steps", "max_epochs"))
     steps, epochs = (None if value is None or value < 0 else value for value in (steps, epochs))
-    if not steps and not epochs:
+    lengths = [length for length in (steps, epochs and epochs * until_limit) if length]
+    if not lengths:
         raise UserError(f"{resolved.name} does not say how long it trains; set trainer.max_steps or trainer.max_epochs")
-    found = min(value for value in (steps, epochs and epochs * per_epoch) if value)
+    found = min(lengths)
     length = found if policy == "equal" else round(found / per_epoch)
     if not length:
         raise UserError(
@@ -91,6 +92,15 @@ def study_of(resolved: Resolved, whole: Whole, policy: Policy, classes: int | No
             "samples, so that epochs cannot be equal; set trainer.max_epochs, or take --steps equal"
         )
     return Study(policy, length, whole.samples, whole.loader.batch_size, classes)
+
+
+def _steps_until_limit(trainer: dict[str, Any], whole: Whole) -> int:
+    """Optimiser steps of an epoch of the recipe, which trainer.limit_train_batches may end early."""
+    share, limit = trainer.get("accumulate_grad_batches") or 1, trainer.get("limit_train_batches")
+    batches = whole.samples // whole.loader.batch_size * share
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return -(-batches // share)
 
 
 def length_flags(resolved: Resolved, study: Study) -> list[str]:
@@ -112,6 +122,8 @@ def length_flags(resolved: Resolved, study: Study) -> list[str]:
             f"trainer.check_val_every_n_epoch={study.length}",
         ]
     )
+    if trainer.get("limit_train_batches") is not None:  # the length is counted; an epoch sees each sample of a part
+        flags.append("trainer.limit_train_batches=1.0")
     for name, entry in _callbacks(resolved).items():
         given = entry.get("init_args") or {}
         if entry.get("class_path") in _PROBES and given.get("every_n_steps") is None:

@@ -101,7 +101,8 @@ def conclude(study: Study, sweep: Sweep, folder: Path, top: float | None, guess_
         again += ["--sizes", str(min(10 * sizes_of(sweep)[-1], study.samples))]
     print(f"{'not finished' if undone else 'done'}: {folder}")
     print(f"next: lightspan report {shlex.quote(str(folder))}")
-    if undone or study.samples > sizes_of(sweep)[-1]:
+    # How many samples drawn classes have differs by seed.
+    if undone or (study.classes is None and study.samples > sizes_of(sweep)[-1]):
         print(f"      lightspan {shlex.join(again)}")
     return not undone
 

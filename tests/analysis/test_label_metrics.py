@@ -96,6 +96,16 @@ def test_paths_between_some_nodes_of_a_tree_are_those_where_a_detour_costs_nothi
     torch.testing.assert_close(tree.distance_to_set(chosen), distance[chosen].amin(dim=0))
 
 
+def test_a_tree_of_twenty_thousand_labels_is_made_at_once() -> None:
+    """In time that grows with the number of labels: with its square, this takes ten times as long as a test may."""
+    labels = [str(number) for number in range(20_000)]
+    tree = GraphMetric(
+        [(label, str((number - 1) // 2)) for number, label in enumerate(labels) if number], labels=labels
+    )
+    assert tree.is_tree
+    assert tree.names == tuple(labels)
+
+
 def test_a_single_label_is_a_metric() -> None:
     for metric in (GraphMetric([], labels=["a"]), EmbeddingMetric(torch.ones(1, 2)), MatrixMetric(torch.zeros(1, 1))):
         assert every(metric).tolist() == [[0]]
@@ -107,6 +117,7 @@ def test_a_single_label_is_a_metric() -> None:
         (torch.zeros(2, 3), r"must be square, but is \[2, 3\]"),
         (torch.zeros(0, 0), "has no label"),
         (torch.tensor([[0.0, torch.nan], [torch.nan, 0.0]]), "must be finite"),
+        (1e200 * (1 - torch.eye(2)).double(), "must be finite, and so must its square"),
         (torch.tensor([[0.0, -1.0], [-1.0, 0.0]]), "'0' to '1' is -1, back -1; it must not be negative"),
         (torch.tensor([[0.0, 1.0], [1.0, 2.0]]), "must be 0, of a label to itself"),
         (torch.tensor([[0.0, 1.0], [2.0, 0.0]]), "is 1, back 2; it must be the same both ways"),
@@ -155,5 +166,7 @@ def test_labels_that_a_metric_does_not_have_are_refused() -> None:
         EmbeddingMetric(torch.ones(2, 1), ["a", "b", "c"])
     with pytest.raises(UserError, match="must be finite rows"):
         EmbeddingMetric(torch.full((2, 1), torch.inf))
+    with pytest.raises(UserError, match="must be finite rows"):
+        EmbeddingMetric(torch.tensor([[0.0], [1e200]]).double())
     with pytest.raises(UserError, match="at least 3, but count=2"):
         ring(2)

@@ -110,6 +110,41 @@ def test_labels_cover_a_tree_if_they_are_its_leaves_and_the_farthest_comes_next(
     assert next_label(torch.tensor([0, 2]), line) == 3
 
 
+def test_the_next_label_is_far_from_what_can_be_predicted_and_not_from_what_was_observed() -> None:
+    """The middle of a path can be predicted, so that a twig of a step there is nearer than two steps beyond an end."""
+    tree = GraphMetric([*((str(i), str(i + 1)) for i in range(8)), ("4", "twig"), ("0", "out"), ("out", "farther")])
+    observed = tree.numbers(["0", "8"])
+    assert int(tree.distance_to_set(observed).argmax()) == tree.numbers(["twig"])
+    for metric in (tree, MatrixMetric(every(tree).sqrt(), tree.names)):
+        assert metric.names[next_label(observed, metric) or 0] == "farther"
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_the_next_label_of_embeddings_has_the_largest_distance_to_its_nearest_one_of_the_locus(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (label_metrics, loki):
+        monkeypatch.setattr(module, "BLOCK", block)
+    for seed in range(4):
+        metric = EmbeddingMetric(torch.randn(12, 2, generator=torch.Generator().manual_seed(seed)))
+        observed = torch.tensor([0, 4, 5])
+        reached = locus(observed, metric)
+        assert next_label(observed, metric) == int(every(metric)[reached].amin(dim=0).argmax())
+
+
+def test_a_label_that_others_always_beat_by_a_little_is_not_in_the_locus() -> None:
+    """Above the middle of a line, where one lies on it: the difference of squares is that of the height."""
+    at = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.5, 0.01]])
+    assert locus(torch.tensor([0, 1]), EmbeddingMetric(at)).tolist() == [True, True, True, False]
+
+
+def test_as_many_labels_as_are_allowed_have_a_locus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loki, "MOST", 5)
+    assert locus(torch.tensor([0, 2]), ring(5)).tolist() == [True, True, True, False, False]
+    with pytest.raises(UserError, match="of 6 labels"):
+        locus(torch.tensor([0]), ring(6))
+
+
 def test_the_distance_of_predictions_is_a_mean_over_all_batches() -> None:
     metric = ring(8)
     measured = ExpectedSquaredDistance(metric)

@@ -114,6 +114,61 @@ def test_what_points_cannot_say_is_said() -> None:
     assert "saturated, within 2 % of 1" in notes(np.array([[0.9, 0.95, 0.97, 0.98, 0.99]] * 2), top=1.0)
 
 
+def test_a_ceiling_just_below_the_smallest_size_is_found() -> None:
+    n = SIZES.astype(float)
+    found = fit(SATURATING_LOG, n, 0.1 + 0.15 * np.log10(n / (1 + n / 120))).numbers()
+    assert found == pytest.approx({"a": 0.1, "b": 0.15, "N_sat": 120.0}, rel=1e-6)
+
+
+def test_of_forms_that_miss_by_less_than_a_billionth_the_simplest_is_taken() -> None:
+    draws, least = np.random.default_rng(0), []
+    for _ in range(4):
+        curve = scaling_curve(SIZES.tolist(), 0.5 + 1e-12 * draws.standard_normal((1, 5)))
+        assert curve.best.law.form is LOG_LINEAR
+        least.append(min(curve.fits, key=lambda one: one.left_out).law.form)
+    assert {*least} != {LOG_LINEAR}
+
+
+def test_an_interval_is_as_wide_as_the_resamples_spread_about_their_own_mean() -> None:
+    """Which a form that bends does not have at its estimate."""
+    reach = t.ppf(0.975, 1) * math.sqrt(2)
+    assert laws._interval(5.0, [1.0, 3.0], [0.5, 0.5], 2).record() == {
+        "value": 5.0,
+        "low": pytest.approx(5 - reach),
+        "high": pytest.approx(5 + reach),
+    }
+
+
+def test_an_error_of_nothing_counts_as_a_thousandth_of_the_largest() -> None:
+    """A line through the first two scores reaches the top, where the third has a tenth left."""
+    found = laws._left_out(LOG_LINEAR, np.array([10, 100, 1000]), np.array([0.2, 0.6, 0.9]), 1.0)
+    assert found == pytest.approx(math.log(0.1 / 0.0008))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_curve_bends_if_the_loss_of_slope_is_beyond_students_t(sign: int) -> None:
+    """Of three seeds that lose m - 1, m and m + 1, that is at m = t / sqrt(3)."""
+    sizes = np.array([10, 100, 1000, 10_000])
+    for lost, bends in ((2.4, False), (2.6, True), (-2.6, False)):
+        assert bends == (lost > t.ppf(0.975, 2) / math.sqrt(3))
+        first_S1 = 10 + lost + np.array([[-1.0], [0.0], [1.0]])
+        scores = sign * np.concatenate([0 * first_S1, first_S1, first_S1 + 10, first_S1 + 20], axis=1)
+        assert ("bends" in notes(scores, sizes)) == bends
+
+
+def test_a_score_near_a_top_of_zero_is_saturated_too() -> None:
+    assert "saturated, within 2 % of 0" in notes(np.array([[0.5, 0.2, 0.1, 0.04, 0.019]]), top=0.0)
+    assert "saturated" not in notes(np.array([[0.5, 0.2, 0.1, 0.04, 0.021]]), top=0.0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 30.0])
+def test_rounding_does_not_bend_a_straight_line(scale: float) -> None:
+    """Of seeds that are parallel to one another, whose slopes differ by rounding alone."""
+    for sizes in (SIZES, np.array([8, 16, 32, 64]), np.array([7, 11, 13, 170])):
+        lines = scale * np.log10(sizes) + scale * np.arange(3)[:, None] / 7
+        assert "bends" not in notes(lines, sizes)
+
+
 def test_one_seed_has_estimates_and_no_interval() -> None:
     curve = scaling_curve([10, 100, 1000], np.array([[0.1, 0.2, 0.3]]))
     assert curve.per_decade.record() == {"value": pytest.approx(0.1), "low": None, "high": None}

@@ -131,3 +131,20 @@ def test_ranks_count_as_one(tmp_path: Path) -> None:
     for index in range(2):
         found = torch.load(tmp_path / f"{index}.pt")
         assert found == pytest.approx({name: expected(name) for name in MADE}, rel=1e-12)
+
+
+def test_rows_that_do_not_belong_together_are_refused() -> None:
+    for scores_BG, match_BG in ((torch.zeros(2, 3), torch.zeros(2, 4)), (torch.zeros(3), torch.zeros(3))):
+        with pytest.raises(UserError, match="matches of the same shape"):
+            RecallAtK(2).update(scores_BG, match_BG)
+    for rows in (
+        (torch.zeros(4, 2), torch.zeros(3), torch.arange(4)),
+        (torch.zeros(4, 2), torch.zeros(4), torch.arange(3)),
+        (torch.zeros(4), torch.zeros(4), torch.arange(4)),
+    ):
+        with pytest.raises(UserError, match="a label and a number for each row"):
+            FewLabelAccuracy().update(*rows)
+    with pytest.raises(UserError, match="there is no row to learn from"):
+        FewLabelAccuracy().compute()
+    with pytest.raises(UserError, match="l2=nan"):
+        FewLabelAccuracy(l2=math.nan)

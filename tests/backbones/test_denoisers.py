@@ -5,15 +5,24 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from lightspan.backbones.denoisers import DenoisingNetwork, EncoderDecoder, PrefixDecoder, added_mask, require_room
-from lightspan.backbones.language import llama, t5
+from lightspan.backbones.denoisers import (
+    DenoisingNetwork,
+    EncoderDecoder,
+    PrefixDecoder,
+    added_mask,
+    places_in_text,
+    require_room,
+)
+from lightspan.backbones.language import bert, llama, t5
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.packing import packed
 from lightspan.errors import UserError
+from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.ul2 import UL2
 
 FORM = Denoising(48, 40)
 TOKENS = FORM.prepare(32)
@@ -143,3 +152,35 @@ def test_networks_without_room_for_the_data_say_what_to_set() -> None:
     with pytest.raises(UserError, match="width=30 does not divide into heads=4"):
         t5(width=30)
     assert t5(width=30, head_width=8).config.d_kv == 8
+
+
+def test_places_count_from_0_in_each_text() -> None:
+    assert places_in_text(torch.tensor([[1, 1, 2, 0, 2, 1, 0]])).tolist() == [[0, 1, 0, 0, 1, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: EncoderDecoder(llama(20, 16, 1, 2, 24, 12)), "T5ForConditionalGeneration, not LlamaForCausalLM"),
+        (lambda: EncoderDecoder(bert(20, 16, 1, 2, 24, 6)), "not BertModel"),
+        (
+            lambda: PrefixDecoder(t5(20, 16, 1, heads=2, mlp_width=24)),
+            "LlamaForCausalLM, not T5ForConditionalGeneration",
+        ),
+        (lambda: PrefixDecoder(llama(20, 16, 1, 2, 24, 12).base_model), "with its head.* not LlamaModel"),
+        (lambda: PrefixDecoder(nn.Linear(2, 2)), "not Linear"),
+        (lambda: UL2(bert(20, 16, 1, 2, 24, 6), optimizer=torch.optim.SGD), "UL2 needs a network of .* not BertModel"),
+        (
+            lambda: TextClassifier(t5(20, 16, 1, heads=2, mlp_width=24), 2, optimizer=torch.optim.SGD),
+            "an encoder of transformers without a head.* not T5For",
+        ),
+        (
+            lambda: TextClassifier(llama(20, 16, 1, 2, 24, 12), 2, optimizer=torch.optim.SGD),
+            "not LlamaForCausalLM",
+        ),
+        (lambda: TextClassifier(nn.Linear(2, 2), 2, optimizer=torch.optim.SGD), "not Linear"),
+    ],
+)
+def test_networks_of_another_kind_are_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make()

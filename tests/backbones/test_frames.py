@@ -39,10 +39,28 @@ def torchs(block: Any) -> nn.TransformerEncoderLayer:
 
 def test_the_states_are_those_of_torchs_encoder_layers() -> None:
     model, x = network(dropout=0.0).double(), FRAMES.double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.normal_()
+                module.bias.normal_()
     expected = model.norm(model.embed(x) + sincos([9], 16))
     for block in model.blocks:
         expected = torchs(block)(expected, src_key_padding_mask=~VALID)
     torch.testing.assert_close(model(x, VALID)[VALID], expected[VALID])
+
+
+def test_what_enters_attention_weights_and_both_branches_are_dropped_in_training_alone() -> None:
+    model = network(dropout=0.25, depth=1)
+    (block,), acted = model.blocks, list[tuple[str, float]]()
+    drops = {"entry": model.drop, "attention": block.drop, "MLP": block.mlp.drop2}
+    for name, drop in drops.items():
+        drop.register_forward_hook(lambda module, given, made, name=name: acted.append((name, module.p)))
+    model(FRAMES, VALID)
+    assert acted == [("entry", 0.25), ("attention", 0.25), ("MLP", 0.25)]
+    assert (block.attention.dropout, block.mlp.drop1.p) == (0.25, 0.0)
+    assert not torch.equal(model(FRAMES, VALID), model(FRAMES, VALID))
+    assert torch.equal(model.eval()(FRAMES, VALID), model(FRAMES, VALID))
 
 
 def test_padding_changes_no_valid_state() -> None:

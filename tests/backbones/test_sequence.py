@@ -67,6 +67,11 @@ def test_order_matters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_without_a_step_has_features_of_0(kind: str) -> None:
+    assert not network(kind, channels=3)(draw(2, 0, 3)).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 2, 13])
 def test_any_length_trains_every_weight_in_bfloat16(kind: str, length: int) -> None:
     built = network(kind, channels=3).float()
@@ -93,6 +98,7 @@ def test_layers_are_read_by_number() -> None:
         ({"depth": 0}, "depth=0 must be at least 1"),
         ({"width": 7, "heads": 1}, "width even for sinusoidal positions"),
         ({"positions": "learned"}, "positions='learned' must be sinusoidal, rotary or none"),
+        ({"dropout": 1.5}, r"dropout=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -89,6 +89,13 @@ def test_training_is_what_it_is_without_it_and_a_resume_keeps_the_counts(tmp_pat
     assert resumed.result() == first.result()
 
 
+def test_accumulated_micro_batches_end_a_task_where_its_last_step_is(tmp_path: Path) -> None:
+    one, two = Forgetting(), Forgetting()
+    run(method().double(), tmp_path, one, precision="64-true")
+    run(method().double(), tmp_path, two, precision="64-true", accumulate_grad_batches=2)
+    assert two.result() == one.result()
+
+
 def _on_rank(rank: int, folder: str, port: int) -> None:
     rank_processes.join(rank, port)
     watched = Forgetting()

@@ -340,6 +340,19 @@ def test_numbers_and_tags_have_scores_of_their_own(make_trainer):
     assert found[Tags]["probe/attentive_rate"] in (pytest.approx(1e-3), pytest.approx(1e-2))
 
 
+@pytest.mark.parametrize(("one", "scores"), [(True, False), (False, True)])
+def test_a_single_class_gives_no_score_that_any_encoder_would_reach(one, scores, make_trainer, net, capsys):
+    data = Data()
+    for sample in data.bank + data.val[1 - one :]:
+        sample["label"] = torch.tensor(2)
+    if not one:
+        data.val[0]["label"] = torch.tensor(0)  # a class that the bank lacks is no trivial one
+    (found,) = make_trainer(callbacks=[OnlineProbes(PROBES)]).validate(net(), datamodule=data, verbose=False)
+    assert ({"probe/knn_accuracy", "probe/linear_accuracy"} <= found.keys()) is scores
+    assert ("all samples have one label" in capsys.readouterr().err) is not scores
+    assert found["probe/effective_rank"] > 1
+
+
 def test_layers_are_probed_one_by_one(make_trainer):
     module, data = Blocks(), Data()
     probes = OnlineProbes({"linear": LinearProbe()}, layers=[0, -1])

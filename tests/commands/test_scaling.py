@@ -38,12 +38,13 @@ def _project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Stub:
-    """Stands in for processes: a run ends at once with 0.2 + 0.1 log10 N and a little by seed, or fails where told."""
+    """Stands in for processes: a run ends at once with level + 0.1 log10 N and a little by seed, or fails if told."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
         self.commands: dict[str, str] = {}
         self.fails: Callable[[str], bool] = lambda name: False
+        self.level = 0.2
 
     def __call__(self, tasks: Iterator[Task], workers: int, ended: Any, look: Any) -> None:
         for task in tasks:
@@ -54,7 +55,7 @@ class Stub:
             task.log.write_text("lightspan: it went wrong\n")
             failed = self.fails(task.name)
             if not failed:
-                score = 0.2 + 0.1 * math.log10(size) + 0.01 * (seed - 1)
+                score = self.level + 0.1 * math.log10(size) + 0.01 * (seed - 1)
                 metrics = {"step": 7, "val/accuracy": score, "val/loss": 2 - score}
                 (task.log.parent / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
                 (task.log.parent / "summary.json").write_text('{"finished": true}')
@@ -130,11 +131,67 @@ def test_a_run_that_failed_is_named_left_out_and_started_again_when_asked(
     assert outcome()["notes"] == [note for note in outcome()["notes"] if "leave out" not in note]
 
 
+@pytest.mark.parametrize(
+    ("level", "metric", "top"),
+    [(0.2, "val/accuracy", 1.0), (-0.5, "val/accuracy", None), (1.2, "val/accuracy", None), (1.2, "val/loss", None)],
+)
+def test_only_scores_between_0_and_1_of_which_more_is_better_are_taken_for_shares(
+    level: float, metric: str, top: float | None, stub: Stub
+) -> None:
+    stub.level = level
+    assert main([*CURVE[:-1], metric, *SIZES, "--out", "out"]) == 0
+    assert outcome()["top"] == top
+
+
+def test_all_of_the_data_are_proposed_where_ten_times_as_many_are_more(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*CURVE, "--sizes", "8", "16", "32", "--seeds", "1", "--out", "out"]) == 0
+    assert "out --allow-module tiny_lab --sizes 64\n" in capsys.readouterr().out
+    assert "checkpoint.init_args.every_n_train_steps=2 " in stub.commands["size8-seed0"]  # four of 8 steps
+
+
+def test_epochs_are_rounded_to_whole_ones(stub: Stub) -> None:
+    assert main([*CURVE, *SIZES, "--seeds", "1", "--steps", "epochs", "trainer.max_steps=29", "--out", "out"]) == 0
+    assert study_of(Path("out")).length == 4
+
+
 def test_equal_epochs_count_those_of_the_recipe_on_all_data(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*CURVE, *SIZES, "--steps", "epochs", "trainer.max_steps=24", "--out", "out"]) == 0
     assert "equal epochs: each size trains for 3 epochs" in capsys.readouterr().out
     assert "trainer.max_steps=-1 trainer.max_epochs=3" in stub.commands["size8-seed0"]
     assert study_of(Path("out")).length == 3
+
+
+@pytest.mark.parametrize(("limit", "length"), [("2", 6), ("0.5", 12), ("1.0", 24), ("100", 24), ("1", 3)])
+def test_epochs_that_a_limit_ends_early_count_as_long_as_they_are(
+    limit: str, length: int, stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three epochs of 8 steps without it; the runs see all of their samples, so that the limit is not theirs."""
+    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=3", f"trainer.limit_train_batches={limit}"]
+    assert main([*CURVE, "--sizes", "8", "16", "32", "--seeds", "1", *epochs, "--out", "out"]) == 0
+    assert f"each size trains for {length} steps of 8 samples" in capsys.readouterr().out
+    line = stub.commands["size8-seed0"]
+    assert line.index(f"limit_train_batches={limit}") < line.rindex("trainer.limit_train_batches=1.0")
+
+
+def test_a_limit_counts_micro_batches(stub: Stub) -> None:
+    """Of three, the last makes a step with two accumulated ones before it that is not full."""
+    words = ["trainer.max_epochs=3", "trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"]
+    assert main([*CURVE, "--sizes", "8", "16", "32", "--seeds", "1", *words, "trainer.max_steps=-1", "--out", "o"]) == 0
+    assert study_of(Path("o")).length == 6
+    assert "trainer.val_check_interval=12" in stub.commands["size8-seed0"]
+
+
+def test_with_classes_no_size_is_proposed_that_they_may_not_have(
+    stub: Stub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = ["data.class_path=lightspan.datamodules.images.small.Digits", "data.init_args.batch_size=8"]
+    words = ["--sizes", "8", "16", "32", "--seeds", "1", "--classes", "3", "--out", "out"]
+    assert main([*CURVE, *digits, *words]) == 0
+    said = capsys.readouterr().out
+    assert "next: lightspan report" in said
+    assert "--sizes" not in said
 
 
 @pytest.mark.parametrize(
@@ -155,6 +212,7 @@ def test_equal_epochs_count_those_of_the_recipe_on_all_data(stub: Stub, capsys: 
         ([*SIZES, "seed_everything=3"], "seed_everything=3 and --seeds both set the seed"),
         ([*SIZES, f"{SUBSET_SIZE}=3"], "follows from --sizes, --seeds and --classes"),
         ([*SIZES, "--steps", "epochs", "trainer.max_steps=3"], "less than half an epoch of its 64 samples"),
+        ([*SIZES, "trainer.max_steps=-1", "trainer.max_epochs=2", "trainer.limit_train_batches=0"], "does not say how"),
         ([*SIZES, "trainer.max_steps=-1"], "does not say how long it trains"),
         ([*SIZES, "trainer.callbacks.summary=null"], "from whose file a sweep learns that a run is done"),
         ([*SIZES, "data.class_path=tiny_lab.parts.Rows"], "Rows loads its training data by a DataLoader"),

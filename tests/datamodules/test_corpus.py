@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.corpus import Corpus, Pieces
-from lightspan.datamodules.text.documents import Skipped, TextTokens, encoded, find_documents, text_of
+from lightspan.datamodules.text.documents import Skipped, TextTokens, _widths, encoded, find_documents, text_of
 from lightspan.datamodules.text.forms import Padded, window
 from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.windows import in_validation
@@ -193,3 +194,56 @@ def test_an_empty_list_of_pieces_is_none() -> None:
         6,
         9,
     ]
+
+
+def test_a_file_that_several_paths_name_is_read_once(tmp_path: Path) -> None:
+    """Under two names, both of which are hashed, it might be trained on and held out."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for number in range(40):
+        (inner / f"{number}.txt").write_text(f"{number} is a text")
+    (tmp_path / "link").symlink_to(inner)
+    data = Corpus([str(tmp_path), str(inner), str(tmp_path / "link"), str(inner / "3.txt")], val_fraction=0.3)
+    data.setup()
+    assert sorted(data.train.names + data.val.names) == sorted(f"inner/{number}.txt" for number in range(40))
+
+
+def test_a_document_that_just_fits_is_one_piece_and_the_shortest_one_stays(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join('{"text":\r"' + "abcdefghijklmnop"[: 1 + number % 16] + '"}' for number in range(160))
+    )
+    data = Corpus([str(tmp_path)], form=Padded(4), val_fraction=0.3)
+    data.setup()
+    for pieces in (data.train, data.val):
+        assert len(pieces.names) > 30
+        for place, name in enumerate(pieces.names):
+            size = 1 + (int(name.partition(":")[2]) - 1) % 16
+            own = [len(pieces.piece(index).tokens) for index in np.flatnonzero(pieces.document == place)]
+            assert sum(own) == size
+            assert len(own) == -(-size // 4)
+            assert max(own) - min(own) <= 1
+
+
+def test_bytes_of_a_character_are_those_of_utf_8_at_every_border() -> None:
+    borders = "\0\x7f\x80\u07ff\u0800\ud7ff\ue000\uffff\U00010000\U0010ffff"
+    assert _widths(borders).tolist() == [len(character.encode()) for character in borders]
+
+
+class Placed:
+    """A tokenizer that says where its tokens stand, and nothing else."""
+
+    is_fast = True
+
+    def __init__(self, *places: tuple[int, int]) -> None:
+        self.places = [*places]
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[Any]]:
+        return {"input_ids": [*range(len(self.places))], "offset_mapping": self.places}
+
+
+def test_bytes_of_tokens_that_share_a_character_or_have_none() -> None:
+    """Of the last character, in two tokens, the first has the bytes, and those of the space that was left out."""
+    shared: Any = Placed((0, 1), (1, 2), (1, 2))
+    assert encoded("a\U0001f600 ".encode(), shared).byte_counts.tolist() == [1, 5, 0]
+    without: Any = Placed((0, 2), (0, 0), (2, 3))
+    assert encoded(b"abc", without).byte_counts.tolist() == [2, 0, 1]

@@ -143,6 +143,14 @@ def test_a_mixture_of_one_is_t5_with_the_same_random_numbers() -> None:
         hidden = t5_noise(100, 0.15, 3.0, np.random.default_rng((seed, 3)))
         assert chosen == 0
         assert all(map(np.array_equal, made, corrupted(given_, hidden, TOKENS, None)))
+    # Of a longer text, where it is cut and what is hidden are drawn from streams of their own.
+    form = Denoising(64, 64, [Spans(3, 0.15)], mode_tokens=False)
+    form.prepare(256)
+    given_ = text(300)
+    for seed in range(20):
+        part = window(given_, form.longest, seed, 1)
+        hidden = t5_noise(form.longest, 0.15, 3.0, np.random.default_rng((seed, 3)))
+        assert all(map(np.array_equal, form.corrupt(given_, seed)[0], corrupted(part, hidden, TOKENS, None)))
 
 
 def test_rows_are_as_full_as_they_can_be_and_never_too_full() -> None:
@@ -160,6 +168,34 @@ def test_rows_are_as_full_as_they_can_be_and_never_too_full() -> None:
         seen[int(sample["denoiser"][0])] += 1
         assert [len(sample[name]) for name in ("inputs", "targets", "decoder_inputs")] == [96, 64, 64]
     assert chisquare([seen[place] for place in range(7)]).pvalue > 1e-3
+
+
+def test_the_length_of_a_text_by_hand() -> None:
+    assert Denoising(20, 99, [Ending()]).lengths == (18,)  # of 18, 17 seen, a sentinel, <eos> and the mode
+    assert Denoising(20, 99, [Ending()], mode_tokens=False).lengths == (19,)
+    assert Denoising(99, 10, [Ending(0.5)]).lengths == (9,)  # of 9 at most 8 hidden, a sentinel and <eos>
+    assert Denoising(99, 12, [Spans(3, 0.5)]).lengths == (17,)  # of 17, 8 hidden, 3 sentinels and <eos>
+
+
+@pytest.mark.parametrize(("length", "rate"), [(10, 0.9), (11, 0.8), (2, 0.9), (40, 0.7)])
+def test_at_a_high_rate_there_are_no_more_spans_than_seen_tokens(length: int, rate: float) -> None:
+    denoiser = Spans(1, rate)
+    hidden = denoiser.hidden(length, np.random.default_rng(0))
+    assert len(hidden) == length
+    assert hidden.sum() == min(round(length * rate), length - 1)
+    assert len(runs(hidden)) == min(hidden.sum(), length - hidden.sum())
+
+
+def test_as_many_sentinels_as_there_may_be_spans_are_enough_and_those_of_tokens_count() -> None:
+    _, _, spans = Spans(3, 0.5).most(Denoising(96, 64, [Spans(3, 0.5)]).longest)
+    modes: dict[Mode, int] = {"R": 502, "S": 503, "X": 504}
+    for sentinels, tokens in ((spans, None), (1, DenoisingTokens(500, 501, modes, 700, spans))):
+        assert Denoising(96, 64, [Spans(3, 0.5)], sentinels=sentinels, tokens=tokens).longest > spans
+    for sentinels, tokens in ((spans - 1, None), (spans, DenoisingTokens(500, 501, modes, 700, spans - 1))):
+        with pytest.raises(UserError, match=f"hides {spans} spans in the .*, {spans - 1}; set"):
+            Denoising(96, 64, [Spans(3, 0.5)], sentinels=sentinels, tokens=tokens)
+    with pytest.raises(UserError, match="must be numbers from 0 up"):
+        DenoisingTokens(500, 501, modes, 1, 3)  # 1, 0 and -1
 
 
 def test_what_is_drawn_is_a_function_of_the_seed_and_weights_say_how_often() -> None:
@@ -206,6 +242,34 @@ def test_trimmed_rows_are_as_wide_as_the_widest_on_each_side() -> None:
     assert found["decoder_inputs"].shape == found["targets"].shape == found["denoiser"].shape
 
 
+def test_trimmed_rows_keep_all_of_the_longest_text() -> None:
+    form = Denoising(70, 60, trim=True)
+    form.prepare(256)
+    given_ = batch([40, 3, 20], form)
+    found = form.joined(given_)
+    assert sorted(map(str, rows_of(found))) == sorted(map(str, rows_of(given_)))
+    assert found["inputs"].shape[1] < 70
+
+
+def test_texts_are_packed_into_whole_rows_before_these_are_trimmed() -> None:
+    form = Denoising(70, 60, pack=True, trim=True, denoisers=[Spans(3, 0.15)])
+    form.prepare(256)
+    assert len(form.joined(batch([30, 30], form))["inputs"]) == 1
+
+
+def test_a_packed_row_has_the_number_of_the_first_of_its_texts() -> None:
+    form = Denoising(70, 60)
+    form.prepare(256)
+    given_ = batch([20, 3, 40, 5, 9], form)
+    given_["index"] += 100
+    found = packed(given_)
+    assert len(found["index"]) < 5
+    for row, index in enumerate(found["index"].tolist()):
+        own = found["inputs"][row][found["input_segments"][row] == 1]
+        text_of_number = given_["inputs"][index - 100][given_["input_segments"][index - 100] == 1]
+        assert torch.equal(own, text_of_number)
+
+
 def test_rows_are_filled_by_first_fit_with_the_largest_first() -> None:
     assert placed([(3, 1), (9, 9), (4, 4), (3, 4), (1, 1)], (10, 10)) == [[1, 4], [2, 3, 0]]
     assert placed([], (4, 4)) == []
@@ -241,6 +305,13 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read() -> None
         Denoising(256, 256, sentinels=20)
     with pytest.raises(UserError, match="no room for a text of two tokens"):
         Denoising(3, 2)
+    for weights in ([float("nan")] * 7, [float("inf"), 1, 1, 1, 1, 1, 1]):
+        with pytest.raises(UserError, match="must be 7 numbers from 0 up, one above 0 and none infinite"):
+            Denoising(weights=weights, sentinels=200)
+    with pytest.raises(UserError, match="denoisers is empty"):
+        Denoising(denoisers=[])
+    with pytest.raises(UserError, match="mean=nan must be at least 1"):
+        Spans(float("nan"))
     with pytest.raises(UserError, match="must be 7 numbers from 0 up"):
         Denoising(64, 64, weights=[1.0])
     with pytest.raises(UserError, match="R3_15, R3_15 must differ"):
@@ -261,4 +332,5 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_read() -> None
 
 def test_a_continuation_is_exactly_the_last_share() -> None:
     assert np.flatnonzero(continuation(8, 0.25)).tolist() == [6, 7]
+    assert np.flatnonzero(continuation(7, 0.25)).tolist() == [5, 6]
     assert continuation(2, 0.01).tolist() == [False, True]

@@ -295,6 +295,13 @@ def test_broken_files_are_refused(content: bytes, tmp_path: Path) -> None:
         ready(OwnSequences(str(tmp_path / "own.npz")))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_sequence_of_each_class_is_too_few(rows: int, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", sequences=np.eye(3)[:rows], labels=np.arange(rows))
+    with pytest.raises(UserError, match="more than the 0 training sequences"):
+        OwnSequences(path=str(tmp_path / "few.npz")).setup()
+
+
 def test_sequences_that_are_equal_to_one_held_out_are_not_trained_on(tmp_path: Path) -> None:
     rows = np.arange(60.0).reshape(20, 3)
     rows[3], rows[5] = rows[18], rows[0]  # one of the test sequences, and one for validation

@@ -202,12 +202,17 @@ def test_samples_keep_their_numbers_and_batches_are_made_at_once() -> None:
 
 def test_classes_are_drawn_by_the_seed_and_the_same_for_each_size() -> None:
     data = prepared("digits", Path())
-    found = []
-    for size in SIZES:
-        data.trainer = trainer_with(TrainingSubset(size, 2, classes=3))
-        found.append(np.unique(data.train_dataloader().dataset.labels()).tolist())
-    assert found[0] == found[1] == found[2]
-    assert len(found[0]) == 3
+    found: dict[int, list[list[int]]] = {}
+    for seed in (2, 3):
+        for size in SIZES:
+            data.trainer = trainer_with(TrainingSubset(size, seed, classes=3))
+            label_n = data.train_dataloader().dataset.labels()
+            classes, counts = np.unique(label_n, return_counts=True)
+            assert np.ptp(counts) <= 2  # nearly equal ones in the whole, and so in each part
+            found.setdefault(seed, []).append(classes.tolist())
+        assert found[seed][0] == found[seed][1] == found[seed][2]
+        assert len(found[seed][0]) == 3
+    assert found[2] != found[3]
 
 
 def test_orders_by_class_hold_within_a_part() -> None:

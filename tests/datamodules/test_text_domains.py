@@ -75,6 +75,10 @@ def test_information_is_by_hand_the_logarithm_of_a_ratio_of_shares() -> None:
     assert "rare" not in label_information([*TEXTS, ["rare"]], [*LABELS, 1])
     twice = label_information([["a", "a"]] * 3 + [["b"]] * 3, [0, 0, 1, 1, 1, 1])
     assert twice["a"] == pytest.approx(np.log((2 / 6) / (3 / 6 * 2 / 6)))
+    # A word that one text repeats is in one text: too rare, and no more often beside that text's label.
+    assert "a" not in label_information([["a", "a", "a"], ["b"]], [0, 1])
+    often = label_information([["a", "a", "a"], ["a"], ["a"], ["b"]], [0, 1, 1, 1])
+    assert often["a"] == pytest.approx(np.log((1 / 4) / (3 / 4 * 1 / 4)))
 
 
 def test_informative_and_uninformative_words_are_equally_many_and_other_ones() -> None:
@@ -93,6 +97,9 @@ def test_informative_and_uninformative_words_are_equally_many_and_other_ones() -
     choice.learn(TEXTS, LABELS)
     assert len(choice.places(["unseen"], np.random.default_rng(0))) == 1
     assert plain_word('"Good!"') == "good"
+    assert choice.places(["the", '"Good!"', "THE", "Bad,"], np.random.default_rng(0)).tolist() == [1, 3]
+    # Rounded, and one at least.
+    assert [RandomWords(0.15).count(words) for words in (1, 2, 9, 11, 12, 20)] == [1, 1, 1, 2, 2, 3]
 
 
 def test_no_label_of_the_target_can_be_reached_while_a_network_learns(tmp_path: Path) -> None:
@@ -144,6 +151,15 @@ def test_the_source_is_divided_and_the_test_is_the_targets(tmp_path: Path) -> No
     assert torch.equal(hidden["inputs"], data.train.sample(9, 3)["inputs"])  # type: ignore[union-attr]
 
 
+def test_predictions_are_for_the_raw_texts_of_the_target_in_the_order_of_their_file(tmp_path: Path) -> None:
+    domains = files(tmp_path)
+    data = DomainPrompts(domains, TOKENIZER, val_size=2, batch_size=3)
+    batches = list(data.predict_dataloader())
+    shown = torch.stack([data.reader.shown(words)[0] for words in data.read(domains.target().texts)])
+    assert torch.equal(torch.cat([batch["inputs"] for batch in batches]), shown)
+    assert not any("label" in batch for batch in batches)
+
+
 def test_validation_has_the_shares_of_all_labels_whatever_their_order() -> None:
     data = DomainPrompts(DrawnReviews(40, 5), TOKENIZER, val_size=10, batch_size=4)  # labels take turns in these
     data.setup()
@@ -163,6 +179,9 @@ def test_the_first_stage_reads_both_domains_and_ranks_words_by_what_is_trained_o
     assert read[8:] == [f"sharp knife {n}" for n in range(8)]
     assert sorted([*read[:8], *held]) == [f"good book {n}" for n in range(10)]
     assert hide.told == [(text, int(text[-1]) % 2) for text in read[:8]]
+    loud = [{"text": f'"Good!" Book {n}', "label": n % 2} for n in range(10)]
+    DomainDenoising(files(tmp_path, source=loud), TOKENIZER, hide, val_size=2, batch_size=4).setup()
+    assert {text.rpartition(" ")[0] for text, _ in hide.told} == {"good book"}
 
 
 def test_each_epoch_puts_another_text_of_the_target_beside_one_of_the_source(tmp_path: Path) -> None:
@@ -170,6 +189,7 @@ def test_each_epoch_puts_another_text_of_the_target_beside_one_of_the_source(tmp
     data.setup()
     drawn = {tuple(data.train.sample(0, seed)["target_inputs"].tolist()) for seed in range(60)}  # type: ignore
     assert drawn == {tuple(data.reader.shown(data.reader.words(f"sharp knife {n}"))[0].tolist()) for n in range(8)}
+    assert not any(name.startswith("target_") for side in (data.bank, data.val) for name in side.sample(0, 0))
 
 
 def test_a_text_may_hold_what_ends_a_line_for_python(tmp_path: Path) -> None:

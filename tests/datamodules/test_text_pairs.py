@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from shard_files import partial_shard
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.backbones.trained_tokenizers import trained_tokenizer
+from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.text.functions import library_functions, split_names
 from lightspan.datamodules.text.pairs import LibraryPairs, Pair, Pairs, ScoredPairs, TextPairs, pair_of
-from lightspan.datamodules.text.whole_words import WholeWords, WordCutter
+from lightspan.datamodules.text.tokenized import tokenized
+from lightspan.datamodules.text.whole_words import WholeWords, WholeWordSamples, WordCutter
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
 
@@ -126,6 +129,18 @@ def test_a_query_has_its_document_first_and_then_negatives_that_its_seed_draws(t
     assert "score" not in first
 
 
+@pytest.mark.parametrize(("lines", "held"), [(2, 1), (19, 1), (40, 4)])
+def test_a_tenth_of_the_pairs_is_held_out(lines: int, held: int, tmp_path: Path) -> None:
+    data = TextPairs(write(tmp_path, [{"query": f"q {n}", "document": f"d {n}"} for n in range(lines)]), HashedWords())
+    data.setup()
+    assert (len(data.train), len(data.val)) == (lines - held, held)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "most", "held"), [(None, 1000, 1000), (None, 200, 200), (3, 2, 3)])
+def test_no_more_is_held_out_of_a_large_file_unless_it_is_asked_for(size: int | None, most: int, held: int) -> None:
+    assert held_out_size(size, 123_456, most) == held
+
+
 def test_scores_and_a_file_to_validate_on(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     lines = [pair | {"score": n / 2} for n, pair in enumerate(PAIRS)]
@@ -146,6 +161,8 @@ BAD: list[tuple[list[Any], Callable[..., Any], str]] = [
     ([{"query": "a", "document": "b"}], lambda *a: TextPairs(*a, negatives=1), "has no negatives"),
     ([PAIRS[0] | {"score": "high"}], ScoredPairs, "has no score that is a finite number"),
     ([PAIRS[0] | {"score": float("nan")}], ScoredPairs, "has no score that is a finite number"),
+    ([PAIRS[0] | {"score": 1e300}], ScoredPairs, "has no score that is a finite number of 32 bits"),
+    ([PAIRS[0] | {"score": 10**400}], ScoredPairs, "has no score that is a finite number of 32 bits"),
     ([], TextPairs, "has no pair"),
     ([PAIRS[0]], TextPairs, "ask for more than the 1 pairs"),
 ]
@@ -205,6 +222,15 @@ def test_of_a_long_text_a_part_is_read_that_its_seed_draws() -> None:
         WordCutter(HashedWords(), 2)
 
 
+def test_each_sample_of_whole_words_is_its_own_text() -> None:
+    cutter, texts = WordCutter(HashedWords(), 9), ["one two", "three", "four five six", "seven"]
+    samples = WholeWordSamples(texts, cutter)
+    for index, text in enumerate(texts):
+        sample = samples.sample(index, 0)
+        assert sample["tokens"][sample["mask"] == 1].tolist() == HashedWords()(text)["input_ids"]
+        assert sample["index"] == index
+
+
 def test_whole_words_come_from_lines_or_from_functions(tmp_path: Path) -> None:
     data = WholeWords(HashedWords(), folder=python_files(tmp_path), val_fraction=0.4, length=9)
     data.setup()
@@ -238,3 +264,28 @@ def test_shards_of_pairs_and_of_texts_give_what_files_do_and_name_what_they_cann
         stand_in = absent.stand_in()
         assert stand_in is not None
         assert len(stand_in["tokens"]) == 2
+
+
+def test_special_tokens_stand_around_a_text_as_its_tokenizer_has_them() -> None:
+    tokenizer = trained_tokenizer(["some words of a text"] * 9, 280)
+    for single, before, after in (("<start> $A <end>", [1], [2]), ("$A <end>", [], [2]), ("$A", [], [])):
+        special = [(token, number) for number, token in ((1, "<start>"), (2, "<end>")) if token in single]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+        cutter = WordCutter(tokenizer, 12)
+        assert (cutter.before, cutter.after) == (before, after)
+        row = cutter.cut(*cutter.tokens_and_words("some words"), seed=0)
+        assert row["tokens"][row["mask"] == 1].tolist() == tokenizer("some words")["input_ids"]
+
+
+def test_words_that_look_like_a_special_token_are_text() -> None:
+    for tokenizer in (trained_tokenizer(["some <pad> <mask>"] * 9, 280), HashedWords(64)):
+        special = set(tokenizer.all_special_ids)
+        tokens, words = WordCutter(tokenizer, 12).tokens_and_words("<mask> <pad>")
+        assert len(tokens)
+        assert not special & set(tokens.tolist())
+        assert (words >= 0).all()
+        row, mask = tokenized(tokenizer, ["<mask> <pad>"], 32)
+        assert special & set(row[mask == 1][1:-1].tolist()) == set()
+        assert mask.sum() > 3

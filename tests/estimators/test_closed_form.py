@@ -61,6 +61,8 @@ def test_incremental_accuracy_and_forgetting_by_hand() -> None:
     assert result.after_task() == pytest.approx([0.8, 21 / 30, 22 / 40])
     assert result.forgetting() == pytest.approx(((8 - 7) / 10 + (15 - 5) / 20) / 2)
     assert IncrementalAccuracy(((3,),), (4,)).forgetting() == 0
+    improved_first = IncrementalAccuracy(correct=((5,), (8, 10), (6, 10, 3)), rows=(10, 20, 10))
+    assert improved_first.forgetting() == pytest.approx((8 - 6) / 10 / 2)
 
 
 def test_sessions_of_the_same_classes_add_up_in_any_order() -> None:

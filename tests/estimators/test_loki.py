@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from lightspan.analysis.closed_form import NearestMean
+from lightspan.analysis.closed_form import LinearHead, NearestMean
 from lightspan.analysis.label_metrics import EmbeddingMetric, GraphMetric, MatrixMetric, ring
 from lightspan.analysis.linear_probe import fit_linear_probe
 from lightspan.analysis.loki import frechet_labels
@@ -82,29 +82,49 @@ def test_texts_of_the_observed_classes_make_the_classifier_and_those_of_all_the_
     assert fewer.squared_distance < 0.5 * fewer.squared_distance_argmax
 
 
-def test_the_chosen_temperature_is_that_of_a_loop_over_labels_left_out() -> None:
-    """With a tenth of unknown labels, and with nine of ten: each kind of row counts by its share of the labels."""
-    generator = torch.Generator().manual_seed(0)
-    for count in (7, 60):
-        at = torch.rand(count, 2, generator=generator).double() * 3
-        label = torch.arange(90) % 6
-        bank, val = (Features(at[label] + torch.randn(90, 2, generator=generator), label) for _ in range(2))
-        metric, costs = EmbeddingMetric(at), []
-        for power in range(-4, 7):
-            cost = 0.0
-            for fold in range(5):
-                kept = [c for c in range(6) if c % 5 != fold]
-                part = bank.of_classes(kept)
-                places = torch.searchsorted(torch.tensor(kept), part.classes())
-                weight, bias = fit_linear_probe(part.rows(), places, 1.0)
-                p = ((val.rows().double() @ weight + bias) / 2.0**power).softmax(dim=1)
-                found, seen = frechet_labels(p, torch.tensor(kept), metric), torch.isin(label, torch.tensor(kept))
-                squared = metric.squared_pairs(found, label)
-                cost += float(squared[seen].mean() * 6 / count + squared[~seen].mean() * (1 - 6 / count))
-            costs.append(cost)
-        chosen = Loki(temperature=None).fit(bank, val, metric, val=val).temperature
-        assert costs[int(math.log2(chosen)) + 4] == pytest.approx(min(costs))
-        assert max(costs) > min(costs)
+@pytest.mark.parametrize("count", [7, 60])
+def test_the_chosen_temperature_is_that_of_a_loop_over_labels_left_out(count: int) -> None:
+    """With a seventh of unknown labels, and with nine of ten: each kind of row counts by its share of the labels."""
+    generator = torch.Generator().manual_seed(7)
+    at = torch.rand(count, 2, generator=generator).double() * 3
+    label = torch.arange(90) % 6
+    bank, val = (Features(at[label] + 0.3 * torch.randn(90, 2, generator=generator), label) for _ in range(2))
+    metric, costs_T2 = EmbeddingMetric(at), []
+    for power in range(-4, 7):
+        cost_2 = torch.zeros(2)
+        for fold in range(5):
+            kept = [c for c in range(6) if c % 5 != fold]
+            part = bank.of_classes(kept)
+            places = torch.searchsorted(torch.tensor(kept), part.classes())
+            weight, bias = fit_linear_probe(part.rows(), places, 1.0)
+            p = ((val.rows().double() @ weight + bias) / 2.0**power).softmax(dim=1)
+            found, seen = frechet_labels(p, torch.tensor(kept), metric), torch.isin(label, torch.tensor(kept))
+            squared = metric.squared_pairs(found, label)
+            cost_2 += torch.stack([squared[seen].mean(), squared[~seen].mean()])
+        costs_T2.append(cost_2)
+    share = 6 / count
+
+    def chosen(seen: float, unseen: float) -> float:
+        return 2.0 ** (int((torch.stack(costs_T2) @ torch.tensor([seen, unseen])).argmin()) - 4)
+
+    assert Loki(temperature=None).fit(bank, val, metric, val=val).temperature == chosen(share, 1 - share)
+    others = (1 - share, share), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)
+    assert count == 60 or all(chosen(*other) != chosen(share, 1 - share) for other in others)
+
+
+def test_without_val_a_fifth_of_the_bank_judges_classifiers_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of five labels is left out once, so that a row of the other four fifths is learned four times."""
+    rows: list[int] = []
+    head = Loki._head
+
+    def counted(self: Loki, bank: Features) -> LinearHead:
+        rows.append(len(bank))
+        return head(self, bank)
+
+    monkeypatch.setattr(Loki, "_head", counted)
+    bank = on_a_circle(0).of_classes([0, 4, 8, 12, 16])
+    Loki(temperature=None).fit(bank, on_a_circle(1), ring(LABELS))
+    assert (rows[0], sum(rows[1:])) == (50, 4 * 40)
 
 
 def test_one_class_and_equal_features_in_half_precision_are_ordinary() -> None:
@@ -126,6 +146,43 @@ def test_labels_that_do_not_fit_the_metric_are_refused() -> None:
         Loki(observed=[0, 99, 3]).fit(on_a_circle(0).of_classes([0, 1]), on_a_circle(1), ring(LABELS))
     with pytest.raises(UserError, match="no row in its query"):
         Loki().fit(on_a_circle(0), on_a_circle(1).of_classes([]), ring(LABELS))
+
+
+def test_the_scale_of_a_rules_scores_is_an_inverse_temperature() -> None:
+    bank, query = on_a_circle(0).of_classes(OBSERVED), on_a_circle(1)
+    rule = NearestMean(cosine=True)
+    one = Loki(rule, scale=100.0, temperature=20.0).fit(bank, query, ring(LABELS))
+    assert torch.equal(
+        Loki(rule, scale=5.0).fit(bank, query, ring(LABELS)).tensors["prediction"], one.tensors["prediction"]
+    )
+    assert not torch.equal(Loki(rule).fit(bank, query, ring(LABELS)).tensors["prediction"], one.tensors["prediction"])
+
+
+def test_nodes_that_are_no_labels_are_drawn_as_such() -> None:
+    tree = GraphMetric(
+        [("a", "up"), ("b", "up"), ("up", "top"), ("c", "top")], labels=["a", "b", "c"], only_labels=True
+    )
+    label = torch.arange(9) % 3
+    given = Features(torch.nn.functional.one_hot(label).float(), label)
+    found = Loki().fit(given.of_classes([0, 1]), given, tree)
+    kinds = {place["name"]: place["kind"] for place in found.places}
+    assert (kinds["a"], kinds["b"], kinds["up"], kinds["top"]) == ("observed", "observed", "no label", "no label")
+    assert kinds["c"] == "not reachable"
+
+
+def test_the_table_says_what_most_rows_of_each_unseen_label_get() -> None:
+    query = on_a_circle(1, noise=0.4)
+    found = Loki(temperature=2.0).fit(on_a_circle(0).of_classes(OBSERVED), query, ring(LABELS))
+    got = {
+        label: found.tensors["prediction"][query.classes() == label].bincount(minlength=LABELS) for label in range(24)
+    }
+    table = found.table()
+    assert sorted(int(row["label"]) for row in table) == [label for label in range(24) if label not in OBSERVED]
+    for row in table:
+        count_N = got[int(row["label"])]
+        assert row["share"] == count_N.max() / 10
+        assert count_N[int(row["predicted"])] == count_N.max()
+    assert any(row["share"] < 0.5 for row in table)
 
 
 def test_names_in_the_picture_stay_inside_and_do_not_overlap() -> None:

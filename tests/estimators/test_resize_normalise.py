@@ -40,6 +40,8 @@ from lightspan.features.preprocessing import (
     Standardised,
     Window,
     preprocessing_of,
+    require_stated,
+    stated,
 )
 from lightspan.features.preprocessing_grid import Grid, PreprocessingGrid
 from lightspan.features.store import FeatureStore
@@ -231,6 +233,15 @@ def test_neighbours_are_scikit_learns(k: int) -> None:
     assert euclidean_knn_scores(*scaled, k)["accuracy"] == pytest.approx(expected)  # type: ignore[arg-type]
 
 
+def test_a_constant_feature_is_not_divided_by_its_rounding() -> None:
+    rounded = []
+    for count in range(3, 12):
+        bank, label = torch.full((count, 1), 0.1, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+        rounded.append(float(bank.std(0, correction=0)))
+        assert float(standardised(bank, bank + 0.1, label, label)[2].max()) == pytest.approx(0.1)
+    assert max(rounded) > 0
+
+
 def test_neighbours_of_tags_are_scikit_learns() -> None:
     generator = np.random.default_rng(0)
     bank, query = generator.normal(size=(50, 4)), generator.normal(size=(30, 4))
@@ -272,6 +283,15 @@ def test_scores_and_picture_of_a_grid_with_all_baselines(tmp_path: Path) -> None
         fitted = KNeighborsClassifier(3, algorithm="brute").fit(rows[0], cell.bank.label_N)
         assert row["knn"] == pytest.approx(fitted.score(rows[1], cell.query.label_N))
         assert {"knn", "knn_scaled", "linear"} <= row.keys()
+        assert cell.query.label_N is not None
+        x, known, y, asked = standardised(
+            cell.bank.x.double(), cell.query.x.double(), cell.bank.label_N, cell.query.label_N
+        )
+        assert row["knn_scaled"] == pytest.approx(
+            KNeighborsClassifier(3, algorithm="brute").fit(x, known).score(y, asked)
+        )
+    with pytest.raises(UserError, match="no patches of 5 bands"):  # the network that was given has learned nothing
+        encoders["patches"](SCENES)
     assert len(scores.figures()) == len(scores.table()) == 16
     picture = scores.picture("a title")
     assert picture is not None
@@ -325,6 +345,47 @@ def test_features_that_state_nothing_or_something_else_are_refused_by_name(tmp_p
             ResizeNormalise().fit(Grid((replace(cell, query=other),)))
     with pytest.raises(UserError, match="the grid has no cell"):
         ResizeNormalise().fit(Grid(()))
+
+
+def test_transforms_state_something_if_exactly_one_of_them_does() -> None:
+    """Of two, nobody knows which the images went through last."""
+    one, other = (Preprocess(Divided().affine(numpys()), "divided", size) for size in (8, 9))
+    assert stated([nn.Identity(), one]) == one.statement() != other.statement()
+    assert stated([]) is stated([nn.Identity()]) is stated([one, other]) is None
+    with pytest.raises(UserError, match="the bank has features of unstated preprocessing"):
+        require_stated("the bank", Features(torch.ones(2, 2)), None)
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        {"size": 8, "bands": None, "normalisation": {"name": "x", "shift": "abc", "scale": [1.0]}},
+        {"size": 8, "bands": None, "normalisation": {"name": "x", "shift": [None], "scale": [1.0]}},
+        {"size": 8, "bands": 3, "normalisation": {"name": "x", "shift": [0.0], "scale": [1.0]}},
+        {"size": 8, "bands": None, "normalisation": "imagenet"},
+        {"mean": 0.5},
+    ],
+)
+def test_what_another_program_states_in_its_own_way_is_refused_in_its_words(stranger: Any, tmp_path: Path) -> None:
+    cell = grid(tmp_path).cells[0]
+    other = replace(cell.query, key=json.dumps({"preprocessing": stranger}))
+    with pytest.raises(UserError, match=r"the query of statistics has features of .*, where all bands") as error:
+        ResizeNormalise().fit(Grid((replace(cell, query=other),)))
+    assert json.dumps(stranger) in str(error.value)
+
+
+def test_data_without_a_bank_or_images_are_refused(tmp_path: Path) -> None:
+    class Bare(LightningDataModule):
+        pass
+
+    class Sounds(Scenes):
+        def loader(self, *settings: Any) -> DataLoader:
+            return DataLoader([{"sound": torch.ones(2, 3), "index": torch.arange(2)}], batch_size=None)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"Bare has no bank_dataloader\(\)"):
+        grid(tmp_path, data=Bare())
+    with pytest.raises(UserError, match=r"PreprocessingGrid has no image: it contains \['index', 'sound'\]"):
+        grid(tmp_path, data=Sounds())
 
 
 def test_a_file_states_its_preprocessing_in_its_metadata(tmp_path: Path) -> None:
@@ -381,6 +442,7 @@ def test_two_ranks_take_the_statistics_of_all_images() -> None:
     ("make", "said"),
     [
         (lambda: Divided(0.0), "Divided by=0.0 must be finite and not 0"),
+        (lambda: Given([np.nan], [1.0]).affine(numpys()), r"Given mean=\[nan\] must be finite for each band"),
         (lambda: Given([0.0], [0.0]), r"Given std=\[0.0\] must be above 0"),
         (lambda: Given([0.0], []), r"Given std=\[\] must be above 0"),
         (lambda: Given([0.0, 1.0], [1.0]).affine(BandStatistics.of([SCENES])), "Given mean has 2 numbers, but 5 bands"),

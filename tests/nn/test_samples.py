@@ -18,6 +18,7 @@ IMAGE, WORDS = torch.zeros(2, 1, 4, 4), torch.ones(2, 3, dtype=torch.int64)
 def test_the_samples_of_a_batch_are_those_that_a_network_reads() -> None:
     assert [samples_in({"views": [IMAGE]}), samples_in({"tokens": WORDS[:1]}), samples_in({"x": IMAGE})] == [2, 1, None]
     assert samples_in({"views": []}) is None
+    assert samples_in({"views": torch.stack([IMAGE] * 3)}) == 2  # views of one size may come as one tensor
 
 
 @pytest.mark.parametrize(

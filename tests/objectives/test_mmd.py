@@ -104,3 +104,31 @@ def test_widths_that_cannot_be_are_refused() -> None:
     for widths in ((), (1.0, 0.0)):
         with pytest.raises(UserError, match="must name at least one, all above 0"):
             mmd(X, Y, widths)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_are_all_alike_are_not_apart_and_are_not_moved(seed: int, unbiased: bool) -> None:
+    """Features that have collapsed: what rounding leaves of their distances is no direction."""
+    row = torch.randn(30 + 17 * seed, generator=torch.Generator().manual_seed(seed))
+    x, y = row.expand(2 + 3 * seed, -1).clone().requires_grad_(), row.expand(19, -1)
+    found = mmd(x, y, unbiased=unbiased)
+    found.backward()
+    assert found == 0
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+def test_a_single_row_is_enough_for_the_biased_one() -> None:
+    assert float(mmd(X[:1], Y, unbiased=False)) == pytest.approx(by_loops(X[:1], Y, False), abs=1e-12)
+    assert mmd(X[:0], Y, unbiased=False) == 0
+
+
+def test_half_precision_is_widened_also_under_autocast() -> None:
+    x, y = X.bfloat16(), Y.bfloat16()
+    expected = mmd(x.float(), y.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mmd(x, y)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(mmd(x, y), expected)

@@ -45,7 +45,19 @@ def test_by_hand_and_at_the_ends() -> None:
     assert leading_singular_share(z, 2).item() == pytest.approx(0.35)
     assert leading_singular_share(z, 9).item() == pytest.approx(0.25)  # the mean of all
     assert leading_singular_share(torch.ones(7, 3), 1).item() == pytest.approx(1)
+    small = torch.diag(torch.tensor([1.0, 1e-6], dtype=torch.float64))  # a value of its own, and no rounding
+    assert leading_singular_share(small, 1).item() == pytest.approx(1 / (1 + 1e-6), rel=1e-9)
     line = rows(40, 1, torch.float32) @ rows(1, 30, torch.float32)  # whose other values are rounding errors
     assert leading_singular_share(line, 1).item() == pytest.approx(1, abs=1e-6)
     for nothing in (torch.zeros(7, 3), torch.zeros(0, 3)):
         assert leading_singular_share(nothing).item() == 0
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_rows_that_are_not_finite_give_nan_as_an_overflow_of_half_precision_does(
+    wrong: float, shape: tuple[int, int]
+) -> None:
+    z = rows(*shape, torch.float32)
+    z[1, 2] = wrong
+    assert leading_singular_share(z.requires_grad_()).isnan()

@@ -34,6 +34,14 @@ def test_cosent_is_what_two_loops_give() -> None:
     assert float(cosent_loss(QUERY, DOCUMENT, SCORE * 0)) == 0
 
 
+def test_a_pair_whose_score_is_no_number_orders_nothing_in_cosent() -> None:
+    query, document = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    score = torch.tensor([1.0, torch.nan, 3.0, 2.0, torch.nan])
+    known = score.isfinite()
+    found, expected = cosent_loss(query, document, score), cosent_loss(query[known], document[known], score[known])
+    torch.testing.assert_close(found, expected)
+
+
 def test_cosent_is_small_where_pairs_that_are_more_alike_have_the_larger_cosine() -> None:
     angle = torch.tensor([1.5, 1.0, 0.5])
     query = torch.tensor([[1.0, 0.0]]).expand(3, 2)

@@ -31,7 +31,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.nested_sizes import NestedSize, NestedSizes, Pooling, pooled_layers, require_positions
-from lightspan.nn.sequences.texts import pairs_of, scores_of
+from lightspan.nn.sequences.texts import pairs_of, scores_of, texts_of
 from lightspan.objectives.info_nce import unit
 from lightspan.objectives.text_pairs import (
     coordinate_divergence,
@@ -160,11 +160,12 @@ class Starbucks(Method):
             raise UserError(f"Starbucks chunk={chunk} and recall_at={[*recall_at]} must be at least 1")
         self.backbone, self.sizes, self.loss, self.pooling = backbone, sizes, loss, pooling
         self.chunk, self.recall_at = chunk, recall_at
+        self.num_tokens = getattr(backbone.config, "vocab_size", None)
         self._judged: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def features(self, batch: TokenPairBatch) -> Tensor:
         """Of the queries at the whole size, [B D]."""
-        return self._rows([self.sizes.full.layer], batch["tokens"], batch["mask"])[:, 0]
+        return self._rows([self.sizes.full.layer], *texts_of(batch, "Starbucks"))[:, 0]
 
     def embedded(self, sizes: Sequence[NestedSize], batch: TokenPairBatch) -> dict[NestedSize, tuple[Tensor, Tensor]]:
         """(queries [B d], documents [B P d]) at each of the sizes, from one forward pass each."""
@@ -201,7 +202,7 @@ class Starbucks(Method):
     def validation_step(self, batch: TokenPairBatch | ScoredPairBatch, batch_idx: int) -> None:
         rows = self.embedded(self.sizes.listed, batch)
         query, document = (torch.cat([rows[size][side] for size in self.sizes.listed], dim=-1) for side in (0, 1))
-        self._judged.append((query, document, batch.get("score")))  # type: ignore[arg-type]
+        self._judged.append((query, document, scores_of(batch, "Starbucks") if "score" in batch else None))
 
     def on_validation_epoch_end(self) -> None:
         if not self._judged:

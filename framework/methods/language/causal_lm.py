@@ -33,7 +33,7 @@ class CausalLM(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        self.backbone = backbone
+        self.backbone, self.num_tokens = backbone, getattr(backbone.config, "vocab_size", None)
         self.bits_per_nat_and_byte = 1 / (math.log(2) * bytes_per_token)
 
     def loss(self, batch: TextBatch) -> Tensor:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.backbones.denoisers import DenoisingNetwork, require_room
+from lightspan.backbones.denoisers import DenoisingNetwork, require_denoiser, require_room
 from lightspan.datamodules.batches import PromptBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
@@ -58,20 +58,17 @@ class PromptedClassifier(Method):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: DenoisingNetwork,
         num_classes: int = 2,
         alignment: Discrepancy | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if not isinstance(backbone, DenoisingNetwork):
-            raise UserError(
-                "PromptedClassifier needs a network of lightspan.backbones.denoisers, such as EncoderDecoder, not "
-                f"{type(backbone).__name__}"
-            )
+        require_denoiser(backbone, "PromptedClassifier")
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
         self.backbone, self.num_classes, self.alignment = backbone, num_classes, alignment
+        self.num_tokens = backbone.num_tokens
 
     def setup(self, stage: str) -> None:
         """Raises: UserError for data whose tokens or prompts the backbone has no room for."""
@@ -107,7 +104,7 @@ class PromptedClassifier(Method):
     def nats(self, prompts: dict[str, Tensor], choice_BU: Tensor, read_BU: Tensor, said_BU: Tensor) -> Tensor:
         """Cross-entropy of each token of a choice, [B U], in float32 or wider."""
         logits_BUV = self.backbone(prompts["inputs"], prompts["input_segments"], read_BU, said_BU)
-        return F.cross_entropy(wide(logits_BUV).transpose(1, 2), choice_BU, reduction="none")
+        return F.cross_entropy(wide(logits_BUV).transpose(1, 2), choice_BU.long(), reduction="none")
 
     def scores(self, batch: PromptBatch) -> Tensor:
         """Log-likelihood in nats of the words of each label, [B K]."""
@@ -130,7 +127,7 @@ class PromptedClassifier(Method):
 
     def labels(self, batch: PromptBatch) -> Tensor:
         """int64 [B]."""
-        return labels_of(batch, "PromptedClassifier", len(batch["inputs"]))
+        return labels_of(batch, "PromptedClassifier", len(batch["inputs"])).long()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """`scores`, [B K]."""

@@ -14,7 +14,7 @@ from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
-from lightspan.nn.sequences.texts import tokens_of
+from lightspan.nn.sequences.texts import require_encoder, texts_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
@@ -36,14 +36,16 @@ class TextClassifier(Method):
         super().__init__(**optimization)
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
+        require_encoder(backbone, "TextClassifier")
         self.backbone, self.num_classes = backbone, num_classes
+        self.num_tokens = getattr(backbone.config, "vocab_size", None)
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)
 
     def features(self, batch: LabelledTextBatch) -> Tensor:
         """Mean of the last states over the mask, [B D]."""
-        tokens_BT = tokens_of(batch, "TextClassifier")
-        longest = int(batch["mask"].sum(dim=1).max())  # columns that are padding in every row only cost time
-        tokens_BT, mask_BT = tokens_BT[:, :longest], batch["mask"][:, :longest]
+        tokens_BT, mask_BT = texts_of(batch, "TextClassifier")
+        longest = max(1, int(mask_BT.sum(dim=1).max()))  # columns that are padding in every row only cost time
+        tokens_BT, mask_BT = tokens_BT[:, :longest], mask_BT[:, :longest]
         states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
 

@@ -12,6 +12,7 @@ Not here: codes of year, day and place, which later versions add.
 Shapes: B series, C bands, T dates, h w sides, K seen and M hidden patches, d = t p q C numbers of a patch.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightspan.analysis.gap_filling import between_dates
 from lightspan.backbones.placed_vit import SeriesViT
 from lightspan.datamodules.batches import MultispectralSeriesBatch
+from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
@@ -30,6 +32,7 @@ from lightspan.nn.sequences.token_backbone import settle_patch_decoder
 from lightspan.nn.valid_pixels import valid_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.masked import seen_patch_regression
+from lightspan.objectives.means import squared_error_at
 
 
 class Prithvi(Method):
@@ -103,16 +106,39 @@ class Prithvi(Method):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """With `clear` in the batch, logs val/gap_mse, val/gap_mse_interpolated and val/gap_mse_mean: mean squared
-        errors over what is not valid.
+        errors over all that is not valid.
+
+        Raises: UserError for `clear` of another shape than the series, and for days that are not [B T] in their order.
         """
         if "clear" not in batch:
             return
-        image, valid = batch["image"], batch["valid"] > 0
-        fillings = {"": self.fill(batch), "_interpolated": between_dates(image, valid, batch["day"]), "_mean": image}
-        gaps = (~valid).sum()
-        errors = {f"val/gap_mse{name}": _error(of, batch["clear"], valid) for name, of in fillings.items()}
-        self.log_dict(errors, batch_size=max(int(gaps), 1), sync_dist=True)
+        image_BCThw = image_of(batch, "Prithvi")
+        gaps_BCThw, clear_BCThw = ~valid_of(batch, image_BCThw, "Prithvi"), batch["clear"]
+        if clear_BCThw.shape != image_BCThw.shape:
+            raise UserError(
+                f"Prithvi compares with clear, the truth under clouds, which is {[*clear_BCThw.shape]} in this batch "
+                f"with image {[*image_BCThw.shape]}; let the dataset give both in one shape, or no clear"
+            )
+        fillings = {
+            "": self.fill(batch),
+            "_interpolated": between_dates(image_BCThw, ~gaps_BCThw, days_of(batch, image_BCThw)),
+            "_mean": image_BCThw,
+        }
+        errors = {
+            f"val/gap_mse{name}": squared_error_at(filled_BCThw, clear_BCThw, gaps_BCThw)
+            for name, filled_BCThw in fillings.items()
+        }
+        # A batch weighs as much as it has gaps, and one without none.
+        self.log_dict(errors, batch_size=int(gaps_BCThw.sum()), sync_dist=True)
 
 
-def _error(filled: Tensor, clear: Tensor, valid: Tensor) -> Tensor:
-    return (filled - clear).where(~valid, 0).square().sum() / (~valid).sum().clamp_min(1)
+def days_of(batch: Mapping[str, Any], image_BCThw: Tensor) -> Tensor:
+    """`day` of a batch, [B T]. Raises: UserError for one that is absent, of another shape or not in order."""
+    day_BT, dates = batch.get("day"), (len(image_BCThw), image_BCThw.shape[2])
+    if not isinstance(day_BT, Tensor) or day_BT.shape != dates or bool((day_BT.diff(dim=1) < 0).any()):
+        found = day_BT.tolist() if isinstance(day_BT, Tensor) else day_BT
+        raise UserError(
+            f"Prithvi interpolates between dates by day, numbers {[*dates]} that rise along a series, and this batch "
+            f"has {found}; let the dataset give the dates in their order, with their days, or no clear"
+        )
+    return day_BT

@@ -38,7 +38,7 @@ from lightspan.nn.valid_pixels import area_reduced, valid_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import seen_absolute_error, seen_group_regression
-from lightspan.objectives.means import weighted_sum
+from lightspan.objectives.means import squared_error_at, weighted_sum
 from lightspan.ranges import require_weights
 
 
@@ -88,6 +88,7 @@ class SatMAEpp(Method):
     def scales(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
         """Pictures of a batch and which of their pixels are valid, from the encoder's scale to the batch's own."""
         image_BChw = image_of(batch, "SatMAEpp")
+        self.backbone.grid(image_BChw)  # which refuses what cannot be reduced, such as a series
         valid_BChw = valid_of(batch, image_BChw, "SatMAEpp")
         return [area_reduced(image_BChw, valid_BChw, 2**step) for step in range(self.steps, -1, -1)]
 
@@ -167,7 +168,6 @@ class SatMAEpp(Method):
             "grown": self.grown(image_BChw)[-1],
             "bilinear": F.interpolate(image_BChw, finest.shape[2:], mode="bilinear"),
         }
-        count = valid.sum().clamp_min(1)
-        errors = {name: (guess - finest).where(valid, 0).square().sum() / count for name, guess in made.items()}
-        figures = {f"val/{name}_mse": error for name, error in errors.items()}
-        self.log_dict(figures, batch_size=int(count), sync_dist=True)
+        figures = {f"val/{name}_mse": squared_error_at(guess, finest, valid) for name, guess in made.items()}
+        # A batch weighs as much as it has valid pixels, and one without none.
+        self.log_dict(figures, batch_size=int(valid.sum()), sync_dist=True)

@@ -28,7 +28,7 @@ from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSizes, require_positions, states_of
-from lightspan.nn.sequences.texts import tokens_of, words_of
+from lightspan.nn.sequences.texts import texts_of, tokens_of, words_of
 
 
 class MaskedTexts(NamedTuple):
@@ -69,6 +69,7 @@ class SMAE(Method):
         if not 0 <= mask_token < config.vocab_size:
             raise UserError(f"SMAE mask_token={mask_token} must lie in [0, {config.vocab_size}), the encoder's words")
         self.backbone, self.mask_token, self.masks = backbone, mask_token, masks or NestedWordMasks()
+        self.num_tokens = config.vocab_size
         self.sizes: NestedSizes = sizes
         self.head = NestedLMHead(config.hidden_size, config.vocab_size, config.layer_norm_eps)
         self.decoder = copy.deepcopy(backbone.encoder.layer[0])
@@ -80,9 +81,9 @@ class SMAE(Method):
 
     def features(self, batch: WholeWordBatch) -> Tensor:
         """Mean of the last states over the mask, [B D], nothing hidden."""
-        tokens_BT = tokens_of(batch, "SMAE")
-        states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=batch["mask"]).last_hidden_state
-        return masked_mean(states_BTD, batch["mask"])
+        tokens_BT, mask_BT = texts_of(batch, "SMAE")
+        states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return masked_mean(states_BTD, mask_BT)
 
     @torch.compiler.disable  # words are drawn on the host
     def masked(self, batch: WholeWordBatch) -> tuple[MaskedTexts, MaskedTexts]:
@@ -102,12 +103,12 @@ class SMAE(Method):
     def losses(self, batch: WholeWordBatch) -> tuple[Tensor, Tensor]:
         """Of encoder and decoder at each size, [S]: means over the masked tokens of all ranks; 0 without any."""
         seen, guessed = self.masked(batch)
-        mask_BT, label = batch["mask"], batch["tokens"].flatten()
+        mask_BT, label = batch["mask"], batch["tokens"].flatten().long()
         require_positions(self.backbone, seen.tokens_BT, "SMAE")
         sizes = self.sizes.listed
         states = states_of(self.backbone, seen.tokens_BT, mask_BT, [size.layer for size in sizes])
         embedded_BTD = self.backbone.embeddings(input_ids=guessed.tokens_BT)
-        open_B11T = (1 - mask_BT[:, None, None].to(embedded_BTD.dtype)) * torch.finfo(embedded_BTD.dtype).min
+        open_B11T = (mask_BT[:, None, None] == 0).to(embedded_BTD.dtype) * torch.finfo(embedded_BTD.dtype).min
         sums: list[Tensor] = []
         for size, states_BTD in zip(sizes, states, strict=True):
             small_BTd = states_BTD[..., : size.width]

@@ -102,10 +102,12 @@ class LevelGuess(StepGuess):
 
     def loss(self, guess_BLO: Tensor, x: Tensor, counted_BL: Tensor) -> Tensor:
         share_BLC = (x.float() - self.least) / (self.greatest - self.least)
-        level_BLC = (share_BLC * (self.count - 1)).round().clamp(0, self.count - 1).long()
+        level_BLC = (share_BLC * (self.count - 1)).round().nan_to_num().clamp(0, self.count - 1).long()
         logits_RK = guess_BLO.unflatten(2, (x.shape[2], self.count)).flatten(0, 2)
         counted_BLC = counted_BL[:, :, None].expand_as(level_BLC)
-        return known_cross_entropy(logits_RK, level_BLC.flatten(), counted_BLC.flatten())
+        loss = known_cross_entropy(logits_RK, level_BLC.flatten(), counted_BLC.flatten())
+        # NaN has no level: it is no class that torch could refuse, and its loss is no number either.
+        return loss.masked_fill((share_BLC.isnan() & counted_BLC).any(), torch.nan)
 
 
 class Denoised(NamedTuple):
@@ -196,6 +198,7 @@ class SPT(Method):
                 f"{'symbols' if symbols else 'values'}; take {'SymbolGuess' if symbols else 'ValueGuess or LevelGuess'}"
             )
         self.backbone, self.pretext, self.guess = backbone, pretext or MaskedSteps(), guess
+        self.num_tokens = backbone.vocab_size  # type: ignore[assignment]
         self.pretext.fit_to(backbone)
         self.denoising_head = nn.Linear(backbone.num_features, guess.outputs(backbone))  # type: ignore[arg-type]
 

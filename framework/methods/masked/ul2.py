@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightspan.analysis.bits_per_byte import BitsPerByte
-from lightspan.backbones.denoisers import DenoisingNetwork, require_room
+from lightspan.backbones.denoisers import DenoisingNetwork, require_denoiser, require_room
 from lightspan.datamodules.batches import DenoisingBatch
 from lightspan.devices import wide
 from lightspan.method import Method
@@ -33,11 +33,13 @@ class UL2(Method):
     Args:
         backbone: an encoder with a decoder, or a decoder alone; see `lightspan.backbones.denoisers`.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
+    Raises: UserError for another network.
     """
 
     def __init__(self, backbone: DenoisingNetwork, **optimization: Any) -> None:
         super().__init__(**optimization)
-        self.backbone = backbone
+        require_denoiser(backbone, "UL2")
+        self.backbone, self.num_tokens = backbone, backbone.num_tokens
         self._measure(())
 
     def setup(self, stage: str) -> None:
@@ -59,7 +61,7 @@ class UL2(Method):
         logits_BUV = self.backbone(
             batch["inputs"], batch["input_segments"], batch["decoder_inputs"], batch["target_segments"]
         )
-        nats_BU = F.cross_entropy(wide(logits_BUV).transpose(1, 2), batch["targets"], reduction="none")
+        nats_BU = F.cross_entropy(wide(logits_BUV).transpose(1, 2), batch["targets"].long(), reduction="none")
         return nats_BU, batch["target_segments"] > 0
 
     def features(self, batch: DenoisingBatch) -> Tensor:
@@ -74,6 +76,7 @@ class UL2(Method):
         return loss
 
     def validation_step(self, batch: DenoisingBatch, batch_idx: int) -> None:
+        require_denoising(batch, type(self).__name__, measured=True)
         nats_BU, known_BU = self.nats(batch)
         metrics: Any = zip(self.nats_per_token, self.bits_per_byte, strict=True)
         for place, (nats_per_token, bits_per_byte) in enumerate(metrics):

@@ -44,6 +44,7 @@ class SequenceClassifier(Method):
         if (outputs := getattr(head, "out_features", num_classes)) != num_classes:
             raise UserError(f"{type(head).__name__} tells {outputs} classes apart, but num_classes={num_classes}")
         self.backbone, self.num_classes, self.head = backbone, num_classes, head
+        self.num_tokens = backbone.vocab_size  # type: ignore[assignment]
 
     def features(self, batch: SequenceBatch | LabelledTextBatch) -> Tensor:
         """Mean of the last states over a sequence's own steps, [B D]."""

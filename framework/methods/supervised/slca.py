@@ -224,9 +224,16 @@ class SLCA(Method):
 
     @torch.no_grad()
     def align(self, task: int) -> None:
-        """Trains the copy of the head on samples of all classes so far: the same on every rank, of the same state."""
+        """Trains the copy of the head on samples of all classes so far: the same on every rank, of the same state.
+
+        Raises: UserError for a head that has diverged.
+        """
         head = self.head.weight, self.head.bias
         seen_C, weight, bias = self.alignment.rows(*head, self.gaussians, self.task_C, task)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise UserError(
+                f"SLCA's alignment after task {task} has diverged with align_lr={self.alignment.lr}; lower it"
+            )
         # Replicas compute the same, but another processor may round the last bit differently.
         self.aligned_weight[seen_C] = agreed(weight).to(self.aligned_weight)
         self.aligned_bias[seen_C] = agreed(bias).to(self.aligned_bias)

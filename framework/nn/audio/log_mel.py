@@ -77,8 +77,13 @@ class LogMel(nn.Module):
                 f"LogMel mels={mels}: {empty} bands lie between two frequencies of a window of "
                 f"window_ms={window_ms:g}, which are {rate / self.window:g} Hz apart; lower mels or lengthen the window"
             )
-        register_replicated(self, "filters_KF", torch.from_numpy(filters_KF).float(), persistent=False)
-        register_replicated(self, "window_W", torch.hann_window(self.window), persistent=False)
+        # As the bits of their numbers: a module that is cast to a half type would round these too.
+        constants = {
+            "filters_KF": torch.from_numpy(filters_KF).float(),
+            "window_W": torch.hann_window(self.window, dtype=torch.float32),
+        }
+        for name, constant in constants.items():
+            register_replicated(self, name, constant.view(torch.int32), persistent=False)
 
     def count(self, length_B: Tensor) -> Tensor:
         """Valid frames of recordings of so many samples, at least 1."""
@@ -93,8 +98,9 @@ class LogMel(nn.Module):
             missing = self.window - wave_BS.shape[1]
             if missing > 0:
                 wave_BS = nn.functional.pad(wave_BS, (0, missing))
-            frames_BTW = wave_BS.unfold(1, self.window, self.hop) * self.window_W.to(wave_BS)
-            x_BTF = (energies(frames_BTW) @ self.filters_KF.to(wave_BS) + FLOOR).log()
+            filters_KF, window_W = (bits.view(torch.float32).to(wave_BS) for bits in (self.filters_KF, self.window_W))
+            frames_BTW = wave_BS.unfold(1, self.window, self.hop) * window_W
+            x_BTF = (energies(frames_BTW) @ filters_KF + FLOOR).log()
             valid_BT = torch.arange(x_BTF.shape[1], device=wave_BS.device) < self.count(length_B)[:, None]
             if self.normalise:
                 x_BTF = normalised(x_BTF, valid_BT)

@@ -4,6 +4,9 @@ Source: arXiv 2307.12226; `lightspan.analysis.loki` says more, and never holds a
 Shapes: K observed labels, N labels.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +32,23 @@ class LokiHead(nn.Module):
 
     def __init__(self, squared_KN: Tensor, temperature: float = 1.0) -> None:
         super().__init__()
+        squared_KN = squared_KN.float()  # which has no number for the squares of distances above 1e19
         if squared_KN.ndim != 2 or not squared_KN.numel() or not (squared_KN.isfinite() & (squared_KN >= 0)).all():
             raise UserError(
                 f"LokiHead squared_KN {list(squared_KN.shape)} must be finite squares of distances [K, N], of at least "
                 "one label"
             )
         require_temperatures(temperature=temperature)
-        register_replicated(self, "squared_KN", squared_KN.float())
+        register_replicated(self, "squared_KN", squared_KN)
         self.temperature = temperature
         self.in_features, self.out_features = squared_KN.shape
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        squared_KN = self.squared_KN
+        super()._apply(fn, recurse)
+        if self.squared_KN.dtype != squared_KN.dtype:  # half precision has one number for several labels' distances
+            self.squared_KN = squared_KN.to(self.squared_KN.device)
+        return self
 
     def forward(self, logits_K: Tensor) -> Tensor:
         with torch.autocast(logits_K.device.type, enabled=False):

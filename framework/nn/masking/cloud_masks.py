@@ -12,6 +12,7 @@ import numpy as np
 
 from lightspan.errors import UserError
 from lightspan.nn.masking.mask_samplers import MaskSampler
+from lightspan.noise import interpolation
 
 COARSE = 4
 """Sides of the noise of which drawn clouds are made."""
@@ -65,7 +66,7 @@ class CloudMasks(MaskSampler):
         """How thick it is in each patch."""
         if self._real is None:
             noise = generator.standard_normal((COARSE, COARSE))
-            return _lines(height, COARSE) @ noise @ _lines(width, COARSE).T
+            return interpolation(height, COARSE) @ noise @ interpolation(width, COARSE).T
         real = self._real[generator.integers(len(self._real))]
         return _means(height, len(real)) @ real @ _means(width, real.shape[1]).T
 
@@ -78,12 +79,6 @@ def _read(path: str) -> np.ndarray:
     if clouds.ndim != 3 or not clouds.size or clouds.dtype.kind not in "buif":
         raise UserError(f"CloudMasks: clouds={path} is {clouds.dtype} {[*clouds.shape]}, and masks are numbers [N h w]")
     return clouds
-
-
-def _lines(side: int, points: int) -> np.ndarray:
-    """[side points]: linear interpolation."""
-    at = (np.arange(side) + 0.5) / side * (points - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(points)), 0)
 
 
 def _means(side: int, pixels: int) -> np.ndarray:

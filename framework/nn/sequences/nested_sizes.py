@@ -61,7 +61,8 @@ class NestedSizes(ABC):
         """Raises: UserError if the last pair is not the whole of a transformers encoder, or it is no such network."""
         config: Any = getattr(backbone, "config", None)
         whole = NestedSize(getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0))
-        if not min(whole):
+        two = hasattr(backbone, "encoder") and hasattr(backbone, "decoder")
+        if two or not min(whole):
             raise UserError(
                 f"{method} needs an encoder of transformers, whose config tells num_hidden_layers and hidden_size, not "
                 f"{type(backbone).__name__}"

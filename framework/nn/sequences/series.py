@@ -23,8 +23,8 @@ def require_series(backbone: nn.Module, method: str) -> None:
 
 
 def series_in(batch: Mapping[str, Any], backbone: nn.Module, method: str) -> tuple[Tensor, Tensor | None]:
-    """What the network reads: values as `sequence`, float [B L C], and None; or symbols as `tokens`, int64 [B L], and
-    which of them are a sequence's own by `mask`, bool [B L], None where the batch has no mask.
+    """What the network reads: values as `sequence`, [B L C] in the type of its weights, and None; or symbols as
+    `tokens`, int64 [B L], and which of them are a sequence's own by `mask`, bool [B L], None where the batch has none.
 
     Args:
         backbone: see `require_series`.
@@ -52,4 +52,6 @@ def series_in(batch: Mapping[str, Any], backbone: nn.Module, method: str) -> tup
         )
     if mask_BL is not None and (not isinstance(mask_BL, Tensor) or mask_BL.shape != x.shape):
         raise UserError(f"{method}: mask of this batch must have a 0 or 1 for each token; let the data give both")
+    if not symbols:  # float64 is what NumPy gives
+        x = x.to(next((weight.dtype for weight in backbone.parameters()), x.dtype))
     return x, None if mask_BL is None else mask_BL != 0

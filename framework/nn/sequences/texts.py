@@ -3,11 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.nn.labels import known_rows
 from lightspan.nn.samples import WHOLE, require_fields, require_rows
+
+READ = ("tokens", "document_tokens", "inputs", "target_inputs", "decoder_inputs")
+"""Fields of batches whose numbers a network looks up."""
 
 
 def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
@@ -15,10 +20,17 @@ def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
 
     Args:
         method: its name, for messages.
-    Raises: UserError for a batch without a text, from which networks of transformers cannot tell their shapes.
+    Raises: UserError for a batch without a text, from which networks of transformers cannot tell their shapes, and for
+        tokens of another kind or shape.
     """
     require_fields(batch, method)
+    if "tokens" not in batch:
+        raise UserError(
+            f"{method} reads texts as tokens, and this batch has none (it holds {', '.join(sorted(batch))}); take a "
+            "data module of texts, or let the dataset give them"
+        )
     tokens_BT: Tensor = batch["tokens"]
+    _require_equal(batch, "tokens", "tokens", 2, method)
     if tokens_BT.shape[0] == 0:  # len() would fix the size of the batch in an exported graph
         raise UserError(
             f"{method} needs a text on every rank, and this batch has none; let the loader divide its samples evenly "
@@ -27,15 +39,68 @@ def tokens_of(batch: Mapping[str, Any], method: str) -> Tensor:
     return tokens_BT
 
 
-def require_denoising(batch: Mapping[str, Any], method: str) -> None:
+def texts_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor]:
+    """`tokens` and `mask` of a batch, int64 [B T].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch without them, or with such of another kind or shape.
+    """
+    tokens_BT = tokens_of(batch, method)
+    if "mask" not in batch:
+        raise UserError(
+            f"{method} needs a mask beside tokens, 0 on padding, and this batch has none (it holds "
+            f"{', '.join(sorted(batch))}); let the tokenizer give both"
+        )
+    _require_equal(batch, "tokens", "mask", 2, method)
+    return tokens_BT, batch["mask"]
+
+
+def require_encoder(backbone: Any, method: str) -> None:
+    """Raises: UserError for a network that is none of transformers, is one of two, or ends with a head for words."""
+    head = getattr(backbone, "get_output_embeddings", lambda: None)()
+    whole = hasattr(backbone, "encoder") and hasattr(backbone, "decoder")
+    if whole or head is not None or not getattr(getattr(backbone, "config", None), "hidden_size", 0):
+        raise UserError(
+            f"{method} needs an encoder of transformers without a head, which gives last_hidden_state, such as "
+            f"BertModel, not {type(backbone).__name__}"
+        )
+
+
+def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:
+    """Before a batch goes to the device, where a token without an embedding would end in an error of a kernel.
+
+    Args:
+        num_tokens: numbers that the network knows.
+        method: its name, for messages.
+    Raises: UserError for a token outside [0, num_tokens).
+    """
+    for name in READ if isinstance(batch, Mapping) else ():
+        tokens = batch.get(name)
+        if not isinstance(tokens, Tensor) or tokens.dtype not in WHOLE or tokens.device.type != "cpu":
+            continue
+        if not has_values(tokens) or not tokens.numel():
+            continue
+        least, largest = (int(end) for end in torch.aminmax(tokens))
+        if least < 0 or largest >= num_tokens:
+            raise UserError(
+                f"{method}: {name} of this batch are numbers from {least} to {largest}, and the network knows those in "
+                f"[0, {num_tokens}); take the tokenizer that it was made for, or set its vocab_size to what the "
+                "tokenizer has"
+            )
+
+
+def require_denoising(batch: Mapping[str, Any], method: str, measured: bool = False) -> None:
     """Of the fields that a network reads of a `DenoisingBatch`.
 
     Args:
         method: its name, for messages.
+        measured: whether bytes of the targets and their denoisers are read too.
     Raises: UserError for a batch without them, with fields of other kinds or shapes, or without a row.
     """
     require_fields(batch, method)
-    sides = (("inputs", "input_segments"), ("targets", "decoder_inputs", "target_segments"))
+    figures = ("target_bytes", "denoiser") if measured else ()
+    sides = (("inputs", "input_segments"), ("targets", "decoder_inputs", "target_segments", *figures))
     lacking = [name for side in sides for name in side if name not in batch]
     if lacking:
         raise UserError(
@@ -45,7 +110,7 @@ def require_denoising(batch: Mapping[str, Any], method: str) -> None:
         )
     for first, *others in sides:
         for name in (first, *others):
-            field, shape = batch[name], batch[first].shape
+            field, shape = batch[name], getattr(batch[first], "shape", None)
             if not isinstance(field, Tensor) or field.dtype not in WHOLE or field.ndim != 2 or field.shape != shape:
                 kind = f"{field.dtype} {list(field.shape)}" if isinstance(field, Tensor) else type(field).__name__
                 raise UserError(f"{method} reads {name} as int64 [B, T], like {first}, and this batch has {kind}")
@@ -96,8 +161,8 @@ def pairs_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, Ten
             f"{', '.join(sorted(batch))}); take a data module of text pairs, such as LibraryPairs"
         )
     mask_BT, document_BPU, document_mask_BPU = (batch[name] for name in ("mask", "document_tokens", "document_mask"))
-    _require_equal(tokens_BT, mask_BT, 2, method)
-    _require_equal(document_BPU, document_mask_BPU, 3, method)
+    _require_equal(batch, "tokens", "mask", 2, method)
+    _require_equal(batch, "document_tokens", "document_mask", 3, method)
     require_rows(batch, "document_tokens", method)
     return tokens_BT, mask_BT, document_BPU, document_mask_BPU
 
@@ -118,7 +183,7 @@ def prompts_of(batch: Mapping[str, Any], method: str) -> dict[str, Tensor]:
         )
     for axes, (first, *others) in enumerate(groups, 2):
         for name in others:
-            _require_equal(batch[first], batch[name], axes, method)
+            _require_equal(batch, first, name, axes, method)
     rows = [batch[first].shape[0] for first, *_ in groups]
     if rows[0] == 0:
         raise UserError(
@@ -143,7 +208,7 @@ def target_prompts_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Te
             f"{method} with an alignment needs texts of the target domain, and this batch has no {lacking[0]} (it "
             f"holds {', '.join(sorted(batch))}); take a data module such as DomainPrompts"
         )
-    _require_equal(batch[names[0]], batch[names[1]], 2, method)
+    _require_equal(batch, names[0], names[1], 2, method)
     return batch[names[0]], batch[names[1]]
 
 
@@ -154,30 +219,38 @@ def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
             f"{method} with CoSENT needs a score for each pair, and this batch has none (it holds "
             f"{', '.join(sorted(batch))}); take ScoredPairs, or the loss SentenceRanking"
         )
+    score_B = batch["score"]
+    if not isinstance(score_B, Tensor) or score_B.ndim != 1:
+        found = (
+            f"{score_B.dtype} {list(score_B.shape)}" if isinstance(score_B, Tensor) else f"a {type(score_B).__name__}"
+        )
+        raise UserError(f"{method} reads score as numbers [B], and this batch gives {found}")
     require_rows(batch, "score", method)
-    return batch["score"]
+    return score_B
 
 
 def words_of(batch: Mapping[str, Any], method: str) -> Tensor:
     """`word` of a batch, int64 [B T]: which word a token is part of. Raises: UserError for a batch without."""
-    tokens_BT = tokens_of(batch, method)
-    if "word" not in batch or "mask" not in batch:
+    texts_of(batch, method)
+    if "word" not in batch:
         raise UserError(
             f"{method} hides whole words, and this batch does not tell them (it holds {', '.join(sorted(batch))}); "
             "take a data module such as WholeWords"
         )
-    _require_equal(tokens_BT, batch["word"], 2, method)
-    _require_equal(tokens_BT, batch["mask"], 2, method)
+    _require_equal(batch, "tokens", "word", 2, method)
     return batch["word"]
 
 
-def _require_equal(tokens: Any, beside: Any, axes: int, method: str) -> None:
-    """Raises: UserError unless both are whole numbers of one shape, and this has so many axes and no empty text."""
-    both = tokens, beside
+def _require_equal(batch: Mapping[str, Any], first: str, beside: str, axes: int, method: str) -> None:
+    """Raises: UserError unless both fields are whole numbers of one shape, with so many axes and no empty text."""
+    both = batch[first], batch[beside]
     kinds = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in both]
     whole = all(isinstance(x, Tensor) and x.ndim == axes and x.dtype in WHOLE for x in both)
-    if not whole or tokens.shape != beside.shape or 0 in tokens.shape[1:]:
+    if not whole or both[0].shape != both[1].shape or 0 in both[0].shape[1:]:
+        alone = first == beside
         raise UserError(
-            f"{method} reads texts as int64 of {axes} axes, with a mask of the same shape, and this batch gives "
-            f"{' and '.join(kinds)}; let the tokenizer give both"
+            f"{method} reads {first} as int64 of {axes} axes"
+            + ("" if alone else f", with {beside} of the same shape")
+            + f", and this batch gives {kinds[0] if alone else ' and '.join(kinds)}; let the tokenizer give "
+            + ("whole numbers" if alone else "both")
         )

@@ -17,6 +17,24 @@ def folder(path: Path, **settings: object) -> AudioFolder:
     return AudioFolder(str(path), **{"seconds": 0.3, "batch_size": 2, "val_share": 0.25} | settings)  # type: ignore[arg-type]
 
 
+def test_a_run_resumes_with_the_same_files_of_the_same_size_alone(tmp_path: Path) -> None:
+    write_recordings(tmp_path, {"a": 4, "b": 4})
+
+    def content() -> str:
+        data = folder(tmp_path)
+        data.setup()
+        return data.training_order().content
+
+    first, kept = content(), {file: file.read_bytes() for file in tmp_path.rglob("*.wav")}
+    assert content() == first
+    for file in kept:
+        file.write_bytes(encoded(tone(0.4)))
+    assert content() != first
+    for file, sound in kept.items():
+        file.write_bytes(sound)
+    assert content() == first
+
+
 def test_sub_folders_are_classes_and_a_share_of_each_validates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +184,9 @@ def stamps(path: Path) -> Path:
 
 
 def test_no_caption_is_on_two_sides_and_no_sound_effect_among_them(tmp_path: Path) -> None:
-    data = SpokenCaptions(str(stamps(tmp_path / "in")), ("el", "fr"), 0.3, 0.3, seconds=0.2, batch_size=2)
+    root = stamps(tmp_path / "in")
+    (root / "s0_desc_other_fr.ogg").write_bytes(encoded(tone(0.1), ending="ogg"))  # of another language
+    data = SpokenCaptions(str(root), ("el", "fr"), 0.3, 0.3, seconds=0.2, batch_size=2)
     data.setup()
     sides = [{english(file) for file in samples.files} for samples in (data.train, data.val, data.test)]
     assert sum(map(len, sides)) == len(set().union(*sides)) == 11

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import resample_poly
-from sound_files import BAD, FORMATS, encoded, tone, wav_header
+from sound_files import BAD, FORMATS, encoded, tone, wav_header, written
 
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, levelled, read, resampled
 from lightspan.datamodules.audio.spoken import FOLDER
@@ -48,11 +48,20 @@ def test_what_is_wrong_with_a_recording_is_said(name: str, tmp_path: Path) -> No
             read(source)
 
 
-def test_a_wav_that_was_written_as_a_stream_is_whole() -> None:
+@pytest.mark.parametrize("length", [b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"])  # the second is SoX's
+def test_a_wav_that_was_written_as_a_stream_is_whole(length: bytes) -> None:
     content = bytearray(encoded(tone()))
     at = content.index(b"data") + 4
-    content[at : at + 4] = b"\xff\xff\xff\xff"
+    content[at : at + 4] = length
     assert len(read(bytes(content))[0]) == len(tone())
+
+
+def test_an_rf64_is_whole_and_a_wav_of_gsm_which_none_can_seek_in_is_read() -> None:
+    np.testing.assert_allclose(read(written(tone(), "RF64"))[0], tone(), atol=1e-4)
+    gsm = written(tone(0.5, 8_000), "WAV", "GSM610", 8_000)
+    whole, (part, _) = read(gsm)[0], read(gsm, 1_000, 500)
+    assert np.corrcoef(whole[: len(tone(0.5, 8_000))], tone(0.5, 8_000))[0, 1] > 0.9
+    assert np.array_equal(part, whole[1_000:1_500])
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 16_001])
@@ -107,6 +116,28 @@ def test_a_segment_of_another_rate_has_the_stated_length() -> None:
     assert float(found["wave"].square().mean().sqrt()) == pytest.approx(10 ** (-25 / 20), rel=1e-4)
     whole = reader(encoded(tone(0.1, 44_100), 44_100))
     assert int(whole["length"]) == math.ceil(4_410 * 160 / 441)
+
+
+def test_a_segment_is_as_long_as_stated_where_rates_do_not_divide_it_and_levels_are_those_of_what_is_kept() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 900).astype(np.float32)
+    reader = WaveReader(16_000, 0.1000625, level_db=-25.0)
+    for rate in (1_000, 8_000):
+        found = reader(encoded(np.tile(noise, 8), rate, subtype="FLOAT"), seed=1)
+        assert int(found["length"]) == 1_601
+        assert float(found["wave"].double().square().mean().sqrt()) == pytest.approx(10 ** (-25 / 20), rel=1e-6)
+
+
+def test_a_sample_that_is_no_number_is_counted_from_the_beginning() -> None:
+    with pytest.raises(ValueError, match="its sample 2 is not a finite number"):
+        read(wav_header(values=[0.0, 0.0, math.nan, 0.0]), 1, 3)
+
+
+def test_a_chunk_of_odd_length_stands_before_an_even_place() -> None:
+    content = encoded(tone())
+    at = content.index(b"data")
+    odd = content[:at] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + content[at:]
+    with pytest.raises(ValueError, match="it is cut short: its header says 9,600 bytes of samples"):
+        header(odd[:5_000])
 
 
 def test_an_ogg_that_counts_a_block_too_many_is_read() -> None:

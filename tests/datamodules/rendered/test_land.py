@@ -86,7 +86,7 @@ def test_tags_and_label_are_those_of_the_land_cover() -> None:
         share = torch.bincount(cover.flatten(), minlength=9) / cover.numel()
         assert torch.equal(tags, (share >= LEAST_SHARE).long())
         assert share[label] == share.max()
-    assert batch["tags"].sum(dim=1).max() <= 5
+    assert {1, 2, 3, 4} <= {*batch["tags"].sum(dim=1).tolist()} <= {1, 2, 3, 4, 5}
     assert (batch["tags"].sum(dim=0) > 0).all()
     assert batch["tags_known"].all()
 

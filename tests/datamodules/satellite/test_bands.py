@@ -36,6 +36,8 @@ def test_reflectance_is_what_the_user_says_of_the_stored_numbers() -> None:
     values, _ = Bands(["x"], scale=1e-4, offset=-1000).reflectance(stored)
     np.testing.assert_allclose(values, [[[0, 0.25]]], atol=1e-7)
     assert Bands(["x"]).reflectance(stored)[0].tolist() == [[[1000, 3500]]]  # nothing is guessed
+    large = np.array([[[2**31 + 1, 2**31]]], np.uint32)
+    assert Bands(["x"], offset=-(2.0**31)).reflectance(large)[0].tolist() == [[[1, 0]]]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.uint32, np.float32, np.float64])
@@ -51,6 +53,12 @@ def test_what_is_not_finite_is_never_valid() -> None:
     stored = np.array([[[math.nan, math.inf, -math.inf, 1.0]]])
     values, valid = Bands(["x"], nodata=-9999).reflectance(stored)
     assert (valid.tolist(), values.tolist()) == ([[[False, False, False, True]]], [[[0, 0, 0, 1]]])
+
+
+@pytest.mark.parametrize("stored", [np.ones((1, 2, 2), np.complex64), np.full((1, 2, 2), "a"), np.ones((1, 0, 2))])
+def test_what_is_no_number_and_what_has_no_pixel_is_refused(stored: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"whole numbers and floats are read, of one pixel at least"):
+        Bands(["x"]).reflectance(stored)
 
 
 def test_a_band_that_is_absent_is_an_error_or_marked() -> None:
@@ -90,6 +98,7 @@ def test_moments_are_those_of_valid_pixels_in_plain_numpy() -> None:
     rng = np.random.default_rng(0)
     pictures = [(rng.normal(3e4, 2, (3, 4, 5)), rng.random((3, 4, 5)) < 0.5) for _ in range(6)]
     pictures = [(np.where(valid, values, 1e9).astype(np.float32), valid) for values, valid in pictures]
+    pictures.insert(0, (np.full((3, 4, 5), 1e15), np.zeros((3, 4, 5), bool)))  # of which nothing was seen
     moments = band_moments(pictures, 3)
     for band in range(3):
         seen = np.concatenate([values[band][valid[band]] for values, valid in pictures]).astype(np.float64)
@@ -105,6 +114,8 @@ def test_a_constant_band_and_one_never_seen_become_zero() -> None:
     assert torch.equal(made, torch.zeros(2, 3, 3))
     assert torch.equal(moments.std, torch.ones(2))
     assert torch.equal(band_moments([], 2).std, torch.ones(2))
+    values[0, 1] = np.nextafter(np.float32(0.1), np.float32(1))  # rounding makes no band vary
+    assert torch.equal(band_moments([(values, valid)], 2).std, torch.ones(2))
 
 
 def test_resampling_is_the_mean_over_what_was_seen_and_shifts_nothing() -> None:
@@ -122,6 +133,33 @@ def test_resampling_is_the_mean_over_what_was_seen_and_shifts_nothing() -> None:
     assert not valid[..., :3].any()
     assert (made[valid] - 5).abs().max() < 1e-5  # what was not seen darkens nothing
     assert square(ramp[:, :12], whole[:, :12], 6)[0].shape == (1, 6, 6)
+    for axis in (1, 2):
+        middle = square(ramp.narrow(axis, 0, 10), whole.narrow(axis, 0, 10), 10)[0]
+        assert torch.equal(middle, ramp.narrow(axis, 0, 10).narrow(3 - axis, 3, 10))
+
+
+def test_a_new_pixel_is_valid_where_half_of_its_weight_was_seen_and_what_was_not_has_no_say() -> None:
+    values = torch.tensor([[1.0, 7.0], [3.0, 9.0]])[None]
+    for seen, expected in (([1, 1, 1, 1], 5.0), ([1, 0, 1, 0], 2.0), ([1, 0, 0, 0], None), ([0, 0, 0, 0], None)):
+        valid = torch.tensor(seen).view(1, 2, 2) > 0
+        (made,), (is_valid,) = (part.flatten().tolist() for part in resampled(values, valid, (1, 1)))
+        assert (is_valid, made) == (expected is not None, pytest.approx(expected or 0.0))
+    corner = torch.zeros(1, 8, 8)
+    corner[0, 0, 0] = 1
+    assert resampled(corner, torch.ones_like(corner) > 0, (2, 2))[0][0, 0, 0] > 0  # all pixels count, not every other
+
+
+@pytest.mark.parametrize("sides", [(12, 40), (40, 12), (16, 16)])
+def test_a_crop_takes_values_and_what_is_valid_from_one_place_within_the_picture(sides: tuple[int, int]) -> None:
+    valid = torch.zeros(1, *sides, dtype=torch.bool)
+    valid[:, : sides[0] // 2, sides[1] // 3 :] = True
+    shares = []
+    for seed in range(30):
+        made, seen = SpectralCrops(6, (0.1, 0.4))(torch.where(valid, 5.0, 0.0), valid, seed)
+        assert made.shape == seen.shape == (1, 6, 6)
+        torch.testing.assert_close(made[seen], torch.full_like(made[seen], 5))
+        shares.append(float(seen.float().mean()))
+    assert min(shares) < 0.2 < 0.8 < max(shares)
 
 
 def test_crops_are_a_function_of_the_seed_and_alike_for_all_bands_dates_and_what_is_valid() -> None:

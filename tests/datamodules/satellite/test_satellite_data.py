@@ -87,6 +87,29 @@ def test_a_folder_of_tiffs_has_its_folders_as_classes(tmp_path: Path) -> None:
     assert [data.train.sample(i, 0)["label"].item() for i in (0, 17)] == [0, 1]
 
 
+def test_a_folder_has_series_of_as_many_dates_as_it_says(tmp_path: Path) -> None:
+    for number in range(12):
+        values = np.arange(4 * 8 * 9, dtype=np.uint16).reshape(4, 8, 9) + number
+        tifffile.imwrite(tmp_path / f"{number}.tif", values, planarconfig="separate", photometric="minisblack")
+    single, double = (
+        TiffFolder(str(tmp_path), Bands([*names]), size=8, dates=dates) for names, dates in (("wxyz", 1), ("xy", 2))
+    )
+    plain = TiffFolder(str(tmp_path), Bands([*"wxyz"]), size=8)
+    for data in (single, double, plain):
+        data.setup()
+    assert single.train is not None
+    assert double.train is not None
+    assert plain.train is not None
+    assert torch.equal(single.train.sample(0, 0)["image"][:, 0], plain.train.sample(0, 0)["image"])
+    album = plain.train.album
+    first, _, _ = album.read(0)  # bands w x of the first date and y z of the second are x y of both
+    series, valid, _ = double.train.album.read(0)
+    np.testing.assert_array_equal(series, np.moveaxis(first.reshape(2, 2, 8, 8), 1, 0))
+    assert valid.shape == (2, 2, 8, 8)
+    with pytest.raises(UserError, match="dates=0 must be at least 1"):
+        TiffFolder(str(tmp_path), XY, dates=0)
+
+
 def test_a_picture_without_any_valid_pixel_stays_a_sample_and_counts_for_no_statistics(tmp_path: Path) -> None:
     write_tiffs(tmp_path, {"a": 12})
     empty = sorted((tmp_path / "a").iterdir())[0]
@@ -125,13 +148,35 @@ def test_a_bad_file_is_named(tmp_path: Path, spoil: Callable[[Path], object], me
         TiffFolder(str(tmp_path), XY).setup()
 
 
+@pytest.mark.parametrize("compression", ["zlib", "lzma"])
+def test_a_compressed_file_that_is_cut_or_spoilt_is_named(tmp_path: Path, compression: str) -> None:
+    write_tiffs(tmp_path, {"a": 3})
+    pixels = np.random.default_rng(0).integers(0, 9_999, (2, 8, 8)).astype(np.uint16)
+    whole = tiff(pixels, planarconfig="separate", compression=compression)
+    (at,) = tifffile.TiffFile(io.BytesIO(whole)).pages[0].dataoffsets[:1]
+    for content in (whole[: at + 30], whole[: at + 30] + bytes(20) + whole[at + 50 :]):
+        (tmp_path / "a" / "x.tif").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.tif cannot be used: it is (a damaged|no) TIFF"):
+            TiffFolder(str(tmp_path), XY).setup()
+
+
+def test_hidden_files_and_links_are_no_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiffs(tmp_path, {"a": 5, "b": 5, ".trash": 5})
+    (tmp_path / "a" / "._0.tif").write_bytes(b"what macOS keeps beside a file")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    data = TiffFolder(str(tmp_path), XY, val_share=0.2)
+    data.setup()
+    assert (len(data.train) + len(data.val), data.classes) == (10, ("a", "b"))
+    assert "1 links were left out" in capsys.readouterr().out
+
+
 def test_folders_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match=r"TIFF folder .*none does not exist; name a folder of TIFF files"):
         TiffFolder(str(tmp_path / "none"), XY).setup()
-    with pytest.raises(UserError, match=r"has no file that ends in .tif or .tiff"):
+    with pytest.raises(UserError, match=r"have no file that ends in \.tif, \.tiff; the folder is empty"):
         TiffFolder(str(tmp_path), XY).setup()
     tifffile.imwrite(tmp_path / "x.tif", np.zeros((2, 8, 8)))
-    with pytest.raises(UserError, match=r"labels=folders, and x.tif lie in no folder"):
+    with pytest.raises(UserError, match=r"labels=folders wants each TIFF .*, but 1 are in none, such as x\.tif"):
         TiffFolder(str(tmp_path), XY, labels="folders").setup()
     with pytest.raises(UserError, match="1 pictures to train and 0 to validate are too few"):
         TiffFolder(str(tmp_path), XY).setup()

@@ -160,3 +160,17 @@ def test_rendered_seasons_are_two_of_four_days_of_the_same_land() -> None:
     one = data.train.batch([2], [3])["views"]
     assert all(torch.allclose(a[0], b[2], atol=1e-5) for a, b in zip(one, batch["views"], strict=True))
     assert set(data.bank.sample(0, 0)) >= {"image", "tags", "index"}
+
+
+def test_the_two_views_of_rendered_land_are_of_different_days_and_mirrored_by_themselves() -> None:
+    data = LandSeasons(side=16, scale=(1.0, 1.0), noise=0.0, size=16, val_size=4, test_size=4)
+    data.setup()
+    assert data.train is not None
+    mirrored = []
+    for place in range(16):
+        first, second = data.train.sample(place, place)["views"]
+        assert not torch.allclose(first, second, atol=1e-3)
+        assert not torch.allclose(first, second.flip(-1), atol=1e-3)
+        distances = [float((first - other).square().mean()) for other in (second, second.flip(-1))]
+        mirrored.append(distances[1] < distances[0])
+    assert {*mirrored} == {True, False}

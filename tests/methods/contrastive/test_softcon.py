@@ -56,6 +56,16 @@ def test_without_masks_and_soft_term_it_is_moco_v3() -> None:
     assert all(parameter.grad is None for parameter in ours.teacher.parameters())
 
 
+def test_the_defaults_are_those_assumed() -> None:
+    model = SoftCon(*parts(), optimizer=OPTIMIZER)
+    assert (model.hide.masks, model.temperature, model.soft_weight, model.patch) == (
+        RandomMasks(0.3),
+        0.2,
+        1.0,
+        (16, 16),
+    )
+
+
 def test_the_loss_is_both_terms_of_a_masked_student_and_a_whole_teacher() -> None:
     model, given = method(soft_weight=0.5, temperature=0.3), tagged()
     first, second = model.masked(given["views"], given["index"])

@@ -11,7 +11,7 @@ from method_cases import text_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.backbones.language import bert
+from lightspan.backbones.language import bert, t5
 from lightspan.errors import UserError
 from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, RandomSizes
@@ -197,11 +197,24 @@ def test_all_rows_alike_and_a_text_without_tokens_are_ordinary() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [SentenceRanking, CoSENT, Retrieval])
+def test_the_divergence_counts_with_its_weight(kind: Any) -> None:
+    given, weight = batch(), 1e4  # networks that have learned nothing are hardly apart
+    heavy, none = (method(kind(divergence=w)).double() for w in (weight, 0))
+    rows = heavy.embedded(heavy.sizes.listed, given)
+    *small, whole = (rows[size] for size in heavy.sizes.listed)
+    apart = float(sum(heavy.loss.apart(*one, *whole).detach() for one in small))
+    assert apart > 0
+    losses = [float(model.training_step(given, 0).detach()) for model in (heavy, none)]
+    assert losses[0] - losses[1] == pytest.approx(weight * apart, rel=1e-6)
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: FixedSizes([]), "must name at least one"),
     (lambda: FixedSizes([(0, 4), (3, 16)]), "both numbers at least 1"),
     (lambda: FixedSizes([(2, 8), (1, 16)]), r"must grow: \(1, 16\) comes after \(2, 8\)"),
     (lambda: FixedSizes([(2, 8), (2, 8)]), "must grow"),
+    (lambda: FixedSizes([(1, 8), (2, 4), (3, 16)]), r"must grow: \(2, 4\) comes after \(1, 8\)"),
     (lambda: method(pairs=[(1, 4), (4, 16)]), r"\(4, 16\), beyond the 3 layers of width 16"),
     (lambda: method(pairs=[(1, 4), (3, 17)]), r"\(3, 17\), beyond"),
     (lambda: method(pairs=[(1, 4), (2, 16)]), r"must end with the whole network, \(3, 16\)"),
@@ -211,6 +224,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: SentenceRanking(temperature=0), "temperature=0 must be above 0"),
     (lambda: SentenceRanking(divergence=-1), "divergence=-1"),
     (lambda: FixedSizes(PAIRS).require(nn.Linear(2, 2), "Starbucks"), "needs an encoder of transformers"),
+    (
+        lambda: FixedSizes(PAIRS).require(t5(20, 16, 1, heads=2, mlp_width=24), "Starbucks"),
+        "not T5ForConditionalGeneration",
+    ),
 ]
 
 
@@ -230,7 +247,7 @@ def test_batches_that_cannot_be_read_are_refused() -> None:
     with pytest.raises(UserError, match="CoSENT needs a score"):
         method(CoSENT()).training_step(unscored(3, 0), 0)  # type: ignore[arg-type]
     flat = batch() | {"document_mask": torch.ones(6, 2, 5).long()}
-    with pytest.raises(UserError, match="with a mask of the same shape"):
+    with pytest.raises(UserError, match="with document_mask of the same shape"):
         method().training_step(flat, 0)
 
 

@@ -1,22 +1,28 @@
 """Labels that are said: loss and ranking by hand, what is aligned, and two stages that join without a seam."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import method_runs
 import pytest
 import torch
+from lightning import Trainer
 from method_cases import prompts
+from safetensors.torch import save_model
 from torch import nn
 from torch.nn import functional as F
 
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.tokenizers import HashedWords
-from lightspan.datamodules.text.domains import DomainPrompts
+from lightspan.backbones.weights import with_weights
+from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.errors import UserError
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
+from lightspan.methods.masked.ul2 import UL2
 from lightspan.objectives.mmd import mmd
 
 
@@ -107,6 +113,43 @@ def test_validation_counts_rows_whose_own_label_is_first() -> None:
     expected = F.cross_entropy(model.scores(given), given["label"])  # type: ignore[arg-type]
     torch.testing.assert_close(logged["val/loss_nats"], expected)
     assert logged["test/loss_nats"] == logged["val/loss_nats"]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_without_a_step_of_the_first_stage_both_are_the_second_alone(steps: int, tmp_path: Path) -> None:
+    """To the bit: the first stage hands on weights, and nothing else. With steps it does change them."""
+    domains, tokenizer = DrawnReviews(24, 4), HashedWords(64)
+    data: dict[str, Any] = {"length": 16, "val_size": 4, "batch_size": 8}
+
+    def network() -> EncoderDecoder:
+        torch.manual_seed(3)
+        return EncoderDecoder(t5(DomainPrompts(domains, tokenizer, **data).num_tokens, 16, 1, heads=2, mlp_width=24))
+
+    def fitted(model: Any, given: Any, max_steps: int) -> Any:
+        trainer = Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_steps=max_steps,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            **method_runs.SILENT,
+        )
+        trainer.fit(model, given)
+        assert trainer.global_step == max_steps
+        return model
+
+    def second(backbone: nn.Module) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        model = PromptedClassifier(backbone, 2, optimizer=partial(torch.optim.AdamW, lr=0.01))
+        return fitted(model, DomainPrompts(domains, tokenizer, **data), 3).state_dict()
+
+    first = UL2(network(), optimizer=partial(torch.optim.AdamW, lr=0.01))
+    fitted(first, DomainDenoising(domains, tokenizer, **data), steps)
+    file = tmp_path / "model.safetensors"
+    save_model(first, str(file))  # as `lightspan export --to safetensors` does
+    both, alone = second(with_weights(network(), str(file))), second(network())
+    equal = [torch.equal(both[name], alone[name]) for name in alone]
+    assert all(equal) if steps == 0 else not any(equal)
 
 
 def test_data_that_do_not_fit_the_network_are_refused() -> None:

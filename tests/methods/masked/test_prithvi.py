@@ -1,5 +1,6 @@
 """Prithvi: MAE as the case of one date, patches and positions of three axes, what is valid, and gaps filled."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_runs import fit
+from lightning import Trainer
+from method_runs import SILENT, Served, fit
 from torch import Tensor, nn
 
 from lightspan.analysis.gap_filling import between_dates
@@ -161,6 +163,12 @@ def test_interpolation_is_numpys() -> None:
         np.testing.assert_allclose(made[b, c, :, y, x], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_dates_of_one_day_are_interpolated_by_the_first_of_them() -> None:
+    image, valid = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 3, 1, 1), torch.tensor([True, False, True])
+    made = between_dates(image, valid.view(1, 1, 3, 1, 1), torch.full((1, 3), 40.0))
+    assert made.flatten().tolist() == [1, 1, 5]
+
+
 def test_interpolation_in_half_precision_knows_each_day() -> None:
     image = torch.zeros(1, 1, 3, 1, 1, dtype=torch.bfloat16)
     image[0, 0, 2], valid = 8, torch.tensor([True, False, True]).view(1, 1, 3, 1, 1)
@@ -170,10 +178,7 @@ def test_interpolation_in_half_precision_knows_each_day() -> None:
 
 
 def test_validation_logs_errors_over_gaps_alone() -> None:
-    model, given = method(), batch()
-    given |= {"clear": given["image"], "day": torch.tensor([[1.0, 5.0, 9.0]] * 4)}
-    given["valid"][:, :, 1, :3] = 0
-    given["image"] = torch.where(given["valid"] > 0, given["image"], 0)
+    model, given = method(), with_gaps()
     logged: dict[str, Tensor] = {}
     model.log_dict = lambda of, **options: logged.update(of)  # type: ignore[method-assign, assignment]
     model.validation_step(given, 0)
@@ -182,6 +187,45 @@ def test_validation_logs_errors_over_gaps_alone() -> None:
     middle = (given["clear"][:, :, 0] + given["clear"][:, :, 2]) / 2 - given["clear"][:, :, 1]
     torch.testing.assert_close(logged["val/gap_mse_interpolated"], middle[:, :, :3].square().mean())
     torch.testing.assert_close(logged["val/gap_mse"], (model.fill(given) - given["clear"])[gap].square().mean())
+
+
+def with_gaps(rows: int = 4) -> dict[str, Any]:
+    given = batch(rows=rows)
+    given |= {"clear": given["image"], "day": torch.tensor([[1.0, 5.0, 9.0]] * rows)}
+    given["valid"][:, :, 1, :3] = 0
+    given["image"] = torch.where(given["valid"] > 0, given["image"], 0)
+    return given
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+def test_a_batch_weighs_in_validation_as_much_as_it_has_gaps(precision: Any, tmp_path: Path) -> None:
+    small, large, none = with_gaps(1), with_gaps(), with_gaps()
+    small["clear"], large["clear"] = small["clear"] + 40, large["clear"] + 30
+    none["valid"][:] = 1
+    none["image"] = none["clear"]
+    trainer = Trainer(
+        **SILENT, precision=precision, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    (found,) = trainer.validate(method(), Served([small, none, large]), verbose=False)
+    expected = sum(float(of["clear"][of["valid"] == 0].square().sum()) for of in (small, large)) / (5 * 2 * 3 * 9)
+    assert found["val/gap_mse_mean"] == pytest.approx(expected, rel=1e-6 if precision == "32-true" else 5e-3)
+    (nothing,) = trainer.validate(method(), Served([none]), verbose=False)
+    assert all(math.isnan(figure) for figure in nothing.values())  # no gap, no figure
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ({"clear": torch.zeros(4, 2, 12, 9)}, r"clear, the truth under clouds, which is \[4, 2, 12, 9\] in this batch"),
+        ({"day": None}, r"by day, numbers \[4, 3\] that rise along a series, and this batch has None"),
+        ({"day": torch.zeros(4, 2)}, r"by day, numbers \[4, 3\]"),
+        ({"day": torch.tensor([[1.0, 9.0, 5.0]] * 4)}, r"has \[\[1\.0, 9\.0, 5\.0\], .* the dates in their order"),
+        ({"valid": torch.ones(4, 2, 3, 12)}, r"valid \[4, 2, 3, 12\]"),
+    ],
+)
+def test_validation_batches_that_do_not_fit_are_refused(spoilt: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        method().validation_step(with_gaps() | spoilt, 0)
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -203,6 +247,18 @@ def test_clouds_cover_one_date_with_equal_counts_and_hang_on_step_and_number(tmp
         for mask in drawn:
             one = mask.any(axis=0)
             assert one[:4].all() or one[:, 3:].all() or one[:4].sum() == one.sum() or one[:, 3:].sum() == one.sum()
+
+
+def test_clouds_hang_on_the_seed_come_from_all_masks_and_ties_are_broken_at_random(tmp_path: Path) -> None:
+    drawn = [CloudMasks(0.5, 0.5, seed=seed).draw((1, 8, 8), 0, range(4)) for seed in (0, 1)]
+    assert not np.array_equal(*drawn)
+    masks = np.zeros((2, 8, 8))
+    masks[0, :4] = 1
+    np.save(tmp_path / "clouds.npy", masks)  # the second is the same everywhere
+    real = CloudMasks(0.5, 0.5, str(tmp_path / "clouds.npy")).draw((1, 8, 8), 0, range(40))[:, 0]
+    of_first = (real == (masks[0] > 0)).all(axis=(1, 2))
+    assert 10 < of_first.sum() < 30
+    assert len({mask.tobytes() for mask in real[~of_first]}) == (~of_first).sum()
 
 
 def test_clouds_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -227,6 +283,7 @@ def test_drawn_clouds_are_smooth_and_real_ones_hide_where_they_are_thickest(tmp_
     (one,) = CloudMasks(0.5, 0.5, str(tmp_path / "clouds.npy")).draw((1, 4, 4), 0, [0])
     np.testing.assert_array_equal(one[0], np.arange(16).reshape(4, 4) >= 8)
     assert CloudMasks(1.0, 1.0).draw((1, 2, 2), 0, [0]).sum() == 3  # a patch of a single date stays
+    assert CloudMasks(0.01, 0.01).draw((2, 4, 4), 0, [0]).sum() == 1  # and one is hidden at least
 
 
 def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
@@ -241,6 +298,17 @@ def test_the_stages_of_a_neck_are_those_of_the_source() -> None:
     changed = (neck(tokens, (2, 5, 7), (10, 14)) != neck(other, (2, 5, 7), (10, 14)))[0].any(dim=0)
     assert changed.nonzero().aminmax(dim=0).min.tolist() == [3, 7]
     assert changed.nonzero().aminmax(dim=0).max.tolist() == [6, 10]
+
+
+def test_dates_stand_one_after_the_other_in_channels_and_the_rest_of_the_way_is_bilinear() -> None:
+    neck, tokens, seen = SeriesNeck(4, 2, 3, doublings=1), torch.randn(2, 2 * 5 * 7, 4), list[Tensor]()
+    assert neck.layers[0].out_channels == 4
+    neck.layers[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    logits = neck(tokens, (2, 5, 7), (20, 28))
+    maps = tokens.view(2, 2, 5, 7, 4)
+    assert torch.equal(seen[0], torch.cat([maps[:, 0], maps[:, 1]], dim=3).movedim(3, 1))
+    expected = torch.nn.functional.interpolate(neck.layers(seen[0]), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(logits, expected)
 
 
 def test_a_neck_gives_a_class_to_each_pixel_and_dates_their_own_channels() -> None:

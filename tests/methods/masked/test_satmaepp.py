@@ -151,6 +151,26 @@ def test_grown_pictures_have_twice_and_four_times_the_size_and_a_constant_is_not
         torch.testing.assert_close(mirrored, made.flip(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_those_of_the_reduced_picture_and_guesses_stand_in_hidden_places_alone() -> None:
+    model, given = method(), batch()
+    small = F.avg_pool2d(given["image"], 4)
+    torch.testing.assert_close(model.features(given), model.backbone(small))
+    found = model.reconstruct(given)
+    torch.testing.assert_close(found.image_BChw, small)
+    assert torch.equal(found.guess_BChw[~found.hidden_B1hw], found.image_BChw[~found.hidden_B1hw])
+    assert not torch.isclose(found.guess_BChw, found.image_BChw)[found.hidden_B1hw].any()
+
+
+def test_a_picture_is_grown_from_all_of_its_tokens_each_once() -> None:
+    model, asked = method(), list[tuple[Tensor, Tensor]]()
+    whole = model.guess
+    model.guess = lambda image, see, hide: asked.append((see, hide)) or whole(image, see, hide)  # type: ignore[method-assign, func-returns-value]
+    model.grown(torch.randn(2, 5, 8, 8))
+    ((see, hide),) = asked
+    assert torch.equal(see, torch.arange(48).expand(2, -1))
+    assert hide.shape == (2, 0)
+
+
 def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid() -> None:
     model, given = method(), batch()
     given["valid"] = (torch.rand(given["valid"].shape, generator=torch.Generator().manual_seed(3)) < 0.98).long()
@@ -166,6 +186,27 @@ def test_the_losses_of_larger_scales_are_mean_absolute_errors_over_what_is_valid
     found = figures(model, given)
     assert found["train/multi_scale"] == pytest.approx(sum(errors) / 2, rel=1e-5)
     assert found["train/loss"] == pytest.approx(0.6 * found["train/base"] + 0.4 * sum(errors) / 2, rel=1e-5)
+
+
+def test_an_upsampler_has_four_features_a_band_and_its_last_picture_trains_all_but_the_other_heads() -> None:
+    pyramid = UpsamplerPyramid(3)
+    assert pyramid.enter.out_channels == 12
+    pyramid(torch.randn(1, 3, 4, 4))[-1].square().sum().backward()
+    assert {name for name, weight in pyramid.named_parameters() if weight.grad is None} == {
+        "heads.0.weight",
+        "heads.0.bias",
+    }
+
+
+def test_rows_and_columns_of_a_picture_that_is_no_square_keep_their_places() -> None:
+    model = method()
+    assert model.backbone.grid(torch.zeros(1, 5, 4, 6)) == (3, 2, 3)
+    assert model.backbone.norm.eps == 1e-6
+    assert model.backbone.cls_token.detach().std() < 0.05
+    wide = torch.randn(2, 5, 16, 24)
+    given = {"image": wide, "index": torch.arange(2)}
+    assert model.reconstruct(given).guess_BChw.shape == (2, 5, 4, 6)
+    assert [made.shape[2:] for made in model.grown(F.avg_pool2d(wide, 4))] == [(8, 12), (16, 24)]
 
 
 def test_an_upsampler_is_that_of_the_source_step_by_step() -> None:
@@ -211,6 +252,11 @@ def test_pixels_that_are_not_valid_may_hold_anything_under_the_hidden_tokens() -
     )
     given["valid"] = given["valid"] * (torch.rand(given["valid"].shape) < 0.5)
     expected = figures(model, given)["train/base"]
+    guess = model.reconstruct(given).guess_BChw
+    counted = covered & (given["valid"] > 0)
+    sizes = torch.tensor([{band: len(group) for group in GROUPS for band in group}[band] for band in range(5)])
+    squares = ((guess - given["image"]) ** 2 / (4 * sizes[:, None, None]))[counted].sum() / hidden.sum()
+    assert expected == pytest.approx(float(squares), rel=1e-5)  # of a token all numbers are counted
     spoilt = torch.where(covered & (given["valid"] == 0), 1e4, given["image"])
     assert figures(model, {**given, "image": spoilt})["train/base"] == pytest.approx(expected, rel=1e-6)
 
@@ -234,7 +280,13 @@ def test_a_reduced_picture_is_the_mean_over_what_is_valid_and_valid_where_all_is
         values = image[window][valid[window]]
         torch.testing.assert_close(made[row, band, y, x], values.mean() if len(values) else torch.tensor(0.0))
         assert seen[row, band, y, x] == valid[window].all()
+    spoilt = area_reduced(torch.where(valid, image, 1e4), valid, 2)
+    assert torch.equal(spoilt[0], made)
     torch.testing.assert_close(area_reduced(image, torch.ones_like(valid), 4)[0], F.avg_pool2d(image, 4))
+    thirds = torch.ones(1, 1, 9, 9)
+    torch.testing.assert_close(
+        area_reduced(thirds, thirds > 0, 3), (torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3) > 0)
+    )
 
 
 def test_masks_may_hide_the_same_places_in_all_groups() -> None:
@@ -264,6 +316,8 @@ def test_validation_compares_with_bilinear_enlargement() -> None:
     enlarged = F.interpolate(F.avg_pool2d(given["image"], 4), (32, 32), mode="bilinear")
     torch.testing.assert_close(logged["val/bilinear_mse"], (enlarged - given["image"]).square().mean())
     assert set(logged) == {"val/grown_mse", "val/bilinear_mse"}
+    finest = model.grown(F.avg_pool2d(given["image"], 4))[-1]
+    torch.testing.assert_close(logged["val/grown_mse"], (finest - given["image"]).square().mean())
     given["valid"][:, :, :16] = 0
     given["image"][:, :, :16] = 0
     model.validation_step(given, 0)
@@ -279,12 +333,22 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         method([[0], [0]])
     with pytest.raises(UserError, match="group_width=0 tells 2 groups not apart"):
         method([[0], [1]], group_width=0)
+    with pytest.raises(UserError, match="leave a multiple of 4 above 0 of width=16"):
+        method(group_width=16)
     with pytest.raises(UserError, match="group_width=3 must be a multiple of 2"):
         method(group_width=3)
     with pytest.raises(UserError, match=r"SatMAEpp steps=2 .* this is one for 5 bands and 1"):
         method(upsampler=UpsamplerPyramid(5, 1))
-    with pytest.raises(UserError, match="does not fit a network for 5 bands"):
+    decoder = GroupedMaskDecoder(16, width=8, depth=1, heads=2, group_width=4)
+    with pytest.raises(UserError, match=r"SatMAEpp steps=-1 must be at least 0 .* this is no upsampler"):
+        SatMAEpp(method().backbone, decoder, steps=-1, optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(
+        UserError, match=r"a network for 5 bands.*: the backbone's groups, and the upsampler's channels"
+    ):
         method().training_step(batch(4), 0)
+    for shape in ((4, 5, 4, 32, 32), (4, 32, 32)):
+        with pytest.raises(UserError, match=r"does not fit a network for 5 bands, which takes \[B C h w\]"):
+            method().training_step({"image": torch.zeros(shape), "index": torch.arange(4)}, 0)
     with pytest.raises(UserError, match="30 x 30 pixels cannot be reduced 4 times"):
         method().training_step(batch(side=30), 0)
     with pytest.raises(UserError, match=r"image \[4, 5, 32, 32\] and valid \[4, 1, 32, 32\]"):

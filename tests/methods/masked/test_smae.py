@@ -60,6 +60,16 @@ def test_both_losses_by_hand_at_each_size_and_their_mean() -> None:
     torch.testing.assert_close(model.training_step(given, 0), expected)  # type: ignore[arg-type]
 
 
+def test_a_step_logs_the_means_of_both_and_the_encoder_at_its_smallest_size() -> None:
+    model, given, logged = method(), batch(), dict[str, Tensor]()
+    model.log_training = lambda figures, **options: logged.update(figures)  # type: ignore[method-assign]
+    loss = model.training_step(given, 0)
+    encoder_S, decoder_S = model.losses(given)
+    expected = {"loss": loss, "encoder": encoder_S.mean(), "decoder": decoder_S.mean(), "smallest": encoder_S[0]}
+    assert encoder_S[0] != encoder_S[-1]
+    assert logged == {f"train/{name}_nats": figure for name, figure in expected.items()}
+
+
 def test_the_decoder_starts_as_a_copy_of_the_first_block_and_shares_the_embeddings() -> None:
     model = method()
     first = model.backbone.encoder.layer[0].state_dict()  # type: ignore[operator, union-attr, index]

@@ -66,6 +66,13 @@ def test_validation_is_the_loss_with_the_alterations_of_step_0_and_training_alte
     assert not torch.allclose(model.training_step(given, 0), expected)
 
 
+def test_each_recording_is_altered_by_its_own_number() -> None:
+    model, given = method(), batch()
+    same = {name: field[:1].expand(4, *field.shape[1:]) for name, field in given.items()} | {"index": given["index"]}
+    labelled = model.guesses(same, 0)[1].labelled_BTF
+    assert len({tuple(row.flatten().tolist()) for row in labelled}) == 4
+
+
 def test_padding_does_not_change_loss_or_features() -> None:
     model, given = method(), batch()
     longer = given | {"wave": torch.nn.functional.pad(given["wave"], (0, 500))}
@@ -134,6 +141,9 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     model = TERA(FrameTransformer(), optimizer=torch.optim.SGD)
     assert (model.backbone.bands, model.backbone.num_features, len(model.backbone.blocks)) == (80, 768, 3)
     assert (model.front.rate, model.front.window, model.front.hop) == (16_000, 400, 160)
+    assert [type(layer).__name__ for layer in model.head] == ["Linear", "GELU", "LayerNorm", "Linear"]
+    assert float(model.head[0].weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert not model.head[0].bias.any()
     assert [layer.out_features for layer in model.head if isinstance(layer, torch.nn.Linear)] == [768, 80]
     alterations = model.alterations
     assert (alterations.share, alterations.width, alterations.band, alterations.noise) == (0.15, 7, 0.2, 0.0)
@@ -147,6 +157,7 @@ def test_what_does_not_fit_is_refused() -> None:
         {"image": torch.zeros(2, 3)},
         batch() | {"wave": torch.zeros(4, 2, 9)},
         batch() | {"length": torch.ones(4)},
+        batch() | {"length": torch.ones(4, 1).long()},
     ):
         with pytest.raises(UserError, match=r"TERA reads recordings, wave float \[B, S\] with length int64 \[B\]"):
             method().features(wrong)

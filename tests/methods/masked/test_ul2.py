@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.config.resolve import resolve
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.domains import DomainDenoising
@@ -172,3 +173,10 @@ def test_it_learns_what_is_the_same_everywhere(tmp_path: Path) -> None:
     losses = method_runs.fit(model, [given] * 60, tmp_path)
     assert losses[0] > 3
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("recipe", ["masked/ul2", "masked/ul2_decoder"])
+def test_a_corpus_of_fewer_batches_than_lie_between_two_validations_trains(recipe: str) -> None:
+    trainer = resolve(recipe).config["trainer"]
+    assert isinstance(trainer["val_check_interval"], int)
+    assert trainer["check_val_every_n_epoch"] is None  # the Trainer then counts batches of all epochs

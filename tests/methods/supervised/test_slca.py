@@ -212,6 +212,8 @@ def test_one_row_no_row_dead_features_and_rounding_leave_a_gaussian_that_can_be_
         assert found.sample(number, 5, (0,)).isfinite().all()
     singular = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 1e-9]], dtype=torch.float64)
     torch.testing.assert_close(factor(singular) @ factor(singular).T, singular, rtol=0, atol=1e-8)
+    negative = torch.diag(torch.tensor([1.0, -0.25, 4.0]))  # as rounding may leave it, and more
+    torch.testing.assert_close(factor(negative) @ factor(negative).T, torch.diag(torch.tensor([1.0, 0.0, 4.0])))
     with pytest.raises(UserError, match="of 4 features got moments of 3"):
         found.learn(0, Moments.of(torch.ones(2, 3)))
 
@@ -286,6 +288,15 @@ def test_tasks_of_one_class_classes_of_one_image_and_dead_features_train_to_fini
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         method(**settings)
+
+
+def test_an_alignment_that_diverges_is_told(tmp_path: Path) -> None:
+    model, given = method(align_lr=1e30), ClassGaussians(10, 12)
+    for number in range(4):
+        given.learn(number, Moments.of(torch.randn(5, 12)))
+    model.gaussians, model.task_C = given, torch.tensor([0, 0, 1, 1] + [2] * 6)
+    with pytest.raises(UserError, match=r"after task 1 has diverged with align_lr=1e\+30; lower it"):
+        model.align(1)
 
 
 def test_another_number_of_classes_and_a_second_pass_through_the_tasks_are_refused(tmp_path: Path) -> None:

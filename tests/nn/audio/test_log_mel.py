@@ -6,7 +6,7 @@ import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from lightspan.errors import UserError
-from lightspan.nn.audio.log_mel import FLOOR, LogMel, mel_filters, normalised
+from lightspan.nn.audio.log_mel import LogMel, mel_filters, normalised
 
 WAVES = 0.1 * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([4000, 2345, 1000])
@@ -21,13 +21,15 @@ def test_the_filters_are_those_of_transformers(mels: int, window: int, low: floa
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_log_energies_are_those_of_transformers() -> None:
-    found = LogMel(normalise=False).double()(WAVES.double(), LENGTHS)
-    for wave, length, frames, valid in zip(WAVES.double(), LENGTHS.tolist(), *found, strict=True):
+@pytest.mark.parametrize("loudness", [1.0, 1e-5])  # of the second the floor is a large part
+def test_log_energies_are_those_of_transformers(loudness: float) -> None:
+    waves = loudness * WAVES.double()
+    found = LogMel(normalise=False).double()(waves, LENGTHS)
+    for wave, length, frames, valid in zip(waves, LENGTHS.tolist(), *found, strict=True):
         filters = mel_filter_bank(201, 80, 0.0, 8000.0, 16_000, norm=None, mel_scale="htk")
         hann = window_function(400, "hann")
         settings = {"power": 2.0, "center": False, "mel_filters": filters, "mel_floor": 0.0}
-        expected = np.log(spectrogram(wave[:length].numpy(), hann, 400, 160, **settings) + FLOOR).T
+        expected = np.log(spectrogram(wave[:length].numpy(), hann, 400, 160, **settings) + 1e-10).T
         assert int(valid.sum()) == len(expected)
         np.testing.assert_allclose(frames[valid].numpy(), expected, atol=2e-4)  # filters are kept in float32
 
@@ -69,6 +71,29 @@ def test_silence_one_frame_and_less_are_finite_in_every_precision(dtype: torch.d
     assert front(wave[:, :100], torch.tensor([100] * 4)).valid_BT.tolist() == [[True]] * 4  # shorter than a window
 
 
+def test_a_valid_frame_ends_within_its_recording_and_a_short_one_is_followed_by_zeros() -> None:
+    front, ends = LogMel(mels=40, normalise=False), [559, 560, 719, 720, 721]
+    noise = WAVES[:1, :900].expand(5, -1)
+    assert front(noise, torch.tensor(ends)).valid_BT.sum(1).tolist() == [1, 2, 2, 3, 3]
+    assert front.count(torch.tensor(ends)).tolist() == [1, 2, 2, 3, 3]
+    for length in (1, 120, 399):
+        alone = torch.nn.functional.pad(WAVES[:1, :length], (0, 400 - length))
+        expected = front(alone, torch.tensor([400])).frames_BTF
+        for wave in (WAVES[:1, :length], WAVES[:1, :399], WAVES[:1, :900]):
+            found = front(wave, torch.tensor([length])).frames_BTF
+            torch.testing.assert_close(found[:, :1], expected)
+            assert not found[:, 1:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_has_the_same_front_end(dtype: torch.dtype) -> None:
+    front = LogMel(mels=40)
+    assert torch.equal(LogMel(mels=40).to(dtype)(WAVES, LENGTHS).frames_BTF, front(WAVES, LENGTHS).frames_BTF)
+    half = WAVES.to(dtype)
+    assert torch.equal(LogMel(mels=40).to(dtype)(half, LENGTHS).frames_BTF, front(half.float(), LENGTHS).frames_BTF)
+    assert not front.state_dict()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_reach_the_energies(dtype: torch.dtype) -> None:
     front = LogMel(mels=40)
@@ -83,7 +108,15 @@ def test_no_recording_is_a_batch_too() -> None:
 
 
 def test_what_does_not_vary_becomes_zero() -> None:
-    assert not normalised(torch.full((1, 5, 3), -23.02585), torch.ones(1, 5, dtype=torch.bool)).abs().gt(0.01).any()
+    constant, valid = torch.full((1, 5, 3), -23.02585), torch.ones(1, 5, dtype=torch.bool)
+    assert not normalised(constant, valid).abs().gt(0.01).any()
+    rounding = 1e-5 * torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(0))
+    assert not normalised(constant + rounding, valid).abs().gt(0.05).any()
+
+
+def test_windows_are_the_nearest_whole_number_of_samples() -> None:
+    front = LogMel(11_025, 40)
+    assert (front.window, front.hop) == (276, 110)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +126,7 @@ def test_what_does_not_vary_becomes_zero() -> None:
         ({"high": 9000.0}, "high=9000"),
         ({"low": 5000.0, "high": 4000.0}, "low=5000 and high=4000"),
         ({"window_ms": 0.01}, r"window_ms=0\.01"),
+        ({"window_ms": 0.0625}, r"window_ms=0\.0625, .* a window needs two samples"),
         ({"mels": 300}, r"LogMel mels=300: [0-9]+ bands lie between two frequencies .* 40 Hz apart; lower mels"),
     ],
 )

@@ -39,6 +39,16 @@ def test_it_has_the_gradient_of_its_equation_and_scores_half_precision_in_float3
         assert head()(logits.detach().float()).dtype == torch.float32
 
 
+def test_distances_of_neighbours_do_not_become_equal_in_half_precision() -> None:
+    observed, logits = torch.tensor([0, 33, 66]), torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    exact = LokiHead(ring(100).squared(observed))
+    for dtype in (torch.bfloat16, torch.float16):
+        kept = torch.nn.Sequential(LokiHead(ring(100).squared(observed))).to(dtype)
+        assert torch.equal(kept(logits), exact(logits))
+        assert torch.equal(kept.float()[0].squared_KN, exact.squared_KN)
+    assert exact.to("meta").to_empty(device="cpu").squared_KN.shape == (3, 100)
+
+
 def test_it_has_widths_and_a_state_and_no_weights() -> None:
     assert (head().in_features, head().out_features) == (3, 10)
     assert [*head().parameters()] == []
@@ -46,7 +56,13 @@ def test_it_has_widths_and_a_state_and_no_weights() -> None:
 
 
 def test_what_is_no_head_is_refused() -> None:
-    for squared in (torch.ones(3), torch.ones(0, 2), -torch.ones(1, 2), torch.full((1, 2), torch.nan)):
+    for squared in (
+        torch.ones(3),
+        torch.ones(0, 2),
+        -torch.ones(1, 2),
+        torch.full((1, 2), torch.nan),
+        torch.tensor([[0, 1e40]]).double(),
+    ):
         with pytest.raises(UserError, match=r"LokiHead squared_KN .* must be finite squares"):
             LokiHead(squared)
     with pytest.raises(UserError, match="temperature=0 must be above 0"):

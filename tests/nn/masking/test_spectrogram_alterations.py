@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
+from lightspan.nn.masking.spectrogram_alterations import SOURCE, SpectrogramAlterations
+from lightspan.nn.masking.spectrogram_alterations import TIME as TIME_STREAM
+from lightspan.noise import mixed_seed
 
 OFF = SpectrogramAlterations(share=0.0, band=0.0)
 TIME, BAND = replace(OFF, share=0.15), replace(OFF, band=0.2)
@@ -99,6 +101,46 @@ def test_swapped_blocks_show_whole_runs_of_clean_frames() -> None:
         at = int(labelled[row, :, 0].int().argmax())
         block = altered[row, at : at + 7]
         assert any(torch.equal(block, x[row, start : start + 7]) for start in range(41))
+
+
+@pytest.mark.parametrize("frames", [7, 12, 60])
+def test_blocks_are_laid_one_after_the_other_and_of_overlapping_ones_the_last_is_seen(frames: int) -> None:
+    alterations = replace(TIME, share=0.6, zero=0.0, swapped=1.0)
+    x, valid, index = spectrograms(20, frames=frames, bands=2, shortest=5)
+    altered, labelled = alterations(x, valid, index, 3)
+    seeds, room = mixed_seed(index, 3, 0), (valid.sum(1) - 7).clamp(min=1)
+    starts, sources = (alterations._starts(seeds, stream, room, frames) for stream in (TIME_STREAM, SOURCE))
+    expected, blocks = x.clone(), torch.zeros_like(valid)
+    for row, of in enumerate(valid.sum(1).tolist()):
+        for number in range(min(round(0.6 * of / 7), max(of - 7, 1))):
+            start, source = int(starts[row, number]), int(sources[row, number])
+            length = min(7, of - start)
+            expected[row, start : start + length] = x[row, source : source + length]
+            blocks[row, start : start + length] = True
+    assert torch.equal(altered, expected)
+    assert torch.equal(labelled, blocks[..., None].expand_as(x))
+
+
+def test_the_die_says_nothing_of_the_band() -> None:
+    x, valid, index = spectrograms(3000, frames=60, bands=20)
+    altered, labelled = SpectrogramAlterations()(x, valid, index, 0)
+    band = labelled.all(dim=1)
+    is_zero = (altered.amax(dim=2) == 0).any(dim=1)
+    assert 500 < int((~is_zero).sum()) < 700
+    for of in (is_zero, ~is_zero):
+        share = band[of].sum(dim=1).bincount(minlength=5) / of.sum()
+        assert share.tolist() == pytest.approx([0.2] * 5, abs=0.06)
+
+
+def test_another_seed_draws_anew() -> None:
+    x, valid, index = spectrograms(40)
+    for part in (TIME, BAND):
+        drawn = [replace(part, seed=seed)(x, valid, index, 3).labelled_BTF for seed in (0, 1)]
+        assert not torch.equal(*drawn)
+    noisy = [
+        [replace(OFF, noise=0.5, seed=seed)(x, valid, index, step).frames_BTF for step in range(20)] for seed in (0, 1)
+    ]
+    assert len({tuple(torch.equal(one, x) for one in of) for of in noisy}) == 2
 
 
 def test_bands_have_every_width_up_to_the_widest_and_lie_anywhere() -> None:

@@ -63,3 +63,15 @@ def test_eight_of_ten_masked_tokens_are_hidden_one_is_any_and_one_stays() -> Non
 def test_shares_that_cannot_be_are_refused(inner: float, outer: float, seed: int) -> None:
     with pytest.raises(UserError, match=r"inner=.*and outer="):
         NestedWordMasks(inner, outer, seed)
+
+
+def test_shares_are_rounded_and_only_what_the_smaller_mask_takes_uses_up_its_share() -> None:
+    singles = np.array([[-1, 0, 1, 2, 3, 4, 5, -1]])  # 8 tokens: 1.6 and 3.6 of them
+    one_long = np.array(
+        [[-1, 0, 0, 0, 1, 2, -1]]
+    )  # 7 tokens: 1 and 4; a word of three never fits into the smaller mask
+    for step in range(12):
+        assert NestedWordMasks(0.2, 0.45).draw(singles, step, [0]).sum(axis=2).tolist() == [[2], [4]]
+        inner, outer = NestedWordMasks(0.2, 0.6).draw(one_long, step, [0])
+        assert inner.sum() == 1
+        assert outer.sum() == (4 if outer[0, 1] else 2)
