@@ -154,7 +154,8 @@ class OnlineProbes(Callback):
 def _told_apart_by_none(probe: Probe, bank: Columns, val: Columns) -> str | None:
     """The field that a probe reads, if it has one class in all samples: every encoder would be right of all of them."""
     for name in probe.reads:
-        if (labels := bank.fields.get(name)) is None or kind_of(labels) != "classes":
+        labels = bank.fields.get(name)
+        if labels is None or labels.ndim > 1 or kind_of(labels) != "classes":
             continue
         if len(torch.cat([labels, val.fields[name].to(labels)]).unique()) == 1:
             return name

@@ -127,13 +127,14 @@ class PrefixDecoder(DenoisingNetwork):
         ).last_hidden_state
 
 
-def require_denoiser(backbone: nn.Module, method: str) -> None:
-    """Raises: UserError for another network."""
+def require_denoiser(backbone: nn.Module, method: str) -> DenoisingNetwork:
+    """The network itself. Raises: UserError for one of another kind."""
     if not isinstance(backbone, DenoisingNetwork):
         raise UserError(
             f"{method} needs a network of lightspan.backbones.denoisers, such as EncoderDecoder, not "
             f"{type(backbone).__name__}"
         )
+    return backbone
 
 
 def same_text(segments_BQ: Tensor, segments_BK: Tensor) -> Tensor:

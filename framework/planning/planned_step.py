@@ -32,6 +32,10 @@ from lightspan.planning.step_memory import (
     step_memory,
 )
 
+_FEW = (2, 4)
+"""Samples of the real steps that tell whether this machine has the memory for one of a whole micro-batch."""
+_ROOM = 1.25
+"""Memory that a real step may need, by that which is counted: temporaries inside of operations are not."""
 _NO_LIMIT = 2**60  # version 1 of control groups writes a number of pages near 2**63
 
 
@@ -102,11 +106,15 @@ def make_plan(
         except Exception as error:  # from any library that needs numbers where there are only shapes
             here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
-        here = step.real(rows)
-        if rows >= 4:
-            half = step.real(rows // 2)
-            largest = largest_rows(memory - process, _line(half, here), half, here)
-            notes.append(f"the largest micro-batch is on a line through real steps of {half.rows} and {rows} samples")
+        fits = rows <= _FEW[1] or step.has_room(rows)
+        here = step.real(rows if fits else _FEW[1])
+        if rows >= _FEW[1]:
+            half = step.real(rows // 2 if fits else _FEW[0])
+            line = _line(half, here)
+            largest = largest_rows(memory - process, line, half, here)
+            what = "the largest micro-batch is" if fits else f"for {rows} samples memory lacks here: all figures are"
+            notes.append(f"{what} on a line through real steps of {half.rows} and {here.rows} samples")
+            here = line(rows)
     return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
 
 
@@ -194,7 +202,12 @@ class _Step:
 
     def real(self, rows: int) -> StepMemory:
         """Counts a step on real tensors; it changes the weights."""
-        return self._measure(rows, self._optimizers)
+        return self.division.of(self._measure(rows, self._optimizers))
+
+    def has_room(self, rows: int) -> bool:
+        """Whether a real step of so many samples fits into what this machine has free, going by real ones of few."""
+        peak = _line(*(self._measure(few, self._optimizers) for few in _FEW))(rows).peak
+        return _ROOM * peak + rss_bytes() <= available_memory(torch.device("cpu"))[0]
 
     def fake(self, rows: int) -> StepMemory:
         """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real step."""
@@ -214,13 +227,13 @@ class _Step:
     def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         mode = FakeTensorMode()
         with faked(self.module, mode), mode:
-            return self._measure(rows, make_optimizers)
+            return self.division.of(self._measure(rows, make_optimizers))
 
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        """Of one rank that has all."""
         passes = min(2, self.trainer.accumulate_grad_batches)
         with silent(), without_logging(self.module):
-            whole = step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
-        return self.division.of(whole)
+            return step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
 
     def _loss(self, batch: Any) -> Tensor:
         output = loss_of(self.trainer, self.module, batch)
@@ -239,6 +252,14 @@ class _Step:
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:
-    """Steps of other sizes, with their peak on the line through two measured ones."""
-    slope = (large.peak - small.peak) / (large.rows - small.rows)
-    return lambda rows: dataclasses.replace(large, rows=rows, peak=round(large.peak + slope * (rows - large.rows)))
+    """Steps of other sizes, with what grows with them on the line through two measured ones."""
+
+    def of(rows: int) -> StepMemory:
+        share = (rows - large.rows) / (large.rows - small.rows)
+        grown = {
+            name: round(getattr(large, name) + share * (getattr(large, name) - getattr(small, name)))
+            for name in ("batch", "activations", "peak")
+        }
+        return dataclasses.replace(large, rows=rows, **grown)
+
+    return of

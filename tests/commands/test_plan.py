@@ -17,6 +17,7 @@ from lightspan.commands import plan as command
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import state_bytes
+from lightspan.planning import planned_step
 from lightspan.planning.division import Division, division, strategy_of
 from lightspan.planning.outcome import measured_peak, shares, verdict
 from lightspan.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
@@ -151,6 +152,25 @@ def test_a_model_that_reads_numbers_is_planned_by_a_real_step(tmp_path: Path) ->
     assert plan.largest_rows > 8
     assert "counted by a real step, since a fake one stopped (it reads a number from a tensor" in plan.notes[0]
     assert plan.notes[1] == "the largest micro-batch is on a line through real steps of 4 and 8 samples"
+
+
+def test_a_real_step_that_would_not_fit_into_this_machine_is_told_from_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ran = planned(tmp_path, Regression(), real=True), list[int]()
+
+    class Counted(Regression):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            ran.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(planned_step, "available_memory", lambda device: (0, "a full machine"))
+    plan = planned(tmp_path, Counted(), real=True)
+    assert set(ran) == {2, 4}
+    assert plan.step == whole.step
+    assert plan.notes[1:] == [
+        "for 8 samples memory lacks here: all figures are on a line through real steps of 2 and 4 samples"
+    ]
 
 
 def test_a_real_step_on_demand_counts_the_same(tmp_path: Path) -> None:

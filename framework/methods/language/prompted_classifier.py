@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.backbones.denoisers import DenoisingNetwork, require_denoiser, require_room
+from lightspan.backbones.denoisers import require_denoiser, require_room
 from lightspan.datamodules.batches import PromptBatch
 from lightspan.devices import wide
 from lightspan.errors import UserError
@@ -58,17 +58,16 @@ class PromptedClassifier(Method):
 
     def __init__(
         self,
-        backbone: DenoisingNetwork,
+        backbone: nn.Module,
         num_classes: int = 2,
         alignment: Discrepancy | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_denoiser(backbone, "PromptedClassifier")
         if num_classes < 2:
             raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
-        self.backbone, self.num_classes, self.alignment = backbone, num_classes, alignment
-        self.num_tokens = backbone.num_tokens
+        self.backbone = require_denoiser(backbone, "PromptedClassifier")
+        self.num_classes, self.alignment, self.num_tokens = num_classes, alignment, self.backbone.num_tokens
 
     def setup(self, stage: str) -> None:
         """Raises: UserError for data whose tokens or prompts the backbone has no room for."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightspan.analysis.bits_per_byte import BitsPerByte
-from lightspan.backbones.denoisers import DenoisingNetwork, require_denoiser, require_room
+from lightspan.backbones.denoisers import require_denoiser, require_room
 from lightspan.datamodules.batches import DenoisingBatch
 from lightspan.devices import wide
 from lightspan.method import Method
@@ -36,10 +36,10 @@ class UL2(Method):
     Raises: UserError for another network.
     """
 
-    def __init__(self, backbone: DenoisingNetwork, **optimization: Any) -> None:
+    def __init__(self, backbone: nn.Module, **optimization: Any) -> None:
         super().__init__(**optimization)
-        require_denoiser(backbone, "UL2")
-        self.backbone, self.num_tokens = backbone, backbone.num_tokens
+        self.backbone = require_denoiser(backbone, "UL2")
+        self.num_tokens = self.backbone.num_tokens
         self._measure(())
 
     def setup(self, stage: str) -> None:

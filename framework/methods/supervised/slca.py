@@ -112,7 +112,7 @@ class SLCA(Method):
         register_replicated(self, "aligned_weight", self.head.weight.detach().clone())
         register_replicated(self, "aligned_bias", self.head.bias.detach().clone())
         self._steps: list[int] = []
-        self._training = -1  # the task whose head is kept
+        self._training = -1  # the task whose head is kept; none yet
 
     def setup(self, stage: str) -> None:
         """Raises: UserError for data of another number of classes."""
@@ -166,14 +166,17 @@ class SLCA(Method):
             return
         self._training = task
         self._kept = self.head.weight.detach().clone(), self.head.bias.detach().clone()
-        self._own_C = self.task_C == task
         if task >= int(self.begun):  # not in a run that resumes within the task
             self.begun.fill_(task + 1)
             self.trainer.optimizers[0].state.clear()
 
+    def _own(self) -> Tensor:
+        """Which classes are of the task that trains, bool [C]; outside of a run, such as in a plan, the first."""
+        return self.task_C == max(self._training, 0)
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         image_BCHW, label_B = image_of(batch, "SLCA"), labels_of(batch, "SLCA")
-        logits_BC = self.head(self.backbone(image_BCHW)).masked_fill(~self._own_C, -torch.inf)
+        logits_BC = self.head(self.backbone(image_BCHW)).masked_fill(~self._own(), -torch.inf)
         loss = label_cross_entropy(logits_BC, label_B)
         figures = {"train/loss_nats": loss, "train/accuracy": share_right(logits_BC, label_B)}
         self.log_training(figures, batch_size=len(label_B), prog_bar=True)
@@ -182,7 +185,7 @@ class SLCA(Method):
     def after_optimizer_step(self) -> None:
         """Rows of other tasks are what they were, bit for bit, whatever the optimiser did."""
         for parameter, kept in zip((self.head.weight, self.head.bias), self._kept, strict=True):
-            other = ~self._own_C.view(-1, *[1] * (parameter.ndim - 1))
+            other = ~self._own().view(-1, *[1] * (parameter.ndim - 1))
             parameter.copy_(torch.where(other, kept, parameter))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

@@ -69,6 +69,15 @@ class Watches(Callback):
             self.answers.append(pl_module(torch.ones(1, 1, 8, 8))[0])
 
 
+def test_a_step_outside_of_a_run_such_as_a_plan_takes_is_one_of_the_first_task() -> None:
+    model, batch = method(), {"image": torch.randn(4, 1, 8, 8), "label": torch.tensor([0, 1, 0, 1])}
+    model.log_training = lambda figures, **options: None  # type: ignore[method-assign]
+    model.task_C.copy_(torch.arange(10) // 2)
+    loss = model.training_step(batch, 0)
+    logits_BC = model.head(model.backbone(batch["image"]))[:, :2]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits_BC, batch["label"]))
+
+
 def test_rows_of_other_tasks_stay_bit_for_bit_and_the_head_goes_on_from_before_its_alignment(tmp_path: Path) -> None:
     data, watches = stream(), Watches()
     model, plain, other = method(), method(align_epochs=0), Watches()
