@@ -33,7 +33,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2), 100
 RATES, TUNING_RATES = (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)
-CHOSEN = {"3-D": 2e-3, "single date": 2e-3, "segmentation, pre-trained": 1e-3, "segmentation, random": 1e-3}
+CHOSEN = {"3-D": 4e-3, "single date": 4e-3, "segmentation, pre-trained": 5e-4, "segmentation, random": 2e-3}
 STEPS, CLOUD_STEPS, BATCH, WIDTH, PATCH = 700, 800, 16, 96, 6
 POOL, UNSEEN, LABELLED, JUDGED = 2048, 256, 20, 128
 TUNING, EVERY, TUNING_BATCH = 200, 10, 10

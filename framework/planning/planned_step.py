@@ -184,7 +184,7 @@ class _Step:
         batch, whole = None, None
         if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
             whole = datamodule.batch_size
-            self.notes.append("a batch of black pictures, or of silence, stands in for the shards, which are not here")
+            self.notes.append("a batch of zeros, black or silent, stands in for the shards, which are not here")
         else:
             datamodule.prepare_data()
             datamodule.setup("fit")

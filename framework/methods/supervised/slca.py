@@ -134,14 +134,8 @@ class SLCA(Method):
         self.require_whole("writes rows of a whole head back")
 
     def configure_optimizers(self) -> Any:
-        """Raises: UserError for a run that goes through the tasks more than once."""
         if not self._steps:
             return super().configure_optimizers()
-        if (total := self._total_steps()) > sum(self._steps):
-            raise UserError(
-                f"a run of {total} steps would come back to the first task, and all tasks together have "
-                f"{sum(self._steps)}; set trainer.max_epochs=1, and data.init_args.passes to see images more often"
-            )
         given = self.lr_scheduler
         self.lr_scheduler = None if given is None else in_turn(given, self._steps)
         try:
@@ -158,6 +152,12 @@ class SLCA(Method):
         return F.linear(self.backbone(x_BCHW), weight, bias).masked_fill(unseen_C, -torch.inf)
 
     def on_train_start(self) -> None:
+        """Raises: UserError for a run that goes through the tasks more than once."""
+        if self._steps and (total := self._total_steps()) > sum(self._steps):
+            raise UserError(
+                f"a run of {total} steps would come back to the first task, and all tasks together have "
+                f"{sum(self._steps)}; set trainer.max_epochs=1, and data.init_args.passes to see images more often"
+            )
         self._training = -1
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -25,6 +25,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.schedules import Staircase
+from lightspan.planning.planned_step import make_plan
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 
@@ -76,6 +77,11 @@ def test_a_step_outside_of_a_run_such_as_a_plan_takes_is_one_of_the_first_task()
     loss = model.training_step(batch, 0)
     logits_BC = model.head(model.backbone(batch["image"]))[:, :2]
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits_BC, batch["label"]))
+
+
+def test_a_plan_and_a_dry_run_need_no_run_of_the_length_of_all_tasks(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **SILENT)
+    assert make_plan(trainer, method(), stream(), 2**40).step.rows == 20
 
 
 def test_rows_of_other_tasks_stay_bit_for_bit_and_the_head_goes_on_from_before_its_alignment(tmp_path: Path) -> None:
