@@ -14,7 +14,9 @@ from lightspan.errors import UserError
 class Letters:
     """Stands for a tokenizer: one token a letter between 1 and 2, padded with 0."""
 
-    def __call__(self, texts: list[str], truncation, max_length: int, padding: str, padding_side: str) -> dict:
+    def __call__(
+        self, texts: list[str], truncation, max_length: int, padding: str, padding_side: str, split_special_tokens: bool
+    ) -> dict:
         rows = [[1, *(ord(letter) for letter in text[: max_length - 2]), 2] for text in texts]
         return {
             "input_ids": [row + [0] * (max_length - len(row)) for row in rows],
