@@ -7,8 +7,8 @@ are filled by it, by the same network trained on single dates in as many steps, 
 and by the bands' means. Errors are in squared deviations of a band, over cloudy pixels alone.
 
 For segmentation the pre-trained encoder and one with random weights are fine-tuned, with a neck and a head, on twenty
-series with the land cover of each pixel, in equal steps. Rates of each arm are the best of the same few on seed 100, and of the
-next one too where the last of them was best.
+series with the land cover of each pixel, in equal steps. Rates of each arm are the best of the same few on seed 100,
+and of the next one too where the last of them was best.
 """
 
 import sys
