@@ -38,6 +38,7 @@ def area_reduced(image_BCHW: Tensor, valid_BCHW: Tensor, factor: int) -> tuple[T
 
     Raises: UserError for sides that squares do not fill.
     """
+    image_BCHW = image_BCHW.where(valid_BCHW, 0)  # which may hold anything elsewhere
     if factor == 1:
         return image_BCHW, valid_BCHW
     if any(side % factor for side in image_BCHW.shape[2:]):
@@ -47,5 +48,5 @@ def area_reduced(image_BCHW: Tensor, valid_BCHW: Tensor, factor: int) -> tuple[T
         )
     seen_BCHW = F.avg_pool2d(valid_BCHW.to(image_BCHW.dtype), factor)
     # An average of a power of two of ones is exactly 1 in every floating-point type.
-    sums_BCHW = F.avg_pool2d(image_BCHW * valid_BCHW, factor)
+    sums_BCHW = F.avg_pool2d(image_BCHW, factor)
     return sums_BCHW / seen_BCHW.clamp_min(1 / (2 * factor**2)), F.avg_pool2d(valid_BCHW.float(), factor) > 1 - 1e-4

@@ -72,10 +72,10 @@ class Prithvi(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         image_BCThw = image_of(batch, "Prithvi")
+        valid_BCThw = valid_of(batch, image_BCThw, "Prithvi")
+        image_BCThw = image_BCThw.where(valid_BCThw, 0)  # which may hold anything elsewhere
         hidden = self.hidden(image_BCThw, index_in(batch, self))
-        valid = HiddenPatches(
-            valid_of(batch, image_BCThw, "Prithvi"), hidden.patch, hidden.grid, hidden.see_BK, hidden.hide_BM
-        )
+        valid = HiddenPatches(valid_BCThw, hidden.patch, hidden.grid, hidden.see_BK, hidden.hide_BM)
         guess_BMd = self.guess(image_BCThw, hidden.see_BK, hidden.hide_BM)
         loss = seen_patch_regression(guess_BMd, hidden.pixels(), valid.pixels())
         self.log_training({"train/loss": loss})

@@ -134,6 +134,18 @@ def test_a_series_without_a_valid_pixel_has_no_loss(dtype: torch.dtype) -> None:
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+def test_what_stands_where_nothing_is_valid_does_not_matter() -> None:
+    given = batch()
+    given["valid"][0, :, 1] = 0
+    losses = []
+    for value in (0.0, torch.nan, torch.inf):
+        model, image = method(), given["image"].masked_fill(given["valid"] == 0, value)
+        model.log_training = lambda figures: None  # type: ignore[method-assign]
+        losses.append(model.training_step({**given, "image": image}, 0))
+    assert losses[0].isfinite()
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_gaps_are_filled_from_what_is_seen_and_nothing_else_changes() -> None:
     model, given = method(), batch(rows=5)
     given["valid"][0, :, 1, 2:7, 3:5] = 0

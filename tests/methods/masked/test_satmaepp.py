@@ -280,7 +280,7 @@ def test_a_reduced_picture_is_the_mean_over_what_is_valid_and_valid_where_all_is
         values = image[window][valid[window]]
         torch.testing.assert_close(made[row, band, y, x], values.mean() if len(values) else torch.tensor(0.0))
         assert seen[row, band, y, x] == valid[window].all()
-    spoilt = area_reduced(torch.where(valid, image, 1e4), valid, 2)
+    spoilt = area_reduced(torch.where(valid, image, torch.nan), valid, 2)
     assert torch.equal(spoilt[0], made)
     torch.testing.assert_close(area_reduced(image, torch.ones_like(valid), 4)[0], F.avg_pool2d(image, 4))
     thirds = torch.ones(1, 1, 9, 9)
