@@ -90,3 +90,8 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
 def held_out_size(val_size: int | None, count: int, most: int) -> int:
     """How many of `count` samples of a user's file are held out: `val_size`, or for None a tenth, in [1, most]."""
     return min(most, max(1, count // 10)) if val_size is None else val_size
+
+
+def spaced(indices: np.ndarray, count: int) -> np.ndarray:
+    """`count` of the indices, evenly spaced."""
+    return indices[np.arange(count) * len(indices) // max(count, 1)]

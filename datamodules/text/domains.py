@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough, spaced
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
@@ -331,7 +331,7 @@ class DomainTexts(SampleSets):
         require_enough(None, size, len(source.texts), "texts of the source domain")
         # By label: evenly spaced places of a file whose labels take turns may all have one label.
         by_label = np.argsort(source.labels, kind="stable")
-        held = set(by_label[np.arange(size) * len(by_label) // size].tolist())
+        held = set(spaced(by_label, size).tolist())
         sides = [[place for place in range(len(source.texts)) if (place in held) is side] for side in (False, True)]
         train, val = (
             LabelledTexts([source.texts[place] for place in side], [source.labels[place] for place in side])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough, spaced
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -254,7 +254,7 @@ class TextPairs(Pairs):
         if self.val_path is None:
             size = held_out_size(self.val_size, len(training), most=1000)
             require_enough(None, size, len(training), f"pairs of {self.path}")
-            held = set((np.arange(size) * len(training) // size).tolist())
+            held = set(spaced(np.arange(len(training)), size).tolist())
             validation = [training[place] for place in sorted(held)]
             training = [pair for place, pair in enumerate(training) if place not in held]
         else:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
@@ -111,8 +111,3 @@ class FoodReviews(SampleSets):
         tokens, mask = tokenized(self.tokenizer, texts, self.length)
         labels = np.asarray([score == "great" for score in scores], dtype=np.int64)
         return Tokenized(tokens.astype(np.int32), mask.sum(axis=1), labels)
-
-
-def spaced(indices: np.ndarray, count: int) -> np.ndarray:
-    """`count` of the indices, evenly spaced."""
-    return indices[np.arange(count) * len(indices) // max(count, 1)]

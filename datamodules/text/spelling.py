@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, spaced
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.errors import UserError
 from lightspan.files import expanded
@@ -143,7 +143,7 @@ class WordList(SampleSets):
         words = [word for word in map(normalised, lines) if 0 < len(word) <= self.longest]
         require_enough(None, self.val_size, len(words), f"words of {path}")
         spelled(words, self.longest, self.alphabet)
-        held = np.arange(self.val_size) * len(words) // self.val_size
+        held = spaced(np.arange(len(words)), self.val_size)
         rest = np.setdiff1d(np.arange(len(words)), held)
         settings = self.tokenizer, self.longest, self.alphabet, self.sentence, self.length
         self.train = self.bank = SpellingSamples([words[i] for i in rest], *settings)

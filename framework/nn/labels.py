@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
-from lightspan.nn.samples import require_fields, samples_in
+from lightspan.nn.samples import described, range_on_host, require_fields, samples_in
 
 
 def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
@@ -52,10 +51,9 @@ def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
     asking an accelerator would wait for it.
     """
     labels_of({"label": label_B}, type(owner).__name__)
-    if label_B.device.type != "cpu" or not has_values(label_B) or not len(label_B):
-        return
-    least, largest = (int(end) for end in torch.aminmax(label_B))
-    if least < 0 or largest >= num_classes:
+    ends = range_on_host(label_B)
+    if ends is not None and (ends[0] < 0 or ends[1] >= num_classes):
+        least, largest = ends
         raise UserError(
             f"labels from {least} to {largest} do not fit {type(owner).__name__} of {num_classes} classes; "
             f"labels count from 0, so it needs {largest + 1} classes or more"
@@ -72,12 +70,11 @@ def require_classes(label: Tensor, classes: int, method: str) -> None:
 
     Raises: UserError for a class that is not below `classes`.
     """
-    if label.device.type != "cpu" or not has_values(label) or not label.numel():
-        return
-    if (largest := int(label.max())) < classes:
+    ends = range_on_host(label)
+    if ends is None or ends[1] < classes:
         return
     raise UserError(
-        f"semantic has the class {largest}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
+        f"semantic has the class {ends[1]}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
         "num_classes, or let the data give -1 to pixels that do not count"
     )
 
@@ -94,9 +91,8 @@ def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: s
     wrong = not isinstance(given, Tensor) or given.ndim != 1 or given.dtype == torch.bool
     # [B, 1] against [B] would broadcast, and train on a loss that nobody meant.
     if wrong or (whole and given.is_floating_point()) or samples not in (None, len(given)):
-        found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise UserError(
             f"{method} needs a {kind} for each sample as {field}, a tensor [{samples or 'B'}], and this batch gives "
-            f"{found}; let the dataset give each sample one {kind}"
+            f"{described(given)}; let the dataset give each sample one {kind}"
         )
     return given

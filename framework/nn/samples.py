@@ -9,10 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.devices import has_values
 from lightspan.errors import UserError
 
 WHOLE = (torch.int64, torch.int32)
 """Types of numbers that index a table; of smaller ones torch takes some for a mask."""
+
+
+def described(given: Any) -> str:
+    """Type and shape of a tensor, or the kind of anything else, for messages."""
+    return f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
+def range_on_host(numbers: Tensor) -> tuple[int, int] | None:
+    """The least and the largest of whole numbers; None without any, and where to read them would wait for a device, or
+    there are shapes alone.
+    """
+    if numbers.device.type != "cpu" or not has_values(numbers) or not numbers.numel():
+        return None
+    least, largest = torch.aminmax(numbers)
+    return int(least), int(largest)
 
 
 def require_fields(batch: Any, method: str) -> None:

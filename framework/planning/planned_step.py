@@ -106,12 +106,11 @@ def make_plan(
         except Exception as error:  # from any library that needs numbers where there are only shapes
             here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
-        fits = rows <= _FEW[1] or step.has_room(rows)
-        here = step.real(rows if fits else _FEW[1])
-        if rows >= _FEW[1]:
-            half = step.real(rows // 2 if fits else _FEW[0])
+        *smaller, here = step.real(rows)
+        for half in smaller:
             line = _line(half, here)
             largest = largest_rows(memory - process, line, half, here)
+            fits = here.rows == rows
             what = "the largest micro-batch is" if fits else f"for {rows} samples memory lacks here: all figures are"
             notes.append(f"{what} on a line through real steps of {half.rows} and {here.rows} samples")
             here = line(rows)
@@ -200,14 +199,20 @@ class _Step:
         trainer.precision_plugin.convert_module(module)
         self.module = module.train()
 
-    def real(self, rows: int) -> StepMemory:
-        """Counts a step on real tensors; it changes the weights."""
-        return self.division.of(self._measure(rows, self._optimizers))
+    def real(self, rows: int) -> list[StepMemory]:
+        """Counts steps on real tensors, which change the weights: of half the samples, where there are enough to halve,
+        and of all. Where this machine has no room for these, going by steps of few samples, those are given instead.
+        """
+        if rows < _FEW[1]:
+            return [self._real(rows)]
+        few = [self._measure(count, self._optimizers) for count in _FEW]
+        needed = _ROOM * _line(*few)(rows).peak + rss_bytes()
+        if rows == _FEW[1] or needed > available_memory(torch.device("cpu"))[0]:
+            return [self.division.of(step) for step in few]
+        return [self._real(rows // 2), self._real(rows)]
 
-    def has_room(self, rows: int) -> bool:
-        """Whether a real step of so many samples fits into what this machine has free, going by real ones of few."""
-        peak = _line(*(self._measure(few, self._optimizers) for few in _FEW))(rows).peak
-        return _ROOM * peak + rss_bytes() <= available_memory(torch.device("cpu"))[0]
+    def _real(self, rows: int) -> StepMemory:
+        return self.division.of(self._measure(rows, self._optimizers))
 
     def fake(self, rows: int) -> StepMemory:
         """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real step."""

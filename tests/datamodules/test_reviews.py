@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightspan.datamodules.loading.sample_sets import spaced
 from lightspan.datamodules.r_data import LIBRARIES
 from lightspan.datamodules.text import reviews
-from lightspan.datamodules.text.reviews import FoodReviews, spaced
+from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.errors import UserError
 
 

@@ -18,9 +18,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
-from lightspan.nn.samples import require_fields, require_rows
+from lightspan.nn.samples import range_on_host, require_fields, require_rows
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 
@@ -215,12 +214,11 @@ def letters_of(batch: Mapping[str, Any], decoder: LetterDecoder, method: str) ->
             f"words of up to {letters_BT.shape[1]} letters are longer than the decoder's length={decoder.length}; set "
             "data.init_args.longest to that, or raise the length"
         )
-    if letters_BT.device.type == "cpu" and has_values(letters_BT) and letters_BT.numel():
-        least, largest = (int(end) for end in letters_BT.aminmax())
-        if least < 0 or largest > decoder.letters:
-            raise UserError(
-                f"characters from {least} to {largest} are outside the decoder's alphabet of letters={decoder.letters}"
-                ", which are numbered from 1, with 0 behind the end of a word; give it as many as the data have"
-            )
+    ends = range_on_host(letters_BT)
+    if ends is not None and (ends[0] < 0 or ends[1] > decoder.letters):
+        raise UserError(
+            f"characters from {ends[0]} to {ends[1]} are outside the decoder's alphabet of letters={decoder.letters}"
+            ", which are numbered from 1, with 0 behind the end of a word; give it as many as the data have"
+        )
     require_rows(batch, "characters", method)
     return letters_BT

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.nn.samples import WHOLE, require_fields
+from lightspan.nn.samples import WHOLE, described, require_fields
 
 
 def require_series(backbone: nn.Module, method: str) -> None:
@@ -45,7 +45,7 @@ def series_in(batch: Mapping[str, Any], backbone: nn.Module, method: str) -> tup
         x.ndim == 2 and x.dtype in WHOLE if symbols else x.ndim == 3 and x.is_floating_point()
     )
     if not kind or (not symbols and x.shape[2] != backbone.channels):
-        found = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        found = described(x)
         expected = "int64 [B, L]" if symbols else f"float [B, L, {backbone.channels}]"
         raise UserError(
             f"{method} reads {field} as {expected}, and this batch gives {found}; change the data or the network"

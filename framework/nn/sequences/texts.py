@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightspan.devices import has_values
 from lightspan.errors import UserError
 from lightspan.nn.labels import known_rows
-from lightspan.nn.samples import WHOLE, require_fields, require_rows
+from lightspan.nn.samples import WHOLE, described, range_on_host, require_fields, require_rows
 
 READ = ("tokens", "document_tokens", "inputs", "target_inputs", "decoder_inputs")
 """Fields of batches whose numbers a network looks up."""
@@ -77,12 +75,11 @@ def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:
     """
     for name in READ if isinstance(batch, Mapping) else ():
         tokens = batch.get(name)
-        if not isinstance(tokens, Tensor) or tokens.dtype not in WHOLE or tokens.device.type != "cpu":
+        if not isinstance(tokens, Tensor) or tokens.dtype not in WHOLE:
             continue
-        if not has_values(tokens) or not tokens.numel():
-            continue
-        least, largest = (int(end) for end in torch.aminmax(tokens))
-        if least < 0 or largest >= num_tokens:
+        ends = range_on_host(tokens)
+        if ends is not None and (ends[0] < 0 or ends[1] >= num_tokens):
+            least, largest = ends
             raise UserError(
                 f"{method}: {name} of this batch are numbers from {least} to {largest}, and the network knows those in "
                 f"[0, {num_tokens}); take the tokenizer that it was made for, or set its vocab_size to what the "
@@ -136,7 +133,7 @@ def captions_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor, 
             f"{', '.join(sorted(batch))}); give the data a tokenizer, or take data with captions"
         )
     tokens_BT, mask_BT = fields = batch["tokens"], batch["mask"]
-    kinds = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in fields]
+    kinds = [*map(described, fields)]
     tensors = all(isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point() for x in fields)
     if not tensors or tokens_BT.dtype not in WHOLE or tokens_BT.shape != mask_BT.shape or not tokens_BT.shape[1]:
         raise UserError(
@@ -221,10 +218,7 @@ def scores_of(batch: Mapping[str, Any], method: str) -> Tensor:
         )
     score_B = batch["score"]
     if not isinstance(score_B, Tensor) or score_B.ndim != 1:
-        found = (
-            f"{score_B.dtype} {list(score_B.shape)}" if isinstance(score_B, Tensor) else f"a {type(score_B).__name__}"
-        )
-        raise UserError(f"{method} reads score as numbers [B], and this batch gives {found}")
+        raise UserError(f"{method} reads score as numbers [B], and this batch gives {described(score_B)}")
     require_rows(batch, "score", method)
     return score_B
 
@@ -244,7 +238,7 @@ def words_of(batch: Mapping[str, Any], method: str) -> Tensor:
 def _require_equal(batch: Mapping[str, Any], first: str, beside: str, axes: int, method: str) -> None:
     """Raises: UserError unless both fields are whole numbers of one shape, with so many axes and no empty text."""
     both = batch[first], batch[beside]
-    kinds = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in both]
+    kinds = [*map(described, both)]
     whole = all(isinstance(x, Tensor) and x.ndim == axes and x.dtype in WHOLE for x in both)
     if not whole or both[0].shape != both[1].shape or 0 in both[0].shape[1:]:
         alone = first == beside
