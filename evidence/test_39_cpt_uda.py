@@ -122,8 +122,8 @@ def test_cpt_uda(evidence) -> None:
                 evidence.figure(f"{name}, {arm}", value, seed, "nats" if "nats" in name else "%")
     evidence.note(
         f"{FIRST + SECOND} steps of {BATCH} reviews in all, {FIRST} of them with {100 * HIDDEN:g} % of words hidden "
-        f"where there is a first stage; rates and weights chosen on seed {SEARCHED} by books, from {RATES} and {WEIGHTS} "
-        "outwards",
+        f"where there is a first stage; rates and weights chosen on seed {SEARCHED} by books, from {RATES} and "
+        f"{WEIGHTS} outwards",
         {arm: f"{rate:g}" + (f" and {weight:g}" if weight else "") for arm, (rate, weight) in CHOSEN.items()},
     )
 
