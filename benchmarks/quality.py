@@ -190,9 +190,9 @@ TASKS = {
         ),
         Clothes(
             name="vit",
-            about="A vision transformer of 1.2 million parameters that classifies Fashion-MNIST, 400 steps of 64 "
+            about="A vision transformer of 1.2 million parameters that classifies Fashion-MNIST, 500 steps of 64 "
             "pictures, each seen once; 2,000 are held out for validation.",
-            width=128, depth=6, heads=4, steps=400, batch_size=64, other_lr=3e-3,
+            width=128, depth=6, heads=4, steps=500, batch_size=64, other_lr=3e-3,
         ),
     )
 }  # fmt: skip
