@@ -6,7 +6,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,34 @@ def test_the_search_walks_both_rates_and_looks_at_the_first_again() -> None:
     assert {lr for lr, other in known if other == 1} == {2.0**k for k in range(-1, 2)}
     assert {other for lr, other in known if lr == 1} == {2.0**k for k in range(-1, 5)}
     assert len(known) == 3 + 5 + 2 + 1
+
+
+def test_a_search_starts_where_candidate_and_task_say_and_on_its_own_seed(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train(task: Any, candidate: Any, rates: tuple[float, float], seed: int, stage: str) -> dict[str, Any]:
+        asked.append(rates)
+        assert (seed, stage) == (100, "sweep")
+        loss = abs(math.log2(rates[0] / 1e-3)) + abs(math.log2(rates[1] / 9.6e-2))
+        return row("adamw", seed, stage, lr=rates[0], other_lr=rates[1], steps=3, online_loss=loss, wall_s=0.0)
+
+    monkeypatch.setattr(quality, "train", train)
+    assert quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["adamw"]) == (1e-3, 9.6e-2)
+    assert asked[:3] == [(5e-4, 4.8e-2), (1e-3, 4.8e-2), (2e-3, 4.8e-2)]
+    assert asked[3:] == [(1e-3, 2.4e-2), (1e-3, 9.6e-2), (1e-3, 19.2e-2), (5e-4, 9.6e-2), (2e-3, 9.6e-2)]
+
+
+def test_the_online_loss_is_that_of_the_last_fifth(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = count(1)
+
+    def measures(self: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {"loss": model.lm_head.weight.sum() * 0 + next(steps)}
+
+    monkeypatch.setattr(quality.NextByte, "measures", measures)
+    result = quality.train(replace(tiny, steps=10), quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "sweep")
+    assert result["online_loss"] == (9 + 10) / 2
 
 
 def test_an_optimiser_that_diverges_everywhere_is_named(
