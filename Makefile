@@ -28,7 +28,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench lm-quality robustness zoo pages docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -97,9 +97,9 @@ bench: $(BASE) ## measure the optimisers against others (10 minutes, idle machin
 	$(BIN)/python benchmarks/optim_step.py --keep
 	$(BIN)/python benchmarks/build_docs.py
 
-lm-quality: $(BASE) ## search rates and train every optimiser on the quickstart's text (hours; continues where it stopped)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lm_quality.py final
-	$(BIN)/python benchmarks/lm_quality.py table
+quality: $(BASE) ## search rates and train every optimiser on one task (hours; continues where it stopped); ARGS="--task vit" takes another
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py final $(ARGS)
+	$(BIN)/python benchmarks/quality.py table --clock cpu $(ARGS)
 	$(BIN)/python benchmarks/build_docs.py
 
 robustness: $(BASE) ## train nets with dead rows on every optimiser (15 processor minutes; continues where it stopped)

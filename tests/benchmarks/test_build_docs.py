@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def build_docs() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))  # of lm_quality, which it imports when it has something to show
+        patch.syspath_prepend(str(ROOT / "benchmarks"))  # of quality, which it imports when it has something to show
         spec = importlib.util.spec_from_file_location("benchmark_docs", ROOT / "benchmarks" / "build_docs.py")
         assert spec is not None
         assert spec.loader is not None
@@ -51,14 +51,14 @@ OPTIM_STEP: dict[str, Any] = {
 }
 
 
-def lm_rows() -> list[dict[str, Any]]:
+def quality_rows() -> list[dict[str, Any]]:
     """Two seeds of AdamW and of ours, which ends 0.02 nats above it on average at a quarter of its state."""
 
     def row(name: str, seed: int, stage: str, loss: float | None, state: int) -> dict[str, Any]:
         times = {"wall_s": 10.0, "cpu_s": 9.0, "step_wall_ms": 30.0, "step_cpu_ms": 20.0}
         curve = [[1, 10.0, 9.0, loss]] if loss else []
-        key = {"optimizer": name, "lr": 2e-3, "other_lr": 1e-2, "seed": seed, "stage": stage}
-        known = key | times | {"steps": 1, "online_loss": 2.0, "val_loss": loss, "state_bytes": state, "curve": curve}
+        key = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1e-2, "seed": seed, "stage": stage}
+        known = key | times | {"steps": 300, "online_loss": 2.0, "val_loss": loss, "state_bytes": state, "curve": curve}
         return known | {"date": "2026-11-21", "unheard_of": None}
 
     losses = {("adamw", 0): 1.7, ("adamw", 1): 1.75, ("low_rank", 0): 1.73, ("low_rank", 1): 1.76}
@@ -98,7 +98,7 @@ def results(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     for name, content in (
         ("optim_step_abacus_3", OPTIM_STEP),
-        ("lm_quality", lm_rows()),
+        ("quality", quality_rows()),
         ("kernels_abacus", kernels_record()),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -113,7 +113,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     found = sections(build_docs.page(tmp_path))
     assert list(found) == [
         "One step on a CPU",
-        "Loss on equal tokens",
+        "Loss on equal data",
         "Nets with dead rows",
         "Kernels on a GPU",
         "Memory that a plan predicts",
@@ -204,26 +204,44 @@ def test_goals_of_the_step_are_shown_met_or_not(build_docs: ModuleType, results:
 
 
 def test_losses_are_compared_seed_by_seed(build_docs: ModuleType, results: Path) -> None:
-    body = sections(build_docs.page(results))["Loss on equal tokens"]
-    assert "| low_rank | 0.002 / 0.01 | 1.7450 (1.7300, 1.7600) | +0.0200 | 2.00 (0.25x) | 20.0 (1.00x) |" in body
-    assert "| validation loss, low_rank minus adamw | <= 0.01 nats | 0.02 nats | **no** |" in body
-    assert "| optimiser state, low_rank over adamw | <= 0.35 | 0.25 | yes |" in body
-    assert body.strip().endswith("`python benchmarks/lm_quality.py final`, 2026-11-21.")
+    body = sections(build_docs.page(results))["Loss on equal data"]
+    assert (
+        "| **low_rank** | 0.002 / 0.01 | 1.7450 | +0.0200 (+0.0100 to +0.0300) |  | 2.00 (0.25x) | 20.0 (1.00x) |"
+        in body
+    )
+    assert "| stdlib: validation loss, low_rank minus adamw | <= 0.01 nats | 0.02 nats | **no** |" in body
+    assert "| stdlib: optimiser state, low_rank over adamw | <= 0.35 | 0.25 | yes |" in body
+    assert body.strip().endswith("`python benchmarks/quality.py final`, 2026-11-21.")
     assert "![" not in body
-    (results / "lm_quality.png").touch()
-    assert "](../benchmarks/results/lm_quality.png)" in build_docs.page(results)
+    (results / "quality_stdlib.png").touch()
+    assert "](../benchmarks/results/quality_stdlib.png)" in build_docs.page(results)
+
+
+def test_each_task_with_results_has_its_table_and_picture(build_docs: ModuleType, results: Path) -> None:
+    rows = quality_rows()
+    vit = [row | {"task": "vit", "steps": 500, "val_accuracy": 0.875} for row in rows]
+    (results / "quality.json").write_text(json.dumps([*rows, *vit]))
+    (results / "quality_vit.png").touch()
+    body = sections(build_docs.page(results))["Loss on equal data"]
+    _, stdlib, shown = body.split("\n### ")
+    assert stdlib.startswith("stdlib\n\nA Llama of 2.3 million")
+    assert "accuracy" not in stdlib
+    assert shown.startswith("vit\n\nA vision transformer")
+    assert "| **low_rank** | 0.002 / 0.01 | 1.7450 | 0.8750 |" in shown
+    assert "](../benchmarks/results/quality_vit.png)" in shown
+    assert body.count("![") == 1
 
 
 def test_a_diverged_run_meets_no_goal(build_docs: ModuleType, results: Path) -> None:
-    rows = [row | {"val_loss": None, "curve": []} if row["optimizer"] == "low_rank" else row for row in lm_rows()]
-    (results / "lm_quality.json").write_text(json.dumps(rows))
+    rows = [row | {"val_loss": None, "curve": []} if row["optimizer"] == "low_rank" else row for row in quality_rows()]
+    (results / "quality.json").write_text(json.dumps(rows))
     assert "| <= 0.01 nats | not finite nats | **no** |" in build_docs.page(results)
 
 
 def test_a_sweep_alone_is_no_measurement(build_docs: ModuleType, results: Path) -> None:
-    sweeps = [row for row in lm_rows() if row["stage"] == "sweep"]
-    (results / "lm_quality.json").write_text(json.dumps(sweeps))
-    assert sections(build_docs.page(results))["Loss on equal tokens"].strip() == "not yet measured"
+    sweeps = [row for row in quality_rows() if row["stage"] == "sweep"]
+    (results / "quality.json").write_text(json.dumps(sweeps))
+    assert sections(build_docs.page(results))["Loss on equal data"].strip() == "not yet measured"
 
 
 def test_a_card_has_its_ops_its_steps_and_its_goals(build_docs: ModuleType, results: Path) -> None:

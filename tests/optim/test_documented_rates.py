@@ -27,8 +27,12 @@ NAMES = {
 def test_the_advised_rates_are_the_measured_ones():
     text = (ROOT / "docs" / "optimisers.md").read_text()
     rows = re.findall(r"^\| (?:torch's )?`(\w+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
-    runs = json.loads((ROOT / "benchmarks" / "results" / "lm_quality.json").read_text())
-    measured = {(run["optimizer"], run["lr"], run["other_lr"]) for run in runs if run["stage"] == "final"}
+    runs = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    measured = {
+        (run["optimizer"], run["lr"], run["other_lr"])
+        for run in runs
+        if (run["task"], run["stage"]) == ("stdlib", "final")
+    }
     assert {name for name, *_ in rows} == set(NAMES)
     assert {(NAMES[name], float(lr), float(other)) for name, lr, other, _ in rows} <= measured
     for name, _, _, default in rows:

@@ -1,0 +1,621 @@
+"""Quality next to speed: what each optimiser reaches on equal data, and what it pays in state and time.
+
+    python benchmarks/quality.py sweep|final|table [--task NAME] [--only NAME ...] [--results FILE] [--clock wall|cpu]
+
+`TASKS` says what is trained, `CANDIDATES` by what. In all tasks: one pass over data that are new in each step, the
+project's parameter groups, gradients clipped at 1, a warm-up and a cosine schedule, betas (0.9, 0.95), decay 0.1 on the
+matrices, a quarter of the width as rank (APOLLO-Mini: 1). The order of the data and the first weights follow from the
+seed; one thread, so that the losses repeat bit by bit on one kind of processor.
+
+`sweep` finds two rates for each optimiser, of the matrices and of everything else, on seed 100 and by the online loss:
+the mean training loss of the last fifth of a run, whose samples are all new. Validation data are not used. A run of the
+search is a final run on another seed: what is best in a shorter run, where the schedule falls sooner, is not best in a
+longer one. The other rate is fixed while the matrices' rate takes three values a factor of two apart; then the other
+rate takes three around its centre; then the two neighbours of the matrices' rate are tried again. A line whose best
+value is an end is extended until the best is inside. All optimisers are searched in this way; where one starts costs it
+runs, not loss. `final` trains seeds 0, 1 and 2 at these rates and keeps a validation curve, which gives the time to the
+loss that AdamW ends at on the same seed. `table` prints the results and draws them next to the results file.
+
+Budget: a run takes a minute of one core of a server CPU (AVX-512, 105 GFLOP/s in float32 products), of `large` one and
+a half; nearly all of it is the model's. An optimiser on a task has about ten runs of the search and three final ones.
+
+Every finished run is kept in benchmarks/results/quality.json under its task, optimiser, rates, seed and steps, and is
+never run again: stop and resume at any time, or let two processes work on different optimisers. Delete the rows of a
+task or an optimiser after any other change to it. Times are of training alone, by the wall clock and by the
+processor's; `table --clock cpu` is the one to read if the machine was shared.
+"""
+
+import argparse
+import fcntl
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightspan.backbones.language import llama
+from lightspan.datamodules.images.small import FashionMNIST
+from lightspan.datamodules.loading.loader import ExactLoader
+from lightspan.datamodules.text.austen import Austen
+from lightspan.datamodules.text.windows import ByteText, TextData
+from lightspan.drawing import COLOURS, canvas, png, tidy
+from lightspan.errors import UserError
+from lightspan.files import write_atomic
+from lightspan.memory import MIB, state_bytes
+from lightspan.objectives.language import next_token_loss
+from lightspan.optim.groups import TABLES, ParameterGroups
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
+from lightspan.optim.schedules import WarmupCosine
+from lightspan.sweeps.descent import best_on_line
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+# Weights at the ends of a network, whose rows belong to a token, a class or a pixel, are no optimiser's matrices.
+ENDS = (*TABLES, "patch_embed.proj.weight", "head.weight")
+KEY = ("task", "optimizer", "lr", "other_lr", "seed", "stage", "steps")
+Row = dict[str, Any]
+Rates = tuple[float, float]  # (matrices, everything else)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """What is trained and for how long; the same for all optimisers.
+
+    Args:
+        name: in commands and result files.
+        about: for readers of the table.
+        width, depth, heads: of the transformer.
+        steps: of a run, of the search or final.
+        batch_size: samples of a step.
+        other_lr: where the search for the rate of all but the matrices starts; all starts lie on one grid.
+    """
+
+    name: str
+    about: str
+    width: int
+    depth: int
+    heads: int
+    steps: int
+    batch_size: int
+    other_lr: float
+
+    @abstractmethod
+    def data(self) -> Any:
+        """A data module that has not been set up, with `train` and `val_dataloader()`."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The network, with weights drawn from torch's generator."""
+
+    @abstractmethod
+    def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Means over the samples of a batch: "loss" in nats, which is trained, and what else validation reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextByte(Task):
+    """A Llama that predicts the next byte of a text.
+
+    Args:
+        corpus: the text, called with context, batch_size and val_windows.
+        mlp_width, context: of the Llama.
+        val_windows: to validate on, of texts that are held out.
+    """
+
+    corpus: Callable[..., TextData]
+    mlp_width: int
+    context: int = 128
+    val_windows: int = 128
+
+    def data(self) -> TextData:
+        return self.corpus(context=self.context, batch_size=self.batch_size, val_windows=self.val_windows)
+
+    def model(self) -> nn.Module:
+        return llama(256, self.width, self.depth, self.heads, self.mlp_width, self.context)
+
+    def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        tokens_BT1 = batch["tokens"]
+        return {"loss": next_token_loss(model(input_ids=tokens_BT1[:, :-1]).logits, tokens_BT1[:, 1:])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clothes(Task):
+    """A vision transformer that classifies Fashion-MNIST.
+
+    Args:
+        source: of the pictures, see `FashionMNIST`.
+        patch_size: in pixels; divides 28.
+        val_size: pictures of the training set that are held out to validate on.
+    """
+
+    source: Literal["full", "shipped"] = "full"
+    patch_size: int = 7
+    val_size: int = 2000
+
+    def data(self) -> FashionMNIST:
+        return FashionMNIST(self.batch_size, source=self.source, val_size=self.val_size)
+
+    def model(self) -> nn.Module:
+        return VisionTransformer(
+            img_size=28, patch_size=self.patch_size, in_chans=1, num_classes=10, embed_dim=self.width,
+            depth=self.depth, num_heads=self.heads, class_token=False, global_pool="avg",
+        )  # fmt: skip
+
+    def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        scores_BK, label_B = model(batch["image"]), batch["label"]
+        accuracy = (scores_BK.argmax(dim=1) == label_B).float().mean()
+        return {"loss": nn.functional.cross_entropy(scores_BK, label_B), "accuracy": accuracy}
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        NextByte(
+            name="stdlib",
+            about="A Llama of 2.3 million parameters on the bytes of the Python standard library's source, 300 steps "
+            "of 8 windows of 128.",
+            corpus=ByteText,
+            width=192, depth=5, heads=6, mlp_width=512, steps=300, batch_size=8, other_lr=4.8e-2,
+        ),
+        NextByte(
+            name="austen",
+            about="The same Llama on the bytes of five novels by Jane Austen, validated on a sixth, 300 steps of 8 "
+            "windows of 128.",
+            corpus=Austen,
+            width=192, depth=5, heads=6, mlp_width=512, steps=300, batch_size=8, other_lr=4.8e-2,
+        ),
+        NextByte(
+            name="large",
+            about="A Llama of three times as many parameters, 7.1 million, on the standard library's source, for half "
+            "as many steps.",
+            corpus=ByteText,
+            width=288, depth=7, heads=9, mlp_width=768, steps=150, batch_size=8, other_lr=4.8e-2,
+        ),
+        Clothes(
+            name="vit",
+            about="A vision transformer of 1.2 million parameters that classifies Fashion-MNIST, 500 steps of 64 "
+            "pictures, each seen once; 2,000 are held out for validation.",
+            width=128, depth=6, heads=4, steps=500, batch_size=64, other_lr=3e-3,
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimiser of the table: one entry here is all that it needs.
+
+    Args:
+        name: in tables and result files.
+        constructor: called with parameter groups, `lr` (of the matrices), `betas`, `weight_decay`, `rank` and
+            `options`; gives an optimiser, or a list of those that step together.
+        start: where the search for the matrices' rate starts, on a grid of factor two.
+        colour: of its name in the figure, dark enough to read as text.
+        options: what it is given beyond its defaults.
+        rank: as a share of the width of the network; None for what has no rank.
+    """
+
+    name: str
+    constructor: Callable[..., Optimizer | list[Optimizer]]
+    start: float
+    colour: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: float | None = 0.25
+
+
+def muon_and_adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float, **common: Any) -> list[Optimizer]:
+    """torch's Muon, which takes matrices only, and AdamW for the rest. Its adjustment brings the rate near AdamW's."""
+    matrices, rest = ([group for group in groups if group["project"] is wanted] for wanted in (True, False))
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True, **common)]
+
+
+# The papers' 200 steps between frames belong to runs of ten thousand and more; with the 50 of `LowRank` all see several
+# frames in a run.
+CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate("adamw", torch.optim.AdamW, 1e-3, "#1a1a1a", {"fused": True}, rank=None),
+        Candidate("muon", muon_and_adamw, 1.6e-2, COLOURS[0], rank=None),
+        Candidate("low_rank", LowRank, 4e-3, COLOURS[1]),
+        Candidate("galore", GaLore, 3.2e-2, COLOURS[2], {"refresh": 50}),
+        Candidate("dct_adamw", DCTAdamW, 4e-3, COLOURS[3], {"error_feedback": "int8", "rotate": True}),
+        Candidate("trion", Trion, 6.4e-2, COLOURS[4]),
+        Candidate("ldadam", LDAdam, 8e-3, COLOURS[5]),
+        Candidate("fira", FiraAdam, 1.6e-2, "#b3202c", {"refresh": 50}),
+        Candidate("apollo", APOLLO, 4e-3, "#2e86ab", {"refresh": 50}),
+        Candidate("apollo_mini", APOLLOMini, 1e-3, "#6b4226", {"refresh": 50, "rank": 1}, rank=None),
+    )
+}
+YARDSTICKS = {"adamw": "AdamW", "muon": "Muon"}  # torch's own, with which the others are compared
+
+
+@functools.cache
+def data_of(task: Task) -> Any:
+    """The data of a task, read once a process."""
+    data = task.data()
+    data.setup()
+    return data
+
+
+def optimizers(candidate: Candidate, task: Task, model: nn.Module, rates: Rates) -> list[Optimizer]:
+    """What steps the parameters of a model together."""
+    groups = ParameterGroups(list(ENDS), other_lr=rates[1]).build(model)
+    settings: dict[str, Any] = {"lr": rates[0], "betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    if candidate.rank is not None:
+        settings["rank"] = round(candidate.rank * task.width)
+    made = candidate.constructor(groups, **{**settings, **candidate.options})
+    return made if isinstance(made, list) else [made]
+
+
+def train(task: Task, candidate: Candidate, rates: Rates, seed: int, stage: str) -> Row:
+    """One run, as the row that the results keep. Losses in nats; null where the run diverged, which ends it."""
+    data = data_of(task)
+    torch.manual_seed(seed)
+    model = task.model()
+    together = optimizers(candidate, task, model, rates)
+    schedules = [WarmupCosine(optimizer, task.steps) for optimizer in together]
+    loader = ExactLoader(data.train, task.batch_size, seed)
+    assert task.steps <= len(loader), "a sample met twice would make the online loss one of seen data"
+    losses: list[float] = []
+    walls: list[float] = []
+    cpus: list[float] = []
+    curve: list[tuple[int, float, float, float]] = []
+    validation: dict[str, float] = {}
+    checks = {round(task.steps * tenth / 10) for tenth in range(1, 11)} if stage == "final" else set()
+    for step, batch in enumerate(islice(loader, task.steps), 1):
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = task.measures(model, batch)["loss"]
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1] + norm.item()):
+            losses[-1] = math.nan
+            break
+        for optimizer, schedule in zip(together, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+        if step in checks:
+            validation = validate(task, model, data)
+            curve.append((step, round(sum(walls), 3), round(sum(cpus), 3), round(validation["loss"], 5)))
+    tail = losses[-max(task.steps // 5, 1) :]
+    online = sum(tail) / len(tail)  # not a number if the run ended early: its last loss was none
+    ended = len(losses) == task.steps and math.isfinite(validation.get("loss", math.nan))
+    measured = {f"val_{name}": round(value, 5) if ended else None for name, value in validation.items()}
+    values = (task.name, candidate.name, *rates, seed, stage, task.steps)
+    return dict(zip(KEY, values, strict=True)) | {
+        "online_loss": round(online, 5) if math.isfinite(online) else None,
+        "val_loss": None,
+        **measured,
+        "state_bytes": sum(state_bytes(optimizer) for optimizer in together),
+        "wall_s": round(sum(walls), 2),
+        "cpu_s": round(sum(cpus), 2),
+        "step_wall_ms": round(1e3 * statistics.median(walls or [0.0]), 2),
+        "step_cpu_ms": round(1e3 * statistics.median(cpus or [0.0]), 2),
+        "curve": curve,  # (step, wall seconds, processor seconds, validation loss)
+    }
+
+
+@torch.no_grad()
+def validate(task: Task, model: nn.Module, data: Any) -> dict[str, float]:
+    """Means over the validation samples, which are the same for all runs."""
+    sums: dict[str, float] = {}
+    loader = data.val_dataloader()
+    for batch in loader:
+        for name, value in task.measures(model, batch).items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(next(iter(batch.values())))
+    return {name: value / len(loader.indices) for name, value in sums.items()}
+
+
+def read(results: Path) -> list[Row]:
+    return json.loads(results.read_text()) if results.is_file() else []
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[part] for part in KEY)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time. The lock is on the folder itself, since the results file is replaced at each write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def append(results: Path, row: Row) -> None:
+    """Adds a row to those that stand in the file now; one line a row, in the order of the keys."""
+    with locked(results.parent):
+        rows = {key_of(known): known for known in read(results)} | {key_of(row): row}
+        lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
+        write_atomic(results, f"[\n{lines}\n]\n")
+
+
+def measured(results: Path, task: Task, candidate: Candidate, rates: Rates, seed: int, stage: str) -> Row:
+    """The row of a run: from the file, or by training it."""
+    wanted = (task.name, candidate.name, *rates, seed, stage, task.steps)
+    row = next((row for row in read(results) if key_of(row) == wanted), None)
+    if row is None:
+        row = train(task, candidate, rates, seed, stage)
+        append(results, row)
+        loss = row["online_loss" if stage == "sweep" else "val_loss"]
+        at = f"{rates[0]:.3g} / {rates[1]:.3g} seed {seed}"
+        print(f"{stage} {task.name} {candidate.name} {at}: {loss} nats, {row['wall_s']} s", flush=True)
+    return row
+
+
+def search(loss: Callable[[Rates], float], start: Rates) -> Rates:
+    """The protocol of the module's docstring: one line of three along each axis, and a last look beside the first."""
+    lr = best_on_line(lambda rate: loss((rate, start[1])), start[0], reach=1)
+    other = best_on_line(lambda rate: loss((lr, rate)), start[1], reach=1)
+    return best_on_line(lambda rate: loss((rate, other)), lr, reach=1), other
+
+
+def sweep(results: Path, task: Task, candidate: Candidate) -> Rates:
+    """The best rates of an optimiser; a diverged run counts as the worst of all."""
+
+    def loss(rates: Rates) -> float:
+        online = measured(results, task, candidate, rates, SWEEP_SEED, "sweep")["online_loss"]
+        return math.inf if online is None else online
+
+    search(loss, (candidate.start, task.other_lr))
+    best = best_rates(searched(read(results), task, candidate.name))
+    if best is None:
+        raise UserError(f"{candidate.name} diverged at every rate from {candidate.start:.3g} down; lower its start")
+    return best
+
+
+def searched(rows: Iterable[Row], task: Task, name: str) -> list[Row]:
+    """The runs of an optimiser's search: those as long as final ones or, while there are none, the longest before."""
+    swept = [row for row in rows if (row["task"], row["optimizer"], row["stage"]) == (task.name, name, "sweep")]
+    longest = max((row["steps"] for row in swept if row["steps"] <= task.steps), default=None)
+    return [row for row in swept if row["steps"] == longest]
+
+
+def best_rates(swept: list[Row]) -> Rates | None:
+    """Where the online loss of a search is lowest; each line of the search keeps the best of those before it."""
+    finite = [row for row in swept if row["online_loss"] is not None]
+    best = min(finite, key=lambda row: row["online_loss"], default=None)
+    return (best["lr"], best["other_lr"]) if best else None
+
+
+def extent(swept: list[Row]) -> str:
+    """How much was searched, and whether the best rates lie inside its lines: else better ones may lie beyond."""
+    best = best_rates(swept)
+    assert best is not None
+    lrs = {row["lr"] for row in swept if row["other_lr"] == best[1]}
+    others = {row["other_lr"] for row in swept}
+    inside = min(lrs) < best[0] < max(lrs) and min(others) < best[1] < max(others)
+    return f"{len(swept)} runs of {swept[0]['steps']} steps, {'inside' if inside else 'at an end'}"
+
+
+def final_rows(rows: Iterable[Row], task: Task) -> dict[str, list[Row]]:
+    """The final runs at the best rates of the search, by optimiser in the order of CANDIDATES and then by seed."""
+    chosen = {}
+    for name in CANDIDATES:
+        rates = best_rates(searched(rows, task, name))
+        finals = [row for row in rows if key_of(row)[:4] == (task.name, name, *(rates or ()))]
+        finals = [row for row in finals if (row["stage"], row["steps"]) == ("final", task.steps)]
+        if finals:
+            chosen[name] = sorted(finals, key=lambda row: row["seed"])
+    return chosen
+
+
+def val_loss(row: Row) -> float:
+    return math.inf if row["val_loss"] is None else row["val_loss"]
+
+
+def time_to(curve: list[list[float]], loss: float, clock: str) -> float | None:
+    """Seconds until a curve first reaches `loss`, on straight lines between its points; None if it never does."""
+    at = {"wall": 1, "cpu": 2}[clock]
+    before = None
+    for point in curve:
+        if point[3] <= loss:
+            if before is None:
+                return point[at]
+            return before[at] + (point[at] - before[at]) * (before[3] - loss) / (before[3] - point[3])
+        before = point
+    return None
+
+
+def mean_of(runs: list[Row], measure: str) -> str:
+    """Empty unless all runs have it: a diverged one has none."""
+    values = [row.get(measure) for row in runs]
+    return "" if None in values else f"{statistics.mean(values):.4f}"
+
+
+def gap(runs: list[Row], peers: list[Row]) -> str:
+    """Mean and range, over the seeds that both have, of the difference of validation losses."""
+    known = {row["seed"]: row for row in peers}
+    gaps = [val_loss(row) - val_loss(known[row["seed"]]) for row in runs if row["seed"] in known]
+    return f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})" if gaps else ""
+
+
+def frontier(finals: Mapping[str, list[Row]]) -> set[str]:
+    """The optimisers of which no other has a lower mean loss and no more state, to the hundredth of a MiB."""
+    states = {name: round(runs[0]["state_bytes"] / MIB, 2) for name, runs in finals.items()}
+    losses = {name: statistics.mean(map(val_loss, runs)) for name, runs in finals.items()}
+    return {
+        name
+        for name in finals
+        if not any(losses[other] < losses[name] and states[other] <= states[name] for other in finals)
+    }
+
+
+def table(rows: list[Row], task: Task, clock: str = "wall") -> str:
+    """The results in Markdown; what compares with AdamW or Muon stays empty while these have no final run."""
+    finals = final_rows(rows, task)
+    adamw, best = finals.get("adamw", []), frontier(finals)
+    measures = sorted({key for runs in finals.values() for row in runs for key in row if key.startswith("val_")})
+    measures = [measure for measure in measures if measure != "val_loss"]
+    columns = (
+        "optimiser",
+        "lr / other lr",
+        "validation loss, nats",
+        *(measure.removeprefix("val_") for measure in measures),
+        *(f"minus {title}'s" for title in YARDSTICKS.values()),
+        "state, MiB (ratio)",
+        f"step, {clock} ms (ratio)",
+        "s to AdamW's loss",
+        "search",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+    def ratio(value: float, key: str) -> str:
+        return f" ({value / statistics.median(row[key] for row in adamw):.2f}x)" if adamw else ""
+
+    for name, runs in finals.items():
+        state = runs[0]["state_bytes"]
+        step = statistics.median(row[f"step_{clock}_ms"] for row in runs)
+        cells = (
+            f"**{name}**" if name in best else name,
+            f"{runs[0]['lr']:.3g} / {runs[0]['other_lr']:.3g}",
+            f"{statistics.mean(map(val_loss, runs)):.4f}",
+            *(mean_of(runs, measure) for measure in measures),
+            *("" if name == yardstick else gap(runs, finals.get(yardstick, [])) for yardstick in YARDSTICKS),
+            f"{state / MIB:.2f}{ratio(state, 'state_bytes')}",
+            f"{step:.1f}{ratio(step, f'step_{clock}_ms')}",
+            when(runs, adamw, clock),
+            extent(searched(rows, task, name)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def when(runs: list[Row], adamw: list[Row], clock: str) -> str:
+    """Mean seconds to the loss that AdamW ends at on the same seed, and how many of the seeds get there."""
+    ends = {row["seed"]: val_loss(row) for row in adamw}
+    times = [time_to(row["curve"], ends[row["seed"]], clock) for row in runs if row["seed"] in ends]
+    reached = [seconds for seconds in times if seconds is not None]
+    if not reached:
+        return "never" if times else ""
+    part = f" ({len(reached)} of {len(times)} seeds)" if len(reached) < len(times) else ""
+    return f"{statistics.mean(reached):.1f}{part}"
+
+
+def spread(wanted: list[float], gap: float) -> list[float]:
+    """Ascending heights near ascending wanted ones, at least `gap` apart and at most 1."""
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return heights
+
+
+def picture_of(results: Path, task: Task) -> Path:
+    """Where the picture of a task is, next to the results."""
+    return results.with_name(f"{results.stem}_{task.name}.png")
+
+
+def draw(rows: list[Row], task: Task, path: Path) -> None:
+    """State bytes against validation loss, a point an optimiser (torch's own are squares); bars span the seeds."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    points = [
+        (statistics.mean(losses), min(losses), max(losses), runs[0]["state_bytes"] / MIB, name)
+        for name, runs in final_rows(rows, task).items()
+        if math.isfinite(max(losses := [val_loss(row) for row in runs]))
+    ]
+    if not points:
+        raise UserError(
+            f"there is no final run of {task.name} to draw; run `sweep` and `final` with --task {task.name}"
+        )
+    points.sort()
+    low, high = min(point[1] for point in points), max(point[2] for point in points)
+    margin = max(0.08 * (high - low), 1e-3)
+    low, high = low - margin, high + margin
+    figure, ((panel,),) = canvas(f"{task.name}: loss and optimiser state (mean and range of the seeds)", (8.4, 4.6))
+    panel.set_xscale("log")
+    panel.set(ylim=(low, high), xlabel="optimiser state, MiB", ylabel="validation loss, nats")
+    heights = spread([(point[0] - low) / (high - low) for point in points], gap=0.062)
+    for (mean, least, most, state, name), height in zip(points, heights, strict=True):
+        colour, marker = CANDIDATES[name].colour, "s" if name in YARDSTICKS else "o"
+        panel.errorbar(
+            state, mean, [[mean - least], [most - mean]], fmt=marker, color=colour, markersize=5.5, capsize=2.5
+        )
+        panel.annotate(
+            f"{name}  {mean:.3f}",
+            xy=(state, mean),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "alpha": 0.4,
+                "linewidth": 0.9,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+            zorder=1,
+        )
+    ticks = [2.0**k for k in range(-3, 8)]
+    panel.set_xlim(min(point[3] for point in points) / 1.25, max(point[3] for point in points) * 1.25)
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter("{x:g}")
+    tidy(panel)
+    write_atomic(path, png(figure))
+
+
+def main(arguments: list[str] | None = None, tasks: Mapping[str, Task] = TASKS) -> int:
+    """Exit status 1 if an optimiser failed; the others are run all the same."""
+    parser = argparse.ArgumentParser(description="Compare optimisers on small models.")
+    parser.add_argument("stage", choices=("sweep", "final", "table"))
+    parser.add_argument("--task", choices=list(tasks), default=next(iter(tasks)))
+    parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    chosen = parser.parse_args(arguments)
+    task = tasks[chosen.task]
+    if chosen.stage == "table":
+        rows = [row for row in read(chosen.results) if row["optimizer"] in {*chosen.only, *YARDSTICKS}]
+        print(table(rows, task, chosen.clock))
+        draw(rows, task, picture_of(chosen.results, task))
+        return 0
+    torch.set_num_threads(1)
+    data_of(task)  # what is wrong with the data is wrong for all
+    failed = False
+    for name in chosen.only:
+        try:
+            rates = sweep(chosen.results, task, CANDIDATES[name])
+            if chosen.stage == "final":
+                for seed in FINAL_SEEDS:
+                    measured(chosen.results, task, CANDIDATES[name], rates, seed, "final")
+        except Exception:  # a night's work on the others must not end here
+            traceback.print_exc()
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

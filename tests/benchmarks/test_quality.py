@@ -1,0 +1,388 @@
+"""The comparison of optimisers on small models: what is run, what is never run again, what the table says."""
+
+import importlib.util
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightspan.datamodules.text.windows import ByteText
+from lightspan.errors import UserError
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "quality.py"
+spec = importlib.util.spec_from_file_location("quality", FILE)
+assert spec is not None
+assert spec.loader is not None
+quality = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quality)
+
+
+SMALL = {"width": 32, "depth": 1, "heads": 2, "steps": 3, "batch_size": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Any:
+    """A model of one narrow block on a text of its own, three steps a run."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.py").write_text(f"value_{number} = {number}\n" * 20)
+    corpus = partial(ByteText, [str(folder)])
+    return replace(quality.TASKS["stdlib"], **SMALL, mlp_width=64, context=16, val_windows=4, corpus=corpus)
+
+
+@pytest.fixture(scope="module")
+def tiny_vit() -> Any:
+    """One narrow block on the shipped pictures."""
+    return replace(quality.TASKS["vit"], **SMALL, source="shipped", patch_size=14, val_size=4)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The runs that are really trained, in order."""
+    calls, train = [], quality.train
+
+    def counted(task: Any, candidate: Any, *run: Any) -> Any:
+        calls.append((candidate.name, *run))
+        return train(task, candidate, *run)
+
+    monkeypatch.setattr(quality, "train", counted)
+    return calls
+
+
+def row(name: str, seed: int, stage: str, **values: Any) -> dict[str, Any]:
+    known = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1.2e-2, "seed": seed, "stage": stage}
+    return known | {"steps": 300, "online_loss": 2.0, "val_loss": None, "state_bytes": 0, "curve": []} | values
+
+
+def final(name: str, seed: int, loss: float, state: int, step_ms: float, curve: list[Any]) -> dict[str, Any]:
+    times = {"wall_s": curve[-1][1], "cpu_s": curve[-1][2], "step_wall_ms": step_ms, "step_cpu_ms": step_ms / 2}
+    return row(name, seed, "final", val_loss=loss, state_bytes=state, curve=curve, **times)
+
+
+def test_a_finished_run_is_never_run_again(tiny: Any, trained: list[Any], tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    arguments = ["final", "--only", "adamw", "--results", str(results)]
+    assert quality.main(arguments, {tiny.name: tiny}) == 0
+    first, written = list(trained), results.read_text()
+    assert len(first) == len(set(first)) >= 3 + 2 + 1 + 3
+    assert [run[2] for run in first if run[3] == "final"] == [0, 1, 2]
+    assert quality.main(arguments, {tiny.name: tiny}) == 0
+    assert trained == first
+    assert results.read_text() == written
+    kept = json.loads(written)
+    results.write_text(json.dumps([r for r in kept if r["seed"] != 1]))
+    assert quality.main(arguments, {tiny.name: tiny}) == 0
+    assert trained[len(first) :] == [run for run in first if run[2] == 1]
+    again = json.loads(results.read_text())
+    assert [r["val_loss"] for r in again] == [r["val_loss"] for r in kept]  # one seed gives one run, bit for bit
+
+
+def test_two_writers_lose_no_row(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    keys = [(name, seed) for seed in range(8) for name in ("adamw", "muon")]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda key: quality.append(results, row(key[0], key[1], "sweep")), keys))
+    assert [(r["optimizer"], r["seed"]) for r in json.loads(results.read_text())] == sorted(keys)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_vit"])
+@pytest.mark.parametrize("name", list(quality.CANDIDATES))
+def test_a_run_steps_every_parameter_and_counts_all_state(
+    name: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, candidate = request.getfixturevalue(kind), quality.CANDIDATES[name]
+    model = task.model()
+    monkeypatch.setattr(type(task), "model", lambda self: model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    before = {id(p): p.detach().clone() for p in model.parameters()}
+    made = []
+    together = quality.optimizers
+    monkeypatch.setattr(quality, "optimizers", lambda *all_: made.append(together(*all_)) or made[-1])
+    result = quality.train(task, candidate, (1e-3, 2e-3), 0, "final")
+    groups = [group for optimizer in made[0] for group in optimizer.param_groups]
+    covered = [id(p) for group in groups for p in group["params"]]
+    assert sorted(covered) == sorted(before)
+    assert not [names[id(p)] for p in model.parameters() if torch.equal(p, before[id(p)])]
+    for group in groups:
+        matrices = group["name"] == "matrices"
+        assert (group["initial_lr"], group["weight_decay"]) == ((1e-3, 0.1) if matrices else (2e-3, 0.0))
+        assert group.get("rank", 1) == (1 if candidate.rank is None else 8)  # a quarter of 32
+        ends = [names[id(p)] for p in group["params"] if "head" in names[id(p)] or "embed" in names[id(p)]]
+        assert not matrices or not ends
+    tensors = [t for optimizer in made[0] for state in optimizer.state.values() for t in tensors_of(state)]
+    assert result["state_bytes"] >= sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values()) > 0
+    assert [point[0] for point in result["curve"]] == sorted({round(3 * k / 10) for k in range(1, 11)} - {0})
+    assert result["val_loss"] == result["curve"][-1][-1]
+    assert abs(result["online_loss"] - math.log(256 if kind == "tiny" else 10)) < 1
+    assert [key for key in result if key.startswith("val_")] == ["val_loss"] + ["val_accuracy"] * (kind == "tiny_vit")
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_vit"])
+def test_a_run_of_the_search_is_a_final_one_without_validation(kind: str, request: pytest.FixtureRequest) -> None:
+    task, adamw = request.getfixturevalue(kind), quality.CANDIDATES["adamw"]
+    searched, final_run = (quality.train(task, adamw, (1e-2, 2e-2), 100, stage) for stage in ("sweep", "final"))
+    assert searched["online_loss"] == final_run["online_loss"]
+    assert (searched["val_loss"], searched["curve"]) == (None, [])
+    assert final_run["val_loss"] is not None
+
+
+def test_validation_is_the_mean_over_pictures_that_are_not_trained_on(tiny_vit: Any) -> None:
+    task = replace(tiny_vit, val_size=5, batch_size=2)  # batches of unequal size
+    data, model = quality.data_of(task), task.model()
+    assert len(data.train) == 3000 - 5
+    images, labels = (torch.stack([data.val.sample(i, 0)[key] for i in range(5)]) for key in ("image", "label"))
+    with torch.no_grad():
+        scores = model(images)
+    measures = quality.validate(task, model, data)
+    assert measures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(scores, labels).item(), rel=1e-5)
+    assert measures["accuracy"] == pytest.approx((scores.argmax(1) == labels).float().mean().item())
+
+
+def test_sizes_and_starts_of_the_tasks_and_candidates() -> None:
+    """The sizes that readers are told, one grid for all rates, and no epoch exceeded."""
+    sizes = {}
+    for name, task in quality.TASKS.items():
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in task.model().parameters()) / 1e6
+        assert task.width % 4 == 0
+        assert math.log2(task.other_lr / 3e-3).is_integer()
+    assert {name: round(size, 1) for name, size in sizes.items()} == {
+        "stdlib": 2.3,
+        "austen": 2.3,
+        "large": 7.1,
+        "vit": 1.2,
+    }
+    assert all(math.log2(candidate.start / 1e-3).is_integer() for candidate in quality.CANDIDATES.values())
+    assert len({candidate.colour for candidate in quality.CANDIDATES.values()}) == len(quality.CANDIDATES)
+    tasks = quality.TASKS
+    assert tasks["vit"].steps * tasks["vit"].batch_size <= 60_000 - tasks["vit"].val_size  # one pass
+
+
+def test_a_run_that_would_meet_a_sample_twice_is_refused(tiny: Any) -> None:
+    with pytest.raises(AssertionError, match="met twice"):
+        quality.train(replace(tiny, steps=10**6), quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "sweep")
+
+
+@pytest.mark.parametrize("loss", [lambda x: x * math.nan, lambda x: (x * 0).sqrt()], ids=["loss", "gradient"])
+def test_a_diverged_run_ends_and_is_kept_as_null(
+    tiny: Any, loss: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = lambda self, model, batch: {"loss": loss(model.lm_head.weight.square().sum())}  # noqa: E731
+    monkeypatch.setattr(quality.NextByte, "measures", diverged)
+    results = tmp_path / "results.json"
+    assert quality.measured(results, tiny, quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "final")["val_loss"] is None
+    (kept,) = json.loads(results.read_text())
+    assert kept["online_loss"] is None
+    assert kept["curve"] == []
+
+
+def test_runs_of_other_lengths_and_tasks_are_kept_apart(tiny: Any, tmp_path: Path) -> None:
+    results, adamw, best = tmp_path / "results.json", quality.CANDIDATES["adamw"], (2e-3, 1.2e-2)
+    for entry in (
+        row("adamw", 100, "sweep", steps=1, online_loss=0.0, lr=64.0),
+        row("adamw", 100, "sweep", steps=4, online_loss=0.0, lr=64.0),
+        row("adamw", 100, "sweep", steps=3, online_loss=0.0, task="vit"),
+        row("adamw", 0, "final", steps=4),
+        row("adamw", 0, "final", steps=3, task="vit"),
+    ):
+        quality.append(results, entry)
+    kept = quality.read(results)
+    assert quality.best_rates(quality.searched(kept, tiny, "adamw")) == (
+        64.0,
+        1.2e-2,
+    )  # of one step: none other is there
+    made = quality.measured(results, tiny, adamw, best, 100, "sweep")
+    assert (made["task"], made["steps"]) == ("stdlib", 3)
+    assert made["online_loss"] > 0
+    rows = quality.read(results)
+    assert [r for r in rows if r not in kept] == [made]
+    assert quality.searched(rows, tiny, "adamw") == [made]
+    assert quality.final_rows(rows, tiny) == {}
+
+
+def test_a_failing_optimiser_stops_no_other_and_missing_data_stop_all(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(results: Path, task: Any, candidate: Any) -> None:
+        if candidate.name == "galore":
+            raise RuntimeError("a bug")
+        print(f"{candidate.name} swept on {task.name}")
+
+    monkeypatch.setattr(quality, "sweep", sweep)
+    arguments = ["sweep", "--results", str(tmp_path / "results.json"), "--task", "b", "--only", "galore", "adamw"]
+    assert quality.main(arguments, {"a": tiny, "b": tiny}) == 1
+    said = capsys.readouterr()
+    assert "adamw swept on stdlib" in said.out
+    assert "a bug" in said.err
+    nowhere = replace(tiny, corpus=partial(ByteText, [str(tmp_path / "missing")]))
+    with pytest.raises(UserError, match="does not exist"):
+        quality.main(arguments, {"b": nowhere})
+    assert "swept" not in capsys.readouterr().out
+
+
+def test_the_search_walks_both_rates_and_looks_at_the_first_again() -> None:
+    known: dict[tuple[float, float], float] = {}
+
+    def loss(rates: tuple[float, float]) -> float:
+        lr, other = (math.log2(rate) for rate in rates)
+        return known.setdefault(rates, (other - 3) ** 2 + (lr + other / 4) ** 2)
+
+    # On the first line lr = 1 is best, then other = 2**3, an end; beside it lr moves to 2**-1, again an end.
+    assert quality.search(loss, (1.0, 1.0)) == (0.5, 8.0)
+    assert {lr for lr, other in known if other == 1} == {2.0**k for k in range(-1, 2)}
+    assert {other for lr, other in known if lr == 1} == {2.0**k for k in range(-1, 5)}
+    assert len(known) == 3 + 5 + 2 + 1
+
+
+def test_a_search_starts_where_candidate_and_task_say_and_on_its_own_seed(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def train(task: Any, candidate: Any, rates: tuple[float, float], seed: int, stage: str) -> dict[str, Any]:
+        asked.append(rates)
+        assert (seed, stage) == (100, "sweep")
+        loss = abs(math.log2(rates[0] / 1e-3)) + abs(math.log2(rates[1] / 9.6e-2))
+        return row("adamw", seed, stage, lr=rates[0], other_lr=rates[1], steps=3, online_loss=loss, wall_s=0.0)
+
+    monkeypatch.setattr(quality, "train", train)
+    assert quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["adamw"]) == (1e-3, 9.6e-2)
+    assert asked[:3] == [(5e-4, 4.8e-2), (1e-3, 4.8e-2), (2e-3, 4.8e-2)]
+    assert asked[3:] == [(1e-3, 2.4e-2), (1e-3, 9.6e-2), (1e-3, 19.2e-2), (5e-4, 9.6e-2), (2e-3, 9.6e-2)]
+
+
+def test_the_online_loss_is_that_of_the_last_fifth(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = count(1)
+
+    def measures(self: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {"loss": model.lm_head.weight.sum() * 0 + next(steps)}
+
+    monkeypatch.setattr(quality.NextByte, "measures", measures)
+    result = quality.train(replace(tiny, steps=10), quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "sweep")
+    assert result["online_loss"] == (9 + 10) / 2
+
+
+def test_an_optimiser_that_diverges_everywhere_is_named(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "train", lambda task, candidate, rates, seed, stage: diverged(*rates))
+
+    def diverged(lr: float, other_lr: float) -> dict[str, Any]:
+        return row("fira", 100, "sweep", lr=lr, other_lr=other_lr, steps=3, online_loss=None, wall_s=0.0)
+
+    with pytest.raises(UserError, match=r"fira diverged at every rate from 0\.016 down; lower its start"):
+        quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["fira"])
+
+
+def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each row of a table either all points that the search asks for are in the results, which nothing has been
+    added to, or the table says that its runs were shorter.
+    """
+    monkeypatch.setattr(quality, "train", None)
+    rows, shown = quality.read(quality.RESULTS), 0
+    for task in quality.TASKS.values():
+        for name, runs in quality.final_rows(rows, task).items():
+            swept = quality.searched(rows, task, name)
+            if swept[0]["steps"] == task.steps:
+                assert quality.sweep(quality.RESULTS, task, quality.CANDIDATES[name]) == quality.best_rates(swept)
+            else:
+                assert " runs of 100 steps, inside" in quality.extent(swept)
+            assert [r["seed"] for r in runs] == [0, 1, 2]
+            shown += 1
+    assert shown >= 10
+
+
+def test_rates_at_the_end_of_a_line_are_said_to_be() -> None:
+    centre, low, high = (row("fira", 100, "sweep", lr=lr, online_loss=2 + abs(lr - 2)) for lr in (2, 1, 4))
+    beside = [row("fira", 100, "sweep", lr=2, other_lr=other, online_loss=None) for other in (1e-3, 1.0)]
+    assert quality.extent([centre, low, high, *beside]) == "5 runs of 300 steps, inside"
+    assert quality.extent([centre, high, *beside]) == "4 runs of 300 steps, at an end"
+    assert quality.extent([centre, low, high, beside[0]]) == "4 runs of 300 steps, at an end"
+    elsewhere = low | {"other_lr": 1e-3}  # not on the line of the best rates
+    assert quality.extent([centre, elsewhere, high, *beside]) == "5 runs of 300 steps, at an end"
+
+
+def test_the_table_compares_seed_by_seed_with_adamw_and_muon() -> None:
+    task = quality.TASKS["stdlib"]
+    rows = [
+        row("adamw", 100, "sweep"),
+        row("adamw", 100, "sweep", lr=4e-3, online_loss=2.5),
+        row("muon", 100, "sweep"),
+        row("fira", 100, "sweep"),
+        row("apollo", 100, "sweep"),
+        final("adamw", 0, 1.7, 4 * 2**20, 100.0, [[5, 1.0, 0.5, 1.9], [10, 2.0, 1.0, 1.7]]),
+        final("adamw", 1, 1.8, 4 * 2**20, 100.0, [[5, 1.0, 0.5, 1.9], [10, 2.0, 1.0, 1.8]]),
+        final("adamw", 1, 0.0, 4 * 2**20, 100.0, [[10, 9.0, 9.0, 0.0]]) | {"lr": 4e-3},  # not the best of the sweep
+        final("adamw", 1, 0.0, 4 * 2**20, 100.0, [[10, 9.0, 9.0, 0.0]]) | {"steps": 100},
+        final("muon", 1, 1.65, 2**21, 110.0, [[10, 2.2, 1.1, 1.65]]),
+        final("fira", 0, 1.6, 2**20, 120.0, [[5, 1.0, 0.5, 1.8], [10, 3.0, 1.5, 1.6]]),
+        final("fira", 1, 1.9, 2**20, 130.0, [[5, 1.0, 0.5, 2.0], [10, 3.0, 1.5, 1.9]]),
+        final("apollo", 0, 1.9, 2**19, 90.0, [[10, 1.8, 0.9, 1.9]]),
+    ]
+    lines = quality.table(rows, task).splitlines()
+    end = " | 1 runs of 300 steps, at an end |"
+    assert lines == [
+        "| optimiser | lr / other lr | validation loss, nats | minus AdamW's | minus Muon's | state, MiB (ratio) "
+        "| step, wall ms (ratio) | s to AdamW's loss | search |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| adamw | 0.002 / 0.012 | 1.7500 |  | +0.1500 (+0.1500 to +0.1500) | 4.00 (1.00x) | 100.0 (1.00x) | 2.0 "
+        "| 2 runs of 300 steps, at an end |",
+        "| **muon** | 0.002 / 0.012 | 1.6500 | -0.1500 (-0.1500 to -0.1500) |  | 2.00 (0.50x) | 110.0 (1.10x) | 2.2"
+        + end,
+        "| **fira** | 0.002 / 0.012 | 1.7500 | +0.0000 (-0.1000 to +0.1000) | +0.2500 (+0.2500 to +0.2500) "
+        "| 1.00 (0.25x) | 125.0 (1.25x) | 2.0 (1 of 2 seeds)" + end,
+        "| **apollo** | 0.002 / 0.012 | 1.9000 | +0.2000 (+0.2000 to +0.2000) |  | 0.50 (0.12x) | 90.0 (0.90x) "
+        "| never" + end,
+    ]
+    assert "| 62.5 (1.25x) | 1.0 (1 of 2 seeds) |" in quality.table(rows, task, "cpu")
+    without = quality.table([r for r in rows if r["optimizer"] != "adamw"], task).splitlines()[2:]
+    assert without[-1] == "| **apollo** | 0.002 / 0.012 | 1.9000 |  |  | 0.50 | 90.0 | " + end
+    accurate = [r | {"val_accuracy": 0.5 + r["seed"] / 4} if r["stage"] == "final" else r for r in rows]
+    assert "| 1.7500 | 0.6250 |  |" in quality.table(accurate, task)
+    accurate[-1]["val_accuracy"] = None
+    assert "| 1.9000 |  | +0.2000" in quality.table(accurate, task)
+    assert "| validation loss, nats | accuracy | minus AdamW's |" in quality.table(accurate, task)
+
+
+def test_bold_means_that_no_other_is_better_for_as_little_state() -> None:
+    state = {
+        "a": (1.0, 4 * 2**20),
+        "b": (1.1, 4 * 2**20 - 100),
+        "c": (1.1, 2**20),
+        "d": (2.0, 2**20),
+        "e": (0.9, 2**23),
+    }
+    finals = {name: [row(name, 0, "final", val_loss=loss, state_bytes=kept)] for name, (loss, kept) in state.items()}
+    assert quality.frontier(finals) == {"a", "c", "e"}  # a hundred bytes are not what b has over a
+
+
+def test_the_table_command_draws_next_to_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.json"
+    for entry in (row("adamw", 100, "sweep"), final("adamw", 0, 1.7, 2**20, 100.0, [[10, 2.0, 1.0, 1.7]])):
+        quality.append(results, entry | {"task": "austen"})
+    assert quality.main(["table", "--results", str(results), "--task", "austen"]) == 0
+    assert "| **adamw** |" in capsys.readouterr().out
+    assert (tmp_path / "results_austen.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no final run of stdlib to draw"):
+        quality.main(["table", "--results", str(results)])
+
+
+def test_names_keep_their_distance_and_stay_below_the_top() -> None:
+    heights = quality.spread([0.1, 0.1, 0.5, 0.97, 0.98, 0.99], gap=0.1)
+    assert all(above - below >= 0.1 - 1e-12 for below, above in pairwise(heights))
+    assert heights == pytest.approx([0.1, 0.2, 0.5, 0.8, 0.9, 1.0])
