@@ -3,23 +3,26 @@
     python benchmarks/quality.py sweep|final|table [--task NAME] [--only NAME ...] [--results FILE] [--clock wall|cpu]
 
 `TASKS` says what is trained, `CANDIDATES` by what. In all tasks: one pass over data that are new in each step, the
-project's parameter groups, gradients clipped at 1, a warm-up and a cosine schedule, betas (0.9, 0.95), decay 0.1 on the
-matrices, a quarter of the width as rank (APOLLO-Mini: 1). The order of the data and the first weights follow from the
-seed; one thread, so that the losses repeat bit by bit on one kind of processor.
+project's parameter groups, gradients clipped at 1, a warm-up and a cosine schedule, a second beta of 0.95, decay 0.1 on
+the matrices, a quarter of the width as rank (APOLLO-Mini: 1). The order of the data and the first weights follow from
+the seed; one thread, so that the losses repeat bit by bit on one kind of processor.
 
-`sweep` finds two rates for each optimiser, of the matrices and of everything else, on seed 100 and by the online loss:
-the mean training loss of the last fifth of a run, whose samples are all new. Validation data are not used. A run of the
-search is a final run on another seed: what is best in a shorter run, where the schedule falls sooner, is not best in a
-longer one. The other rate is fixed while the matrices' rate takes three values a factor of two apart; then the other
-rate takes three around its centre; then the two neighbours of the matrices' rate are tried again. A line whose best
-value is an end is extended until the best is inside. All optimisers are searched in this way; where one starts costs it
-runs, not loss. `final` trains seeds 0, 1 and 2 at these rates and keeps a validation curve, which gives the time to the
-loss that AdamW ends at on the same seed. `table` prints the results and draws them next to the results file.
+`sweep` finds a point for each optimiser, on seed 100 and by the online loss: the mean training loss of the last fifth
+of a run, whose samples are all new. Validation data are not used. A point is the rate of the matrices, that of
+everything else, and the momentum of the matrices, which is the first beta of those with betas: how long the past counts
+matters as much as a rate in runs of a few hundred steps, and published defaults differ. A run of the search is a final
+run on another seed: what is best in a shorter run, where the schedule falls sooner, is not best in a longer one. The
+matrices' rate takes three values a factor of two apart, then the other rate, then the share of the momentum that a step
+forgets; then the two neighbours of the matrices' rate are tried again. A line whose best value is an end is extended
+until the best is inside. All optimisers are searched in this way; where one starts costs it runs, not loss. `final`
+trains seeds 0, 1 and 2 at this point and keeps a validation curve, which gives the time to the loss that AdamW ends at
+on the same seed. `table` prints the results and draws them next to the results file.
 
 Budget: a run takes a minute of one core of a server CPU (AVX-512, 105 GFLOP/s in float32 products), of `large` one and
-a half; nearly all of it is the model's. An optimiser on a task has about ten runs of the search and three final ones.
+a half; nearly all of it is the model's. An optimiser on a task has about a dozen runs of the search and three final
+ones.
 
-Every finished run is kept in benchmarks/results/quality.json under its task, optimiser, rates, seed and steps, and is
+Every finished run is kept in benchmarks/results/quality.json under its task, optimiser, point, seed and steps, and is
 never run again: stop and resume at any time, or let two processes work on different optimisers. Delete the rows of a
 task or an optimiser after any other change to it. Times are of training alone, by the wall clock and by the
 processor's; `table --clock cpu` is the one to read if the machine was shared.
@@ -66,12 +69,13 @@ from lightspan.sweeps.descent import best_on_line
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+BETA1, BETA2, WEIGHT_DECAY, CLIP = 0.9, 0.95, 0.1, 1.0
 # Weights at the ends of a network, whose rows belong to a token, a class or a pixel, are no optimiser's matrices.
 ENDS = (*TABLES, "patch_embed.proj.weight", "head.weight")
-KEY = ("task", "optimizer", "lr", "other_lr", "seed", "stage", "steps")
+POINT = ("lr", "other_lr", "momentum")  # what is searched: rates of matrices and of everything else, and momentum
+KEY = ("task", "optimizer", *POINT, "seed", "stage", "steps")
 Row = dict[str, Any]
-Rates = tuple[float, float]  # (matrices, everything else)
+Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +208,13 @@ class Candidate:
 
     Args:
         name: in tables and result files.
-        constructor: called with parameter groups, `lr` (of the matrices), `betas`, `weight_decay`, `rank` and
-            `options`; gives an optimiser, or a list of those that step together.
+        constructor: called with parameter groups, `lr` (of the matrices), `betas`, `weight_decay`, `rank`, `options`
+            and perhaps `momentum`; gives an optimiser, or a list of those that step together.
         start: where the search for the matrices' rate starts, on a grid of factor two.
         colour: of its name in the figure, dark enough to read as text.
         options: what it is given beyond its defaults.
         rank: as a share of the width of the network; None for what has no rank.
+        has_momentum: whether the momentum of the matrices is an argument of its own; otherwise it is the first beta.
     """
 
     name: str
@@ -218,13 +223,18 @@ class Candidate:
     colour: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rank: float | None = 0.25
+    has_momentum: bool = False
 
 
-def muon_and_adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float, **common: Any) -> list[Optimizer]:
+def muon_and_adamw(
+    groups: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float, betas: tuple[float, float]
+) -> list[Optimizer]:
     """torch's Muon, which takes matrices only, and AdamW for the rest. Its adjustment brings the rate near AdamW's."""
     matrices, rest = ([group for group in groups if group["project"] is wanted] for wanted in (True, False))
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, fused=True, **common)]
+    muon = torch.optim.Muon(
+        matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)]
 
 
 # The papers' 200 steps between frames belong to runs of ten thousand and more; with the 50 of `LowRank` all see several
@@ -233,11 +243,11 @@ CANDIDATES = {
     candidate.name: candidate
     for candidate in (
         Candidate("adamw", torch.optim.AdamW, 1e-3, "#1a1a1a", {"fused": True}, rank=None),
-        Candidate("muon", muon_and_adamw, 1.6e-2, COLOURS[0], rank=None),
+        Candidate("muon", muon_and_adamw, 1.6e-2, COLOURS[0], rank=None, has_momentum=True),
         Candidate("low_rank", LowRank, 4e-3, COLOURS[1]),
         Candidate("galore", GaLore, 3.2e-2, COLOURS[2], {"refresh": 50}),
         Candidate("dct_adamw", DCTAdamW, 4e-3, COLOURS[3], {"error_feedback": "int8", "rotate": True}),
-        Candidate("trion", Trion, 6.4e-2, COLOURS[4]),
+        Candidate("trion", Trion, 6.4e-2, COLOURS[4], has_momentum=True),
         Candidate("ldadam", LDAdam, 8e-3, COLOURS[5]),
         Candidate("fira", FiraAdam, 1.6e-2, "#b3202c", {"refresh": 50}),
         Candidate("apollo", APOLLO, 4e-3, "#2e86ab", {"refresh": 50}),
@@ -255,22 +265,24 @@ def data_of(task: Task) -> Any:
     return data
 
 
-def optimizers(candidate: Candidate, task: Task, model: nn.Module, rates: Rates) -> list[Optimizer]:
+def optimizers(candidate: Candidate, task: Task, model: nn.Module, point: Point) -> list[Optimizer]:
     """What steps the parameters of a model together."""
-    groups = ParameterGroups(list(ENDS), other_lr=rates[1]).build(model)
-    settings: dict[str, Any] = {"lr": rates[0], "betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    lr, other_lr, momentum = point
+    groups = ParameterGroups(list(ENDS), other_lr=other_lr).build(model)
+    own = {"momentum": momentum, "betas": (BETA1, BETA2)} if candidate.has_momentum else {"betas": (momentum, BETA2)}
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": WEIGHT_DECAY, **own}
     if candidate.rank is not None:
         settings["rank"] = round(candidate.rank * task.width)
     made = candidate.constructor(groups, **{**settings, **candidate.options})
     return made if isinstance(made, list) else [made]
 
 
-def train(task: Task, candidate: Candidate, rates: Rates, seed: int, stage: str) -> Row:
+def train(task: Task, candidate: Candidate, point: Point, seed: int, stage: str) -> Row:
     """One run, as the row that the results keep. Losses in nats; null where the run diverged, which ends it."""
     data = data_of(task)
     torch.manual_seed(seed)
     model = task.model()
-    together = optimizers(candidate, task, model, rates)
+    together = optimizers(candidate, task, model, point)
     schedules = [WarmupCosine(optimizer, task.steps) for optimizer in together]
     loader = ExactLoader(data.train, task.batch_size, seed)
     assert task.steps <= len(loader), "a sample met twice would make the online loss one of seen data"
@@ -302,7 +314,7 @@ def train(task: Task, candidate: Candidate, rates: Rates, seed: int, stage: str)
     online = sum(tail) / len(tail)  # not a number if the run ended early: its last loss was none
     ended = len(losses) == task.steps and math.isfinite(validation.get("loss", math.nan))
     measured = {f"val_{name}": round(value, 5) if ended else None for name, value in validation.items()}
-    values = (task.name, candidate.name, *rates, seed, stage, task.steps)
+    values = (task.name, candidate.name, *point, seed, stage, task.steps)
     return dict(zip(KEY, values, strict=True)) | {
         "online_loss": round(online, 5) if math.isfinite(online) else None,
         "val_loss": None,
@@ -355,35 +367,43 @@ def append(results: Path, row: Row) -> None:
         write_atomic(results, f"[\n{lines}\n]\n")
 
 
-def measured(results: Path, task: Task, candidate: Candidate, rates: Rates, seed: int, stage: str) -> Row:
+def measured(results: Path, task: Task, candidate: Candidate, point: Point, seed: int, stage: str) -> Row:
     """The row of a run: from the file, or by training it."""
-    wanted = (task.name, candidate.name, *rates, seed, stage, task.steps)
+    wanted = (task.name, candidate.name, *point, seed, stage, task.steps)
     row = next((row for row in read(results) if key_of(row) == wanted), None)
     if row is None:
-        row = train(task, candidate, rates, seed, stage)
+        row = train(task, candidate, point, seed, stage)
         append(results, row)
         loss = row["online_loss" if stage == "sweep" else "val_loss"]
-        at = f"{rates[0]:.3g} / {rates[1]:.3g} seed {seed}"
+        at = f"{' / '.join(f'{one:.3g}' for one in point)} seed {seed}"
         print(f"{stage} {task.name} {candidate.name} {at}: {loss} nats, {row['wall_s']} s", flush=True)
     return row
 
 
-def search(loss: Callable[[Rates], float], start: Rates) -> Rates:
+def search(loss: Callable[[Point], float], start: Point) -> Point:
     """The protocol of the module's docstring: one line of three along each axis, and a last look beside the first."""
-    lr = best_on_line(lambda rate: loss((rate, start[1])), start[0], reach=1)
-    other = best_on_line(lambda rate: loss((lr, rate)), start[1], reach=1)
-    return best_on_line(lambda rate: loss((rate, other)), lr, reach=1), other
+    lr, other, momentum = start
+    lr = best_on_line(lambda rate: loss((rate, other, momentum)), lr, reach=1)
+    other = best_on_line(lambda rate: loss((lr, rate, momentum)), other, reach=1)
+    forgets = best_on_line(lambda share: loss((lr, other, kept(share))), 1 - momentum, reach=1)
+    momentum = kept(forgets)
+    return best_on_line(lambda rate: loss((rate, other, momentum)), lr, reach=1), other, momentum
 
 
-def sweep(results: Path, task: Task, candidate: Candidate) -> Rates:
-    """The best rates of an optimiser; a diverged run counts as the worst of all."""
+def kept(forgotten: float) -> float:
+    """The momentum that forgets this share in a step; never below 0, where a line of shares ends."""
+    return max(0.0, round(1 - forgotten, 6))
 
-    def loss(rates: Rates) -> float:
-        online = measured(results, task, candidate, rates, SWEEP_SEED, "sweep")["online_loss"]
+
+def sweep(results: Path, task: Task, candidate: Candidate) -> Point:
+    """The best point of an optimiser; a diverged run counts as the worst of all."""
+
+    def loss(point: Point) -> float:
+        online = measured(results, task, candidate, point, SWEEP_SEED, "sweep")["online_loss"]
         return math.inf if online is None else online
 
-    search(loss, (candidate.start, task.other_lr))
-    best = best_rates(searched(read(results), task, candidate.name))
+    search(loss, (candidate.start, task.other_lr, BETA1))
+    best = best_point(searched(read(results), task, candidate.name))
     if best is None:
         raise UserError(f"{candidate.name} diverged at every rate from {candidate.start:.3g} down; lower its start")
     return best
@@ -396,29 +416,34 @@ def searched(rows: Iterable[Row], task: Task, name: str) -> list[Row]:
     return [row for row in swept if row["steps"] == longest]
 
 
-def best_rates(swept: list[Row]) -> Rates | None:
+def best_point(swept: list[Row]) -> Point | None:
     """Where the online loss of a search is lowest; each line of the search keeps the best of those before it."""
     finite = [row for row in swept if row["online_loss"] is not None]
     best = min(finite, key=lambda row: row["online_loss"], default=None)
-    return (best["lr"], best["other_lr"]) if best else None
+    return (best["lr"], best["other_lr"], best["momentum"]) if best else None
 
 
 def extent(swept: list[Row]) -> str:
-    """How much was searched, and whether the best rates lie inside its lines: else better ones may lie beyond."""
-    best = best_rates(swept)
+    """How much was searched, and whether the best point lies inside each of its lines: else a better one may lie
+    beyond.
+    """
+    best = best_point(swept)
     assert best is not None
-    lrs = {row["lr"] for row in swept if row["other_lr"] == best[1]}
-    others = {row["other_lr"] for row in swept}
-    inside = min(lrs) < best[0] < max(lrs) and min(others) < best[1] < max(others)
-    return f"{len(swept)} runs of {swept[0]['steps']} steps, {'inside' if inside else 'at an end'}"
+    lines = [{row["lr"] for row in swept if (row["other_lr"], row["momentum"]) == best[1:]}]
+    lines += [{row[name] for row in swept} for name in POINT[1:]]
+    one = len(lines[2]) == 1  # so were searches before momentum was part of them
+    walked = list(zip(best, lines, strict=True))[: 2 if one else 3]
+    inside = all(min(line) < value < max(line) for value, line in walked)
+    where = f"{' at one momentum' if one else ''}, {'inside' if inside else 'at an end'}"
+    return f"{len(swept)} runs of {swept[0]['steps']} steps{where}"
 
 
 def final_rows(rows: Iterable[Row], task: Task) -> dict[str, list[Row]]:
-    """The final runs at the best rates of the search, by optimiser in the order of CANDIDATES and then by seed."""
+    """The final runs at the best point of the search, by optimiser in the order of CANDIDATES and then by seed."""
     chosen = {}
     for name in CANDIDATES:
-        rates = best_rates(searched(rows, task, name))
-        finals = [row for row in rows if key_of(row)[:4] == (task.name, name, *(rates or ()))]
+        point = best_point(searched(rows, task, name))
+        finals = [row for row in rows if key_of(row)[:5] == (task.name, name, *(point or ()))]
         finals = [row for row in finals if (row["stage"], row["steps"]) == ("final", task.steps)]
         if finals:
             chosen[name] = sorted(finals, key=lambda row: row["seed"])
@@ -474,7 +499,7 @@ def table(rows: list[Row], task: Task, clock: str = "wall") -> str:
     measures = [measure for measure in measures if measure != "val_loss"]
     columns = (
         "optimiser",
-        "lr / other lr",
+        "lr / other lr / momentum",
         "validation loss, nats",
         *(measure.removeprefix("val_") for measure in measures),
         *(f"minus {title}'s" for title in YARDSTICKS.values()),
@@ -493,7 +518,7 @@ def table(rows: list[Row], task: Task, clock: str = "wall") -> str:
         step = statistics.median(row[f"step_{clock}_ms"] for row in runs)
         cells = (
             f"**{name}**" if name in best else name,
-            f"{runs[0]['lr']:.3g} / {runs[0]['other_lr']:.3g}",
+            " / ".join(f"{runs[0][name]:.3g}" for name in POINT),
             f"{statistics.mean(map(val_loss, runs)):.4f}",
             *(mean_of(runs, measure) for measure in measures),
             *("" if name == yardstick else gap(runs, finals.get(yardstick, [])) for yardstick in YARDSTICKS),
@@ -607,10 +632,10 @@ def main(arguments: list[str] | None = None, tasks: Mapping[str, Task] = TASKS) 
     failed = False
     for name in chosen.only:
         try:
-            rates = sweep(chosen.results, task, CANDIDATES[name])
+            point = sweep(chosen.results, task, CANDIDATES[name])
             if chosen.stage == "final":
                 for seed in FINAL_SEEDS:
-                    measured(chosen.results, task, CANDIDATES[name], rates, seed, "final")
+                    measured(chosen.results, task, CANDIDATES[name], point, seed, "final")
         except Exception:  # a night's work on the others must not end here
             traceback.print_exc()
             failed = True

@@ -57,7 +57,8 @@ def quality_rows() -> list[dict[str, Any]]:
     def row(name: str, seed: int, stage: str, loss: float | None, state: int) -> dict[str, Any]:
         times = {"wall_s": 10.0, "cpu_s": 9.0, "step_wall_ms": 30.0, "step_cpu_ms": 20.0}
         curve = [[1, 10.0, 9.0, loss]] if loss else []
-        key = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1e-2, "seed": seed, "stage": stage}
+        key = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1e-2, "momentum": 0.9}
+        key |= {"seed": seed, "stage": stage}
         known = key | times | {"steps": 300, "online_loss": 2.0, "val_loss": loss, "state_bytes": state, "curve": curve}
         return known | {"date": "2026-11-21", "unheard_of": None}
 
@@ -206,7 +207,7 @@ def test_goals_of_the_step_are_shown_met_or_not(build_docs: ModuleType, results:
 def test_losses_are_compared_seed_by_seed(build_docs: ModuleType, results: Path) -> None:
     body = sections(build_docs.page(results))["Loss on equal data"]
     assert (
-        "| **low_rank** | 0.002 / 0.01 | 1.7450 | +0.0200 (+0.0100 to +0.0300) |  | 2.00 (0.25x) | 20.0 (1.00x) |"
+        "| **low_rank** | 0.002 / 0.01 / 0.9 | 1.7450 | +0.0200 (+0.0100 to +0.0300) |  | 2.00 (0.25x) | 20.0 (1.00x) |"
         in body
     )
     assert "| stdlib: validation loss, low_rank minus adamw | <= 0.01 nats | 0.02 nats | **no** |" in body
@@ -227,7 +228,7 @@ def test_each_task_with_results_has_its_table_and_picture(build_docs: ModuleType
     assert stdlib.startswith("stdlib\n\nA Llama of 2.3 million")
     assert "accuracy" not in stdlib
     assert shown.startswith("vit\n\nA vision transformer")
-    assert "| **low_rank** | 0.002 / 0.01 | 1.7450 | 0.8750 |" in shown
+    assert "| **low_rank** | 0.002 / 0.01 / 0.9 | 1.7450 | 0.8750 |" in shown
     assert "](../benchmarks/results/quality_vit.png)" in shown
     assert body.count("![") == 1
 

@@ -58,7 +58,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def row(name: str, seed: int, stage: str, **values: Any) -> dict[str, Any]:
-    known = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1.2e-2, "seed": seed, "stage": stage}
+    known = {"task": "stdlib", "optimizer": name, "lr": 2e-3, "other_lr": 1.2e-2, "momentum": 0.9}
+    known |= {"seed": seed, "stage": stage}
     return known | {"steps": 300, "online_loss": 2.0, "val_loss": None, "state_bytes": 0, "curve": []} | values
 
 
@@ -72,7 +73,7 @@ def test_a_finished_run_is_never_run_again(tiny: Any, trained: list[Any], tmp_pa
     arguments = ["final", "--only", "adamw", "--results", str(results)]
     assert quality.main(arguments, {tiny.name: tiny}) == 0
     first, written = list(trained), results.read_text()
-    assert len(first) == len(set(first)) >= 3 + 2 + 1 + 3
+    assert len(first) == len(set(first)) >= 3 + 2 + 2 + 1 + 3
     assert [run[2] for run in first if run[3] == "final"] == [0, 1, 2]
     assert quality.main(arguments, {tiny.name: tiny}) == 0
     assert trained == first
@@ -106,7 +107,7 @@ def test_a_run_steps_every_parameter_and_counts_all_state(
     made = []
     together = quality.optimizers
     monkeypatch.setattr(quality, "optimizers", lambda *all_: made.append(together(*all_)) or made[-1])
-    result = quality.train(task, candidate, (1e-3, 2e-3), 0, "final")
+    result = quality.train(task, candidate, (1e-3, 2e-3, 0.9), 0, "final")
     groups = [group for optimizer in made[0] for group in optimizer.param_groups]
     covered = [id(p) for group in groups for p in group["params"]]
     assert sorted(covered) == sorted(before)
@@ -135,7 +136,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["tiny", "tiny_vit"])
 def test_a_run_of_the_search_is_a_final_one_without_validation(kind: str, request: pytest.FixtureRequest) -> None:
     task, adamw = request.getfixturevalue(kind), quality.CANDIDATES["adamw"]
-    searched, final_run = (quality.train(task, adamw, (1e-2, 2e-2), 100, stage) for stage in ("sweep", "final"))
+    searched, final_run = (quality.train(task, adamw, (1e-2, 2e-2, 0.9), 100, stage) for stage in ("sweep", "final"))
     assert searched["online_loss"] == final_run["online_loss"]
     assert (searched["val_loss"], searched["curve"]) == (None, [])
     assert final_run["val_loss"] is not None
@@ -175,7 +176,7 @@ def test_sizes_and_starts_of_the_tasks_and_candidates() -> None:
 
 def test_a_run_that_would_meet_a_sample_twice_is_refused(tiny: Any) -> None:
     with pytest.raises(AssertionError, match="met twice"):
-        quality.train(replace(tiny, steps=10**6), quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "sweep")
+        quality.train(replace(tiny, steps=10**6), quality.CANDIDATES["adamw"], (1e-3, 1e-3, 0.9), 0, "sweep")
 
 
 @pytest.mark.parametrize("loss", [lambda x: x * math.nan, lambda x: (x * 0).sqrt()], ids=["loss", "gradient"])
@@ -185,14 +186,16 @@ def test_a_diverged_run_ends_and_is_kept_as_null(
     diverged = lambda self, model, batch: {"loss": loss(model.lm_head.weight.square().sum())}  # noqa: E731
     monkeypatch.setattr(quality.NextByte, "measures", diverged)
     results = tmp_path / "results.json"
-    assert quality.measured(results, tiny, quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "final")["val_loss"] is None
+    assert (
+        quality.measured(results, tiny, quality.CANDIDATES["adamw"], (1e-3, 1e-3, 0.9), 0, "final")["val_loss"] is None
+    )
     (kept,) = json.loads(results.read_text())
     assert kept["online_loss"] is None
     assert kept["curve"] == []
 
 
 def test_runs_of_other_lengths_and_tasks_are_kept_apart(tiny: Any, tmp_path: Path) -> None:
-    results, adamw, best = tmp_path / "results.json", quality.CANDIDATES["adamw"], (2e-3, 1.2e-2)
+    results, adamw, best = tmp_path / "results.json", quality.CANDIDATES["adamw"], (2e-3, 1.2e-2, 0.9)
     for entry in (
         row("adamw", 100, "sweep", steps=1, online_loss=0.0, lr=64.0),
         row("adamw", 100, "sweep", steps=4, online_loss=0.0, lr=64.0),
@@ -202,10 +205,7 @@ def test_runs_of_other_lengths_and_tasks_are_kept_apart(tiny: Any, tmp_path: Pat
     ):
         quality.append(results, entry)
     kept = quality.read(results)
-    assert quality.best_rates(quality.searched(kept, tiny, "adamw")) == (
-        64.0,
-        1.2e-2,
-    )  # of one step: none other is there
+    assert quality.best_point(quality.searched(kept, tiny, "adamw")) == (64.0, 1.2e-2, 0.9)  # of one step, all there is
     made = quality.measured(results, tiny, adamw, best, 100, "sweep")
     assert (made["task"], made["steps"]) == ("stdlib", 3)
     assert made["online_loss"] > 0
@@ -235,18 +235,24 @@ def test_a_failing_optimiser_stops_no_other_and_missing_data_stop_all(
     assert "swept" not in capsys.readouterr().out
 
 
-def test_the_search_walks_both_rates_and_looks_at_the_first_again() -> None:
-    known: dict[tuple[float, float], float] = {}
+def test_the_search_walks_rates_and_momentum_and_looks_at_the_first_again() -> None:
+    known: dict[tuple[float, float, float], float] = {}
 
-    def loss(rates: tuple[float, float]) -> float:
-        lr, other = (math.log2(rate) for rate in rates)
-        return known.setdefault(rates, (other - 3) ** 2 + (lr + other / 4) ** 2)
+    def loss(point: tuple[float, float, float]) -> float:
+        lr, other, forgets = (math.log2(one) for one in (*point[:2], 1 - point[2]))
+        return known.setdefault(point, (other - 3) ** 2 + (lr + other / 4) ** 2 + (forgets + 2) ** 2)
 
-    # On the first line lr = 1 is best, then other = 2**3, an end; beside it lr moves to 2**-1, again an end.
-    assert quality.search(loss, (1.0, 1.0)) == (0.5, 8.0)
-    assert {lr for lr, other in known if other == 1} == {2.0**k for k in range(-1, 2)}
-    assert {other for lr, other in known if lr == 1} == {2.0**k for k in range(-1, 5)}
-    assert len(known) == 3 + 5 + 2 + 1
+    # On the first line lr = 1 is best, then other = 2**3, an end, then three quarters of the momentum; beside them lr
+    # moves to 2**-1, again an end.
+    assert quality.search(loss, (1.0, 1.0, 0.5)) == (0.5, 8.0, 0.75)
+    assert {lr for lr, other, _ in known if other == 1} == {2.0**k for k in range(-1, 2)}
+    assert {other for lr, other, _ in known if lr == 1} == {2.0**k for k in range(-1, 5)}
+    assert {momentum for *_, momentum in known} == {0.0, 0.5, 0.75, 0.875}
+    assert len(known) == 3 + 5 + 3 + 3
+
+
+def test_no_momentum_of_the_search_is_below_zero() -> None:
+    assert [quality.kept(share) for share in (0.05, 0.1, 0.2, 1.0, 1.6)] == [0.95, 0.9, 0.8, 0.0, 0.0]
 
 
 def test_a_search_starts_where_candidate_and_task_say_and_on_its_own_seed(
@@ -254,16 +260,32 @@ def test_a_search_starts_where_candidate_and_task_say_and_on_its_own_seed(
 ) -> None:
     asked = []
 
-    def train(task: Any, candidate: Any, rates: tuple[float, float], seed: int, stage: str) -> dict[str, Any]:
-        asked.append(rates)
+    def train(task: Any, candidate: Any, point: tuple[float, ...], seed: int, stage: str) -> dict[str, Any]:
+        asked.append(point)
         assert (seed, stage) == (100, "sweep")
-        loss = abs(math.log2(rates[0] / 1e-3)) + abs(math.log2(rates[1] / 9.6e-2))
-        return row("adamw", seed, stage, lr=rates[0], other_lr=rates[1], steps=3, online_loss=loss, wall_s=0.0)
+        lr, other_lr, momentum = point
+        loss = abs(math.log2(lr / 1e-3)) + abs(math.log2(other_lr / 9.6e-2)) + abs(momentum - 0.9)
+        kept = {"lr": lr, "other_lr": other_lr, "momentum": momentum}
+        return row("adamw", seed, stage, **kept, steps=3, online_loss=loss, wall_s=0.0)
 
     monkeypatch.setattr(quality, "train", train)
-    assert quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["adamw"]) == (1e-3, 9.6e-2)
-    assert asked[:3] == [(5e-4, 4.8e-2), (1e-3, 4.8e-2), (2e-3, 4.8e-2)]
-    assert asked[3:] == [(1e-3, 2.4e-2), (1e-3, 9.6e-2), (1e-3, 19.2e-2), (5e-4, 9.6e-2), (2e-3, 9.6e-2)]
+    assert quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["adamw"]) == (1e-3, 9.6e-2, 0.9)
+    assert asked[:3] == [(5e-4, 4.8e-2, 0.9), (1e-3, 4.8e-2, 0.9), (2e-3, 4.8e-2, 0.9)]
+    assert asked[3:6] == [(1e-3, 2.4e-2, 0.9), (1e-3, 9.6e-2, 0.9), (1e-3, 19.2e-2, 0.9)]
+    assert asked[6:] == [(1e-3, 9.6e-2, 0.95), (1e-3, 9.6e-2, 0.8), (5e-4, 9.6e-2, 0.9), (2e-3, 9.6e-2, 0.9)]
+
+
+def test_momentum_is_that_of_the_matrices_alone_where_it_is_an_argument(tiny: Any) -> None:
+    """And the first beta of everything elsewhere."""
+    torch.manual_seed(0)
+    muon, rest = quality.optimizers(quality.CANDIDATES["muon"], tiny, tiny.model(), (1e-3, 1e-2, 0.8))
+    assert {group["momentum"] for group in muon.param_groups} == {0.8}
+    assert {group["betas"] for group in rest.param_groups} == {(0.9, 0.95)}
+    for name in ("adamw", "low_rank"):
+        (together,) = quality.optimizers(quality.CANDIDATES[name], tiny, tiny.model(), (1e-3, 1e-2, 0.8))
+        assert {group["betas"] for group in together.param_groups} == {(0.8, 0.95)}
+    (trion,) = quality.optimizers(quality.CANDIDATES["trion"], tiny, tiny.model(), (1e-3, 1e-2, 0.8))
+    assert trion.rule.residual.kept == 0.8
 
 
 def test_the_online_loss_is_that_of_the_last_fifth(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,17 +295,18 @@ def test_the_online_loss_is_that_of_the_last_fifth(tiny: Any, monkeypatch: pytes
         return {"loss": model.lm_head.weight.sum() * 0 + next(steps)}
 
     monkeypatch.setattr(quality.NextByte, "measures", measures)
-    result = quality.train(replace(tiny, steps=10), quality.CANDIDATES["adamw"], (1e-3, 1e-3), 0, "sweep")
+    result = quality.train(replace(tiny, steps=10), quality.CANDIDATES["adamw"], (1e-3, 1e-3, 0.9), 0, "sweep")
     assert result["online_loss"] == (9 + 10) / 2
 
 
 def test_an_optimiser_that_diverges_everywhere_is_named(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "train", lambda task, candidate, rates, seed, stage: diverged(*rates))
+    monkeypatch.setattr(quality, "train", lambda task, candidate, point, seed, stage: diverged(*point))
 
-    def diverged(lr: float, other_lr: float) -> dict[str, Any]:
-        return row("fira", 100, "sweep", lr=lr, other_lr=other_lr, steps=3, online_loss=None, wall_s=0.0)
+    def diverged(lr: float, other_lr: float, momentum: float) -> dict[str, Any]:
+        point = {"lr": lr, "other_lr": other_lr, "momentum": momentum}
+        return row("fira", 100, "sweep", **point, steps=3, online_loss=None, wall_s=0.0)
 
     with pytest.raises(UserError, match=r"fira diverged at every rate from 0\.016 down; lower its start"):
         quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["fira"])
@@ -299,9 +322,9 @@ def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.
         for name, runs in quality.final_rows(rows, task).items():
             swept = quality.searched(rows, task, name)
             if swept[0]["steps"] == task.steps:
-                assert quality.sweep(quality.RESULTS, task, quality.CANDIDATES[name]) == quality.best_rates(swept)
+                assert quality.sweep(quality.RESULTS, task, quality.CANDIDATES[name]) == quality.best_point(swept)
             else:
-                assert " runs of 100 steps, inside" in quality.extent(swept)
+                assert " runs of 100 steps at one momentum, inside" in quality.extent(swept)
             assert [r["seed"] for r in runs] == [0, 1, 2]
             shown += 1
     assert shown >= 10
@@ -310,11 +333,14 @@ def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.
 def test_rates_at_the_end_of_a_line_are_said_to_be() -> None:
     centre, low, high = (row("fira", 100, "sweep", lr=lr, online_loss=2 + abs(lr - 2)) for lr in (2, 1, 4))
     beside = [row("fira", 100, "sweep", lr=2, other_lr=other, online_loss=None) for other in (1e-3, 1.0)]
-    assert quality.extent([centre, low, high, *beside]) == "5 runs of 300 steps, inside"
-    assert quality.extent([centre, high, *beside]) == "4 runs of 300 steps, at an end"
-    assert quality.extent([centre, low, high, beside[0]]) == "4 runs of 300 steps, at an end"
+    momenta = [row("fira", 100, "sweep", lr=2, momentum=momentum, online_loss=None) for momentum in (0.8, 0.95)]
+    assert quality.extent([centre, low, high, *beside, *momenta]) == "7 runs of 300 steps, inside"
+    assert quality.extent([centre, low, high, *beside]) == "5 runs of 300 steps at one momentum, inside"
+    assert quality.extent([centre, low, high, *beside, momenta[0]]) == "6 runs of 300 steps, at an end"
+    assert quality.extent([centre, high, *beside, *momenta]) == "6 runs of 300 steps, at an end"
+    assert quality.extent([centre, low, high, beside[0], *momenta]) == "6 runs of 300 steps, at an end"
     elsewhere = low | {"other_lr": 1e-3}  # not on the line of the best rates
-    assert quality.extent([centre, elsewhere, high, *beside]) == "5 runs of 300 steps, at an end"
+    assert quality.extent([centre, elsewhere, high, *beside, *momenta]) == "7 runs of 300 steps, at an end"
 
 
 def test_the_table_compares_seed_by_seed_with_adamw_and_muon() -> None:
@@ -335,23 +361,23 @@ def test_the_table_compares_seed_by_seed_with_adamw_and_muon() -> None:
         final("apollo", 0, 1.9, 2**19, 90.0, [[10, 1.8, 0.9, 1.9]]),
     ]
     lines = quality.table(rows, task).splitlines()
-    end = " | 1 runs of 300 steps, at an end |"
+    end = " | 1 runs of 300 steps at one momentum, at an end |"
     assert lines == [
-        "| optimiser | lr / other lr | validation loss, nats | minus AdamW's | minus Muon's | state, MiB (ratio) "
-        "| step, wall ms (ratio) | s to AdamW's loss | search |",
+        "| optimiser | lr / other lr / momentum | validation loss, nats | minus AdamW's | minus Muon's "
+        "| state, MiB (ratio) | step, wall ms (ratio) | s to AdamW's loss | search |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| adamw | 0.002 / 0.012 | 1.7500 |  | +0.1500 (+0.1500 to +0.1500) | 4.00 (1.00x) | 100.0 (1.00x) | 2.0 "
-        "| 2 runs of 300 steps, at an end |",
-        "| **muon** | 0.002 / 0.012 | 1.6500 | -0.1500 (-0.1500 to -0.1500) |  | 2.00 (0.50x) | 110.0 (1.10x) | 2.2"
-        + end,
-        "| **fira** | 0.002 / 0.012 | 1.7500 | +0.0000 (-0.1000 to +0.1000) | +0.2500 (+0.2500 to +0.2500) "
+        "| adamw | 0.002 / 0.012 / 0.9 | 1.7500 |  | +0.1500 (+0.1500 to +0.1500) | 4.00 (1.00x) | 100.0 (1.00x) "
+        "| 2.0 | 2 runs of 300 steps at one momentum, at an end |",
+        "| **muon** | 0.002 / 0.012 / 0.9 | 1.6500 | -0.1500 (-0.1500 to -0.1500) |  | 2.00 (0.50x) | 110.0 (1.10x) "
+        "| 2.2" + end,
+        "| **fira** | 0.002 / 0.012 / 0.9 | 1.7500 | +0.0000 (-0.1000 to +0.1000) | +0.2500 (+0.2500 to +0.2500) "
         "| 1.00 (0.25x) | 125.0 (1.25x) | 2.0 (1 of 2 seeds)" + end,
-        "| **apollo** | 0.002 / 0.012 | 1.9000 | +0.2000 (+0.2000 to +0.2000) |  | 0.50 (0.12x) | 90.0 (0.90x) "
+        "| **apollo** | 0.002 / 0.012 / 0.9 | 1.9000 | +0.2000 (+0.2000 to +0.2000) |  | 0.50 (0.12x) | 90.0 (0.90x) "
         "| never" + end,
     ]
     assert "| 62.5 (1.25x) | 1.0 (1 of 2 seeds) |" in quality.table(rows, task, "cpu")
     without = quality.table([r for r in rows if r["optimizer"] != "adamw"], task).splitlines()[2:]
-    assert without[-1] == "| **apollo** | 0.002 / 0.012 | 1.9000 |  |  | 0.50 | 90.0 | " + end
+    assert without[-1] == "| **apollo** | 0.002 / 0.012 / 0.9 | 1.9000 |  |  | 0.50 | 90.0 | " + end
     accurate = [r | {"val_accuracy": 0.5 + r["seed"] / 4} if r["stage"] == "final" else r for r in rows]
     assert "| 1.7500 | 0.6250 |  |" in quality.table(accurate, task)
     accurate[-1]["val_accuracy"] = None
