@@ -14,6 +14,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.moments import MomentStorage
+from lightspan.optim.newton_schulz import orthogonalised
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 
@@ -91,20 +92,19 @@ class SGD(Inner):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"SGD momentum={self.momentum} must be in [0, 1)")
+        _require_share(self, momentum=self.momentum)
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        first_BMR, source_BR = setting.moments.load(state, "exp_avg"), setting.source_BR
-        if source_BR is not None:
-            index_BMR = source_BR.clamp_min(0)[:, None].expand_as(first_BMR)
-            first_BMR = first_BMR.gather(2, index_BMR) * (source_BR >= 0)[:, None]
-        first_BMR = first_BMR * self.momentum + coordinates_BMR
+        first_BMR = _first_moment(state, setting) * self.momentum + coordinates_BMR
         setting.moments.save(first_BMR, state, "exp_avg", setting.numbers.seed)
         return first_BMR
+
+
+Convention = Literal["kj", "kimi", "dion", "none"]
+"""Names of factors by the shape of the matrix; see `NewtonSchulz`."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ class NewtonSchulz(Inner):
     """Orthogonalised coordinates, without state: momentum is outside, in an error feedback that forgets the captured
     part slowly (Trion and Dion; arXiv 2505.17967, section 4).
 
-    Five steps of X <- a X + (b A + c A^2) X, A = X X^T, on the coordinates divided by their Frobenius norm.
+    Five steps of X <- (a I + b A + c A^2) X, A = X X^T, on the coordinates divided by their Frobenius norm; see
+    `lightspan.optim.newton_schulz`.
 
     Args:
         steps: iterations, >= 1.
@@ -121,7 +122,7 @@ class NewtonSchulz(Inner):
     """
 
     steps: int = 5
-    scale: Literal["kj", "kimi", "dion", "none"] = "kj"
+    scale: Convention = "kj"
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -133,25 +134,133 @@ class NewtonSchulz(Inner):
         return {}
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        rows, columns = setting.layout.shape
+        return self.orthogonalised(coordinates_BMR, setting.layout)
+
+    def orthogonalised(self, x_BMK: Tensor, layout: Layout) -> Tensor:
+        """The matrices, or any columns of them, orthogonalised and scaled; a new tensor."""
+        rows, columns = layout.shape
         factors = {
             "kj": max(1.0, rows / columns) ** 0.5,
             "kimi": 0.2 * max(rows, columns) ** 0.5,
             "dion": (rows / columns) ** 0.5,
             "none": 1.0,
         }
-        whole_BMR = setting.layout.gathered(coordinates_BMR)
-        orthogonal_BMR = newton_schulz(whole_BMR, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
-        return setting.layout.own_rows(orthogonal_BMR)
+        return orthogonalised(x_BMK, layout.shards, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
 
 
-def newton_schulz(x_BMR: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    """Singular values pushed towards 1, singular vectors kept. The Gram matrix is formed on the shorter side."""
-    a, b, c = coefficients
-    x = x_BMR / (torch.linalg.matrix_norm(x_BMR, keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT.contiguous() if tall else x
+@dataclass(frozen=True)
+class MomentumNewtonSchulz(NewtonSchulz):
+    """Muon's rule: orthogonalised momentum, m <- mu m + (1 - mu) r, and then that of mu m + (1 - mu) r (Nesterov).
+
+    Args:
+        momentum: mu in [0, 1).
+        nesterov: False orthogonalises m itself.
+        steps, scale: see `NewtonSchulz`.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_share(self, momentum=self.momentum)
+
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        return moments.initial(layout, "exp_avg", layout.rank)
+
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        first_BMR = _first_moment(state, setting).lerp_(coordinates_BMR, 1 - self.momentum)
+        setting.moments.save(first_BMR, state, "exp_avg", setting.numbers.seed)
+        ahead_BMR = coordinates_BMR.lerp(first_BMR, self.momentum) if self.nesterov else first_BMR
+        return self.orthogonalised(ahead_BMR, setting.layout)
+
+
+@dataclass(frozen=True)
+class NeuronNewtonSchulz(MomentumNewtonSchulz):
+    """NorMuon's rule (arXiv 2510.05491, algorithm 1): Muon's direction O, each neuron's part of it divided by the root
+    of a running mean of its squares, and all of it then brought back to the norm of O.
+
+    A neuron is a row of the parameter [out in]; in coordinates of a smaller frame, a row or column that stands for it.
+
+    Args:
+        beta2: of the running mean, in [0, 1).
+        momentum, nesterov, steps, scale: see `MomentumNewtonSchulz`.
+    """
+
+    beta2: float = 0.95
+
+    EPSILON = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_share(self, beta2=self.beta2)
+
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        neurons = layout.zeros(layout.rank if layout.wide else layout.rows)
+        return {**super().initial(layout, moments), "neuron_sq": neurons}
+
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        direction_BMR, layout = super().direction(coordinates_BMR, state, setting), setting.layout
+        # The step sees wide parameters transposed, so that their neurons are its columns, with rows on every rank.
+        square_BMR = direction_BMR.square()
+        if layout.wide:
+            mean_BR = layout.total(square_BMR.sum(dim=1)) / max(layout.shape)
+            root_BMR = state["neuron_sq"].lerp_(mean_BR, 1 - self.beta2).sqrt()[:, None]
+            norm_B = mean_BR.sum(dim=1) * max(layout.shape)
+        else:
+            root_BMR = state["neuron_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2).sqrt()[..., None]
+            norm_B = layout.total(square_BMR.sum(dim=(1, 2)))
+        direction_BMR.div_(root_BMR + self.EPSILON)
+        reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
+        return direction_BMR.mul_((norm_B.sqrt() / (reached_B + self.EPSILON))[:, None, None])
+
+
+@dataclass(frozen=True)
+class SelectiveNewtonSchulz(NewtonSchulz):
+    """Dion2's rule (arXiv 2512.16928): m <- m + r, of which only the columns with the largest sums of absolute values
+    are orthogonalised and stepped; only these forget, m <- mu m.
+
+    Columns are those of the step, the shorter side of the parameter.
+
+    Args:
+        fraction: of the columns, in (0, 1]; rounded up.
+        momentum: mu in [0, 1).
+        steps, scale: see `NewtonSchulz`.
+    """
+
+    fraction: float = 0.25
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_share(self, momentum=self.momentum)
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"{type(self).__name__} fraction={self.fraction} must be in (0, 1]")
+
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        return moments.initial(layout, "exp_avg", layout.rank)
+
+    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        layout, count = setting.layout, math.ceil(self.fraction * setting.layout.rank)
+        sum_BMR = _first_moment(state, setting).add_(coordinates_BMR)
+        chosen_BK = layout.total(sum_BMR.abs().sum(dim=1)).topk(count, dim=1).indices
+        index_BMK = chosen_BK[:, None].expand(-1, layout.rows, -1)
+        chosen_BMK = sum_BMR.gather(2, index_BMK)
+        sum_BMR.scatter_(2, index_BMK, chosen_BMK * self.momentum)
+        setting.moments.save(sum_BMR, state, "exp_avg", setting.numbers.seed)
+        return torch.zeros_like(coordinates_BMR).scatter_(2, index_BMK, self.orthogonalised(chosen_BMK, layout))
+
+
+def _require_share(rule: Inner, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{type(rule).__name__} {name}={value} must be in [0, 1)")
+
+
+def _first_moment(state: State, setting: InnerContext) -> Tensor:
+    """The moment in the coordinates' precision, columns where they belong; the stored tensor itself if that is so."""
+    first_BMR, source_BR = setting.moments.load(state, "exp_avg").to(setting.layout.dtype), setting.source_BR
+    if source_BR is None:
+        return first_BMR
+    index_BMR = source_BR.clamp_min(0)[:, None].expand_as(first_BMR)
+    return first_BMR.gather(2, index_BMR) * (source_BR >= 0)[:, None]

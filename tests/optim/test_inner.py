@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, NewtonSchulz, newton_schulz
+from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, NewtonSchulz
+from lightspan.optim.newton_schulz import newton_schulz
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 
