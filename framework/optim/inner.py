@@ -134,18 +134,18 @@ class NewtonSchulz(Inner):
         return {}
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        return self.orthogonalised(coordinates_BMR, setting.layout)
-
-    def orthogonalised(self, x_BMK: Tensor, layout: Layout) -> Tensor:
-        """The matrices, or any columns of them, orthogonalised and scaled; a new tensor."""
-        rows, columns = layout.shape
+        rows, columns = setting.layout.shape
         factors = {
             "kj": max(1.0, rows / columns) ** 0.5,
             "kimi": 0.2 * max(rows, columns) ** 0.5,
             "dion": (rows / columns) ** 0.5,
             "none": 1.0,
         }
-        return orthogonalised(x_BMK, layout.shards, self.steps, self.COEFFICIENTS).mul_(factors[self.scale])
+        return self.unscaled(coordinates_BMR, state, setting).mul_(factors[self.scale])
+
+    def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        """The direction before that factor; a new tensor."""
+        return orthogonalised(coordinates_BMR, setting.layout.shards, self.steps, self.COEFFICIENTS)
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,11 @@ class MomentumNewtonSchulz(NewtonSchulz):
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+    def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         first_BMR = _first_moment(state, setting).lerp_(coordinates_BMR, 1 - self.momentum)
         setting.moments.save(first_BMR, state, "exp_avg", setting.numbers.seed)
         ahead_BMR = coordinates_BMR.lerp(first_BMR, self.momentum) if self.nesterov else first_BMR
-        return self.orthogonalised(ahead_BMR, setting.layout)
+        return super().unscaled(ahead_BMR, state, setting)
 
 
 @dataclass(frozen=True)
@@ -199,20 +199,21 @@ class NeuronNewtonSchulz(MomentumNewtonSchulz):
         neurons = layout.zeros(layout.rank if layout.wide else layout.rows)
         return {**super().initial(layout, moments), "neuron_sq": neurons}
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        direction_BMR, layout = super().direction(coordinates_BMR, state, setting), setting.layout
-        # The step sees wide parameters transposed, so that their neurons are its columns, with rows on every rank.
+    def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        direction_BMR, layout = super().unscaled(coordinates_BMR, state, setting), setting.layout
         square_BMR = direction_BMR.square()
+        # The step sees wide parameters transposed: neurons are then its columns, with rows on every rank.
         if layout.wide:
-            mean_BR = layout.total(square_BMR.sum(dim=1)) / max(layout.shape)
-            root_BMR = state["neuron_sq"].lerp_(mean_BR, 1 - self.beta2).sqrt()[:, None]
-            norm_B = mean_BR.sum(dim=1) * max(layout.shape)
+            sum_BR = layout.total(square_BMR.sum(dim=1))
+            second_B1R = state["neuron_sq"].lerp_(sum_BR / max(layout.shape), 1 - self.beta2)[:, None]
+            direction_BMR.div_(second_B1R.sqrt() + self.EPSILON)
+            norm_B = sum_BR.sum(dim=1).sqrt()
         else:
-            root_BMR = state["neuron_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2).sqrt()[..., None]
-            norm_B = layout.total(square_BMR.sum(dim=(1, 2)))
-        direction_BMR.div_(root_BMR + self.EPSILON)
+            second_BM1 = state["neuron_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
+            direction_BMR.div_(second_BM1.sqrt() + self.EPSILON)
+            norm_B = layout.total(square_BMR.sum(dim=(1, 2))).sqrt()
         reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
-        return direction_BMR.mul_((norm_B.sqrt() / (reached_B + self.EPSILON))[:, None, None])
+        return direction_BMR.mul_((norm_B / (reached_B + self.EPSILON))[:, None, None])
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class SelectiveNewtonSchulz(NewtonSchulz):
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
 
-    def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+    def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         layout, count = setting.layout, math.ceil(self.fraction * setting.layout.rank)
         sum_BMR = _first_moment(state, setting).add_(coordinates_BMR)
         chosen_BK = layout.total(sum_BMR.abs().sum(dim=1)).topk(count, dim=1).indices
@@ -248,7 +249,8 @@ class SelectiveNewtonSchulz(NewtonSchulz):
         chosen_BMK = sum_BMR.gather(2, index_BMK)
         sum_BMR.scatter_(2, index_BMK, chosen_BMK * self.momentum)
         setting.moments.save(sum_BMR, state, "exp_avg", setting.numbers.seed)
-        return torch.zeros_like(coordinates_BMR).scatter_(2, index_BMK, self.orthogonalised(chosen_BMK, layout))
+        chosen_BMK = super().unscaled(chosen_BMK, state, setting)
+        return torch.zeros_like(coordinates_BMR).scatter_(2, index_BMK, chosen_BMK)
 
 
 def _require_share(rule: Inner, **shares: float) -> None:

@@ -32,6 +32,9 @@ PRESETS = {
     "ldadam": presets.LDAdam,
     "dct_adamw": presets.DCTAdamW,
     "trion": presets.Trion,
+    "muon": presets.Muon,
+    "normuon": presets.NorMuon,
+    "dion2": presets.Dion2,
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 STORAGES = [Float32Moments(), BFloat16Moments(), Int8Moments()]

@@ -49,26 +49,31 @@ class Muon(_Whole):
         super().__init__(params, momentum=momentum, nesterov=nesterov, convention=convention, **common, **settings)
 
     def update(self, g: Tensor, state: State, group: Group) -> Tensor:
+        return shape_factor(state["shape"], group["convention"]) * self.orthogonal(g, state, group)
+
+    def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
+        """O, which needs only its factor."""
         mu = group["momentum"]
         state["momentum"] = mu * state.get("momentum", 0) + (1 - mu) * g
-        ahead = mu * state["momentum"] + (1 - mu) * g if group["nesterov"] else state["momentum"]
-        return shape_factor(state["shape"], group["convention"]) * newton_schulz(ahead)
+        return newton_schulz(mu * state["momentum"] + (1 - mu) * g if group["nesterov"] else state["momentum"])
 
 
 class NorMuon(Muon):
     """NorMuon (arXiv 2510.05491, algorithm 1), with the published code's Nesterov momentum and norm.
 
-    O as in Muon, with c
-    v <- beta2 v + (1 - beta2) mean(O^2)      one for each neuron, a row of the weight as given
-    N = O / (sqrt(v) + 1e-10)
-    W <- W - lr N |O| / (|N| + 1e-10)         the paper: 0.2 sqrt(out in) for |O|
+        O, c as in Muon
+        v <- beta2 v + (1 - beta2) mean(O^2)      one for each neuron, a row of the weight as given
+        N = O / (sqrt(v) + 1e-10)
+        W <- W - lr c N |O| / (|N| + 1e-10)
+
+    The paper has 0.2 sqrt(out in) for c |O|.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 2e-2, beta2: float = 0.95, **settings: Any) -> None:
         super().__init__(params, lr, beta2=beta2, **settings)
 
-    def update(self, g: Tensor, state: State, group: Group) -> Tensor:
-        o, beta2 = super().update(g, state, group), group["beta2"]
+    def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
+        o, beta2 = super().orthogonal(g, state, group), group["beta2"]
         across = 1 if state["shape"][0] >= state["shape"][1] else 0  # g is tall: rows of a wide weight are its columns
         mean = (o**2).mean(dim=across, keepdim=True)
         state["neuron"] = beta2 * state.get("neuron", 0) + (1 - beta2) * mean
