@@ -307,7 +307,7 @@ class WholeBasis(Basis):
     def project(
         self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
     ) -> tuple[Tensor, Tensor]:
-        coordinates_BMN = torch.stack([gradient.to(layout.dtype) for gradient in gradients])
+        coordinates_BMN = torch.stack(list(gradients)).to(layout.dtype)
         squares_BM = coordinates_BMN.square().sum(dim=-1) if energy else layout.zeros(layout.rows)[:0]
         return coordinates_BMN, squares_BM
 

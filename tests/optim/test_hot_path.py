@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim.bases import DCTBasis, PowerBasis, WholeBasis
+from lightspan.optim.bases import DCTBasis, WholeBasis
 from lightspan.optim.core import Projected, update_weights
 from lightspan.optim.gradients import attach
 from lightspan.optim.inner import (
     SGD,
-    Adam,
     AdamSettings,
     MomentumNewtonSchulz,
     NeuronNewtonSchulz,
