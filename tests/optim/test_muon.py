@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.optim import newton_schulz, reference
 from lightspan.optim.bases import PowerBasis, WholeBasis
+from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.inner import Adam, MomentumNewtonSchulz, NeuronNewtonSchulz, NewtonSchulz, SelectiveNewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
@@ -242,6 +243,14 @@ def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_ra
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@every_rule
+def test_groups_leave_embeddings_and_the_output_head_to_adamw(kind) -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 6), "layer": nn.Linear(6, 6), "lm_head": nn.Linear(6, 9, bias=False)})
+    optimizer = ParameterGroups().optimizer(net, lambda params: kind(params, lr=0.1, other_lr=0.01))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates == {"embed.weight": 0.01, "layer.weight": 0.1, "layer.bias": 0.01, "lm_head.weight": 0.01}
 
 
 @pytest.mark.parametrize("residual", [None, Fira(), Apollo()], ids=repr)
