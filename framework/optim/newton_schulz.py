@@ -23,7 +23,7 @@ Coefficients = tuple[float, float, float]
 def newton_schulz(
     x_BMN: Tensor, steps: int, coefficients: Coefficients, steps_per_gram: int = 1, total: Total = alone
 ) -> Tensor:
-    """The orthogonalised matrices, a new tensor.
+    """The orthogonalised matrices, a new tensor; zeros for those whose squares overflow.
 
     Args:
         x_BMN: any rows of the matrices, if `total` has the others.
@@ -31,10 +31,14 @@ def newton_schulz(
         total: continues sums over rows to those of other ranks.
     """
     for done in range(0, steps, steps_per_gram):
-        gram_BNN = total(x_BMN.mT @ x_BMN)
-        norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None].sqrt() + 1e-7 if not done else 1.0
-        factor_BNN = _factor(gram_BNN / norm_B11**2, min(steps_per_gram, steps - done), coefficients)
-        x_BMN = x_BMN @ (factor_BNN / norm_B11)
+        gram_BNN, some = total(x_BMN.mT @ x_BMN), min(steps_per_gram, steps - done)
+        if done:
+            factor_BNN = _factor(gram_BNN, some, coefficients)
+        else:
+            norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None].sqrt() + 1e-7
+            factor_BNN = _factor(gram_BNN / norm_B11.square(), some, coefficients) / norm_B11
+            factor_BNN = torch.where(norm_B11.isfinite(), factor_BNN, 0.0)
+        x_BMN = x_BMN @ factor_BNN
     return x_BMN
 
 

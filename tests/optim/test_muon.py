@@ -15,7 +15,7 @@ from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.inner import Adam, MomentumNewtonSchulz, NeuronNewtonSchulz, NewtonSchulz, SelectiveNewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
-from lightspan.optim.presets import Dion2, Muon, NorMuon
+from lightspan.optim.presets import Dion2, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, Fira
 from lightspan.optim.treatment import treatment
 
@@ -293,6 +293,20 @@ def test_coordinates_of_one_shape_exist_at_a_time_and_gradients_stay_as_they_are
     norm = torch.stack([gradient.norm() for gradient in kept]).norm()
     torch.testing.assert_close(optimizer.gradient_norm, norm)
     torch.testing.assert_close(optimizer.state[weights[2]]["exp_avg"], 0.05 * kept[2] * 0.1 / (norm + 1e-6))
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, Trion], ids=lambda kind: kind.__name__)
+def test_unchecked_a_matrix_whose_squares_overflow_stands_still_and_others_go_on(kind) -> None:
+    weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = kind(weights, lr=0.1, check_finite=False, **({"rank": 2} if kind is Trion else {}))
+    for step in range(3):
+        for weight in weights:
+            weight.grad = draw(8, 6, seed=step, dtype=torch.float32)
+        weights[0].grad[2, 1] = 1e30
+        optimizer.step()
+    assert torch.equal(weights[0], torch.ones(8, 6))
+    assert (weights[1] != 1).any()
+    assert all(value.isfinite().all() for weight in weights for value in (weight, *optimizer.state[weight].values()))
 
 
 @pytest.mark.parametrize(("make", "message"), [
