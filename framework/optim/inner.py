@@ -105,6 +105,7 @@ class SGD(Inner):
 
 Convention = Literal["kj", "kimi", "dion", "none"]
 """Names of factors by the shape of the matrix; see `NewtonSchulz`."""
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,13 @@ class NewtonSchulz(Inner):
         steps: iterations, >= 1.
         scale: factor by the matrix' shape out x in: "kj" sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)),
             "dion" sqrt(out / in), "none" 1.
+        precision: of the products. "bfloat16", as in published code, is several times as fast on GPUs and halves what
+            travels between ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights.
     """
 
     steps: int = 5
     scale: Convention = "kj"
+    precision: Precision = "float32"
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -145,7 +149,9 @@ class NewtonSchulz(Inner):
 
     def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction before that factor; a new tensor."""
-        return orthogonalised(coordinates_BMR, setting.layout.shards, self.steps, self.COEFFICIENTS)
+        dtype = torch.bfloat16 if self.precision == "bfloat16" else coordinates_BMR.dtype
+        found_BMR = orthogonalised(coordinates_BMR.to(dtype), setting.layout.shards, self.steps, self.COEFFICIENTS)
+        return found_BMR.to(coordinates_BMR.dtype)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class MomentumNewtonSchulz(NewtonSchulz):
     Args:
         momentum: mu in [0, 1).
         nesterov: False orthogonalises m itself.
-        steps, scale: see `NewtonSchulz`.
+        steps, scale, precision: see `NewtonSchulz`.
     """
 
     momentum: float = 0.95
@@ -184,7 +190,7 @@ class NeuronNewtonSchulz(MomentumNewtonSchulz):
 
     Args:
         beta2: of the running mean, in [0, 1).
-        momentum, nesterov, steps, scale: see `MomentumNewtonSchulz`.
+        momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
     """
 
     beta2: float = 0.95
@@ -226,7 +232,7 @@ class SelectiveNewtonSchulz(NewtonSchulz):
     Args:
         fraction: of the columns, in (0, 1]; rounded up.
         momentum: mu in [0, 1).
-        steps, scale: see `NewtonSchulz`.
+        steps, scale, precision: see `NewtonSchulz`.
     """
 
     fraction: float = 0.25

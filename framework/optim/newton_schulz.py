@@ -1,12 +1,12 @@
 """Newton-Schulz orthogonalisation: X <- X (a I + b G + c G^2), G = X^T X, from X divided by its Frobenius norm. It
 brings singular values near 1 and keeps singular vectors.
 
-All iterates are X times polynomials of its first Gram matrix: G <- Q G Q with Q = a I + b G + c G^2, and X is
+All iterates are X times polynomials of its first Gram matrix: G <- Q G Q with Q = a I + b G + c G^2, and X can be
 multiplied once, by the product of the Q. For matrices at least twice as long as wide that takes fewer operations than
 iterating X, and of rows on several ranks only one Gram [N N] must travel. It needs exact products, because an error of
 the Gram grows by a^2 = 12 a step: in float32, five steps are within 0.002 of exact ones in spectral norm, however
 ill-conditioned X is (iterating X: 2e-5; iterating X in bfloat16, as published: 0.4). Where float32 products are rounded
-to TF32 the Gram is therefore made anew in every step.
+to TF32, and in bfloat16, the Gram is therefore made anew in every step.
 
 Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices that it owns.
 """
@@ -20,40 +20,43 @@ from lightspan.triton_kernels.project import dot_precision
 Coefficients = tuple[float, float, float]
 
 
-def newton_schulz(
-    x_BMN: Tensor, steps: int, coefficients: Coefficients, steps_per_gram: int = 1, total: Total = alone
-) -> Tensor:
+def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = alone) -> Tensor:
     """The orthogonalised matrices, a new tensor; zeros for those whose squares overflow.
 
     Args:
         x_BMN: any rows of the matrices, if `total` has the others.
-        steps_per_gram: steps until the Gram matrix is made anew from X; 1 iterates X itself.
         total: continues sums over rows to those of other ranks.
     """
-    for done in range(0, steps, steps_per_gram):
-        gram_BNN, some = total(x_BMN.mT @ x_BMN), min(steps_per_gram, steps - done)
-        if done:
-            factor_BNN = _factor(gram_BNN, some, coefficients)
-        else:
-            norm_B11 = gram_BNN.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None].sqrt() + 1e-7
-            factor_BNN = _factor(gram_BNN / norm_B11.square(), some, coefficients) / norm_B11
-            factor_BNN = torch.where(norm_B11.isfinite(), factor_BNN, 0.0)
-        x_BMN = x_BMN @ factor_BNN
+    a, b, c = coefficients
+    for step in range(steps):
+        gram_BNN = total(x_BMN.mT @ x_BMN)
+        if not step:
+            gram_BNN, scale_B11 = _normalised(gram_BNN)
+            x_BMN = x_BMN * scale_B11
+        change_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
+        x_BMN = torch.baddbmm(x_BMN, x_BMN, change_BNN, beta=a)
     return x_BMN
 
 
-def _factor(gram_BNN: Tensor, steps: int, coefficients: Coefficients) -> Tensor:
-    """What X is multiplied by in the next steps, if this is its Gram matrix."""
+def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = alone) -> Tensor:
+    """The same in exact arithmetic, with all iterates as multiples of X."""
     a, b, c = coefficients
-    factor_BNN: Tensor | None = None
+    gram_BNN, scale_B11 = _normalised(total(x_BMN.mT @ x_BMN))
+    product_BNN: Tensor | None = None
     for left in reversed(range(steps)):
-        step_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
-        step_BNN.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor_BNN = step_BNN if factor_BNN is None else factor_BNN @ step_BNN
+        factor_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
+        factor_BNN.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_BNN = factor_BNN if product_BNN is None else product_BNN @ factor_BNN
         if left:
-            gram_BNN = step_BNN @ (gram_BNN @ step_BNN)
-    assert factor_BNN is not None, "at least one step"
-    return factor_BNN
+            gram_BNN = factor_BNN @ (gram_BNN @ factor_BNN)
+    assert product_BNN is not None, "at least one step"
+    return x_BMN @ (product_BNN * scale_B11)
+
+
+def _normalised(gram_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrices of X / |X|, and 1 / |X| [B 1 1]; both are zero where squares overflow."""
+    scale_B11 = 1 / (gram_BNN.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[:, None, None].sqrt() + 1e-7)
+    return torch.where(scale_B11 > 0, gram_BNN * scale_B11 * scale_B11, 0.0), scale_B11
 
 
 def orthogonalised(x_BmN: Tensor, shards: RowShards | None, steps: int, coefficients: Coefficients) -> Tensor:
@@ -66,15 +69,13 @@ def orthogonalised(x_BmN: Tensor, shards: RowShards | None, steps: int, coeffici
     rows, columns = x_BmN.shape[-2] if shards is None else shards.total, x_BmN.shape[-1]
     if rows < columns:
         return orthogonalised(x_BmN.mT, None, steps, coefficients).mT.contiguous()
-    exact = x_BmN.dtype == torch.float64 or _is_float32_exact()
-    steps_per_gram = steps if exact and rows >= 2 * columns else 1
+    exact = x_BmN.dtype == torch.float64 or (x_BmN.dtype == torch.float32 and _is_float32_exact())
+    method, grams = (by_one_gram, 1) if exact and rows >= 2 * columns else (by_iterating, steps)
     if shards is None:
-        return newton_schulz(x_BmN, steps, coefficients, steps_per_gram)
-    grams = -(-steps // steps_per_gram)
+        return method(x_BmN, steps, coefficients)
     if bytes_of_grams(len(x_BmN), columns, grams, shards) <= bytes_of_rows(len(x_BmN), columns, shards):
-        return newton_schulz(x_BmN, steps, coefficients, steps_per_gram, shards.ranks.total)
-    whole_bMN = newton_schulz(shards.to_owners(x_BmN), steps, coefficients, steps_per_gram)
-    return shards.from_owners(whole_bMN, len(x_BmN))
+        return method(x_BmN, steps, coefficients, shards.ranks.total)
+    return shards.from_owners(method(shards.to_owners(x_BmN), steps, coefficients), len(x_BmN))
 
 
 @torch.compiler.assume_constant_result  # compiled code is made again when it changes

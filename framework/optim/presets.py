@@ -48,6 +48,7 @@ from lightspan.optim.inner import (
     MomentumNewtonSchulz,
     NeuronNewtonSchulz,
     NewtonSchulz,
+    Precision,
     SelectiveNewtonSchulz,
 )
 from lightspan.optim.low_rank import LowRank
@@ -256,7 +257,6 @@ class Muon(TwoRates):
     whose steps are as long as AdamW's: rates and decay tuned for AdamW carry over, and `other_lr` should be `lr`. With
     `moments=Int8Moments()` the momentum takes a byte a weight.
 
-    Products are in float32, those of published code in bfloat16, which moves singular values by up to a third.
     Everything not taken gets AdamW at `other_lr`, see `lightspan.optim.two_rates.TwoRates`.
 
     Args:
@@ -264,6 +264,7 @@ class Muon(TwoRates):
         nesterov: whether the gradient is added once more to the momentum that is orthogonalised.
         convention: factor by shape, see `lightspan.optim.inner.NewtonSchulz`: "kj" is that of Jordan's code and the
             "original" of torch's Muon, "kimi" that of Moonlight and torch's "match_rms_adamw".
+        precision: of products, see `NewtonSchulz`; published code has "bfloat16", which is for large models on GPUs.
         options: of `LowRank`. `rank` only tells stacks of matrices [E out in] from convolutions: each side of the
             slices of a stack is above it.
     """
@@ -275,12 +276,13 @@ class Muon(TwoRates):
         momentum: float = 0.95,
         nesterov: bool = True,
         convention: Convention = "kj",
+        precision: Precision = "float32",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        inner = MomentumNewtonSchulz(scale=convention, momentum=momentum, nesterov=nesterov)
+        inner = MomentumNewtonSchulz(momentum=momentum, nesterov=nesterov, scale=convention, precision=precision)
         own = _of_whole_matrices(inner)
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
 
@@ -295,7 +297,7 @@ class NorMuon(TwoRates):
 
     Args:
         beta2: of the running mean of a neuron's squares, in [0, 1).
-        momentum, nesterov, convention, other_lr, options: as in `Muon`.
+        momentum, nesterov, convention, precision, other_lr, options: as in `Muon`.
     """
 
     def __init__(
@@ -306,12 +308,15 @@ class NorMuon(TwoRates):
         beta2: float = 0.95,
         nesterov: bool = True,
         convention: Convention = "kj",
+        precision: Precision = "float32",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        inner = NeuronNewtonSchulz(scale=convention, momentum=momentum, nesterov=nesterov, beta2=beta2)
+        inner = NeuronNewtonSchulz(
+            momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
+        )
         own = _of_whole_matrices(inner)
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
 
@@ -327,7 +332,7 @@ class Dion2(TwoRates):
     Args:
         fraction: alpha, of the shorter side, in (0, 1].
         momentum: mu in [0, 1), what is left of a chosen column's momentum.
-        convention, other_lr, options: as in `Muon`; the default is that of the published code.
+        convention, precision, other_lr, options: as in `Muon`; the default convention is that of the published code.
     """
 
     def __init__(
@@ -337,11 +342,12 @@ class Dion2(TwoRates):
         fraction: float = 0.25,
         momentum: float = 0.95,
         convention: Convention = "dion",
+        precision: Precision = "float32",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        inner = SelectiveNewtonSchulz(scale=convention, fraction=fraction, momentum=momentum)
+        inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, scale=convention, precision=precision)
         own = _of_whole_matrices(inner)
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)

@@ -100,6 +100,22 @@ def test_torchs_muon(theirs, convention, nesterov) -> None:
             assert moved.norm() == pytest.approx(float(expected.norm()), rel=0.01)
 
 
+@every_rule
+def test_in_bfloat16_directions_err_no_more_than_torchs(kind) -> None:
+    """Apart from the momentum, which is in float32 all the same."""
+    shapes = [(64, 32), (32, 64), (48, 48)]
+    moved = []
+    for precision, dtype in (("float32", torch.float64), ("bfloat16", torch.float32)):
+        weights = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+        optimizer = kind(weights, lr=1.0, precision=precision)
+        for weight in weights:
+            weight.grad = draw(*weight.shape, seed=5).to(dtype)
+        optimizer.step()
+        moved.append([weight.detach().double() for weight in weights])
+    errors = [float((ours - exact).norm() / exact.norm()) for exact, ours in zip(*moved, strict=True)]
+    assert 0.001 < max(errors) < 12 * 2**-9  # the bound that torch's are held to above
+
+
 def ill_conditioned(rows: int, columns: int, decades: float) -> Tensor:
     """Singular values from 1 down to 10^-decades."""
     left, right = torch.linalg.qr(draw(rows, columns)).Q, torch.linalg.qr(draw(columns, columns, seed=1)).Q
@@ -110,33 +126,39 @@ def ill_conditioned(rows: int, columns: int, decades: float) -> Tensor:
 def test_one_gram_matrix_in_float32_is_within_its_bound_of_the_iteration_in_float64(decades) -> None:
     x = ill_conditioned(128, 48, decades).float()[None]
     coefficients = NewtonSchulz.COEFFICIENTS
-    exact = newton_schulz.newton_schulz(x.double(), 5, coefficients)
-    assert torch.linalg.matrix_norm(newton_schulz.newton_schulz(x, 5, coefficients, 5).double() - exact, 2) < 2e-3
-    assert torch.linalg.matrix_norm(newton_schulz.newton_schulz(x, 5, coefficients).double() - exact, 2) < 2e-5
-    wide = newton_schulz.newton_schulz(x.double(), 5, coefficients, 5)
+    exact = newton_schulz.by_iterating(x.double(), 5, coefficients)
+    assert torch.linalg.matrix_norm(newton_schulz.by_one_gram(x, 5, coefficients).double() - exact, 2) < 2e-3
+    assert torch.linalg.matrix_norm(newton_schulz.by_iterating(x, 5, coefficients).double() - exact, 2) < 2e-5
+    wide = newton_schulz.by_one_gram(x.double(), 5, coefficients)
     torch.testing.assert_close(wide, exact, atol=1e-11, rtol=0)
 
 
-def test_without_exact_products_the_gram_matrix_is_made_in_every_step(monkeypatch) -> None:
-    """As TF32 has them: operands with 10 bits. One Gram would then be of no use."""
-
-    def rounded(x: Tensor) -> Tensor:
-        return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
-
-    asked, plain = [], newton_schulz.newton_schulz
-    monkeypatch.setattr(newton_schulz, "newton_schulz", lambda *args: asked.append(args[3]) or plain(*args))
-    for precision, grams in (("highest", 5), ("high", 1)):
+def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_work(monkeypatch) -> None:
+    """Of operands with the 10 bits of TF32 it would be of no use."""
+    asked: list[str] = []
+    for name in ("by_iterating", "by_one_gram"):
+        method = getattr(newton_schulz, name)
+        watched = lambda *args, name=name, method=method: asked.append(name) or method(*args)  # noqa: E731
+        monkeypatch.setattr(newton_schulz, name, watched)
+    for precision, dtype, rows, expected in (
+        ("highest", torch.float32, 8, "by_one_gram"),
+        ("highest", torch.float32, 7, "by_iterating"),
+        ("highest", torch.bfloat16, 8, "by_iterating"),
+        ("high", torch.float32, 8, "by_iterating"),
+        ("high", torch.float64, 8, "by_one_gram"),
+    ):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        for dtype, expected in ((torch.float32, grams), (torch.float64, 5)):
-            newton_schulz.orthogonalised(draw(1, 8, 4, dtype=dtype), None, 5, NewtonSchulz.COEFFICIENTS)
-            assert asked.pop() == expected
-    newton_schulz.orthogonalised(draw(1, 7, 4), None, 5, NewtonSchulz.COEFFICIENTS)  # not twice as long as wide
-    assert asked.pop() == 1
-    x = ill_conditioned(64, 16, 4).float()
-    gram = rounded(x).mT @ rounded(x)
-    exact = plain(x[None].double(), 5, NewtonSchulz.COEFFICIENTS)[0]
-    factor = newton_schulz._factor(gram[None] / gram.trace(), 5, NewtonSchulz.COEFFICIENTS)[0]
-    assert torch.linalg.matrix_norm(x @ factor / gram.trace().sqrt() - exact, 2) > 0.01
+        newton_schulz.orthogonalised(draw(1, rows, 4, dtype=dtype), None, 5, NewtonSchulz.COEFFICIENTS)
+        assert asked.pop() == expected
+    x = ill_conditioned(64, 16, 4).float()[None]
+    exact = newton_schulz.by_iterating(x.double(), 5, NewtonSchulz.COEFFICIENTS)
+
+    def of_rounded(part: Tensor) -> Tensor:
+        rounded = (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+        return rounded.mT @ rounded
+
+    found = newton_schulz.by_one_gram(x, 5, NewtonSchulz.COEFFICIENTS, of_rounded)
+    assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
 
 
 @every_rule

@@ -112,9 +112,10 @@ def traffic(mesh: DeviceMesh) -> dict[tuple[int, int, int], tuple[int, int, int,
 
 
 def low_precision(mesh: DeviceMesh) -> bool:
-    """Whether replicas of a hybrid mesh stay equal with bfloat16 weights and 8-bit momentum, which round at random."""
+    """Whether replicas of a hybrid mesh stay equal with bfloat16 weights and 8-bit momentum, which round at
+    random, and bfloat16 products."""
     weights = parameters(mesh, 0, torch.bfloat16)
-    take(NorMuon(weights, moments=Int8Moments()), weights, range(STEPS), mesh, 0)
+    take(NorMuon(weights, moments=Int8Moments(), precision="bfloat16"), weights, range(STEPS), mesh, 0)
     equal = True
     for weight in weights:
         part = weight.to_local().float().contiguous()
