@@ -107,6 +107,42 @@ class RowShards:
         dist.all_gather(parts, padded, group=self.ranks.mesh.get_group(self.ranks.axis))
         return torch.cat(parts, dim=-2)[..., : self.total, :]
 
+    def to_owners(self, part_BmN: Tensor) -> Tensor:
+        """The whole matrices [b M N] that this rank owns, from every rank's rows [B m N]: each rank owns B / ranks of
+        them, the last ones fewer or none. For what cannot be computed as sums over rows, and need be computed once.
+        """
+        batch, rows, columns = part_BmN.shape
+        mine, share = self._owned(batch), [count * rows * columns for count in self._owners(batch)]
+        sizes = [mine * held * columns for held in self._held()]
+        flat = self._exchanged(part_BmN.reshape(-1), share, sizes)
+        parts = zip(flat.split(sizes), self._held(), strict=True)
+        return torch.cat([part.view(mine, held, columns) for part, held in parts], dim=1)
+
+    def from_owners(self, whole_bMN: Tensor, batch: int) -> Tensor:
+        """This rank's rows [B m N] of all matrices, from the whole ones [b M N] that each rank owns."""
+        mine, _, columns = whole_bMN.shape
+        sizes = [mine * held * columns for held in self._held()]
+        share = [count * self.rows * columns for count in self._owners(batch)]
+        parts = torch.cat([part.reshape(-1) for part in whole_bMN.split(self._held(), dim=1)])
+        return self._exchanged(parts, sizes, share).view(batch, self.rows, columns)
+
+    def _exchanged(self, flat: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """What the ranks have for this one, in their order; `sent` numbers go to each, `received` come from each."""
+        out = flat.new_empty(sum(received))
+        dist.all_to_all_single(out, flat, received, sent, group=self.ranks.mesh.get_group(self.ranks.axis))
+        return out
+
+    def _held(self) -> list[int]:
+        """Rows of each rank."""
+        return _chunks(self.total, self.ranks.count)
+
+    def _owners(self, batch: int) -> list[int]:
+        """How many of B matrices each rank owns."""
+        return _chunks(batch, self.ranks.count)
+
+    def _owned(self, batch: int) -> int:
+        return self._owners(batch)[self.ranks.index]
+
     def own(self, whole: Tensor, axis: int = 0) -> Tensor:
         """This rank's rows of a tensor that has all rows along `axis`."""
         return whole.narrow(axis, self.start, self.rows)
@@ -117,6 +153,12 @@ class RowShards:
         """
         shape = torch.Size((self.total, *part.shape[1:]))
         return from_local(part, self.ranks, 0, shape)
+
+
+def _chunks(total: int, count: int) -> list[int]:
+    """Sizes of `count` parts of `total`, as torch.chunk cuts them; the last ones may be smaller or empty."""
+    size = -(-total // count)
+    return [max(0, min(size, total - i * size)) for i in range(count)]
 
 
 def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTensor:

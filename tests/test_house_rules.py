@@ -171,7 +171,7 @@ def test_pictures_have_one_look() -> None:
 REFERENCES = "the slow optimiser has the name of the fast one that is tested against it"
 # Public classes that may share their name: module of the second one -> why.
 NAMESAKES = {
-    f"optim.reference.{file}": REFERENCES for file in ("apollo", "dct", "fira", "galore", "ldadam", "low_rank")
+    f"optim.reference.{file}": REFERENCES for file in ("apollo", "dct", "fira", "galore", "ldadam", "low_rank", "muon")
 }
 
 

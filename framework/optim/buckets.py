@@ -144,12 +144,13 @@ def _members(optimizer: "LowRank") -> list[Member]:
         Member(
             parameter,
             group,
-            group["rank"],
-            optimizer.selection(group).stacked(parameter),
+            selection.width(parameter),
+            selection.stacked(parameter),
             optimizer.name_of(parameter),
             optimizer.state[parameter],
         )
         for group in optimizer.param_groups
+        for selection in (optimizer.selection(group),)
         for parameter in group["params"]
         if optimizer.projected(parameter, group)
     ]

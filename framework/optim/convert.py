@@ -9,6 +9,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
+from lightspan.optim.bases import Basis, PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.projected import Selection
 from lightspan.patterns import require_matches
@@ -118,9 +119,10 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     """Whether `LowRank` could project any parameter of this optimiser."""
     asked = inspect.signature(LowRank).bind([], **options)
     asked.apply_defaults()
-    rank, backward = asked.arguments["rank"], asked.arguments["backward"]
+    rank, backward, basis = (asked.arguments[name] for name in ("rank", "backward", "basis"))
+    basis = basis if isinstance(basis, Basis) else PowerBasis()  # what is none, LowRank refuses
     for group in optimizer.param_groups:
-        selection = Selection(_project(group, match), group.get("rank", rank), backward)
+        selection = Selection(_project(group, match), group.get("rank", rank), backward, basis)
         if any(map(selection.projects, group["params"], _names_in(group, module))):
             return True
     return False

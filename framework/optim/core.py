@@ -190,7 +190,7 @@ class BucketStep:
 
     def gradients_that_choose_frames(self) -> list[Tensor]:
         """The gradients from which the first half chooses frames."""
-        return [] if self.rule.residual.feeds_back else _given(self.gradients[i] for i in (*self.first, *self.due))
+        return [] if self.rule.projects_late else _given(self.gradients[i] for i in (*self.first, *self.due))
 
     def not_projected(self) -> list[Tensor]:
         """The gradients, as long as their norms follow from nothing else."""
@@ -207,13 +207,13 @@ class BucketStep:
         return [self.projected.coordinates_BMR.square().sum() if in_frames else self.projected.energy_BM.sum()]
 
     def project(self, energy: bool) -> None:
-        """The first half: coordinates of the gradients, in new frames where due. Writes no state. Under error feedback
-        it comes after clipping, see `update`.
+        """The first half: coordinates of the gradients, in new frames where due. Writes no state. Rules that project
+        late do so in `update`, after clipping.
 
         Args:
             energy: whether row norms are wanted.
         """
-        if not self.rule.residual.feeds_back:
+        if not self.rule.projects_late:
             self.projected = self._projected(self.gradients, energy)
 
     def update(self, scale: float, clip: Tensor | None) -> None:
@@ -225,6 +225,8 @@ class BucketStep:
         """
         if self.rule.residual.feeds_back:
             self.projected, clip = self._projected_with_error(clip), None
+        elif self.rule.projects_late:
+            self.projected = self._projected(self.gradients, self.rule.residual.rescales)
         assert self.projected is not None, "a step has two halves"
         self._count_step()
         group, noise = self.bucket.group, self.bucket.noise

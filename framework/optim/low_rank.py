@@ -28,9 +28,10 @@ class LowRank(Optimizer):
     the default: 2 M R + N R numbers.
 
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
-    it has two or more axes, and `rank` is below its shorter side; the longer side is kept. Axes after the first are
-    flattened, as of a convolution; but a parameter [E out in] whose slices are larger than the rank on both sides, like
-    the experts of a layer, counts as E matrices (with AdamW under FSDP2 and without whole gradients).
+    it has two or more axes, and the basis takes it: all but `WholeBasis` take matrices whose shorter side is above
+    `rank`. The longer side is kept. Axes after the first are flattened, as of a convolution; but a parameter [E out in]
+    whose slices are larger than the rank on both sides, like the experts of a layer, counts as E matrices (with AdamW
+    under FSDP2 and without whole gradients).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
@@ -122,7 +123,7 @@ class LowRank(Optimizer):
 
     def selection(self, group: dict[str, Any]) -> Selection:
         """What the group lets be projected, and how."""
-        return Selection(group["project"], group["rank"], self.backward)
+        return Selection(group["project"], group["rank"], self.backward, self.rule.basis)
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
@@ -135,9 +136,10 @@ class LowRank(Optimizer):
         like = parameter if like is None else like
         if not self.projected(parameter, group):
             return elementwise.initial_state(like, self.rule.moments)
-        stacked = self.selection(group).stacked(parameter)
+        selection = self.selection(group)
+        stacked = selection.stacked(parameter)
         held = matrices(like, stacked)
-        layout = layout_of(held, group["rank"], [self.seed] * len(held), like.device)
+        layout = layout_of(held, selection.width(parameter), [self.seed] * len(held), like.device)
         state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, "step": torch.tensor(0.0)}
 

@@ -9,6 +9,9 @@
 | `LDAdam`     | power step, every step    | rotate              | generalised error feedback  | Adam          |
 | `DCTAdamW`   | DCT columns, every step   | gather              | error feedback              | Adam          |
 | `Trion`      | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
+| `Muon`       | whole                     | -                   | none is left                | Newton-Schulz |
+| `NorMuon`    | whole                     | -                   | none is left                | Newton-Schulz |
+| `Dion2`      | whole                     | -                   | none is left                | Newton-Schulz |
 
 Each equals the equations of its namesake in `lightspan.optim.reference`, which should be read first, except for what is
 said here and in the classes. In the literature a frame's transpose is called projector, and `refresh` update_proj_gap.
@@ -23,7 +26,8 @@ Where settings of published code do not carry over unchanged:
   `bound` is ours: no row moves farther than a stated multiple of AdamW's reach; `bound=None` is the paper's rule.
 - What is not projected, vectors and matrices whose shorter side is not above `rank`, gets AdamW at the group's rate.
   The 1e-2 of GaLore, Fira and APOLLO is high for it, and their code does the same: set `other_lr` of
-  `lightspan.optim.groups`, or give such parameters their own group. `Trion` has its own `other_lr`.
+  `lightspan.optim.groups`, or give such parameters their own group. `Trion` and those without a frame have their own
+  `other_lr`.
 - Wide matrices are compressed on their rows and square ones on their columns, in all presets.
 
 All accept the arguments of `LowRank`, except for the parts that define them. In a recipe a preset is a class path like
@@ -36,12 +40,21 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis, Trigger
+from lightspan.optim.bases import DCTBasis, GaussianBasis, Never, PowerBasis, SVDBasis, Trigger, WholeBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
-from lightspan.optim.inner import NewtonSchulz
+from lightspan.optim.inner import (
+    Convention,
+    Inner,
+    MomentumNewtonSchulz,
+    NeuronNewtonSchulz,
+    NewtonSchulz,
+    Precision,
+    SelectiveNewtonSchulz,
+)
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.settings import require_sound
+from lightspan.optim.two_rates import TwoRates
 
 
 class GaLore(LowRank):
@@ -197,28 +210,20 @@ class DCTAdamW(LowRank):
         super().__init__(params, lr, rank, basis, residual, refresh=refresh, **options)
 
 
-class Trion(LowRank):
+class Trion(TwoRates):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates. Equations:
     `lightspan.optim.reference.Trion`.
 
-    Newton-Schulz needs a rate that is far too high for AdamW, which steps what is not projected: vectors, matrices
-    whose shorter side is not above `rank`, and groups with project=False. If a group has no `lr` of its own, these
-    get `other_lr`, in a separate group after it, which keeps that rate under this name. A schedule that takes one
-    rate for all groups, such as OneCycleLR(max_lr=0.02), would give both the same: the first step refuses it. Give it a
-    list, max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
-
-    Betas and eps of what is not projected are the published code's. As published, there is no Nesterov momentum.
+    What is not projected gets AdamW at `other_lr`, see `lightspan.optim.two_rates.TwoRates`, with the published code's
+    betas and eps. As published, there is no Nesterov momentum.
 
     Args:
         lr: of the projected matrices.
-        other_lr: of everything else, unless a group has `lr`; >= 0.
+        other_lr: of everything else.
         momentum: mu in [0, 1), the share of the captured part that stays.
         norm: by which columns are compared; 2 loses least energy, the published code's default is 1.
         convention: factor by shape, see `NewtonSchulz`.
     """
-
-    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr")
-    _rates_seen = False
 
     def __init__(
         self,
@@ -227,58 +232,122 @@ class Trion(LowRank):
         rank: int = 128,
         momentum: float = 0.95,
         norm: Literal[1, 2] = 2,
-        convention: Literal["kj", "kimi", "dion", "none"] = "kj",
+        convention: Convention = "kj",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        require_sound("Trion", {"other_lr": other_lr})
-        self.other_lr = other_lr
-        basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
-        inner = NewtonSchulz(scale=convention)
-        super().__init__(params, lr, rank, basis, residual, inner, refresh=1, betas=betas, eps=eps, **options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
-        has_rate = "lr" in param_group
-        super().add_param_group(dict(param_group))  # a copy: torch writes defaults into what it gets
-        if has_rate:
-            return
-        group = self.param_groups.pop()
-        projected = [self.projected(p, group) for p in group["params"]]
-        for wanted, rate in ((True, group["lr"]), (False, self.other_lr)):
-            members = [i for i, is_projected in enumerate(projected) if is_projected == wanted]
-            if members:
-                lists: dict[str, Any] = {
-                    key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
-                }
-                own: dict[str, Any] = {} if wanted else {"other_lr": rate}
-                if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
-                    own["name"] = f"{group['name']}-other"
-                self.param_groups.append({**group, **lists, "lr": rate, **own})
-
-    def step(self, closure: Any = None) -> Any:
-        """As `LowRank.step`. Raises: UserError in the first step if a schedule has given both groups the same rate."""
-        if not self._rates_seen:
-            self._refuse_one_rate()
-            self._rates_seen = True
-        return super().step(closure)
-
-    def _refuse_one_rate(self) -> None:
-        for at, group in enumerate(self.param_groups):
-            before = self.param_groups[at - 1]
-            if "other_lr" not in group or at == 0 or "other_lr" in before:
-                continue
-            peak, other = _peak(before), _peak(group)
-            if 0 < peak == other != float(group["other_lr"]):
-                raise UserError(
-                    f"a schedule gives AdamW's group of Trion the rate of Newton-Schulz, {peak:g}, instead of "
-                    f"other_lr={float(group['other_lr']):g}; give the schedule a list of rates, one for each group, "
-                    'such as max_lr=[group["lr"] for group in optimizer.param_groups]'
-                )
+        own = {"basis": DCTBasis(norm=norm, carry=Keep()), "residual": ErrorFeedback(kept=momentum), "refresh": 1}
+        own |= {"rank": rank, "inner": NewtonSchulz(scale=convention)}
+        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
 
 
-def _peak(group: dict[str, Any]) -> float:
-    """The highest rate that a group is known to get: schedules store theirs under these names."""
-    return max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
+def _of_whole_matrices(inner: Inner) -> dict[str, Any]:
+    """The parts of a rule that needs no frame."""
+    return {"basis": WholeBasis(), "residual": None, "inner": inner, "refresh": Never()}
+
+
+class Muon(TwoRates):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): whole matrices step along their
+    orthogonalised momentum. Equations: `lightspan.optim.reference.Muon`.
+
+    For hidden matrices and convolutions; leave embeddings and heads to AdamW with project=False, as
+    `lightspan.optim.groups` does for embeddings. With `convention="kimi"` it is that of Moonlight (arXiv 2502.16982),
+    whose steps are as long as AdamW's: rates and decay tuned for AdamW carry over, and `other_lr` should be `lr`. With
+    `moments=Int8Moments()` the momentum takes a byte a weight.
+
+    Everything not taken gets AdamW at `other_lr`, see `lightspan.optim.two_rates.TwoRates`.
+
+    Args:
+        momentum: mu in [0, 1).
+        nesterov: whether the gradient is added once more to the momentum that is orthogonalised.
+        convention: factor by shape, see `lightspan.optim.inner.NewtonSchulz`: "kj" is that of Jordan's code and the
+            "original" of torch's Muon, "kimi" that of Moonlight and torch's "match_rms_adamw".
+        precision: of products, see `NewtonSchulz`; published code has "bfloat16", which is for large models on GPUs.
+        options: of `LowRank`. `rank` only tells stacks of matrices [E out in] from convolutions: each side of the
+            slices of a stack is above it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        convention: Convention = "kj",
+        precision: Precision = "float32",
+        other_lr: float | Tensor = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        **options: Any,
+    ) -> None:
+        inner = MomentumNewtonSchulz(momentum=momentum, nesterov=nesterov, scale=convention, precision=precision)
+        own = _of_whole_matrices(inner)
+        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+
+
+class NorMuon(TwoRates):
+    """NorMuon (arXiv 2510.05491, algorithm 1): Muon with equal shares of the step for all neurons, at the same norm of
+    the whole. Equations: `lightspan.optim.reference.NorMuon`.
+
+    It costs a number a neuron more than Muon. As in the published code there is Nesterov momentum, which the paper has
+    not, and the norm is that of Muon's direction; the paper's, 0.2 sqrt(out in), is what `convention="kimi"` gives an
+    orthogonal matrix. The code takes each row of a convolution's kernels for a neuron, here that is a whole filter.
+
+    Args:
+        beta2: of the running mean of a neuron's squares, in [0, 1).
+        momentum, nesterov, convention, precision, other_lr, options: as in `Muon`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        nesterov: bool = True,
+        convention: Convention = "kj",
+        precision: Precision = "float32",
+        other_lr: float | Tensor = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        **options: Any,
+    ) -> None:
+        inner = NeuronNewtonSchulz(
+            momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
+        )
+        own = _of_whole_matrices(inner)
+        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+
+
+class Dion2(TwoRates):
+    """Dion2 (arXiv 2512.16928): Muon on the quarter of the columns, or rows, with the largest momentum, which alone
+    decays. Equations: `lightspan.optim.reference.Dion2`.
+
+    It orthogonalises M x N / 4 numbers where Muon orthogonalises M x N: for large models, where that takes long. A
+    choice of the shorter side is made over all rows, on however many ranks they are; published code chooses along the
+    side that is sharded, on each rank by itself. Of square matrices, columns are chosen here and rows there.
+
+    Args:
+        fraction: alpha, of the shorter side, in (0, 1].
+        momentum: mu in [0, 1), what is left of a chosen column's momentum.
+        convention, precision, other_lr, options: as in `Muon`; the default convention is that of the published code.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        fraction: float = 0.25,
+        momentum: float = 0.95,
+        convention: Convention = "dion",
+        precision: Precision = "float32",
+        other_lr: float | Tensor = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        **options: Any,
+    ) -> None:
+        inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, scale=convention, precision=precision)
+        own = _of_whole_matrices(inner)
+        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)

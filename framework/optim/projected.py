@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
+from lightspan.optim.bases import Basis
 from lightspan.optim.layout import is_matrix, matrix_shape
 from lightspan.patterns import matches
 
@@ -19,11 +20,13 @@ class Selection:
         project: that of the group: True, False, or patterns of names.
         rank: that of the group.
         backward: "whole", "hooks" or "projected", see `LowRank`.
+        basis: that of the optimiser, which says what it takes.
     """
 
     project: bool | Sequence[str]
     rank: int
     backward: str
+    basis: Basis
 
     def allows(self, name: str) -> bool:
         """Whether the group's `project` lets a parameter of this name be projected, whatever its shape."""
@@ -39,13 +42,17 @@ class Selection:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
         return min(parameter.shape[1:]) if self.stacked(parameter) else matrix_shape(parameter)[1]
 
+    def width(self, parameter: Tensor) -> int:
+        """Coordinates per row of the parameter's matrix, or of each in its stack; 0 if the basis does not take it."""
+        return self.basis.width(self.side(parameter), self.rank)
+
     def projects(self, parameter: Tensor, name: str) -> bool:
         """Whether a parameter's state lives in a subspace."""
         if not is_matrix(parameter) or not self.allows(name):
             return False
         if self.stacked(parameter):
             return self.backward == "whole" and not isinstance(parameter, DTensor)
-        return self.rank < self.side(parameter)
+        return self.width(parameter) > 0
 
 
 def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:

@@ -25,6 +25,13 @@ class Switches:
     moments: MomentStorage
     trigger: Trigger
 
+    @property
+    def projects_late(self) -> bool:
+        """Whether gradients are projected in the second half of a step, those of one bucket at a time: error feedback
+        adds to clipped gradients, and whole coordinates are as large as gradients are.
+        """
+        return self.residual.feeds_back or self.basis.whole
+
     def initial(self, layout: Layout) -> State:
         """State before the first step. The parts' names differ, so one mapping contains them all."""
         parts = (
@@ -104,6 +111,11 @@ def require_fit(rule: Switches, backward: str) -> None:
         raise UserError(
             f"{type(rule.basis).__name__} has no orthonormal frames, which residual="
             f"{type(rule.residual).__name__} needs; use it with Apollo(), or choose PowerBasis"
+        )
+    if backward != "whole" and rule.basis.whole:
+        raise UserError(
+            f"backward={backward!r} keeps coordinates instead of gradients, but those of {type(rule.basis).__name__} "
+            "are as large; set backward='whole'"
         )
     if backward != "whole" and rule.residual.needs_gradient:
         raise UserError(

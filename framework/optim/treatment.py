@@ -27,7 +27,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     """How `LowRank` treats a parameter, and why."""
     selection = optimizer.selection(group)
     if optimizer.projected(parameter, group):
-        how = f"rank {selection.rank} of {selection.side(parameter)}"
+        how = f"rank {selection.width(parameter)} of {selection.side(parameter)}"
         how += f", each of {len(parameter)}" if selection.stacked(parameter) else ""
     elif parameter.ndim < 2:
         how = "AdamW: a vector"

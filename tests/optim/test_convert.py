@@ -8,8 +8,10 @@ from torch.optim.swa_utils import SWALR
 from transformers import get_cosine_schedule_with_warmup
 
 from lightspan.errors import UserError
+from lightspan.optim.bases import WholeBasis
 from lightspan.optim.convert import hand_over, to_low_rank, to_low_rank_where_matched
 from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.inner import MomentumNewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.schedules import WarmupCosine
 
@@ -85,6 +87,20 @@ def test_of_several_optimisers_those_become_low_rank_in_which_something_is_proje
         convert(["den.*"], 4)
     with pytest.raises(UserError, match=r"rank=8 is not below the shorter side of any matrix \(the largest is 8\)"):
         to_low_rank_where_matched([torch.optim.AdamW(model["gen"].parameters())], model, ["gen.*"], rank=8)
+
+
+def test_a_basis_of_whole_matrices_takes_what_is_below_the_rank():
+    models = [nn.Linear(4, 3), nn.Linear(5, 3)]
+    module = nn.ModuleList(models)
+    old = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in models]
+    options = {"rank": 64, "basis": WholeBasis(), "inner": MomentumNewtonSchulz(), "residual": None}
+    new = to_low_rank_where_matched(old, module, ["*weight"], **options)
+    assert [type(optimizer) for optimizer in new] == [LowRank, LowRank]
+    assert [[new[0].projected(p, g) for p in g["params"]] for g in new[0].param_groups] == [[True, False]]
+    with pytest.raises(UserError, match=r"rank=64 is not below the shorter side"):
+        to_low_rank_where_matched(old, module, ["*weight"], rank=64)
+    with pytest.raises(UserError, match=r"basis='whole' must be an object of a class in lightspan.optim.bases"):
+        to_low_rank_where_matched(old, module, ["*weight"], rank=2, basis="whole")
 
 
 def test_experts_and_ranks_by_default_are_judged_as_the_optimiser_judges_them():

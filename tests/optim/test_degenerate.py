@@ -93,7 +93,7 @@ def optimisers() -> dict[str, Make]:
     for kind in preset_classes():
         known = inspect.signature(kind).parameters
         settings = {"refresh": 3} if "refresh" in known else {}
-        settings |= {"rank": min(RANK, known["rank"].default)}
+        settings |= {"rank": min(RANK, known["rank"].default)} if "rank" in known else {}
         found |= {label(kind, options): partial(kind, **settings, **options) for options in choices(kind)}
     default = {"rank": RANK, "refresh": 3}
     for switch, kind, options in FOUND:

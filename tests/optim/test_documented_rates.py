@@ -1,4 +1,6 @@
-"""The rates that docs/optimisers.md advises are those measured, and the defaults beside them are the code's."""
+"""The rates that docs/optimisers.md advises are those measured, the defaults beside them are the code's, and the bytes
+those of the state.
+"""
 
 import inspect
 import json
@@ -9,6 +11,7 @@ import torch
 
 from lightspan.optim import presets
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
 
 ROOT = Path(__file__).parents[2]
 NAMES = {
@@ -24,9 +27,15 @@ NAMES = {
 }
 
 
-def test_the_advised_rates_are_the_measured_ones():
+def table(start):
+    """Rows of three numbers, (first cell, numbers ...), of the page's table that starts so."""
     text = (ROOT / "docs" / "optimisers.md").read_text()
-    rows = re.findall(r"^\| (?:torch's )?`(\w+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    lines = text[text.index(start) :].split("\n\n")[0]
+    return re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", lines, re.MULTILINE)
+
+
+def test_the_advised_rates_are_the_measured_ones():
+    rows = [(re.findall(r"`(\w+)`", cells)[0], *numbers) for cells, *numbers in table("| preset | lr | other_lr")]
     runs = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
     measured = {
         (run["optimizer"], run["lr"], run["other_lr"])
@@ -38,3 +47,21 @@ def test_the_advised_rates_are_the_measured_ones():
     for name, _, _, default in rows:
         kind = {"LowRank": LowRank, "AdamW": torch.optim.AdamW}.get(name) or getattr(presets, name)
         assert inspect.signature(kind).parameters["lr"].default == float(default)
+
+
+def test_the_table_of_bytes_has_every_preset_and_what_its_state_takes():
+    rows = table("| optimiser | `Float32Moments`")
+    weight = torch.nn.Parameter(torch.empty(4096, 1024, device="meta"))
+
+    def taken(kind, project=True, **options):
+        group = {"params": [weight], "project": project}
+        made = [kind([group], moments=m, **options) for m in (Float32Moments(), BFloat16Moments(), Int8Moments())]
+        states = [optimizer.initial_state(weight, optimizer.param_groups[0]) for optimizer in made]
+        return tuple(f"{sum(value.nbytes for value in state.values()) / weight.numel():.2f}" for state in states)
+
+    assert rows[0] == ("AdamW of `LowRank`", *taken(LowRank, project=False))
+    shown = {name: tuple(numbers) for names, *numbers in rows[1:] for name in re.findall(r"`(\w+)`", names)}
+    found = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
+    assert shown == {
+        kind.__name__: taken(kind, rank=1 if kind is presets.APOLLOMini else 128) for kind in [LowRank, *found]
+    }

@@ -12,13 +12,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim.bases import DCTBasis, PowerBasis
+from lightspan.optim.bases import DCTBasis, WholeBasis
 from lightspan.optim.core import Projected, update_weights
 from lightspan.optim.gradients import attach
-from lightspan.optim.inner import SGD, Adam, AdamSettings, NewtonSchulz
+from lightspan.optim.inner import (
+    SGD,
+    AdamSettings,
+    MomentumNewtonSchulz,
+    NeuronNewtonSchulz,
+    NewtonSchulz,
+    SelectiveNewtonSchulz,
+)
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.presets import DCTAdamW, LDAdam, Trion
+from lightspan.optim.presets import DCTAdamW, Dion2, LDAdam, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 
 RULES = {
@@ -30,6 +37,9 @@ RULES = {
     "kronecker": {"basis": KroneckerDCTBasis()},
     "orthogonalised": {"inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.9)},
     "momentum": {"inner": SGD()},
+    "muon": {"inner": MomentumNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
+    "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
+    "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
     "int8": {"moments": Int8Moments()},
     "bfloat16 moments": {"moments": BFloat16Moments()},
 }
@@ -62,12 +72,19 @@ def test_the_check_for_finite_gradients_is_what_waits():
         optimizer.step()
 
 
-@pytest.mark.parametrize("inner", [Adam(), NewtonSchulz()])
-def test_the_second_half_of_a_step_compiles_as_one_graph(inner):
+COMPILED = {
+    "adam": {"rank": 3, "residual": Fira()},
+    "newton-schulz": {"rank": 3, "inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.5)},
+    "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
+    "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
+}
+
+
+@pytest.mark.parametrize("rule", COMPILED)
+def test_the_second_half_of_a_step_compiles_as_one_graph(rule):
     torch.manual_seed(0)
     weights = [torch.randn(8, 6) for _ in range(2)]
-    residual = Fira() if isinstance(inner, Adam) else ErrorFeedback(kept=0.5)
-    optimizer = LowRank([nn.Parameter(w) for w in weights], rank=3, basis=PowerBasis(), inner=inner, residual=residual)
+    optimizer = LowRank([nn.Parameter(w) for w in weights], **COMPILED[rule])
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -121,6 +138,12 @@ def test_a_steady_step_sends_nothing_from_the_host_and_copies_state_only_where_m
     counted, _ = counted_steps(lambda weights: LowRank(weights, rank=4, refresh=8), 9, absent)  # one frame is due
     assert counted.from_host == 0
     assert (counted.gathered > 0) == (absent == (1,))  # neighbours in the stack are stepped where they are
+
+
+@pytest.mark.parametrize("preset", [Muon, NorMuon, Dion2])
+def test_whole_matrices_gather_nothing_and_send_nothing_from_the_host(preset):
+    counted, _ = counted_steps(preset, 3)
+    assert (counted.gathered, counted.from_host) == (0, 0)
 
 
 @pytest.mark.parametrize("preset", [LDAdam, Trion, DCTAdamW])

@@ -1,5 +1,6 @@
 """Mistakes that low-rank optimisers have been published with, each as a property that ours keeps, from end to end."""
 
+import inspect
 import io
 from collections.abc import Iterator
 from copy import deepcopy
@@ -32,6 +33,9 @@ PRESETS = {
     "ldadam": presets.LDAdam,
     "dct_adamw": presets.DCTAdamW,
     "trion": presets.Trion,
+    "muon": presets.Muon,
+    "normuon": presets.NorMuon,
+    "dion2": presets.Dion2,
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 STORAGES = [Float32Moments(), BFloat16Moments(), Int8Moments()]
@@ -65,7 +69,8 @@ def make(preset: str, weights: list, **options) -> LowRank:
     """Of rank 2, with a refresh every third step where the preset leaves a choice."""
     options = {"lr": 0.05, "rank": 1 if preset == "apollo_mini" else 2, **options}
     refresh = options.pop("refresh", 3)
-    return PRESETS[preset](weights, **options, **({} if preset in ("ldadam", "trion") else {"refresh": refresh}))
+    leaves_a_choice = "refresh" in inspect.signature(PRESETS[preset]).parameters
+    return PRESETS[preset](weights, **options, **({"refresh": refresh} if leaves_a_choice else {}))
 
 
 class Net(nn.Module):

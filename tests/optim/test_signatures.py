@@ -25,6 +25,15 @@ REASONS = {
     ("Trion", "lr"): "of Newton-Schulz, which needs another than AdamW",
     ("Trion", "betas"): "published code, for what is not projected",
     ("Trion", "eps"): "published code, for what is not projected",
+    ("Muon", "lr"): "https://kellerjordan.github.io/posts/muon, for its factor by shape",
+    ("Muon", "betas"): "published code, for what is not projected",
+    ("Muon", "eps"): "published code, for what is not projected",
+    ("NorMuon", "lr"): "published code",
+    ("NorMuon", "betas"): "published code, for what is not projected",
+    ("NorMuon", "eps"): "published code, for what is not projected",
+    ("Dion2", "lr"): "published code, for its factor by shape",
+    ("Dion2", "betas"): "published code, for what is not projected",
+    ("Dion2", "eps"): "as Muon",
     ("LARS", "lr"): "it has none: a share of each matrix' length, which grows with the batch",
 }
 OF_COORDINATES = {"RandomSubspace", "RiemannianSGD"}

@@ -17,6 +17,8 @@ RULES = {
     "ldadam": presets.LDAdam,
     "dct": presets.DCTAdamW,
     "trion": presets.Trion,
+    "normuon": presets.NorMuon,
+    "dion2": presets.Dion2,
 }
 
 

@@ -25,15 +25,19 @@ from lightspan.optim.reference.galore import GaLore
 from lightspan.optim.reference.ldadam import LDAdam
 from lightspan.optim.reference.loop import Reference, ReferenceRun, run
 from lightspan.optim.reference.low_rank import LowRank
+from lightspan.optim.reference.muon import Dion2, Muon, NorMuon
 
 __all__ = [
     "APOLLO",
     "APOLLOMini",
     "DCTAdamW",
+    "Dion2",
     "FiraAdam",
     "GaLore",
     "LDAdam",
     "LowRank",
+    "Muon",
+    "NorMuon",
     "Reference",
     "ReferenceRun",
     "Trion",

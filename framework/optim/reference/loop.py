@@ -39,9 +39,9 @@ def adam(g: Tensor, state: State, group: Group) -> Tensor:
 
 
 class Reference(Optimizer):
-    """A published optimiser in float64: `update` for matrices whose shorter side is not below `rank`, AdamW for the
-    rest, both after decoupled weight decay. A rank equal to the shorter side rotates the matrix and drops nothing (the
-    engine leaves such a matrix to AdamW).
+    """A published optimiser in float64: `update` for what it `takes`, matrices whose shorter side is not below `rank`,
+    AdamW for the rest, both after decoupled weight decay. A rank equal to the shorter side rotates the matrix and drops
+    nothing (the engine leaves such a matrix to AdamW).
 
     For one process and unsharded parameters. State is whatever the equations name. All matrices change their frames
     in the same step, the first and every `refresh`-th after it.
@@ -69,6 +69,10 @@ class Reference(Optimizer):
         """
         raise NotImplementedError
 
+    def takes(self, w: Tensor, group: Group) -> bool:
+        """Whether `update` steps this parameter."""
+        return w.ndim >= 2 and group["rank"] <= min(w.flatten(1).shape)
+
     def choose(self, a: Tensor, state: State, group: Group) -> Tensor:
         """A new frame [N R] from what is projected."""
         raise NotImplementedError
@@ -88,7 +92,7 @@ class Reference(Optimizer):
             for w in (parameter for parameter in group["params"] if parameter.grad is not None):
                 state, lr = self.state[w], group["lr"]
                 state["t"] = state.get("t", 0) + 1
-                if w.ndim >= 2 and group["rank"] <= min(w.flatten(1).shape):
+                if self.takes(w, group):
                     state["shape"] = tuple(w.flatten(1).shape)
                     update = as_given(self.update(tall(w.grad), state, group), w)
                 else:
@@ -117,8 +121,9 @@ class Reference(Optimizer):
 class ReferenceRun(NamedTuple):
     """A reference on one weight. Lists have one entry per step, in the tall orientation.
 
-    weight: the last one. frames: q [N R]. moments: (m, v) [M R], empty without Adam. buffers: the full-size state after
-    the step, which is the error [M N] of error feedback or the momentum [M N] of Trion; empty if there is none.
+    weight: the last one. frames: q [N R], empty without frames. moments: (m, v) [M R], empty without Adam. buffers: the
+    full-size state after the step, which is the error [M N] of error feedback or a momentum [M N]; empty if there is
+    none.
     """
 
     weight: Tensor
@@ -152,7 +157,7 @@ def run(
         optimizer.param_groups[0]["lr"] = rate
         w.grad = gradient.double()
         optimizer.step()
-        result.frames.append(state["q"])
+        result.frames.extend([state["q"]] if "q" in state else [])
         result.moments.extend([(state["m"], state["v"])] if "m" in state else [])
         result.buffers.extend(state[key] for key in ("error", "momentum") if key in state)
     return result._replace(weight=w.detach())

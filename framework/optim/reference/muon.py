@@ -1,0 +1,117 @@
+"""Muon, NorMuon and Dion2: whole matrices step along their orthogonalised momentum, or that of some columns."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightspan.optim.reference.dct import newton_schulz, shape_factor
+from lightspan.optim.reference.loop import Group, Reference, State
+
+Convention = Literal["kj", "kimi", "dion", "none"]
+
+
+class _Whole(Reference):
+    """Takes every matrix, whatever its size."""
+
+    def takes(self, w: Tensor, group: Group) -> bool:
+        return w.ndim >= 2
+
+
+class Muon(_Whole):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; with convention="kimi" that of Moonlight,
+    arXiv 2502.16982, equation 4). `momentum` is mu.
+
+        M <- mu M + (1 - mu) G
+        O = newton_schulz(mu M + (1 - mu) G)      of M itself without `nesterov`
+        W <- W - lr c O                           c by `convention`, see `shape_factor`
+
+    The post has M <- mu M + G; the orthogonalisation makes no difference between the two. What is not projected gets
+    AdamW with `other_lr`, betas and eps.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        convention: Convention = "kj",
+        other_lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "other_lr": other_lr}
+        super().__init__(params, momentum=momentum, nesterov=nesterov, convention=convention, **common, **settings)
+
+    def update(self, g: Tensor, state: State, group: Group) -> Tensor:
+        return shape_factor(state["shape"], group["convention"]) * self.orthogonal(g, state, group)
+
+    def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
+        """O, which needs only its factor."""
+        mu = group["momentum"]
+        state["momentum"] = mu * state.get("momentum", 0) + (1 - mu) * g
+        return newton_schulz(mu * state["momentum"] + (1 - mu) * g if group["nesterov"] else state["momentum"])
+
+
+class NorMuon(Muon):
+    """NorMuon (arXiv 2510.05491, algorithm 1), with the published code's Nesterov momentum and norm.
+
+        O, c as in Muon
+        v <- beta2 v + (1 - beta2) mean(O^2)      one for each neuron, a row of the weight as given
+        N = O / (sqrt(v) + 1e-10)
+        W <- W - lr c N |O| / (|N| + 1e-10)
+
+    The paper has 0.2 sqrt(out in) for c |O|.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 2e-2, beta2: float = 0.95, **settings: Any) -> None:
+        super().__init__(params, lr, beta2=beta2, **settings)
+
+    def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
+        o, beta2 = super().orthogonal(g, state, group), group["beta2"]
+        across = 1 if state["shape"][0] >= state["shape"][1] else 0  # g is tall: rows of a wide weight are its columns
+        mean = (o**2).mean(dim=across, keepdim=True)
+        state["neuron"] = beta2 * state.get("neuron", 0) + (1 - beta2) * mean
+        n = o / (state["neuron"].sqrt() + 1e-10)
+        return n * (o.norm() / (n.norm() + 1e-10))
+
+
+class Dion2(_Whole):
+    """Dion2 (Ahn, Amsel & Langford 2025, arXiv 2512.16928). `fraction` is alpha, `momentum` mu.
+
+        M <- M + G
+        I = the ceil(alpha N) columns of M with the largest sums of absolute values
+        W_I <- W_I - lr c newton_schulz(M_I)      c by `convention`, from the shape of the whole W
+        M_I <- mu M_I
+
+    Columns are those of the tall matrix, the shorter side of the weight.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        fraction: float = 0.25,
+        momentum: float = 0.95,
+        convention: Convention = "dion",
+        other_lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+    ) -> None:
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "other_lr": other_lr}
+        super().__init__(params, fraction=fraction, momentum=momentum, convention=convention, **common)
+
+    def update(self, g: Tensor, state: State, group: Group) -> Tensor:
+        m = g + state.get("momentum", 0)
+        chosen = m.abs().sum(dim=0).topk(math.ceil(group["fraction"] * m.shape[1])).indices
+        update = torch.zeros_like(m)
+        update[:, chosen] = shape_factor(state["shape"], group["convention"]) * newton_schulz(m[:, chosen])
+        m[:, chosen] *= group["momentum"]
+        state["momentum"] = m
+        return update

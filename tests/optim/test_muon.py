@@ -1,0 +1,359 @@
+"""Muon, NorMuon and Dion2: the published equations, torch's Muon, and what their momentum and choices must do."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from optim import published
+from torch import Tensor, nn
+
+from lightspan.errors import UserError
+from lightspan.optim import newton_schulz, reference
+from lightspan.optim.bases import PowerBasis, WholeBasis
+from lightspan.optim.groups import ParameterGroups
+from lightspan.optim.inner import Adam, MomentumNewtonSchulz, NeuronNewtonSchulz, NewtonSchulz, SelectiveNewtonSchulz
+from lightspan.optim.low_rank import LowRank
+from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.presets import Dion2, Muon, NorMuon, Trion
+from lightspan.optim.residuals import Apollo, Fira
+from lightspan.optim.treatment import treatment
+
+WHOLE = [Muon, NorMuon, Dion2]
+every_rule = pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.__name__)
+SHAPES = [(9, 5), (5, 9), (7, 7), (20, 3), (8, 1), (1, 6)]
+EXACT = {"atol": 1e-12, "rtol": 0}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def given(shape: tuple[int, ...], steps: int = 6) -> list[Tensor]:
+    return [draw(*shape, seed=100 + step) for step in range(steps)]
+
+
+def trained(kind: type[LowRank], shape: tuple[int, ...], steps: int = 6, **options) -> tuple[Tensor, LowRank]:
+    weight = nn.Parameter(draw(*shape))
+    optimizer = kind([weight], lr=0.1, weight_decay=0.3, **options)
+    for gradient in given(shape, steps):
+        weight.grad = gradient
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "options", "theirs"),
+    [
+        (Muon, {}, lambda: published.JordansMuon(0.1, 0.95, 0.3)),
+        (Muon, {"nesterov": False}, lambda: published.JordansMuon(0.1, 0.95, 0.3, nesterov=False)),
+        (Muon, {"convention": "kimi"}, lambda: published.Moonlight(0.1, 0.95, 0.3)),
+        (NorMuon, {}, lambda: published.NorMuonCode(0.1, 0.95, 0.3)),
+        (Dion2, {}, lambda: published.Dion2Code(0.1, 0.95, 0.3, 0.25)),
+        (Dion2, {"fraction": 0.5}, lambda: published.Dion2Code(0.1, 0.95, 0.3, 0.5)),
+    ],
+    ids=["Muon", "Muon without Nesterov", "Moonlight", "NorMuon", "Dion2", "Dion2 of a half"],
+)
+def test_the_equations_of_published_code(kind, options, theirs, shape) -> None:
+    rule, expected = theirs(), draw(*shape)
+    for gradient in given(shape):
+        expected = rule.step(expected, gradient)
+    torch.testing.assert_close(trained(kind, shape, **options)[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 2, 2, 2)])
+@every_rule
+def test_the_reference(kind, shape) -> None:
+    weight = nn.Parameter(draw(*shape))
+    slow = getattr(reference, kind.__name__)([weight], lr=0.1, weight_decay=0.3)
+    for gradient in given(shape):
+        weight.grad = gradient
+        slow.step()
+    torch.testing.assert_close(trained(kind, shape)[0], weight.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(("theirs", "convention"), [("original", "kj"), ("match_rms_adamw", "kimi")])
+def test_torchs_muon(theirs, convention, nesterov) -> None:
+    """Momentum and decay bit for bit. Its Newton-Schulz is in bfloat16, whose numbers err by 2^-9: all of its five
+    steps err by 8 to 9 times that.
+    """
+    shapes = [(64, 32), (32, 64), (48, 48)]
+    ours, others = ([nn.Parameter(draw(*shape, dtype=torch.float32)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.5, "momentum": 0.9, "nesterov": nesterov}
+    optimizer = Muon(ours, convention=convention, **settings)
+    peer = torch.optim.Muon(others, adjust_lr_fn=theirs, **settings)
+    for step in range(4):
+        before = [pair[0].detach().clone() * (1 - 0.02 * 0.5) for pair in zip(ours, others, strict=True)]
+        for seed, (one, other) in enumerate(zip(ours, others, strict=True)):
+            other.data.copy_(one)
+            one.grad = draw(*one.shape, seed=10 * step + seed, dtype=torch.float32)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        peer.step()
+        for one, other, start in zip(ours, others, before, strict=True):
+            momentum, theirs_too = optimizer.state[one]["exp_avg"], peer.state[other]["momentum_buffer"]
+            assert torch.equal(momentum, theirs_too if one.shape[0] >= one.shape[1] else theirs_too.mT)
+            moved, expected = one.detach() - start, other.detach() - start
+            assert (moved - expected).norm() < 12 * 2**-9 * expected.norm()
+            assert moved.norm() == pytest.approx(float(expected.norm()), rel=0.01)
+
+
+@every_rule
+def test_in_bfloat16_directions_err_no_more_than_torchs(kind) -> None:
+    """Apart from the momentum, which is in float32 all the same."""
+    shapes = [(64, 32), (32, 64), (48, 48)]
+    moved = []
+    for precision, dtype in (("float32", torch.float64), ("bfloat16", torch.float32)):
+        weights = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+        optimizer = kind(weights, lr=1.0, precision=precision)
+        for weight in weights:
+            weight.grad = draw(*weight.shape, seed=5).to(dtype)
+        optimizer.step()
+        moved.append([weight.detach().double() for weight in weights])
+    errors = [float((ours - exact).norm() / exact.norm()) for exact, ours in zip(*moved, strict=True)]
+    assert 0.001 < max(errors) < 12 * 2**-9  # the bound that torch's are held to above
+
+
+def ill_conditioned(rows: int, columns: int, decades: float) -> Tensor:
+    """Singular values from 1 down to 10^-decades."""
+    left, right = torch.linalg.qr(draw(rows, columns)).Q, torch.linalg.qr(draw(columns, columns, seed=1)).Q
+    return (left * torch.logspace(0, -decades, columns, dtype=torch.float64)) @ right.mT
+
+
+@pytest.mark.parametrize("decades", [0, 2, 4, 8, 12])
+def test_one_gram_matrix_in_float32_is_within_its_bound_of_the_iteration_in_float64(decades) -> None:
+    x = ill_conditioned(128, 48, decades).float()[None]
+    coefficients = NewtonSchulz.COEFFICIENTS
+    exact = newton_schulz.by_iterating(x.double(), 5, coefficients)
+    assert torch.linalg.matrix_norm(newton_schulz.by_one_gram(x, 5, coefficients).double() - exact, 2) < 2e-3
+    assert torch.linalg.matrix_norm(newton_schulz.by_iterating(x, 5, coefficients).double() - exact, 2) < 2e-5
+    wide = newton_schulz.by_one_gram(x.double(), 5, coefficients)
+    torch.testing.assert_close(wide, exact, atol=1e-11, rtol=0)
+
+
+def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_work(monkeypatch) -> None:
+    """Of operands with the 10 bits of TF32 it would be of no use."""
+    asked: list[str] = []
+    for name in ("by_iterating", "by_one_gram"):
+        method = getattr(newton_schulz, name)
+        watched = lambda *args, name=name, method=method: asked.append(name) or method(*args)  # noqa: E731
+        monkeypatch.setattr(newton_schulz, name, watched)
+    for precision, dtype, rows, expected in (
+        ("highest", torch.float32, 8, "by_one_gram"),
+        ("highest", torch.float32, 7, "by_iterating"),
+        ("highest", torch.bfloat16, 8, "by_iterating"),
+        ("high", torch.float32, 8, "by_iterating"),
+        ("high", torch.float64, 8, "by_one_gram"),
+    ):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        newton_schulz.orthogonalised(draw(1, rows, 4, dtype=dtype), None, 5, NewtonSchulz.COEFFICIENTS)
+        assert asked.pop() == expected
+    x = ill_conditioned(64, 16, 4).float()[None]
+    exact = newton_schulz.by_iterating(x.double(), 5, NewtonSchulz.COEFFICIENTS)
+
+    def of_rounded(part: Tensor) -> Tensor:
+        rounded = (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+        return rounded.mT @ rounded
+
+    found = newton_schulz.by_one_gram(x, 5, NewtonSchulz.COEFFICIENTS, of_rounded)
+    assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_in_any_format_goes_the_same_way(dtype, kind) -> None:
+    """Down |W - T|^2, from zero, at rates that fall to zero."""
+    target = [draw(*shape, seed=9) for shape in ((48, 32), (32, 48))]
+    left: dict[torch.dtype, Tensor] = {}
+    for moments in (Float32Moments(), BFloat16Moments(), Int8Moments()):
+        weights = [nn.Parameter(torch.zeros(each.shape, dtype=dtype)) for each in target]
+        optimizer = kind(weights, moments=moments, convention="none")
+        for step in range(30):
+            optimizer.param_groups[0]["lr"] = 0.4 * (1 - step / 30)
+            for weight, goal in zip(weights, target, strict=True):
+                weight.grad = (weight.detach().double() - goal).to(dtype)
+            optimizer.step()
+        kept = optimizer.state[weights[0]]["exp_avg"]
+        assert kept.shape == (48, 32)
+        shares = [(w.detach().double() - goal).norm() / goal.norm() for w, goal in zip(weights, target, strict=True)]
+        left[kept.dtype] = torch.stack(shares)
+    assert left.keys() == {torch.float32, torch.bfloat16, torch.int8}
+    assert (left[torch.float32] < (0.8 if kind is Dion2 else 0.45)).all()
+    for of_format in left.values():
+        torch.testing.assert_close(of_format, left[torch.float32], atol=0.02, rtol=0)
+
+
+def test_muon_keeps_one_momentum_normuon_a_number_a_neuron_more_and_no_frame() -> None:
+    tall, wide = nn.Parameter(torch.ones(30, 20)), nn.Parameter(torch.ones(20, 30))
+    for kind, more in ((Muon, []), (Dion2, []), (NorMuon, ["neuron_sq"])):
+        optimizer = kind([tall, wide])
+        for weight in (tall, wide):
+            state = optimizer.initial_state(weight, optimizer.param_groups[0])
+            assert state.keys() == {"exp_avg", "step", *more}
+            assert state["exp_avg"].shape == (30, 20)
+            assert not more or state["neuron_sq"].shape == (len(weight),)
+    kept = Muon([tall], moments=Int8Moments()).initial_state(tall, optimizer.param_groups[0])
+    assert sum(value.nbytes for value in kept.values()) == 30 * 20 + 4 * 30 + 4
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_normuon_gives_every_neuron_the_same_share_at_muons_norm(shape) -> None:
+    """With a steady gradient: what it divides by is then what it divides."""
+    weights = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(2)]
+    moved = []
+    for kind, weight in zip((Muon, NorMuon), weights, strict=True):
+        optimizer = kind([weight], lr=1.0)
+        for _ in range(3):
+            weight.grad = draw(*shape, seed=3)
+            before = weight.detach().clone()
+            optimizer.step()
+        moved.append(weight.detach() - before)
+    torch.testing.assert_close(moved[1].norm(), moved[0].norm())
+    rows = moved[1].norm(dim=1)
+    torch.testing.assert_close(rows, rows.mean().expand_as(rows))
+    assert moved[0].norm(dim=1).std() > 0.05 * rows.mean() or shape[0] < shape[1]
+
+
+def test_dion2_steps_the_columns_with_the_most_and_only_their_momentum_decays() -> None:
+    weight = nn.Parameter(torch.zeros(10, 8, dtype=torch.float64))
+    optimizer = Dion2([weight], lr=1.0, momentum=0.5)
+    total = torch.zeros(10, 8, dtype=torch.float64)
+    seen = set()
+    for gradient in given((10, 8), 8):
+        weight.grad, before = gradient, weight.detach().clone()
+        optimizer.step()
+        total += gradient
+        chosen = (weight.detach() != before).any(dim=0).nonzero().flatten().tolist()
+        assert sorted(chosen) == sorted(total.abs().sum(dim=0).topk(2).indices.tolist())
+        total[:, chosen] *= 0.5
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], total, **EXACT)
+        seen |= set(chosen)
+    assert len(seen) == 8  # what is not chosen waits, and is not forgotten
+
+
+def test_dion2_of_all_columns_is_muon_with_the_sum_of_gradients() -> None:
+    """Whose direction is that of their moving average."""
+    options = {"convention": "dion", "momentum": 0.9}
+    all_columns = trained(Dion2, (9, 5), steps=1, fraction=1.0, **options)[0]
+    muon = trained(Muon, (9, 5), steps=1, nesterov=False, **options)[0]
+    torch.testing.assert_close(all_columns, muon, atol=1e-6, rtol=0)  # Muon's first average is 0.1 G, beside an epsilon
+
+
+@every_rule
+def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_rate(kind) -> None:
+    model = nn.ModuleDict({
+        "linear": nn.Linear(5, 7), "convolution": nn.Conv2d(2, 3, 3), "one": nn.Linear(4, 1, bias=False),
+        "kernels": nn.Conv1d(9, 8, 3, bias=False), "norm": nn.LayerNorm(5),
+    })  # fmt: skip
+    model.experts, model.empty = nn.Parameter(torch.ones(3, 70, 80)), nn.Parameter(torch.ones(0, 4))
+    optimizer = kind(model.named_parameters(), lr=0.1, other_lr=0.01)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    taken = {"linear.weight", "convolution.weight", "one.weight", "kernels.weight", "experts"}
+    assert {name for name, rate in rates.items() if rate == 0.1} == taken
+    shown = {
+        name: treatment(optimizer, parameter, group).how
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    assert shown["linear.weight"] == "rank 5 of 5"
+    assert shown["kernels.weight"] == "rank 8 of 8"  # [8 27], not 8 matrices [9 3]
+    assert shown["experts"] == "rank 70 of 70, each of 3"
+    assert shown["norm.weight"].startswith("AdamW")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@every_rule
+def test_groups_leave_embeddings_and_the_output_head_to_adamw(kind) -> None:
+    net = nn.ModuleDict({"embed": nn.Embedding(9, 6), "layer": nn.Linear(6, 6), "lm_head": nn.Linear(6, 9, bias=False)})
+    optimizer = ParameterGroups().optimizer(net, lambda params: kind(params, lr=0.1, other_lr=0.01))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates == {"embed.weight": 0.01, "layer.weight": 0.1, "layer.bias": 0.01, "lm_head.weight": 0.01}
+
+
+@pytest.mark.parametrize("residual", [None, Fira(), Apollo()], ids=repr)
+def test_the_whole_space_is_a_frame_like_any_other(residual) -> None:
+    """Adam in whole coordinates is AdamW, and outside of them there is nothing for Fira to add. Apollo scales rows."""
+    weight, twin = nn.Parameter(draw(9, 5)), nn.Parameter(draw(9, 5))
+    optimizer = LowRank([weight], lr=0.1, weight_decay=0.3, basis=WholeBasis(), residual=residual, scale=0.5)
+    adamw = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.3)
+    for gradient in given((9, 5)):
+        weight.grad, twin.grad = gradient.clone(), gradient.clone()
+        before = weight.detach().clone(), twin.detach().clone()
+        optimizer.step()
+        adamw.step()
+        ours, theirs = (after.detach() - 0.97 * start for after, start in zip((weight, twin), before, strict=True))
+        if isinstance(residual, Apollo):  # rows as long as Adam's, along the gradient
+            ours, theirs = ours.norm(dim=1), 0.5 * theirs.norm(dim=1)
+            assert ((ours - theirs).abs() < 1e-6 * theirs).sum() >= 3  # the limiter holds later steps back
+            break
+        torch.testing.assert_close(ours, 0.5 * theirs, atol=1e-7, rtol=0)
+
+
+def test_coordinates_of_one_shape_exist_at_a_time_and_gradients_stay_as_they_are(monkeypatch) -> None:
+    weights = [nn.Parameter(draw(*shape)) for shape in ((9, 5), (9, 5), (8, 6))]
+    optimizer = Muon(weights, max_norm=0.1)
+    for weight in weights:
+        weight.grad = draw(*weight.shape, seed=5)
+    kept = copy.deepcopy([weight.grad for weight in weights])
+    project, alive = WholeBasis.project, []
+
+    def watched(self, *arguments, **options):
+        assert not any(reference() is not None for reference in alive)
+        result = project(self, *arguments, **options)
+        alive.append(weakref.ref(result[0]))
+        return result
+
+    monkeypatch.setattr(WholeBasis, "project", watched)
+    optimizer.step()
+    assert len(alive) == 2
+    assert all(torch.equal(weight.grad, before) for weight, before in zip(weights, kept, strict=True))
+    norm = torch.stack([gradient.norm() for gradient in kept]).norm()
+    torch.testing.assert_close(optimizer.gradient_norm, norm)
+    torch.testing.assert_close(optimizer.state[weights[2]]["exp_avg"], 0.05 * kept[2] * 0.1 / (norm + 1e-6))
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, Trion], ids=lambda kind: kind.__name__)
+def test_unchecked_a_matrix_whose_squares_overflow_stands_still_and_others_go_on(kind) -> None:
+    weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = kind(weights, lr=0.1, check_finite=False, **({"rank": 2} if kind is Trion else {}))
+    for step in range(3):
+        for weight in weights:
+            weight.grad = draw(8, 6, seed=step, dtype=torch.float32)
+        weights[0].grad[2, 1] = 1e30
+        optimizer.step()
+    assert torch.equal(weights[0], torch.ones(8, 6))
+    assert (weights[1] != 1).any()
+    assert all(value.isfinite().all() for weight in weights for value in (weight, *optimizer.state[weight].values()))
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda p: Muon(p, momentum=1.0), r"MomentumNewtonSchulz momentum=1.0 must be in \[0, 1\)"),
+    (lambda p: NorMuon(p, beta2=1.0), r"NeuronNewtonSchulz beta2=1.0 must be in \[0, 1\)"),
+    (lambda p: Dion2(p, fraction=0.0), r"SelectiveNewtonSchulz fraction=0.0 must be in \(0, 1\]"),
+    (lambda p: Dion2(p, fraction=1.5), r"fraction=1.5 must be in \(0, 1\]"),
+    (lambda p: Dion2(p, momentum=-0.1), r"momentum=-0.1 must be in \[0, 1\)"),
+    (lambda p: Muon(p, other_lr=-1.0), r"Muon other_lr=-1.0 must be at least 0"),
+    (lambda p: Muon(p, backward="hooks"), r"those of WholeBasis are as large; set backward='whole'"),
+    (lambda p: LowRank(p, basis=PowerBasis(momentum=0.5), inner=MomentumNewtonSchulz()), "leave inner=Adam"),
+    (lambda p: Muon([nn.Parameter(torch.ones(4))]), "Muon got no matrix to project"),
+])  # fmt: skip
+def test_bad_settings_are_refused(make, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make([nn.Parameter(torch.ones(9, 6))])
+
+
+@pytest.mark.parametrize("inner", [MomentumNewtonSchulz(), NeuronNewtonSchulz(), SelectiveNewtonSchulz(), Adam()])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_the_rules_work_in_smaller_frames_too(inner, shape) -> None:
+    """Low-rank Muon: momentum turns with the frame."""
+    weight, goal = nn.Parameter(torch.zeros(shape)), draw(*shape, dtype=torch.float32)
+    optimizer = LowRank([weight], lr=0.1, rank=4, refresh=3, inner=inner, residual=None)
+    for _ in range(60):
+        weight.grad = weight.detach() - goal
+        optimizer.step()
+    assert (weight - goal).norm() < 0.9 * goal.norm()
