@@ -218,8 +218,41 @@ class NeuronNewtonSchulz(MomentumNewtonSchulz):
             second_BM1 = state["neuron_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
             direction_BMR.div_(second_BM1.sqrt() + self.EPSILON)
             norm_B = layout.total(square_BMR.sum(dim=(1, 2))).sqrt()
-        reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
-        return direction_BMR.mul_((norm_B / (reached_B + self.EPSILON))[:, None, None])
+        return _brought_to(norm_B, direction_BMR, layout, self.EPSILON)
+
+
+@dataclass(frozen=True)
+class FactoredNewtonSchulz(MomentumNewtonSchulz):
+    """Muon's direction O, each number divided by the root of what is usual in its row and in its column, and all of it
+    then brought back to the norm of O: O_ij / sqrt(v_i w_j), with v and w running means of O^2 over a row and over a
+    column. Up to a factor, which the norm takes away, v w^T is the factored second moment of Adafactor (Shazeer & Stern
+    2018, arXiv 1804.04235, section 3). With v alone it is NorMuon's rule, see `NeuronNewtonSchulz`.
+
+    Args:
+        beta2: of the running means, in [0, 1).
+        momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
+    """
+
+    beta2: float = 0.95
+
+    EPSILON = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_share(self, beta2=self.beta2)
+
+    def initial(self, layout: Layout, moments: MomentStorage) -> State:
+        rows, columns = layout.zeros(layout.rows), layout.zeros(layout.rank)
+        return {**super().initial(layout, moments), "row_sq": rows, "column_sq": columns}
+
+    def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
+        direction_BMR, layout = super().unscaled(coordinates_BMR, state, setting), setting.layout
+        square_BMR = direction_BMR.square()
+        sum_BR = layout.total(square_BMR.sum(dim=1))
+        row_BM1 = state["row_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
+        column_B1R = state["column_sq"].lerp_(sum_BR / max(layout.shape), 1 - self.beta2)[:, None]
+        direction_BMR.div_(row_BM1.sqrt() + self.EPSILON).div_(column_B1R.sqrt() + self.EPSILON)
+        return _brought_to(sum_BR.sum(dim=1).sqrt(), direction_BMR, layout, self.EPSILON)
 
 
 @dataclass(frozen=True)
@@ -257,6 +290,12 @@ class SelectiveNewtonSchulz(NewtonSchulz):
         setting.moments.save(sum_BMR, state, "exp_avg", setting.numbers.seed)
         chosen_BMK = super().unscaled(chosen_BMK, state, setting)
         return torch.zeros_like(coordinates_BMR).scatter_(2, index_BMK, chosen_BMK)
+
+
+def _brought_to(norm_B: Tensor, direction_BMR: Tensor, layout: Layout, epsilon: float) -> Tensor:
+    """The directions at these Frobenius norms, in place."""
+    reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
+    return direction_BMR.mul_((norm_B / (reached_B + epsilon))[:, None, None])
 
 
 def _require_share(rule: Inner, **shares: float) -> None:

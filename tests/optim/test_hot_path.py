@@ -18,6 +18,7 @@ from lightspan.optim.gradients import attach
 from lightspan.optim.inner import (
     SGD,
     AdamSettings,
+    FactoredNewtonSchulz,
     MomentumNewtonSchulz,
     NeuronNewtonSchulz,
     NewtonSchulz,
@@ -25,7 +26,7 @@ from lightspan.optim.inner import (
 )
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.presets import DCTAdamW, Dion2, LDAdam, Muon, NorMuon, Trion
+from lightspan.optim.presets import DCTAdamW, Dion2, FactoredMuon, LDAdam, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 
 RULES = {
@@ -39,6 +40,7 @@ RULES = {
     "momentum": {"inner": SGD()},
     "muon": {"inner": MomentumNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
     "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
+    "factored": {"inner": FactoredNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
     "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
     "int8": {"moments": Int8Moments()},
     "bfloat16 moments": {"moments": BFloat16Moments()},
@@ -76,6 +78,7 @@ COMPILED = {
     "adam": {"rank": 3, "residual": Fira()},
     "newton-schulz": {"rank": 3, "inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.5)},
     "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
+    "factored": {"inner": FactoredNewtonSchulz(), "basis": WholeBasis(), "residual": None},
     "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
 }
 
@@ -140,7 +143,7 @@ def test_a_steady_step_sends_nothing_from_the_host_and_copies_state_only_where_m
     assert (counted.gathered > 0) == (absent == (1,))  # neighbours in the stack are stepped where they are
 
 
-@pytest.mark.parametrize("preset", [Muon, NorMuon, Dion2])
+@pytest.mark.parametrize("preset", [Muon, NorMuon, FactoredMuon, Dion2])
 def test_whole_matrices_gather_nothing_and_send_nothing_from_the_host(preset):
     counted, _ = counted_steps(preset, 3)
     assert (counted.gathered, counted.from_host) == (0, 0)

@@ -35,6 +35,7 @@ PRESETS = {
     "trion": presets.Trion,
     "muon": presets.Muon,
     "normuon": presets.NorMuon,
+    "factored_muon": presets.FactoredMuon,
     "dion2": presets.Dion2,
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS)

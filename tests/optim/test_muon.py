@@ -9,7 +9,7 @@ from optim import published
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.optim import newton_schulz, reference
+from lightspan.optim import newton_schulz, presets, reference
 from lightspan.optim.bases import PowerBasis, WholeBasis
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.inner import Adam, MomentumNewtonSchulz, NeuronNewtonSchulz, NewtonSchulz, SelectiveNewtonSchulz
@@ -19,7 +19,13 @@ from lightspan.optim.presets import Dion2, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, Fira
 from lightspan.optim.treatment import treatment
 
-WHOLE = [Muon, NorMuon, Dion2]
+
+def FactoredMuon(params, **options) -> LowRank:
+    """In float64, where its own moments have 8 bits."""
+    return presets.FactoredMuon(params, **{"moments": Float32Moments(), **options})
+
+
+WHOLE = [Muon, NorMuon, FactoredMuon, Dion2]
 every_rule = pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.__name__)
 SHAPES = [(9, 5), (5, 9), (7, 7), (20, 3), (8, 1), (1, 6)]
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -265,6 +271,39 @@ def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_ra
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_factored_second_moment_changes_nothing_where_rows_and_columns_are_even() -> None:
+    """As in a Hadamard matrix, of which each number has the same size."""
+    signs = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64)
+    steps = []
+    for kind in (FactoredMuon, Muon):
+        weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+        weight.grad = signs
+        kind([weight], lr=1.0, momentum=0.9, convention="none").step()
+        steps.append(weight.detach())
+    torch.testing.assert_close(steps[0], steps[1], **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (7, 7)])
+def test_a_factored_second_moment_evens_rows_and_columns_out(shape) -> None:
+    """From one gradient O, N_ij = O_ij / sqrt(mean of row i x mean of column j) up to the norm, which is that of O."""
+    steps = []
+    for kind in (FactoredMuon, Muon):
+        weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        weight.grad = draw(*shape) * torch.arange(1.0, 1 + shape[0], dtype=torch.float64)[:, None]
+        kind([weight], lr=1.0, momentum=0.9, convention="none").step()
+        steps.append(weight.detach())
+    even, plain = steps
+    expected = plain / (plain.square().mean(1, keepdim=True) * plain.square().mean(0, keepdim=True)).sqrt()
+    torch.testing.assert_close(even, expected * (plain.norm() / expected.norm()), atol=1e-9, rtol=0)
+
+
+def test_a_factored_muon_keeps_a_byte_a_weight_and_a_number_a_row_and_column() -> None:
+    weight = nn.Parameter(torch.zeros(64, 32))
+    state = presets.FactoredMuon([weight]).initial_state(weight, {"project": True, "rank": 64})
+    sizes = {name: value.numel() * value.element_size() for name, value in state.items() if value.ndim}
+    assert sizes == {"exp_avg": 64 * 32, "exp_avg_scale": 4 * 64, "row_sq": 4 * 64, "column_sq": 4 * 32}
 
 
 @every_rule

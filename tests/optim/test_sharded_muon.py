@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lightspan.distributed import leave
 from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Int8Moments
+from lightspan.optim.moments import Float32Moments, Int8Moments
 from lightspan.optim.newton_schulz import bytes_of_grams, bytes_of_rows, orthogonalised
-from lightspan.optim.presets import Dion2, Muon, NorMuon, Trion
+from lightspan.optim.presets import Dion2, FactoredMuon, Muon, NorMuon, Trion
 from lightspan.sharded import Ranks, RowShards, from_local, whole
 
 pytestmark = pytest.mark.ranks
@@ -35,6 +35,7 @@ SPLITS: list[tuple[int | str, int]] = [(1, 0), (2, 1), (3, 0), (3, 1), (4, 0), (
 RULES: dict[str, Callable[..., LowRank]] = {
     "Muon": lambda p: Muon(p, lr=0.1, weight_decay=0.1, max_norm=1.0),
     "NorMuon": lambda p: NorMuon(p, lr=0.1, weight_decay=0.1, convention="kimi"),
+    "FactoredMuon": lambda p: FactoredMuon(p, lr=0.1, weight_decay=0.1, moments=Float32Moments()),
     "Dion2": lambda p: Dion2(p, lr=0.1, weight_decay=0.1, fraction=0.5),
     "Trion": lambda p: Trion(p, lr=0.1, weight_decay=0.1, rank=3),
 }

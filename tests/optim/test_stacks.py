@@ -18,6 +18,7 @@ RULES = {
     "dct": presets.DCTAdamW,
     "trion": presets.Trion,
     "normuon": presets.NorMuon,
+    "factored_muon": presets.FactoredMuon,
     "dion2": presets.Dion2,
 }
 

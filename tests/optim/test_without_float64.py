@@ -53,6 +53,7 @@ RULES = {
     "trion": presets.Trion,
     "muon": presets.Muon,
     "normuon": presets.NorMuon,
+    "factored_muon": presets.FactoredMuon,
     "dion2": presets.Dion2,
     "random": lambda params, **options: LowRank(params, basis=RandomBasis(), **options),
     "hadamard": lambda params, **options: LowRank(params, basis=HadamardBasis(), residual=None, **options),

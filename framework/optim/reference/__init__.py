@@ -25,13 +25,14 @@ from lightspan.optim.reference.galore import GaLore
 from lightspan.optim.reference.ldadam import LDAdam
 from lightspan.optim.reference.loop import Reference, ReferenceRun, run
 from lightspan.optim.reference.low_rank import LowRank
-from lightspan.optim.reference.muon import Dion2, Muon, NorMuon
+from lightspan.optim.reference.muon import Dion2, FactoredMuon, Muon, NorMuon
 
 __all__ = [
     "APOLLO",
     "APOLLOMini",
     "DCTAdamW",
     "Dion2",
+    "FactoredMuon",
     "FiraAdam",
     "GaLore",
     "LDAdam",

@@ -1,4 +1,4 @@
-"""Muon, NorMuon and Dion2: whole matrices step along their orthogonalised momentum, or that of some columns."""
+"""Muon, NorMuon, FactoredMuon and Dion2: whole matrices step along their orthogonalised momentum, or part of it."""
 
 import math
 from collections.abc import Iterable
@@ -78,6 +78,29 @@ class NorMuon(Muon):
         mean = (o**2).mean(dim=across, keepdim=True)
         state["neuron"] = beta2 * state.get("neuron", 0) + (1 - beta2) * mean
         n = o / (state["neuron"].sqrt() + 1e-10)
+        return n * (o.norm() / (n.norm() + 1e-10))
+
+
+class FactoredMuon(Muon):
+    """Muon with a factored second moment, as Adafactor's (Shazeer & Stern 2018, arXiv 1804.04235, section 3) of O.
+
+    O, c as in Muon
+    v <- beta2 v + (1 - beta2) mean of O^2 over a row
+    w <- beta2 w + (1 - beta2) mean of O^2 over a column
+    N_ij = O_ij / ((sqrt(v_i) + 1e-10) (sqrt(w_j) + 1e-10))
+    W <- W - lr c N |O| / (|N| + 1e-10)
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 4e-3, beta2: float = 0.95, **settings: Any) -> None:
+        own = {"momentum": 0.9, "convention": "kimi", "other_lr": 4e-3}
+        super().__init__(params, lr, beta2=beta2, **own | settings)
+
+    def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
+        o, beta2 = super().orthogonal(g, state, group), group["beta2"]
+        n = o
+        for axis, name in ((1, "row"), (0, "column")):
+            state[name] = beta2 * state.get(name, 0) + (1 - beta2) * (o**2).mean(dim=axis, keepdim=True)
+            n = n / (state[name].sqrt() + 1e-10)
         return n * (o.norm() / (n.norm() + 1e-10))
 
 
