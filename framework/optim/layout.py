@@ -87,10 +87,6 @@ class Layout:
         """Whole matrices from this rank's rows [..., m, any]: for what cannot be computed as sums over rows."""
         return part if self.shards is None else self.shards.gather(part)
 
-    def own_rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of whole matrices [..., M, any]."""
-        return whole if self.shards is None else self.shards.own(whole, axis=-2)
-
 
 def part_of(state: State, index: slice | Tensor) -> State:
     """Only the matrices `index`: views of the stack for a slice, otherwise copies."""

@@ -1,17 +1,17 @@
 """Published low-rank optimisers as choices of `LowRank`'s switches, with the papers' defaults.
 
-| preset       | frame                     | moments at a change | residual                    | rule          |
-|--------------|---------------------------|---------------------|-----------------------------|---------------|
-| `GaLore`     | SVD, every 200 steps      | stay                | dropped                     | Adam          |
-| `FiraAdam`   | SVD, every 200 steps      | stay                | scaled per row, limited     | Adam          |
-| `APOLLO`     | Gaussian, every 200 steps | stay                | scales the whole gradient   | Adam          |
-| `APOLLOMini` | Gaussian, rank 1          | stay                | one scale for the matrix    | Adam          |
-| `LDAdam`     | power step, every step    | rotate              | generalised error feedback  | Adam          |
-| `DCTAdamW`   | DCT columns, every step   | gather              | error feedback              | Adam          |
-| `Trion`      | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz |
-| `Muon`       | whole                     | -                   | none is left                | Newton-Schulz |
-| `NorMuon`    | whole                     | -                   | none is left                | Newton-Schulz |
-| `Dion2`      | whole                     | -                   | none is left                | Newton-Schulz |
+| preset       | frame                     | moments at a change | residual                    | rule                |
+|--------------|---------------------------|---------------------|-----------------------------|---------------------|
+| `GaLore`     | SVD, every 200 steps      | stay                | dropped                     | Adam                |
+| `FiraAdam`   | SVD, every 200 steps      | stay                | scaled per row, limited     | Adam                |
+| `APOLLO`     | Gaussian, every 200 steps | stay                | scales the whole gradient   | Adam                |
+| `APOLLOMini` | Gaussian, rank 1          | stay                | one scale for the matrix    | Adam                |
+| `LDAdam`     | power step, every step    | rotate              | generalised error feedback  | Adam                |
+| `DCTAdamW`   | DCT columns, every step   | gather              | error feedback              | Adam                |
+| `Trion`      | DCT columns, every step   | -                   | momentum as error feedback  | Newton-Schulz       |
+| `Muon`       | whole matrices            | -                   | none is left                | orthogonal momentum |
+| `NorMuon`    | whole matrices            | -                   | none is left                | the same, by neuron |
+| `Dion2`      | whole matrices            | -                   | none is left                | of some columns     |
 
 `FactoredMuon` is this project's own, for those who want a low loss at little state. Each equals the equations of its
 namesake in `lightspan.optim.reference`, which should be read first, except for what is said here and in the classes. In

@@ -183,12 +183,27 @@ def test_momentum_in_any_format_goes_the_same_way(dtype, kind) -> None:
             optimizer.step()
         kept = optimizer.state[weights[0]]["exp_avg"]
         assert kept.shape == (48, 32)
+        assert kept.any()
         shares = [(w.detach().double() - goal).norm() / goal.norm() for w, goal in zip(weights, target, strict=True)]
         left[kept.dtype] = torch.stack(shares)
     assert left.keys() == {torch.float32, torch.bfloat16, torch.int8}
     assert (left[torch.float32] < (0.8 if kind is Dion2 else 0.45)).all()
     for of_format in left.values():
         torch.testing.assert_close(of_format, left[torch.float32], atol=0.02, rtol=0)
+
+
+@every_rule
+def test_what_is_stored_is_the_momentum_of_float32_up_to_the_format(kind) -> None:
+    found = []
+    for moments in (Float32Moments(), BFloat16Moments(), Int8Moments()):
+        weight = nn.Parameter(torch.zeros(48, 32))
+        optimizer = kind([weight], lr=0.0, moments=moments)
+        for step in range(3):
+            weight.grad = draw(48, 32, seed=step, dtype=torch.float32)
+            optimizer.step()
+        found.append(moments.load(optimizer.state[weight], "exp_avg"))
+    for other, bound in zip(found[1:], (2**-7, 2**-5), strict=True):
+        assert 0 < (other - found[0]).norm() < bound * found[0].norm()
 
 
 def test_muon_keeps_one_momentum_normuon_a_number_a_neuron_more_and_no_frame() -> None:
