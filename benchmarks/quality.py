@@ -63,7 +63,17 @@ from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import TABLES, ParameterGroups
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
+from lightspan.optim.presets import (
+    APOLLO,
+    APOLLOMini,
+    DCTAdamW,
+    FactoredMuon,
+    FiraAdam,
+    GaLore,
+    LDAdam,
+    NorMuon,
+    Trion,
+)
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.sweeps.descent import best_on_line
 
@@ -244,6 +254,8 @@ CANDIDATES = {
     for candidate in (
         Candidate("adamw", torch.optim.AdamW, 1e-3, "#1a1a1a", {"fused": True}, rank=None),
         Candidate("muon", muon_and_adamw, 1.6e-2, COLOURS[0], rank=None, has_momentum=True),
+        Candidate("nor_muon", NorMuon, 1.6e-2, "#7a3b8f", {"convention": "kimi"}, rank=None, has_momentum=True),
+        Candidate("factored_muon", FactoredMuon, 1.6e-2, "#00695c", rank=None, has_momentum=True),
         Candidate("low_rank", LowRank, 4e-3, COLOURS[1]),
         Candidate("galore", GaLore, 3.2e-2, COLOURS[2], {"refresh": 50}),
         Candidate("dct_adamw", DCTAdamW, 4e-3, COLOURS[3], {"error_feedback": "int8", "rotate": True}),
