@@ -138,9 +138,7 @@ class PowerBasis(_DenseBasis):
             frame_BNR = state["frame"].to(layout.dtype)
         total, mean_BMR = None if layout.shards is None else layout.total, state.get("mean")
         for _ in range(self.first_iterations if first else 1):
-            frame_BNR = frames.block_power_step(
-                gradients, frame_BNR, total, layout.first_row, mean_BMR, self.momentum
-            )
+            frame_BNR = frames.block_power_step(gradients, frame_BNR, total, layout.first_row, mean_BMR, self.momentum)
         return {"frame": frame_BNR.to(state["frame"].dtype)}
 
 
