@@ -205,7 +205,9 @@ class BucketStep:
         """
         if self.projected is None:
             return []
-        return [self.projected.coordinates_BMR.square().sum() if in_frames else self.projected.energy_BM.sum()]
+        if in_frames:
+            return [torch.linalg.vector_norm(self.projected.coordinates_BMR).square()]
+        return [self.projected.energy_BM.sum()]
 
     def project(self, energy: bool) -> None:
         """The first half: coordinates of the gradients, in new frames where due. Writes no state. Under error feedback
@@ -293,11 +295,13 @@ class BucketStep:
 
     def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
-        rate, device = self.bucket.group["lr"], self.layout.device
+        rate, decay, device = self.bucket.group["lr"], self.bucket.group["weight_decay"], self.layout.device
         wide = widest_float(device)
-        lr = rate.to(device, wide).reshape(()) if isinstance(rate, Tensor) else None
-        lr = torch.full((), rate, dtype=wide, device=device) if lr is None else lr
-        return lr * scale, 1 - lr * self.bucket.group["weight_decay"]
+        if isinstance(rate, Tensor):
+            rate = rate.to(device, wide).reshape(())
+            return rate * scale, 1 - rate * decay
+        lr, keep = (torch.full((), value, dtype=wide, device=device) for value in (rate * scale, 1 - rate * decay))
+        return lr, keep
 
 
 def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:

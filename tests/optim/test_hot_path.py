@@ -16,6 +16,7 @@ from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBas
 from lightspan.optim import presets
 from lightspan.optim.bases import DCTBasis, Every, PowerBasis
 from lightspan.optim.core import Projected, update_weights
+from lightspan.optim.elementwise import SMALLEST_QUANTISED
 from lightspan.optim.gradients import attach
 from lightspan.optim.inner import SGD, Adam, AdamSettings, NewtonSchulz
 from lightspan.optim.low_rank import LowRank
@@ -193,6 +194,16 @@ def test_copies_are_counted_wherever_they_hide():
 @pytest.mark.parametrize("kind", every_kind())
 def test_parameters_outside_the_frames_take_the_same_kernels_however_many_there_are(kind, dtype):
     few, many = (costs_of(kind, dtype, "meta", vectors=count, max_norm=1.0).kernels for count in (1, 9))
+    assert few == many
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moments", [BFloat16Moments(), Int8Moments()])
+def test_so_do_those_whose_moments_are_narrow(moments, dtype):
+    few, many = (
+        costs_of(LowRank, dtype, "meta", vectors=count, sizes=(7, SMALLEST_QUANTISED), moments=moments).kernels
+        for count in (1, 9)
+    )
     assert few == many
 
 
