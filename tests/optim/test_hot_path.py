@@ -92,6 +92,36 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(inner):
         torch.testing.assert_close(straight, compiled)
 
 
+@pytest.mark.sweep  # tracing a step takes seconds
+@pytest.mark.parametrize("residual", [Fira(), None])
+def test_a_compiled_step_has_fewer_than_four_graphs_and_none_is_new_after_the_second_refresh(residual):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):  # needs no C++ compiler
+        graphs.append(graph)
+        return graph.forward
+
+    def make():
+        weights = [nn.Parameter(torch.ones(shape)) for shape in ((12, 8), (12, 8), (8,))]
+        schedule = Every(3, staggered=False)
+        return weights, LowRank(weights, lr=0.1, rank=4, residual=residual, refresh=schedule, check_finite=False)
+
+    (weights, plain), (twins, optimizer) = make(), make()
+    compiled, generator, counts = torch.compile(optimizer.step, backend=backend), torch.Generator().manual_seed(0), []
+    for number in range(11):
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            twin.grad = weight.grad.clone()
+        plain.step()
+        (compiled if number else optimizer.step)()  # the first step chooses all frames, from random ones
+        counts.append(len(graphs))
+    assert 2 <= counts[-1] < 4
+    assert counts[6] == counts[-1]
+    for weight, twin in zip(weights, twins, strict=True):  # the graph may round numbers that it makes constants
+        torch.testing.assert_close(twin, weight, rtol=1e-5, atol=1e-5)
+
+
 def counted_steps(make, steps, absent=()):
     """What the last of some steps of four matrices and a vector costs."""
     generator = torch.Generator().manual_seed(0)

@@ -529,7 +529,8 @@ def test_the_tensors_are_read_and_written_by_as_many_kernels_however_many_there_
     kernels = []
     for count in (2, 9):
         weights = [nn.Parameter(torch.ones(5, 3, dtype=dtype)) for _ in range(count)]
-        optimizer = RandomSubspace([{"params": weights, "weight_decay": decay}], partial(SGD, lr=0.1, foreach=False), dim=4)
+        groups, inner = [{"params": weights, "weight_decay": decay}], partial(SGD, lr=0.1, foreach=False)
+        optimizer = RandomSubspace(groups, inner, dim=4, projection=Dense)
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         with step_costs() as costs:
