@@ -39,30 +39,37 @@ def backproject_update_reference(
     (M, N), dtype = weights[0].shape, weights[0].dtype
     wide, operand = wide_type(dtype), operand_type(dtype)
     rate, kept = lr.item(), keep.item()
-    scratch = torch.empty(2, min(M * N, max(M, N, WINDOW)), dtype=wide, device=weights[0].device)
+    number = None if seed is None or dtype != torch.bfloat16 else int(seed)
+    lefts, rights = direction_BMR.to(operand), frame_BNR.to(operand)
+    height, width = M, N
+    if weights[0].stride(1) != 1:  # transposed views: their memory is rows of the transpose
+        lefts, rights, height, width = rights, lefts, N, M
+    tiles = -(-height // max(1, WINDOW // width))  # of each matrix
+    rows = -(-height // tiles)
+    scratch = torch.empty(0 if dtype == wide else rows, width, dtype=wide, device=weights[0].device)
+    product = torch.empty(scratch.shape, dtype=operand, device=scratch.device)
     for b, weight in enumerate(weights):
-        left, right = (direction_BMR[b].to(wide) * -rate).to(operand), frame_BNR[b].to(operand)
+        left, right = lefts[b], rights[b].mT
         residual = [gradients[b], scale_BM[b, :, None].expand(M, N)] if gradients else []
-        if weight.stride(1) != 1:  # a transposed view: its memory is rows of the transpose
-            weight, left, right, residual = weight.mT, right, left, [factor.mT for factor in residual]
+        if weight.stride(1) != 1:
+            weight, residual = weight.mT, [factor.mT for factor in residual]
         if dtype == wide:
-            weight.addmm_(left, right.mT, beta=kept) if right.shape[1] else weight.mul_(kept)
+            weight.addmm_(left, right, beta=kept, alpha=-rate) if len(right) else weight.mul_(kept)
             if residual:
                 weight.addcmul_(*residual, value=-rate)
             continue
-        height, width = weight.shape
-        count = -(-height // max(1, WINDOW // width))
-        parts = zip(*(whole.chunk(count) for whole in (weight, left, *residual)), strict=True)
-        for number, (tile, left_part, *residual_part) in enumerate(parts, start=b * count):
-            total, step = scratch[:, : tile.numel()].view(2, *tile.shape)
-            total.copy_(tile).mul_(kept)
-            if right.shape[1]:
-                # Adding bfloat16 to float32 directly takes longer than widening it first.
-                total.add_(step.copy_(left_part @ right.mT))
+        parts = zip(*(whole.split(rows) for whole in (weight, left, *residual)), strict=True)
+        for place, (tile, left_part, *residual_part) in enumerate(parts, start=b * tiles):
+            total, step = scratch[: len(tile)], product[: len(tile)]
+            total.copy_(tile)
+            if kept != 1:
+                total.mul_(kept)
+            if len(right):
+                total.add_(torch.mm(left_part, right, out=step), alpha=-rate)
             if residual_part:
                 total.addcmul_(*residual_part, value=-rate)
-            if dtype == torch.bfloat16 and seed is not None:
-                stochastic_round_(total, int(seed), tile=number * -(-width // WINDOW))
+            if number is not None:
+                stochastic_round_(total, number, tile=place * -(-width // WINDOW))
             tile.copy_(total)
 
 

@@ -44,11 +44,15 @@ def dct(x: Tensor) -> Tensor:
     returns, gives all of y.
     """
     size, wide_x = x.shape[-1], wide(x)
-    turned = rotation(size, wide_x)
-    makhoul = torch.cat((wide_x[..., ::2], wide_x[..., 1::2].flip(-1)), dim=-1)
-    z = torch.view_as_real(turned * torch.fft.rfft(makhoul))
+    z = _half_spectrum(wide_x, rotation(size, wide_x))
     cosines, sines = z[..., 0], z[..., 1 : (size + 1) // 2, 1]
     return torch.cat((cosines, -sines.flip(-1)), dim=-1).to(x.dtype)
+
+
+def _half_spectrum(x: Tensor, turn: Tensor) -> Tensor:
+    """Real and imaginary parts of z_k for the first half of k, [..., N // 2 + 1, 2]; `turn` is the `rotation`."""
+    makhoul = torch.cat((x[..., ::2], x[..., 1::2].flip(-1)), dim=-1)
+    return torch.view_as_real(torch.fft.rfft(makhoul).mul_(turn))
 
 
 def two_factors(size: int) -> tuple[int, int]:
@@ -81,9 +85,17 @@ def dct_energies_reference(gradients: Sequence[Tensor]) -> Tensor:
     On one EPYC core 2^20 numbers take 2 ms for N from 256 to 4096; the product with the basis takes 2.4 to 39 ms in
     float32 and 1.2 to 20 in bfloat16.
     """
-    wide = wide_type(gradients[0].dtype)
-    tiles = ([dct(tile_PN).square_().sum(dim=0) for tile_PN in row_tiles(g_MN, wide)] for g_MN in gradients)
-    return torch.stack([torch.stack(energies).sum(dim=0) for energies in tiles])
+    size, dtype = gradients[0].shape[1], wide_type(gradients[0].dtype)
+    turn = rotation(size, gradients[0].new_empty(0, dtype=dtype))
+    # Squares are summed over rows before they are put in order.
+    by_part = [
+        torch.stack([_half_spectrum(tile_PN, turn).square_().sum(dim=0) for tile_PN in row_tiles(g_MN, dtype)]).sum(
+            dim=0
+        )
+        for g_MN in gradients
+    ]
+    parts = torch.stack(by_part)
+    return torch.cat((parts[..., 0], parts[:, 1 : (size + 1) // 2, 1].flip(-1)), dim=-1)
 
 
 if triton is not None:

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from lightspan.errors import UserError
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
+from lightspan.triton_kernels.rounding import WINDOW
 
 BLOCK = 128
 SMALLEST = 2.0**-100  # 127 / SMALLEST is still finite in float32
@@ -64,41 +65,84 @@ def working_dtype(codes_BMK: Tensor) -> torch.dtype:
 def quantise_error_reference(
     a: Sequence[Tensor], coordinates_BMR: Tensor, frame_BNR: Tensor, kept: float, codes_BMK: Tensor, scales_BMS: Tensor
 ) -> None:
-    """The definition, and the CPU path."""
-    dtype = working_dtype(codes_BMK)
-    a_BMN = torch.stack([matrix.to(dtype) for matrix in a])
-    error_BMN = torch.baddbmm(a_BMN, coordinates_BMR.to(dtype), frame_BNR.to(dtype).mT, alpha=-(1 - kept))
-    largest = LARGEST_CODE[codes_BMK.dtype]
-    if not largest:
-        codes_BMK.copy_(error_BMN)
+    """The definition, and the CPU path: by tiles of rows, so that intermediate results stay in the caches. Products of
+    bfloat16 are rounded to bfloat16 once, by torch.mm.
+    """
+    wide, largest = working_dtype(codes_BMK), LARGEST_CODE[codes_BMK.dtype]
+    narrow = coordinates_BMR.dtype == frame_BNR.dtype == torch.bfloat16
+    operand = torch.bfloat16 if narrow else wide
+    coordinates_BMR, frame_BNR = coordinates_BMR.to(operand), frame_BNR.to(operand)
+    columns = a[0].shape[1]
+    rows = max(1, WINDOW // columns)
+    for b, matrix_MN in enumerate(a):
+        frame_RN, parts = frame_BNR[b].mT, (matrix_MN, coordinates_BMR[b], codes_BMK[b], scales_BMS[b])
+        for a_mN, coordinates_mR, codes_mK, scales_mS in zip(*(part.split(rows) for part in parts), strict=True):
+            # In float formats of the working precision the error is computed where it is stored.
+            error_mN = codes_mK if codes_mK.dtype == wide else codes_mK.new_empty(a_mN.shape, dtype=wide)
+            error_mN.copy_(a_mN)
+            if narrow:
+                error_mN.add_(coordinates_mR @ frame_RN, alpha=-(1 - kept))
+            else:
+                error_mN.addmm_(coordinates_mR, frame_RN, alpha=-(1 - kept))
+            if largest:
+                _encode(error_mN, codes_mK, scales_mS, largest)
+            elif error_mN is not codes_mK:
+                codes_mK.copy_(error_mN)
+
+
+def _encode(error_mN: Tensor, codes_mK: Tensor, scales_mS: Tensor, largest: int) -> None:
+    """Codes and scales of an error, which is changed."""
+    for error_mSC, scale_mS in zip(_blocks(error_mN), _scales_of_blocks(scales_mS, error_mN), strict=True):
+        most_mS = torch.maximum(error_mSC.amax(dim=2), error_mSC.amin(dim=2).neg_())
+        most_mS = torch.where(most_mS < SMALLEST, 0.0, most_mS)
+        scale_mS.copy_(most_mS / largest)
+        error_mSC.mul_(torch.where(most_mS == 0, 0.0, most_mS.reciprocal() * largest)[..., None])
+    error_mN.add_(0.5).floor_()
+    if largest == 127:
+        codes_mK.copy_(error_mN)
         return
-    columns = error_BMN.shape[2]
-    error_BMSC = pad(error_BMN, (0, -columns % BLOCK)).unflatten(2, (-1, BLOCK))
-    most_BMS = error_BMSC.abs().amax(dim=3)
-    most_BMS = torch.where(most_BMS < SMALLEST, 0.0, most_BMS)
-    inverse_BMS1 = torch.where(most_BMS == 0, 0.0, most_BMS.reciprocal() * largest)[..., None]
-    scales_BMS.copy_(most_BMS / largest)
-    code_BMN = (error_BMSC * inverse_BMS1).add_(0.5).floor_().to(torch.int8).flatten(2)
-    if largest == 7:
-        # the padding is an even number of zeros, which completes an odd last column
-        code_BMN = code_BMN.view(torch.uint8) & 15
-        code_BMN = code_BMN[..., 0::2] | code_BMN[..., 1::2] << 4
-    codes_BMK.copy_(code_BMN[..., : codes_BMK.shape[2]])
+    # an odd last column is completed by zeros
+    nibbles_mN = pad(error_mN.to(torch.int8), (0, error_mN.shape[1] % 2)).view(torch.uint8) & 15
+    torch.bitwise_or(nibbles_mN[:, 0::2], nibbles_mN[:, 1::2] << 4, out=codes_mK)
+
+
+def _blocks(matrix_mN: Tensor) -> list[Tensor]:
+    """Views [m S C] of the blocks of BLOCK columns, and of the shorter last one if there is one."""
+    whole = matrix_mN.shape[1] // BLOCK * BLOCK
+    parts = [matrix_mN[:, :whole].unflatten(1, (-1, BLOCK))] if whole else []
+    return parts if whole == matrix_mN.shape[1] else [*parts, matrix_mN[:, None, whole:]]
+
+
+def _scales_of_blocks(scales_mS: Tensor, matrix_mN: Tensor) -> list[Tensor]:
+    """Views [m S] of the scales that belong to `_blocks`."""
+    whole = matrix_mN.shape[1] // BLOCK
+    return [part for part in (scales_mS[:, :whole], scales_mS[:, whole:]) if part.shape[1]]
 
 
 def add_error_reference(gradients: Sequence[Tensor], codes_BMK: Tensor, scales_BMS: Tensor, clip: Tensor) -> Tensor:
-    """The definition, and the CPU path."""
-    dtype = working_dtype(codes_BMK)
-    out_BMN = torch.stack([gradient.to(dtype) for gradient in gradients]).mul_(clip.to(dtype))
-    if not LARGEST_CODE[codes_BMK.dtype]:
-        return out_BMN.add_(codes_BMK.to(dtype))
-    columns = out_BMN.shape[2]
-    if codes_BMK.dtype == torch.uint8:
-        # the shift up and back down as signed numbers extends the sign bit of a nibble
-        nibbles_BMK2 = torch.stack((codes_BMK << 4, codes_BMK & 240), dim=3).view(torch.int8) >> 4
-        codes_BMK = nibbles_BMK2.flatten(2)[..., :columns]
-    codes_BMSC = pad(codes_BMK, (0, -columns % BLOCK)).unflatten(2, (-1, BLOCK))
-    return out_BMN.add_((codes_BMSC * scales_BMS[..., None]).flatten(2)[..., :columns])
+    """The definition, and the CPU path: by tiles of rows."""
+    wide = working_dtype(codes_BMK)
+    out_BMN = codes_BMK.new_empty((len(gradients), *gradients[0].shape), dtype=wide)
+    rows = max(1, WINDOW // out_BMN.shape[2])
+    for gradient_MN, *stored in zip(gradients, out_BMN, codes_BMK, scales_BMS, strict=True):
+        parts = (gradient_MN, *stored)
+        for g_mN, out_mN, codes_mK, scales_mS in zip(*(part.split(rows) for part in parts), strict=True):
+            out_mN.copy_(g_mN).mul_(clip)
+            if not LARGEST_CODE[codes_mK.dtype]:
+                out_mN.add_(codes_mK)
+                continue
+            error_mN = _nibbles(codes_mK, out_mN.shape[1]) if codes_mK.dtype == torch.uint8 else codes_mK
+            error_mN = error_mN.to(wide)
+            for error_mSC, scale_mS in zip(_blocks(error_mN), _scales_of_blocks(scales_mS, out_mN), strict=True):
+                error_mSC.mul_(scale_mS[..., None])
+            out_mN.add_(error_mN)
+    return out_BMN
+
+
+def _nibbles(codes_mK: Tensor, columns: int) -> Tensor:
+    """4-bit codes as int8 [m N]: the shift up and back down as signed numbers extends the sign bit of a nibble."""
+    nibbles_mK2 = torch.stack((codes_mK << 4, codes_mK & 240), dim=2).view(torch.int8) >> 4
+    return nibbles_mK2.flatten(1)[:, :columns]
 
 
 if triton is not None:

@@ -26,20 +26,17 @@ def row_energies(gradient_MN: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project_reference(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
     """The definition, and the CPU path. Products of bfloat16 are rounded to bfloat16 once, by torch.mm."""
-    wide = wide_type(frame_BNR.dtype)
+    wide, narrow = wide_type(frame_BNR.dtype), torch.bfloat16
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
-    coordinates_BMR = frame_BNR.new_empty((B, M, R), dtype=wide)
+    operand = narrow if gradients[0].dtype == narrow else wide
+    frame_BNR = frame_BNR.to(operand)
+    coordinates_BMR = frame_BNR.new_empty((B, M, R))
     energy_BM = frame_BNR.new_empty((B if energy else 0, M), dtype=wide)
     for b, gradient_MN in enumerate(gradients):
-        operand_MN = gradient_MN if gradient_MN.dtype == torch.bfloat16 else gradient_MN.to(wide)
-        frame_NR = frame_BNR[b].to(operand_MN.dtype)
-        if operand_MN.dtype == wide:
-            torch.mm(operand_MN, frame_NR, out=coordinates_BMR[b])
-        else:
-            coordinates_BMR[b] = operand_MN @ frame_NR
+        torch.mm(gradient_MN.to(operand), frame_BNR[b], out=coordinates_BMR[b])
         if energy:
             energy_BM[b] = row_energies(gradient_MN, wide)
-    return coordinates_BMR, energy_BM
+    return coordinates_BMR.to(wide), energy_BM
 
 
 def blocks(rank: int, element_size: int) -> dict[str, int]:

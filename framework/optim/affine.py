@@ -75,10 +75,12 @@ class AffineSlice:
     @torch.no_grad()
     def write(self, z_d: Tensor, scales_l: Tensor) -> None:
         """Writes theta to the parameters. At z = 0 they get their initial values, bit for bit."""
-        for number, moved in enumerate(self._parts(self.projection.push(z_d))):
-            if len(scales_l):
-                moved = moved * scales_l[self.layers[number]]
-            local(self.parameters[number].detach()).copy_(self.start[number] + moved)
+        moved = self._parts(self.projection.push(z_d))
+        if len(scales_l):
+            torch._foreach_mul_(moved, self._by_tensor(scales_l))
+        held = [local(parameter.detach()) for parameter in self.parameters]
+        torch._foreach_copy_(held, self.start)
+        torch._foreach_add_(held, moved)
 
     def flat(self, tensors: Sequence[Tensor | None], factors: Sequence[float] | None = None) -> Tensor:
         """This rank's parts of parameter-shaped tensors, concatenated [D] and zero elsewhere; None counts as zeros.
@@ -87,10 +89,18 @@ class AffineSlice:
         """
         flat_D = torch.zeros(self.projection.size, dtype=self.dtype, device=self.device)
         factors = factors or [1.0] * len(tensors)
-        for part, tensor, factor, parameter in zip(self._parts(flat_D), tensors, factors, self.parameters, strict=True):
-            first = self.ranks is None or self.ranks.index == 0 or ranks_of(parameter) is not None
-            if tensor is not None and factor and first:
-                part.add_(local(tensor.detach()), alpha=factor)
+        given = [
+            (part, local(tensor.detach()).to_dense(), factor)  # a dense one is returned as it is
+            for part, tensor, factor, parameter in zip(
+                self._parts(flat_D), tensors, factors, self.parameters, strict=True
+            )
+            if tensor is not None and factor and (self._is_first or ranks_of(parameter) is not None)
+        ]
+        if given:
+            parts, held, by_part = zip(*given, strict=True)
+            torch._foreach_copy_(parts, held)
+            if set(by_part) != {1.0}:
+                torch._foreach_mul_(parts, by_part)
         return flat_D
 
     @torch.no_grad()
@@ -102,12 +112,11 @@ class AffineSlice:
         """
         by_scale_l = torch.zeros_like(scales_l)
         if len(scales_l):
-            for number, (g, moved) in enumerate(
-                zip(self._parts(g_D), self._parts(self.projection.push(z_d)), strict=True)
-            ):
-                layer = self.layers[number]
-                by_scale_l[layer] += (g * moved).sum()
-                g.mul_(scales_l[layer])
+            parts = self._parts(g_D)
+            products = torch._foreach_mul(parts, self._parts(self.projection.push(z_d)))
+            for layer, product in zip(self.layers, products, strict=True):
+                by_scale_l[layer] += product.sum()
+            torch._foreach_mul_(parts, self._by_tensor(scales_l))
         by_z_d = self.projection.pull(g_D)
         if self.ranks is None:
             return by_z_d, by_scale_l
@@ -123,6 +132,15 @@ class AffineSlice:
             digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(whole_of(part, parameter).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+    @property
+    def _is_first(self) -> bool:
+        return self.ranks is None or self.ranks.index == 0
+
+    def _by_tensor(self, scales_l: Tensor) -> list[Tensor]:
+        """The lambda of each parameter's layer."""
+        every = scales_l.unbind()
+        return [every[layer] for layer in self.layers]
 
     def _parts(self, flat_D: Tensor) -> list[Tensor]:
         """Views of D numbers, in the shape of each parameter or of what this rank has of it."""

@@ -45,7 +45,9 @@ class Basis(ABC):
     """Whether coordinates are as large as gradients, so that those of one bucket exist at a time, and no backward pass
     saves memory by making them."""
     momentum = 0.0
-    """Share of the lifted first moment in the input of `refresh`, in [0, 1); the rest is the gradient."""
+    """Share of the lifted first moment in what `refresh` follows, in [0, 1); the rest is the gradient. The state that
+    it gets then has, as `mean`, Adam's bias-corrected first moment [B M R] in the old frame.
+    """
 
     def __init__(self, carry: Carry) -> None:
         self.carry = carry
@@ -142,10 +144,9 @@ class PowerBasis(_DenseBasis):
             frame_BNR = frames.random_frame(seeds, layout.size, layout.rank, dtype=dtype, device=device)
         else:
             frame_BNR = state["frame"].to(layout.dtype)
-        gradients = [gradient.to(layout.dtype) for gradient in gradients]
-        total = None if layout.shards is None else layout.total
+        total, mean_BMR = None if layout.shards is None else layout.total, state.get("mean")
         for _ in range(self.first_iterations if first else 1):
-            frame_BNR = frames.block_power_step(gradients, frame_BNR, total, layout.first_row)
+            frame_BNR = frames.block_power_step(gradients, frame_BNR, total, layout.first_row, mean_BMR, self.momentum)
         return {"frame": frame_BNR.to(state["frame"].dtype)}
 
 

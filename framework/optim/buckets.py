@@ -1,7 +1,7 @@
 """Building buckets: which parameters step together, with the state that they have so far stacked."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ from lightspan.sharded import local
 
 if TYPE_CHECKING:
     from lightspan.optim.low_rank import LowRank
+
+LARGEST_STACK = 1 << 24
+"""How many numbers of whole matrices a rule that projects late widens at once, unless a single parameter, or one matrix
+for each rank, has more: 64 MiB of float32."""
 
 
 def stacked_bucket(
@@ -103,7 +107,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
         alike[key].append((member, order))
         order += len(held)
     buckets = []
-    for pairs in alike.values():
+    for pairs in (part for members in alike.values() for part in _parts(members, rule)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
         held = matrices(kind.parameter, kind.stacked)
         places = [first + i for _, first in pairs for i in range(len(held))]
@@ -121,6 +125,17 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
             )
         )
     return buckets
+
+
+def _parts(pairs: list[tuple[Member, int]], rule: Switches) -> Iterator[list[tuple[Member, int]]]:
+    """All that can step together, or as many as rules that project late should widen at once. Ranks cut alike, since
+    they see the same whole shapes.
+    """
+    count = len(pairs)
+    if rule.projects_late:
+        member, shards = pairs[0][0], shards_of(pairs[0][0].parameter)
+        count = max(LARGEST_STACK // member.parameter.shape.numel(), 1 if shards is None else shards.ranks.count)
+    return (pairs[start : start + count] for start in range(0, len(pairs), count))
 
 
 def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:

@@ -4,8 +4,7 @@ Shapes: B matrices, M rows, N columns (projected), R rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,14 +33,21 @@ class FrameChange:
     coordinates_BMR: Tensor
     betas: tuple[float, float]
 
-    # On demand: moments that follow columns, or stay where they are, need no frame.
-    @cached_property
-    def old_BNR(self) -> Tensor:
-        return self.make_old()
+    # On demand: moments that follow columns, or stay where they are, need no frame. Kept in a dictionary, because
+    # torch.compile cannot trace the lock in Python 3.11's cached_property.
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @cached_property
+    @property
+    def old_BNR(self) -> Tensor:
+        if "old" not in self._made:
+            self._made["old"] = self.make_old()
+        return self._made["old"]
+
+    @property
     def new_BNR(self) -> Tensor:
-        return self.make_new()
+        if "new" not in self._made:
+            self._made["new"] = self.make_new()
+        return self._made["new"]
 
 
 @dataclass(frozen=True)

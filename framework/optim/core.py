@@ -12,7 +12,7 @@ transposed.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,9 +32,10 @@ from lightspan.optim.layout import (
     put,
     write_part,
 )
-from lightspan.optim.residuals import Terms
+from lightspan.optim.residuals import LostMoments, Terms
 from lightspan.optim.settings import Switches
 from lightspan.sharded import Ranks
+from lightspan.triton_kernels.backproject_update import operand_type
 
 
 @dataclass
@@ -204,7 +205,9 @@ class BucketStep:
         """
         if self.projected is None:
             return []
-        return [self.projected.coordinates_BMR.square().sum() if in_frames else self.projected.energy_BM.sum()]
+        if in_frames:
+            return [torch.linalg.vector_norm(self.projected.coordinates_BMR).square()]
+        return [self.projected.energy_BM.sum()]
 
     def project(self, energy: bool) -> None:
         """The first half: coordinates of the gradients, in new frames where due. Writes no state. Rules that project
@@ -259,9 +262,11 @@ class BucketStep:
         """
         one = torch.ones((), device=self.layout.device) if clip is None else clip
         accumulated = self.rule.residual.accumulate(_given(self.gradients), self.state, one)
-        gradients: list[Tensor | None] = [matrix_MN.to(self.layout.dtype) for matrix_MN in accumulated]
+        # Products are in the dtype of other steps. What they lose of bfloat16 sums stays in the error.
+        operand = operand_type(self.bucket.parameters[0].dtype)
+        projected = self._projected([matrix_MN.to(operand) for matrix_MN in accumulated], self.rule.residual.rescales)
         self.gradients = []
-        return self._projected(gradients, self.rule.residual.rescales)
+        return replace(projected, gradients=[matrix_MN.to(self.layout.dtype) for matrix_MN in accumulated])
 
     def _new_frames(self, gradients: list[Tensor | None], positions: list[int], is_first: bool) -> NewFrames:
         chosen, beta1 = _given(gradients[i] for i in positions), self.bucket.group["betas"][0]
@@ -292,11 +297,13 @@ class BucketStep:
 
     def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
-        rate, device = self.bucket.group["lr"], self.layout.device
+        rate, decay, device = self.bucket.group["lr"], self.bucket.group["weight_decay"], self.layout.device
         wide = widest_float(device)
-        lr = rate.to(device, wide).reshape(()) if isinstance(rate, Tensor) else None
-        lr = torch.full((), rate, dtype=wide, device=device) if lr is None else lr
-        return lr * scale, 1 - lr * self.bucket.group["weight_decay"]
+        if isinstance(rate, Tensor):
+            rate = rate.to(device, wide).reshape(())
+            return rate * scale, 1 - rate * decay
+        lr, keep = (torch.full((), value, dtype=wide, device=device) for value in (rate * scale, 1 - rate * decay))
+        return lr, keep
 
 
 def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:
@@ -327,7 +334,7 @@ def update_weights(
         coordinates_BMR.mul_(clip)
         energy_BM = energy_BM * clip.square()
     source_BR: Tensor | None = None
-    lost: dict[int, Tensor] = {}
+    lost: LostMoments | None = None
     if projected.changes:
         source_BR, lost = change_frames(projected.changes, state, layout, rule, coordinates_BMR, numbers)
     setting = InnerContext(layout, rule.moments, numbers, source_BR)
@@ -344,4 +351,7 @@ def update_weights(
         rule.basis.update(weights, coefficients_BMR, projected.seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
         frame_BNR = rule.basis.frame(projected.seen, layout)
+        if lost is None:  # what moments lost is a difference of large products, which bfloat16 would not leave
+            operand = operand_type(weights[0].dtype)
+            coordinates_BMR, frame_BNR = coordinates_BMR.to(operand), frame_BNR.to(operand)
         rule.residual.remember(_given(projected.gradients), coordinates_BMR, frame_BNR, lost, state, numbers.betas)

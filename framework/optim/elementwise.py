@@ -71,16 +71,17 @@ def step_elementwise(
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
         quantised = local(state["exp_avg"]).dtype.itemsize < 4
         # A rank with a part of its own has its own roundings; otherwise all ranks round equally.
-        by_kind[quantised, parameter.dtype, parameter.device, ranks_of(parameter)].append(i)
-    for (quantised, _, device, _), members in by_kind.items():
+        shape = local(parameter).shape if quantised else None
+        by_kind[quantised, parameter.dtype, parameter.device, ranks_of(parameter), shape].append(i)
+    for (quantised, _, device, *_), members in by_kind.items():
         held = [real(local(parameters[i])) for i in members]
         gradients = [real(local(gradient)) for i in members if (gradient := parameters[i].grad) is not None]
         own = [{key: local(value) for key, value in states[i].items()} for i in members]
         starts = [seeds[i] for i in members]
         factor = None if clip is None else clip.to(device)
         if quantised:
-            for each in zip(held, gradients, own, starts, strict=True):
-                _step_quantised(*each, group, moments, factor)
+            for run in _runs([part.numel() for part in held]):
+                _step_quantised(held[run], gradients[run], own[run], starts[run.start], group, moments, factor)
         elif held[0].dtype.itemsize < 4:
             for run in _runs([part.numel() for part in held]):
                 _step_widened(held[run], gradients[run], own[run], starts[run.start], group, factor)
@@ -127,34 +128,38 @@ def _step_widened(
 
 
 def _step_quantised(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: State,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[State],
     seed: int,
     group: dict[str, Any],
     moments: MomentStorage,
     clip: Tensor | None,
 ) -> None:
-    """Moments in less than 32 bits: widened, stepped and rounded, the weight too if it is narrow."""
-    if not parameter.numel():  # a rank may have no part of a small parameter
-        state["step"].add_(1)
+    """Moments in less than 32 bits of parameters of one shape: all of them widened, stepped and rounded at once, the
+    weights too if they are narrow.
+    """
+    like = parameters[0]
+    if not like.numel():  # a rank may have no part of small parameters
+        torch._foreach_add_([state["step"] for state in states], 1)
         return
-    dtype, names = wide_type(parameter.dtype), ("exp_avg", "exp_avg_sq")
-    rows: State = {}
+    dtype, names, count = wide_type(like.dtype), ("exp_avg", "exp_avg_sq"), len(states)
+    rows = {key: torch.stack([state[key] for state in states]) for key in states[0] if key != "step"}
+    shapes = {key: value.shape for key, value in rows.items()}
     for name in names:
-        rows[name] = state[name].reshape(1, -1, parameter.shape[-1] if parameter.ndim else 1)
-        if f"{name}_scale" in state:
-            rows[f"{name}_scale"] = state[f"{name}_scale"][None]
-    wide = {name: moments.load(rows, name).reshape(parameter.shape).to(dtype) for name in names}
-    weight = parameter if parameter.dtype == dtype else parameter.to(dtype)
-    gradient = gradient.to(dtype) if clip is None else gradient.to(dtype) * clip
-    _adamw([weight], [gradient], [{**wide, "step": state["step"]}], group)
-    noise = _noise(state, seed)
+        rows[name] = rows[name].reshape(count, -1, like.shape[-1] if like.ndim else 1)
+    wide = {name: moments.load(rows, name).reshape(shapes[name]).to(dtype) for name in names}
+    stepped = [{**{name: wide[name][i] for name in names}, "step": state["step"]} for i, state in enumerate(states)]
+    weights = parameters if like.dtype == dtype else list(torch.stack(parameters).to(dtype))
+    read = gradients if gradients[0].dtype == dtype else list(torch.stack(gradients).to(dtype))
+    _adamw(weights, read if clip is None else list(torch._foreach_mul(read, clip.to(dtype))), stepped, group)
+    noise = _noise(states[0], seed)
     for name in names:
         moments.save(wide[name].reshape(rows[name].shape), rows, name, noise)
-        state[name].copy_(rows[name].reshape(parameter.shape))
-    if weight is not parameter:
-        parameter.copy_(_rounded(weight, parameter.dtype, noise))
+    for key, value in rows.items():
+        torch._foreach_copy_([state[key] for state in states], list(value.reshape(shapes[key])))
+    if weights is not parameters:
+        torch._foreach_copy_(parameters, list(_rounded(torch.stack(weights), like.dtype, noise)))
 
 
 def first_noise(parameter: Tensor, number: int, seed: int) -> int:

@@ -14,8 +14,8 @@ from lightspan.optim.bases import Basis
 from lightspan.optim.carries import FrameChange
 from lightspan.optim.inner import AdamSettings
 from lightspan.optim.layout import Layout, State, part_of, write_part
+from lightspan.optim.residuals import LostMoments
 from lightspan.optim.settings import Switches
-from lightspan.subspaces.frames import Frames
 from lightspan.triton_kernels.bias_correction import bias_correction
 
 
@@ -41,7 +41,8 @@ def choose_frames(
     """New frames for the matrices at `positions`, from their gradients [M N]; nothing is written."""
     part, part_layout = part_of(state, layout.select(positions)), layout.part(positions)
     if rule.basis.momentum and not first:
-        gradients = _with_momentum(gradients, part, part_layout, rule, beta1)
+        correction_b1R = bias_correction(part["age"], beta1)[:, None]
+        part["mean"] = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_b1R
     return NewFrames(positions, first, rule.basis.refresh(gradients, part, part_layout, first=first))
 
 
@@ -60,15 +61,15 @@ def change_frames(
     rule: Switches,
     coordinates_BMR: Tensor,
     numbers: AdamSettings,
-) -> tuple[Tensor | None, dict[int, Tensor]]:
+) -> tuple[Tensor | None, LostMoments | None]:
     """Writes new frames and carries moments into them.
 
     Args:
         coordinates_BMR: of the present gradients, in the new frames.
-    Returns where each column's moments are [B R], None if in place; and what first moments lost [M N], by matrix.
+    Returns where each column's moments are [B R], None if in place; and what first moments lost, if it is wanted.
     """
     source_BR: Tensor | None = None
-    lost: dict[int, Tensor] = {}
+    lost: LostMoments | None = None
     for change in changes:
         index = layout.select(change.positions)
         before, part_layout = part_of(state, index), layout.part(change.positions)
@@ -77,11 +78,12 @@ def change_frames(
             make_old, make_new = (partial(_frame, rule.basis, basis, part_layout) for basis in (before, change.basis))
             coordinates_bMR = coordinates_BMR[index]
             seen = FrameChange(make_old, make_new, before, change.basis, coordinates_bMR, numbers.betas)
-            before_BMN = _lifted(part, seen.old_BNR, rule) if rule.residual.keeps_lost_moments else None
+            negated_bMR = -rule.moments.load(part, "exp_avg") if rule.residual.keeps_lost_moments else None
             moved_bR = rule.basis.carry.carry(part, seen, rule.moments, numbers.seed)
-            if before_BMN is not None:
-                left = before_BMN - _lifted(part, seen.new_BNR, rule)
-                lost.update(zip(change.positions, left, strict=True))
+            if negated_bMR is not None:
+                moments_bMK = torch.cat((rule.moments.load(part, "exp_avg"), negated_bMR), dim=2)
+                frames_bNK = torch.cat((seen.new_BNR, seen.old_BNR), dim=2)
+                lost = LostMoments(*(_in_stack(both, change, layout) for both in (moments_bMK, frames_bNK)))
             if moved_bR is not None:
                 if source_BR is None:
                     source_BR = torch.arange(layout.rank, device=layout.device).repeat(layout.batch, 1)
@@ -103,18 +105,10 @@ def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part:
     return stack
 
 
-def _with_momentum(
-    gradients: Sequence[Tensor], part: State, layout: Layout, rule: Switches, beta1: float
-) -> list[Tensor]:
-    """rho m_hat Q^T + (1 - rho) G, by matrix."""
-    share = rule.basis.momentum
-    correction_B1R = bias_correction(part["age"], beta1)[:, None]
-    mean_BMR = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_B1R
-    lifted_BMN = Frames(rule.basis.frame(part, layout).to(layout.dtype)).push(mean_BMR)
-    return [
-        torch.lerp(g.to(layout.dtype), lifted_MN, share) for g, lifted_MN in zip(gradients, lifted_BMN, strict=True)
-    ]
-
-
-def _lifted(part: State, frame_BNR: Tensor, rule: Switches) -> Tensor:
-    return Frames(frame_BNR).push(rule.moments.load(part, "exp_avg").to(frame_BNR.dtype))
+def _in_stack(part: Tensor, change: NewFrames, layout: Layout) -> Tensor:
+    """What belongs to the matrices of a change as a stack of all matrices, zero for the others."""
+    if len(change.positions) == layout.batch:
+        return part
+    stack = part.new_zeros((layout.batch, *part.shape[1:]))
+    stack[layout.select(change.positions)] = part
+    return stack

@@ -122,7 +122,7 @@ class RandomSubspace(Optimizer):
             mean_over_ranks([*pulled, reached_by])
             if not reached_by:
                 return loss
-        if not all(bool(part.isfinite().all()) for part in pulled):
+        if not torch.cat(pulled).isfinite().all():
             raise UserError(
                 "the gradient is not finite, which in a random subspace affects every weight; nothing was changed. "
                 "Lower the learning rate or clip gradients, and check the loss and the data of this step"

@@ -35,6 +35,20 @@ class Terms:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class LostMoments:
+    """What changes of frame leave out of first moments, before old^T - after new^T [M N], as factors; both are zero for
+    matrices that keep their frame.
+
+    Args:
+        moments_BMK: after and -before beside each other, K = 2 R; used up by `Residual.remember`.
+        frames_BNK: new and old ones.
+    """
+
+    moments_BMK: Tensor
+    frames_BNK: Tensor
+
+
 class Residual:
     """A treatment of the residual. Parts that a treatment does not need keep these defaults: no state, no rescaling, no
     feedback.
@@ -74,13 +88,11 @@ class Residual:
         accumulated: list[Tensor],
         coordinates_BMR: Tensor,
         frame_BNR: Tensor,
-        lost: dict[int, Tensor],
+        lost: LostMoments | None,
         state: State,
         betas: tuple[float, float],
     ) -> None:
-        """Stores what the step left out; `lost` are the parts [M N] of first moments that a change of frame left out,
-        by matrix.
-        """
+        """Stores what the step left out; `lost` is what changes of frame left out of first moments."""
         raise NotImplementedError(f"{type(self).__name__} feeds nothing back")
 
 
@@ -302,10 +314,14 @@ class ErrorFeedback(Residual):
         accumulated: list[Tensor],
         coordinates_BMR: Tensor,
         frame_BNR: Tensor,
-        lost: dict[int, Tensor],
+        lost: LostMoments | None,
         state: State,
         betas: tuple[float, float],
     ) -> None:
-        for i, lost_MN in lost.items():
-            accumulated[i].add_(lost_MN, alpha=betas[0] / (1 - betas[0]))
+        if lost is not None:
+            # A - (1 - kept) R Q^T + c (before old^T - after Q^T) is one product of twice the rank.
+            rank, both_BMK, frames_BNK = coordinates_BMR.shape[2], lost.moments_BMK, lost.frames_BNK
+            both_BMK.mul_(betas[0] / (1 - betas[0]) / (1 - self.kept))[..., :rank].add_(coordinates_BMR)
+            frames_BNK[..., :rank] = frame_BNR
+            coordinates_BMR, frame_BNR = both_BMK, frames_BNK
         quantise_error(accumulated, coordinates_BMR, frame_BNR, self.kept, state["error"], state["error_scale"])

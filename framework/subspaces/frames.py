@@ -102,6 +102,8 @@ def block_power_step(
     frame_BNR: Tensor,
     total: Callable[[Tensor], Tensor] | None = None,
     first_row: int = 0,
+    mean_BMR: Tensor | None = None,
+    share: float = 0.0,
 ) -> Tensor:
     """One step of subspace iteration towards the top right singular vectors of B gradients [M N]: orth(G^T orth(G Q)).
 
@@ -111,12 +113,17 @@ def block_power_step(
     Args:
         total: sums over ranks, if the gradients are this rank's rows of taller ones, from row `first_row` on. Norms, R
             x R and N x R numbers are sent.
+        mean_BMR, share: with them the step is that of share * mean Q^T + (1 - share) G, which is never formed.
     """
     z_BMR, _ = project(gradients, frame_BNR, False)
+    if mean_BMR is not None:
+        z_BMR.lerp_(mean_BMR @ (frame_BNR.mT @ frame_BNR), share)
     (rows, rank), options = z_BMR.shape[1:], {"dtype": z_BMR.dtype, "device": z_BMR.device}
     identity_MR = torch.eye(first_row + rows, rank, **options)[first_row:]
     kept_BMR = cholesky_qr2(z_BMR, identity_MR.expand_as(z_BMR), total)
     y_BNR, _ = project([gradient.mT for gradient in gradients], kept_BMR, False)
+    if mean_BMR is not None:
+        y_BNR.lerp_(frame_BNR @ (mean_BMR.mT @ kept_BMR), share)
     return cholesky_qr2(y_BNR if total is None else total(y_BNR), anchor_BNR=frame_BNR)
 
 

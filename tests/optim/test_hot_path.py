@@ -4,16 +4,19 @@ No GPU is needed to see a synchronisation: tensors on the meta device have shape
 value raises.
 """
 
+import inspect
 import weakref
 
 import pytest
 import torch
+from step_costs import step_costs
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim.bases import DCTBasis, WholeBasis
+from lightspan.optim import buckets, presets
+from lightspan.optim.bases import DCTBasis, Every, WholeBasis
 from lightspan.optim.core import Projected, update_weights
+from lightspan.optim.elementwise import SMALLEST_QUANTISED
 from lightspan.optim.gradients import attach
 from lightspan.optim.inner import (
     SGD,
@@ -28,6 +31,7 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.presets import DCTAdamW, Dion2, FactoredMuon, LDAdam, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.triton_kernels import backproject_update, error_feedback, tiles
 
 RULES = {
     "default": {},
@@ -108,19 +112,34 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(rule):
         torch.testing.assert_close(straight, compiled)
 
 
-class Counted(TorchDispatchMode):
-    """Bytes that gathers write, and how many tensors came from lists on the host."""
+@pytest.mark.sweep  # tracing a step takes seconds
+@pytest.mark.parametrize("residual", [Fira(), None])
+def test_a_compiled_step_has_fewer_than_four_graphs_and_none_is_new_after_the_second_refresh(residual):
+    torch.compiler.reset()
+    graphs = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathered, self.from_host = 0, 0
+    def backend(graph, inputs):  # needs no C++ compiler
+        graphs.append(graph)
+        return graph.forward
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default):
-            self.gathered += out.nbytes
-        self.from_host += func is torch.ops.aten.lift_fresh.default  # what torch.tensor(list) makes
-        return out
+    def make():
+        weights = [nn.Parameter(torch.ones(shape)) for shape in ((12, 8), (12, 8), (8,))]
+        schedule = Every(3, staggered=False)
+        return weights, LowRank(weights, lr=0.1, rank=4, residual=residual, refresh=schedule, check_finite=False)
+
+    (weights, plain), (twins, optimizer) = make(), make()
+    compiled, generator, counts = torch.compile(optimizer.step, backend=backend), torch.Generator().manual_seed(0), []
+    for number in range(11):
+        for weight, twin in zip(weights, twins, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            twin.grad = weight.grad.clone()
+        plain.step()
+        (compiled if number else optimizer.step)()  # the first step chooses all frames, from random ones
+        counts.append(len(graphs))
+    assert 2 <= counts[-1] < 4
+    assert counts[6] == counts[-1]
+    for weight, twin in zip(weights, twins, strict=True):  # the graph may round numbers that it makes constants
+        torch.testing.assert_close(twin, weight, rtol=1e-5, atol=1e-5)
 
 
 def counted_steps(make, steps, absent=()):
@@ -131,31 +150,20 @@ def counted_steps(make, steps, absent=()):
     for _ in range(steps):
         for i, weight in enumerate(weights):
             weight.grad = None if i in absent else torch.randn(weight.shape, generator=generator)
-        with Counted() as counted:
+        with step_costs(stacks(optimizer)) as costs:
             optimizer.step()
-    return counted, optimizer
+    return costs
+
+
+def stacks(optimizer):
+    """All state of what is projected."""
+    return [tensor for bucket in optimizer.buckets() for tensor in bucket.state.values()]
 
 
 @pytest.mark.parametrize("absent", [(), (3,), (1,)], ids=["all", "the last missing", "a middle one missing"])
-def test_a_steady_step_sends_nothing_from_the_host_and_copies_state_only_where_matrices_are_missing(absent):
-    counted, _ = counted_steps(lambda weights: LowRank(weights, rank=4, refresh=8), 9, absent)  # one frame is due
-    assert counted.from_host == 0
-    assert (counted.gathered > 0) == (absent == (1,))  # neighbours in the stack are stepped where they are
-
-
-@pytest.mark.parametrize("preset", [Muon, NorMuon, FactoredMuon, Dion2])
-def test_whole_matrices_gather_nothing_and_send_nothing_from_the_host(preset):
-    counted, _ = counted_steps(preset, 3)
-    assert (counted.gathered, counted.from_host) == (0, 0)
-
-
-@pytest.mark.parametrize("preset", [LDAdam, Trion, DCTAdamW])
-def test_choosing_every_frame_in_every_step_copies_no_moments(preset):
-    counted, optimizer = counted_steps(lambda weights: preset(weights, lr=1e-3, rank=4), 3)
-    assert counted.from_host == 0
-    frames = sum(b.layout.batch * b.layout.size * b.layout.rank * 4 for b in optimizer.buckets())
-    # Selected columns are one gather of frames a step, whatever reads them.
-    assert counted.gathered == (0 if preset is LDAdam else frames)
+def test_a_steady_step_copies_state_only_where_matrices_are_missing(absent):
+    costs = counted_steps(lambda weights: LowRank(weights, rank=4, refresh=10**6), 2, absent)
+    assert (costs.copied_state > 0) == (absent == (1,))  # neighbours in the stack are stepped where they are
 
 
 @pytest.mark.parametrize("backward", ["hooks", "projected"])
@@ -164,11 +172,143 @@ def test_asking_whether_a_frame_is_due_copies_no_state(backward):
     optimizer = LowRank(net.parameters(), rank=4, residual=None, refresh=100, backward=backward)
     attach(net, optimizer)
     for _ in range(3):
-        with Counted() as counted:
+        with step_costs(stacks(optimizer)) as costs:
             net(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert (counted.gathered, counted.from_host) == (0, 0)
+    assert costs.copied_state == 0
+
+
+PRESETS = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
+WHOLE = (Muon, NorMuon, FactoredMuon, Dion2)
+OWN_SCHEDULE = (LDAdam, Trion, *WHOLE)
+SHAPES = [(64, 48), (48, 64), (80, 48), (96, 32), (40, 72), (56, 56)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def every_kind():
+    assert {LDAdam, Trion, DCTAdamW} < set(PRESETS)
+    return [LowRank, *PRESETS]
+
+
+def costs_of(kind, dtype, device, refresh=10**6, vectors=1, sizes=(7,), **options):
+    """What the third step of two matrices of each shape and some vectors costs."""
+    shapes = [*SHAPES * 2, *[(size,) for size in sizes] * vectors]
+    weights = [nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes]
+    options |= {"rank": 4} if "rank" in inspect.signature(kind).parameters and kind is not presets.APOLLOMini else {}
+    options |= {} if kind in OWN_SCHEDULE else {"refresh": Every(refresh, staggered=False)}
+    optimizer = kind(weights, lr=1e-3, weight_decay=0.1, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
+        with step_costs(stacks(optimizer)) as costs:
+            optimizer.step()
+    return costs
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", every_kind())
+def test_a_steady_step_exchanges_nothing_with_the_host_but_its_check_for_finite_gradients(kind, dtype, max_norm):
+    for check in (False, True):
+        costs = costs_of(kind, dtype, "meta", check_finite=check, max_norm=max_norm)
+        assert (costs.to_device, costs.from_device) == (0, int(check))
+
+
+def test_copies_are_counted_wherever_they_hide():
+    there = torch.ones(3, device="meta")
+    hidden = {
+        "a list": lambda: torch.tensor([1.0, 2.0], device="meta"),
+        "a number": lambda: there.new_tensor(1.0),
+        "a tensor": lambda: torch.ones(3).to("meta"),
+        "into a tensor": lambda: there.copy_(torch.ones(3)),
+        "an operand": lambda: there[torch.zeros(2, dtype=torch.int64)],
+        "an index": lambda: there[[0, 2]],
+        "a written index": lambda: there.__setitem__([0, 2], 1.0),
+    }
+    for copy in hidden.values():
+        with step_costs() as costs:
+            copy()
+        assert (costs.to_device, costs.from_device) == (1, 0)
+    for read in (there[0].item, lambda: bool(there[0]), there.tolist, there.cpu, lambda: float(there[0])):
+        with step_costs() as costs:
+            read()
+        assert (costs.to_device, costs.from_device) == (0, 1)
+    with step_costs() as costs:
+        there.mul(2.0).add_(torch.tensor(1.0)).fill_(3.0)[1:].zero_()
+        torch.full((), 2.0, device="meta")
+    assert (costs.to_device, costs.from_device, costs.kernels.total()) == (0, 0, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", every_kind())
+def test_parameters_outside_the_frames_take_the_same_kernels_however_many_there_are(kind, dtype):
+    few, many = (costs_of(kind, dtype, "meta", vectors=count, max_norm=1.0).kernels for count in (1, 9))
+    assert few == many
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moments", [BFloat16Moments(), Int8Moments()])
+def test_so_do_those_whose_moments_are_narrow(moments, dtype):
+    few, many = (
+        costs_of(LowRank, dtype, "meta", vectors=count, sizes=(7, SMALLEST_QUANTISED), moments=moments).kernels
+        for count in (1, 9)
+    )
+    assert few == many
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind not in WHOLE])
+def test_temporaries_of_a_step_are_less_than_half_of_a_float32_copy_of_its_gradients(
+    kind, dtype, refresh, device, monkeypatch
+):
+    # Tiles that are as small beside these matrices as those of the CPU paths are beside a network's.
+    monkeypatch.setattr(backproject_update, "WINDOW", 512)
+    monkeypatch.setattr(error_feedback, "WINDOW", 512)
+    monkeypatch.setattr(tiles, "CACHED", 512)
+    costs = costs_of(kind, dtype, device, refresh, max_norm=1.0)
+    assert 0 < costs.peak < 0.5 * sum(2 * 4 * rows * columns for rows, columns in SHAPES)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_temporaries_of_whole_matrices_are_a_few_copies_of_those_that_step_at_once(kind, dtype, device, monkeypatch):
+    largest = max(rows * columns for rows, columns in SHAPES)
+    monkeypatch.setattr(buckets, "LARGEST_STACK", largest)
+    costs = costs_of(kind, dtype, device, max_norm=1.0)
+    assert 0 < costs.peak < 8 * 4 * largest
+
+
+@pytest.mark.parametrize("kind", [Muon, LDAdam, Trion])
+def test_stacks_of_rules_that_project_late_are_cut_and_step_as_one(kind, monkeypatch):
+    def trained():
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(12, 8)) for _ in range(5)]
+        optimizer = kind(weights, lr=0.1, **({"rank": 4} if kind is not Muon else {}))
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(12, 8)
+            optimizer.step()
+        return weights, [bucket.layout.batch for bucket in optimizer.buckets()]
+
+    whole, batches = trained()
+    assert batches == [5]
+    monkeypatch.setattr(buckets, "LARGEST_STACK", 200)
+    cut, batches = trained()
+    assert batches == [2, 2, 1]
+    for one, other in zip(whole, cut, strict=True):
+        torch.testing.assert_close(one, other)
+    monkeypatch.setattr(buckets, "LARGEST_STACK", 1)
+    assert trained()[1] == [1] * 5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind is not Dion2])  # which gathers columns to step
+def test_choosing_every_frame_again_copies_no_state(kind):
+    assert costs_of(kind, torch.float32, "meta", refresh=1).copied_state == 0
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from step_costs import step_costs
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -520,3 +521,22 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     with pytest.raises(UserError, match="not finite, which in a random subspace affects every weight"):
         optimizer.step()
     assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tensors_are_read_and_written_by_as_many_kernels_however_many_there_are(dtype, decay) -> None:
+    kernels = []
+    for count in (2, 9):
+        weights = [nn.Parameter(torch.ones(5, 3, dtype=dtype)) for _ in range(count)]
+        groups, inner = [{"params": weights, "weight_decay": decay}], partial(SGD, lr=0.1, foreach=False)
+        optimizer = RandomSubspace(groups, inner, dim=4, projection=Dense)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        with step_costs() as costs:
+            optimizer.step()
+        kernels.append(costs.kernels)
+    few, many = kernels
+    assert few == many
+    # gradients to one vector, the start to the weights, what has moved; weights to a vector, times their decay
+    assert sum(count for name, count in many.items() if "_foreach_" in name) == 3 + 2 * bool(decay)

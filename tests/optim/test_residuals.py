@@ -179,7 +179,7 @@ def test_what_a_step_leaves_out_comes_back_in_the_next(precision, kept):
     gradient, frame, *_ = parts()
     accumulated = residual.accumulate(list(gradient), state, one)
     r = torch.stack([*accumulated]).double() @ frame
-    residual.remember([a.double() for a in accumulated], r, frame, {}, state, (0.9, 0.99))
+    residual.remember([a.double() for a in accumulated], r, frame, None, state, (0.9, 0.99))
     error = torch.stack(residual.accumulate([torch.zeros_like(g) for g in gradient], state, one))
     expected = gradient - (1 - kept) * r @ frame.mT
     step = {"float32": 1e-12, "bfloat16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}[precision]
