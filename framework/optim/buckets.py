@@ -107,7 +107,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
         alike[key].append((member, order))
         order += len(held)
     buckets = []
-    for pairs in (part for members in alike.values() for part in _parts(members, rule)):
+    for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
         held = matrices(kind.parameter, kind.stacked)
         places = [first + i for _, first in pairs for i in range(len(held))]
