@@ -91,9 +91,18 @@ class FactoredMuon(Muon):
     W <- W - lr c N |O| / (|N| + 1e-10)
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 4e-3, beta2: float = 0.95, **settings: Any) -> None:
-        own = {"momentum": 0.9, "convention": "kimi", "other_lr": 4e-3}
-        super().__init__(params, lr, beta2=beta2, **own | settings)
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 4e-3,
+        momentum: float = 0.9,
+        beta2: float = 0.95,
+        nesterov: bool = True,
+        convention: Convention = "kimi",
+        other_lr: float = 4e-3,
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, momentum, nesterov, convention, other_lr, beta2=beta2, **settings)
 
     def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
         o, beta2 = super().orthogonal(g, state, group), group["beta2"]
