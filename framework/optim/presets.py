@@ -44,7 +44,6 @@ from lightspan.optim.bases import DCTBasis, GaussianBasis, Never, PowerBasis, SV
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import (
     Convention,
-    Inner,
     MomentumNewtonSchulz,
     NeuronNewtonSchulz,
     NewtonSchulz,
@@ -238,14 +237,12 @@ class Trion(TwoRates):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        own = {"basis": DCTBasis(norm=norm, carry=Keep()), "residual": ErrorFeedback(kept=momentum), "refresh": 1}
-        own |= {"rank": rank, "inner": NewtonSchulz(scale=convention)}
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
-
-
-def _of_whole_matrices(inner: Inner) -> dict[str, Any]:
-    """The parts of a rule that needs no frame."""
-    return {"basis": WholeBasis(), "residual": None, "inner": inner, "refresh": Never()}
+        basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
+        inner = NewtonSchulz(scale=convention)
+        super().__init__(
+            params, lr, other_lr=other_lr, rank=rank, basis=basis, residual=residual, inner=inner, refresh=1,
+            betas=betas, eps=eps, **options,
+        )  # fmt: skip
 
 
 class Muon(TwoRates):
@@ -283,8 +280,10 @@ class Muon(TwoRates):
         **options: Any,
     ) -> None:
         inner = MomentumNewtonSchulz(momentum=momentum, nesterov=nesterov, scale=convention, precision=precision)
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip
 
 
 class NorMuon(TwoRates):
@@ -317,8 +316,10 @@ class NorMuon(TwoRates):
         inner = NeuronNewtonSchulz(
             momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
         )
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip
 
 
 class Dion2(TwoRates):
@@ -349,5 +350,7 @@ class Dion2(TwoRates):
         **options: Any,
     ) -> None:
         inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, scale=convention, precision=precision)
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip
