@@ -46,7 +46,6 @@ from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import (
     Convention,
     FactoredNewtonSchulz,
-    Inner,
     MomentumNewtonSchulz,
     NeuronNewtonSchulz,
     NewtonSchulz,
@@ -241,14 +240,12 @@ class Trion(TwoRates):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        own = {"basis": DCTBasis(norm=norm, carry=Keep()), "residual": ErrorFeedback(kept=momentum), "refresh": 1}
-        own |= {"rank": rank, "inner": NewtonSchulz(scale=convention)}
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
-
-
-def _of_whole_matrices(inner: Inner) -> dict[str, Any]:
-    """The parts of a rule that needs no frame."""
-    return {"basis": WholeBasis(), "residual": None, "inner": inner, "refresh": Never()}
+        basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
+        inner = NewtonSchulz(scale=convention)
+        super().__init__(
+            params, lr, other_lr=other_lr, rank=rank, basis=basis, residual=residual, inner=inner, refresh=1,
+            betas=betas, eps=eps, **options,
+        )  # fmt: skip
 
 
 class Muon(TwoRates):
@@ -286,8 +283,10 @@ class Muon(TwoRates):
         **options: Any,
     ) -> None:
         inner = MomentumNewtonSchulz(momentum=momentum, nesterov=nesterov, scale=convention, precision=precision)
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip
 
 
 class NorMuon(TwoRates):
@@ -320,8 +319,10 @@ class NorMuon(TwoRates):
         inner = NeuronNewtonSchulz(
             momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
         )
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip
 
 
 class FactoredMuon(TwoRates):
@@ -356,8 +357,10 @@ class FactoredMuon(TwoRates):
         inner = FactoredNewtonSchulz(
             momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
         )
-        own = {**_of_whole_matrices(inner), "moments": moments}
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, moments=moments,
+            refresh=Never(), betas=betas, eps=eps, **options,
+        )  # fmt: skip
 
 
 class Dion2(TwoRates):
@@ -388,5 +391,7 @@ class Dion2(TwoRates):
         **options: Any,
     ) -> None:
         inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, scale=convention, precision=precision)
-        own = _of_whole_matrices(inner)
-        super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **own, **options)
+        super().__init__(
+            params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
+            eps=eps, **options,
+        )  # fmt: skip

@@ -371,6 +371,26 @@ def test_coordinates_of_one_shape_exist_at_a_time_and_gradients_stay_as_they_are
     torch.testing.assert_close(optimizer.state[weights[2]]["exp_avg"], 0.05 * kept[2] * 0.1 / (norm + 1e-6))
 
 
+@every_rule
+@pytest.mark.parametrize("moments", [Float32Moments(), BFloat16Moments(), Int8Moments()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_moves_without_a_gradient_and_what_comes_and_goes_stays_finite(dtype, moments, kind) -> None:
+    shapes = [(8, 6), (6, 8), (1, 7), (4, 2, 2, 2)]
+    weights = [nn.Parameter(draw(*shape, dtype=dtype)) for shape in shapes]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = kind(weights, lr=0.1, moments=moments)
+    for step in range(8):
+        for weight in weights:
+            weight.grad = draw(*weight.shape, seed=step, dtype=dtype) * (step > 1)
+            weight.grad[: len(weight) // 2] *= step % 2  # dead rows that come back
+            weight.grad[..., -1] *= 10.0 ** -(4 * step)
+        weights[0].grad = None if step in (4, 5) else weights[0].grad
+        optimizer.step()
+        assert (step > 1) or all(torch.equal(*pair) for pair in zip(weights, before, strict=True))
+        assert all(value.isfinite().all() for w in weights for value in (w, *optimizer.state[w].values()))
+    assert all((weight != old).any() for weight, old in zip(weights, before, strict=True))
+
+
 @pytest.mark.parametrize("kind", [*WHOLE, Trion], ids=lambda kind: kind.__name__)
 def test_unchecked_a_matrix_whose_squares_overflow_stands_still_and_others_go_on(kind) -> None:
     weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from lightspan.errors import UserError
@@ -226,6 +228,18 @@ def test_presets_are_found_and_go_by_one_name_each():
 
 # What a reference has otherwise: `bound` is not in the papers, and an error is not quantised there.
 NOT_THE_PAPERS = {"bound": None, "error_feedback": True}
+
+
+@pytest.mark.parametrize("kind", [LowRank, *ALL], ids=lambda kind: kind.__name__)
+def test_every_preset_can_be_built_by_its_class_path_as_in_a_recipe(kind):
+    """The parser reads in the calls of constructors which arguments of `LowRank` are left to a recipe."""
+    parser = ArgumentParser()
+    parser.add_argument("--optimizer", type=OptimizerCallable)
+    path = f"{kind.__module__}.{kind.__name__}"
+    given = parser.parse_args([f"--optimizer={path}", "--optimizer.weight_decay=0.5"])
+    optimizer = parser.instantiate_classes(given).optimizer([nn.Parameter(torch.ones(900, 800))])
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize("kind", [LowRank, *ALL], ids=lambda kind: kind.__name__)

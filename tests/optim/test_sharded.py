@@ -25,7 +25,7 @@ from lightspan.optim.bases import DCTBasis, SVDBasis
 from lightspan.optim.inner import SGD, NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Int8Moments
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam
+from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam, NorMuon
 from lightspan.optim.residuals import Apollo, ErrorFeedback
 from lightspan.strategies import shard_blocks
 
@@ -83,6 +83,7 @@ OTHERS = {
     "orthogonalised": lambda p: LowRank(
         p, lr=1e-3, rank=RANK, refresh=1, basis=DCTBasis(norm=1), inner=NewtonSchulz(), residual=ErrorFeedback(kept=0.9)
     ),
+    "NorMuon": lambda p: NorMuon(p, lr=1e-3, max_norm=CLIP),
 }
 """Every rule that looks across rows in one way of its own; a few steps of each."""
 OTHER_STEPS = 5
