@@ -20,6 +20,7 @@ from lightspan.errors import UserError
 from lightspan.optim import presets, reference
 from lightspan.optim.bases import Every
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.moments import Float32Moments
 from lightspan.optim.reference.ldadam import power_step
 from lightspan.optim.reference.loop import tall
 from lightspan.optim.residuals import Fira
@@ -268,7 +269,7 @@ def test_a_net_trains_as_its_reference_does(kind):
     singular vectors are given to it; see above.
     """
     shapes, settings = [(9, 5), (5, 9), (6, 2, 2, 2), (7,), (8, 1)], {**named(kind, rank=2), "weight_decay": 0.1}
-    options = named(kind, refresh=Every(3, staggered=False), bound=None)
+    options = named(kind, refresh=Every(3, staggered=False), bound=None, moments=Float32Moments())
     options |= {"error_feedback": "float32"} if kind is presets.DCTAdamW else {}
     ours, theirs = ([nn.Parameter(start(shape)[0]) for shape in shapes] for _ in range(2))
     fast = kind(ours, **settings, **options)
