@@ -238,7 +238,7 @@ def test_every_preset_can_be_built_by_its_class_path_as_in_a_recipe(kind):
     parser.add_argument("--optimizer", type=OptimizerCallable)
     path = f"{kind.__module__}.{kind.__name__}"
     given = parser.parse_args([f"--optimizer={path}", "--optimizer.weight_decay=0.5"])
-    optimizer = parser.instantiate_classes(given).optimizer([nn.Parameter(torch.ones(900, 800))])
+    optimizer = parser.instantiate(given).optimizer([nn.Parameter(torch.ones(900, 800))])
     assert type(optimizer) is kind
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
