@@ -36,7 +36,7 @@ def backproject_update_reference(
     scale_BM: Tensor, lr: Tensor, keep: Tensor, seed: Tensor | None,
 ) -> None:  # fmt: skip
     """The definition, and the CPU path: by tiles of rows, so that intermediate results stay in the caches."""
-    (M, N), dtype = weights[0].shape, weights[0].dtype
+    (M, N), R, dtype = weights[0].shape, frame_BNR.shape[2], weights[0].dtype
     wide, operand = wide_type(dtype), operand_type(dtype)
     rate, kept = lr.item(), keep.item()
     number = None if seed is None or dtype != torch.bfloat16 else int(seed)
@@ -54,20 +54,20 @@ def backproject_update_reference(
         if weight.stride(1) != 1:
             weight, residual = weight.mT, [factor.mT for factor in residual]
         if dtype == wide:
-            weight.addmm_(left, right, beta=kept, alpha=-rate) if len(right) else weight.mul_(kept)
+            weight.addmm_(left, right, beta=kept, alpha=-rate) if R else weight.mul_(kept)
             if residual:
                 weight.addcmul_(*residual, value=-rate)
             continue
-        parts = zip(*(whole.split(rows) for whole in (weight, left, *residual)), strict=True)
-        for place, (tile, left_part, *residual_part) in enumerate(parts, start=b * tiles):
-            total, step = scratch[: len(tile)], product[: len(tile)]
+        for place, first in enumerate(range(0, height, rows), start=b * tiles):
+            part = slice(first, min(first + rows, height))
+            tile, total, step = weight[part], scratch[: part.stop - first], product[: part.stop - first]
             total.copy_(tile)
             if kept != 1:
                 total.mul_(kept)
-            if len(right):
-                total.add_(torch.mm(left_part, right, out=step), alpha=-rate)
-            if residual_part:
-                total.addcmul_(*residual_part, value=-rate)
+            if R:
+                total.add_(torch.mm(left[part], right, out=step), alpha=-rate)
+            if residual:
+                total.addcmul_(*(factor[part] for factor in residual), value=-rate)
             if number is not None:
                 stochastic_round_(total, number, tile=place * -(-width // WINDOW))
             tile.copy_(total)

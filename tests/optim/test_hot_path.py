@@ -13,7 +13,7 @@ from step_costs import step_costs
 from torch import nn
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.optim import buckets, presets
+from lightspan.optim import bases, buckets, presets
 from lightspan.optim.bases import DCTBasis, Every, WholeBasis
 from lightspan.optim.core import Projected, update_weights
 from lightspan.optim.elementwise import SMALLEST_QUANTISED
@@ -31,7 +31,9 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.presets import DCTAdamW, Dion2, FactoredMuon, LDAdam, Muon, NorMuon, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.subspaces import frames
 from lightspan.triton_kernels import backproject_update, error_feedback, tiles
+from lightspan.triton_kernels.project import project
 
 RULES = {
     "default": {},
@@ -191,15 +193,15 @@ def every_kind():
     return [LowRank, *PRESETS]
 
 
-def costs_of(kind, dtype, device, refresh=10**6, vectors=1, sizes=(7,), **options):
-    """What the third step of two matrices of each shape and some vectors costs."""
-    shapes = [*SHAPES * 2, *[(size,) for size in sizes] * vectors]
+def costs_of(kind, dtype, device, refresh=10**6, matrices=SHAPES[:2], vectors=1, sizes=(7,), **options):
+    """What the second step of two matrices of each shape and some vectors costs."""
+    shapes = [*matrices * 2, *[(size,) for size in sizes] * vectors]
     weights = [nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes]
     options |= {"rank": 4} if "rank" in inspect.signature(kind).parameters and kind is not presets.APOLLOMini else {}
     options |= {} if kind in OWN_SCHEDULE else {"refresh": Every(refresh, staggered=False)}
     optimizer = kind(weights, lr=1e-3, weight_decay=0.1, **options)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for _ in range(2):
         for weight in weights:
             weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
         with step_costs(stacks(optimizer)) as costs:
@@ -269,7 +271,7 @@ def test_temporaries_of_a_step_are_less_than_half_of_a_float32_copy_of_its_gradi
     monkeypatch.setattr(backproject_update, "WINDOW", 512)
     monkeypatch.setattr(error_feedback, "WINDOW", 512)
     monkeypatch.setattr(tiles, "CACHED", 512)
-    costs = costs_of(kind, dtype, device, refresh, max_norm=1.0)
+    costs = costs_of(kind, dtype, device, refresh, SHAPES, max_norm=1.0)
     assert 0 < costs.peak < 0.5 * sum(2 * 4 * rows * columns for rows, columns in SHAPES)
 
 
@@ -304,6 +306,20 @@ def test_stacks_of_rules_that_project_late_are_cut_and_step_as_one(kind, monkeyp
         torch.testing.assert_close(one, other)
     monkeypatch.setattr(buckets, "LARGEST_STACK", 1)
     assert trained()[1] == [1] * 5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind not in WHOLE])
+def test_products_with_frames_read_bfloat16_where_weights_are_bfloat16(kind, monkeypatch):
+    read = set()
+
+    def watched(gradients, frame_BNR, energy):
+        read.add(gradients[0].dtype)
+        return project(gradients, frame_BNR, energy)
+
+    for module in (bases, frames):
+        monkeypatch.setattr(module, "project", watched)
+    costs_of(kind, torch.bfloat16, "meta", refresh=1)
+    assert read == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind is not Dion2])  # which gathers columns to step

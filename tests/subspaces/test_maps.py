@@ -20,7 +20,7 @@ import lightspan
 from lightspan.experiments.bases import IdentityBasis, RandomBasis, RandomColumns
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.merging.span import TaskSpan
-from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis
+from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis, WholeBasis
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.grassmann import Horizontal
@@ -77,6 +77,7 @@ BASES: dict[type[Basis], Basis] = {
     RandomBasis: RandomBasis(),
     GaussianBasis: GaussianBasis(),
     DCTBasis: DCTBasis(),
+    WholeBasis: WholeBasis(),
     RandomColumns: RandomColumns(),
     IdentityBasis: IdentityBasis(),
     HadamardBasis: HadamardBasis(),
@@ -107,7 +108,7 @@ def test_every_map_and_every_basis_has_a_case() -> None:
     maps = {kind for kind in concrete(classes()) if hasattr(kind, "push") and hasattr(kind, "pull")} - {SubspaceMap}
     bases = {kind for kind in concrete(classes()) if issubclass(kind, Basis)}
     assert len(maps) >= 7
-    assert len(bases) >= 9
+    assert len(bases) >= 10
     assert maps == CASES.keys()
     assert bases == BASES.keys()
 
@@ -138,7 +139,7 @@ def test_what_a_basis_projects_and_updates_is_the_pull_and_push_of_its_frames(
 ) -> None:
     """The fused forms that a step uses, in float64, after a refresh from a gradient."""
     basis, rows = BASES[kind], max(rows, size)
-    rank = data.draw(st.integers(1, size))
+    rank = size if basis.whole else data.draw(st.integers(1, size))
     layout = Layout(rows, size, rank, False, torch.float64, torch.device("cpu"), (seed, seed + 1))
     gradients = list(normal(2, rows, size, seed=seed))
     state = basis.refresh(gradients, basis.initial(layout), layout, first=True)
