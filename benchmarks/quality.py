@@ -11,16 +11,15 @@ the seed; one thread, so that the losses repeat bit by bit on one kind of proces
 of a run, whose samples are all new. Validation data are not used. A point is the rate of the matrices, that of
 everything else, and the momentum of the matrices, which is the first beta of those with betas: how long the past counts
 matters as much as a rate in runs of a few hundred steps, and published defaults differ. A run of the search is a final
-run on another seed: what is best in a shorter run, where the schedule falls sooner, is not best in a longer one. The
-matrices' rate takes three values a factor of two apart, then the other rate, then the share of the momentum that a step
-forgets; then the two neighbours of the matrices' rate are tried again. A line whose best value is an end is extended
-until the best is inside. All optimisers are searched in this way; where one starts costs it runs, not loss. `final`
+run on another seed: what is best in a shorter run, where the schedule falls sooner, is not best in a longer one. From
+where it starts the search moves to the first better of eight neighbours until none is better: either rate or the share
+of momentum that a step forgets twice or half as large, or the matrices' rate and this share together, since the best of
+one depends on the other. All optimisers are searched in this way; where one starts costs it runs, not loss. `final`
 trains seeds 0, 1 and 2 at this point and keeps a validation curve, which gives the time to the loss that AdamW ends at
 on the same seed. `table` prints the results and draws them next to the results file.
 
 Budget: a run takes a minute of one core of a server CPU (AVX-512, 105 GFLOP/s in float32 products), of `large` one and
-a half; nearly all of it is the model's. An optimiser on a task has about a dozen runs of the search and three final
-ones.
+a half; nearly all of it is the model's. An optimiser on a task has 12 to 20 runs of the search and three final ones.
 
 Every finished run is kept in benchmarks/results/quality.json under its task, optimiser, point, seed and steps, and is
 never run again: stop and resume at any time, or let two processes work on different optimisers. Delete the rows of a
@@ -75,7 +74,7 @@ from lightspan.optim.presets import (
     Trion,
 )
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.sweeps.descent import best_on_line
+from lightspan.sweeps.descent import to_better_neighbours
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
@@ -392,14 +391,26 @@ def measured(results: Path, task: Task, candidate: Candidate, point: Point, seed
     return row
 
 
+NEIGHBOURS = [
+    (2.0, 1.0, 1.0), (0.5, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 0.5),
+    (2.0, 1.0, 2.0), (0.5, 1.0, 0.5),
+]  # fmt: skip
+"""Factors on both rates and on the share of the momentum that is forgotten."""
+
+
 def search(loss: Callable[[Point], float], start: Point) -> Point:
-    """The protocol of the module's docstring: one line of three along each axis, and a last look beside the first."""
-    lr, other, momentum = start
-    lr = best_on_line(lambda rate: loss((rate, other, momentum)), lr, reach=1)
-    other = best_on_line(lambda rate: loss((lr, rate, momentum)), other, reach=1)
-    forgets = best_on_line(lambda share: loss((lr, other, kept(share))), 1 - momentum, reach=1)
-    momentum = kept(forgets)
-    return best_on_line(lambda rate: loss((rate, other, momentum)), lr, reach=1), other, momentum
+    """The protocol of the module's docstring."""
+    lr, other, forgets = to_better_neighbours(
+        lambda point: loss((point[0], point[1], kept(point[2]))), (*start[:2], 1 - start[2]), NEIGHBOURS
+    )
+    return lr, other, kept(forgets)
+
+
+def beside(point: Point) -> set[Point]:
+    """The neighbours of a point, as rows keep them."""
+    shares = (*point[:2], 1 - point[2])
+    near = [tuple(float(f"{one * f:.4g}") for one, f in zip(shares, factors, strict=True)) for factors in NEIGHBOURS]
+    return {(lr, other, kept(forgets)) for lr, other, forgets in near}
 
 
 def kept(forgotten: float) -> float:
@@ -436,18 +447,12 @@ def best_point(swept: list[Row]) -> Point | None:
 
 
 def extent(swept: list[Row]) -> str:
-    """How much was searched, and whether the best point lies inside each of its lines: else a better one may lie
-    beyond.
-    """
+    """How much was searched, and whether all neighbours of the best point were tried, none of which is better then."""
     best = best_point(swept)
     assert best is not None
-    lines = [{row["lr"] for row in swept if (row["other_lr"], row["momentum"]) == best[1:]}]
-    lines += [{row[name] for row in swept} for name in POINT[1:]]
-    one = len(lines[2]) == 1  # so were searches before momentum was part of them
-    walked = list(zip(best, lines, strict=True))[: 2 if one else 3]
-    inside = all(min(line) < value < max(line) for value, line in walked)
-    where = f"{' at one momentum' if one else ''}, {'inside' if inside else 'at an end'}"
-    return f"{len(swept)} runs of {swept[0]['steps']} steps{where}"
+    tried = {(row["lr"], row["other_lr"], row["momentum"]) for row in swept}
+    whole = "no neighbour is better" if beside(best) - {best} <= tried else "not all neighbours were tried"
+    return f"{len(swept)} runs of {swept[0]['steps']} steps, {whole}"
 
 
 def final_rows(rows: Iterable[Row], task: Task) -> dict[str, list[Row]]:
