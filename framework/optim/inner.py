@@ -182,7 +182,25 @@ class MomentumNewtonSchulz(NewtonSchulz):
 
 
 @dataclass(frozen=True)
-class NeuronNewtonSchulz(MomentumNewtonSchulz):
+class _Evened(MomentumNewtonSchulz):
+    """What rules share that divide Muon's direction by roots of running means of its squares."""
+
+    beta2: float = 0.95
+
+    EPSILON = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_share(self, beta2=self.beta2)
+
+    def brought_to(self, norm_B: Tensor, direction_BMR: Tensor, layout: Layout) -> Tensor:
+        """The directions at these Frobenius norms, in place."""
+        reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
+        return direction_BMR.mul_((norm_B / (reached_B + self.EPSILON))[:, None, None])
+
+
+@dataclass(frozen=True)
+class NeuronNewtonSchulz(_Evened):
     """NorMuon's rule (arXiv 2510.05491, algorithm 1): Muon's direction O, each neuron's part of it divided by the root
     of a running mean of its squares, and all of it then brought back to the norm of O.
 
@@ -192,14 +210,6 @@ class NeuronNewtonSchulz(MomentumNewtonSchulz):
         beta2: of the running mean, in [0, 1).
         momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
     """
-
-    beta2: float = 0.95
-
-    EPSILON = 1e-10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_share(self, beta2=self.beta2)
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         neurons = layout.zeros(layout.rank if layout.wide else layout.rows)
@@ -218,11 +228,11 @@ class NeuronNewtonSchulz(MomentumNewtonSchulz):
             second_BM1 = state["neuron_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
             direction_BMR.div_(second_BM1.sqrt() + self.EPSILON)
             norm_B = layout.total(square_BMR.sum(dim=(1, 2))).sqrt()
-        return _brought_to(norm_B, direction_BMR, layout, self.EPSILON)
+        return self.brought_to(norm_B, direction_BMR, layout)
 
 
 @dataclass(frozen=True)
-class FactoredNewtonSchulz(MomentumNewtonSchulz):
+class FactoredNewtonSchulz(_Evened):
     """Muon's direction O, each number divided by the root of what is usual in its row and in its column, and all of it
     then brought back to the norm of O: O_ij / sqrt(v_i w_j), with v and w running means of O^2 over a row and over a
     column. Up to a factor, which the norm takes away, v w^T is the factored second moment of Adafactor (Shazeer & Stern
@@ -232,14 +242,6 @@ class FactoredNewtonSchulz(MomentumNewtonSchulz):
         beta2: of the running means, in [0, 1).
         momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
     """
-
-    beta2: float = 0.95
-
-    EPSILON = 1e-10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_share(self, beta2=self.beta2)
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         rows, columns = layout.zeros(layout.rows), layout.zeros(layout.rank)
@@ -252,7 +254,7 @@ class FactoredNewtonSchulz(MomentumNewtonSchulz):
         row_BM1 = state["row_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
         column_B1R = state["column_sq"].lerp_(sum_BR / max(layout.shape), 1 - self.beta2)[:, None]
         direction_BMR.div_(row_BM1.sqrt() + self.EPSILON).div_(column_B1R.sqrt() + self.EPSILON)
-        return _brought_to(sum_BR.sum(dim=1).sqrt(), direction_BMR, layout, self.EPSILON)
+        return self.brought_to(sum_BR.sum(dim=1).sqrt(), direction_BMR, layout)
 
 
 @dataclass(frozen=True)
@@ -290,12 +292,6 @@ class SelectiveNewtonSchulz(NewtonSchulz):
         setting.moments.save(sum_BMR, state, "exp_avg", setting.numbers.seed)
         chosen_BMK = super().unscaled(chosen_BMK, state, setting)
         return torch.zeros_like(coordinates_BMR).scatter_(2, index_BMK, chosen_BMK)
-
-
-def _brought_to(norm_B: Tensor, direction_BMR: Tensor, layout: Layout, epsilon: float) -> Tensor:
-    """The directions at these Frobenius norms, in place."""
-    reached_B = layout.total(direction_BMR.square().sum(dim=(1, 2))).sqrt()
-    return direction_BMR.mul_((norm_B / (reached_B + epsilon))[:, None, None])
 
 
 def _require_share(rule: Inner, **shares: float) -> None:
