@@ -74,7 +74,7 @@ from lightspan.optim.presets import (
     Trion,
 )
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.sweeps.descent import to_better_neighbours
+from lightspan.sweeps.descent import neighbour, to_better_neighbours
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)
@@ -408,8 +408,7 @@ def search(loss: Callable[[Point], float], start: Point) -> Point:
 
 def beside(point: Point) -> set[Point]:
     """The neighbours of a point, as rows keep them."""
-    shares = (*point[:2], 1 - point[2])
-    near = [tuple(float(f"{one * f:.4g}") for one, f in zip(shares, factors, strict=True)) for factors in NEIGHBOURS]
+    near = [neighbour((*point[:2], 1 - point[2]), factors) for factors in NEIGHBOURS]
     return {(lr, other, kept(forgets)) for lr, other, forgets in near}
 
 

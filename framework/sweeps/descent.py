@@ -40,8 +40,13 @@ def to_better_neighbours(
     while moved:
         moved = False
         for factors in neighbours:
-            candidate = tuple(float(f"{one * factor:.4g}") for one, factor in zip(best, factors, strict=True))
+            candidate = neighbour(best, factors)
             if value(candidate) < value(best):
                 best, moved = candidate, True
                 break
     return best
+
+
+def neighbour(point: Sequence[float], factors: Sequence[float]) -> tuple[float, ...]:
+    """The point times the factors, in four digits, so that another way to it leads to the same point."""
+    return tuple(float(f"{one * factor:.4g}") for one, factor in zip(point, factors, strict=True))
