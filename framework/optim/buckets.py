@@ -79,6 +79,7 @@ class Member:
 
     Args:
         stacked: whether it counts as a stack of matrices [E out in].
+        heads: how many of its rows belong to each attention head, see `Layout`.
         saved: its state so far; empty if it has none.
     """
 
@@ -86,6 +87,7 @@ class Member:
     group: dict[str, Any]
     rank: int
     stacked: bool
+    heads: tuple[int, ...]
     name: str
     saved: State
 
@@ -103,7 +105,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
         held, shards = matrices(parameter, member.stacked), shards_of(parameter)
         matrix = local(parameter) if shards is not None and shards.moved else canonical(held[0])
         look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
-        key = (id(member.group), member.stacked, look, parameter.dtype, parameter.device, member.rank)
+        key = (id(member.group), member.stacked, look, parameter.dtype, parameter.device, member.rank, member.heads)
         alike[key].append((member, order))
         order += len(held)
     buckets = []
@@ -118,7 +120,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
                 [member.parameter for member in together],
                 kind.stacked,
                 phases,
-                layout_of(held, kind.rank, seeds, kind.parameter.device),
+                layout_of(held, kind.rank, seeds, kind.parameter.device, kind.heads),
                 rule,
                 [member.saved for member in together],
                 [member.name for member in together],
@@ -161,6 +163,7 @@ def _members(optimizer: "LowRank") -> list[Member]:
             group,
             selection.width(parameter),
             selection.stacked(parameter),
+            selection.heads_of(parameter, optimizer.name_of(parameter)),
             optimizer.name_of(parameter),
             optimizer.state[parameter],
         )
@@ -181,12 +184,14 @@ def _forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any
     state.clear()
 
 
-def layout_of(parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device) -> Layout:
+def layout_of(
+    parameters: list[Tensor], rank: int, seeds: list[int], device: torch.device, heads: tuple[int, ...] = ()
+) -> Layout:
     """How the step sees parameters of one shape."""
     first, shards = parameters[0], shards_of(parameters[0])
     rows, size = matrix_shape(first)
     held, dtype = rows if shards is None else shards.rows, wide_type(first.dtype)
-    return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards)
+    return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards, heads)
 
 
 def _keys_by_row(rule: Switches, layout: Layout) -> set[str]:

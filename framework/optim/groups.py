@@ -23,6 +23,9 @@ A kind is one group of the optimiser, named after it. Rules and layer-wise decay
 and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.05`. The rate of a parameter is that of
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
+
+Groups of matrices also know which rows belong to which attention head, where that can be seen; see
+`lightspan.optim.heads`.
 """
 
 import math
@@ -36,6 +39,7 @@ from torch.optim import Optimizer
 
 from lightspan.errors import UserError
 from lightspan.optim.depth import shares_of_layers
+from lightspan.optim.heads import query_key_heads
 from lightspan.patterns import any_matches, every_name, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
@@ -131,6 +135,7 @@ class ParameterGroups:
             key = kind, None if scale == 1 else scale, 0.0 if decay is None and kind != "matrices" else decay
             members.setdefault(key, []).append((name, parameter))
         groups: list[dict[str, Any]] = []
+        heads = query_key_heads(module)
         for kind, factor, decays in sorted(members, key=lambda key: get_args(Kind).index(key[0])):
             group: dict[str, Any] = {
                 "params": members[kind, factor, decays],
@@ -147,6 +152,9 @@ class ParameterGroups:
                 group["frames"] = True
             elif kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
+            known = {name: heads[id(p)] for name, p in group["params"] if kind == "matrices" and id(p) in heads}
+            if known:
+                group["heads"] = known
             same = sum(other["name"] == group["name"] for other in groups)  # equal except for digits that are not shown
             group["name"] += f"-{same + 1}" if same else ""
             groups.append(group)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
 from lightspan.optim.moments import MomentStorage
-from lightspan.optim.newton_schulz import orthogonalised
+from lightspan.optim.newton_schulz import orthogonalised, orthogonalised_parts
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 
@@ -43,6 +43,9 @@ class InnerContext:
 
 class Inner(ABC):
     """A rule in coordinates. Its state moves with the frame; see `lightspan.optim.carries`."""
+
+    by_heads = False
+    """Whether layouts tell it which rows of a parameter belong to one attention head."""
 
     @abstractmethod
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -118,8 +121,8 @@ class NewtonSchulz(Inner):
 
     Args:
         steps: iterations, >= 1.
-        scale: factor by the matrix' shape out x in: "kj" sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)),
-            "dion" sqrt(out / in), "none" 1.
+        scale: factor by the matrix' shape out x in, or by that of the largest of its heads: "kj"
+            sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)), "dion" sqrt(out / in), "none" 1.
         precision: of the products. "bfloat16", as in published code, is what tensor cores are made for, and halves what
             travels between ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights.
     """
@@ -139,6 +142,7 @@ class NewtonSchulz(Inner):
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         rows, columns = setting.layout.shape
+        rows = max(setting.layout.heads, default=rows)
         factors = {
             "kj": max(1.0, rows / columns) ** 0.5,
             "kimi": 0.2 * max(rows, columns) ** 0.5,
@@ -150,26 +154,37 @@ class NewtonSchulz(Inner):
     def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction before that factor; a new tensor."""
         dtype = torch.bfloat16 if self.precision == "bfloat16" else coordinates_BMR.dtype
-        found_BMR = orthogonalised(coordinates_BMR.to(dtype), setting.layout.shards, self.steps, self.COEFFICIENTS)
+        given_BMR, layout, method = coordinates_BMR.to(dtype), setting.layout, (self.steps, self.COEFFICIENTS)
+        if layout.heads:
+            axis = -1 if layout.wide else -2
+            found_BMR = orthogonalised_parts(given_BMR, layout.heads, axis, layout.shards, *method)
+        else:
+            found_BMR = orthogonalised(given_BMR, layout.shards, *method)
         return found_BMR.to(coordinates_BMR.dtype)
 
 
 @dataclass(frozen=True)
 class MomentumNewtonSchulz(NewtonSchulz):
-    """Muon's rule: orthogonalised momentum, m <- mu m + (1 - mu) r, and then that of mu m + (1 - mu) r (Nesterov).
+    """Muon's rule: m <- mu m + (1 - mu) r, and the orthogonalised nu m + (1 - nu) r is the direction.
 
     Args:
         momentum: mu in [0, 1).
-        nesterov: False orthogonalises m itself.
+        nu: in [0, 1], the share of m in what is orthogonalised. 1 is m itself, None means mu, which is Nesterov's
+            momentum; in between and beyond are the quasi-hyperbolic ones (Ma & Yarats 2019, arXiv 1810.06801).
+        by_heads: whether each attention head's queries and keys are a matrix of their own, where the parameter group
+            knows the heads (`heads`, see `LowRank`).
         steps, scale, precision: see `NewtonSchulz`.
     """
 
     momentum: float = 0.95
-    nesterov: bool = True
+    nu: float | None = None
+    by_heads: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_share(self, momentum=self.momentum)
+        if self.nu is not None and not 0 <= self.nu <= 1:
+            raise UserError(f"{type(self).__name__} nu={self.nu} must be in [0, 1], or None for the momentum")
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
@@ -177,8 +192,8 @@ class MomentumNewtonSchulz(NewtonSchulz):
     def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         first_BMR = _first_moment(state, setting).lerp_(coordinates_BMR, 1 - self.momentum)
         setting.moments.save(first_BMR, state, "exp_avg", setting.numbers.seed)
-        ahead_BMR = coordinates_BMR.lerp(first_BMR, self.momentum) if self.nesterov else first_BMR
-        return super().unscaled(ahead_BMR, state, setting)
+        mixed_BMR = coordinates_BMR.lerp(first_BMR, self.momentum if self.nu is None else self.nu)
+        return super().unscaled(mixed_BMR, state, setting)
 
 
 @dataclass(frozen=True)
@@ -208,7 +223,7 @@ class NeuronNewtonSchulz(_Evened):
 
     Args:
         beta2: of the running mean, in [0, 1).
-        momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
+        momentum, nu, by_heads, steps, scale, precision: see `MomentumNewtonSchulz`.
     """
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -240,7 +255,7 @@ class FactoredNewtonSchulz(_Evened):
 
     Args:
         beta2: of the running means, in [0, 1).
-        momentum, nesterov, steps, scale, precision: see `MomentumNewtonSchulz`.
+        momentum, nu, by_heads, steps, scale, precision: see `MomentumNewtonSchulz`.
     """
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:

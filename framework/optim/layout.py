@@ -32,6 +32,8 @@ class Layout:
         dtype: of the arithmetic and of unquantised state: float32, or float64 for float64 weights.
         seeds: one per matrix; all randomness of its frames comes from it.
         shards: where the other rows are; None if they are all here.
+        heads: how many of the parameter's rows belong to each part of it that is a matrix of its own for rules that
+            look at a whole one, such as those of one attention head; empty if they all belong together.
     """
 
     rows: int
@@ -42,6 +44,7 @@ class Layout:
     device: torch.device
     seeds: tuple[int, ...]
     shards: RowShards | None = None
+    heads: tuple[int, ...] = ()
     _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -123,7 +123,8 @@ class LowRank(Optimizer):
 
     def selection(self, group: dict[str, Any]) -> Selection:
         """What the group lets be projected, and how."""
-        return Selection(group["project"], group["rank"], self.backward, self.rule.basis)
+        heads = group.get("heads", {}) if self.rule.inner.by_heads else {}
+        return Selection(group["project"], group["rank"], self.backward, self.rule.basis, heads)
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""

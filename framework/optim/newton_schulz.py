@@ -11,6 +11,9 @@ to TF32, and in bfloat16, the Gram is therefore made anew in every step.
 Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices that it owns.
 """
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -76,6 +79,30 @@ def orthogonalised(x_BmN: Tensor, shards: RowShards | None, steps: int, coeffici
     if bytes_of_grams(len(x_BmN), columns, grams, shards) <= bytes_of_rows(len(x_BmN), columns, shards):
         return method(x_BmN, steps, coefficients, shards.ranks.total)
     return shards.from_owners(method(shards.to_owners(x_BmN), steps, coefficients), len(x_BmN))
+
+
+def orthogonalised_parts(
+    x_BmN: Tensor, parts: Sequence[int], axis: int, shards: RowShards | None, steps: int, coefficients: Coefficients
+) -> Tensor:
+    """As `orthogonalised`, with each of several parts of a matrix as a matrix of its own.
+
+    Args:
+        parts: sizes along `axis`, which add up to that of the whole matrices.
+        axis: -1 for parts with some columns each, or -2 with some rows. Rows of one part can be on several ranks, so
+            these go to owners of whole matrices.
+    """
+    if axis == -2 and shards is not None:
+        whole_bMN = shards.to_owners(x_BmN)
+        return shards.from_owners(orthogonalised_parts(whole_bMN, parts, axis, None, steps, coefficients), len(x_BmN))
+    found, start = [], 0
+    for size, alike in groupby(parts):
+        count = len(list(alike))
+        some = x_BmN.narrow(axis, start, size * count).unflatten(axis, (count, size))
+        some = some.movedim(axis - 1, 1).flatten(0, 1)
+        some = orthogonalised(some, shards, steps, coefficients).unflatten(0, (len(x_BmN), count))
+        found.append(some.movedim(1, axis - 1).flatten(axis - 1, axis))
+        start += size * count
+    return torch.cat(found, dim=axis)
 
 
 @torch.compiler.assume_constant_result  # compiled code is made again when it changes

@@ -262,6 +262,8 @@ class Muon(TwoRates):
     Args:
         momentum: mu in [0, 1).
         nesterov: whether the gradient is added once more to the momentum that is orthogonalised.
+        by_heads: whether the queries and the keys of each attention head are orthogonalised by themselves, where the
+            groups know the heads, as those of `lightspan.optim.groups.ParameterGroups` do.
         convention: factor by shape, see `lightspan.optim.inner.NewtonSchulz`: "kj" is that of Jordan's code and the
             "original" of torch's Muon, "kimi" that of Moonlight and torch's "match_rms_adamw".
         precision: of products, see `NewtonSchulz`; published code has "bfloat16", which is for large models on GPUs.
@@ -275,6 +277,7 @@ class Muon(TwoRates):
         lr: float = 2e-2,
         momentum: float = 0.95,
         nesterov: bool = True,
+        by_heads: bool = False,
         convention: Convention = "kj",
         precision: Precision = "float32",
         other_lr: float | Tensor = 3e-4,
@@ -282,7 +285,8 @@ class Muon(TwoRates):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        inner = MomentumNewtonSchulz(momentum=momentum, nesterov=nesterov, scale=convention, precision=precision)
+        nu = None if nesterov else 1.0
+        inner = MomentumNewtonSchulz(momentum=momentum, nu=nu, by_heads=by_heads, scale=convention, precision=precision)
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
             eps=eps, **options,
@@ -299,7 +303,7 @@ class NorMuon(TwoRates):
 
     Args:
         beta2: of the running mean of a neuron's squares, in [0, 1).
-        momentum, nesterov, convention, precision, other_lr, options: as in `Muon`.
+        momentum, nesterov, by_heads, convention, precision, other_lr, options: as in `Muon`.
     """
 
     def __init__(
@@ -309,6 +313,7 @@ class NorMuon(TwoRates):
         momentum: float = 0.95,
         beta2: float = 0.95,
         nesterov: bool = True,
+        by_heads: bool = False,
         convention: Convention = "kj",
         precision: Precision = "float32",
         other_lr: float | Tensor = 3e-4,
@@ -316,8 +321,9 @@ class NorMuon(TwoRates):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
+        nu = None if nesterov else 1.0
         inner = NeuronNewtonSchulz(
-            momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
+            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, scale=convention, precision=precision
         )
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
@@ -331,12 +337,15 @@ class FactoredMuon(TwoRates):
     alone. Equations: `lightspan.optim.reference.FactoredMuon`.
 
     The steps are as long as those of AdamW (`convention="kimi"`), so rates and decay have its magnitudes; several times
-    its rate was best where it was searched, and a momentum of 0.8 in runs of a few hundred steps.
+    its rate was best where it was searched. As the step is divided anew each time, a longer memory of the gradients
+    with a larger share of the newest one does better than Nesterov's momentum (quasi-hyperbolic, arXiv 1810.06801).
 
     Args:
         beta2: of the running means of squares over rows and over columns, in [0, 1).
         moments: storage of the momentum, and of AdamW's moments in what is not taken.
-        momentum, nesterov, convention, precision, other_lr, options: as in `Muon`.
+        nu: in [0, 1], the share of the momentum in what is orthogonalised, the rest being the gradient: less than in
+            Nesterov's momentum, whose share is `momentum`.
+        momentum, by_heads, convention, precision, other_lr, options: as in `Muon`.
     """
 
     def __init__(
@@ -345,7 +354,8 @@ class FactoredMuon(TwoRates):
         lr: float = 4e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
-        nesterov: bool = True,
+        nu: float = 0.6,
+        by_heads: bool = True,
         convention: Convention = "kimi",
         precision: Precision = "float32",
         moments: MomentStorage = Int8Moments(),  # noqa: B008 - frozen
@@ -355,7 +365,7 @@ class FactoredMuon(TwoRates):
         **options: Any,
     ) -> None:
         inner = FactoredNewtonSchulz(
-            momentum=momentum, nesterov=nesterov, beta2=beta2, scale=convention, precision=precision
+            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, scale=convention, precision=precision
         )
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, moments=moments,

@@ -70,11 +70,19 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, bool) or (isinstance(value, list | tuple) and all(map(_is_text, value))),
         "True, False or a list of patterns of parameter names",
     ),
+    "heads": (
+        lambda value: isinstance(value, Mapping) and all(_is_text(name) and _are_rows(value[name]) for name in value),
+        "a mapping from names of parameters to lists of whole numbers of rows, each at least 1",
+    ),
     "scale": (lambda value: _is_number(value) and value > 0, "above 0"),
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
 }
 """The allowed values of each setting, by name."""
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(rows) is int and rows >= 1 for rows in value)
 
 
 def _is_text(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -262,6 +263,85 @@ def test_dion2_of_all_columns_is_muon_with_the_sum_of_gradients() -> None:
     torch.testing.assert_close(all_columns, muon, atol=1e-6, rtol=0)  # Muon's first average is 0.1 G, beside an epsilon
 
 
+WITH_HEADS = [(12, 5, [4, 4, 4]), (12, 5, [2, 2, 2, 6]), (5, 12, [2, 2, 1]), (8, 8, [1, 3, 3, 1]), (6, 40, [3, 3])]
+
+
+@pytest.mark.parametrize("kind", [Muon, NorMuon, FactoredMuon], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("out", "width", "heads"), WITH_HEADS)
+def test_the_reference_by_heads(kind, out, width, heads) -> None:
+    weights = {}
+    for at, made in (("fast", kind), ("slow", getattr(reference, kind.__name__))):
+        weight = weights[at] = nn.Parameter(draw(out, width))
+        known = heads if at == "slow" else {"q": heads}
+        optimizer = made(
+            [{"params": [("q", weight)], "heads": known}], lr=0.1, weight_decay=0.3, convention="dion", by_heads=True
+        )
+        for gradient in given((out, width)):
+            weight.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(weights["fast"].detach(), weights["slow"].detach(), **EXACT)
+
+
+@pytest.mark.parametrize(("out", "width", "heads"), WITH_HEADS)
+def test_a_head_steps_as_a_matrix_of_its_own(out, width, heads) -> None:
+    weight = nn.Parameter(draw(out, width))
+    parts = [nn.Parameter(part.clone()) for part in weight.detach().split(heads)]
+    together = Muon([{"params": [("q", weight)], "heads": {"q": heads}}], convention="none", by_heads=True)
+    apart = Muon(parts, convention="none")
+    for gradient in given((out, width)):
+        weight.grad = gradient
+        for part, its in zip(parts, gradient.split(heads), strict=True):
+            part.grad = its
+        together.step(), apart.step()
+    torch.testing.assert_close(weight.detach(), torch.cat([part.detach() for part in parts]), **EXACT)
+
+
+def test_heads_are_left_together_unless_the_rule_wants_them_apart() -> None:
+    def stepped(groups, **options):
+        weight = nn.Parameter(draw(12, 5))
+        weight.grad = draw(12, 5, seed=1)
+        Muon([{"params": [("q", weight)], **groups}], **options).step()
+        return weight.detach()
+
+    heads = {"heads": {"q": [4, 4, 4]}}
+    assert torch.equal(stepped(heads), stepped({}))
+    assert torch.equal(stepped({}, by_heads=True), stepped({}))
+    assert not torch.equal(stepped(heads, by_heads=True), stepped({}))
+
+
+@pytest.mark.parametrize("rows", [[4, 4], [4, 4, 8], [0, 12], [12.0], [True] * 12, "4 4 4", 12])
+def test_heads_that_are_not_the_rows_of_a_weight_are_refused(rows) -> None:
+    weight = nn.Parameter(draw(12, 5))
+    weight.grad = draw(12, 5)
+    before = weight.detach().clone()
+    with pytest.raises(UserError, match="heads"):
+        Muon([{"params": [("q", weight)], "heads": {"q": rows}}], by_heads=True).step()
+    assert torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_is_orthogonalised_has_a_share_nu_of_the_momentum(share) -> None:
+    weight, (first, second) = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64)), given((6, 4), 2)
+    optimizer = FactoredMuon([weight], lr=1.0, momentum=0.9, nu=share, beta2=0.0)
+    for gradient in (first, second):
+        before = weight.detach().clone()
+        weight.grad = gradient
+        optimizer.step()
+    mixed = share * (0.09 * first + 0.1 * second) + (1 - share) * second
+    expected = nn.Parameter(before)
+    expected.grad = mixed / (
+        1 - 0.5 * 0.5
+    )  # at nu = 0.5 and a momentum of 0.5 the first step sees 0.75 of its gradient
+    FactoredMuon([expected], lr=1.0, momentum=0.5, nu=0.5, beta2=0.0).step()
+    torch.testing.assert_close(weight.detach(), expected.detach(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("nu", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_its_range_is_refused(nu) -> None:
+    with pytest.raises(UserError, match=r"nu=.*must be in \[0, 1\]"):
+        FactoredMuon([nn.Parameter(torch.zeros(3, 3))], nu=nu)
+
+
 @every_rule
 def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_rate(kind) -> None:
     model = nn.ModuleDict({
@@ -292,7 +372,7 @@ def test_a_factored_second_moment_changes_nothing_where_rows_and_columns_are_eve
     """As in a Hadamard matrix, of which each number has the same size."""
     signs = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64)
     steps = []
-    for kind in (FactoredMuon, Muon):
+    for kind in (partial(FactoredMuon, nu=0.9), Muon):
         weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
         weight.grad = signs
         kind([weight], lr=1.0, momentum=0.9, convention="none").step()
@@ -304,7 +384,7 @@ def test_a_factored_second_moment_changes_nothing_where_rows_and_columns_are_eve
 def test_a_factored_second_moment_evens_rows_and_columns_out(shape) -> None:
     """From one gradient O, N_ij = O_ij / sqrt(mean of row i x mean of column j) up to the norm, which is that of O."""
     steps = []
-    for kind in (FactoredMuon, Muon):
+    for kind in (partial(FactoredMuon, nu=0.9), Muon):
         weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         weight.grad = draw(*shape) * torch.arange(1.0, 1 + shape[0], dtype=torch.float64)[:, None]
         kind([weight], lr=1.0, momentum=0.9, convention="none").step()

@@ -36,9 +36,16 @@ RULES: dict[str, Callable[..., LowRank]] = {
     "Muon": lambda p: Muon(p, lr=0.1, weight_decay=0.1, max_norm=1.0),
     "NorMuon": lambda p: NorMuon(p, lr=0.1, weight_decay=0.1, convention="kimi"),
     "FactoredMuon": lambda p: FactoredMuon(p, lr=0.1, weight_decay=0.1, moments=Float32Moments()),
+    "Muon by heads": lambda p: Muon(by_heads(p), lr=0.1, weight_decay=0.1, by_heads=True),
     "Dion2": lambda p: Dion2(p, lr=0.1, weight_decay=0.1, fraction=0.5),
     "Trion": lambda p: Trion(p, lr=0.1, weight_decay=0.1, rank=3),
 }
+
+
+def by_heads(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Tall, wide and square weights with heads of equal and other sizes, which no split of rows follows."""
+    heads = {"0": [4] * 10 + [12], "1": [2, 2, 2, 4], "2": [3, 3, 1]}
+    return [{"params": [(str(i), weight) for i, weight in enumerate(weights)], "heads": heads}]
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -25,11 +25,14 @@ class Muon(_Whole):
     arXiv 2502.16982, equation 4). `momentum` is mu.
 
         M <- mu M + (1 - mu) G
-        O = newton_schulz(mu M + (1 - mu) G)      of M itself without `nesterov`
+        O = newton_schulz(nu M + (1 - nu) G)      nu = mu with `nesterov`, 1 without
         W <- W - lr c O                           c by `convention`, see `shape_factor`
 
     The post has M <- mu M + G; the orthogonalisation makes no difference between the two. What is not projected gets
     AdamW with `other_lr`, betas and eps.
+
+    With `by_heads`, the rows of each of a group's `heads` (their numbers, in order) are orthogonalised by themselves,
+    and c is that of the shape of the largest.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Muon(_Whole):
         lr: float = 2e-2,
         momentum: float = 0.95,
         nesterov: bool = True,
+        by_heads: bool = False,
         convention: Convention = "kj",
         other_lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -46,16 +50,25 @@ class Muon(_Whole):
         **settings: Any,
     ) -> None:
         common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "other_lr": other_lr}
-        super().__init__(params, momentum=momentum, nesterov=nesterov, convention=convention, **common, **settings)
+        nu = momentum if nesterov else 1.0
+        own = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention}
+        super().__init__(params, **{**own, **common, **settings})
 
     def update(self, g: Tensor, state: State, group: Group) -> Tensor:
-        return shape_factor(state["shape"], group["convention"]) * self.orthogonal(g, state, group)
+        largest = max(self.rows(state, group)), state["shape"][1]
+        return shape_factor(largest, group["convention"]) * self.orthogonal(g, state, group)
+
+    def rows(self, state: State, group: Group) -> list[int]:
+        """How many rows of the weight as given are orthogonalised together."""
+        return group["heads"] if group["by_heads"] and "heads" in group else [state["shape"][0]]
 
     def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
         """O, which needs only its factor."""
-        mu = group["momentum"]
+        mu, nu = group["momentum"], group["nu"]
         state["momentum"] = mu * state.get("momentum", 0) + (1 - mu) * g
-        return newton_schulz(mu * state["momentum"] + (1 - mu) * g if group["nesterov"] else state["momentum"])
+        across = 0 if state["shape"][0] >= state["shape"][1] else 1  # g is tall: rows of a wide weight are its columns
+        parts = (nu * state["momentum"] + (1 - nu) * g).split(self.rows(state, group), dim=across)
+        return torch.cat([newton_schulz(part) for part in parts], dim=across)
 
 
 class NorMuon(Muon):
@@ -84,7 +97,7 @@ class NorMuon(Muon):
 class FactoredMuon(Muon):
     """Muon with a factored second moment, as Adafactor's (Shazeer & Stern 2018, arXiv 1804.04235, section 3) of O.
 
-    O, c as in Muon
+    O, c as in Muon, with its own `nu` (quasi-hyperbolic momentum: Ma & Yarats 2019, arXiv 1810.06801)
     v <- beta2 v + (1 - beta2) mean of O^2 over a row
     w <- beta2 w + (1 - beta2) mean of O^2 over a column
     N_ij = O_ij / ((sqrt(v_i) + 1e-10) (sqrt(w_j) + 1e-10))
@@ -97,12 +110,14 @@ class FactoredMuon(Muon):
         lr: float = 4e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
-        nesterov: bool = True,
+        nu: float = 0.6,
+        by_heads: bool = True,
         convention: Convention = "kimi",
         other_lr: float = 4e-3,
         **settings: Any,
     ) -> None:
-        super().__init__(params, lr, momentum, nesterov, convention, other_lr, beta2=beta2, **settings)
+        own = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention, "beta2": beta2}
+        super().__init__(params, lr, other_lr=other_lr, **own, **settings)
 
     def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
         o, beta2 = super().orthogonal(g, state, group), group["beta2"]

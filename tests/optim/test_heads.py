@@ -1,0 +1,133 @@
+"""Which rows belong to the queries and keys of a head: in the layers of six libraries."""
+
+import pytest
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaConfig,
+    LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
+    Phi3Config,
+    Phi3Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+from lightspan.backbones.language import llama
+from lightspan.nn.sequences.self_attention import SelfAttention
+from lightspan.optim.groups import ParameterGroups, Rule
+from lightspan.optim.heads import query_key_heads
+from lightspan.optim.presets import FactoredMuon
+
+SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
+FEW_KEYS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
+TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+MODELS = {
+    "our Llama": (
+        lambda: llama(11, 32, 1, 4, 16, 8),
+        {"self_attn.q_proj.weight": [8] * 4, "self_attn.k_proj.weight": [8] * 4},
+    ),
+    "fewer keys than queries": (
+        lambda: LlamaModel(LlamaConfig(**FEW_KEYS)),
+        {"self_attn.q_proj.weight": [8] * 4, "self_attn.k_proj.weight": [8] * 2},
+    ),
+    "the same in one layer": (
+        lambda: Phi3Model(Phi3Config(**FEW_KEYS, **TOKENS)),
+        {"self_attn.qkv_proj.weight": [8] * 6 + [16]},
+    ),
+    "BERT": (
+        lambda: BertModel(BertConfig(**SMALL, num_attention_heads=2)),
+        {"self.query.weight": [16] * 2, "self.key.weight": [16] * 2},
+    ),
+    "ModernBERT": (
+        lambda: ModernBertModel(ModernBertConfig(**SMALL, num_attention_heads=4, **TOKENS)),
+        {"attn.Wqkv.weight": [8] * 8 + [32]},
+    ),
+    "DistilBERT": (
+        lambda: DistilBertModel(DistilBertConfig(vocab_size=11, dim=16, n_layers=1, n_heads=2, hidden_dim=16)),
+        {"attention.q_lin.weight": [8, 8], "attention.k_lin.weight": [8, 8]},
+    ),
+    "T5, whose heads are not its width in all": (
+        lambda: T5EncoderModel(T5Config(vocab_size=11, d_model=12, d_kv=8, num_layers=1, num_heads=4, d_ff=16)),
+        {"SelfAttention.q.weight": [8] * 4, "SelfAttention.k.weight": [8] * 4},
+    ),
+    "ViT of timm": (
+        lambda: VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2),
+        {"attn.qkv.weight": [8] * 4 + [16]},
+    ),
+    "Swin of timm": (
+        lambda: SwinTransformer(img_size=32, patch_size=2, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4),
+        {"attn.qkv.weight": [8] * 4 + [16]},
+    ),
+    "torch": (
+        lambda: nn.TransformerEncoderLayer(16, 2),
+        {"self_attn.in_proj_weight": [8] * 4 + [16]},
+    ),
+    "torch, other keys": (
+        lambda: nn.MultiheadAttention(16, 2, kdim=8, vdim=8),
+        {"q_proj_weight": [8, 8], "k_proj_weight": [8, 8]},
+    ),
+    "our sequences": (lambda: SelfAttention(16, 2), {"qkv.weight": [8] * 4 + [16]}),
+    "one head, which is all": (lambda: nn.MultiheadAttention(16, 1, kdim=8, vdim=8), {}),
+    "GPT-2, transposed": (lambda: GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)), {}),
+    "GPT-NeoX, interleaved": (lambda: GPTNeoXModel(GPTNeoXConfig(**SMALL, num_attention_heads=2)), {}),
+    "no attention": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_heads_of_every_library_are_found(name) -> None:
+    make, expected = MODELS[name]
+    model = make()
+    heads = query_key_heads(model)
+    found = {path: heads[id(p)] for path, p in model.named_parameters() if id(p) in heads}
+    assert len(found) == len(expected)
+    for path, rows in found.items():
+        assert [rows] == [expected[end] for end in expected if path.endswith(end)], path
+        assert sum(rows) == len(model.get_parameter(path))
+
+
+def test_what_names_a_layer_wrongly_or_has_odd_sizes_has_no_heads() -> None:
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.qkv, self.num_heads = nn.Linear(4, 10), nn.Identity(), nn.Linear(4, 10), 4
+            self.head_dim = None
+
+    assert query_key_heads(Odd()) == {}
+
+
+def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
+    model = llama(11, 32, 2, 4, 16, 8)
+    model.get_parameter("model.layers.1.self_attn.k_proj.weight").requires_grad_(False)
+    rules = [Rule(match=["*layers.1.self_attn.q_proj.weight"], weight_decay=0.5)]
+    heads = {group["name"]: group.get("heads") for group in ParameterGroups(rules=rules).build(model)}
+    first = {f"model.layers.0.self_attn.{name}_proj.weight": [8] * 4 for name in "qk"}
+    assert heads == {
+        "matrices": first,
+        "matrices-wd0.5": {"model.layers.1.self_attn.q_proj.weight": [8] * 4},
+        "embeddings": None,
+        "vectors": None,
+    }
+
+
+def test_a_state_of_an_optimiser_with_heads_loads_as_plain_tensors(tmp_path) -> None:
+    model = llama(11, 32, 1, 4, 16, 8)
+    optimizer = FactoredMuon(ParameterGroups().build(model))
+    model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    again = FactoredMuon(ParameterGroups().build(model))
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.param_groups[0]["heads"] == optimizer.param_groups[0]["heads"]
