@@ -29,6 +29,7 @@ from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.presets import FactoredMuon
+from lightspan.optim.treatment import treatment
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
 FEW_KEYS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -120,6 +121,17 @@ def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
         "embeddings": None,
         "vectors": None,
     }
+
+
+def test_the_printed_table_tells_which_weights_are_taken_by_heads() -> None:
+    optimizer = FactoredMuon(ParameterGroups().build(VisionTransformer(embed_dim=16, depth=1, num_heads=2)))
+    group = optimizer.param_groups[0]
+    how = {
+        name: treatment(optimizer, parameter, group).how
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    assert how["blocks.0.attn.qkv.weight"] == "rank 16 of 16, by heads in 5 parts"
+    assert how["blocks.0.attn.proj.weight"] == "rank 16 of 16"
 
 
 def test_a_state_of_an_optimiser_with_heads_loads_as_plain_tensors(tmp_path) -> None:
