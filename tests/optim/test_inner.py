@@ -76,6 +76,9 @@ def test_a_zero_gradient_gives_a_zero_direction():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: SGD(1.0), r"SGD momentum=1.0 must be in \[0, 1\)"),
     (lambda: NewtonSchulz(0), "steps=0 must be at least 1"),
+    (lambda: NewtonSchulz(2.5), "steps=2.5 must be at least 1, a whole number"),
+    (lambda: NewtonSchulz(scale="original"), "NewtonSchulz scale='original' must be one of kj, kimi, dion, none"),
+    (lambda: NewtonSchulz(precision=torch.bfloat16), r"precision=torch.bfloat16 must be one of float32, bfloat16"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(UserError, match=message):
