@@ -15,7 +15,7 @@ class TwoRates(LowRank):
     """What is not projected (vectors, matrices that the basis does not take, and groups with project=False) is stepped
     at a rate of its own: if a group has no `lr` of its own, it gets `other_lr`, in a separate group after it, which
     keeps that rate under this name. A schedule that takes one rate for all groups, such as OneCycleLR(max_lr=0.02),
-    would give both the same: the first step refuses it. Give it a list,
+    would give both the same: unless the two are equal, the first step refuses it. Give it a list,
     max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
 
     Args:
@@ -24,8 +24,7 @@ class TwoRates(LowRank):
         options: of `LowRank`.
     """
 
-    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr")
-    _rates_seen = False
+    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr", "_rates_seen")
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
@@ -33,6 +32,7 @@ class TwoRates(LowRank):
         require_sound(type(self).__name__, {"other_lr": other_lr})
         self.other_lr = deepcopy(other_lr)
         super().__init__(params, lr, **options)
+        self._rates_seen = float(lr) == float(other_lr)  # then there is nothing to keep apart
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
