@@ -30,7 +30,7 @@ class TwoRates(LowRank):
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
     ) -> None:
         require_sound(type(self).__name__, {"other_lr": other_lr})
-        self.other_lr = deepcopy(other_lr)
+        self.other_lr = other_lr
         super().__init__(params, lr, **options)
         self._rates_seen = float(lr) == float(other_lr)  # then there is nothing to keep apart
 
