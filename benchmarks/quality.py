@@ -351,7 +351,11 @@ def validate(task: Task, model: nn.Module, data: Any) -> dict[str, float]:
 
 
 def read(results: Path) -> list[Row]:
-    return json.loads(results.read_text()) if results.is_file() else []
+    """Raises: UserError for a file that is no JSON, such as one cut short in a copy."""
+    try:
+        return json.loads(results.read_text()) if results.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{results} is damaged ({error}); restore it, or move it away to begin anew") from error
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -548,8 +552,10 @@ def table(rows: list[Row], task: Task, clock: str = "wall") -> str:
 
 
 def when(runs: list[Row], adamw: list[Row], clock: str) -> str:
-    """Mean seconds to the loss that AdamW ends at on the same seed, and how many of the seeds get there."""
-    ends = {row["seed"]: val_loss(row) for row in adamw}
+    """Mean seconds to the loss that AdamW ends at on the same seed, and how many of the seeds get there. Where AdamW
+    diverged there is no such loss.
+    """
+    ends = {row["seed"]: row["val_loss"] for row in adamw if row["val_loss"] is not None}
     times = [time_to(row["curve"], ends[row["seed"]], clock) for row in runs if row["seed"] in ends]
     reached = [seconds for seconds in times if seconds is not None]
     if not reached:
@@ -644,7 +650,8 @@ def main(arguments: list[str] | None = None, tasks: Mapping[str, Task] = TASKS) 
         draw(rows, task, picture_of(chosen.results, task))
         return 0
     torch.set_num_threads(1)
-    data_of(task)  # what is wrong with the data is wrong for all
+    read(chosen.results)  # what is wrong with the results or the data is wrong for all
+    data_of(task)
     failed = False
     for name in chosen.only:
         try:

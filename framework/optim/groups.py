@@ -95,7 +95,7 @@ class ParameterGroups:
         optimizer = make(self._groups(module))
         for group in optimizer.param_groups:
             if (scale := group.pop("lr_scale", None)) is not None:
-                group["lr"] = group["lr"] * scale
+                group.update({name: group[name] * scale for name in ("lr", "other_lr") if name in group})
         return optimizer
 
     def build(self, module: nn.Module) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Shapes: B matrices, M rows (kept), R rank.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -134,8 +134,11 @@ class NewtonSchulz(Inner):
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1, a whole number")
+        for name, value, names in (("scale", self.scale, Convention), ("precision", self.precision, Precision)):
+            if value not in get_args(names):
+                raise UserError(f"{type(self).__name__} {name}={value!r} must be one of {', '.join(get_args(names))}")
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return {}

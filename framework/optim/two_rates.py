@@ -1,6 +1,7 @@
 """`TwoRates`: a `LowRank` whose rule in matrices needs a rate that is far too high for the AdamW of the rest."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ class TwoRates(LowRank):
     """What is not projected (vectors, matrices that the basis does not take, and groups with project=False) is stepped
     at a rate of its own: if a group has no `lr` of its own, it gets `other_lr`, in a separate group after it, which
     keeps that rate under this name. A schedule that takes one rate for all groups, such as OneCycleLR(max_lr=0.02),
-    would give both the same: the first step refuses it. Give it a list,
+    would give both the same: unless the two are equal, the first step refuses it. Give it a list,
     max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
 
     Args:
@@ -23,8 +24,7 @@ class TwoRates(LowRank):
         options: of `LowRank`.
     """
 
-    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr")
-    _rates_seen = False
+    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr", "_rates_seen")
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
@@ -32,6 +32,7 @@ class TwoRates(LowRank):
         require_sound(type(self).__name__, {"other_lr": other_lr})
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
+        self._rates_seen = float(lr) == float(other_lr)  # then there is nothing to keep apart
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
@@ -41,13 +42,14 @@ class TwoRates(LowRank):
             return
         group = self.param_groups.pop()
         projected = [self.projected(p, group) for p in group["params"]]
-        for wanted, rate in ((True, group["lr"]), (False, self.other_lr)):
+        # A copy: schedules fill rates that are tensors, and `other_lr` is where they began.
+        for wanted, rate in ((True, group["lr"]), (False, deepcopy(self.other_lr))):
             members = [i for i, is_projected in enumerate(projected) if is_projected == wanted]
             if members:
                 lists: dict[str, Any] = {
                     key: [group[key][i] for i in members] for key in ("params", "param_names") if key in group
                 }
-                own: dict[str, Any] = {} if wanted else {"other_lr": rate}
+                own: dict[str, Any] = {} if wanted else {"other_lr": self.other_lr}
                 if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
                     own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
@@ -60,12 +62,10 @@ class TwoRates(LowRank):
         return super().step(closure)
 
     def _refuse_one_rate(self) -> None:
-        for at, group in enumerate(self.param_groups):
-            before = self.param_groups[at - 1]
-            if "other_lr" not in group or at == 0 or "other_lr" in before:
-                continue
-            peak, other = _peak(before), _peak(group)
-            if 0 < peak == other != float(group["other_lr"]):
+        peaks = {_peak(group) for group in self.param_groups if "other_lr" not in group}
+        for group in self.param_groups:
+            peak = _peak(group)
+            if peak > 0 and peak in peaks and peak != float(group.get("other_lr", peak)):
                 raise UserError(
                     f"a schedule gives AdamW's group of {type(self).__name__} the rate of Newton-Schulz, {peak:g}, "
                     f"instead of other_lr={float(group['other_lr']):g}; give the schedule a list of rates, one for "

@@ -391,6 +391,26 @@ def test_the_table_compares_seed_by_seed_with_adamw_and_muon() -> None:
     assert "| validation loss, nats | accuracy | minus AdamW's |" in quality.table(accurate, task)
 
 
+def test_nobody_is_timed_to_the_end_of_a_run_that_diverged() -> None:
+    adamw, fira = (
+        [final(name, seed, loss, 2**20, 100.0, [[5, 1.0, 0.5, 1.9], [10, 2.0, 1.0, loss]]) for seed in range(2)]
+        for name, loss in (("adamw", 1.7), ("fira", 1.6))
+    )
+    adamw[0] |= {"val_loss": None, "curve": []}
+    assert quality.when(fira, adamw[:1], "wall") == ""
+    assert quality.when(fira, adamw, "wall") == quality.when(fira[1:], adamw[1:], "wall") == "1.7"
+
+
+def test_a_damaged_results_file_is_named_before_anything_is_trained(tmp_path: Path, tiny: Any) -> None:
+    results = tmp_path / "results.json"
+    quality.append(results, row("adamw", 100, "sweep"))
+    results.write_text(damaged := results.read_text()[:-20])
+    for stage in ("sweep", "table"):
+        with pytest.raises(UserError, match=r"results.json is damaged .*restore it, or move it away"):
+            quality.main([stage, "--results", str(results)], {tiny.name: tiny})
+    assert results.read_text() == damaged
+
+
 def test_bold_means_that_no_other_is_better_for_as_little_state() -> None:
     state = {
         "a": (1.0, 4 * 2**20),

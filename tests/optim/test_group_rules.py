@@ -114,6 +114,16 @@ def test_rates_that_an_optimiser_chooses_itself_are_scaled_too() -> None:
     assert (rates["blocks.0.0.weight"], rates["head.weight"], rates["head.bias"]) == pytest.approx((0.02, 0.2, 0.01))
 
 
+@pytest.mark.parametrize("other_lr", [0.02, 0.01])
+def test_rates_of_layers_that_meet_that_of_other_matrices_are_no_schedule_with_one_rate(other_lr: float) -> None:
+    net = Net()
+    optimizer = ParameterGroups(layer_decay=0.5).optimizer(net, lambda p: Trion(p, lr=0.02, rank=2, other_lr=other_lr))
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(group["lr"] == group.get("other_lr", group["lr"]) for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_layer_decay_of_a_timm_network_is_that_of_timm(name: str) -> None:
     with torch.device("meta"):

@@ -73,9 +73,23 @@ def test_a_zero_gradient_gives_a_zero_direction():
         assert torch.equal(u, torch.zeros_like(u))
 
 
+def test_momentum_follows_its_column_and_a_column_from_nowhere_has_none():
+    like, rule = layout(), SGD(0.5)
+    before = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state, source_BR = {"exp_avg": before.clone()}, torch.tensor([[1, -1, 0, 3], [2, 3, -1, -1]])
+    moved = rule.direction(torch.zeros_like(before), state, InnerContext(like, STORAGE, NUMBERS, source_BR))
+    nowhere = torch.zeros(6, dtype=torch.float64)
+    for b, sources in enumerate(source_BR.tolist()):
+        columns = [nowhere if source < 0 else before[b, :, source] for source in sources]
+        assert torch.equal(moved[b], 0.5 * torch.stack(columns, dim=1))
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: SGD(1.0), r"SGD momentum=1.0 must be in \[0, 1\)"),
     (lambda: NewtonSchulz(0), "steps=0 must be at least 1"),
+    (lambda: NewtonSchulz(2.5), "steps=2.5 must be at least 1, a whole number"),
+    (lambda: NewtonSchulz(scale="original"), "NewtonSchulz scale='original' must be one of kj, kimi, dion, none"),
+    (lambda: NewtonSchulz(precision=torch.bfloat16), r"precision=torch.bfloat16 must be one of float32, bfloat16"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(UserError, match=message):

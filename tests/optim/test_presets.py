@@ -375,6 +375,49 @@ def test_a_schedule_with_one_rate_for_trions_two_groups_is_refused_at_the_first_
     assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
 
 
+def test_so_it_is_when_the_group_of_adamw_comes_first():
+    matrix, vector = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6))
+    optimizer = presets.Trion([{"params": [vector]}, {"params": [matrix]}], lr=0.02, rank=2)
+    one_cycle(optimizer, 0.02)
+    with pytest.raises(UserError, match=r"the rate of Newton-Schulz, 0\.02, instead of other_lr=0\.0003"):
+        stepped(optimizer, [matrix, vector])
+
+
+def test_rates_that_are_alike_by_hand_are_taken_among_groups_of_adamw_at_zero_and_after_the_first_step():
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
+    for alike, rate in ((slice(1, 3), 1e-3), (slice(0, 3), 0.0)):
+        optimizer = presets.Trion(groups, lr=0.02, rank=2)
+        for group in optimizer.param_groups[alike]:
+            group["lr"] = rate
+        stepped(optimizer, parameters)
+    optimizer = presets.Trion(groups, lr=0.02, rank=2)
+    stepped(optimizer, parameters)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    stepped(optimizer, parameters)
+
+
+def test_one_rate_for_both_is_taken_where_both_are_equal_and_so_it_is_in_a_copy():
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,))]
+    optimizer = presets.FactoredMuon(parameters)
+    one_cycle(optimizer, 0.01)
+    for together in ((optimizer, parameters), copy.deepcopy((optimizer, parameters))):
+        stepped(*together)
+
+
+def test_a_schedule_of_rates_that_are_tensors_does_not_change_the_rate_of_groups_to_come():
+    given = torch.tensor(1e-3)
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
+    optimizer = presets.Trion(parameters[:2], lr=torch.tensor(0.02), rank=2, other_lr=given)
+    schedule = SCHEDULES.LambdaLR(optimizer, lambda step: 0.5)
+    stepped(optimizer, parameters[:2])
+    schedule.step()
+    optimizer.add_param_group({"params": parameters[2:]})
+    assert [float(group["lr"]) for group in optimizer.param_groups[1:]] == pytest.approx([5e-4, 1e-3])
+    assert float(given) == float(optimizer.param_groups[1]["other_lr"]) == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
