@@ -23,6 +23,7 @@ NAMES = {
     "DCTAdamW": "dct_adamw",
     "Trion": "trion",
     "LowRank": "low_rank",
+    "FactoredMuon": "factored_muon",
     "AdamW": "adamw",
 }
 
