@@ -68,9 +68,10 @@ def stacked_bucket(
                 view[key].copy_(value)
         views.append(view)
     done = [int(view["step"]) for view in views for _ in range(count)]
+    draws = state["draws"].tolist() if "draws" in state and any(done) else [0] * layout.batch
     seed = layout.seeds[0] * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
     noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
-    return Bucket(group, parameters, phases, layout, state, views, done, noise, stacked)
+    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked)
 
 
 @dataclass(frozen=True)

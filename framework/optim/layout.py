@@ -63,9 +63,14 @@ class Layout:
         """Zeros [B, *shape] of the state's dtype, or of another."""
         return torch.zeros(self.batch, *shape, dtype=dtype or self.dtype, device=self.device)
 
-    def part(self, positions: list[int]) -> "Layout":
+    def part(self, positions: Sequence[int]) -> "Layout":
         """The layout of some of the matrices."""
         return replace(self, seeds=tuple(self.seeds[i] for i in positions))
+
+    def drawn(self, draws: Sequence[int]) -> "Layout":
+        """The layout with the seeds of the next frames of matrices that have drawn so many."""
+        # A large odd factor separates the streams of neighbouring seeds.
+        return replace(self, seeds=tuple(seed + 1_000_003 * draw for seed, draw in zip(self.seeds, draws, strict=True)))
 
     def select(self, positions: Sequence[int]) -> slice | Tensor:
         """An index that selects some matrices, in ascending order, from a stack: a slice if they are neighbours, which

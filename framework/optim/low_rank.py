@@ -201,14 +201,14 @@ class LowRank(Optimizer):
         steps = [step for bucket in self.buckets() if (step := BucketStep.of(bucket, self.rule)) is not None]
         unprojected = [self._unprojected(group) for group in self.param_groups]
         self.used_gradients = bool(steps) or any(unprojected)
-        # A frame is chosen from the gradient: an SVD raises on NaN, a power step would hide it.
-        self._require_finite([], [gradient for step in steps for gradient in step.gradients_that_choose_frames()])
+        # Frames are chosen from these, and would hide what overflows in a norm.
+        choosing = [gradient for step in steps for gradient in step.gradients_that_choose_frames()]
         for step in steps:
             step.project(energy=self._needs_energy())
         # The norm is that of all gradients, so it comes after all are projected; and nothing has been written yet.
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
-        self._require_finite_norms(steps, unprojected)
+        self._require_finite_norms(steps, unprojected, choosing)
         for step in steps:
             step.update(self.scale, clip)
         self._update_unprojected(unprojected, clip)
@@ -254,11 +254,15 @@ class LowRank(Optimizer):
             return None
         return (self.max_norm / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
-    def _require_finite_norms(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> None:
-        """A row of a gradient that is not finite has coordinates that are not finite either."""
+    def _require_finite_norms(
+        self, steps: list[BucketStep], unprojected: list[list[Tensor]], choosing: list[Tensor]
+    ) -> None:
+        """A row of a gradient that is not finite has coordinates that are not finite either. What new frames were
+        chosen from is checked itself, with all the rest: the host waits once.
+        """
         if self.check_finite:
             norms = [norm for step in steps for in_frames in (True, False) for norm in step.squares(in_frames)]
-            others = [held_gradient(p) for parameters in unprojected for p in parameters]
+            others = choosing + [held_gradient(p) for parameters in unprojected for p in parameters]
             self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
 
     def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:
