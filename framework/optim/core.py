@@ -34,7 +34,7 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.residuals import LostMoments, Terms
 from lightspan.optim.settings import Switches
-from lightspan.sharded import Ranks
+from lightspan.sharded import Ranks, ranks_of
 from lightspan.triton_kernels.backproject_update import operand_type
 
 
@@ -145,7 +145,8 @@ class BucketStep:
     """One step of a bucket's matrices that have a gradient.
 
     Args:
-        owners: which of the bucket's parameters take part; `active`: which of its matrices.
+        owners: which of the bucket's parameters take part; `active`: which of its matrices. A rank may have none of a
+            stack; it counts the step with the others.
         index: selects the active matrices from the bucket's stacks; None if all take part.
         layout, state: those of the active matrices.
         gradients: [M N] by active matrix, in any float dtype; None if only coordinates are left.
@@ -189,8 +190,8 @@ class BucketStep:
 
     @property
     def ranks(self) -> Ranks | None:
-        """The ranks among which the matrices are split."""
-        return None if self.layout.shards is None else self.layout.shards.ranks
+        """The ranks among which the matrices, or stacks of them, are split."""
+        return ranks_of(self.bucket.parameters[0])
 
     def gradients_that_choose_frames(self) -> list[Tensor]:
         """The gradients from which the first half chooses frames."""
@@ -206,6 +207,8 @@ class BucketStep:
         Args:
             in_frames: whether gradients no longer exist, so that it is that of their coordinates.
         """
+        if not self.active:
+            return [self.layout.zeros().sum()]
         if self.projected is None:
             return []
         if in_frames:
@@ -219,7 +222,7 @@ class BucketStep:
         Args:
             energy: whether row norms are wanted.
         """
-        if not self.rule.projects_late:
+        if self.active and not self.rule.projects_late:
             self.projected = self._projected(self.gradients, energy)
 
     def update(self, scale: float, clip: Tensor | None) -> None:
@@ -229,6 +232,9 @@ class BucketStep:
             scale: factor on the learning rate, except for decay.
             clip: 0-d factor by which the gradients must still be multiplied; None for none.
         """
+        if not self.active:
+            self._count_step()
+            return
         if self.rule.residual.feeds_back:
             self.projected, clip = self._projected_with_error(clip), None
         elif self.rule.projects_late:
@@ -301,7 +307,7 @@ class BucketStep:
         for i in (*self.first, *self.due) if "draws" in self.state else ():
             self.bucket.draws[self.active[i]] += 1
         for i in self.owners:
-            self.bucket.views[i]["step"].fill_(self.bucket.done[self.bucket.places(i)[0]])
+            self.bucket.views[i]["step"].add_(1)
 
     def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""

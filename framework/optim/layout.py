@@ -115,8 +115,22 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def matrices(parameter: Tensor, stacked: bool) -> list[Tensor]:
-    """The matrices that a parameter holds: itself, or the slices of a stack [E out in]."""
-    return list(parameter.unbind()) if stacked else [parameter]
+    """The matrices that a parameter holds: itself, or the slices of a stack [E out in]; those that this rank has."""
+    return list(local(parameter).unbind()) if stacked else [parameter]
+
+
+def one_of(parameter: Tensor, stacked: bool) -> Tensor:
+    """What each of the parameter's matrices looks like: a rank may have none of a stack."""
+    if not stacked:
+        return parameter
+    part = local(parameter)
+    return torch.empty_strided(part.shape[1:], part.stride()[1:], dtype=part.dtype, device="meta")
+
+
+def slices_of(parameter: Tensor, stacked: bool) -> RowShards | None:
+    """How the matrices of a stack are spread over ranks; None if they are all here, or it is none."""
+    ranks = ranks_of(parameter) if stacked else None
+    return None if ranks is None else RowShards(ranks, len(parameter), moved=False)
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
 from lightspan.optim.buckets import built_again, layout_of
 from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.layout import State, is_matrix, matrices
+from lightspan.optim.layout import State, is_matrix, matrices, one_of
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.projected import Selection, require_some_projected
@@ -31,7 +31,7 @@ class LowRank(Optimizer):
     it has two or more axes, and the basis takes it: all but `WholeBasis` take matrices whose shorter side is above
     `rank`. The longer side is kept. Axes after the first are flattened, as of a convolution; but a parameter [E out in]
     whose slices are larger than the rank on both sides, like the experts of a layer, counts as E matrices (with AdamW
-    under FSDP2 and without whole gradients).
+    without whole gradients; under FSDP2 each rank steps those that it has).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
@@ -138,8 +138,8 @@ class LowRank(Optimizer):
             return elementwise.initial_state(like, self.rule.moments)
         selection = self.selection(group)
         stacked = selection.stacked(parameter)
-        held = matrices(like, stacked)
-        layout = layout_of(held, selection.width(parameter), [self.seed] * len(held), like.device)
+        seeds = [self.seed] * len(matrices(like, stacked))
+        layout = layout_of([one_of(like, stacked)], selection.width(parameter), seeds, like.device)
         state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, "step": torch.tensor(0.0)}
 
