@@ -3,10 +3,9 @@
 Shapes: B matrices of a bucket, b of them with a new frame; M rows, N columns, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def choose_frames(
     return NewFrames(positions, first, rule.basis.refresh(gradients, part, part_layout, first=first))
 
 
-def with_frames(changes: Sequence[NewFrames], state: State, given: Sequence[bool]) -> Iterator[tuple[range, State]]:
+def with_frames(changes: Sequence[NewFrames], state: State, given: Sequence[bool]) -> list[tuple[range, State]]:
     """The state that new frames lead to, with moments as they were: positions of neighbours whose frames lie in one
     tensor, and views of their state. Nothing is copied, so that a change costs the memory of what changes.
 
@@ -60,12 +59,14 @@ def with_frames(changes: Sequence[NewFrames], state: State, given: Sequence[bool
     owners = {at: (number, i) for number, change in enumerate(changes) for i, at in enumerate(change.positions)}
     kinds = [(owners[at][0] if at in owners else None, known) for at, known in enumerate(given)]
     starts = [at for at in range(len(kinds)) if not at or kinds[at] != kinds[at - 1]]
-    for start, stop in pairwise([*starts, len(kinds)]):
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], len(kinds)], strict=True):
         part = part_of(state, slice(start, stop))
         if start in owners:
             number, first = owners[start]
-            part |= part_of(changes[number].basis, slice(first, first + stop - start))
-        yield range(start, stop), part
+            part = {**part, **part_of(changes[number].basis, slice(first, first + stop - start))}
+        parts.append((range(start, stop), part))
+    return parts
 
 
 def change_frames(
