@@ -24,8 +24,8 @@ class RandomBasis(DrawnBasis):
     def __init__(self, carry: Rotate | Keep = Rotate()) -> None:  # noqa: B008 - frozen
         super().__init__(carry)
 
-    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
-        return frames.random_frame(seeds, layout.size, layout.rank, dtype=layout.dtype, device=layout.device)
+    def draw(self, layout: Layout) -> Tensor:
+        return frames.random_frame(layout.seeds, layout.size, layout.rank, dtype=layout.dtype, device=layout.device)
 
 
 class RandomColumns(ColumnSelection):

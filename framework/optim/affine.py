@@ -87,17 +87,19 @@ class AffineSlice:
 
         Parameters that all ranks of a sharded model have are taken from the first one.
         """
-        flat_D = torch.zeros(self.projection.size, dtype=self.dtype, device=self.device)
         factors = factors or [1.0] * len(tensors)
-        given = [
-            (part, local(tensor.detach()).to_dense(), factor)  # a dense one is returned as it is
-            for part, tensor, factor, parameter in zip(
-                self._parts(flat_D), tensors, factors, self.parameters, strict=True
-            )
+        given = {
+            i: (local(tensor.detach()).to_dense(), factor)  # a dense one is returned as it is
+            for i, (tensor, factor, parameter) in enumerate(zip(tensors, factors, self.parameters, strict=True))
             if tensor is not None and factor and (self._is_first or ranks_of(parameter) is not None)
-        ]
+        }
+        # Numbers that nothing is copied to are zero.
+        make = torch.empty if self.ranks is None and len(given) == len(tensors) else torch.zeros
+        flat_D = make(self.projection.size, dtype=self.dtype, device=self.device)
         if given:
-            parts, held, by_part = zip(*given, strict=True)
+            held, by_part = zip(*given.values(), strict=True)
+            every = self._parts(flat_D)
+            parts = [every[i] for i in given]
             torch._foreach_copy_(parts, held)
             if set(by_part) != {1.0}:
                 torch._foreach_mul_(parts, by_part)

@@ -162,24 +162,29 @@ class SVDBasis(_DenseBasis):
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
         whole = (layout.gathered(gradient.to(layout.dtype)) for gradient in gradients)  # one at a time
-        vectors = [thin_svd(g)[2][: layout.rank].mT for g in whole]
+        vectors = [thin_svd(_or_zeros(g))[2][: layout.rank].mT for g in whole]
         return {"frame": torch.stack(vectors)}
 
 
+def _or_zeros(matrix: Tensor) -> Tensor:
+    """The matrix, or zeros if a number is not finite: an SVD would raise, before the step says whose gradient it is."""
+    return torch.where(torch.linalg.vector_norm(matrix, torch.inf).isfinite(), matrix, 0.0)
+
+
 class DrawnBasis(_DenseBasis):
-    """A random frame, drawn anew at each refresh from the matrix' seed and the number of draws so far."""
+    """A random frame, drawn anew at each refresh from the layout's seeds, which are others after each draw. The state
+    counts draws.
+    """
 
     def initial(self, layout: Layout) -> State:
         return {**super().initial(layout), "draws": layout.zeros(dtype=torch.int64)}
 
     @abstractmethod
-    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
-        """Frames [B N R] from seeds."""
+    def draw(self, layout: Layout) -> Tensor:
+        """Frames [B N R] from the seeds."""
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        # A large odd factor separates the streams of neighbouring seeds.
-        seeds = [seed + 1_000_003 * draw for seed, draw in zip(layout.seeds, state["draws"].tolist(), strict=True)]
-        return {"frame": self.draw(seeds, layout), "draws": state["draws"] + 1}
+        return {"frame": self.draw(layout), "draws": state["draws"] + 1}
 
 
 class GaussianBasis(DrawnBasis):
@@ -192,8 +197,8 @@ class GaussianBasis(DrawnBasis):
     def __init__(self) -> None:
         super().__init__(Keep())
 
-    def draw(self, seeds: list[int], layout: Layout) -> Tensor:
-        normal_BNR = frames.gaussian(seeds, layout.size, layout.rank) / layout.rank**0.5
+    def draw(self, layout: Layout) -> Tensor:
+        normal_BNR = frames.gaussian(layout.seeds, layout.size, layout.rank) / layout.rank**0.5
         return normal_BNR.to(dtype=layout.dtype, device=layout.device)
 
 

@@ -21,11 +21,13 @@ from lightspan.optim.layout import (
     is_wide,
     matrices,
     matrix_shape,
+    one_of,
     shards_of,
+    slices_of,
 )
 from lightspan.optim.loading import require_same_kind
 from lightspan.optim.settings import Switches
-from lightspan.sharded import local
+from lightspan.sharded import local, ranks_of
 
 if TYPE_CHECKING:
     from lightspan.optim.low_rank import LowRank
@@ -55,22 +57,23 @@ def stacked_bucket(
     for i, known in enumerate(saved):
         place = slice(i * count, (i + 1) * count) if stacked else i
         view = {key: stack[place] for key, stack in state.items()}
-        if shards is not None:
-            view.update({key: shards.distributed(view[key]) for key in by_row})
+        slices = slices_of(parameters[i], stacked)
+        spread = dict.fromkeys(by_row, shards) if slices is None else dict.fromkeys(state, slices)
+        view.update({key: parts.distributed(view[key]) for key, parts in spread.items() if parts is not None})
         view["step"] = torch.tensor(0.0)
         if known:
             require_same_kind(names[i], known, view)
         for key, value in known.items():
-            if shards is not None and key in by_row:
-                rows = value.to_local() if isinstance(value, DTensor) else shards.own(value)
-                state[key][i].copy_(rows)
+            if (parts := spread.get(key)) is not None:
+                state[key][place].copy_(value.to_local() if isinstance(value, DTensor) else parts.own(value))
             else:
                 view[key].copy_(value)
         views.append(view)
     done = [int(view["step"]) for view in views for _ in range(count)]
-    seed = layout.seeds[0] * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
+    draws = state["draws"].tolist() if "draws" in state and any(done) else [0] * layout.batch
+    seed = next(iter(layout.seeds), 0) * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
     noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
-    return Bucket(group, parameters, phases, layout, state, views, done, noise, stacked)
+    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked)
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,18 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
     order = 0  # matrices so far: each has its own seed and phase, whatever its bucket
     for member in members:
         parameter = member.parameter
-        held, shards = matrices(parameter, member.stacked), shards_of(parameter)
-        matrix = local(parameter) if shards is not None and shards.moved else canonical(held[0])
-        look = (matrix.shape, matrix.stride(), matrix_shape(held[0]), is_wide(held[0]), shards, len(held))
+        like, count = one_of(parameter, member.stacked), len(matrices(parameter, member.stacked))
+        shards, slices = shards_of(like), slices_of(parameter, member.stacked)
+        matrix = local(parameter) if shards is not None and shards.moved else canonical(like)
+        look = (matrix.shape, matrix.stride(), matrix_shape(like), is_wide(like), shards, count, ranks_of(parameter))
         key = (id(member.group), member.stacked, look, parameter.dtype, parameter.device, member.rank, member.heads)
-        alike[key].append((member, order))
-        order += len(held)
+        alike[key].append((member, order if slices is None else order + slices.start))
+        order += count if slices is None else slices.total
     buckets = []
     for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
-        held = matrices(kind.parameter, kind.stacked)
-        places = [first + i for _, first in pairs for i in range(len(held))]
+        held, count = [one_of(kind.parameter, kind.stacked)], len(matrices(kind.parameter, kind.stacked))
+        places = [first + i for _, first in pairs for i in range(count)]
         seeds, phases = [seed * SEED_STRIDE + place for place in places], [place / order for place in places]
         buckets.append(
             stacked_bucket(

@@ -11,7 +11,7 @@ Shapes: B matrices, M rows (the kept, longer side), N columns (the projected sid
 transposed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.residuals import LostMoments, Terms
 from lightspan.optim.settings import Switches
-from lightspan.sharded import Ranks
+from lightspan.sharded import Ranks, ranks_of
 from lightspan.triton_kernels.backproject_update import operand_type
 
 
@@ -46,6 +46,7 @@ class Bucket:
         phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.bases.Trigger`.
         views: the state of each parameter.
         done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
+        draws: frames that each matrix has drawn, likewise; zeros for a basis that does not count them.
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
             matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
         stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
@@ -59,6 +60,7 @@ class Bucket:
     state: State
     views: list[State]
     done: list[int]
+    draws: list[int]
     noise: Tensor
     stacked: bool = False
     pending: dict[int, Tensor] = field(default_factory=dict)
@@ -127,14 +129,15 @@ class Projected:
     Args:
         gradients: what was projected, by matrix; None if only coordinates are left.
         energy_BM: squared row norms of what was projected, or empty [0 M].
-        seen: the basis' state that the coordinates belong to, with frames built if they are used.
+        seen: the basis' state that the coordinates belong to, with frames built if they are used; None if only some
+            matrices change theirs, so that no tensor has all of them before the changes are written.
     """
 
     gradients: list[Tensor | None]
     coordinates_BMR: Tensor
     energy_BM: Tensor
     changes: list[NewFrames]
-    seen: State
+    seen: State | None
 
 
 @dataclass
@@ -142,7 +145,8 @@ class BucketStep:
     """One step of a bucket's matrices that have a gradient.
 
     Args:
-        owners: which of the bucket's parameters take part; `active`: which of its matrices.
+        owners: which of the bucket's parameters take part; `active`: which of its matrices. A rank may have none of a
+            stack; it counts the step with the others.
         index: selects the active matrices from the bucket's stacks; None if all take part.
         layout, state: those of the active matrices.
         gradients: [M N] by active matrix, in any float dtype; None if only coordinates are left.
@@ -186,8 +190,8 @@ class BucketStep:
 
     @property
     def ranks(self) -> Ranks | None:
-        """The ranks among which the matrices are split."""
-        return None if self.layout.shards is None else self.layout.shards.ranks
+        """The ranks among which the matrices, or stacks of them, are split."""
+        return ranks_of(self.bucket.parameters[0])
 
     def gradients_that_choose_frames(self) -> list[Tensor]:
         """The gradients from which the first half chooses frames."""
@@ -203,6 +207,8 @@ class BucketStep:
         Args:
             in_frames: whether gradients no longer exist, so that it is that of their coordinates.
         """
+        if not self.active:
+            return [self.layout.zeros().sum()]
         if self.projected is None:
             return []
         if in_frames:
@@ -216,7 +222,7 @@ class BucketStep:
         Args:
             energy: whether row norms are wanted.
         """
-        if not self.rule.projects_late:
+        if self.active and not self.rule.projects_late:
             self.projected = self._projected(self.gradients, energy)
 
     def update(self, scale: float, clip: Tensor | None) -> None:
@@ -226,6 +232,9 @@ class BucketStep:
             scale: factor on the learning rate, except for decay.
             clip: 0-d factor by which the gradients must still be multiplied; None for none.
         """
+        if not self.active:
+            self._count_step()
+            return
         if self.rule.residual.feeds_back:
             self.projected, clip = self._projected_with_error(clip), None
         elif self.rule.projects_late:
@@ -251,9 +260,16 @@ class BucketStep:
         changes = [
             self._new_frames(gradients, at, is_first) for at, is_first in ((self.first, True), (self.due, False)) if at
         ]
-        seen = with_frames(changes, self.state, self.layout) if changes else self.state
-        seen = self.rule.basis.materialised(seen, self.layout)
-        return Projected(gradients, *self._coordinates(gradients, seen, energy), changes, seen)
+        given = [gradient is not None for gradient in gradients]
+        parts = [
+            self._coordinates(gradients[at.start : at.stop], part, self.layout.part(at), energy)
+            for at, part in with_frames(changes, self.state, given)
+        ]
+        coordinates, energies, seen = zip(*parts, strict=True)
+        coordinates_BMR = _joined(coordinates)
+        for i, coordinates_MR in self.pending.items():
+            coordinates_BMR[i] += coordinates_MR
+        return Projected(gradients, coordinates_BMR, _joined(energies), changes, seen[0] if len(seen) == 1 else None)
 
     def _projected_with_error(self, clip: Tensor | None) -> Projected:
         """The first half with the clipped gradients plus what earlier steps left out. The sums are as large as the
@@ -271,29 +287,27 @@ class BucketStep:
     def _new_frames(self, gradients: list[Tensor | None], positions: list[int], is_first: bool) -> NewFrames:
         chosen, beta1 = _given(gradients[i] for i in positions), self.bucket.group["betas"][0]
         assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
-        return choose_frames(chosen, positions, self.state, self.layout, self.rule, beta1, first=is_first)
+        draws = [self.bucket.draws[self.active[i]] for i in positions]
+        return choose_frames(chosen, positions, draws, self.state, self.layout, self.rule, beta1, first=is_first)
 
-    def _coordinates(self, gradients: list[Tensor | None], seen: State, energy: bool) -> tuple[Tensor, Tensor]:
-        """Coordinates [B M R], with what came without its gradient, and row norms [B M] or [0 M]."""
-        layout = self.layout
-        whole = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None}
-        if len(whole) == layout.batch:
-            coordinates_BMR, energy_BM = self.rule.basis.project(list(whole.values()), seen, layout, energy=energy)
-        else:
-            coordinates_BMR, energy_BM = layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0]
-            if whole:
-                index = layout.select(list(whole))
-                held = part_of(seen, index), layout.part(list(whole))
-                coordinates_BMR[index], _ = self.rule.basis.project(list(whole.values()), *held, energy=False)
-        for i, coordinates_MR in self.pending.items():
-            coordinates_BMR[i] += coordinates_MR
-        return coordinates_BMR, energy_BM
+    def _coordinates(
+        self, gradients: list[Tensor | None], state: State, layout: Layout, energy: bool
+    ) -> tuple[Tensor, Tensor, State]:
+        """Coordinates [b M R] of neighbours, zeros if none has a gradient; row norms [b M] or [0 M]; and their frames,
+        built if they are used.
+        """
+        seen, whole = self.rule.basis.materialised(state, layout), _given(gradients)
+        if not whole:
+            return layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0], seen
+        return *self.rule.basis.project(whole, seen, layout, energy=energy), seen
 
     def _count_step(self) -> None:
         for i in self.active:
             self.bucket.done[i] += 1
+        for i in (*self.first, *self.due) if "draws" in self.state else ():
+            self.bucket.draws[self.active[i]] += 1
         for i in self.owners:
-            self.bucket.views[i]["step"].fill_(self.bucket.done[self.bucket.places(i)[0]])
+            self.bucket.views[i]["step"].add_(1)
 
     def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
@@ -308,6 +322,10 @@ class BucketStep:
 
 def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def update_weights(
@@ -337,6 +355,7 @@ def update_weights(
     lost: LostMoments | None = None
     if projected.changes:
         source_BR, lost = change_frames(projected.changes, state, layout, rule, coordinates_BMR, numbers)
+    seen = rule.basis.materialised(state, layout) if projected.seen is None else projected.seen
     setting = InnerContext(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
     coefficients_BMR, scale_BM = direction_BMR, direction_BMR.new_empty(0, layout.rows)
@@ -348,9 +367,9 @@ def update_weights(
         whole = _given(projected.gradients)
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
     if layout.rows:  # a rank may have no rows of a small matrix
-        rule.basis.update(weights, coefficients_BMR, projected.seen, layout, whole, scale_BM, lr, keep, seed)
+        rule.basis.update(weights, coefficients_BMR, seen, layout, whole, scale_BM, lr, keep, seed)
     if rule.residual.feeds_back:
-        frame_BNR = rule.basis.frame(projected.seen, layout)
+        frame_BNR = rule.basis.frame(seen, layout)
         if lost is None:  # what moments lost is a difference of large products, which bfloat16 would not leave
             operand = operand_type(weights[0].dtype)
             coordinates_BMR, frame_BNR = coordinates_BMR.to(operand), frame_BNR.to(operand)

@@ -31,6 +31,7 @@ class NewFrames:
 def choose_frames(
     gradients: Sequence[Tensor],
     positions: list[int],
+    draws: list[int],
     state: State,
     layout: Layout,
     rule: Switches,
@@ -38,20 +39,34 @@ def choose_frames(
     *,
     first: bool,
 ) -> NewFrames:
-    """New frames for the matrices at `positions`, from their gradients [M N]; nothing is written."""
-    part, part_layout = part_of(state, layout.select(positions)), layout.part(positions)
+    """New frames for the matrices at `positions`, from their gradients [M N] and, if they are random, from how many
+    draws came before; nothing is written.
+    """
+    part, part_layout = part_of(state, layout.select(positions)), layout.part(positions).drawn(draws)
     if rule.basis.momentum and not first:
         correction_b1R = bias_correction(part["age"], beta1)[:, None]
         part["mean"] = rule.moments.load(part, "exp_avg").to(layout.dtype) / correction_b1R
     return NewFrames(positions, first, rule.basis.refresh(gradients, part, part_layout, first=first))
 
 
-def with_frames(changes: Sequence[NewFrames], state: State, layout: Layout) -> State:
-    """The state that new frames lead to, with moments as they were; the given one is unchanged."""
-    for change in changes:
-        index, basis = layout.select(change.positions), change.basis.items()
-        state = {**state, **{key: _with_part(state[key], change.positions, index, value) for key, value in basis}}
-    return state
+def with_frames(changes: Sequence[NewFrames], state: State, given: Sequence[bool]) -> list[tuple[range, State]]:
+    """The state that new frames lead to, with moments as they were: positions of neighbours whose frames lie in one
+    tensor, and views of their state. Nothing is copied, so that a change costs the memory of what changes.
+
+    Args:
+        given: of every matrix, whether it has what the caller asks for; neighbours that differ are apart.
+    """
+    owners = {at: (number, i) for number, change in enumerate(changes) for i, at in enumerate(change.positions)}
+    kinds = [(owners[at][0] if at in owners else None, known) for at, known in enumerate(given)]
+    starts = [at for at in range(len(kinds)) if not at or kinds[at] != kinds[at - 1]]
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], len(kinds)], strict=True):
+        part = part_of(state, slice(start, stop))
+        if start in owners:
+            number, first = owners[start]
+            part = {**part, **part_of(changes[number].basis, slice(first, first + stop - start))}
+        parts.append((range(start, stop), part))
+    return parts
 
 
 def change_frames(
@@ -94,15 +109,6 @@ def change_frames(
 
 def _frame(basis: Basis, state: State, layout: Layout) -> Tensor:
     return basis.frame(state, layout).to(layout.dtype)
-
-
-def _with_part(stack: Tensor, positions: list[int], index: slice | Tensor, part: Tensor) -> Tensor:
-    """A copy of the stack with some matrices replaced; the given stack is unchanged."""
-    if len(positions) == len(stack):
-        return part
-    stack = stack.clone()
-    stack[index] = part
-    return stack
 
 
 def _in_stack(part: Tensor, change: NewFrames, layout: Layout) -> Tensor:

@@ -66,9 +66,14 @@ class Layout:
         """Zeros [B, *shape] of the state's dtype, or of another."""
         return torch.zeros(self.batch, *shape, dtype=dtype or self.dtype, device=self.device)
 
-    def part(self, positions: list[int]) -> "Layout":
+    def part(self, positions: Sequence[int]) -> "Layout":
         """The layout of some of the matrices."""
         return replace(self, seeds=tuple(self.seeds[i] for i in positions))
+
+    def drawn(self, draws: Sequence[int]) -> "Layout":
+        """The layout with the seeds of the next frames of matrices that have drawn so many."""
+        # A large odd factor separates the streams of neighbouring seeds.
+        return replace(self, seeds=tuple(seed + 1_000_003 * draw for seed, draw in zip(self.seeds, draws, strict=True)))
 
     def select(self, positions: Sequence[int]) -> slice | Tensor:
         """An index that selects some matrices, in ascending order, from a stack: a slice if they are neighbours, which
@@ -113,8 +118,22 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def matrices(parameter: Tensor, stacked: bool) -> list[Tensor]:
-    """The matrices that a parameter holds: itself, or the slices of a stack [E out in]."""
-    return list(parameter.unbind()) if stacked else [parameter]
+    """The matrices that a parameter holds: itself, or the slices of a stack [E out in]; those that this rank has."""
+    return list(local(parameter).unbind()) if stacked else [parameter]
+
+
+def one_of(parameter: Tensor, stacked: bool) -> Tensor:
+    """What each of the parameter's matrices looks like: a rank may have none of a stack."""
+    if not stacked:
+        return parameter
+    part = local(parameter)
+    return torch.empty_strided(part.shape[1:], part.stride()[1:], dtype=part.dtype, device="meta")
+
+
+def slices_of(parameter: Tensor, stacked: bool) -> RowShards | None:
+    """How the matrices of a stack are spread over ranks; None if they are all here, or it is none."""
+    ranks = ranks_of(parameter) if stacked else None
+    return None if ranks is None else RowShards(ranks, len(parameter), moved=False)
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
 from lightspan.optim.buckets import built_again, layout_of
 from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.layout import State, is_matrix, matrices
+from lightspan.optim.layout import State, is_matrix, matrices, one_of
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.projected import Selection, require_some_projected
@@ -31,7 +31,7 @@ class LowRank(Optimizer):
     it has two or more axes, and the basis takes it: all but `WholeBasis` take matrices whose shorter side is above
     `rank`. The longer side is kept. Axes after the first are flattened, as of a convolution; but a parameter [E out in]
     whose slices are larger than the rank on both sides, like the experts of a layer, counts as E matrices (with AdamW
-    under FSDP2 and without whole gradients).
+    without whole gradients; under FSDP2 each rank steps those that it has).
 
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
@@ -139,8 +139,8 @@ class LowRank(Optimizer):
             return elementwise.initial_state(like, self.rule.moments)
         selection = self.selection(group)
         stacked = selection.stacked(parameter)
-        held = matrices(like, stacked)
-        layout = layout_of(held, selection.width(parameter), [self.seed] * len(held), like.device)
+        seeds = [self.seed] * len(matrices(like, stacked))
+        layout = layout_of([one_of(like, stacked)], selection.width(parameter), seeds, like.device)
         state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, "step": torch.tensor(0.0)}
 
@@ -202,14 +202,14 @@ class LowRank(Optimizer):
         steps = [step for bucket in self.buckets() if (step := BucketStep.of(bucket, self.rule)) is not None]
         unprojected = [self._unprojected(group) for group in self.param_groups]
         self.used_gradients = bool(steps) or any(unprojected)
-        # A frame is chosen from the gradient: an SVD raises on NaN, a power step would hide it.
-        self._require_finite([], [gradient for step in steps for gradient in step.gradients_that_choose_frames()])
+        # Frames are chosen from these, and would hide what overflows in a norm.
+        choosing = [gradient for step in steps for gradient in step.gradients_that_choose_frames()]
         for step in steps:
             step.project(energy=self._needs_energy())
         # The norm is that of all gradients, so it comes after all are projected; and nothing has been written yet.
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
-        self._require_finite_norms(steps, unprojected)
+        self._require_finite_norms(steps, unprojected, choosing)
         for step in steps:
             step.update(self.scale, clip)
         self._update_unprojected(unprojected, clip)
@@ -255,11 +255,15 @@ class LowRank(Optimizer):
             return None
         return (self.max_norm / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
-    def _require_finite_norms(self, steps: list[BucketStep], unprojected: list[list[Tensor]]) -> None:
-        """A row of a gradient that is not finite has coordinates that are not finite either."""
+    def _require_finite_norms(
+        self, steps: list[BucketStep], unprojected: list[list[Tensor]], choosing: list[Tensor]
+    ) -> None:
+        """A row of a gradient that is not finite has coordinates that are not finite either. What new frames were
+        chosen from is checked itself, with all the rest: the host waits once.
+        """
         if self.check_finite:
             norms = [norm for step in steps for in_frames in (True, False) for norm in step.squares(in_frames)]
-            others = [held_gradient(p) for parameters in unprojected for p in parameters]
+            others = choosing + [held_gradient(p) for parameters in unprojected for p in parameters]
             self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
 
     def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:

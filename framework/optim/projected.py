@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightspan.errors import UserError
 from lightspan.optim.bases import Basis
 from lightspan.optim.layout import is_matrix, matrix_shape
 from lightspan.patterns import matches
+from lightspan.sharded import ranks_of, split_axis
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,14 @@ class Selection:
         if not is_matrix(parameter) or not self.allows(name):
             return False
         if self.stacked(parameter):
-            return self.backward == "whole" and not isinstance(parameter, DTensor)
+            return self.backward == "whole" and _has_whole_slices(parameter)
         return self.width(parameter) > 0
+
+
+def _has_whole_slices(stack: Tensor) -> bool:
+    """Whether no matrix of a stack [E out in] is split among ranks."""
+    ranks = ranks_of(stack)
+    return ranks is None or split_axis(stack, ranks) == 0
 
 
 def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:
@@ -87,8 +93,8 @@ def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, S
     flat = [(s.side(p), s.rank) for p, _, s in candidates if not s.stacked(p)]
     if not flat:
         raise UserError(
-            f"{owner} got no matrix to project except stacks [experts out in], which need whole, unsharded gradients; "
-            "set backward='whole', train unsharded, or use AdamW"
+            f"{owner} got no matrix to project except stacks [experts out in], which need gradients of whole matrices; "
+            "set backward='whole', split them along their first axis, or use AdamW"
         )
     side, rank = max(flat)
     way_out = f"choose a rank from 1 to {side - 1}, or use AdamW" if side > 1 else "use AdamW"

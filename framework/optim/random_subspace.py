@@ -5,6 +5,7 @@ Shapes: D weights, d coordinates, l layers with a scale.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -122,7 +123,7 @@ class RandomSubspace(Optimizer):
             mean_over_ranks([*pulled, reached_by])
             if not reached_by:
                 return loss
-        if not torch.cat(pulled).isfinite().all():
+        if not math.isfinite(torch.linalg.vector_norm(torch.cat(pulled), torch.inf)):
             raise UserError(
                 "the gradient is not finite, which in a random subspace affects every weight; nothing was changed. "
                 "Lower the learning rate or clip gradients, and check the loss and the data of this step"

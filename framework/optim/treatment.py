@@ -38,7 +38,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     elif parameter.is_complex():
         how = "AdamW: complex"
     elif selection.stacked(parameter):
-        how = "AdamW: a stack of matrices, whose projection needs whole, unsharded gradients"
+        how = "AdamW: a stack of matrices, whose projection needs gradients of whole ones"
     else:
         how = f"AdamW: rank {selection.rank} is not below its shorter side"
     state = optimizer.initial_state(parameter, group, torch.empty_like(parameter, device="meta"))

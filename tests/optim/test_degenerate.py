@@ -360,6 +360,17 @@ def test_unchecked_such_rows_stand_still_as_adamws_numbers_do_and_others_go_on(r
         assert (weight != before).any(dim=1).sum() == ROWS - 1
 
 
+@pytest.mark.parametrize("basis", [bases.PowerBasis, bases.SVDBasis, bases.DCTBasis])
+def test_unchecked_a_gradient_that_is_not_finite_gets_a_frame_and_stops_no_other_matrix(basis):
+    weights = [nn.Parameter(torch.zeros(6, 4)) for _ in range(2)]
+    optimizer = LowRank(weights, rank=2, basis=basis(), residual=None, check_finite=False)
+    for weight, value in zip(weights, (torch.nan, 1.0), strict=True):
+        weight.grad = torch.full_like(weight, value)
+    optimizer.step()
+    assert weights[1].any()
+    assert weights[1].isfinite().all()
+
+
 def test_weights_that_are_not_finite_are_blamed_and_not_the_gradient():
     model = spiked(1.0)
     optimizer = LowRank(model.named_parameters(), rank=RANK)

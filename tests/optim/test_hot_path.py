@@ -6,6 +6,7 @@ value raises.
 
 import inspect
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim import bases, buckets, presets
-from lightspan.optim.bases import DCTBasis, Every, WholeBasis
+from lightspan.optim.bases import DCTBasis, Every, Trigger, WholeBasis
 from lightspan.optim.core import Projected, update_weights
 from lightspan.optim.elementwise import SMALLEST_QUANTISED
 from lightspan.optim.gradients import attach
@@ -27,9 +28,21 @@ from lightspan.optim.inner import (
     NewtonSchulz,
     SelectiveNewtonSchulz,
 )
+from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.presets import DCTAdamW, Dion2, FactoredMuon, LDAdam, Muon, NorMuon, Trion
+from lightspan.optim.presets import (
+    APOLLO,
+    APOLLOMini,
+    DCTAdamW,
+    Dion2,
+    FactoredMuon,
+    GaLore,
+    LDAdam,
+    Muon,
+    NorMuon,
+    Trion,
+)
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.subspaces import frames
 from lightspan.triton_kernels import backproject_update, error_feedback, tiles
@@ -209,13 +222,41 @@ def costs_of(kind, dtype, device, refresh=10**6, matrices=SHAPES[:2], vectors=1,
     return costs
 
 
+@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", every_kind())
-def test_a_steady_step_exchanges_nothing_with_the_host_but_its_check_for_finite_gradients(kind, dtype, max_norm):
+def test_a_step_exchanges_nothing_with_the_host_but_its_check_for_finite_gradients(kind, dtype, max_norm, refresh):
+    sent = 2 if refresh == 1 and kind in (APOLLO, APOLLOMini) else 0  # the host draws: the matrices of either shape
     for check in (False, True):
-        costs = costs_of(kind, dtype, "meta", check_finite=check, max_norm=max_norm)
-        assert (costs.to_device, costs.from_device) == (0, int(check))
+        costs = costs_of(kind, dtype, "meta", refresh, check_finite=check, max_norm=max_norm)
+        assert (costs.to_device, costs.from_device) == (sent, int(check))
+
+
+@dataclass(frozen=True)
+class These(Trigger):
+    """Always the same matrices of a stack."""
+
+    positions: tuple[int, ...]
+
+    def due(self, asked, steps, phases):
+        return [i for i in asked if i in self.positions]
+
+
+@pytest.mark.parametrize("due", [(1,), (0, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind", [LowRank, GaLore, APOLLO, DCTAdamW])
+def test_changing_some_frames_copies_the_state_of_no_other_matrix(kind, due):
+    def copied(count):
+        weights = [nn.Parameter(torch.ones(12, 8, device="meta")) for _ in range(count)]
+        optimizer = kind(weights, rank=4, refresh=These(due))
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.empty_like(weight)
+            with step_costs(stacks(optimizer)) as costs:
+                optimizer.step()
+        return costs.copied_state
+
+    assert copied(4) == copied(9)
 
 
 def test_copies_are_counted_wherever_they_hide():
@@ -273,6 +314,26 @@ def test_temporaries_of_a_step_are_less_than_half_of_a_float32_copy_of_its_gradi
     monkeypatch.setattr(tiles, "CACHED", 512)
     costs = costs_of(kind, dtype, device, refresh, SHAPES, max_norm=1.0)
     assert 0 < costs.peak < 0.5 * sum(2 * 4 * rows * columns for rows, columns in SHAPES)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_adding_and_storing_an_error_takes_a_few_tiles_however_long_a_matrix_is(precision, monkeypatch):
+    monkeypatch.setattr(error_feedback, "WINDOW", 512)
+
+    def peaks(rows):
+        residual, layout = (
+            ErrorFeedback(precision),
+            Layout(rows, 64, 4, False, torch.float32, torch.device("cpu"), (0,)),
+        )
+        state, gradient, one = residual.initial(layout), torch.ones(rows, 64), torch.ones(())
+        coordinates, frame = torch.ones(1, rows, 4), torch.ones(1, 64, 4)
+        with step_costs() as adding:
+            sums = residual.accumulate([gradient], state, one)
+        with step_costs() as storing:
+            residual.remember(sums, coordinates, frame, None, state, (0.9, 0.99))
+        return adding.peak - sums[0].nbytes, storing.peak
+
+    assert peaks(24) == peaks(240)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -523,6 +523,24 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves() -> None:
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_one_push_one_pull_and_seven_kernels(kind) -> None:
+    weights = [nn.Parameter(torch.ones(5, 3)) for _ in range(3)]
+    optimizer = RandomSubspace(weights, partial(SGD, lr=0.1, foreach=False), dim=4, projection=kind)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()  # makes constants of the map
+    with step_costs() as step:
+        optimizer.step()
+    z_d, g_D = optimizer.z_d.detach(), torch.ones(45)
+    with step_costs() as mapped:
+        optimizer.slice.projection.push(z_d)
+        optimizer.slice.projection.pull(g_D)
+    # gradients to one vector; no lambdas, their place after the coordinates, the largest number; SGD; the start to the
+    # weights, what has moved
+    assert step.kernels.total() == mapped.kernels.total() + 7
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tensors_are_read_and_written_by_as_many_kernels_however_many_there_are(dtype, decay) -> None:
