@@ -161,13 +161,14 @@ class SVDBasis(_DenseBasis):
         super().__init__(carry)
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        whole = (layout.gathered(gradient.to(layout.dtype)) for gradient in gradients)  # one at a time
-        vectors = [thin_svd(_or_zeros(g))[2][: layout.rank].mT for g in whole]
+        # One at a time, of which nothing else holds a wide copy.
+        vectors = [thin_svd(_whole_or_zeros(gradient, layout))[2][: layout.rank].mT for gradient in gradients]
         return {"frame": torch.stack(vectors)}
 
 
-def _or_zeros(matrix: Tensor) -> Tensor:
+def _whole_or_zeros(gradient: Tensor, layout: Layout) -> Tensor:
     """The matrix, or zeros if a number is not finite: an SVD would raise, before the step says whose gradient it is."""
+    matrix = layout.gathered(gradient.to(layout.dtype))
     return torch.where(torch.linalg.vector_norm(matrix, torch.inf).isfinite(), matrix, 0.0)
 
 
