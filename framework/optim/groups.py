@@ -24,8 +24,8 @@ and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
 
-Groups of matrices also know which rows belong to which attention head, where that can be seen; see
-`lightspan.optim.heads`.
+Groups of matrices also say which rows are the queries and keys of which attention head, where `lightspan.optim.heads`
+finds them.
 """
 
 import math
