@@ -152,7 +152,7 @@ class ParameterGroups:
                 group["frames"] = True
             elif kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
-            known = {name: heads[id(p)] for name, p in group["params"] if kind == "matrices" and id(p) in heads}
+            known = {name: heads[id(p)] for name, p in group["params"] if id(p) in heads}
             if known:
                 group["heads"] = known
             same = sum(other["name"] == group["name"] for other in groups)  # equal except for digits that are not shown

@@ -1,5 +1,7 @@
 """Which rows belong to the queries and keys of a head: in the layers of several libraries."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.models.efficientformer import Attention as EfficientFormerAttention
@@ -148,6 +150,26 @@ def test_what_names_a_layer_wrongly_or_has_odd_sizes_has_no_heads() -> None:
             self.head_dim = None
 
     assert query_key_heads(Odd()) == {}
+
+
+class Attention(nn.Module):
+    """Queries, keys and a fused layer, and what is said of the heads."""
+
+    def __init__(self, **said):
+        super().__init__()
+        self.q, self.k, self.qkv = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(4, 36)
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize("count", [None, 0, -2, 2.0, True, "2", [2]])
+def test_what_is_no_number_of_heads_says_nothing(count) -> None:
+    assert query_key_heads(Attention(num_heads=count, head_dim=6)) == {}
+
+
+def test_a_layer_knows_its_heads_better_than_its_configuration() -> None:
+    part = Attention(num_heads=2, config=SimpleNamespace(num_heads=3, num_attention_heads=3))
+    heads = query_key_heads(part)
+    assert [heads[id(layer.weight)] for layer in (part.q, part.k, part.qkv)] == [[6, 6], [6, 6], [6, 6, 6, 6, 12]]
 
 
 def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
