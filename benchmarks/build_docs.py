@@ -220,10 +220,11 @@ def quality(results: Path) -> list[str]:
     if not tasks:
         return [MISSING, ""]
     lines = [
-        "Equal data for all, and rates that the same search found for each optimiser on another seed. Means of the",
-        "seeds, differences with their range. In bold: no other has a lower loss and no more state. The last column",
-        "tells how much was searched, and whether the best rates lie inside of it. Times are processor time, on one",
-        "thread.",
+        "Equal data for all, and rates and momentum that the same search found for each optimiser on another seed.",
+        "Means of the seeds, differences with their range. In bold: no other has a lower loss and no more state. The",
+        "last column tells how much was searched, and whether all neighbours of the best point were tried. Nothing",
+        "else was searched, but the defaults of `factored_muon` were chosen on stdlib, with the seed of the search.",
+        "Times are processor time, on one thread.",
         "",
     ]
     for task in tasks:

@@ -1,9 +1,10 @@
 """Tensors that are split over ranks: a rank's part, the whole, and sums over ranks.
 
 Of a plain tensor, part and whole are the same, so code need not ask. An optimiser's step treats the rows of a matrix
-one by one, so a rank steps the rows it has. Only sums over rows leave it: what
-chooses a frame, norms of whole matrices, and whether gradients are finite. All of them run over the ranks among which
-the matrix is split; replicas of a hybrid mesh compute the same and exchange nothing.
+one by one, so a rank steps the rows it has. Sums over rows leave it: what chooses a frame, norms of whole matrices, and
+whether gradients are finite; and rows do where the parameter is split along its other side, or where a matrix is
+orthogonalised by one rank. All of this runs over the ranks among which the matrix is split; replicas of a hybrid mesh
+compute the same and exchange nothing.
 
 Shapes: B matrices, M rows of whole matrices, m rows of this rank; T tensors.
 """

@@ -24,8 +24,8 @@ and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
 
-Groups of matrices also know which rows belong to which attention head, where that can be seen; see
-`lightspan.optim.heads`.
+Groups of matrices also say which rows are the queries and keys of which attention head, where `lightspan.optim.heads`
+finds them.
 """
 
 import math
@@ -152,7 +152,7 @@ class ParameterGroups:
                 group["frames"] = True
             elif kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
-            known = {name: heads[id(p)] for name, p in group["params"] if kind == "matrices" and id(p) in heads}
+            known = {name: heads[id(p)] for name, p in group["params"] if id(p) in heads}
             if known:
                 group["heads"] = known
             same = sum(other["name"] == group["name"] for other in groups)  # equal except for digits that are not shown

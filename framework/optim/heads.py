@@ -2,7 +2,7 @@
 these can be a matrix of its own, see `lightspan.optim.inner.MomentumNewtonSchulz`.
 
 Heads are found by the names that timm, transformers, diffusers, torch and lightspan give to a layer's parts and to the
-number or size of its heads. What is named otherwise, interleaves heads, or has transposed weights (GPT-2 of
+number or size of its heads. What is named otherwise, interleaves queries with keys, or has transposed weights (GPT-2 of
 transformers) has no heads here, and is then orthogonalised as a whole.
 """
 
@@ -11,10 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-APART = ("q_proj", "k_proj", "query", "key", "to_q", "to_k", "q_lin", "k_lin", "q", "k")
-"""Linear layers that make queries or keys alone."""
+QUERIES = ("q_proj", "query", "to_q", "q_lin", "q")
+"""Linear layers that make queries alone, as many rows for each head."""
+KEYS = ("k_proj", "key", "to_k", "k_lin", "k")
+"""Linear layers that make keys alone, perhaps for fewer heads."""
 TOGETHER = ("qkv", "Wqkv", "qkv_proj", "to_qkv")
 """Linear layers whose rows are all queries, then all keys, then all values."""
+INTERLEAVED = (
+    "timm.models.maxxvit.AttentionCl", "timm.models.efficientformer.Attention", "timm.models.tiny_vit.Attention",
+    "transformers.models.codegen.modeling_codegen.CodeGenAttention",
+    "transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",
+)  # fmt: skip
+"""Classes with a layer of such a name whose rows are in another order."""
 SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head")
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
@@ -30,16 +38,25 @@ def _heads(part: Any) -> Iterator[tuple[Tensor, list[int]]]:
     if isinstance(part, nn.MultiheadAttention):
         yield from _of_torch(part)
         return
-    count = _first(part, COUNTS)
-    for name in APART:
-        if (weight := _weight(part, name)) is not None and (size := _size(part, len(weight), count)):
-            yield weight, [size] * (len(weight) // size)
+    if (count := _first(part, COUNTS)) is None:
+        return
+    for name in (*QUERIES, *KEYS):
+        if (weight := _weight(part, name)) is not None:
+            # Not of queries: the size can be that of a part of them, as in latent attention.
+            size = _first(part, SIZES) if name in KEYS else None
+            heads, left = divmod(len(weight), size) if size else (count, len(weight) % count)
+            if not left:
+                yield weight, [len(weight) // heads] * heads
     for name in TOGETHER:
-        if (weight := _weight(part, name)) is not None and count:
+        if (weight := _weight(part, name)) is not None and not _interleaves(part):
             keys = _first(part, ("num_key_value_heads", "num_kv_heads")) or count
             size, left = divmod(len(weight), count + 2 * keys)
             if not left:
                 yield weight, [*[size] * (count + keys), size * keys]
+
+
+def _interleaves(part: Any) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" in INTERLEAVED for kind in type(part).__mro__)
 
 
 def _of_torch(part: nn.MultiheadAttention) -> Iterator[tuple[Tensor, list[int]]]:
@@ -54,12 +71,6 @@ def _of_torch(part: nn.MultiheadAttention) -> Iterator[tuple[Tensor, list[int]]]
 def _weight(part: Any, name: str) -> Tensor | None:
     layer = getattr(part, name, None)
     return layer.weight if isinstance(layer, nn.Linear) else None
-
-
-def _size(part: Any, rows: int, count: int | None) -> int | None:
-    """Rows of a head; None if this is not known or does not divide the rows. Fewer heads can have keys than queries."""
-    size = _first(part, SIZES) or (rows // count if count and not rows % count else 0)
-    return size if size and not rows % size else None
 
 
 def _first(part: Any, names: tuple[str, ...]) -> int | None:

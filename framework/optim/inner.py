@@ -121,7 +121,7 @@ class NewtonSchulz(Inner):
 
     Args:
         steps: iterations, >= 1.
-        scale: factor by the matrix' shape out x in, or by that of the largest of its heads: "kj"
+        scale: factor by the shape out x in of the matrix, or of its part with the most rows if heads are apart: "kj"
             sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)), "dion" sqrt(out / in), "none" 1.
         precision: of the products. "bfloat16", as in published code, is what tensor cores are made for, and halves what
             travels between ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights.
@@ -172,10 +172,11 @@ class MomentumNewtonSchulz(NewtonSchulz):
 
     Args:
         momentum: mu in [0, 1).
-        nu: in [0, 1], the share of m in what is orthogonalised. 1 is m itself, None means mu, which is Nesterov's
-            momentum; in between and beyond are the quasi-hyperbolic ones (Ma & Yarats 2019, arXiv 1810.06801).
+        nu: in [0, 1], the share of m in what is orthogonalised, as in quasi-hyperbolic momentum (Ma & Yarats 2019,
+            arXiv 1810.06801). None means mu, which is Nesterov's momentum; 1 is m itself.
         by_heads: whether each attention head's queries and keys are a matrix of their own, where the parameter group
-            knows the heads (`heads`, see `LowRank`).
+            says which rows these are (`heads`, see `lightspan.optim.low_rank.LowRank`). GLM-5 calls it Muon
+            Split (arXiv 2602.15763).
         steps, scale, precision: see `NewtonSchulz`.
     """
 

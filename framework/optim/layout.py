@@ -32,8 +32,8 @@ class Layout:
         dtype: of the arithmetic and of unquantised state: float32, or float64 for float64 weights.
         seeds: one per matrix; all randomness of its frames comes from it.
         shards: where the other rows are; None if they are all here.
-        heads: how many of the parameter's rows belong to each part of it that is a matrix of its own for rules that
-            look at a whole one, such as those of one attention head; empty if they all belong together.
+        heads: for rules that orthogonalise each attention head by itself, how many of the parameter's rows belong to
+            each part, in order; empty if all belong together.
     """
 
     rows: int

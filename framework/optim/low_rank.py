@@ -33,6 +33,9 @@ class LowRank(Optimizer):
     whose slices are larger than the rank on both sides, like the experts of a layer, counts as E matrices (with AdamW
     without whole gradients; under FSDP2 each rank steps those that it has).
 
+    A group can also say which rows of a matrix belong to one attention head (key `heads`: by the parameter's name, how
+    many rows each part has, in order). Rules with `by_heads` orthogonalise each part by itself; others ignore it.
+
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.

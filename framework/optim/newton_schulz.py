@@ -94,14 +94,13 @@ def orthogonalised_parts(
     if axis == -2 and shards is not None:
         whole_bMN = shards.to_owners(x_BmN)
         return shards.from_owners(orthogonalised_parts(whole_bMN, parts, axis, None, steps, coefficients), len(x_BmN))
-    found, start = [], 0
-    for size, alike in groupby(parts):
-        count = len(list(alike))
-        some = x_BmN.narrow(axis, start, size * count).unflatten(axis, (count, size))
-        some = some.movedim(axis - 1, 1).flatten(0, 1)
-        some = orthogonalised(some, shards, steps, coefficients).unflatten(0, (len(x_BmN), count))
-        found.append(some.movedim(1, axis - 1).flatten(axis - 1, axis))
-        start += size * count
+    runs = [(len(list(alike)), size) for size, alike in groupby(parts)]
+    found = []
+    for run, some in zip(runs, x_BmN.split([count * size for count, size in runs], dim=axis), strict=True):
+        # Parts become matrices of the batch: their axis moves beside it, and back.
+        apart = some.unflatten(axis, run).movedim(axis - 1, 1)
+        apart = orthogonalised(apart.flatten(0, 1), shards, steps, coefficients).unflatten(0, apart.shape[:2])
+        found.append(apart.movedim(1, axis - 1).flatten(axis - 1, axis))
     return torch.cat(found, dim=axis)
 
 

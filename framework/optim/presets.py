@@ -263,7 +263,7 @@ class Muon(TwoRates):
         momentum: mu in [0, 1).
         nesterov: whether the gradient is added once more to the momentum that is orthogonalised.
         by_heads: whether the queries and the keys of each attention head are orthogonalised by themselves, where the
-            groups know the heads, as those of `lightspan.optim.groups.ParameterGroups` do.
+            groups say which rows these are, as those of `lightspan.optim.groups.ParameterGroups` do.
         convention: factor by shape, see `lightspan.optim.inner.NewtonSchulz`: "kj" is that of Jordan's code and the
             "original" of torch's Muon, "kimi" that of Moonlight and torch's "match_rms_adamw".
         precision: of products, see `NewtonSchulz`; published code has "bfloat16", which is for large models on GPUs.
@@ -337,8 +337,8 @@ class FactoredMuon(TwoRates):
     alone. Equations: `lightspan.optim.reference.FactoredMuon`.
 
     The steps are as long as those of AdamW (`convention="kimi"`), so rates and decay have its magnitudes; several times
-    its rate was best where it was searched. As the step is divided anew each time, a longer memory of the gradients
-    with a larger share of the newest one does better than Nesterov's momentum (quasi-hyperbolic, arXiv 1810.06801).
+    its rate was best where it was searched. Momentum is quasi-hyperbolic (arXiv 1810.06801): a longer memory with a
+    larger share of the newest gradient than Nesterov's.
 
     Args:
         beta2: of the running means of squares over rows and over columns, in [0, 1).
@@ -378,8 +378,8 @@ class Dion2(TwoRates):
     decays. Equations: `lightspan.optim.reference.Dion2`.
 
     It orthogonalises M x N / 4 numbers where Muon orthogonalises M x N: for large models, where that takes long. A
-    choice of the shorter side is made over all rows, on however many ranks they are; published code chooses along the
-    side that is sharded, on each rank by itself. Of square matrices, columns are chosen here and rows there.
+    choice of the shorter side is made over all rows, on however many ranks they are; published code by default chooses
+    along the side that is sharded, on each rank by itself. Of square matrices, columns are chosen here and rows there.
 
     Args:
         fraction: alpha, of the shorter side, in (0, 1].

@@ -1,13 +1,21 @@
-"""Which rows belong to the queries and keys of a head: in the layers of six libraries."""
+"""Which rows belong to the queries and keys of a head: in the layers of several libraries."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.models.efficientformer import Attention as EfficientFormerAttention
+from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.tiny_vit import Attention as TinyViTAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    CodeGenConfig,
+    CodeGenModel,
+    DeepseekV3Config,
     DistilBertConfig,
     DistilBertModel,
     GPT2Config,
@@ -20,9 +28,14 @@ from transformers import (
     ModernBertModel,
     Phi3Config,
     Phi3Model,
+    Qwen3NextConfig,
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
 
 from lightspan.backbones.language import llama
 from lightspan.nn.sequences.self_attention import SelfAttention
@@ -83,6 +96,36 @@ MODELS = {
     "one head, which is all": (lambda: nn.MultiheadAttention(16, 1, kdim=8, vdim=8), {}),
     "GPT-2, transposed": (lambda: GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=11)), {}),
     "GPT-NeoX, interleaved": (lambda: GPTNeoXModel(GPTNeoXConfig(**SMALL, num_attention_heads=2)), {}),
+    "latent attention, whose head_dim is a part of a head": (
+        lambda: DeepseekV3Attention(
+            DeepseekV3Config(
+                hidden_size=32,
+                num_attention_heads=2,
+                q_lora_rank=None,
+                kv_lora_rank=8,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=8,
+            ),
+            0,
+        ),
+        {"q_proj.weight": [12] * 2},
+    ),
+    "gated attention, whose queries come with their gates": (
+        lambda: Qwen3NextAttention(Qwen3NextConfig(**FEW_KEYS, head_dim=4), 0),
+        {"q_proj.weight": [8] * 4, "k_proj.weight": [4] * 2},
+    ),
+    "MaxViT of timm, interleaved": (lambda: AttentionCl(32, dim_head=8), {}),
+    "EfficientFormer of timm, interleaved": (lambda: EfficientFormerAttention(32, key_dim=8, num_heads=4), {}),
+    "TinyViT of timm, interleaved": (lambda: TinyViTAttention(32, key_dim=8, num_heads=4), {}),
+    "CodeGen, interleaved": (
+        lambda: CodeGenModel(CodeGenConfig(vocab_size=11, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)),
+        {},
+    ),
+    "lightning attention of MiniMax, interleaved": (
+        lambda: MiniMaxLightningAttention(MiniMaxConfig(**FEW_KEYS, head_dim=8), 0),
+        {},
+    ),
     "no attention": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), {}),
 }
 
@@ -107,6 +150,26 @@ def test_what_names_a_layer_wrongly_or_has_odd_sizes_has_no_heads() -> None:
             self.head_dim = None
 
     assert query_key_heads(Odd()) == {}
+
+
+class Attention(nn.Module):
+    """Queries, keys and a fused layer, and what is said of the heads."""
+
+    def __init__(self, **said):
+        super().__init__()
+        self.q, self.k, self.qkv = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(4, 36)
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize("count", [None, 0, -2, 2.0, True, "2", [2]])
+def test_what_is_no_number_of_heads_says_nothing(count) -> None:
+    assert query_key_heads(Attention(num_heads=count, head_dim=6)) == {}
+
+
+def test_a_layer_knows_its_heads_better_than_its_configuration() -> None:
+    part = Attention(num_heads=2, config=SimpleNamespace(num_heads=3, num_attention_heads=3))
+    heads = query_key_heads(part)
+    assert [heads[id(layer.weight)] for layer in (part.q, part.k, part.qkv)] == [[6, 6], [6, 6], [6, 6, 6, 6, 12]]
 
 
 def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
