@@ -36,6 +36,9 @@ class LowRank(Optimizer):
     A group can also say which rows of a matrix belong to one attention head (key `heads`: by the parameter's name, how
     many rows each part has, in order). Rules with `by_heads` orthogonalise each part by itself; others ignore it.
 
+    For models beside which a byte of state for each weight does not fit, or whole gradients do not (`backward`).
+    Otherwise `lightspan.optim.presets.FactoredMuon`, which keeps that byte, reaches a lower loss (docs/benchmarks.md).
+
     With the defaults this is Fira (arXiv 2410.01623) on a tracked instead of a recomputed SVD basis.
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.
@@ -160,6 +163,12 @@ class LowRank(Optimizer):
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
             parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
+        known = {p[0] for p in parameters if isinstance(p, tuple)}
+        if unknown := sorted(set(param_group.get("heads", ())) - known):
+            raise UserError(
+                f"{type(self).__name__} heads names {', '.join(unknown[:3])}, which the group has not; give its "
+                "parameters with their names, (name, parameter), and name the heads of these"
+            )
         super().add_param_group({**param_group, "params": parameters})  # which refuses a set, because it has no order
         group = self.param_groups[-1]
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))

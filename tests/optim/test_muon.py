@@ -301,7 +301,8 @@ def test_weights_of_one_shape_have_their_own_heads() -> None:
     heads = {"q": [4, 4, 4], "k": [6, 6]}
     weights = {name: nn.Parameter(draw(12, 5)) for name in ("q", "o", "k")}
     alone = {name: nn.Parameter(draw(12, 5)) for name in weights}
-    groups = [{"params": [(name, weight)], "heads": heads} for name, weight in alone.items()]
+    own = {name: {"heads": {name: rows}} for name, rows in heads.items()}
+    groups = [{"params": [(name, weight)], **own.get(name, {})} for name, weight in alone.items()]
     optimizers = [Muon([{"params": list(weights.items()), "heads": heads}], by_heads=True)]
     optimizers += [Muon([group], by_heads=True) for group in groups]
     for weight in (*weights.values(), *alone.values()):
@@ -342,6 +343,12 @@ def test_heads_that_are_not_the_rows_of_a_weight_are_refused(rows, shape) -> Non
     with pytest.raises(UserError, match="heads"):
         Muon([{"params": [("q", weight)], "heads": {"q": rows}}], by_heads=True).step()
     assert torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("params", [[("k", nn.Parameter(torch.zeros(4, 3)))], [nn.Parameter(torch.zeros(4, 3))]])
+def test_heads_of_a_name_that_the_group_has_not_are_refused(params) -> None:
+    with pytest.raises(UserError, match="heads names q, which the group has not"):
+        Muon([{"params": params, "heads": {"q": [2, 2]}}])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
