@@ -7,7 +7,7 @@ and takes the next one in. The equations see tensors on the device, and know not
 Frames stay on the device. Both halves of a step read them, and so does a backward pass that projects.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from types import ModuleType
@@ -81,6 +81,12 @@ class Home:
         """
         return None
 
+    def sizes(self, state: Mapping[Tensor, State]) -> tuple[int, int]:
+        """(bytes of an optimiser's state that live on the host if the parameters are on a device, bytes of memory on
+        that device for their visits), this rank's.
+        """
+        return 0, 0
+
     def receive(self, visits: Sequence[Visit]) -> None:
         """Takes the parts of a step, one after the other."""
         for visit in visits:
@@ -127,6 +133,15 @@ class OnHost(Home):
 
     def fitting(self, size: int) -> int | None:
         return max(LARGEST_VISIT // size, 1) if size else None
+
+    def sizes(self, state: Mapping[Tensor, State]) -> tuple[int, int]:
+        each = [
+            sum(local(value).nbytes for key, value in held.items() if self.leaves(parameter, key))
+            for parameter, held in state.items()
+        ]
+        # Of the larger visits, of one parameter each, two may follow one another.
+        largest = sorted([LARGEST_VISIT, LARGEST_VISIT, *each])[-2:]
+        return sum(each), min(sum(each), sum(largest))
 
     def receive(self, visits: Sequence[Visit]) -> None:
         for (device, travels), together in groupby(visits, lambda visit: (visit.device, any(visit.away))):

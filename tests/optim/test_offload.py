@@ -229,6 +229,17 @@ def test_a_checkpoint_continues_with_the_switch_and_without_it(kind, on, everywh
         assert equal(optimizer, resumed)
 
 
+def test_the_two_largest_visits_may_be_there_at_once(monkeypatch):
+    home, sizes = offload.OnHost(frozenset({"stays"})), (6000, 5000, 9000, 10)
+    state = {nn.Parameter(torch.empty(n)): {"stays": torch.empty(n), "goes": torch.empty(n)} for n in sizes}
+    assert home.sizes(state) == (4 * 20_000, 4 * 20_000)  # less than is sent at once
+    monkeypatch.setattr(offload, "LARGEST_VISIT", 4 * 7000)
+    assert home.sizes(state) == (4 * 20_000, 4 * 16_000)
+    monkeypatch.setattr(offload, "LARGEST_VISIT", 1)
+    assert home.sizes(state) == (4 * 20_000, 4 * 15_000)
+    assert offload.Home().sizes(state) == (0, 0)
+
+
 def test_state_that_others_moved_to_the_device_goes_home():
     """Lightning does so when it has loaded a checkpoint."""
     weights = parameters(device="meta", shapes=[(96, 64), (5000,), (7,)])
