@@ -260,6 +260,7 @@ class BucketStep:
         self.bucket.pending.clear()
         if isinstance(self.index, Tensor):  # a slice was stepped in place
             write_part(stacks, self.index, self.state, {})
+        self.state = {}  # visitors leave
 
     def _projected(self, gradients: list[Tensor | None], energy: bool) -> Projected:
         changes = [

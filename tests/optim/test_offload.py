@@ -423,3 +423,27 @@ def test_frames_that_follow_moments_before_the_step_are_refused():
         LowRank(parameters(), rank=4, basis=PowerBasis(momentum=0.5), offload=True)
     LowRank(parameters(), rank=4, basis=PowerBasis(momentum=0.5))
     LDAdam(parameters(), rank=4, offload=True)
+
+
+@pytest.mark.sweep  # tracing a step takes seconds
+def test_a_compiled_step_is_the_same_with_state_on_the_host(everywhere):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):  # needs no C++ compiler
+        graphs.append(graph)
+        return graph.forward
+
+    weights, others = parameters(shapes=SHAPES[:2]), parameters(shapes=SHAPES[:2])
+    plain = LowRank(weights, rank=4, check_finite=False)
+    hosted = LowRank(others, rank=4, check_finite=False, offload=True)
+    compiled = torch.compile(hosted.step, backend=backend)
+    for step in range(4):
+        for weight, other in zip(weights, others, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = weight.grad.clone()
+        plain.step()
+        (compiled if step else hosted.step)()
+    assert graphs
+    for one, other in zip(weights, others, strict=True):  # the graph may round numbers that it makes constants
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
