@@ -10,7 +10,6 @@ Frames stay on the device. Both halves of a step read them, and so does a backwa
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -156,7 +155,7 @@ def has_host(device: torch.device) -> bool:
     return device.type != HOST.type
 
 
-def streams_of(device: torch.device) -> ModuleType | Any:
+def streams_of(device: torch.device) -> Any:
     """torch's module with the streams of a device. Where there are none, as on the meta device, that of the CPU, whose
     streams do nothing: there all work is done in the order of the calls.
     """
