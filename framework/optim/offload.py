@@ -166,7 +166,7 @@ def streams_of(device: torch.device) -> Any:
     return module if hasattr(module, "Stream") else torch.cpu
 
 
-@torch.compiler.disable(recursive=False)  # it traces the parts, each by itself, but not the streams
+@torch.compiler.disable  # streams are not for a graph, and what they wait for must not move
 def _received(device: torch.device, visits: Sequence[Visit]) -> None:
     """Takes the parts of a step whose state travels. Three streams work at the same time: `here`, the stream of the
     step; `arrivals`, which copies state to the device; and `departures`, which copies it back.
