@@ -153,7 +153,7 @@ class RowShards:
         number of ranks. It shares memory with `part`.
         """
         shape = torch.Size((self.total, *part.shape[1:]))
-        return from_local(part, self.ranks, 0, shape)
+        return with_part(from_local(part.to("meta"), self.ranks, 0, shape), part)
 
 
 def _chunks(total: int, count: int) -> list[int]:
@@ -166,6 +166,13 @@ def from_local(part: Tensor, ranks: Ranks, axis: int, shape: torch.Size) -> DTen
     """A DTensor of `shape` split along `axis`, of which this rank has `part`."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, ranks.mesh, ranks.placements(axis), run_check=False, shape=shape, stride=stride)
+
+
+def with_part(like: Tensor, part: Tensor) -> Tensor:
+    """A tensor placed as `like` is, of which this rank has `part`; `part` itself if `like` is plain. It shares memory
+    with `part`, also on another device than that of the mesh, to which `DTensor.from_local` would copy it.
+    """
+    return DTensor(part, like._spec, requires_grad=False) if isinstance(like, DTensor) else part
 
 
 def axes_of(tensor: Tensor) -> tuple[Ranks, ...]:

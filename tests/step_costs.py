@@ -35,6 +35,7 @@ class StepCosts:
 
     Args:
         to_device, from_device: copies from the host and to it.
+        bytes_to_device, bytes_from_device: of copies of whole tensors between tensors of both.
         kernels: calls that compute or write something, by name; a call on a list of tensors is one.
         copied_state: bytes that copies of state, and gathers from it, have written elsewhere.
         peak: most bytes that tensors made meanwhile took up together.
@@ -42,6 +43,8 @@ class StepCosts:
 
     to_device: int = 0
     from_device: int = 0
+    bytes_to_device: int = 0
+    bytes_from_device: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     copied_state: int = 0
     peak: int = 0
@@ -89,6 +92,10 @@ class _Operations(TorchDispatchMode):
         if given and given[0].is_meta and (func in READS or kwargs.get("device") == torch.device("cpu")):
             self.costs.from_device += 1
             return 0 if func in READS else torch.zeros(given[0].shape, dtype=given[0].dtype)
+        if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            self.costs.from_device += 1
+            self.costs.bytes_from_device += args[0].nbytes
+            return args[0]
         if func.namespace == "lightspan" and not any(tensor.is_meta for tensor in given):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
@@ -106,6 +113,8 @@ class _Operations(TorchDispatchMode):
         # Numbers of no axes are arguments of kernels.
         on_host = any(tensor.ndim for tensor in given if not tensor.is_meta)
         self.costs.to_device += on_host and any(tensor.is_meta for tensor in (*given, *out))
+        if func is aten.copy_.default and on_host:
+            self.costs.bytes_to_device += given[1].nbytes
         if func in COPIES and _storage(given[0]) in self.state:
             self.costs.copied_state += sum(tensor.nbytes for tensor in new)
         self.made.update((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()) for t in new)

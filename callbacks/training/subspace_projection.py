@@ -31,7 +31,8 @@ class SubspaceProjection(Callback):
         rank: dimension of the subspace, >= 1 and below the shorter side of at least one matched matrix.
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
             the printed table says. Leave out embeddings and the output head where you can.
-        basis, residual, inner, moments, refresh, scale, backward, seed: see `lightspan.optim.low_rank.LowRank`.
+        basis, residual, inner, moments, refresh, scale, backward, seed, offload: see
+            `lightspan.optim.low_rank.LowRank`.
     Raises: UserError when fitting starts: for a pattern that matches nothing in any optimiser, a rank too large for all
     of them, or a matched optimiser other than Adam and AdamW.
     """
@@ -50,6 +51,7 @@ class SubspaceProjection(Callback):
         scale: float = 1.0,
         backward: Literal["whole", "hooks", "projected"] = "whole",
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         if isinstance(match, str):
             raise UserError(f"SubspaceProjection match={match!r} must be a list of patterns, such as [{match!r}]")
@@ -64,6 +66,7 @@ class SubspaceProjection(Callback):
             "scale": scale,
             "backward": backward,
             "seed": seed,
+            "offload": offload,
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

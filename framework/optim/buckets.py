@@ -26,6 +26,7 @@ from lightspan.optim.layout import (
     slices_of,
 )
 from lightspan.optim.loading import require_same_kind
+from lightspan.optim.offload import Home
 from lightspan.optim.settings import Switches
 from lightspan.sharded import local, ranks_of
 
@@ -46,12 +47,14 @@ def stacked_bucket(
     rule: Switches,
     saved: list[State],
     names: list[str],
+    home: Home,
 ) -> Bucket:
     """Stacks the existing state of the parameters, in the given order; what is missing is initialised.
 
     Raises: UserError for state of another rule or another rank.
     """
-    state, shards = rule.initial(layout), layout.shards
+    shards, first = layout.shards, parameters[0]
+    state = home.fresh(lambda device: rule.initial(replace(layout, device=device)), first)
     by_row = set() if shards is None else _keys_by_row(rule, layout)
     views, count = [], layout.batch // len(parameters)
     for i, known in enumerate(saved):
@@ -73,7 +76,8 @@ def stacked_bucket(
     draws = state["draws"].tolist() if "draws" in state and any(done) else [0] * layout.batch
     seed = next(iter(layout.seeds), 0) * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
     noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
-    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked)
+    away = frozenset(key for key in state if home.is_away(first, key))
+    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked, away)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Member:
     saved: State
 
 
-def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[Bucket]:
+def build_buckets(members: Sequence[Member], rule: Switches, seed: int, home: Home) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
@@ -113,7 +117,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
         alike[key].append((member, order if slices is None else order + slices.start))
         order += count if slices is None else slices.total
     buckets = []
-    for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule)):
+    for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule, home)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
         held, count = [one_of(kind.parameter, kind.stacked)], len(matrices(kind.parameter, kind.stacked))
         places = [first + i for _, first in pairs for i in range(count)]
@@ -128,20 +132,33 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int) -> list[
                 rule,
                 [member.saved for member in together],
                 [member.name for member in together],
+                home,
             )
         )
     return buckets
 
 
-def _parts(pairs: list[tuple[Member, int]], rule: Switches) -> Iterator[list[tuple[Member, int]]]:
-    """All that can step together, or as many as rules that project late should widen at once. Ranks cut alike, since
-    they see the same whole shapes.
+def _parts(pairs: list[tuple[Member, int]], rule: Switches, home: Home) -> Iterator[list[tuple[Member, int]]]:
+    """All that can step together, or as many as rules that project late should widen at once, and as should visit the
+    device at once. Ranks cut alike, since they see the same whole shapes.
     """
+    member, shards = pairs[0][0], shards_of(pairs[0][0].parameter)
+    least = 1 if shards is None else shards.ranks.count
     count = len(pairs)
     if rule.projects_late:
-        member, shards = pairs[0][0], shards_of(pairs[0][0].parameter)
-        count = max(LARGEST_STACK // member.parameter.shape.numel(), 1 if shards is None else shards.ranks.count)
+        count = max(LARGEST_STACK // member.parameter.shape.numel(), least)
+    if (fitting := home.fitting(_size_away(member, rule, home))) is not None:
+        count = min(count, max(fitting, least))
     return (pairs[start : start + count] for start in range(0, len(pairs), count))
+
+
+def _size_away(member: Member, rule: Switches, home: Home) -> int:
+    """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
+    held = matrices(member.parameter, member.stacked)
+    layout = layout_of(held, member.rank, [0] * len(held), torch.device("meta"))
+    rows = layout.rows if layout.shards is None else layout.shards.chunk
+    state = rule.initial(replace(layout, rows=rows))
+    return sum(value.nbytes for key, value in state.items() if home.is_away(member.parameter, key))
 
 
 def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:
@@ -153,7 +170,7 @@ def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:
     now = built_for(optimizer.param_groups)
     if before.built_for is not None and before.built_for[1] != now[1]:
         _forget_unstepped(optimizer.state, before.built_for[1], now[1])
-    buckets = Buckets(build_buckets(_members(optimizer), optimizer.rule, optimizer.seed), now)
+    buckets = Buckets(build_buckets(_members(optimizer), optimizer.rule, optimizer.seed, optimizer.home), now)
     for bucket in buckets.every:
         views = zip(bucket.parameters, bucket.views, strict=True)
         optimizer.state.update((parameter, dict(view)) for parameter, view in views)

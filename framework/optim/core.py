@@ -13,6 +13,7 @@ transposed.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from lightspan.optim.layout import (
     put,
     write_part,
 )
+from lightspan.optim.offload import Visit
 from lightspan.optim.residuals import LostMoments, Terms
 from lightspan.optim.settings import Switches
 from lightspan.sharded import Ranks, ranks_of
@@ -50,6 +52,7 @@ class Bucket:
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
             matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
         stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
+        away: names of the state that lives on the host, while the parameters do not; see `lightspan.optim.offload`.
         pending: coordinates [M R] of gradients that no longer exist, by position; see `lightspan.optim.gradients`.
     """
 
@@ -63,6 +66,7 @@ class Bucket:
     draws: list[int]
     noise: Tensor
     stacked: bool = False
+    away: frozenset[str] = frozenset()
     pending: dict[int, Tensor] = field(default_factory=dict)
 
     def places(self, number: int) -> range:
@@ -148,7 +152,7 @@ class BucketStep:
         owners: which of the bucket's parameters take part; `active`: which of its matrices. A rank may have none of a
             stack; it counts the step with the others.
         index: selects the active matrices from the bucket's stacks; None if all take part.
-        layout, state: those of the active matrices.
+        layout, state: those of the active matrices. What lives on the host joins the state in the second half.
         gradients: [M N] by active matrix, in any float dtype; None if only coordinates are left.
         pending: coordinates [M R] that came without their gradient, by position; such matrices are not due.
         first, due: positions whose frame is chosen for the first time, or again.
@@ -176,7 +180,8 @@ class BucketStep:
             return None
         active = [place for i in owners for place in bucket.places(i)]
         first, due = bucket.due(active, rule)
-        layout, state, index = bucket.layout, bucket.state, None
+        layout, index = bucket.layout, None
+        state = {key: value for key, value in bucket.state.items() if key not in bucket.away}
         if len(active) < layout.batch:
             index = layout.select(active)
             layout, state = layout.part(active), part_of(state, index)
@@ -225,16 +230,25 @@ class BucketStep:
         if self.active and not self.rule.projects_late:
             self.projected = self._projected(self.gradients, energy)
 
-    def update(self, scale: float, clip: Tensor | None) -> None:
+    def second_half(self, scale: float, clip: Tensor | None) -> Visit:
+        """`update` as a visit of the bucket's state to the device."""
+        state, away = self.bucket.state, self.bucket.away
+        return Visit(self.bucket.layout.device, [state], [away], partial(self.update, scale, clip))
+
+    def update(self, scale: float, clip: Tensor | None, states: Sequence[State]) -> None:
         """The second half: weights and state, in place.
 
         Args:
             scale: factor on the learning rate, except for decay.
             clip: 0-d factor by which the gradients must still be multiplied; None for none.
+            states: the bucket's, all of it on the device.
         """
         if not self.active:
             self._count_step()
             return
+        (stacks,) = states
+        arrived = {key: value for key, value in stacks.items() if key not in self.state}
+        self.state = {**self.state, **(arrived if self.index is None else part_of(arrived, self.index))}
         if self.rule.residual.feeds_back:
             self.projected, clip = self._projected_with_error(clip), None
         elif self.rule.projects_late:
@@ -254,7 +268,8 @@ class BucketStep:
         noise.add_(len(self.active))
         self.bucket.pending.clear()
         if isinstance(self.index, Tensor):  # a slice was stepped in place
-            write_part(self.bucket.state, self.index, self.state, {})
+            write_part(stacks, self.index, self.state, {})
+        self.state = {}  # visitors leave
 
     def _projected(self, gradients: list[Tensor | None], energy: bool) -> Projected:
         changes = [

@@ -55,17 +55,18 @@ def _has_whole_rows(parameter: Tensor) -> bool:
 
 def step_elementwise(
     parameters: Sequence[Tensor],
-    states: Sequence[State],
     group: dict[str, Any],
     moments: MomentStorage,
     clip: Tensor | None,
     seeds: Sequence[int],
+    states: Sequence[State],
 ) -> None:
     """One step of AdamW on parameters of one group, all of which have a gradient: torch's fused one if weights and
     moments are float32 or wider, otherwise widened, stepped and rounded once.
 
     Args:
         seeds: one per parameter; its roundings use the numbers after the seed, one per step.
+        states: one per parameter, on its device.
     """
     by_kind: dict[Any, list[int]] = defaultdict(list)
     for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):

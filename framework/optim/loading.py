@@ -123,10 +123,11 @@ def restore(optimizer: "LowRank", prepared: dict[str, Any]) -> None:
             optimizer.state[number] = held
             continue
         parameter, group = owners[number]
-        # The fused step reads its step count on the parameter's device, the others are on the host.
-        on_host = {"step"} if optimizer.projected(parameter, group) else set()
+        projected = optimizer.projected(parameter, group)
         for key, value in held.items():
-            device = torch.device("cpu") if key in on_host else parameter.device
+            # The fused step reads its step count on the parameter's device, the others are on the host.
+            on_host = (projected and key == "step") or optimizer.home.is_away(parameter, key)
+            device = torch.device("cpu") if on_host else parameter.device
             optimizer.state[parameter][key] = value.to(device=device, copy=True)
     _mend(optimizer, [parameter for parameter, _ in owners.values() if parameter in optimizer.state])
 

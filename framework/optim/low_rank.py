@@ -17,6 +17,7 @@ from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.layout import State, is_matrix, matrices, one_of
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
+from lightspan.optim.offload import Home, OnHost, Visit
 from lightspan.optim.projected import Selection, require_some_projected
 from lightspan.optim.residuals import Fira, NoResidual, Residual
 from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
@@ -69,13 +70,16 @@ class LowRank(Optimizer):
             the latter is refused.
         check_finite: whether a gradient that is not finite raises before anything is changed. Costs one host
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
+        offload: whether state lives on the host between steps, except for frames and the state of small parameters; see
+            `lightspan.optim.offload`. Without effect for parameters that are on the host themselves. The host waits
+            once a step for the last of it to come home.
         seed: seed of random frames and of stochastic rounding.
     Raises: UserError for values out of range or parts that do not fit, if `rank` is below the shorter side of no
         parameter, unless all groups have project=False, and in `step` for a gradient that is sparse or not finite.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "scale", "max_norm", "backward", "check_finite", "seed", "_names",
+        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_names",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
@@ -105,16 +109,19 @@ class LowRank(Optimizer):
         backward: Literal["whole", "hooks", "projected"] = "whole",
         check_finite: bool = True,
         seed: int = 0,
+        offload: bool = False,
     ) -> None:
         defaults = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True}
-        require_sound(type(self).__name__, {**defaults, "scale": scale, "max_norm": max_norm, "backward": backward})
+        own = {"scale": scale, "max_norm": max_norm, "backward": backward, "offload": offload}
+        require_sound(type(self).__name__, {**defaults, **own})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule = Switches(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
         self.attached = False
         require_parts(self.rule)
-        require_fit(self.rule, backward)
+        require_fit(self.rule, backward, offload)
+        self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
         self._names: dict[Tensor, str] = {}
         self._buckets, self._checked = Buckets(), False
         super().__init__(params, {**defaults, "betas": tuple(betas)})
@@ -222,9 +229,9 @@ class LowRank(Optimizer):
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
         self._require_finite_norms(steps, unprojected, choosing)
-        for step in steps:
-            step.update(self.scale, clip)
-        self._update_unprojected(unprojected, clip)
+        self.home.receive([step.second_half(self.scale, clip) for step in steps])
+        # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
+        self.home.receive(self._steps_of_unprojected(unprojected, clip))
         self._checked = self.measures_norm = False
         return loss
 
@@ -325,17 +332,28 @@ class LowRank(Optimizer):
         places = self._buckets.places
         parameters = [p for p in group["params"] if p.grad is not None and p not in places]
         for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = self.initial_state(parameter, group)
+            if self.state[parameter]:
+                self.home.brought(self.state[parameter], parameter)
+            else:
+                self.state[parameter] = self.home.fresh(partial(self._elementwise_state, parameter), parameter)
         return parameters
 
-    def _update_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> None:
+    def _elementwise_state(self, parameter: Tensor, device: torch.device) -> State:
+        like = parameter if parameter.device == device else torch.empty_like(parameter, device=device)
+        return elementwise.initial_state(like, self.rule.moments)
+
+    def _steps_of_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> list[Visit]:
         numbers = {parameter: number for number, parameter in enumerate(self._parameters())}
+        visits = []
         for group, parameters in zip(self.param_groups, unprojected, strict=True):
             states = [self.state[p] for p in parameters]
             seeds = [elementwise.first_noise(p, numbers[p], self.seed) for p in parameters]
-            if parameters:
-                elementwise.step_elementwise(parameters, states, group, self.rule.moments, clip, seeds)
+            away = [[key for key in self.state[p] if self.home.is_away(p, key)] for p in parameters]
+            for part in self.home.parts(parameters, states) if parameters else ():
+                own, first = parameters[part], parameters[part.start]
+                act = partial(elementwise.step_elementwise, own, group, self.rule.moments, clip, seeds[part])
+                visits.append(Visit(first.device, states[part], away[part], act))
+        return visits
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
@@ -31,6 +32,14 @@ class Switches:
         adds to clipped gradients, and whole coordinates are as large as gradients are.
         """
         return self.residual.feeds_back or self.basis.whole
+
+    @property
+    def of_frames(self) -> frozenset[str]:
+        """Names of the state that frames are made from. The first half of a step reads no other, unless frames follow
+        momentum.
+        """
+        small = Layout(2, 2, 1, False, torch.float32, torch.device("meta"), (0,))
+        return frozenset(self.basis.initial(small))
 
     def initial(self, layout: Layout) -> State:
         """State before the first step. The parts' names differ, so one mapping contains them all."""
@@ -77,6 +86,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scale": (lambda value: _is_number(value) and value > 0, "above 0"),
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
+    "offload": (lambda value: isinstance(value, bool), "True or False"),
 }
 """The allowed values of each setting, by name."""
 
@@ -111,8 +121,14 @@ def require_parts(rule: Switches) -> None:
             raise UserError(f"{name}={part!r} must be an object of a class in {kind.__module__}, a {kind.__name__}")
 
 
-def require_fit(rule: Switches, backward: str) -> None:
-    """Raises: UserError for parts of a rule that do not fit one another or the backward mode."""
+def require_fit(rule: Switches, backward: str, offload: bool) -> None:
+    """Raises: UserError for parts of a rule that do not fit one another, the backward mode or state on the host."""
+    if offload and rule.basis.momentum and not rule.projects_late:
+        raise UserError(
+            f"offload={offload} keeps moments on the host until gradients are projected, but PowerBasis momentum="
+            f"{rule.basis.momentum} needs them for that; set momentum=0, or a residual=ErrorFeedback(), with which "
+            "gradients are projected later"
+        )
     if rule.basis.momentum and not isinstance(rule.inner, Adam):
         raise UserError(f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()")
     if rule.residual.needs_orthonormal and not rule.basis.orthonormal:

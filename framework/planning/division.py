@@ -46,8 +46,9 @@ class Division:
         standing = step.weights + step.gradients + step.optimizer_state
         moment = max(step.peak - standing, step.activations + step.batch)
         parts = {name: -(-getattr(step, name) // getattr(self, name)) for name in _DIVIDED}
+        host_state = -(-step.host_state // self.optimizer_state)
         peak = step.peak if self.whole else sum(parts.values()) + moment
-        return dataclasses.replace(step, **parts, peak=peak + self.extra)
+        return dataclasses.replace(step, **parts, peak=peak + self.extra, host_state=host_state)
 
     @property
     def whole(self) -> bool:

@@ -17,7 +17,9 @@ from lightspan.datamodules.loading.loader import ExactLoader, split_batch
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import rss_bytes
+from lightspan.optim.low_rank import LowRank
 from lightspan.planning.division import Division
+from lightspan.planning.outcome import in_mib
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.planning.step_memory import (
     OptimizerStopped,
@@ -92,8 +94,7 @@ def make_plan(
     rows = step.rows
     if rows == 0:
         raise UserError(f"the first batch of {type(datamodule).__name__} contains no tensor with samples along axis 0")
-    on_device = trainer.strategy.root_device.type != "cpu"
-    process = 0 if on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
+    process = 0 if step.on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
     memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
@@ -114,6 +115,8 @@ def make_plan(
             what = "the largest micro-batch is" if fits else f"for {rows} samples memory lacks here: all figures are"
             notes.append(f"{what} on a line through real steps of {half.rows} and {here.rows} samples")
             here = line(rows)
+    if here.host_state:
+        notes.append(f"{in_mib(here.host_state)} MiB of optimiser state live on the host, and are not counted above")
     return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
 
 
@@ -178,7 +181,7 @@ class _Step:
     ) -> None:
         self.trainer, self.division = trainer, division
         self.notes: list[str] = []
-        self._idle_state: int | None = None
+        self._idle_state: StepMemory | None = None
         datamodule.trainer = trainer
         batch, whole = None, None
         if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
@@ -198,6 +201,11 @@ class _Step:
             self.rows = split_batch(whole, division.ranks, trainer.accumulate_grad_batches)
         trainer.precision_plugin.convert_module(module)
         self.module = module.train()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the run's steps have another memory than the host's."""
+        return self.trainer.strategy.root_device.type != "cpu"
 
     def real(self, rows: int) -> list[StepMemory]:
         """Counts steps on real tensors, which change the weights: of half the samples, where there are enough to halve,
@@ -221,13 +229,17 @@ class _Step:
                 return self._fake(rows, self._optimizers)
             except OptimizerStopped as stopped:
                 with silent():
-                    self._idle_state = idle_state_bytes(self.module, self._optimizers())
+                    made = self._optimizers()
+                    state = idle_state_bytes(self.module, made)
+                    self._idle_state = self._at_home(StepMemory(0, 0, 0, 0, 0, state, state), made)
                 self.notes.append(
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
                 )
-        found = self._fake(rows, list)
-        state = -(-self._idle_state // self.division.optimizer_state)
-        return dataclasses.replace(found, optimizer_state=state, peak=found.peak + state)
+        found, idle = self._fake(rows, list), self._idle_state
+        state, host, peak = (
+            -(-size // self.division.optimizer_state) for size in (idle.optimizer_state, idle.host_state, idle.peak)
+        )
+        return dataclasses.replace(found, optimizer_state=state, host_state=host, peak=found.peak + peak)
 
     def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         mode = FakeTensorMode()
@@ -237,8 +249,25 @@ class _Step:
     def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
         """Of one rank that has all."""
         passes = min(2, self.trainer.accumulate_grad_batches)
+        made: list[Optimizer] = []
+
+        def make() -> list[Optimizer]:
+            made.extend(make_optimizers())
+            return made
+
         with silent(), without_logging(self.module):
-            return step_memory(self.module, resized(self.batch, rows), self._loss, make_optimizers, passes)
+            return self._at_home(step_memory(self.module, resized(self.batch, rows), self._loss, make, passes), made)
+
+    def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
+        """On a device, without the state that lives on the host, but with room for its visits. What is counted here,
+        on the host, has all of it in one place.
+        """
+        if not self.on_device:
+            return found
+        sizes = [optimizer.home.sizes(optimizer.state) for optimizer in made if isinstance(optimizer, LowRank)]
+        away, visiting = (sum(size) for size in zip((0, 0), *sizes, strict=True))
+        state, peak = found.optimizer_state - away, found.peak - away + visiting
+        return dataclasses.replace(found, optimizer_state=state, peak=peak, host_state=away)
 
     def _loss(self, batch: Any) -> Tensor:
         output = loss_of(self.trainer, self.module, batch)

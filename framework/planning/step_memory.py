@@ -37,6 +37,7 @@ class StepMemory:
         optimizer_state: tensors in the optimisers' state after a step.
         peak: what is alive of all this at the same time, with temporaries, at the worst moment of the first two
             steps: between operations, not inside one, and without the allocator's rounding.
+        host_state: optimiser state that lives on the host while the step runs on a device; part of no other figure.
     """
 
     rows: int
@@ -46,6 +47,7 @@ class StepMemory:
     gradients: int
     optimizer_state: int
     peak: int
+    host_state: int = 0
 
 
 def in_words(error: BaseException) -> str:

@@ -17,6 +17,8 @@ from lightspan.commands import plan as command
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import state_bytes
+from lightspan.optim import offload
+from lightspan.optim.low_rank import LowRank
 from lightspan.planning import planned_step
 from lightspan.planning.division import Division, division, strategy_of
 from lightspan.planning.outcome import measured_peak, shares, verdict
@@ -76,6 +78,32 @@ def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
     assert plan.step.weights == sum(p.numel() * p.element_size() for p in module.parameters())
     assert plan.step.activations == 4 * 8 * (32 + 4)
     assert plan.notes == []
+
+
+@pytest.mark.parametrize("reads", [False, True])  # a number, so that the step stops on fake tensors
+def test_state_that_lives_on_the_host_needs_room_for_two_visits_on_a_device(
+    tmp_path: Path, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "SMALLEST_AWAY", 100)
+    monkeypatch.setattr(offload, "LARGEST_VISIT", 100)
+
+    def plan(on: bool) -> Plan:
+        return planned(tmp_path, Regression(lambda p: LowRank(p, rank=2, check_finite=reads, offload=on)))
+
+    whole = plan(False)
+    assert plan(True).step == whole.step  # on the host, where it makes no difference
+    monkeypatch.setattr(planned_step._Step, "on_device", True)
+    assert plan(False).step == whole.step
+    found = plan(True)
+    away = 2 * 4 * (2 * 32 * 2 + 2 + 1)  # of two matrices with 32 rows: moments and ages at rank 2, and a limiter
+    assert found.step.host_state == away
+    assert found.step.optimizer_state == whole.step.optimizer_state - away
+    assert found.step.peak == whole.step.peak  # each matrix is a visit
+    assert any(
+        note.endswith("MiB of optimiser state live on the host, and are not counted above") for note in found.notes
+    )
+    assert any("a fake one stopped" in note for note in found.notes) == reads
+    assert Division(2, optimizer_state=2).of(found.step).host_state == away // 2
 
 
 def test_planning_changes_no_weight_and_writes_nothing(tmp_path: Path) -> None:

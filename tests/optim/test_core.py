@@ -12,6 +12,7 @@ from lightspan.optim.core import BucketStep
 from lightspan.optim.inner import Adam
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
+from lightspan.optim.offload import Home
 from lightspan.optim.residuals import ErrorFeedback, Fira, NoResidual
 from lightspan.optim.settings import Switches
 
@@ -26,7 +27,7 @@ def sequence(rows, columns, steps=20, seed=0):
 def bucket_of(rule, layout, weight):
     """One matrix, also at ranks that the optimiser would leave to AdamW."""
     parameter = torch.nn.Parameter(weight.clone())
-    return stacked_bucket(GROUP, [parameter], False, [0.0], layout, rule, [{}], [""])
+    return stacked_bucket(GROUP, [parameter], False, [0.0], layout, rule, [{}], [""], Home())
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def run(rule, bucket, gradients):
         bucket.parameters[0].grad = gradient
         step = BucketStep.of(bucket, rule)
         step.project(energy=rule.residual.rescales)
-        step.update(1.0, None)
+        step.update(1.0, None, [bucket.state])
     return bucket.parameters[0].data
 
 
