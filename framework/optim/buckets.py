@@ -154,8 +154,10 @@ def _parts(pairs: list[tuple[Member, int]], rule: Switches, home: Home) -> Itera
 
 def _size_away(member: Member, rule: Switches, home: Home) -> int:
     """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
-    held = matrices(member.parameter, member.stacked)
-    layout = layout_of(held, member.rank, [0] * len(held), torch.device("meta"))
+    slices = slices_of(member.parameter, member.stacked)
+    count = len(matrices(member.parameter, member.stacked)) if slices is None else slices.chunk
+    like = one_of(member.parameter, member.stacked)
+    layout = layout_of([like], member.rank, [0] * count, torch.device("meta"))
     rows = layout.rows if layout.shards is None else layout.shards.chunk
     state = rule.initial(replace(layout, rows=rows))
     return sum(value.nbytes for key, value in state.items() if home.is_away(member.parameter, key))
