@@ -153,7 +153,9 @@ class RowShards:
         number of ranks. It shares memory with `part`.
         """
         shape = torch.Size((self.total, *part.shape[1:]))
-        return with_part(from_local(part.to("meta"), self.ranks, 0, shape), part)
+        whole = with_part(from_local(part.to("meta"), self.ranks, 0, shape), part)
+        assert isinstance(whole, DTensor)
+        return whole
 
 
 def _chunks(total: int, count: int) -> list[int]:

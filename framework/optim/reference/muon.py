@@ -116,8 +116,8 @@ class FactoredMuon(Muon):
         other_lr: float = 4e-3,
         **settings: Any,
     ) -> None:
-        own = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention, "beta2": beta2}
-        super().__init__(params, lr, other_lr=other_lr, **own, **settings)
+        own: dict[str, Any] = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention}
+        super().__init__(params, lr, other_lr=other_lr, beta2=beta2, **own, **settings)
 
     def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
         o, beta2 = super().orthogonal(g, state, group), group["beta2"]
