@@ -192,7 +192,8 @@ class LowRank(Optimizer):
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
+        Settings that a saved group lacks are kept, and so are this optimiser's `heads`. The rank is part of the saved
+        groups. Warns of what the residual had
         to reset, see `Residual.mend`.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.

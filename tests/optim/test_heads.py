@@ -1,6 +1,8 @@
 """Which rows belong to the queries and keys of a head: in the layers of several libraries."""
 
+from copy import deepcopy
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.tiny_vit import Attention as TinyViTAttention
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -206,3 +208,44 @@ def test_a_state_of_an_optimiser_with_heads_loads_as_plain_tensors(tmp_path) -> 
     again = FactoredMuon(ParameterGroups().build(model))
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.param_groups[0]["heads"] == optimizer.param_groups[0]["heads"]
+
+
+def built() -> tuple[nn.Module, FactoredMuon]:
+    torch.manual_seed(0)
+    model = llama(11, 32, 1, 4, 16, 8)
+    return model, FactoredMuon(ParameterGroups().build(model), lr=0.1)
+
+
+def stepped(model: nn.Module, optimizer: FactoredMuon) -> list[Tensor]:
+    optimizer.zero_grad()
+    model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+    optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def wrapped(group: dict[str, Any]) -> dict[str, Any]:
+    """The group of a run whose model was in DistributedDataParallel, which gives parameters longer names."""
+    names = {name: f"module.{name}" for name in group["param_names"]}
+    known = {"heads": {names[name]: rows for name, rows in group["heads"].items()}} if "heads" in group else {}
+    return {**group, "param_names": list(names.values()), **known}
+
+
+def before_heads(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "heads"}
+
+
+def before_names(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in before_heads(group).items() if key != "param_names"}
+
+
+@pytest.mark.parametrize("of", [wrapped, before_heads, before_names])
+def test_heads_are_those_of_the_model_whatever_names_or_heads_a_checkpoint_has(of) -> None:
+    model, optimizer = built()
+    stepped(model, optimizer)
+    weights, saved = deepcopy(model.state_dict()), deepcopy(optimizer.state_dict())
+    expected = stepped(model, optimizer)
+    resumed, again = built()
+    resumed.load_state_dict(weights)
+    again.load_state_dict({**saved, "param_groups": [of(group) for group in saved["param_groups"]]})
+    assert again.param_groups[0]["heads"] == optimizer.param_groups[0]["heads"]
+    assert all(torch.equal(*pair) for pair in zip(stepped(resumed, again), expected, strict=True))
