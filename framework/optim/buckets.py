@@ -186,7 +186,7 @@ def _members(optimizer: "LowRank") -> list[Member]:
             group,
             selection.width(parameter),
             selection.stacked(parameter),
-            selection.heads_of(parameter, optimizer.name_of(parameter)),
+            optimizer.heads_of(parameter),
             optimizer.name_of(parameter),
             optimizer.state[parameter],
         )

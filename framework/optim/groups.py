@@ -94,6 +94,7 @@ class ParameterGroups:
         """
         optimizer = make(self._groups(module))
         for group in optimizer.param_groups:
+            group.pop("heads", None)  # who knows of them has taken them, and others need not save them
             if (scale := group.pop("lr_scale", None)) is not None:
                 group.update({name: group[name] * scale for name in ("lr", "other_lr") if name in group})
         return optimizer

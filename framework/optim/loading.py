@@ -65,15 +65,13 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
 
 
 def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict`, with what its groups lack added from those of the optimiser, and with the optimiser's heads: which
-    rows are whose follows from the model, and the saved run may have had other names for it (a wrapper's prefix).
+    """`state_dict`, with what its groups lack added from those of the optimiser.
 
     Raises: UserError as `numbered` does.
     """
     numbered(optimizer, state_dict)
     pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    merged = [{**own, **{key: saved[key] for key in saved if key != "heads"}} for own, saved in pairs]
-    return {**state_dict, "param_groups": merged}
+    return {**state_dict, "param_groups": [{**own, **saved} for own, saved in pairs]}
 
 
 def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -123,6 +123,7 @@ class LowRank(Optimizer):
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
         self._names: dict[Tensor, str] = {}
+        self._heads: dict[Tensor, tuple[int, ...]] = {}
         self._buckets, self._checked = Buckets(), False
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
@@ -136,8 +137,11 @@ class LowRank(Optimizer):
 
     def selection(self, group: dict[str, Any]) -> Selection:
         """What the group lets be projected, and how."""
-        heads = group.get("heads", {}) if self.rule.inner.by_heads else {}
-        return Selection(group["project"], group["rank"], self.backward, self.rule.basis, heads)
+        return Selection(group["project"], group["rank"], self.backward, self.rule.basis)
+
+    def heads_of(self, parameter: Tensor) -> tuple[int, ...]:
+        """How many of its rows belong to each head, see `Layout`; empty if that is not known, or not wanted."""
+        return self._heads.get(parameter, ()) if self.rule.inner.by_heads else ()
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
@@ -170,16 +174,31 @@ class LowRank(Optimizer):
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
             parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
-        known = {p[0] for p in parameters if isinstance(p, tuple)}
-        if unknown := sorted(set(param_group.get("heads", ())) - known):
+        heads = self._heads_in(param_group.get("heads", {}), parameters)
+        kept = {key: value for key, value in param_group.items() if key != "heads"}
+        super().add_param_group({**kept, "params": parameters})  # which refuses a set, because it has no order
+        self._heads.update(heads)
+        group = self.param_groups[-1]
+        self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
+        self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
+
+    def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Sequence[Any]) -> dict[Tensor, tuple[int, ...]]:
+        """A group's heads by parameter. They are no part of the group: a checkpoint need not say what the model says,
+        under names that may be others.
+        """
+        known = dict(p for p in parameters if isinstance(p, tuple))
+        if unknown := sorted(set(heads) - set(known)):
             raise UserError(
                 f"{type(self).__name__} heads names {', '.join(unknown[:3])}, which the group has not; give its "
                 "parameters with their names, (name, parameter), and name the heads of these"
             )
-        super().add_param_group({**param_group, "params": parameters})  # which refuses a set, because it has no order
-        group = self.param_groups[-1]
-        self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
-        self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
+        for name, rows in heads.items():
+            if known[name].ndim != 2 or sum(rows) != len(known[name]):
+                raise UserError(
+                    f"{type(self).__name__} heads of {name} have {' + '.join(map(str, rows))} rows, but its shape is "
+                    f"{tuple(known[name].shape)}; name the rows of every head, or leave it out"
+                )
+        return {known[name]: tuple(rows) for name, rows in heads.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle contains: as in torch, without hooks and without what schedulers patched into
@@ -192,8 +211,7 @@ class LowRank(Optimizer):
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        Settings that a saved group lacks are kept, and so are this optimiser's `heads`. The rank is part of the saved
-        groups. Warns of what the residual had
+        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
         to reset, see `Residual.mend`.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.

@@ -1,7 +1,7 @@
 """Which parameters of a group are projected: one rule for the optimiser, and for code that asks before there is one."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,14 +21,12 @@ class Selection:
         rank: that of the group.
         backward: "whole", "hooks" or "projected", see `LowRank`.
         basis: that of the optimiser, which says what it takes.
-        heads: those of the group, by name, if the rule wants to know them.
     """
 
     project: bool | Sequence[str]
     rank: int
     backward: str
     basis: Basis
-    heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def allows(self, name: str) -> bool:
         """Whether the group's `project` lets a parameter of this name be projected, whatever its shape."""
@@ -47,19 +45,6 @@ class Selection:
     def width(self, parameter: Tensor) -> int:
         """Coordinates per row of the parameter's matrix, or of each in its stack; 0 if the basis does not take it."""
         return self.basis.width(self.side(parameter), self.rank)
-
-    def heads_of(self, parameter: Tensor, name: str) -> tuple[int, ...]:
-        """How many rows belong to each head, see `Layout`; empty if that is not known.
-
-        Raises: UserError for heads that are not the rows of this parameter.
-        """
-        heads = tuple(self.heads.get(name, ()))
-        if heads and (parameter.ndim != 2 or sum(heads) != len(parameter)):
-            raise UserError(
-                f"the group's heads of {name} have {' + '.join(map(str, heads))} rows, but its shape is "
-                f"{tuple(parameter.shape)}; name the rows of every head, or leave it out"
-            )
-        return heads
 
     def projects(self, parameter: Tensor, name: str) -> bool:
         """Whether a parameter's state lives in a subspace."""

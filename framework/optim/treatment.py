@@ -29,7 +29,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     if optimizer.projected(parameter, group):
         how = f"rank {selection.width(parameter)} of {selection.side(parameter)}"
         how += f", each of {len(parameter)}" if selection.stacked(parameter) else ""
-        heads = selection.heads_of(parameter, optimizer.name_of(parameter))
+        heads = optimizer.heads_of(parameter)
         how += f", by heads in {len(heads)} parts" if heads else ""
     elif parameter.ndim < 2:
         how = "AdamW: a vector"

@@ -1,6 +1,7 @@
 """Which rows belong to the queries and keys of a head: in the layers of several libraries."""
 
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,7 @@ from lightspan.backbones.language import llama
 from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.heads import query_key_heads
-from lightspan.optim.presets import FactoredMuon
+from lightspan.optim.presets import FactoredMuon, Muon
 from lightspan.optim.treatment import treatment
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
@@ -207,7 +208,7 @@ def test_a_state_of_an_optimiser_with_heads_loads_as_plain_tensors(tmp_path) -> 
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     again = FactoredMuon(ParameterGroups().build(model))
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again.param_groups[0]["heads"] == optimizer.param_groups[0]["heads"]
+    assert [again.heads_of(p) for p in model.parameters()] == [optimizer.heads_of(p) for p in model.parameters()]
 
 
 def built() -> tuple[nn.Module, FactoredMuon]:
@@ -226,20 +227,21 @@ def stepped(model: nn.Module, optimizer: FactoredMuon) -> list[Tensor]:
 def wrapped(group: dict[str, Any]) -> dict[str, Any]:
     """The group of a run whose model was in DistributedDataParallel, which gives parameters longer names."""
     names = {name: f"module.{name}" for name in group["param_names"]}
-    known = {"heads": {names[name]: rows for name, rows in group["heads"].items()}} if "heads" in group else {}
-    return {**group, "param_names": list(names.values()), **known}
-
-
-def before_heads(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "heads"}
+    return {**group, "param_names": list(names.values())}
 
 
 def before_names(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in before_heads(group).items() if key != "param_names"}
+    return {key: value for key, value in group.items() if key != "param_names"}
 
 
-@pytest.mark.parametrize("of", [wrapped, before_heads, before_names])
-def test_heads_are_those_of_the_model_whatever_names_or_heads_a_checkpoint_has(of) -> None:
+@pytest.mark.parametrize("kind", [FactoredMuon, Muon, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_checkpoints_say_nothing_of_heads(kind) -> None:
+    optimizer = ParameterGroups().optimizer(llama(11, 32, 1, 4, 16, 8), partial(kind, lr=0.1))
+    assert all("heads" not in group for group in optimizer.state_dict()["param_groups"])
+
+
+@pytest.mark.parametrize("of", [wrapped, before_names])
+def test_heads_are_those_of_the_model_whatever_names_a_checkpoint_has(of) -> None:
     model, optimizer = built()
     stepped(model, optimizer)
     weights, saved = deepcopy(model.state_dict()), deepcopy(optimizer.state_dict())
@@ -247,5 +249,4 @@ def test_heads_are_those_of_the_model_whatever_names_or_heads_a_checkpoint_has(o
     resumed, again = built()
     resumed.load_state_dict(weights)
     again.load_state_dict({**saved, "param_groups": [of(group) for group in saved["param_groups"]]})
-    assert again.param_groups[0]["heads"] == optimizer.param_groups[0]["heads"]
     assert all(torch.equal(*pair) for pair in zip(stepped(resumed, again), expected, strict=True))
