@@ -164,13 +164,7 @@ class LowRank(Optimizer):
             first = sum(len(group["params"]) for group in self.param_groups)
             parameters = [(f"parameter {first + i}", p) for i, p in enumerate(parameters)]
         known = {p[0] for p in parameters if isinstance(p, tuple)}
-        heads = param_group.get("heads", {})
-        if not isinstance(heads, dict) or not all(isinstance(rows, list | tuple) for rows in heads.values()):
-            raise UserError(
-                f"{type(self).__name__} heads={heads!r} must give the rows of each head by the parameter's name, such "
-                "as {'attention.wq.weight': [64, 64]}"
-            )
-        if unknown := sorted(set(heads) - known):
+        if unknown := sorted(set(param_group.get("heads", ())) - known):
             raise UserError(
                 f"{type(self).__name__} heads names {', '.join(unknown[:3])}, which the group has not; give its "
                 "parameters with their names, (name, parameter), and name the heads of these"

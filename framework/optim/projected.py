@@ -54,7 +54,7 @@ class Selection:
         Raises: UserError for heads that are not the rows of this parameter.
         """
         heads = tuple(self.heads.get(name, ()))
-        if heads and (parameter.ndim != 2 or sum(heads) != len(parameter) or min(heads) < 1):
+        if heads and (parameter.ndim != 2 or sum(heads) != len(parameter)):
             raise UserError(
                 f"the group's heads of {name} have {' + '.join(map(str, heads))} rows, but its shape is "
                 f"{tuple(parameter.shape)}; name the rows of every head, or leave it out"
