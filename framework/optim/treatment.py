@@ -27,10 +27,11 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     """How `LowRank` treats a parameter, and why."""
     selection = optimizer.selection(group)
     if optimizer.projected(parameter, group):
-        how = f"rank {selection.width(parameter)} of {selection.side(parameter)}"
+        width, side = selection.width(parameter), selection.side(parameter)
+        how = f"rank {width} of {side}" if width < side else "whole"
         how += f", each of {len(parameter)}" if selection.stacked(parameter) else ""
-        heads = optimizer.heads_of(parameter)
-        how += f", by heads in {len(heads)} parts" if heads else ""
+        if heads := optimizer.heads_of(parameter):
+            how = f"by heads, {len(heads)} parts"
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
     elif not selection.allows(optimizer.name_of(parameter)):

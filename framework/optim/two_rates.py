@@ -15,7 +15,8 @@ class TwoRates(LowRank):
     """What is not projected (vectors, matrices that the basis does not take, and groups with project=False) is stepped
     at a rate of its own: if a group has no `lr` of its own, it gets `other_lr`, in a separate group after it, which
     keeps that rate under this name. A schedule that takes one rate for all groups, such as OneCycleLR(max_lr=0.02),
-    would give both the same: unless the two are equal, the first step refuses it. Give it a list,
+    would give both the same: unless the two are equal, the first step refuses it, also where a group without projected
+    parameters has an `lr` of its own. Give it a list,
     max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
 
     Args:
@@ -32,16 +33,20 @@ class TwoRates(LowRank):
         require_sound(type(self).__name__, {"other_lr": other_lr})
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
-        self._rates_seen = float(lr) == float(other_lr)  # then there is nothing to keep apart
+        own = (group["other_lr"] for group in self.param_groups if "other_lr" in group)
+        self._rates_seen = all(float(rate) == float(lr) for rate in own)  # then there is nothing to keep apart
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
         has_rate = "lr" in param_group
         super().add_param_group(dict(param_group))  # a copy: torch writes defaults into what it gets
-        if has_rate:
-            return
         group = self.param_groups.pop()
         projected = [self.projected(p, group) for p in group["params"]]
+        if has_rate:
+            if not any(projected):
+                group.setdefault("other_lr", deepcopy(group["lr"]))
+            self.param_groups.append(group)
+            return
         # A copy: schedules fill rates that are tensors, and `other_lr` is where they began.
         for wanted, rate in ((True, group["lr"]), (False, deepcopy(self.other_lr))):
             members = [i for i, is_projected in enumerate(projected) if is_projected == wanted]

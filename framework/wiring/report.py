@@ -14,14 +14,14 @@ from lightspan.optim.treatment import treatment
 @rank_zero_only
 def print_report(optimizer: Optimizer) -> None:
     """Prints one line per kind of parameter, and the state saved compared with AdamW. Does nothing for optimisers that
-    project nothing.
+    project nothing. Where heads are to be taken by themselves but no group names any, it says so.
     """
     if not isinstance(optimizer, LowRank):
         return
     treatments = [treatment(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
     # Without lines between columns, typical rows fit into 80 characters.
     table = Table(
-        title="LowRank: what each parameter gets (n of a kind), and its state in MiB",
+        title=f"{type(optimizer).__name__}: what each parameter gets (n of a kind), and its state in MiB",
         title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
@@ -36,6 +36,8 @@ def print_report(optimizer: Optimizer) -> None:
     table.caption = (
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
     )
+    if optimizer.rule.inner.by_heads and not any(group.get("heads") for group in optimizer.param_groups):
+        table.caption += "\nby_heads=True, but no group names attention heads: matrices are taken whole"
     Console().print(table)
 
 

@@ -46,6 +46,7 @@ from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.presets import FactoredMuon, Muon
 from lightspan.optim.treatment import treatment
+from lightspan.wiring.report import print_report
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
 FEW_KEYS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -196,8 +197,19 @@ def test_the_printed_table_tells_which_weights_are_taken_by_heads() -> None:
         name: treatment(optimizer, parameter, group).how
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-    assert how["blocks.0.attn.qkv.weight"] == "rank 16 of 16, by heads in 5 parts"
-    assert how["blocks.0.attn.proj.weight"] == "rank 16 of 16"
+    assert how["blocks.0.attn.qkv.weight"] == "by heads, 5 parts"
+    assert how["blocks.0.attn.proj.weight"] == "whole"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_printed_table_has_the_optimisers_name_and_says_when_no_heads_are_known(named, capsys) -> None:
+    model = llama(11, 32, 1, 4, 16, 8)
+    print_report(FactoredMuon(ParameterGroups().build(model) if named else model.parameters()))
+    printed = capsys.readouterr().out
+    assert printed.startswith("FactoredMuon: what each parameter gets")
+    assert ("no group names attention heads" in printed) != named
+    print_report(FactoredMuon(model.parameters(), by_heads=False))
+    assert "attention heads" not in capsys.readouterr().out
 
 
 def test_a_state_of_an_optimiser_with_heads_loads_as_plain_tensors(tmp_path) -> None:

@@ -387,9 +387,9 @@ def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_ra
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-    assert shown["linear.weight"] == "rank 5 of 5"
-    assert shown["kernels.weight"] == "rank 8 of 8"  # [8 27], not 8 matrices [9 3]
-    assert shown["experts"] == "rank 70 of 70, each of 3"
+    assert shown["linear.weight"] == "whole"
+    assert shown["kernels.weight"] == "whole"  # [8 27], not 8 matrices [9 3]
+    assert shown["experts"] == "whole, each of 3"
     assert shown["norm.weight"].startswith("AdamW")
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -383,6 +383,19 @@ def test_so_it_is_when_the_group_of_adamw_comes_first():
         stepped(optimizer, [matrix, vector])
 
 
+@pytest.mark.parametrize("own_first", [True, False])
+def test_so_it_is_when_the_group_of_adamw_has_a_rate_of_its_own(own_first):
+    matrix, vector = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6))
+    groups = [{"params": [vector], "lr": 0.05}, {"params": [matrix]}]
+    optimizer = presets.FactoredMuon(groups if own_first else groups[::-1], lr=0.004)
+    one_cycle(optimizer, 0.02)
+    with pytest.raises(UserError, match=r"the rate of Newton-Schulz, 0\.02, instead of other_lr=0\.05; give .* list"):
+        stepped(optimizer, [matrix, vector])
+    optimizer = presets.FactoredMuon(groups, lr=0.004)
+    one_cycle(optimizer, [group["lr"] for group in optimizer.param_groups])
+    stepped(optimizer, [matrix, vector])
+
+
 def test_rates_that_are_alike_by_hand_are_taken_among_groups_of_adamw_at_zero_and_after_the_first_step():
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
     groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
