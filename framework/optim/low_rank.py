@@ -79,7 +79,7 @@ class LowRank(Optimizer):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_names",
+        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_names", "_heads",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False

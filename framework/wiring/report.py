@@ -36,7 +36,8 @@ def print_report(optimizer: Optimizer) -> None:
     table.caption = (
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
     )
-    if optimizer.rule.inner.by_heads and not any(group.get("heads") for group in optimizer.param_groups):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.rule.inner.by_heads and not any(map(optimizer.heads_of, parameters)):
         table.caption += "\nby_heads=True, but no group names attention heads: matrices are taken whole"
     Console().print(table)
 
