@@ -186,7 +186,7 @@ class LowRank(Optimizer):
         """A group's heads by parameter. They are no part of the group: a checkpoint need not say what the model says,
         under names that may be others.
         """
-        known = dict(p for p in parameters if isinstance(p, tuple))
+        known: dict[str, Tensor] = dict(p for p in parameters if isinstance(p, tuple))
         if unknown := sorted(set(heads) - set(known)):
             raise UserError(
                 f"{type(self).__name__} heads names {', '.join(unknown[:3])}, which the group has not; give its "
