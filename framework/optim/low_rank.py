@@ -182,7 +182,7 @@ class LowRank(Optimizer):
         self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
-    def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Sequence[Any]) -> dict[Tensor, tuple[int, ...]]:
+    def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Iterable[Any]) -> dict[Tensor, tuple[int, ...]]:
         """A group's heads by parameter. They are no part of the group: a checkpoint need not say what the model says,
         under names that may be others.
         """
