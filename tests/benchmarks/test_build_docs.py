@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -341,3 +342,31 @@ def test_the_committed_pages_are_those_of_the_committed_results(build_docs: Modu
     comparison = (docs / "comparison.md").read_text()
     assert build_docs.BEGIN in comparison
     assert comparison == build_docs.with_fragment(comparison, build_docs.short_table(results))
+
+
+def test_goals_of_quality_are_met_missed_or_not_measured(build_docs: ModuleType) -> None:
+    def finals(**losses: list[float | None]) -> dict[str, list[dict[str, Any]]]:
+        bytes_of = {"adamw": 100, "muon": 52, "factored_muon": 14}
+        return {
+            name: [{"seed": i, "val_loss": loss, "state_bytes": bytes_of[name]} for i, loss in enumerate(of)]
+            for name, of in losses.items()
+        }
+
+    found = {
+        name: value
+        for name, _, _, value, _ in build_docs.quality_goals(
+            {
+                "austen": finals(adamw=[2.0, 2.0], muon=[1.5, 1.7], factored_muon=[1.25, 1.45, 9.0]),
+                "vit": finals(muon=[0.5], factored_muon=[0.4]),
+                "large": finals(adamw=[2.0], muon=[1.5], factored_muon=[None]),
+            }
+        )
+    }
+    assert found == {
+        "austen: validation loss, factored_muon minus muon": pytest.approx(-0.25),
+        "austen: optimiser state, factored_muon over adamw": 0.14,
+        "vit: validation loss, factored_muon minus muon": pytest.approx(-0.1),
+        "vit: optimiser state, factored_muon over adamw": None,
+        "large: validation loss, factored_muon minus muon": math.inf,
+        "large: optimiser state, factored_muon over adamw": 0.14,
+    }
