@@ -75,6 +75,7 @@ from lightspan.optim.presets import (
     FiraAdam,
     GaLore,
     LDAdam,
+    Muon,
     NorMuon,
     Trion,
 )
@@ -258,6 +259,15 @@ CANDIDATES = {
     for candidate in (
         Candidate("adamw", torch.optim.AdamW, 1e-3, "#1a1a1a", {"fused": True}, rank=None),
         Candidate("muon", muon_and_adamw, 1.6e-2, COLOURS[0], rank=None, has_momentum=True),
+        Candidate(
+            "muon_by_heads",
+            Muon,
+            1.6e-2,
+            "#8a6d00",
+            {"convention": "kimi", "by_heads": True},
+            rank=None,
+            has_momentum=True,
+        ),
         Candidate("nor_muon", NorMuon, 1.6e-2, "#7a3b8f", {"convention": "kimi"}, rank=None, has_momentum=True),
         Candidate("factored_muon", FactoredMuon, 1.6e-2, "#00695c", rank=None, has_momentum=True),
         Candidate("low_rank", LowRank, 4e-3, COLOURS[1]),
