@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from step_costs import step_costs
+from step_costs import kept_in, step_costs
 from torch import nn
 
 from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
@@ -133,17 +133,14 @@ def test_a_compiled_step_has_fewer_than_four_graphs_and_none_is_new_after_the_se
     torch.compiler.reset()
     graphs = []
 
-    def backend(graph, inputs):  # needs no C++ compiler
-        graphs.append(graph)
-        return graph.forward
-
     def make():
         weights = [nn.Parameter(torch.ones(shape)) for shape in ((12, 8), (12, 8), (8,))]
         schedule = Every(3, staggered=False)
         return weights, LowRank(weights, lr=0.1, rank=4, residual=residual, refresh=schedule, check_finite=False)
 
     (weights, plain), (twins, optimizer) = make(), make()
-    compiled, generator, counts = torch.compile(optimizer.step, backend=backend), torch.Generator().manual_seed(0), []
+    compiled = torch.compile(optimizer.step, backend=kept_in(graphs))
+    generator, counts = torch.Generator().manual_seed(0), []
     for number in range(11):
         for weight, twin in zip(weights, twins, strict=True):
             weight.grad = torch.randn(weight.shape, generator=generator)

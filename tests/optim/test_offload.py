@@ -16,7 +16,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from step_costs import step_costs
+from step_costs import kept_in, step_costs
 from stream_races import Streams, Watch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -429,15 +429,10 @@ def test_frames_that_follow_moments_before_the_step_are_refused():
 def test_a_compiled_step_is_the_same_with_state_on_the_host(everywhere):
     torch.compiler.reset()
     graphs = []
-
-    def backend(graph, inputs):  # needs no C++ compiler
-        graphs.append(graph)
-        return graph.forward
-
     weights, others = parameters(shapes=SHAPES[:2]), parameters(shapes=SHAPES[:2])
     plain = LowRank(weights, rank=4, check_finite=False)
     hosted = LowRank(others, rank=4, check_finite=False, offload=True)
-    compiled = torch.compile(hosted.step, backend=backend)
+    compiled = torch.compile(hosted.step, backend=kept_in(graphs))
     for step in range(4):
         for weight, other in zip(weights, others, strict=True):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
