@@ -143,8 +143,8 @@ def benchmark(sizes: Sizes, steps: int, device: torch.device) -> Row:
         except Exception as failure:  # one that does not run here must not hide the figures of the others
             how = "pip install torchao: " if isinstance(failure, ImportError) else ""
             refused[name] = f"{how}{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-        gc.collect()
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
     for row in rows.values():
         for key in ("ms", "peak_mib") if REFERENCE in rows else ():
