@@ -104,7 +104,11 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
                 "can represent; use AdamW"
             )
         own = {key: value for key, value in group.items() if key not in (*REFUSED, *OF_THE_KERNEL, "param_names")}
-        named = list(zip(_names_in(group, module), group["params"], strict=True))
+        names = _names_in(group, module)
+        if heads := group.get("heads"):  # by the names that parameters have in the group, perhaps those of a submodule
+            pairs = zip(names, group["param_names"], strict=True)
+            own["heads"] = {name: heads[known] for name, known in pairs if name and known in heads}
+        named = list(zip(names, group["params"], strict=True))
         groups.append({**own, "params": named, "project": _project(group, match)})
     return LowRank(groups, **options)
 

@@ -43,8 +43,13 @@ from lightspan.optim.heads import query_key_heads
 from lightspan.patterns import any_matches, every_name, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
-TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
-"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one."""
+TABLES = (
+    "*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table",
+    "*trainable_tokens_delta.*",
+)  # fmt: skip
+"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one. The last
+are tokens that peft trains beside a frozen table, followed by the name of the adapter.
+"""
 
 
 @dataclass(frozen=True)

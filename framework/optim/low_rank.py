@@ -23,6 +23,9 @@ from lightspan.optim.residuals import Fira, NoResidual, Residual
 from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
 from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 
+Told = tuple[str, tuple[int, ...]]
+"""A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
+
 
 class LowRank(Optimizer):
     """Optimises matrices inside subspaces, everything else with AdamW, in one step. State per M x N matrix (N <= M) of
@@ -79,7 +82,7 @@ class LowRank(Optimizer):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_names", "_heads",
+        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_told",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
@@ -122,8 +125,7 @@ class LowRank(Optimizer):
         require_parts(self.rule)
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
-        self._names: dict[Tensor, str] = {}
-        self._heads: dict[Tensor, tuple[int, ...]] = {}
+        self._told: dict[Tensor, Told] = {}
         self._buckets, self._checked = Buckets(), False
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
@@ -133,7 +135,7 @@ class LowRank(Optimizer):
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name; empty if its group has none."""
-        return self._names.get(parameter, "")
+        return self._told_of(parameter)[0]
 
     def selection(self, group: dict[str, Any]) -> Selection:
         """What the group lets be projected, and how."""
@@ -141,7 +143,16 @@ class LowRank(Optimizer):
 
     def heads_of(self, parameter: Tensor) -> tuple[int, ...]:
         """How many of its rows belong to each head, see `Layout`; empty if that is not known, or not wanted."""
-        return self._heads.get(parameter, ()) if self.rule.inner.by_heads else ()
+        _, rows = self._told_of(parameter)
+        return rows if self.rule.inner.by_heads and parameter.shape[:1] == (sum(rows),) else ()
+
+    def _told_of(self, parameter: Tensor) -> Told:
+        """What is known of it. Where it took the place of another in a group, as when accelerate shards a model whose
+        optimiser exists already, that is what was known of the other.
+        """
+        if parameter not in self._told and len(now := self._parameters()) == len(self._told):
+            self._told = {p: self._told.get(p, before) for p, before in zip(now, self._told.values(), strict=True)}
+        return self._told.get(parameter, ("", ()))
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
@@ -177,9 +188,9 @@ class LowRank(Optimizer):
         heads = self._heads_in(param_group.get("heads", {}), parameters)
         kept = {key: value for key, value in param_group.items() if key != "heads"}
         super().add_param_group({**kept, "params": parameters})  # which refuses a set, because it has no order
-        self._heads.update(heads)
         group = self.param_groups[-1]
-        self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
+        names = group.get("param_names") or [""] * len(group["params"])
+        self._told.update((p, (name, heads.get(p, ()))) for p, name in zip(group["params"], names, strict=True))
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
     def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Iterable[Any]) -> dict[Tensor, tuple[int, ...]]:

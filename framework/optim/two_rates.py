@@ -58,6 +58,7 @@ class TwoRates(LowRank):
                 if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
                     own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
+        self._told = {p: self._told_of(p) for p in self._parameters()}  # in the order of groups
 
     def step(self, closure: Any = None) -> Any:
         """As `LowRank.step`. Raises: UserError in the first step if a schedule has given both groups the same rate."""

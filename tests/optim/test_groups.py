@@ -111,6 +111,14 @@ def test_tables_and_tokens_are_embeddings_also_inside_another_module_and_in_a_co
     assert len(of_kind(model, "matrices")) >= 4
 
 
+def test_tokens_that_peft_trains_beside_a_frozen_table_are_embeddings():
+    adapter = nn.ModuleDict({"base_layer": nn.Embedding(10, 4).requires_grad_(False)})
+    adapter["trainable_tokens_delta"] = nn.ParameterDict({"default": torch.zeros(2, 4)})
+    model = nn.ModuleDict({"embed_tokens": adapter, "hidden": nn.Linear(4, 4)})
+    assert of_kind(model, "embeddings") == {"embed_tokens.trainable_tokens_delta.default"}
+    assert of_kind(model, "matrices") == {"hidden.weight"}
+
+
 class Scan(nn.Module):
     """A state-space layer in the usual style: a table of rates that must not decay, marked on the parameter."""
 

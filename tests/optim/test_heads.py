@@ -176,6 +176,13 @@ def test_a_layer_knows_its_heads_better_than_its_configuration() -> None:
     assert [heads[id(layer.weight)] for layer in (part.q, part.k, part.qkv)] == [[6, 6], [6, 6], [6, 6, 6, 6, 12]]
 
 
+@pytest.mark.parametrize("said", [{"num_key_value_heads": 2}, {"num_kv_heads": 2}, {"head_dim": 6}])
+def test_fewer_keys_than_queries_are_known_by_their_number_or_their_size(said) -> None:
+    part = Attention(num_heads=4, **said)
+    heads = query_key_heads(part)
+    assert (heads[id(part.q.weight)], heads[id(part.k.weight)]) == ([3] * 4, [6] * 2)
+
+
 def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
     model = llama(11, 32, 2, 4, 16, 8)
     model.get_parameter("model.layers.1.self_attn.k_proj.weight").requires_grad_(False)
@@ -262,3 +269,42 @@ def test_heads_are_those_of_the_model_whatever_names_a_checkpoint_has(of) -> Non
     resumed.load_state_dict(weights)
     again.load_state_dict({**saved, "param_groups": [of(group) for group in saved["param_groups"]]})
     assert all(torch.equal(*pair) for pair in zip(stepped(resumed, again), expected, strict=True))
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_names_and_heads_are_those_of_the_place_that_another_parameter_takes(steps_before) -> None:
+    """As when accelerate shards a model whose optimiser exists already."""
+    (first, replaced), (second, fresh) = built(), built()
+    for _ in range(steps_before):
+        stepped(first, replaced)
+    moved = {id(p): other for p, other in zip(first.parameters(), second.parameters(), strict=True)}
+    for group in replaced.param_groups:
+        group["params"] = [moved[id(p)] for p in group["params"]]
+    known = [(replaced.name_of(p), replaced.heads_of(p)) for p in second.parameters()]
+    assert known == [(fresh.name_of(p), fresh.heads_of(p)) for p in second.parameters()]
+    start = deepcopy(second.state_dict())
+    found = stepped(second, replaced)
+    second.load_state_dict(start)
+    assert all(torch.equal(*pair) for pair in zip(found, stepped(second, fresh), strict=True))
+
+
+def test_patterns_of_names_choose_the_same_places_when_other_parameters_come() -> None:
+    """Also where vectors, which have a group of their own, stood between the matrices."""
+    first, second = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+    optimizer = Muon([{"params": first.named_parameters(), "project": ["linear1.*", "*in_proj*"]}])
+    moved = {id(p): other for p, other in zip(first.parameters(), second.parameters(), strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [moved[id(p)] for p in group["params"]]
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    chosen = {name for name, p in second.named_parameters() for q, g in pairs if q is p and optimizer.projected(p, g)}
+    assert chosen == {"linear1.weight", "self_attn.in_proj_weight"}
+
+
+def test_a_parameter_of_other_rows_has_no_heads_in_the_place_of_one_that_had() -> None:
+    weight = nn.Parameter(torch.randn(8, 4))
+    optimizer = FactoredMuon([{"params": [("q", weight)], "heads": {"q": [4, 4]}}])
+    for shape in ((6, 4), (8, 4)):
+        pruned = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.randn(shape))
+        pruned.grad = torch.randn(shape)
+        optimizer.step()
+        assert optimizer.heads_of(pruned) == ((4, 4) if shape == (8, 4) else ())
