@@ -156,6 +156,50 @@ def test_what_names_a_layer_wrongly_or_has_odd_sizes_has_no_heads() -> None:
     assert query_key_heads(Odd()) == {}
 
 
+def rows_of(said: dict[str, int], **layers: int) -> list[list[int] | None]:
+    """The heads of linear layers, by their names and numbers of rows, in a part of which something is said."""
+    part = nn.ModuleDict({name: nn.Linear(4, rows) for name, rows in layers.items()})
+    vars(part).update(said)
+    heads = query_key_heads(part)
+    return [heads.get(id(layer.weight)) for layer in part.values()]
+
+
+@pytest.mark.parametrize("count", ["num_heads", "num_attention_heads", "n_heads", "n_head", "heads"])
+@pytest.mark.parametrize("size", ["head_dim", "attention_head_size", "key_value_proj_dim", "dim_head"])
+def test_every_name_of_layers_is_known_with_every_name_of_the_number_and_size_of_heads(count, size) -> None:
+    for query, key in (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("q_lin", "k_lin"), ("q", "k")):
+        assert rows_of({count: 4, size: 3}, **{query: 12, key: 6}) == [[3] * 4, [3] * 2]
+    for together in ("qkv", "Wqkv", "qkv_proj", "to_qkv"):
+        assert rows_of({count: 4, size: 3}, **{together: 36}) == [[3] * 8 + [12]]
+
+
+def test_what_is_no_linear_layer_or_said_by_a_property_has_no_heads() -> None:
+    """A property may work only where its own library calls it."""
+
+    class Convolutional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.num_heads = nn.Conv2d(4, 36, 1), 4
+
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 12)
+
+        @property
+        def num_heads(self) -> int:
+            raise RuntimeError("not initialised")
+
+    assert query_key_heads(nn.Sequential(Convolutional(), Lazy())) == {}
+
+
+def test_a_class_made_from_one_that_interleaves_is_taken_to_interleave_too() -> None:
+    class Own(AttentionCl):
+        pass
+
+    assert query_key_heads(Own(32, dim_head=8)) == {}
+
+
 class Attention(nn.Module):
     """Queries, keys and a fused layer, and what is said of the heads."""
 
@@ -291,7 +335,7 @@ def test_names_and_heads_are_those_of_the_place_that_another_parameter_takes(ste
 def test_patterns_of_names_choose_the_same_places_when_other_parameters_come() -> None:
     """Also where vectors, which have a group of their own, stood between the matrices."""
     first, second = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
-    optimizer = Muon([{"params": first.named_parameters(), "project": ["linear1.*", "*in_proj*"]}])
+    optimizer = Muon([{"params": first.named_parameters(), "project": ["linear1.*", "*in_proj_weight"]}])
     moved = {id(p): other for p, other in zip(first.parameters(), second.parameters(), strict=True)}
     for group in optimizer.param_groups:
         group["params"] = [moved[id(p)] for p in group["params"]]
