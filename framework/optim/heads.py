@@ -64,16 +64,25 @@ def _interleaves(part: Any) -> bool:
 
 def _of_torch(part: nn.MultiheadAttention) -> Iterator[tuple[Tensor, list[int]]]:
     heads = [part.head_dim] * part.num_heads
-    if part.in_proj_weight is not None:
-        yield part.in_proj_weight, [*heads, *heads, part.embed_dim]
-    else:
-        yield part.q_proj_weight, heads
-        yield part.k_proj_weight, heads
+    for name, rows in (
+        ("in_proj_weight", [*heads, *heads, part.embed_dim]),
+        ("q_proj_weight", heads),
+        ("k_proj_weight", heads),
+    ):
+        if (weight := _own(part, name)) is not None:
+            yield weight, rows
 
 
 def _weight(part: Any, name: str) -> Tensor | None:
     layer = getattr(part, name, None)
-    return layer.weight if isinstance(layer, nn.Linear) else None
+    return _own(layer, "weight") if isinstance(layer, nn.Linear) else None
+
+
+def _own(layer: nn.Module, name: str) -> Tensor | None:
+    """A layer's parameter. One that a parametrisation computes is none, and is not computed here: that of
+    spectral_norm changes its buffers.
+    """
+    return layer._parameters.get(name)
 
 
 def _first(part: Any, names: tuple[str, ...]) -> int | None:

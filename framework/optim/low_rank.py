@@ -14,7 +14,7 @@ from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
 from lightspan.optim.buckets import built_again, layout_of
 from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.layout import State, is_matrix, matrices, one_of
+from lightspan.optim.layout import State, is_matrix, matrices, one_of, require_shapes
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.offload import Home, OnHost, Visit
@@ -176,11 +176,12 @@ class LowRank(Optimizer):
         """If other groups have names and this one has none, as from callbacks that unfreeze layers, its parameters are
         named by their number: torch wants names in all groups or in none.
 
-        Raises: UserError for settings out of range; the optimiser is then unchanged.
+        Raises: UserError for settings out of range and parameters without a shape; the optimiser is then unchanged.
         """
         require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
         given = param_group["params"]
         parameters = given if isinstance(given, set) else [given] if isinstance(given, Tensor) else list(given)
+        require_shapes(p if isinstance(p, tuple) else ("", p) for p in parameters)
         named = any("param_names" in group for group in self.param_groups)
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)

@@ -166,6 +166,17 @@ def test_a_module_with_nothing_to_train_and_a_rate_of_zero_are_refused():
         ParameterGroups(other_lr=0.0).build(Model())
 
 
+@pytest.mark.parametrize("make", [ParameterGroups().build, lambda m: LowRank(m.parameters(), rank=2),
+                                  lambda m: LowRank(m.named_parameters(), rank=2)])  # fmt: skip
+def test_layers_without_a_shape_are_refused_and_fit_after_a_batch(make):
+    """They would count as vectors for good."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(6))
+    with pytest.raises(UserError, match=r"no shape is known yet of (1.weight, 1.bias|a parameter, ).* on one batch"):
+        make(model)
+    model(torch.ones(1, 4))
+    make(model)
+
+
 def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     model = Model()
     optimizer = LowRank(ParameterGroups().build(model), rank=4)

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.tiny_vit import Attention as TinyViTAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import (
     BertConfig,
     BertModel,
@@ -207,6 +208,17 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.qkv = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(4, 36)
         vars(self).update(said)
+
+
+def test_looking_for_heads_computes_no_weight() -> None:
+    """Computing that of spectral_norm changes its buffers."""
+    parts = nn.ModuleList([Attention(num_heads=2), nn.MultiheadAttention(4, 2)])
+    spectral_norm(parts[0].q)
+    spectral_norm(parts[1], "in_proj_weight")
+    before = deepcopy(parts.state_dict())
+    found = query_key_heads(parts)
+    assert found.keys() == {id(parts[0].k.weight), id(parts[0].qkv.weight)}
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
 
 
 @pytest.mark.parametrize("count", [None, 0, -2, 2.0, True, "2", [2]])
