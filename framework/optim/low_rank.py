@@ -151,7 +151,9 @@ class LowRank(Optimizer):
         optimiser exists already, that is what was known of the other.
         """
         if parameter not in self._told and len(now := self._parameters()) == len(self._told):
-            self._told = {p: self._told.get(p, before) for p, before in zip(now, self._told.values(), strict=True)}
+            kept = set(now)
+            gone = (told for p, told in self._told.items() if p not in kept)
+            self._told = {p: self._told[p] if p in self._told else next(gone) for p in now}
         return self._told.get(parameter, ("", ()))
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:

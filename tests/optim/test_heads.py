@@ -344,6 +344,18 @@ def test_names_and_heads_are_those_of_the_place_that_another_parameter_takes(ste
     assert all(torch.equal(*pair) for pair in zip(found, stepped(second, fresh), strict=True))
 
 
+def test_a_parameter_that_takes_a_place_is_known_also_among_groups_in_another_order() -> None:
+    model, optimizer = built()
+    optimizer.param_groups.reverse()
+    known = {name: (name, optimizer.heads_of(p)) for name, p in model.named_parameters()}
+    place = optimizer.param_groups[-1]["params"]
+    name = optimizer.name_of(place[1])
+    place[1] = new = nn.Parameter(place[1].detach().clone())
+    assert (optimizer.name_of(new), optimizer.heads_of(new)) == known[name]
+    others = [(n, p) for n, p in model.named_parameters() if n != name]
+    assert all((optimizer.name_of(p), optimizer.heads_of(p)) == known[n] for n, p in others)
+
+
 def test_patterns_of_names_choose_the_same_places_when_other_parameters_come() -> None:
     """Also where vectors, which have a group of their own, stood between the matrices."""
     first, second = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
