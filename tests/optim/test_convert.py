@@ -80,6 +80,11 @@ def test_heads_follow_the_names_of_the_module_that_is_converted():
     assert new.heads_of(module["net"].in_proj_weight) == (4, 4, 4, 4, 8)
     assert new.name_of(module["net"].in_proj_weight) == "net.in_proj_weight"
     assert new.heads_of(scale) == ()
+    unnamed = {"params": [module["net"].in_proj_weight], "heads": {"net.in_proj_weight": [8, 16]}}
+    new = to_low_rank(torch.optim.AdamW([unnamed]), module, ["*"], rank=4, inner=inner, residual=None)
+    assert new.heads_of(module["net"].in_proj_weight) == (8, 16)
+    with pytest.raises(UserError, match="heads=2 must be a mapping"):
+        to_low_rank(torch.optim.AdamW([unnamed | {"heads": 2}]), module, ["*"], rank=4)
 
 
 def test_of_several_optimisers_those_become_low_rank_in_which_something_is_projected():
