@@ -366,10 +366,12 @@ def validate(task: Task, model: nn.Module, data: Any) -> dict[str, float]:
 
 
 def read(results: Path) -> list[Row]:
-    """Raises: UserError for a file that is no JSON, such as one cut short in a copy."""
+    """Raises: UserError for a file that is no JSON, such as one cut short in a copy, or has other rows."""
     try:
-        return json.loads(results.read_text()) if results.is_file() else []
-    except ValueError as error:
+        rows: list[Row] = json.loads(results.read_text()) if results.is_file() else []
+        list(map(key_of, rows))
+        return rows
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{results} is damaged ({error}); restore it, or move it away to begin anew") from error
 
 

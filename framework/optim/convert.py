@@ -1,7 +1,7 @@
 """Replaces Adam-type optimisers by low-rank ones with the same parameters, groups, rates and schedulers."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -104,7 +104,11 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
                 "can represent; use AdamW"
             )
         own = {key: value for key, value in group.items() if key not in (*REFUSED, *OF_THE_KERNEL, "param_names")}
-        named = list(zip(_names_in(group, module), group["params"], strict=True))
+        names = _names_in(group, module)
+        if isinstance(heads := group.get("heads"), Mapping):  # by the group's names, perhaps those of a submodule
+            pairs = zip(names, group.get("param_names", names), strict=True)
+            own["heads"] = {name: heads[known] for name, known in pairs if name and known in heads}
+        named = list(zip(names, group["params"], strict=True))
         groups.append({**own, "params": named, "project": _project(group, match)})
     return LowRank(groups, **options)
 

@@ -40,11 +40,17 @@ from torch.optim import Optimizer
 from lightspan.errors import UserError
 from lightspan.optim.depth import shares_of_layers
 from lightspan.optim.heads import query_key_heads
+from lightspan.optim.layout import require_shapes
 from lightspan.patterns import any_matches, every_name, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
-TABLES = ("*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table")
-"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one."""
+TABLES = (
+    "*lm_head.weight", "*token", "*tokens", "*pos_embed", "*pos_embedding", "*position_embeddings", "*bias_table",
+    "*trainable_tokens_delta.*",
+)  # fmt: skip
+"""Tables that are not in an nn.Embedding, by their own name at the end: `mlp_tokens.fc1.weight` is not one. The last
+are tokens that peft trains beside a frozen table, followed by the name of the adapter.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,9 @@ class ParameterGroups:
     def build(self, module: nn.Module) -> list[dict[str, Any]]:
         """Groups for a torch optimiser; parameters come with their names, frozen ones are left out.
 
-        Raises: UserError if the module has no trainable parameter, a setting is out of range, a rule or layer matches
-            no parameter, a module's `parameter_kinds` names what it does not have, or rates are to be scaled, which
-            only `optimizer` can: the rate is the optimiser's.
+        Raises: UserError if the module has no trainable parameter or one without a shape, a setting is out of range, a
+            rule or layer matches no parameter, a module's `parameter_kinds` names what it does not have, or rates are
+            to be scaled, which only `optimizer` can: the rate is the optimiser's.
         """
         groups = self._groups(module)
         if any("lr_scale" in group for group in groups):
@@ -121,6 +127,7 @@ class ParameterGroups:
             raise UserError(
                 f"{type(module).__name__} has no parameter with requires_grad=True; unfreeze what should train"
             )
+        require_shapes(trained.items())
         names = every_name(module)
         told = [each for name in trained for each in names[name]]
         self._require_sound([each for one in names.values() for each in one], told, type(module).__name__)

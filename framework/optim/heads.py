@@ -25,6 +25,8 @@ INTERLEAVED = (
 """Classes with a layer of such a name whose rows are in another order."""
 SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head")
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+COUNTS_OF_KEYS = ("num_key_value_heads", "num_kv_heads")
+"""Where keys have fewer heads than queries."""
 
 
 def query_key_heads(module: nn.Module) -> dict[int, list[int]]:
@@ -40,16 +42,17 @@ def _heads(part: Any) -> Iterator[tuple[Tensor, list[int]]]:
         return
     if (count := _first(part, COUNTS)) is None:
         return
+    keys = _first(part, COUNTS_OF_KEYS) or count
     for name in (*QUERIES, *KEYS):
         if (weight := _weight(part, name)) is not None:
             # Not of queries: the size can be that of a part of them, as in latent attention.
             size = _first(part, SIZES) if name in KEYS else None
-            heads, left = divmod(len(weight), size) if size else (count, len(weight) % count)
+            own = keys if name in KEYS else count
+            heads, left = divmod(len(weight), size) if size else (own, len(weight) % own)
             if not left:
                 yield weight, [len(weight) // heads] * heads
     for name in TOGETHER:
         if (weight := _weight(part, name)) is not None and not _interleaves(part):
-            keys = _first(part, ("num_key_value_heads", "num_kv_heads")) or count
             size, left = divmod(len(weight), count + 2 * keys)
             if not left:
                 yield weight, [*[size] * (count + keys), size * keys]
@@ -61,16 +64,25 @@ def _interleaves(part: Any) -> bool:
 
 def _of_torch(part: nn.MultiheadAttention) -> Iterator[tuple[Tensor, list[int]]]:
     heads = [part.head_dim] * part.num_heads
-    if part.in_proj_weight is not None:
-        yield part.in_proj_weight, [*heads, *heads, part.embed_dim]
-    else:
-        yield part.q_proj_weight, heads
-        yield part.k_proj_weight, heads
+    for name, rows in (
+        ("in_proj_weight", [*heads, *heads, part.embed_dim]),
+        ("q_proj_weight", heads),
+        ("k_proj_weight", heads),
+    ):
+        if (weight := _own(part, name)) is not None:
+            yield weight, rows
 
 
 def _weight(part: Any, name: str) -> Tensor | None:
     layer = getattr(part, name, None)
-    return layer.weight if isinstance(layer, nn.Linear) else None
+    return _own(layer, "weight") if isinstance(layer, nn.Linear) else None
+
+
+def _own(layer: nn.Module, name: str) -> Tensor | None:
+    """A layer's parameter. One that a parametrisation computes is none, and is not computed here: that of
+    spectral_norm changes its buffers.
+    """
+    return layer._parameters.get(name)
 
 
 def _first(part: Any, names: tuple[str, ...]) -> int | None:

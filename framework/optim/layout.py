@@ -1,13 +1,15 @@
 """How the low-rank step sees parameters: stacks of matrices of one shape, kept side first, and their state by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
+from lightspan.errors import UserError
 from lightspan.sharded import Ranks, RowShards, alone, from_local, local, ranks_of
 
 State = dict[str, Tensor]
@@ -110,6 +112,17 @@ def write_part(state: State, index: slice | Tensor, part: State, before: State) 
     for key, value in part.items():
         if isinstance(index, Tensor) or value is not before.get(key):
             state[key][index] = value
+
+
+def require_shapes(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises: UserError for parameters that get their shape in the first forward pass, by their names, if they have
+    any: they would be taken for vectors.
+    """
+    if lazy := [name or "a parameter" for name, parameter in parameters if is_lazy(parameter)]:
+        raise UserError(
+            f"no shape is known yet of {', '.join(lazy[:3])}, so matrices cannot be told from vectors; call the model, "
+            "whose layers such as nn.LazyLinear get theirs then, on one batch before the optimiser is built"
+        )
 
 
 def is_matrix(parameter: Tensor) -> bool:

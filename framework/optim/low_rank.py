@@ -14,7 +14,7 @@ from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
 from lightspan.optim.buckets import built_again, layout_of
 from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.layout import State, is_matrix, matrices, one_of
+from lightspan.optim.layout import State, is_matrix, matrices, one_of, require_shapes
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.offload import Home, OnHost, Visit
@@ -22,6 +22,9 @@ from lightspan.optim.projected import Selection, require_some_projected
 from lightspan.optim.residuals import Fira, NoResidual, Residual
 from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
 from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
+
+Told = tuple[str, tuple[int, ...]]
+"""A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
 
 
 class LowRank(Optimizer):
@@ -79,7 +82,7 @@ class LowRank(Optimizer):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_names", "_heads",
+        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_told",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     used_gradients = False
@@ -122,8 +125,7 @@ class LowRank(Optimizer):
         require_parts(self.rule)
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
-        self._names: dict[Tensor, str] = {}
-        self._heads: dict[Tensor, tuple[int, ...]] = {}
+        self._told: dict[Tensor, Told] = {}
         self._buckets, self._checked = Buckets(), False
         super().__init__(params, {**defaults, "betas": tuple(betas)})
         if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
@@ -133,7 +135,7 @@ class LowRank(Optimizer):
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name; empty if its group has none."""
-        return self._names.get(parameter, "")
+        return self._told_of(parameter)[0]
 
     def selection(self, group: dict[str, Any]) -> Selection:
         """What the group lets be projected, and how."""
@@ -141,7 +143,18 @@ class LowRank(Optimizer):
 
     def heads_of(self, parameter: Tensor) -> tuple[int, ...]:
         """How many of its rows belong to each head, see `Layout`; empty if that is not known, or not wanted."""
-        return self._heads.get(parameter, ()) if self.rule.inner.by_heads else ()
+        _, rows = self._told_of(parameter)
+        return rows if self.rule.inner.by_heads and parameter.shape[:1] == (sum(rows),) else ()
+
+    def _told_of(self, parameter: Tensor) -> Told:
+        """What is known of it. Where it took the place of another in a group, as when accelerate shards a model whose
+        optimiser exists already, that is what was known of the other.
+        """
+        if parameter not in self._told and len(now := self._parameters()) == len(self._told):
+            kept = set(now)
+            gone = (told for p, told in self._told.items() if p not in kept)
+            self._told = {p: self._told[p] if p in self._told else next(gone) for p in now}
+        return self._told.get(parameter, ("", ()))
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
@@ -165,11 +178,12 @@ class LowRank(Optimizer):
         """If other groups have names and this one has none, as from callbacks that unfreeze layers, its parameters are
         named by their number: torch wants names in all groups or in none.
 
-        Raises: UserError for settings out of range; the optimiser is then unchanged.
+        Raises: UserError for settings out of range and parameters without a shape; the optimiser is then unchanged.
         """
         require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
         given = param_group["params"]
         parameters = given if isinstance(given, set) else [given] if isinstance(given, Tensor) else list(given)
+        require_shapes(p if isinstance(p, tuple) else ("", p) for p in parameters)
         named = any("param_names" in group for group in self.param_groups)
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
@@ -177,9 +191,9 @@ class LowRank(Optimizer):
         heads = self._heads_in(param_group.get("heads", {}), parameters)
         kept = {key: value for key, value in param_group.items() if key != "heads"}
         super().add_param_group({**kept, "params": parameters})  # which refuses a set, because it has no order
-        self._heads.update(heads)
         group = self.param_groups[-1]
-        self._names.update(zip(group["params"], group.get("param_names", []), strict=False))
+        names = group.get("param_names") or [""] * len(group["params"])
+        self._told.update((p, (name, heads.get(p, ()))) for p, name in zip(group["params"], names, strict=True))
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
     def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Iterable[Any]) -> dict[Tensor, tuple[int, ...]]:

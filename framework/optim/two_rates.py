@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from copy import deepcopy
+from math import isclose
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +35,12 @@ class TwoRates(LowRank):
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
         own = (group["other_lr"] for group in self.param_groups if "other_lr" in group)
-        self._rates_seen = all(float(rate) == float(lr) for rate in own)  # then there is nothing to keep apart
+        self._rates_seen = all(_alike(float(rate), float(lr)) for rate in own)  # then there is nothing to keep apart
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
         has_rate = "lr" in param_group
-        super().add_param_group(dict(param_group))  # a copy: torch writes defaults into what it gets
+        super().add_param_group(param_group)
         group = self.param_groups.pop()
         projected = [self.projected(p, group) for p in group["params"]]
         if has_rate:
@@ -58,6 +59,7 @@ class TwoRates(LowRank):
                 if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
                     own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
+        self._told = {p: self._told_of(p) for p in self._parameters()}  # in the order of groups
 
     def step(self, closure: Any = None) -> Any:
         """As `LowRank.step`. Raises: UserError in the first step if a schedule has given both groups the same rate."""
@@ -67,15 +69,21 @@ class TwoRates(LowRank):
         return super().step(closure)
 
     def _refuse_one_rate(self) -> None:
-        peaks = {_peak(group) for group in self.param_groups if "other_lr" not in group}
+        peaks = [_peak(group) for group in self.param_groups if "other_lr" not in group]
         for group in self.param_groups:
             peak = _peak(group)
-            if peak > 0 and peak in peaks and peak != float(group.get("other_lr", peak)):
+            kept = _alike(peak, float(group.get("other_lr", peak)))
+            if peak > 0 and not kept and any(_alike(peak, other) for other in peaks):
                 raise UserError(
                     f"a schedule gives AdamW's group of {type(self).__name__} the rate of Newton-Schulz, {peak:g}, "
                     f"instead of other_lr={float(group['other_lr']):g}; give the schedule a list of rates, one for "
                     'each group, such as max_lr=[group["lr"] for group in optimizer.param_groups]'
                 )
+
+
+def _alike(one: float, other: float) -> bool:
+    """Whether two rates are one that was given: a tensor has it in float32."""
+    return isclose(one, other, rel_tol=1e-6)
 
 
 def _peak(group: dict[str, Any]) -> float:

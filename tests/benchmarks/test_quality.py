@@ -401,10 +401,10 @@ def test_nobody_is_timed_to_the_end_of_a_run_that_diverged() -> None:
     assert quality.when(fira, adamw, "wall") == quality.when(fira[1:], adamw[1:], "wall") == "1.7"
 
 
-def test_a_damaged_results_file_is_named_before_anything_is_trained(tmp_path: Path, tiny: Any) -> None:
+@pytest.mark.parametrize("damaged", ["", '[{"task": "stdl', "null", "[1]", '[{"task": "stdlib"}]'])
+def test_a_damaged_results_file_is_named_before_anything_is_trained(damaged: str, tmp_path: Path, tiny: Any) -> None:
     results = tmp_path / "results.json"
-    quality.append(results, row("adamw", 100, "sweep"))
-    results.write_text(damaged := results.read_text()[:-20])
+    results.write_text(damaged)
     for stage in ("sweep", "table"):
         with pytest.raises(UserError, match=r"results.json is damaged .*restore it, or move it away"):
             quality.main([stage, "--results", str(results)], {tiny.name: tiny})

@@ -204,7 +204,7 @@ def test_after_loading_each_count_of_steps_is_where_its_step_reads_it() -> None:
     _optimizer_to_device(resumed, torch.device("meta"))
     fresh = make(net().to("meta"))
     for name, parameter in there.named_parameters():
-        (own,) = (p for p in fresh.param_groups[0]["params"] if fresh._names[p] == name)
+        (own,) = (p for p in fresh.param_groups[0]["params"] if fresh.name_of(p) == name)
         wanted = fresh.initial_state(own, fresh.param_groups[0])
         held = resumed.state[parameter]
         assert {key: value.device for key, value in held.items()} == {

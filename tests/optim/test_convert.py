@@ -69,6 +69,24 @@ def test_conversion_holds_groups_to_their_own_projection_and_rank():
     assert new.param_groups[0]["rank"] == 3
 
 
+def test_heads_follow_the_names_of_the_module_that_is_converted():
+    """Groups are often those of a submodule, and a group may hold what is in no module."""
+    module, scale = nn.ModuleDict({"net": nn.MultiheadAttention(8, 2)}), nn.Parameter(torch.ones(4, 4))
+    groups = ParameterGroups().build(module["net"])
+    groups[0]["params"].append(("scale", scale))
+    groups[0]["heads"]["scale"] = [2, 2]
+    inner = MomentumNewtonSchulz(by_heads=True)
+    new = to_low_rank(torch.optim.AdamW(groups), module, ["*"], rank=4, inner=inner, residual=None)
+    assert new.heads_of(module["net"].in_proj_weight) == (4, 4, 4, 4, 8)
+    assert new.name_of(module["net"].in_proj_weight) == "net.in_proj_weight"
+    assert new.heads_of(scale) == ()
+    unnamed = {"params": [module["net"].in_proj_weight], "heads": {"net.in_proj_weight": [8, 16]}}
+    new = to_low_rank(torch.optim.AdamW([unnamed]), module, ["*"], rank=4, inner=inner, residual=None)
+    assert new.heads_of(module["net"].in_proj_weight) == (8, 16)
+    with pytest.raises(UserError, match="heads=2 must be a mapping"):
+        to_low_rank(torch.optim.AdamW([unnamed | {"heads": 2}]), module, ["*"], rank=4)
+
+
 def test_of_several_optimisers_those_become_low_rank_in_which_something_is_projected():
     model = nn.ModuleDict({"gen": nn.Linear(8, 8), "disc": nn.Linear(6, 6)})
     model.register_parameter("temperature", nn.Parameter(torch.zeros(())))

@@ -111,6 +111,14 @@ def test_tables_and_tokens_are_embeddings_also_inside_another_module_and_in_a_co
     assert len(of_kind(model, "matrices")) >= 4
 
 
+def test_tokens_that_peft_trains_beside_a_frozen_table_are_embeddings():
+    adapter = nn.ModuleDict({"base_layer": nn.Embedding(10, 4).requires_grad_(False)})
+    adapter["trainable_tokens_delta"] = nn.ParameterDict({"default": torch.zeros(2, 4)})
+    model = nn.ModuleDict({"embed_tokens": adapter, "hidden": nn.Linear(4, 4)})
+    assert of_kind(model, "embeddings") == {"embed_tokens.trainable_tokens_delta.default"}
+    assert of_kind(model, "matrices") == {"hidden.weight"}
+
+
 class Scan(nn.Module):
     """A state-space layer in the usual style: a table of rates that must not decay, marked on the parameter."""
 
@@ -156,6 +164,17 @@ def test_a_module_with_nothing_to_train_and_a_rate_of_zero_are_refused():
         ParameterGroups().build(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(UserError, match=r"groups.other_lr=0.0 must be finite and above 0"):
         ParameterGroups(other_lr=0.0).build(Model())
+
+
+@pytest.mark.parametrize("make", [ParameterGroups().build, lambda m: LowRank(m.parameters(), rank=2),
+                                  lambda m: LowRank(m.named_parameters(), rank=2)])  # fmt: skip
+def test_layers_without_a_shape_are_refused_and_fit_after_a_batch(make):
+    """They would count as vectors for good."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(6))
+    with pytest.raises(UserError, match=r"no shape is known yet of (1.weight, 1.bias|a parameter, ).* on one batch"):
+        make(model)
+    model(torch.ones(1, 4))
+    make(model)
 
 
 def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.tiny_vit import Attention as TinyViTAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import (
     BertConfig,
     BertModel,
@@ -156,6 +157,50 @@ def test_what_names_a_layer_wrongly_or_has_odd_sizes_has_no_heads() -> None:
     assert query_key_heads(Odd()) == {}
 
 
+def rows_of(said: dict[str, int], **layers: int) -> list[list[int] | None]:
+    """The heads of linear layers, by their names and numbers of rows, in a part of which something is said."""
+    part = nn.ModuleDict({name: nn.Linear(4, rows) for name, rows in layers.items()})
+    vars(part).update(said)
+    heads = query_key_heads(part)
+    return [heads.get(id(layer.weight)) for layer in part.values()]
+
+
+@pytest.mark.parametrize("count", ["num_heads", "num_attention_heads", "n_heads", "n_head", "heads"])
+@pytest.mark.parametrize("size", ["head_dim", "attention_head_size", "key_value_proj_dim", "dim_head"])
+def test_every_name_of_layers_is_known_with_every_name_of_the_number_and_size_of_heads(count, size) -> None:
+    for query, key in (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("q_lin", "k_lin"), ("q", "k")):
+        assert rows_of({count: 4, size: 3}, **{query: 12, key: 6}) == [[3] * 4, [3] * 2]
+    for together in ("qkv", "Wqkv", "qkv_proj", "to_qkv"):
+        assert rows_of({count: 4, size: 3}, **{together: 36}) == [[3] * 8 + [12]]
+
+
+def test_what_is_no_linear_layer_or_said_by_a_property_has_no_heads() -> None:
+    """A property may work only where its own library calls it."""
+
+    class Convolutional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.num_heads = nn.Conv2d(4, 36, 1), 4
+
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 12)
+
+        @property
+        def num_heads(self) -> int:
+            raise RuntimeError("not initialised")
+
+    assert query_key_heads(nn.Sequential(Convolutional(), Lazy())) == {}
+
+
+def test_a_class_made_from_one_that_interleaves_is_taken_to_interleave_too() -> None:
+    class Own(AttentionCl):
+        pass
+
+    assert query_key_heads(Own(32, dim_head=8)) == {}
+
+
 class Attention(nn.Module):
     """Queries, keys and a fused layer, and what is said of the heads."""
 
@@ -163,6 +208,17 @@ class Attention(nn.Module):
         super().__init__()
         self.q, self.k, self.qkv = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(4, 36)
         vars(self).update(said)
+
+
+def test_looking_for_heads_computes_no_weight() -> None:
+    """Computing that of spectral_norm changes its buffers."""
+    parts = nn.ModuleList([Attention(num_heads=2), nn.MultiheadAttention(4, 2)])
+    spectral_norm(parts[0].q)
+    spectral_norm(parts[1], "in_proj_weight")
+    before = deepcopy(parts.state_dict())
+    found = query_key_heads(parts)
+    assert found.keys() == {id(parts[0].k.weight), id(parts[0].qkv.weight)}
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
 
 
 @pytest.mark.parametrize("count", [None, 0, -2, 2.0, True, "2", [2]])
@@ -174,6 +230,13 @@ def test_a_layer_knows_its_heads_better_than_its_configuration() -> None:
     part = Attention(num_heads=2, config=SimpleNamespace(num_heads=3, num_attention_heads=3))
     heads = query_key_heads(part)
     assert [heads[id(layer.weight)] for layer in (part.q, part.k, part.qkv)] == [[6, 6], [6, 6], [6, 6, 6, 6, 12]]
+
+
+@pytest.mark.parametrize("said", [{"num_key_value_heads": 2}, {"num_kv_heads": 2}, {"head_dim": 6}])
+def test_fewer_keys_than_queries_are_known_by_their_number_or_their_size(said) -> None:
+    part = Attention(num_heads=4, **said)
+    heads = query_key_heads(part)
+    assert (heads[id(part.q.weight)], heads[id(part.k.weight)]) == ([3] * 4, [6] * 2)
 
 
 def test_groups_of_matrices_name_their_heads_and_no_others_do() -> None:
@@ -262,3 +325,54 @@ def test_heads_are_those_of_the_model_whatever_names_a_checkpoint_has(of) -> Non
     resumed.load_state_dict(weights)
     again.load_state_dict({**saved, "param_groups": [of(group) for group in saved["param_groups"]]})
     assert all(torch.equal(*pair) for pair in zip(stepped(resumed, again), expected, strict=True))
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_names_and_heads_are_those_of_the_place_that_another_parameter_takes(steps_before) -> None:
+    """As when accelerate shards a model whose optimiser exists already."""
+    (first, replaced), (second, fresh) = built(), built()
+    for _ in range(steps_before):
+        stepped(first, replaced)
+    moved = {id(p): other for p, other in zip(first.parameters(), second.parameters(), strict=True)}
+    for group in replaced.param_groups:
+        group["params"] = [moved[id(p)] for p in group["params"]]
+    known = [(replaced.name_of(p), replaced.heads_of(p)) for p in second.parameters()]
+    assert known == [(fresh.name_of(p), fresh.heads_of(p)) for p in second.parameters()]
+    start = deepcopy(second.state_dict())
+    found = stepped(second, replaced)
+    second.load_state_dict(start)
+    assert all(torch.equal(*pair) for pair in zip(found, stepped(second, fresh), strict=True))
+
+
+def test_a_parameter_that_takes_a_place_is_known_also_among_groups_in_another_order() -> None:
+    model, optimizer = built()
+    optimizer.param_groups.reverse()
+    known = {name: (name, optimizer.heads_of(p)) for name, p in model.named_parameters()}
+    place = optimizer.param_groups[-1]["params"]
+    name = optimizer.name_of(place[1])
+    place[1] = new = nn.Parameter(place[1].detach().clone())
+    assert (optimizer.name_of(new), optimizer.heads_of(new)) == known[name]
+    others = [(n, p) for n, p in model.named_parameters() if n != name]
+    assert all((optimizer.name_of(p), optimizer.heads_of(p)) == known[n] for n, p in others)
+
+
+def test_patterns_of_names_choose_the_same_places_when_other_parameters_come() -> None:
+    """Also where vectors, which have a group of their own, stood between the matrices."""
+    first, second = (nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+    optimizer = Muon([{"params": first.named_parameters(), "project": ["linear1.*", "*in_proj_weight"]}])
+    moved = {id(p): other for p, other in zip(first.parameters(), second.parameters(), strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [moved[id(p)] for p in group["params"]]
+    pairs = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    chosen = {name for name, p in second.named_parameters() for q, g in pairs if q is p and optimizer.projected(p, g)}
+    assert chosen == {"linear1.weight", "self_attn.in_proj_weight"}
+
+
+def test_a_parameter_of_other_rows_has_no_heads_in_the_place_of_one_that_had() -> None:
+    weight = nn.Parameter(torch.randn(8, 4))
+    optimizer = FactoredMuon([{"params": [("q", weight)], "heads": {"q": [4, 4]}}])
+    for shape in ((6, 4), (8, 4)):
+        pruned = optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.randn(shape))
+        pruned.grad = torch.randn(shape)
+        optimizer.step()
+        assert optimizer.heads_of(pruned) == ((4, 4) if shape == (8, 4) else ())

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, NewtonSchulz
+from lightspan.optim.inner import (
+    SGD,
+    Adam,
+    AdamSettings,
+    FactoredNewtonSchulz,
+    InnerContext,
+    MomentumNewtonSchulz,
+    NeuronNewtonSchulz,
+    NewtonSchulz,
+    SelectiveNewtonSchulz,
+)
 from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 from lightspan.optim.newton_schulz import orthogonalised
@@ -64,6 +74,20 @@ def test_conventions_scale_by_the_parameters_own_shape(scale, factor):
     inverse = {"kj": 1.0, "dion": 0.5}.get(scale, factor)
     u = NewtonSchulz(scale=scale).direction(x, {}, InnerContext(wide, STORAGE, NUMBERS))
     torch.testing.assert_close(u, inverse * plain)
+
+
+@pytest.mark.parametrize("inner", [
+    Adam(), SGD(), NewtonSchulz(), MomentumNewtonSchulz(), NeuronNewtonSchulz(), FactoredNewtonSchulz(),
+    SelectiveNewtonSchulz(),
+], ids=lambda inner: type(inner).__name__)  # fmt: skip
+def test_coordinates_stay_as_they_are_for_what_is_made_of_them_later(inner):
+    """Residuals read them after the rule."""
+    like = layout()
+    x, state = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).double(), inner.initial(like, STORAGE)
+    before = x.clone()
+    for _ in range(2):
+        inner.direction(x, state, InnerContext(like, STORAGE, NUMBERS)).zero_()
+        assert torch.equal(x, before)
 
 
 def test_a_zero_gradient_gives_a_zero_direction():

@@ -396,6 +396,41 @@ def test_so_it_is_when_the_group_of_adamw_has_a_rate_of_its_own(own_first):
     stepped(optimizer, [matrix, vector])
 
 
+@pytest.mark.parametrize(
+    "rates",
+    [
+        (None, 0.02, None),
+        (0.02, None, None),
+        (torch.tensor(0.02), torch.tensor(3e-4), None),
+        (torch.tensor(0.1), None, None),
+    ],
+    ids=["another group of AdamW has it", "matrices have one of their own", "rates are tensors", "one is a tensor"],
+)
+@pytest.mark.parametrize("schedule", ["one cycle", "cycles", "warm-up from zero"])
+def test_so_it_is_whatever_rates_the_groups_have(schedule, rates):
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
+    groups = [{"params": [p]} if rate is None else {"params": [p], "lr": copy.deepcopy(rate)}
+              for p, rate in zip(parameters, rates, strict=True)]  # fmt: skip
+    optimizer = presets.Trion(groups, lr=0.02, rank=2)
+    if schedule == "warm-up from zero":
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        SCHEDULES.LambdaLR(optimizer, lambda step: step / 10)
+    else:
+        {"one cycle": one_cycle, "cycles": cyclic}[schedule](optimizer, 0.02)
+    with pytest.raises(UserError, match=r"the rate of Newton-Schulz, 0\.02, instead of other_lr=0\.0003"):
+        stepped(optimizer, parameters)
+
+
+def test_groups_are_named_once_and_those_that_are_given_stay_as_they_are():
+    tall, bias, late = (nn.Parameter(torch.ones(shape)) for shape in ((9, 6), (9,), (7,)))
+    given = [{"params": [tall, bias], "name": "first"}, {"params": [late], "name": "late"}]
+    before = copy.copy(given[0]), copy.copy(given[1])
+    optimizer = presets.Trion(given, rank=4)
+    assert [group["name"] for group in optimizer.param_groups] == ["first", "first-other", "late"]
+    assert [group.keys() for group in given] == [group.keys() for group in before]
+
+
 def test_rates_that_are_alike_by_hand_are_taken_among_groups_of_adamw_at_zero_and_after_the_first_step():
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
     groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
@@ -411,9 +446,10 @@ def test_rates_that_are_alike_by_hand_are_taken_among_groups_of_adamw_at_zero_an
     stepped(optimizer, parameters)
 
 
-def test_one_rate_for_both_is_taken_where_both_are_equal_and_so_it_is_in_a_copy():
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_one_rate_for_both_is_taken_where_both_are_equal_and_so_it_is_in_a_copy(number):
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,))]
-    optimizer = presets.FactoredMuon(parameters)
+    optimizer = presets.FactoredMuon(parameters, lr=number(4e-3), other_lr=4e-3)
     one_cycle(optimizer, 0.01)
     for together in ((optimizer, parameters), copy.deepcopy((optimizer, parameters))):
         stepped(*together)
