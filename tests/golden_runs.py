@@ -14,7 +14,10 @@ GOLDEN = Path(__file__).parent / "golden"
 CURVES = {
     "quickstart": (),
     # New frames every three steps, so that a refresh lies on each side of a resume.
-    "quickstart_lowrank": ("model.init_args.optimizer.init_args.rank=8", "model.init_args.optimizer.init_args.refresh=3"),
+    "quickstart_lowrank": (
+        "model.init_args.optimizer.init_args.rank=8",
+        "model.init_args.optimizer.init_args.refresh=3",
+    ),
     "quickstart_adamw": (),
 }
 """Recipe under language/ -> what it takes to be as small as golden/short.yaml makes it."""

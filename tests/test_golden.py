@@ -15,9 +15,7 @@ SCENARIOS = {
     "FSDP2 on two, one, then four ranks": Scenario("quickstart", ((2, 3), (1, 6), (4, STEPS)), FSDP2),
     "LowRank in one process": Scenario("quickstart_lowrank", ((1, STEPS),)),
     "LowRank on two ranks of DDP": Scenario("quickstart_lowrank", ((2, STEPS),), ("-c", "scale/cpu2")),
-    "LowRank on four ranks of DDP, resumed": Scenario(
-        "quickstart_lowrank", ((4, 3), (4, STEPS)), ("-c", "scale/cpu2")
-    ),
+    "LowRank on four ranks of DDP, resumed": Scenario("quickstart_lowrank", ((4, 3), (4, STEPS)), ("-c", "scale/cpu2")),
     "LowRank on two ranks of FSDP2": Scenario("quickstart_lowrank", ((2, STEPS),), FSDP2),
     "LowRank with FSDP2 on two, one, then four ranks": Scenario(
         "quickstart_lowrank", ((2, 3), (1, 6), (4, STEPS)), FSDP2
