@@ -31,8 +31,8 @@ RECIPES = {
     "lowrank": "language/quickstart_lowrank",
     "factored_muon": "language/quickstart",
 }
-# (matrices, everything else). FactoredMuon starts where benchmarks/quality.py ended on the same text, with fewer points on
-# the way.
+# (matrices, everything else). FactoredMuon starts where benchmarks/quality.py ended on the same text, with fewer points
+# on the way.
 START = {"adamw": (2.0e-3, 6.0e-3), "lowrank": (5.0e-3, 6.0e-3), "factored_muon": (1.6e-2, 4.8e-2)}
 RATE_KEYS = ("model.init_args.optimizer.init_args.lr", "model.init_args.groups.other_lr")
 NEIGHBOURS = (
