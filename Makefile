@@ -35,11 +35,12 @@ help: ## print this list
 	@echo
 	@echo "  PYTHON=python3.12 make ... picks the interpreter of a new .venv (now: $(PYTHON)); it must be 3.11 or newer."
 
-quickstart: $(BASE) ## train one small language model twice, AdamW against low rank, and compare them (minutes)
+quickstart: $(BASE) ## train one small language model with AdamW, in a subspace and with FactoredMuon, and compare them (minutes)
 	rm -rf $(QUICKSTART)
 	$(BIN)/lightspan fit language/quickstart_adamw --run $(QUICKSTART)/adamw
-	$(BIN)/lightspan fit language/quickstart --run $(QUICKSTART)/lowrank
-	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank --title "Quickstart: AdamW and low rank" --out $(QUICKSTART)/report.html --png $(QUICKSTART)/curves.png
+	$(BIN)/lightspan fit language/quickstart_lowrank --run $(QUICKSTART)/lowrank
+	$(BIN)/lightspan fit language/quickstart --run $(QUICKSTART)/factored_muon
+	$(BIN)/lightspan report $(QUICKSTART)/adamw $(QUICKSTART)/lowrank $(QUICKSTART)/factored_muon --title "Quickstart: AdamW, low rank and FactoredMuon" --out $(QUICKSTART)/report.html --png $(QUICKSTART)/curves.png
 
 readme: quickstart ## run the quickstart and write its figures and its picture to the README
 	$(BIN)/python tools/readme_figures.py

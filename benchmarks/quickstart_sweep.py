@@ -1,6 +1,6 @@
-"""The search behind every rate of the quickstart: the same for both optimisers, blind to the validation files.
+"""The search behind every rate of the quickstart: the same for all optimisers, blind to the validation files.
 
-    python benchmarks/quickstart_sweep.py [adamw] [lowrank]
+    python benchmarks/quickstart_sweep.py [adamw] [lowrank] [factored_muon]
 
 Both rates, of the matrices and of everything else, move over a grid of factor two until no neighbour is better: none of
 the eight around a point, and none two steps along an axis. A point is one run of the recipe, in build/quickstart_sweep,
@@ -26,8 +26,14 @@ from lightspan.sweeps.display import run_shown
 RESULTS = Path(__file__).parent / "results" / "quickstart_sweep.json"
 RUNS = Path(__file__).parents[1] / "build" / "quickstart_sweep"
 SEED = 100
-RECIPES = {"adamw": "language/quickstart_adamw", "lowrank": "language/quickstart"}
-START = {"adamw": (2.0e-3, 6.0e-3), "lowrank": (5.0e-3, 6.0e-3)}  # (matrices, everything else)
+RECIPES = {
+    "adamw": "language/quickstart_adamw",
+    "lowrank": "language/quickstart_lowrank",
+    "factored_muon": "language/quickstart",
+}
+# (matrices, everything else). FactoredMuon starts where benchmarks/quality.py ended on the same text, with fewer points
+# on the way.
+START = {"adamw": (2.0e-3, 6.0e-3), "lowrank": (5.0e-3, 6.0e-3), "factored_muon": (1.6e-2, 4.8e-2)}
 RATE_KEYS = ("model.init_args.optimizer.init_args.lr", "model.init_args.groups.other_lr")
 NEIGHBOURS = (
     *((0.5, 1), (2, 1), (1, 0.5), (1, 2)),
@@ -71,7 +77,7 @@ def measured(name: str, rates: Rates) -> float:
             return row["online_loss_nats"]
     loss = round(online_loss(name, rates), 4)
     row = {"optimizer": name, "lr": rates[0], "other_lr": rates[1], "seed": SEED, "online_loss_nats": loss}
-    rows = [*known(), row]  # read again: the other optimiser's search may run beside this one
+    rows = [*known(), row]  # read again: another optimiser's search may run beside this one
     RESULTS.parent.mkdir(exist_ok=True)
     rows.sort(key=lambda row: (row["optimizer"], row["lr"], row["other_lr"]))
     write_atomic(RESULTS, json.dumps(rows, indent=1) + "\n")

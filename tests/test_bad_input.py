@@ -120,7 +120,7 @@ def test_a_text_folder_without_files(capsys, tmp_path):
 
 def test_rank_larger_than_the_matrix(capsys):
     optimizer = "model.init_args.optimizer.init_args.rank=100000"
-    message = refused(["fit", "language/quickstart", optimizer, "--run", "r"], capsys)
+    message = refused(["fit", "language/quickstart_lowrank", optimizer, "--run", "r"], capsys)
     assert "rank=100000" in message
 
 

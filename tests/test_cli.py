@@ -266,7 +266,7 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
     ("flags", "message"),
     [
         (["compression/vit", "data.init_args.batch_size=100000"], "larger than the training set"),
-        (["language/quickstart", "model.init_args.optimizer.init_args.rank=9999"], "rank=9999 is not below"),
+        (["language/quickstart_lowrank", "model.init_args.optimizer.init_args.rank=9999"], "rank=9999 is not below"),
         (["compression/vit", "model.init_args.optimizer.init_args.eps=-1.0"], "Invalid epsilon value: -1.0"),
         (
             [

@@ -56,7 +56,7 @@ BASES = [earlier for earlier, now in CLASSES.items() if now.startswith("lightspa
 def test_a_class_that_no_recipe_may_name_any_more_is_refused_with_the_way_out(earlier: str) -> None:
     basis = "model.init_args.optimizer.init_args.basis"
     with pytest.raises(UserError, match=r"add --allow-module lightspan\.experiments"):
-        resolve("language/quickstart", [], [f"{basis}.class_path={earlier}"])
+        resolve("language/quickstart_lowrank", [], [f"{basis}.class_path={earlier}"])
 
 
 @pytest.mark.parametrize("earlier", [earlier for earlier in CLASSES if earlier not in BASES])
@@ -71,7 +71,7 @@ def test_a_class_with_another_name_may_be_named_as_before(earlier: str) -> None:
 def test_a_recipe_of_earlier_reaches_a_class_that_left_its_module(earlier: str, tmp_path: Path) -> None:
     basis = "model.init_args.optimizer.init_args.basis"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("base: language/quickstart\n")
+    recipe.write_text("base: language/quickstart_lowrank\n")
     config = resolve(str(recipe), [], [f"{basis}.class_path={earlier}"], ["lightspan.experiments"]).config
     now = config["model"]["init_args"]["optimizer"]["init_args"]["basis"]["class_path"]
     module, _, name = now.rpartition(".")

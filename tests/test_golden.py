@@ -12,10 +12,14 @@ pytestmark = pytest.mark.runs
 FSDP2 = ("-c", "scale/fsdp2", "trainer.accelerator=cpu")
 SCENARIOS = {
     "one process": Scenario("quickstart", ((1, STEPS),)),
-    "two ranks of DDP": Scenario("quickstart", ((2, STEPS),), ("-c", "scale/cpu2")),
-    "four ranks of DDP, resumed": Scenario("quickstart", ((4, 3), (4, STEPS)), ("-c", "scale/cpu2")),
-    "two ranks of FSDP2": Scenario("quickstart", ((2, STEPS),), FSDP2),
     "FSDP2 on two, one, then four ranks": Scenario("quickstart", ((2, 3), (1, 6), (4, STEPS)), FSDP2),
+    "LowRank in one process": Scenario("quickstart_lowrank", ((1, STEPS),)),
+    "LowRank on two ranks of DDP": Scenario("quickstart_lowrank", ((2, STEPS),), ("-c", "scale/cpu2")),
+    "LowRank on four ranks of DDP, resumed": Scenario("quickstart_lowrank", ((4, 3), (4, STEPS)), ("-c", "scale/cpu2")),
+    "LowRank on two ranks of FSDP2": Scenario("quickstart_lowrank", ((2, STEPS),), FSDP2),
+    "LowRank with FSDP2 on two, one, then four ranks": Scenario(
+        "quickstart_lowrank", ((2, 3), (1, 6), (4, STEPS)), FSDP2
+    ),
     "AdamW in one process": Scenario("quickstart_adamw", ((1, STEPS),)),
 }
 
@@ -46,7 +50,7 @@ def test_losses_under_zero_are_the_golden_ones(stage: int, tmp_path: Path) -> No
 
 
 def test_a_resumed_run_has_the_golden_losses_and_every_bit_of_the_straight_one(tmp_path: Path) -> None:
-    straight, resumed = (Scenario("quickstart", starts) for starts in (((1, STEPS),), ((1, 4), (1, STEPS))))
+    straight, resumed = (Scenario("quickstart_lowrank", starts) for starts in (((1, STEPS),), ((1, 4), (1, STEPS))))
     curve = golden_runs.run(resumed, tmp_path / "resumed")
     assert_golden(curve, resumed)
     assert curve.losses == golden_runs.run(straight, tmp_path / "straight").losses

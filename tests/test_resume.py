@@ -12,7 +12,7 @@ from lightspan.errors import UserError
 from lightspan.runs.folder import checkpoint_to_resume, run_ids
 
 LANGUAGE = [
-    "language/quickstart",
+    "language/quickstart_lowrank",
     "trainer.max_steps=12",
     "trainer.val_check_interval=3",
     "model.init_args.backbone.init_args.width=32",

@@ -13,6 +13,7 @@ from lightspan.files import write_atomic
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "build" / "quickstart"
 BEGIN, END = "<!-- quickstart:begin -->\n", "<!-- quickstart:end -->\n"
+ARMS = {"adamw": "AdamW", "lowrank": "low rank", "factored_muon": "FactoredMuon"}
 ROWS = {
     "validation loss, nats per byte": ("val_loss_nats", "{:.3f}"),
     "validation loss, bits per byte": ("val_bits_per_byte", "{:.3f}"),
@@ -25,11 +26,11 @@ ROWS = {
 
 
 def table(summary: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of both runs, and a line on where it was measured."""
-    provenance = json.loads((QUICKSTART / "lowrank" / "provenance.json").read_text(encoding="utf-8"))
-    lines = ["| one run, seed 0 | AdamW | low rank |", "|---|---|---|"]
+    """A Markdown table of the runs, and a line on where they were measured."""
+    provenance = json.loads((QUICKSTART / next(iter(ARMS)) / "provenance.json").read_text(encoding="utf-8"))
+    lines = [f"| one run, seed 0 | {' | '.join(ARMS.values())} |", "|---" * (1 + len(ARMS)) + "|"]
     for label, (key, form) in ROWS.items():
-        lines.append(f"| {label} | {form.format(summary['adamw'][key])} | {form.format(summary['lowrank'][key])} |")
+        lines.append(f"| {label} | {' | '.join(form.format(summary[run][key]) for run in ARMS)} |")
     torch_version = provenance.get("packages", {}).get("torch", "")
     where = f"{len(os.sched_getaffinity(0))} CPU cores with torch {torch_version}"  # `make readme` has just run it here
     return "\n".join(lines) + f"\n\nMeasured on {where}; `make readme` measures it again.\n"

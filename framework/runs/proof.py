@@ -1,5 +1,6 @@
 """The proof that a killed and resumed run equals a straight one: what is started, who is killed, what is compared."""
 
+import ast
 import importlib
 import inspect
 import random
@@ -9,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightspan.config.allow import class_paths
 from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, with_layer
+from lightspan.config.signatures import Signature, signature
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
@@ -20,7 +23,8 @@ from lightspan.runs.fits import fit_command, last_lines, ranks_of
 
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference of losses between numbers of ranks, in float64: sums are computed in another order. In a
-recipe's own precision, training can amplify a last bit beyond that, so losses are not compared there.
+recipe's own precision, training can amplify a last bit beyond that, so losses are not compared there. Nor with moments
+of 8 or 16 bits, which are rounded at random: a last bit decides which way.
 """
 
 DOUBLE = "float64"
@@ -32,6 +36,8 @@ _IN_STEP = ("batch_start", "before_backward", "before_step", "batch_end")  # pla
 _AFTER_SAVE = "after_save"  # one more: after the first checkpoint at or after the end of the step
 
 _FLOAT64 = {"class_path": "lightning.pytorch.plugins.precision.DoublePrecision"}
+
+_WIDE = {"class_path": "lightspan.optim.moments.Float32Moments"}
 
 _RUN = {"save_dir": "${run}"}
 
@@ -135,7 +141,10 @@ def verdicts(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str |
 def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> None:
     """Runs one leg. Raises: UserError if it ends in another way than planned."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
-    write_atomic(recipe, dump(with_layer(resolved, _changes(resolved, settings, run_dir, leg)).document()))
+    changed = with_layer(resolved, _changes(resolved, settings, run_dir, leg))
+    if leg.double:
+        changed = with_layer(changed, _wide_moments(changed))
+    write_atomic(recipe, dump(changed.document()))
     log = run_dir / OUTPUT
     statuses = ranks_of(fit_command([str(recipe), *allow_options(resolved.allow_modules)], run_dir), leg.ranks, log)
     killed = -signal.SIGKILL in statuses
@@ -180,3 +189,22 @@ def _changes(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Le
         plugins = given.get("plugins") or []
         trainer |= {"precision": None, "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), _FLOAT64]}
     return {"trainer": trainer}
+
+
+def _wide_moments(resolved: Resolved) -> dict[str, Any]:
+    """The change that stores the moments of every optimiser of the recipe as they are computed."""
+    change: dict[str, Any] = {}
+    for path, node in class_paths(resolved.tree):
+        takes = signature(node.value)
+        named = all(isinstance(key, str) for key in path)  # a list has no key under which to change its parts
+        if named and isinstance(takes, Signature) and _stores_moments(takes):
+            part = change
+            for key in (*path[:-1], "init_args"):
+                part = part.setdefault(key, {})
+            part["moments"] = _WIDE
+    return change
+
+
+def _stores_moments(takes: Signature) -> bool:
+    annotation = takes.parameters["moments"].annotation if "moments" in takes.parameters else None
+    return annotation is not None and ast.unparse(annotation).endswith("MomentStorage")

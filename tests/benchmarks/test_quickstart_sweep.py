@@ -43,7 +43,7 @@ def test_a_point_is_one_run_judged_by_the_last_fifth_of_its_training_losses(
     monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
     assert sweep.online_loss("lowrank", (5e-3, 6e-3), runs=tmp_path) == (8 + 9) / 2
     (command,) = commands
-    assert command[3:5] == ("fit", "language/quickstart")
+    assert command[3:5] == ("fit", "language/quickstart_lowrank")
     assert command[-1] == str(tmp_path / "lowrank-lr0.005-other0.006")
     assert set(command) >= {"seed_everything=100", "data.init_args.seed=100", "trainer.limit_val_batches=0"}
-    assert resolve("language/quickstart", flags=[word for word in command if "=" in word])
+    assert resolve("language/quickstart_lowrank", flags=[word for word in command if "=" in word])

@@ -155,6 +155,33 @@ def test_the_batch_of_data_whose_base_names_its_default_is_looked_at_too():
             proof.refuse_uneven_batches(resolved, [1, 3])
 
 
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        ([], ("model", "init_args", "optimizer")),
+        (
+            [
+                "trainer.callbacks.low.class_path=lightspan.callbacks.training.subspace_projection.SubspaceProjection",
+                "trainer.callbacks.low.init_args.moments.class_path=lightspan.optim.moments.BFloat16Moments",
+            ],
+            ("trainer", "callbacks", "low"),
+        ),
+    ],
+)
+def test_moments_are_not_rounded_where_only_the_order_of_sums_may_differ(flags, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "ranks_of", lambda *arguments: [0])
+    settings = proof.ProofSettings(ranks=[1, 2], kills=0, steps=4, every=2, seed=0)
+    recipe = resolve("language/quickstart", [], flags)
+    moments = []
+    for double in (False, True):
+        proof.start(recipe, settings, tmp_path / "run", proof.Leg(1, None, double))
+        part = resolve(str(tmp_path / "run.yaml")).config
+        for key in place:
+            part = part[key]
+        moments.append(part["init_args"].get("moments", {}).get("class_path"))
+    assert moments[0] != moments[1] == "lightspan.optim.moments.Float32Moments"
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine").write_text("")
     assert main([*COMMAND, "--keep", str(tmp_path)]) == 2
