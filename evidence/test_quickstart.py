@@ -1,8 +1,8 @@
-"""The quickstart's claim: below AdamW's loss with a fraction of its optimiser state, on the source of Python's standard
-library: in a subspace of rank 48, and with FactoredMuon.
+"""The quickstart's claim: a loss below AdamW's with less optimiser state, in a subspace and with FactoredMuon.
 
-The arms are the recipes of `make quickstart`, whose rates come from one search (benchmarks/quickstart_sweep.py) on
-another seed and without the validation files. A seed draws the weights and the order of the data.
+A byte-level Llama reads the source of Python's standard library. The arms are the recipes of `make quickstart`, whose
+rates come from one search (benchmarks/quickstart_sweep.py) on another seed and without the validation files. A seed
+draws the weights and the order of the data.
 """
 
 import json

@@ -199,7 +199,7 @@ def _wide_moments(resolved: Resolved) -> dict[str, Any]:
         named = all(isinstance(key, str) for key in path)  # a list has no key under which to change its parts
         if named and isinstance(takes, Signature) and _stores_moments(takes):
             part = change
-            for key in (*path[:-1], "init_args"):
+            for key in (*map(str, path[:-1]), "init_args"):
                 part = part.setdefault(key, {})
             part["moments"] = _WIDE
     return change
