@@ -54,7 +54,8 @@ def _heads(part: Any) -> Iterator[tuple[Tensor, list[int]]]:
     for name in TOGETHER:
         if (weight := _weight(part, name)) is not None and not _interleaves(part):
             size, left = divmod(len(weight), count + 2 * keys)
-            if not left:
+            # One that says something else has other rows, as the global attention of GCViT: keys and values alone.
+            if not left and size == (_first(part, SIZES) or size):
                 yield weight, [*[size] * (count + keys), size * keys]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.efficientformer import Attention as EfficientFormerAttention
+from timm.models.gcvit import WindowAttentionGlobal
 from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.tiny_vit import Attention as TinyViTAttention
@@ -192,6 +193,13 @@ def test_what_is_no_linear_layer_or_said_by_a_property_has_no_heads() -> None:
             raise RuntimeError("not initialised")
 
     assert query_key_heads(nn.Sequential(Convolutional(), Lazy())) == {}
+
+
+def test_a_fused_layer_of_other_rows_than_its_heads_would_have_has_none() -> None:
+    """The global attention of GCViT has keys and values alone, which divide by three here."""
+    assert rows_of({"num_heads": 2, "head_dim": 6}, qkv=24) == [None]
+    assert query_key_heads(WindowAttentionGlobal(12, 2, (7, 7))) == {}
+    assert query_key_heads(WindowAttentionGlobal(12, 2, (7, 7), use_global=False)) != {}
 
 
 def test_a_class_made_from_one_that_interleaves_is_taken_to_interleave_too() -> None:
