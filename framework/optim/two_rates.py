@@ -77,8 +77,8 @@ class TwoRates(LowRank):
                 raise UserError(
                     f"a schedule gives AdamW's group of {type(self).__name__} the rate of Newton-Schulz, {peak:g}, "
                     f"instead of other_lr={float(group['other_lr']):g}; give the schedule a list of rates, one for "
-                    'each group, such as max_lr=[group["lr"] for group in optimizer.param_groups], or build the optimiser '
-                    "with other_lr equal to lr if one rate is meant for all, as by a finder of rates"
+                    'each group, such as max_lr=[group["lr"] for group in optimizer.param_groups], or build the '
+                    "optimiser with other_lr equal to lr if one rate is meant for all, as by a finder of rates"
                 )
 
 
