@@ -68,6 +68,11 @@ class TwoRates(LowRank):
             self._rates_seen = True
         return super().step(closure)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `LowRank.load_state_dict`. What has stepped before has its rates by choice."""
+        super().load_state_dict(state_dict)
+        self._rates_seen |= bool(self.state)
+
     def _refuse_one_rate(self) -> None:
         peaks = [_peak(group) for group in self.param_groups if "other_lr" not in group]
         for group in self.param_groups:

@@ -455,6 +455,15 @@ def test_one_rate_for_both_is_taken_where_both_are_equal_and_so_it_is_in_a_copy(
         stepped(*together)
 
 
+def test_rates_that_were_made_equal_in_mid_run_are_taken_after_a_resume():
+    (optimizer, parameters), (resumed, others) = two_groups(), two_groups()
+    stepped(optimizer, parameters)
+    optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"]
+    stepped(optimizer, parameters)
+    resumed.load_state_dict(optimizer.state_dict())
+    stepped(resumed, others)
+
+
 def test_a_schedule_of_rates_that_are_tensors_does_not_change_the_rate_of_groups_to_come():
     given = torch.tensor(1e-3)
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,), (5,))]
