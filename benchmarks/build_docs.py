@@ -42,6 +42,8 @@ COMPARED = {  # names in the results: what docs/comparison.md calls them
     "apollo-torch r64": "apollo-torch, rank 64",
     "fira r64": "fira, rank 64",
     "torch Muon (matrices)": "torch Muon",
+    "lightspan factored_muon": "lightspan FactoredMuon",
+    "lightspan factored_muon bf16": "lightspan FactoredMuon, bfloat16 weights and products",
     "lightspan LowRank r64": "lightspan LowRank, rank 64",
     "lightspan LowRank no residual r64": "lightspan LowRank without residual, rank 64",
     "lightspan LowRank r64 bf16": "lightspan LowRank, rank 64, bfloat16 weights",
@@ -53,6 +55,9 @@ TRAIN_STEPS = {
     "whole_backward": "lightspan whole backward",
 }
 BOTH_PRODUCTS = ("lightspan LowRank no residual", "lightspan LowRank", "galore-torch", "fira")
+OVER_PRODUCTS = (
+    ("LowRank no residual", "r64", 1.3), ("LowRank", "r64", 1.6), ("LowRank no residual", "r64 bf16", 2.0),
+)  # fmt: skip
 PEER_GOALS = {"galore-torch": 2.5, "apollo-torch": 2.5, "fira": 5.0}
 Row = dict[str, Any]
 Goal = tuple[str, str, float, float | None, str]  # name, "<=" or ">=", target, measured or None, unit
@@ -110,6 +115,10 @@ def step_goals(optimizers: dict[str, Row], train: Row) -> Iterator[Goal]:
         for variant in ("LowRank", "LowRank no residual"):
             name = f"lightspan {variant} {ending}"
             yield f"steady step of {name}, x AdamW", "<=", bound, value(name, "steady_x"), ""
+    for variant, ending, bound in OVER_PRODUCTS:
+        name, products = f"lightspan {variant} {ending}", value(f"the two products alone {ending}", "steady_ms")
+        times = ratio(value(name, "steady_ms"), products)
+        yield f"steady step of {name}, x the two products alone", "<=", bound, times, ""
     found = (re.fullmatch(r"lightspan LowRank r(\d+)", name) for name in optimizers)
     for rank in sorted(int(match[1]) for match in found if match) or [64]:
         for peer, bound in PEER_GOALS.items():

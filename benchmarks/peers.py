@@ -37,6 +37,13 @@ PRESETS: dict[str, type[LowRank]] = {
     "apollo_mini": presets.APOLLOMini,
 }
 """By their names in tables and result files."""
+WHOLE: dict[str, type[LowRank]] = {
+    "muon": presets.Muon,
+    "nor_muon": presets.NorMuon,
+    "factored_muon": presets.FactoredMuon,
+    "dion2": presets.Dion2,
+}
+"""Presets of whole matrices, which have no rank and no frames; of bfloat16 weights their products are in bfloat16."""
 PAPER_GAP = 200  # optimiser steps between two refreshes in the scripts of GaLore, Fira and APOLLO
 
 Build = Callable[[list[Parameter], list[Parameter], int | None], Optimizer]
@@ -139,6 +146,8 @@ def own_cases(ranks: Iterable[int]) -> Iterator[Case]:
                     yield Case(f"lightspan {variant}{ending}", _own(variant, rank), rank, dtype, refreshes=True)
         ending = " bf16" if dtype == torch.bfloat16 else ""
         yield Case(f"lightspan apollo_mini{ending}", _own("apollo_mini", 1), 1, dtype, refreshes=True)
+        for name, kind in WHOLE.items():
+            yield Case(f"lightspan {name}{ending}", _whole(kind, dtype), dtype=dtype)
 
 
 def _galore_torch(rank: int) -> Build:
@@ -211,9 +220,18 @@ def _torchao(matrices: list[Parameter], others: list[Parameter], gap: int | None
     return AdamW8bit([*matrices, *others], lr=LR, weight_decay=0.0)
 
 
+def _groups(matrices: list[Parameter], others: list[Parameter]) -> list[dict[str, Any]]:
+    return [{"params": matrices}, {"params": others, "project": False}]
+
+
+def _whole(kind: type[LowRank], dtype: torch.dtype) -> Build:
+    precision = str(dtype).removeprefix("torch.")
+    return lambda matrices, others, gap: kind(_groups(matrices, others), lr=LR, precision=precision)
+
+
 def _own(variant: str, rank: int) -> Build:
     def build(matrices: list[Parameter], others: list[Parameter], gap: int | None) -> Optimizer:
-        groups = [{"params": matrices}, {"params": others, "project": False}]
+        groups = _groups(matrices, others)
         if variant in PRESETS:
             optimizer = PRESETS[variant](groups, lr=LR, rank=rank)
         else:

@@ -39,6 +39,7 @@ OPTIM_STEP: dict[str, Any] = {
     "optimizers": {
         "torch AdamW fused": optimizer(1.0),
         "torch Muon (matrices)": optimizer(85.0, state_mib=40.5),
+        "the two products alone r64": optimizer(2.5, rank=64),
         "galore-torch r64": optimizer(6.0, 400.0, gap=200),
         "apollo-torch r64": optimizer(10.0, 20.0),
         "lightspan LowRank r64": optimizer(3.25, 39.0, gap=50, slowest_to_median=1.25, state_mib=17.3),
@@ -189,11 +190,14 @@ def test_steps_stand_in_their_columns(build_docs: ModuleType, results: Path) -> 
 def test_goals_of_the_step_are_shown_met_or_not(build_docs: ModuleType, results: Path) -> None:
     body = sections(build_docs.page(results))["One step on a CPU"]
     lines = body[body.index("| goal |") :].splitlines()
-    assert lines[2:14] == [
+    assert lines[2:17] == [
         "| steady step of lightspan LowRank r64, x AdamW | <= 4 | 3.25 | yes |",
         "| steady step of lightspan LowRank no residual r64, x AdamW | <= 4 |  | not yet measured |",
         "| steady step of lightspan LowRank r64 bf16, x AdamW | <= 2 | 1.75 | yes |",
         "| steady step of lightspan LowRank no residual r64 bf16, x AdamW | <= 2 |  | not yet measured |",
+        "| steady step of lightspan LowRank no residual r64, x the two products alone | <= 1.3 |  | not yet measured |",
+        "| steady step of lightspan LowRank r64, x the two products alone | <= 1.6 | 1.3 | yes |",
+        "| steady step of lightspan LowRank no residual r64 bf16, x the two products alone | <= 2 |  | not yet measured |",
         "| steady step of galore-torch over that of lightspan LowRank, rank 64 | >= 2.5 | 1.846 | **no** |",
         "| steady step of apollo-torch over that of lightspan LowRank, rank 64 | >= 2.5 | 3.077 | yes |",
         "| steady step of fira over that of lightspan LowRank, rank 64 | >= 5 |  | not yet measured |",
@@ -309,6 +313,8 @@ def test_the_comparison_gets_a_compact_table(build_docs: ModuleType, results: Pa
         "| apollo-torch, rank 64 | 82.50 | 10.00 | 10.50 |  |  |",
         "| fira, rank 64 | not yet measured |  |  |  |  |",
         "| torch Muon | 40.50 | 85.00 | 85.50 | 20.00 | 20.50 |",
+        "| lightspan FactoredMuon | not yet measured |  |  |  |  |",
+        "| lightspan FactoredMuon, bfloat16 weights and products | not yet measured |  |  |  |  |",
         "| lightspan LowRank, rank 64 | 17.30 | 3.25 | 3.75 |  |  |",
         "| lightspan LowRank without residual, rank 64 | not yet measured |  |  |  |  |",
         "| lightspan LowRank, rank 64, bfloat16 weights | 82.50 | 1.75 | 2.25 |  |  |",
