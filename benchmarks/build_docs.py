@@ -118,7 +118,7 @@ def step_goals(optimizers: dict[str, Row], train: Row) -> Iterator[Goal]:
     for variant, ending, bound in OVER_PRODUCTS:
         name, products = f"lightspan {variant} {ending}", value(f"the two products alone {ending}", "steady_ms")
         times = ratio(value(name, "steady_ms"), products)
-        yield f"steady step of {name}, x the two products alone", "<=", bound, times, ""
+        yield f"steady step of {name}, x the two products", "<=", bound, times, ""
     found = (re.fullmatch(r"lightspan LowRank r(\d+)", name) for name in optimizers)
     for rank in sorted(int(match[1]) for match in found if match) or [64]:
         for peer, bound in PEER_GOALS.items():
