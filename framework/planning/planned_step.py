@@ -226,7 +226,7 @@ class _Step:
         """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real step."""
         if self._idle_state is None:
             try:
-                return self._fake(rows, self._optimizers)
+                return self._fake(rows, self._unchecked_optimizers)
             except OptimizerStopped as stopped:
                 with silent():
                     made = self._optimizers()
@@ -282,6 +282,14 @@ class _Step:
     def _optimizers(self) -> list[Optimizer]:
         found, left_out = optimizers(self.trainer, self.module)
         self.notes = [*dict.fromkeys([*self.notes, *left_out])]
+        return found
+
+    def _unchecked_optimizers(self) -> list[Optimizer]:
+        """As trained, but none reads whether gradients are finite, which fake ones cannot tell."""
+        found = self._optimizers()
+        for optimizer in found:
+            if isinstance(optimizer, LowRank):
+                optimizer.check_finite = False
         return found
 
 

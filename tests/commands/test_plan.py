@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightspan.commands import plan as command
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import state_bytes
-from lightspan.optim import offload
+from lightspan.optim import offload, presets
 from lightspan.optim.low_rank import LowRank
 from lightspan.planning import planned_step
 from lightspan.planning.division import Division, division, strategy_of
@@ -80,7 +81,33 @@ def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
     assert plan.notes == []
 
 
-@pytest.mark.parametrize("reads", [False, True])  # a number, so that the step stops on fake tensors
+PRESETS = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
+
+
+@pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)
+def test_every_low_rank_optimizer_is_planned_on_fake_tensors_and_trains_with_its_checks(
+    tmp_path: Path, kind: type[LowRank]
+) -> None:
+    """A real step would need the memory that the plan is asked for."""
+    options = {"rank": 2} if "rank" in inspect.signature(kind).parameters else {}
+    module = Regression(lambda p: kind(p, lr=0.01, **options))
+    plan = planned(tmp_path, module)
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=Numbers())
+    assert plan.step.optimizer_state == state_bytes(run.optimizers[0])
+    assert plan.notes == []
+    assert run.optimizers[0].check_finite
+
+
+class Reading(LowRank):
+    """Its step stops on fake tensors."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.param_groups[0]["params"][0].sum().item() < torch.inf
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("reads", [False, True])
 def test_state_that_lives_on_the_host_needs_room_for_two_visits_on_a_device(
     tmp_path: Path, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +115,7 @@ def test_state_that_lives_on_the_host_needs_room_for_two_visits_on_a_device(
     monkeypatch.setattr(offload, "LARGEST_VISIT", 100)
 
     def plan(on: bool) -> Plan:
-        return planned(tmp_path, Regression(lambda p: LowRank(p, rank=2, check_finite=reads, offload=on)))
+        return planned(tmp_path, Regression(lambda p: (Reading if reads else LowRank)(p, rank=2, offload=on)))
 
     whole = plan(False)
     assert plan(True).step == whole.step  # on the host, where it makes no difference
