@@ -54,7 +54,9 @@ TRAIN_STEPS = {
     "projected_backward": "lightspan projected backward",
     "whole_backward": "lightspan whole backward",
 }
-BOTH_PRODUCTS = ("lightspan LowRank no residual", "lightspan LowRank", "galore-torch", "fira")
+BOTH_PRODUCTS = (
+    "lightspan LowRank no residual", "lightspan LowRank", "galore-torch", "fira", "the two products and rounding",
+)  # fmt: skip
 OVER_PRODUCTS = (
     ("LowRank no residual", "r64", 1.3), ("LowRank", "r64", 1.6), ("LowRank no residual", "r64 bf16", 2.0),
 )  # fmt: skip
@@ -170,7 +172,9 @@ def optim_step(results: Path) -> list[str]:
         "frames; under their own schedule, ours take turns. Amortised means averaged over the method's own interval",
         "(gap); slowest is the slowest step of a period over the median one. Constants are stored once for all",
         "matrices, in addition to the state. The two products alone (coordinates from gradients and steps from",
-        "coordinates, in torch.mm) are a lower bound for every method that projects and projects back. How they",
+        "coordinates, in torch.mm) are a lower bound for every method that projects and projects back. With bfloat16",
+        "weights no product on a CPU has a float32 result, so stochastic rounding takes passes of its own: the two",
+        "products and rounding have these too, as torch's calls on tiles that stay in the caches. How the products",
         "compare with AdamW's passes over memory depends on the processor, and so does every ratio below.",
         "",
     ]

@@ -19,6 +19,7 @@ from lightspan.optim import presets
 from lightspan.optim.bases import Every, PowerBasis
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Int8Moments
+from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
 
 LR = 1e-5  # all optimisers move the same weights in turn, so they had better not move them far
 NEVER = 10**9  # a refresh gap that no run reaches
@@ -107,6 +108,19 @@ class _Products(Optimizer):
             torch.mm(p.grad @ frame_NR, frame_NR.mT, out=self.steps[p.shape])
 
 
+class _RoundedProducts(_Products):
+    """The two products, and the passes over bfloat16 weights that stochastic rounding takes in torch's own calls."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        scratch = torch.empty(WINDOW)
+        for p, frame_NR in self.frames.items():
+            step = torch.mm(p.grad @ frame_NR, frame_NR.mT, out=self.steps[p.shape])
+            for tile, (weights, steps) in enumerate(zip(*(t.view(-1).split(WINDOW) for t in (p, step)), strict=True)):
+                wide = scratch[: len(weights)].copy_(weights).add_(steps, alpha=-LR)
+                weights.copy_(stochastic_round_(wide, 0, tile))
+
+
 def floor_cases(ranks: Iterable[int]) -> Iterator[Case]:
     """What no optimiser that projects and projects back can be faster than."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -118,6 +132,13 @@ def floor_cases(ranks: Iterable[int]) -> Iterator[Case]:
                 rank,
                 dtype,
             )
+    for rank in ranks:
+        yield Case(
+            f"the two products and rounding r{rank} bf16",
+            lambda matrices, others, gap, r=rank: _RoundedProducts(matrices, r),
+            rank,
+            torch.bfloat16,
+        )
 
 
 def peer_cases(ranks: Iterable[int]) -> Iterator[Case]:

@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "plan_error.json"
 PROJECT = ROOT / "tests" / "tiny_project"  # its ZeRO does without a GPU
 EXTENSIONS = ROOT / "build" / "torch_extensions"
 RECIPES = {  # and whether ZeRO takes its optimiser
+    "language/quickstart": False,
     "language/quickstart_lowrank": False,
     "language/quickstart_adamw": True,
     "language/dct_adamw": False,

@@ -453,10 +453,9 @@ def sweep(results: Path, task: Task, candidate: Candidate) -> Point:
 
 
 def searched(rows: Iterable[Row], task: Task, name: str) -> list[Row]:
-    """The runs of an optimiser's search: those as long as final ones or, while there are none, the longest before."""
-    swept = [row for row in rows if (row["task"], row["optimizer"], row["stage"]) == (task.name, name, "sweep")]
-    longest = max((row["steps"] for row in swept if row["steps"] <= task.steps), default=None)
-    return [row for row in swept if row["steps"] == longest]
+    """The runs of an optimiser's search."""
+    wanted = (task.name, name, "sweep", task.steps)
+    return [row for row in rows if (row["task"], row["optimizer"], row["stage"], row["steps"]) == wanted]
 
 
 def best_point(swept: list[Row]) -> Point | None:

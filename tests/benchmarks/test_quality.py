@@ -206,7 +206,7 @@ def test_runs_of_other_lengths_and_tasks_are_kept_apart(tiny: Any, tmp_path: Pat
     ):
         quality.append(results, entry)
     kept = quality.read(results)
-    assert quality.best_point(quality.searched(kept, tiny, "adamw")) == (64.0, 1.2e-2, 0.9)  # of one step, all there is
+    assert quality.searched(kept, tiny, "adamw") == []
     made = quality.measured(results, tiny, adamw, best, 100, "sweep")
     assert (made["task"], made["steps"]) == ("stdlib", 3)
     assert made["online_loss"] > 0
@@ -320,21 +320,17 @@ def test_an_optimiser_that_diverges_everywhere_is_named(
 
 
 def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each row of a table either all points that the search asks for are in the results, which nothing has been
-    added to, or the table says that its runs were shorter.
-    """
+    """All points that the search of a row asks for are in the results, which nothing is added to."""
     monkeypatch.setattr(quality, "train", None)
     rows, shown = quality.read(quality.RESULTS), 0
     for task in quality.TASKS.values():
         for name, runs in quality.final_rows(rows, task).items():
             swept = quality.searched(rows, task, name)
-            if swept[0]["steps"] == task.steps:
-                assert quality.sweep(quality.RESULTS, task, quality.CANDIDATES[name]) == quality.best_point(swept)
-            else:
-                assert " runs of 100 steps, not all neighbours were tried" in quality.extent(swept)
+            assert quality.sweep(quality.RESULTS, task, quality.CANDIDATES[name]) == quality.best_point(swept)
+            assert quality.extent(swept).endswith(f" runs of {task.steps} steps, no neighbour is better")
             assert [r["seed"] for r in runs] == [0, 1, 2]
             shown += 1
-    assert shown >= 10
+    assert shown >= 20
 
 
 def test_a_search_says_whether_all_neighbours_of_its_best_point_were_tried() -> None:
