@@ -263,7 +263,7 @@ CANDIDATES = {
             "muon_by_heads",
             Muon,
             1.6e-2,
-            "#8a6d00",
+            "#7f7f7f",
             {"convention": "kimi", "by_heads": True},
             rank=None,
             has_momentum=True,
