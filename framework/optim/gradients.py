@@ -154,7 +154,7 @@ class Attachment:
             handle.remove()
         if self.reduction is not None:
             self.reduction.remove()
-        self.optimizer.attached = False
+        self.optimizer.attachment = None
 
 
 def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
@@ -194,5 +194,5 @@ def attach(model: nn.Module, optimizer: LowRank) -> Attachment:
     sinks = [Sink(optimizer, p) for p in projected]
     handles = [sink.parameter.register_post_accumulate_grad_hook(sink.take) for sink in sinks]
     reduction = Reduction(optimizer, model, sinks) if world_size() > 1 else None
-    optimizer.attached = True
-    return Attachment(linears, handles, reduction, optimizer)
+    optimizer.attachment = attachment = Attachment(linears, handles, reduction, optimizer)
+    return attachment

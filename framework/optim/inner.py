@@ -257,6 +257,10 @@ class FactoredNewtonSchulz(_Evened):
     column. Up to a factor, which the norm takes away, v w^T is the factored second moment of Adafactor (Shazeer & Stern
     2018, arXiv 1804.04235, section 3). With v alone it is NorMuon's rule, see `NeuronNewtonSchulz`.
 
+    Before that, what is farther from zero than 1 / mean(w) is brought to it: as far as a number of an orthogonal matrix
+    can be, at the norm of O. What is alone in its row and its column is divided by itself twice, so that without this
+    bound one number with a small gradient would take the whole step.
+
     Args:
         beta2: of the running means, in [0, 1).
         momentum, nu, by_heads, steps, scale, precision: see `MomentumNewtonSchulz`.
@@ -273,6 +277,8 @@ class FactoredNewtonSchulz(_Evened):
         row_BM1 = state["row_sq"].lerp_(square_BMR.mean(dim=2), 1 - self.beta2)[..., None]
         column_B1R = state["column_sq"].lerp_(sum_BR / max(layout.shape), 1 - self.beta2)[:, None]
         direction_BMR.div_(row_BM1.sqrt() + self.EPSILON).div_(column_B1R.sqrt() + self.EPSILON)
+        limit_B11 = column_B1R.mean(dim=2, keepdim=True).reciprocal()
+        direction_BMR.clamp_(-limit_B11, limit_B11)
         return self.brought_to(sum_BR.sum(dim=1).sqrt(), direction_BMR, layout)
 
 

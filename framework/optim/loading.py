@@ -55,7 +55,8 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
     if counts[0] != counts[1]:
         raise UserError(
             f"the saved optimiser state has parameter groups of {counts[1]} parameters, but this "
-            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the model and groups of that run"
+            f"{type(optimizer).__name__} has groups of {counts[0]}; resume with the optimiser, "
+            "model and groups of that run, or load its weights without the optimiser's state"
         )
     return [
         (parameter, theirs, number)
@@ -79,8 +80,8 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
     if known.keys() != expected.keys():
         raise UserError(
             f"the saved optimiser state of {name or 'a parameter'} contains {', '.join(sorted(known))}, but this "
-            f"optimiser keeps {', '.join(sorted(expected))}; resume with the basis, residual, inner rule "
-            "and moments of that run"
+            f"optimiser keeps {', '.join(sorted(expected))}; resume with the optimiser of that run, its "
+            "basis, residual, inner rule and moments, or load its weights without the optimiser's state"
         )
     for key, value in known.items():
         if value.shape != expected[key].shape:

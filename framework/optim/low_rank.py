@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_
 
 Told = tuple[str, tuple[int, ...]]
 """A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
+
+
+class Connection(Protocol):
+    """What connects an optimiser with the gradients of a model, see `lightspan.optim.gradients.attach`."""
+
+    def detach(self) -> None:
+        """Undoes it."""
 
 
 class LowRank(Optimizer):
@@ -121,7 +128,7 @@ class LowRank(Optimizer):
         self.rule = Switches(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.scale, self.max_norm, self.backward = scale, max_norm, backward
         self.check_finite, self.seed = check_finite, seed
-        self.attached = False
+        self.attachment: Connection | None = None
         require_parts(self.rule)
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
@@ -219,7 +226,7 @@ class LowRank(Optimizer):
         this object, which would act on it and its model. No backward pass is attached to the copy.
         """
         kept = {key: self.__dict__[key] for key in self.KEPT_IN_COPIES}
-        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False, "attached": False}
+        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False, "attachment": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -269,7 +276,7 @@ class LowRank(Optimizer):
         return loss
 
     def _require_supported(self) -> None:
-        if self.backward != "whole" and not self.attached:
+        if self.backward != "whole" and self.attachment is None:
             raise UserError(
                 f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
                 "before the first backward pass (SubspaceProjection and Method do)"

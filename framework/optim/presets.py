@@ -15,7 +15,8 @@
 
 `FactoredMuon` is this project's own, and the one to try first: it had the lowest loss of all in docs/benchmarks.md, at
 a byte of state for each weight. The others say when to take them all the same. Those inside a subspace keep less only
-with `moments=Int8Moments()` and a rank below about a third of the shorter side; there, `LowRank` without a preset is
+with `moments=Int8Moments()` and a rank below a sixth of the shorter side (of square matrices; a third where one
+side is four times the other); there, `LowRank` without a preset is
 what this project recommends. Each preset equals the equations of its namesake in `lightspan.optim.reference`, which
 should be read first, except for what is said here and in the classes. In the literature a frame's transpose is called
 projector, and `refresh` update_proj_gap.
@@ -232,7 +233,8 @@ class Trion(TwoRates):
     """Trion (arXiv 2505.17967, algorithm 1): Dion with DCT columns and Newton-Schulz on the coordinates. Equations:
     `lightspan.optim.reference.Trion`.
 
-    For matrices so large that orthogonalising whole ones, as `Muon` does at the same state, takes too long.
+    For matrices so large that orthogonalising whole ones, as `Muon` does at the same state to a lower loss, takes too
+    long.
 
     What is not projected gets AdamW at `other_lr`, see `lightspan.optim.two_rates.TwoRates`, with the published code's
     betas and eps. As published, there is no Nesterov momentum.
@@ -270,7 +272,8 @@ class Muon(TwoRates):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): whole matrices step along their
     orthogonalised momentum. Equations: `lightspan.optim.reference.Muon`.
 
-    For recipes and comparisons with the published one: `FactoredMuon` reaches a lower loss with a quarter of its state.
+    For recipes and comparisons with the published one: `FactoredMuon` reaches a lower loss, and keeps a quarter of
+    its state as long as the momentum of this one is in float32.
 
     For hidden matrices and convolutions; leave embeddings and heads to AdamW with project=False, as
     `lightspan.optim.groups` does for embeddings. With `convention="kimi"` it is that of Moonlight (arXiv 2502.16982),
@@ -353,13 +356,16 @@ class NorMuon(TwoRates):
 
 
 class FactoredMuon(TwoRates):
-    """Muon with the factored second moment of Adafactor on its orthogonalised momentum, in 8 bits: a seventh of AdamW's
-    state or less. Not published under this name; NorMuon (arXiv 2510.05491) is what it becomes with means over rows
+    """Muon with the factored second moment of Adafactor on its orthogonalised momentum, in 8 bits: about a seventh of
+    AdamW's state. Not published under this name; NorMuon (arXiv 2510.05491) is what it becomes with means over rows
     alone. Equations: `lightspan.optim.reference.FactoredMuon`.
 
     The steps are as long as those of AdamW (`convention="kimi"`), so rates and decay have its magnitudes; several times
     its rate was best where it was searched. Momentum is quasi-hyperbolic (arXiv 1810.06801): a longer memory with a
     larger share of the newest gradient than Nesterov's.
+
+    Only the orthogonalisation knows heads: rows, columns and the norm are those of the whole parameter, so a fused
+    weight of queries, keys and values takes other steps than the three apart.
 
     Args:
         beta2: of the running means of squares over rows and over columns, in [0, 1).
@@ -398,7 +404,8 @@ class Dion2(TwoRates):
     """Dion2 (arXiv 2512.16928): Muon on the quarter of the columns, or rows, with the largest momentum, which alone
     decays. Equations: `lightspan.optim.reference.Dion2`.
 
-    It orthogonalises M x N / 4 numbers where Muon orthogonalises M x N: for large models, where that takes long. A
+    It orthogonalises M x N / 4 numbers where Muon orthogonalises M x N: for large models, where that takes long. Its
+    loss has not been measured here. A
     choice of the shorter side is made over all rows, on however many ranks they are; published code by default chooses
     along the side that is sharded, on each rank by itself. Of square matrices, columns are chosen here and rows there.
 

@@ -232,6 +232,7 @@ class _Step:
                     made = self._optimizers()
                     state = idle_state_bytes(self.module, made)
                     self._idle_state = self._at_home(StepMemory(0, 0, 0, 0, 0, state, state), made)
+                    self._detach(made)
                 self.notes.append(
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
                 )
@@ -255,8 +256,18 @@ class _Step:
             made.extend(make_optimizers())
             return made
 
-        with silent(), without_logging(self.module):
-            return self._at_home(step_memory(self.module, resized(self.batch, rows), self._loss, make, passes), made)
+        try:
+            with silent(), without_logging(self.module):
+                found = step_memory(self.module, resized(self.batch, rows), self._loss, make, passes)
+            return self._at_home(found, made)
+        finally:
+            self._detach(made)
+
+    def _detach(self, made: list[Optimizer]) -> None:
+        """From the module, which keeps its layers for the next ones, on other tensors."""
+        for optimizer in made:
+            if isinstance(optimizer, LowRank) and optimizer.attachment is not None:
+                optimizer.attachment.detach()
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
         """On a device, without the state that lives on the host, but with room for its visits. What is counted here,

@@ -15,6 +15,8 @@ import torch
 
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.errors import UserError
+from lightspan.optim.moments import Int8Moments
+from lightspan.optim.schedules import WarmupCosine
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "quality.py"
 spec = importlib.util.spec_from_file_location("quality", FILE)
@@ -125,6 +127,53 @@ def test_a_run_steps_every_parameter_and_counts_all_state(
     assert result["val_loss"] == result["curve"][-1][-1]
     assert abs(result["online_loss"] - math.log(256 if kind == "tiny" else 10)) < 1
     assert [key for key in result if key.startswith("val_")] == ["val_loss"] + ["val_accuracy"] * (kind == "tiny_vit")
+
+
+def test_every_candidate_of_whole_matrices_has_the_rule_that_the_page_names(tiny: Any) -> None:
+    """All steps are as long as AdamW's; queries and keys are taken by heads where the name or a default says so."""
+
+    def matrices(name: str) -> Any:
+        return quality.optimizers(quality.CANDIDATES[name], tiny, tiny.model(), (1e-3, 2e-3, 0.8))[0]
+
+    muon = matrices("muon")
+    assert type(muon) is torch.optim.Muon
+    (group,) = muon.param_groups
+    assert (group["adjust_lr_fn"], group["momentum"], group["nesterov"]) == ("match_rms_adamw", 0.8, True)
+    for name, by_heads in (("muon_by_heads", True), ("nor_muon", False), ("factored_muon", True)):
+        optimizer = matrices(name)
+        rule = optimizer.rule.inner
+        assert (rule.scale, rule.by_heads, rule.momentum, rule.precision) == ("kimi", by_heads, 0.8, "float32"), name
+        assert rule.nu == (0.6 if name == "factored_muon" else None)
+        assert isinstance(optimizer.rule.moments, Int8Moments) == (name == "factored_muon")
+        parts = [optimizer.heads_of(p) for group in optimizer.param_groups for p in group["params"]]
+        assert [rows for rows in parts if rows] == [(16, 16)] * (2 if by_heads else 0)  # queries and keys of a block
+
+
+def test_a_run_follows_its_schedule_and_clips_gradients(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, norms = list[float](), list[float]()
+
+    class Recording(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+            return super().step(closure)
+
+    assert quality.CLIP == 1.0
+    monkeypatch.setattr(quality, "CLIP", 0.125)
+    task = replace(tiny, steps=8)
+    quality.train(
+        task, replace(quality.CANDIDATES["adamw"], constructor=Recording, options={}), (1.0, 1.0, 0.9), 0, "sweep"
+    )
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, expected = WarmupCosine(other, 8), []
+    for _ in range(8):
+        expected.append(other.param_groups[0]["lr"])
+        other.step()
+        schedule.step()
+    assert rates == expected
+    assert len(set(rates)) > 4
+    assert norms == pytest.approx([0.125] * 8, rel=1e-3)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import state_bytes
 from lightspan.optim import offload, presets
+from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.planning import planned_step
 from lightspan.planning.division import Division, division, strategy_of
@@ -97,6 +98,26 @@ def test_every_low_rank_optimizer_is_planned_on_fake_tensors_and_trains_with_its
     assert plan.step.optimizer_state == state_bytes(run.optimizers[0])
     assert plan.notes == []
     assert run.optimizers[0].check_finite
+
+
+class Attached(Regression):
+    def configure_optimizers(self) -> Any:
+        optimizers, schedulers = super().configure_optimizers()
+        attach(self, optimizers[0])
+        return optimizers, schedulers
+
+
+@pytest.mark.parametrize("backward", ["hooks", "projected"])
+def test_gradients_kept_in_coordinates_are_planned_on_fake_tensors(tmp_path: Path, backward: str) -> None:
+    """For several sizes of the batch, each with an optimiser of its own; what it hung on the layers is gone then."""
+    module = Attached(lambda p: LowRank(p, rank=2, residual=None, backward=backward))
+    plan = planned(tmp_path, module)
+    assert plan.notes == []
+    assert plan.largest_rows is not None
+    assert {type(part) for part in module.net} == {nn.Linear, nn.ReLU}
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=Numbers())
+    assert plan.step.optimizer_state == state_bytes(run.optimizers[0])
 
 
 class Reading(LowRank):

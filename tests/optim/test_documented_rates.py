@@ -23,29 +23,32 @@ NAMES = {
     "DCTAdamW": "dct_adamw",
     "Trion": "trion",
     "LowRank": "low_rank",
+    "Muon": "muon_by_heads",
+    "NorMuon": "nor_muon",
     "FactoredMuon": "factored_muon",
     "AdamW": "adamw",
 }
 
 
 def table(start):
-    """Rows of three numbers, (first cell, numbers ...), of the page's table that starts so."""
+    """Rows of numbers, (first cell, numbers ...), of the page's table that starts so."""
     text = (ROOT / "docs" / "optimisers.md").read_text()
     lines = text[text.index(start) :].split("\n\n")[0]
-    return re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", lines, re.MULTILINE)
+    rows = re.findall(r"^\| (.*?)((?: \| [\d.]+)+) \|$", lines, re.MULTILINE)
+    return [(cell, *numbers.split(" | ")[1:]) for cell, numbers in rows]
 
 
 def test_the_advised_rates_are_the_measured_ones():
     rows = [(re.findall(r"`(\w+)`", cells)[0], *numbers) for cells, *numbers in table("| preset | lr | other_lr")]
     runs = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
     measured = {
-        (run["optimizer"], run["lr"], run["other_lr"])
+        (run["optimizer"], run["lr"], run["other_lr"], run["momentum"])
         for run in runs
         if (run["task"], run["stage"]) == ("stdlib", "final")
     }
     assert {name for name, *_ in rows} == set(NAMES)
-    assert {(NAMES[name], float(lr), float(other)) for name, lr, other, _ in rows} <= measured
-    for name, _, _, default in rows:
+    assert {(NAMES[name], *map(float, numbers)) for name, *numbers, _ in rows} <= measured
+    for name, *_, default in rows:
         kind = {"LowRank": LowRank, "AdamW": torch.optim.AdamW}.get(name) or getattr(presets, name)
         assert inspect.signature(kind).parameters["lr"].default == float(default)
 

@@ -284,7 +284,7 @@ def saved_state(**options):
         (
             {},
             {"basis": DCTBasis()},
-            r"state of net.weight contains age, exp_avg, .* keeps .*columns.*resume with the basis",
+            r"net.weight contains age, exp_avg, .* keeps .*columns.*resume with the optimiser of that run, its basis",
         ),
         (
             {"residual": ErrorFeedback("int8")},

@@ -27,9 +27,10 @@ from lightspan.optim.reference import (
     Trion,
     run,
 )
-from lightspan.optim.reference.dct import dct_basis, newton_schulz, selected, shape_factor
+from lightspan.optim.reference.dct import dct_basis, selected
 from lightspan.optim.reference.ldadam import power_step, rotated_moments
 from lightspan.optim.reference.loop import as_given, tall
+from lightspan.optim.reference.newton_schulz import newton_schulz, shape_factor
 from lightspan.optim.reference.rescaling import limited, row_scale
 
 SHAPES = [(7, 4), (4, 7), (5, 5)]

@@ -1,6 +1,5 @@
 """DCT-AdamW and Trion: frames are columns of one fixed orthonormal basis, chosen by what they capture."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.optim.reference.loop import Group, Reference, State, adam
+from lightspan.optim.reference.newton_schulz import newton_schulz, shape_factor
 
 
 def dct_basis(size: int) -> Tensor:
@@ -83,28 +83,6 @@ class DCTAdamW(_Columns):
             overlap = old.T @ q
             state["m"], state["v"] = state["m"] @ overlap, (state["v"] @ overlap).abs()
         return adam(r, state, group) @ q.T
-
-
-def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U V^T of the SVD U S V^T, approximately, by the quintic iteration of Muon (Jordan et al. 2024)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def shape_factor(shape: tuple[int, int], convention: str) -> float:
-    """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall."""
-    rows, columns = shape
-    return {
-        "kj": math.sqrt(max(1.0, rows / columns)),
-        "kimi": 0.2 * math.sqrt(max(rows, columns)),
-        "dion": math.sqrt(rows / columns),
-        "none": 1.0,
-    }[convention]
 
 
 class Trion(_Columns):

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightspan.optim.reference.dct import newton_schulz, shape_factor
 from lightspan.optim.reference.loop import Group, Reference, State
+from lightspan.optim.reference.newton_schulz import newton_schulz, shape_factor
 
 Convention = Literal["kj", "kimi", "dion", "none"]
 
@@ -100,7 +100,7 @@ class FactoredMuon(Muon):
     O, c as in Muon, with its own `nu` (quasi-hyperbolic momentum: Ma & Yarats 2019, arXiv 1810.06801)
     v <- beta2 v + (1 - beta2) mean of O^2 over a row
     w <- beta2 w + (1 - beta2) mean of O^2 over a column
-    N_ij = O_ij / ((sqrt(v_i) + 1e-10) (sqrt(w_j) + 1e-10))
+    N_ij = O_ij / ((sqrt(v_i) + 1e-10) (sqrt(w_j) + 1e-10)), cut off at -1 / mean(w) and 1 / mean(w)
     W <- W - lr c N |O| / (|N| + 1e-10)
     """
 
@@ -125,6 +125,8 @@ class FactoredMuon(Muon):
         for axis, name in ((1, "row"), (0, "column")):
             state[name] = beta2 * state.get(name, 0) + (1 - beta2) * (o**2).mean(dim=axis, keepdim=True)
             n = n / (state[name].sqrt() + 1e-10)
+        limit = 1 / state["column"].mean()
+        n = n.clamp(-limit, limit)
         return n * (o.norm() / (n.norm() + 1e-10))
 
 
