@@ -104,9 +104,8 @@ def test_recipes_are_found_at_both_scales() -> None:
     assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.split("/")[0] in FAMILIES else pytest.mark.sweep) for name in SMALL]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SMALL)
 def test_every_small_recipe_takes_a_step_on_a_folder(name: str, folder: Path) -> None:
     if of_one_task(name):
         train(name, folder, leaving_out([*WITHOUT, *SLOW]))

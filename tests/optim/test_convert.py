@@ -75,13 +75,13 @@ def test_heads_follow_the_names_of_the_module_that_is_converted():
     groups = ParameterGroups().build(module["net"])
     groups[0]["params"].append(("scale", scale))
     groups[0]["heads"]["scale"] = [2, 2]
-    inner = MomentumNewtonSchulz(by_heads=True)
-    new = to_low_rank(torch.optim.AdamW(groups), module, ["*"], rank=4, inner=inner, residual=None)
+    whole = {"basis": WholeBasis(), "inner": MomentumNewtonSchulz(by_heads=True), "residual": None}
+    new = to_low_rank(torch.optim.AdamW(groups), module, ["*"], **whole)
     assert new.heads_of(module["net"].in_proj_weight) == (4, 4, 4, 4, 8)
     assert new.name_of(module["net"].in_proj_weight) == "net.in_proj_weight"
     assert new.heads_of(scale) == ()
     unnamed = {"params": [module["net"].in_proj_weight], "heads": {"net.in_proj_weight": [8, 16]}}
-    new = to_low_rank(torch.optim.AdamW([unnamed]), module, ["*"], rank=4, inner=inner, residual=None)
+    new = to_low_rank(torch.optim.AdamW([unnamed]), module, ["*"], **whole)
     assert new.heads_of(module["net"].in_proj_weight) == (8, 16)
     with pytest.raises(UserError, match="heads=2 must be a mapping"):
         to_low_rank(torch.optim.AdamW([unnamed | {"heads": 2}]), module, ["*"], rank=4)
