@@ -35,11 +35,16 @@ SHORT = [
 
 
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
-    """A recipe with these settings; a batch of a few of each class has two of each."""
+    """A recipe with these settings; a batch of a few of each class has two of each, and probes read few samples where
+    the recipe limits them.
+    """
     resolved = resolve(name, overlays, flags)
     given = resolved.config["data"].get("init_args", {})
     pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
     pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
+    probes = (resolved.config["trainer"]["callbacks"].get("probes") or {}).get("init_args", {})
+    limits = [key for key in ("bank_samples", "val_samples") if key in probes]
+    pairs += [f"trainer.callbacks.probes.init_args.{key}=200" for key in limits]
     return resolve(name, overlays, [*flags, *pairs]) if pairs else resolved
 
 
