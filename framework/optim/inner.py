@@ -257,9 +257,9 @@ class FactoredNewtonSchulz(_Evened):
     column. Up to a factor, which the norm takes away, v w^T is the factored second moment of Adafactor (Shazeer & Stern
     2018, arXiv 1804.04235, section 3). With v alone it is NorMuon's rule, see `NeuronNewtonSchulz`.
 
-    Before that, what is farther from zero than 1 / mean(w) is brought to it: as far as a number of an orthogonal matrix
-    can be, at the norm of O. What is alone in its row and its column is divided by itself twice, so that without this
-    bound one number with a small gradient would take the whole step.
+    Before the norm is brought back, each number is clamped to 1 / mean(w), which is 1, the largest number of an
+    orthogonal matrix, at the scale that these divisions leave. A number that is alone in its row and its column is
+    divided by its own size twice, so that without this bound one with a small gradient would take the whole step.
 
     Args:
         beta2: of the running means, in [0, 1).

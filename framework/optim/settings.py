@@ -131,7 +131,7 @@ def require_fit(rule: Switches, backward: str, offload: bool) -> None:
         )
     if rule.basis.momentum and not isinstance(rule.inner, Adam):
         raise UserError(f"PowerBasis momentum={rule.basis.momentum} follows Adam's first moment; leave inner=Adam()")
-    if getattr(rule.inner, "by_heads", False) and not rule.basis.whole:
+    if rule.inner.by_heads and not rule.basis.whole:
         raise UserError(
             f"{type(rule.inner).__name__} by_heads=True needs the rows of each head, but coordinates in "
             f"{type(rule.basis).__name__} are not rows of the parameter; set by_heads=False, or basis=WholeBasis()"

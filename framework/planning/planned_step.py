@@ -1,8 +1,9 @@
 """Plans the training step of a built recipe: its own precision, optimisers and callbacks, on fake tensors."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +229,11 @@ class _Step:
             try:
                 return self._fake(rows, self._unchecked_optimizers)
             except OptimizerStopped as stopped:
-                with silent():
-                    made = self._optimizers()
+                made: list[Optimizer] = []
+                with silent(), _detached_after(made):
+                    made += self._optimizers()
                     state = idle_state_bytes(self.module, made)
                     self._idle_state = self._at_home(StepMemory(0, 0, 0, 0, 0, state, state), made)
-                    self._detach(made)
                 self.notes.append(
                     f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
                 )
@@ -256,18 +257,8 @@ class _Step:
             made.extend(make_optimizers())
             return made
 
-        try:
-            with silent(), without_logging(self.module):
-                found = step_memory(self.module, resized(self.batch, rows), self._loss, make, passes)
-            return self._at_home(found, made)
-        finally:
-            self._detach(made)
-
-    def _detach(self, made: list[Optimizer]) -> None:
-        """From the module, which keeps its layers for the next ones, on other tensors."""
-        for optimizer in made:
-            if isinstance(optimizer, LowRank) and optimizer.attachment is not None:
-                optimizer.attachment.detach()
+        with silent(), without_logging(self.module), _detached_after(made):
+            return self._at_home(step_memory(self.module, resized(self.batch, rows), self._loss, make, passes), made)
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
         """On a device, without the state that lives on the host, but with room for its visits. What is counted here,
@@ -302,6 +293,17 @@ class _Step:
             if isinstance(optimizer, LowRank):
                 optimizer.check_finite = False
         return found
+
+
+@contextlib.contextmanager
+def _detached_after(made: list[Optimizer]) -> Iterator[None]:
+    """Afterwards the module has its own layers again, for the next optimisers, on other tensors."""
+    try:
+        yield
+    finally:
+        for optimizer in made:
+            if isinstance(optimizer, LowRank) and optimizer.attachment is not None:
+                optimizer.attachment.detach()
 
 
 def _line(small: StepMemory, large: StepMemory) -> Callable[[int], StepMemory]:

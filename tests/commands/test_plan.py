@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_preset import PRESETS
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,7 +19,7 @@ from lightspan.commands import plan as command
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import state_bytes
-from lightspan.optim import offload, presets
+from lightspan.optim import offload
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.planning import planned_step
@@ -80,9 +81,6 @@ def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
     assert plan.step.weights == sum(p.numel() * p.element_size() for p in module.parameters())
     assert plan.step.activations == 4 * 8 * (32 + 4)
     assert plan.notes == []
-
-
-PRESETS = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
 
 
 @pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)

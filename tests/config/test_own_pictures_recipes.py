@@ -30,6 +30,8 @@ NUMBERS = {"bayesian/ssvi_cifar10", "supervised/grassmann_imagenet"}
 SMALL = [name for name in NAMES if name not in LARGE]
 FAMILIES = {"contrastive", "clustering", "distillation", "masked", "supervised"}
 """Whose small recipes train in every run of the tests; those of others do in the sweep."""
+LONG = {"contrastive/scatsimclr", "distillation/cion_al"}
+"""Of these families, but with networks whose step is long: in the sweep too."""
 QUIET = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
     *("trainer.precision=null", "trainer.logger=null", "trainer.enable_progress_bar=false"),
@@ -104,8 +106,11 @@ def test_recipes_are_found_at_both_scales() -> None:
     assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", SMALL)
+def often(name: str) -> bool:
+    return name.split("/")[0] in FAMILIES and name not in LONG
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if often(name) else pytest.mark.sweep) for name in SMALL])
 def test_every_small_recipe_takes_a_step_on_a_folder(name: str, folder: Path) -> None:
     if of_one_task(name):
         train(name, folder, leaving_out([*WITHOUT, *SLOW]))

@@ -20,10 +20,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from every_preset import PRESETS
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.optim import bases, carries, inner, moments, presets, residuals
+from lightspan.optim import bases, carries, inner, moments, residuals
 from lightspan.optim.gradients import attach
 from lightspan.optim.lars import LARS
 from lightspan.optim.low_rank import LowRank
@@ -79,18 +80,13 @@ FOUND: list[tuple[str, type, dict[str, Any]]] = [
 imports `lightspan.experiments` later adds classes that fit nothing here."""
 
 
-def preset_classes() -> list[type[LowRank]]:
-    found = dict.fromkeys(v for v in vars(presets).values() if inspect.isclass(v))
-    return [kind for kind in found if kind.__module__ == presets.__name__]
-
-
 Make = Callable[..., LowRank]
 
 
 def optimisers() -> dict[str, Make]:
     """Every preset with each of its options, LowRank with each part beside fitting neighbours, every backward pass."""
     found: dict[str, Make] = {}
-    for kind in preset_classes():
+    for kind in PRESETS:
         known = inspect.signature(kind).parameters
         settings = {"refresh": 3} if "refresh" in known else {}
         settings |= {"rank": min(RANK, known["rank"].default)} if "rank" in known else {}
@@ -306,7 +302,7 @@ def test_so_they_do_for_bfloat16_weights(name):
     run(OPTIMISERS[name], torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", preset_classes())
+@pytest.mark.parametrize("kind", PRESETS)
 def test_so_they_do_for_float64_weights(kind):
     run(OPTIMISERS[label(kind, {})], torch.float64)
 
@@ -329,7 +325,7 @@ def spiked(value: float, dtype: torch.dtype = torch.float32) -> Net:
     return model
 
 
-@pytest.mark.parametrize("kind", preset_classes())
+@pytest.mark.parametrize("kind", PRESETS)
 def test_a_gradient_whose_square_overflows_is_refused_by_name_and_changes_nothing(kind):
     """AdamW takes it, and from then on holds an infinite second moment: that weight never moves again."""
     model = spiked(1e30)

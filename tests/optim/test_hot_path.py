@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from every_preset import PRESETS
 from step_costs import kept_in, step_costs
 from torch import nn
 
@@ -191,7 +192,6 @@ def test_asking_whether_a_frame_is_due_copies_no_state(backward):
     assert costs.copied_state == 0
 
 
-PRESETS = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
 WHOLE = (Muon, NorMuon, FactoredMuon, Dion2)
 OWN_SCHEDULE = (LDAdam, Trion, *WHOLE)
 SHAPES = [(64, 48), (48, 64), (80, 48), (96, 32), (40, 72), (56, 56)]

@@ -16,6 +16,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from every_preset import PRESETS
 from step_costs import kept_in, step_costs
 from stream_races import Streams, Watch
 from torch import nn
@@ -35,7 +36,6 @@ from lightspan.optim.presets import DCTAdamW, FactoredMuon, GaLore, LDAdam, Muon
 from lightspan.sharded import local, with_part
 from lightspan.strategies import shard_blocks
 
-PRESETS = [kind for kind in vars(presets).values() if inspect.isclass(kind) and kind.__module__ == presets.__name__]
 KINDS = [LowRank, *PRESETS]
 SHAPES = [(24, 16), (16, 24), (24, 16), (20, 12), (24, 16), (3, 4), (7,), (30,)]
 OF_FRAMES = {"frame", "columns", "draws"}

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from every_preset import PRESETS
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
@@ -207,14 +208,6 @@ def test_fira_names_the_scale_that_it_cannot_leave_out_of_the_residual(scale):
         presets.FiraAdam([nn.Parameter(torch.ones(9, 6))], rank=2, scale=scale, scale_residual=False)
 
 
-def offered():
-    """The classes that the module defines: a new preset is in here."""
-    return [kind for kind in vars(presets).values() if isinstance(kind, type) and kind.__module__ == presets.__name__]
-
-
-ALL = offered()
-
-
 def named(kind, **options):
     """Those of the options that a preset has by name: some choose a frame in every step, some need none."""
     known = inspect.signature(kind).parameters
@@ -222,16 +215,16 @@ def named(kind, **options):
 
 
 def test_presets_are_found_and_go_by_one_name_each():
-    assert len(ALL) >= 10
-    assert all(getattr(presets, kind.__name__) is kind for kind in ALL)
-    assert len({id(kind) for kind in ALL}) == len(ALL)
+    assert len(PRESETS) >= 10
+    assert all(getattr(presets, kind.__name__) is kind for kind in PRESETS)
+    assert len({id(kind) for kind in PRESETS}) == len(PRESETS)
 
 
 # What a reference has otherwise: `bound` is not in the papers, and an error is not quantised there.
 NOT_THE_PAPERS = {"bound": None, "error_feedback": True}
 
 
-@pytest.mark.parametrize("kind", [LowRank, *ALL], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)
 def test_every_preset_can_be_built_by_its_class_path_as_in_a_recipe(kind):
     """The parser reads in the calls of constructors which arguments of `LowRank` are left to a recipe."""
     parser = ArgumentParser()
@@ -243,7 +236,7 @@ def test_every_preset_can_be_built_by_its_class_path_as_in_a_recipe(kind):
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("kind", [LowRank, *ALL], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)
 def test_every_preset_has_a_reference_with_its_defaults(kind):
     equations = getattr(reference, kind.__name__)
     assert kind.__name__ in reference.__all__
@@ -263,7 +256,7 @@ def test_every_preset_has_a_reference_with_its_defaults(kind):
     assert {name: settings[name] for name in shared} == {name: published[name] for name in shared}
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", PRESETS, ids=lambda kind: kind.__name__)
 def test_a_net_trains_as_its_reference_does(kind):
     """Matrices both ways, a convolution, vectors and a matrix below the rank, in one group. APOLLO's draws and signs of
     singular vectors are given to it; see above.
@@ -294,7 +287,7 @@ def test_a_net_trains_as_its_reference_does(kind):
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copied", "pickled"]
 )
-@pytest.mark.parametrize("preset", ALL, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
     model = nn.ModuleList([nn.Linear(5, 9), nn.Linear(9, 5)])
     optimizer = preset(model[0].parameters(), rank=1 if preset is presets.APOLLOMini else 2)
@@ -313,7 +306,7 @@ def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("preset", ALL, ids=lambda preset: preset.__name__)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_k_steps_saved_and_loaded_and_k_more_equal_2k_across_refreshes(preset, dtype):
     shapes = (9, 5), (5, 9), (9, 5), (4,)
     schedule = named(preset, refresh=3)
