@@ -14,6 +14,7 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import BYTES, content_of, drained, unpacked
 
 LIBRARIES = (
     Path("/usr/lib/R/site-library"),
@@ -41,14 +42,14 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
     classes = {**DEFAULT_CLASS_MAP, "tbl_df": DEFAULT_CLASS_MAP["data.frame"]}  # a tibble is a data frame
     try:
         if not (folder / "Rdata.rdx").is_file():
-            files = [parse_data((folder / f"{name}.rda").read_bytes(), extension=".rda") for name in names]
+            files = [parse_data(unpacked(content_of(folder / f"{name}.rda")), extension=".rda") for name in names]
             return [plain(convert(file, classes)[name]) for file, name in zip(files, names, strict=True)]
-        index = convert(parse_data((folder / "Rdata.rdx").read_bytes(), extension=".rds"))["variables"]
-        content = (folder / "Rdata.rdb").read_bytes()
+        index = convert(parse_data(unpacked(content_of(folder / "Rdata.rdx")), extension=".rds"))["variables"]
+        content = content_of(folder / "Rdata.rdb")
         places = [(int(index[name][0]), int(index[name][1])) for name in names]
         pieces = [unpack(content[at : at + size]) for at, size in places]
         return [plain(convert(parse_data(piece, extension=".rds"), classes)) for piece in pieces]
-    except (OSError, KeyError, ValueError, EOFError, NotImplementedError, zlib.error, lzma.LZMAError) as error:
+    except (LookupError, ValueError, EOFError, TypeError, NotImplementedError, RecursionError) as error:
         raise UserError(
             f"{folder} does not contain {' and '.join(names)} of the R package {package} in a form that can be read "
             f"({type(error).__name__}: {error}); reinstall r-cran-{package.lower()}"
@@ -77,14 +78,16 @@ def find_package(package: str, library: str | None, names: tuple[str, ...] = ())
 def unpack(piece: bytes) -> bytes:
     """One piece of an `rdb` file. Raises: ValueError if its size is not the one it states."""
     size, kind, rest = int.from_bytes(piece[:4], "big"), piece[4:5], piece[5:]
+    BYTES.require(size)
     if kind == b"2":
-        data = bz2.decompress(rest)
+        data = drained(bz2.BZ2Decompressor(), rest, size)
     elif kind == b"Z":
-        data = lzma.decompress(rest, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
+        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}])
+        data = drained(raw, rest, size)
     elif kind == b"0":
         data = rest
     else:
-        data = zlib.decompress(piece[4:])
+        data = drained(zlib.decompressobj(), piece[4:], size)
     if len(data) != size:
         raise ValueError(f"{len(data)} bytes instead of the announced {size}")
     return data

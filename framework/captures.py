@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan.errors import UserError, one_line
 from lightspan.files import atomic_path, write_atomic
+from lightspan.foreign import settings_object
 from lightspan.run_files import CAPTURE, CAPTURED_WEIGHTS
-from lightspan.tensor_files import DTYPES, Form, write_tensors
+from lightspan.tensor_files import DTYPES, Form, stored_tensors, write_tensors
 
 _VERSION = 1
 _PLAIN = (str, bool, int, type(None))
@@ -66,15 +66,15 @@ class Capture:
     @staticmethod
     def read(folder: Path) -> "Capture":
         """Raises: UserError for a capture that is missing, not whole, or written by another program."""
+        if not (folder / CAPTURE).exists():
+            raise UserError(f"{folder} is not a whole capture: it has no {CAPTURE}")
         try:
-            record = json.loads((folder / CAPTURE).read_text(encoding="utf-8"))
+            record = settings_object(folder / CAPTURE)
             if record["version"] != _VERSION:
                 raise ValueError(f"it has version {record['version']!r}, and this lightspan reads {_VERSION}")
             fields = {one.name: record[one.name] for one in dataclasses.fields(Capture)}
             capture = Capture(**fields)
-        except FileNotFoundError as error:
-            raise UserError(f"{folder} is not a whole capture: it has no {CAPTURE}") from error
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / CAPTURE} cannot be read: {one_line(error)[:200]}") from error
         counts = (capture.step, capture.epoch, capture.ranks, capture.accumulate)
         sound = all(type(count) is int and count >= 0 for count in counts) and isinstance(capture.broken, list)
@@ -243,8 +243,4 @@ def rank_file(folder: Path, rank: int) -> Path:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} is missing: the capture is not whole")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {one_line(error)[:200]}") from error
+    return stored_tensors(path, "the capture is damaged")

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"lightspan: {printable(str(error))}", file=sys.stderr)
+            print(printable(f"lightspan: {printable(str(error))}"), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         if debug:
@@ -148,7 +148,7 @@ def _set_apart(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 def _without_verb(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-V", "--version"):
-        print(f"lightspan {__version__}")
+        print(printable(f"lightspan {__version__}"))
         return 0
     if arguments and arguments[0] not in ("-h", "--help", "help"):
         from lightspan.config.problems import nearest
@@ -157,7 +157,7 @@ def _without_verb(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
     print("usage: lightspan VERB ...   (lightspan VERB --help says more)\n")
     for verb in VERBS:
-        print(f"  {verb.name:<20} {verb.help}")
+        print(printable(f"  {verb.name:<20} {verb.help}"))
     print("\nStart with: lightspan recipes; lightspan fit language/quickstart")
     return 0 if arguments else USER_ERROR
 

@@ -1,11 +1,18 @@
 """One look for every picture: colours, a canvas, and PNG bytes. matplotlib loads only when something is drawn."""
 
+import functools
 import textwrap
+import warnings
 from io import BytesIO
 from typing import Any
 
 COLOURS = ("#1f5fd0", "#d1560f", "#0c8065", "#a3278f", "#7a6500", "#5a49b8")
 """One a line; each is dark enough to read as text on white."""
+_BEYOND_LATIN = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic", "Hiragino Sans", "PingFang SC", "Microsoft YaHei"),
+    *("Noto Sans Devanagari", "Noto Sans Thai", "Noto Sans Bengali", "Arial Unicode MS", "Unifont"),
+)
 SOFT, GRID = "#5b6470", "#e9ebee"
 
 
@@ -36,7 +43,40 @@ def tidy(axes: Any) -> None:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as PNG bytes. Software and date are left out, so that equal pictures are equal bytes."""
+    """The figure as PNG bytes. Software and date are left out, so that equal pictures are equal bytes.
+
+    Letters that matplotlib's own font lacks, such as those of a class called 猫, are drawn with a font of this machine
+    that has them, and escaped where none has: \\u732b.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if not text.get_text().isascii():
+            shown, families = with_letters(text.get_text())
+            text.set(text=shown, fontfamily=families)
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a label that matplotlib makes as it draws
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def with_letters(text: str) -> tuple[str, list[str]]:
+    """(the text, its letters without a font escaped; the families that have the others, matplotlib's own first)."""
+    fonts = _fonts()
+    known = frozenset[int]().union(*(letters for _, letters in fonts))
+    shown = "".join(c if c.isspace() or ord(c) in known else c.encode("unicode_escape").decode() for c in text)
+    return shown, [family for family, _ in fonts]
+
+
+@functools.cache
+def _fonts() -> list[tuple[str, frozenset[int]]]:
+    """(family, letters) of matplotlib's own font, and of those of `_BEYOND_LATIN` that this machine has."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    there = {font.name: font.fname for font in fontManager.ttflist}
+    return [
+        (family, frozenset(get_font(there[family]).get_charmap()))
+        for family in ("DejaVu Sans", *_BEYOND_LATIN)
+        if family in there
+    ]

@@ -16,6 +16,8 @@ def printable(text: str) -> str:
 
     Names, settings and answers of servers come from others, and a terminal obeys control characters in them.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -121,7 +121,7 @@ def opened(path: str | Path, links: bool = True) -> Iterator[BinaryIO | None]:
         os.close(descriptor)
         yield None
         return
-    with os.fdopen(descriptor, "rb") as file:
+    with open(path, "rb", opener=lambda *_: descriptor) as file:  # named as the path, unlike with os.fdopen
         yield file
 
 
@@ -189,7 +189,8 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
     with explained_os_errors(path, setting=setting):
         make_folder(path.parent, setting)
         try:
-            yield temporary
+            with _nothing_can_be_made(path, temporary, setting):
+                yield temporary
             if temporary.is_dir() or (over_folder and path.is_dir()):
                 replace_folder(temporary, path)
             else:
@@ -198,6 +199,18 @@ def atomic_path(path: str | Path, over_folder: bool = False, setting: str = "--r
                 _fsync(path.parent)
         finally:
             discard(temporary)
+
+
+@contextlib.contextmanager
+def _nothing_can_be_made(path: Path, temporary: Path, setting: str) -> Iterator[None]:
+    """For /proc and other file systems in which users cannot make files, whose folders are there and say otherwise."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if str(error.filename) != str(temporary):
+            raise
+        way_out = _ANOTHER_FOLDER.format(setting=setting)
+        raise UserError(f"cannot write {path}: {error.strerror}; {way_out}") from error
 
 
 def expanded(path: str | Path, setting: str) -> Path:

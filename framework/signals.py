@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightspan.errors import printable
+
 WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before they end a job."""
 BUDGET_S = 60.0
@@ -163,7 +165,9 @@ class SignalFlag:
                 since_s = self.since_s = time.monotonic() if self.since_s is None else self.since_s
 
     def _end(self, number: signal.Signals) -> None:
-        print(f"lightspan: {number.name}: still {main_thread()}; exiting at once", file=sys.stderr, flush=True)
+        print(
+            printable(f"lightspan: {number.name}: still {main_thread()}; exiting at once"), file=sys.stderr, flush=True
+        )
         os._exit(128 + number)
 
     def _forget_pipe(self) -> None:

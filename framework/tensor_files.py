@@ -1,4 +1,4 @@
-"""Safetensors files written piece by piece, so that at most one piece is in memory.
+"""Safetensors files: written piece by piece, so that at most one piece is in memory, and read as files of others.
 
 The format is 8 bytes with the length of a JSON header, the header, and the bytes of the tensors (little-endian, rows
 first) without gaps: https://github.com/huggingface/safetensors. Its own writer takes all tensors at once.
@@ -7,16 +7,24 @@ first) without gaps: https://github.com/huggingface/safetensors. Its own writer 
 import json
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan.errors import UserError, one_line
+from lightspan.files import irregular, require_regular_file
+from lightspan.foreign import settings_object
+from lightspan.run_files import MODEL
+
+INDEX = f"{MODEL}.index.json"
+"""Of a folder of several safetensors files, as transformers writes it: which file has which tensor."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -125,3 +133,54 @@ def facts_of(metadata: Mapping[str, str], path: str | Path, **kinds: type) -> di
                 "damaged, or another program wrote it"
             )
     return facts
+
+
+@contextmanager
+def opened_tensors(path: str | Path, way_out: str = "write or export it again") -> Iterator[Any]:
+    """A safetensors file as `safetensors.safe_open` gives it: its tensors are memory-mapped until they are used.
+
+    Raises: UserError for what is no regular file, is damaged, or lacks a tensor that is asked for.
+    """
+    require_regular_file(path, "safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({one_line(error)[:200]}); {way_out}") from error
+
+
+def stored_tensors(
+    path: str | Path, way_out: str = "write or export it again"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a safetensors file. Raises: UserError as `opened_tensors`."""
+    with opened_tensors(path, way_out) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+
+
+def shards_of(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file, as the index of a sharded Hugging Face folder has it; None for a folder without an index.
+
+    Raises: UserError for an index that is damaged, or names what lies outside the folder or is not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        shards = settings_object(index)["weight_map"]
+        files = sorted(set(shards.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of safetensors files ({error}); export the folder again") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or irregular(folder / file):
+            raise UserError(f"{index} names {file!r:.80}, which is not in {folder}; the folder is not whole")
+    return dict(shards)
+
+
+def safetensors_of(folder: Path) -> list[Path]:
+    """The files that make up a folder's checkpoint: those of its index, or model.safetensors, or all there are.
+
+    Raises: UserError as `shards_of`.
+    """
+    if (shards := shards_of(folder)) is not None:
+        return [folder / file for file in sorted(set(shards.values()))]
+    return [folder / MODEL] if (folder / MODEL).is_file() else sorted(folder.glob("*.safetensors"))

@@ -43,6 +43,10 @@ def write_every_kind(folder: Path) -> dict[str, Path]:
     save(rgb.convert("P"), "palette.png")
     save(rgb.convert("CMYK"), "cmyk.jpg", quality=95)
     save(rgb.convert("1"), "bits.png")
+    save(rgb, "rgb.bmp")
+    save(rgb, "two.GIF", save_all=True, append_images=[rgb.rotate(180)])
+    save(rgb, "rgb.tif", compression="tiff_lzw")
+    save(Image.fromarray(grey.astype(np.uint16) * 257), "grey16.tiff", save_all=True, append_images=[rgb.rotate(180)])
     # Transparent where it is white, with black below the transparency.
     alpha = Image.fromarray(np.dstack([np.zeros((16, 8, 3), np.uint8), 255 - grey]), "RGBA")
     save(alpha, "alpha.png")

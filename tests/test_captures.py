@@ -136,7 +136,7 @@ def test_files_that_are_torn_or_missing_are_named(tmp_path):
     with pytest.raises(UserError, match=r"rank-0\.safetensors is missing"):
         read_rank(tmp_path, 0, anything)
     (tmp_path / "rank-0.safetensors").write_bytes(b"\x80\x04 not a safetensors file")
-    with pytest.raises(UserError, match=r"rank-0\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"rank-0\.safetensors is not a complete"):
         read_rank(tmp_path, 0, anything)
     with pytest.raises(UserError, match=r"has no capture\.json"):
         Capture.read(tmp_path)

@@ -252,3 +252,9 @@ def test_a_name_that_is_too_long_is_a_user_error(tmp_path, name):
     for path in (tmp_path / name, tmp_path / name / "file"):
         with pytest.raises(UserError, match="a name in this path is too long"):
             write_atomic(path, "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_file_system_without_room_for_files_is_named():
+    with pytest.raises(UserError, match=r"cannot write /proc/x\.yaml"):
+        write_atomic("/proc/x.yaml", "", setting="--out")

@@ -21,9 +21,12 @@ GROUND: dict[str, set[str]] = {
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
     **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "run_files", "unit_length")},
-    "captures": {"errors", "files", "run_files", "tensor_files"},
+    "console": {"errors"},
+    "foreign": {"errors", "files"},
+    "array_files": {"foreign"},
+    "captures": {"errors", "files", "foreign", "run_files", "tensor_files"},
     "results": {"drawing", "errors"},
-    "tensor_files": {"errors", "files"},
+    "tensor_files": {"errors", "files", "foreign", "run_files"},
 }
 # Floor -> the other floors it may use. LIBRARIES, of which the command line is made, may use all but that; SHELL all.
 MAY_USE: dict[str, set[str]] = {

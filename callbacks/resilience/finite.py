@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightspan.callbacks.resilience.step_capture import StepCapture
 from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.optim.low_rank import LowRank
 from lightspan.sharded import held_numbers, square_norms
 
@@ -133,7 +133,7 @@ class FiniteLoss(Callback):
             raise UserError(f"{reason}. It is skip number {self.skipped}, above most_skips={self.most_skips}{captured}")
         optimizer.zero_grad(set_to_none=True)
         if trainer.is_global_zero:
-            print(f"skipped: {reason} ({self.skipped} of at most {self.most_skips}){captured}", flush=True)
+            print(printable(f"skipped: {reason} ({self.skipped} of at most {self.most_skips}){captured}"), flush=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,7 +23,7 @@ from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
 from lightspan.checkpoints.manifest import LAST, standing
 from lightspan.checkpoints.rest_of_step import before_validation
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.run_files import CHECKPOINTS
 from lightspan.signals import BUDGET_S, SignalFlag, installed, main_thread
 
@@ -246,7 +246,7 @@ class Preemption(Callback):
         """Ends this process from the flag's thread: its main thread did not exit within the budget."""
         over = f"the budget of {self.budget_s:g} s ran out before a checkpoint of step {trainer.global_step} was whole"
         said = f"{received.name}: {over}, still {main_thread()}; {standing(_last_checkpoint(trainer))}"
-        print(f"lightspan: {said}", file=sys.stderr, flush=True)
+        print(printable(f"lightspan: {said}"), file=sys.stderr, flush=True)
         self._requeue(trainer, received)
         os._exit(self._status(trainer, received))
 
@@ -284,7 +284,7 @@ class Preemption(Callback):
         except (OSError, subprocess.TimeoutExpired) as error:
             failure = str(error)
         said = f"SLURM job {job} is requeued" if failure is None else f"`scontrol requeue {job}` failed: {failure}"
-        print(f"lightspan: {said}", file=sys.stderr, flush=True)
+        print(printable(f"lightspan: {said}"), file=sys.stderr, flush=True)
 
 
 def _fewest(trainer: Trainer, group: Any) -> float:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.run_files import HEARTBEATS, STACKS
 
 MOST_S = 30 * 86_400.0
@@ -199,7 +199,7 @@ class Watchdog(Callback):
             others.read()
         if speaks:
             said = others.account(self.timeout_s)
-            print(f"lightspan: {said}; stacks in {folder / STACKS}", file=sys.stderr, flush=True)
+            print(printable(f"lightspan: {said}; stacks in {folder / STACKS}"), file=sys.stderr, flush=True)
             self._tell(trainer, folder, turn + 1, gave_up=True, told=True)
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs == [] and trainer.local_rank != 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightspan.distributed import copy_of_first_rank, world_size
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
@@ -129,6 +129,8 @@ def _announce(optimizer: RandomSubspace) -> None:
     d, scales, weights = moved.projection.dim, moved.scales_count, moved.projection.size
     scaled = f" and {scales} layer scales" if scales else ""
     print(
-        f"IntrinsicDimension: {d:,} coordinates{scaled} move {weights:,} weights, one number for "
-        f"{weights / (d + scales):.0f}"
+        printable(
+            f"IntrinsicDimension: {d:,} coordinates{scaled} move {weights:,} weights, one number for "
+            f"{weights / (d + scales):.0f}"
+        )
     )

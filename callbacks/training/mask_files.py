@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Size, Tensor, nn
 
 from lightspan.callbacks.training.weights_in_use import first_names
+from lightspan.errors import printable
 from lightspan.files import atomic_path
 from lightspan.subspaces.masks.allocation import Allocation
 from lightspan.tensor_files import Form, write_tensors
@@ -34,14 +35,15 @@ def say_what_stays(shapes: Mapping[str, Size], allocation: Allocation, density: 
     counts = [count for _, count in allocation.groups(shapes, density)]
     numbers, names = sum(shape.numel() for shape in shapes.values()), list(shapes)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    print(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}")
+    print(printable(f"MaskLearning: {sum(counts):,} of {numbers:,} entries will stay of {', '.join(names[:3])}{more}"))
 
 
 @rank_zero_only
 def announce(path: Path, masks: Mapping[str, Tensor]) -> None:
     """A table of what stayed, and where it went."""
-    from rich.console import Console
     from rich.table import Table
+
+    from lightspan.console import SafeConsole
 
     table = Table(title="MaskLearning: entries that stay", title_justify="left")
     table.add_column("parameter")
@@ -50,6 +52,6 @@ def announce(path: Path, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         count, numbers = int(mask.sum()), mask.numel()
         table.add_row(name, f"{count:,}", f"{numbers:,}", f"{count / max(numbers, 1):.1%}")
-    console = Console()
+    console = SafeConsole()
     console.print(table)
     console.print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -117,12 +117,13 @@ class RankSelection(Callback):
         return {layer: adapter for layer, adapter in named.items() if isinstance(adapter, GatedLoRAUpdate)}
 
     def _print(self, before: dict[str, int]) -> None:
-        from rich.console import Console
         from rich.table import Table
+
+        from lightspan.console import SafeConsole
 
         table = Table(title="RankSelection: components kept", title_justify="left")
         table.add_column("layer")
         table.add_column("kept", justify="right")
         for layer, kept in self.ranks.items():
             table.add_row(layer, f"{kept} of {before[layer]}")
-        Console().print(table)
+        SafeConsole().print(table)

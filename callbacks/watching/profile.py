@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.files import atomic_path, make_folder, write_atomic
 
 ROWS = 40
@@ -67,7 +67,10 @@ class Profile(Callback):
         self._write(trainer, pl_module)
         if not self._done and trainer.is_global_zero:
             taken = trainer.global_step - self._started_at
-            print(f"no profile: this run took {taken} steps, and the first to be recorded is {self.first}", flush=True)
+            print(
+                printable(f"no profile: this run took {taken} steps, and the first to be recorded is {self.first}"),
+                flush=True,
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._write(trainer, pl_module)
@@ -97,4 +100,4 @@ class Profile(Callback):
         )
         write_atomic(self.folder / f"operators-rank-{rank}.txt", table + "\n")
         if trainer.is_global_zero:
-            print(f"profile of steps {self.first} to {self.last - 1}: {self.folder}", flush=True)
+            print(printable(f"profile of steps {self.first} to {self.last - 1}: {self.folder}"), flush=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 
+from lightspan.console import SafeConsole
+from lightspan.errors import printable
 from lightspan.files import write_atomic
 from lightspan.loggers.jsonl import plain_number
 from lightspan.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
@@ -72,8 +73,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         summary = self._write(trainer, pl_module, finished=True)
         if self.print_table and trainer.is_global_zero:
-            Console().print(summary_table(summary))
-            print(f"wrote {self.path}")
+            SafeConsole().print(summary_table(summary))
+            print(printable(f"wrote {self.path}"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._started_s is not None and trainer.global_step > 0:

@@ -9,6 +9,7 @@ import numpy as np
 from lightspan.datamodules.audio.data import AudioData
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import content_of
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 LANGUAGES = ("be", "bg", "ca", "da", "el", "es", "fr", "nn", "ro", "ru")
@@ -22,7 +23,7 @@ def english(recording: Path) -> str:
     text = recording.with_name(recording.name.split("_desc_")[0] + ".txt")
     if not text.is_file():
         return ""
-    return text.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
+    return content_of(text).decode(errors="replace").partition("\n")[0].strip()
 
 
 def keyword(caption: str) -> int:

@@ -7,8 +7,10 @@ import numpy as np
 from PIL import Image
 
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
+from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import content_of
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 SIDE = 32
@@ -23,14 +25,17 @@ def caption_of(picture: Path) -> str | None:
     text = picture.with_suffix(".txt")
     if not text.is_file():
         return None
-    lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = content_of(text).decode(errors="replace").splitlines()
     return lines[0].strip() or None if lines else None
 
 
 def thumbnail(picture: Path) -> np.ndarray:
     """uint8 [3, SIDE, SIDE]: what a stamp shows, on white, its longer side across the picture."""
-    with Image.open(picture, formats=["PNG"]) as stored:
-        stamp = stored.convert("RGBA")
+    try:
+        with open_image(content_of(picture)) as stored:
+            stamp = stored.convert("RGBA")
+    except UNDECODABLE as error:
+        raise UserError(f"{picture} cannot be decoded: {error}; install tuxpaint-stamps-default again") from error
     stamp = stamp.crop(stamp.getchannel("A").getbbox())
     stamp.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     page = Image.new("RGBA", (SIDE, SIDE), "white")

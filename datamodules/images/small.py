@@ -5,7 +5,6 @@ Shapes: N images of a set, C H W image.
 
 import gzip
 import importlib.util
-import zlib
 from abc import abstractmethod
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import content_of, unpacked
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -342,9 +342,9 @@ def read_idx(path: Path) -> np.ndarray:
     Raises: UserError if the file is not of this format or is truncated.
     """
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
+        content = content_of(path)
+        content = unpacked(content) if path.suffix == ".gz" else content
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); install or download the data set again") from error
     # The header: two zero bytes, the type (8: unsigned byte), the number of axes, then each axis as big-endian uint32.
     axes = content[3] if len(content) > 3 else 0

@@ -10,13 +10,13 @@ from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
 from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 
 @rank_zero_only
 def say(line: str) -> None:
     """Prints one line on the first rank: what was found, before training starts."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:

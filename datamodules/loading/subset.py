@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import BatchDataset, Dataset
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 _STREAM = 2  # of random numbers; those of orders are 0 and 1
 
@@ -149,7 +149,10 @@ class TrainingSubset(Callback):
         if trainer.is_global_zero:
             knows = isinstance(part.whole, LabelledDataset) and self.by_class is not False
             of = f" of {len(np.unique(part.labels()))} classes" if knows else ""
-            print(f"training subset: {len(part):,} of {len(part.whole):,} samples{of}, seed {self.seed}", flush=True)
+            print(
+                printable(f"training subset: {len(part):,} of {len(part.whole):,} samples{of}, seed {self.seed}"),
+                flush=True,
+            )
 
 
 def subset_of(trainer: Trainer | None) -> TrainingSubset | None:

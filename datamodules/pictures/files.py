@@ -13,7 +13,7 @@ import numpy as np
 
 from lightspan.errors import UserError, one_line
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Links = Literal["skip", "follow"]
 Labels = Literal["auto", "folders", "none"]
 
@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     endings: tuple[str, ...]
 
 
-PICTURES = Kind("picture", "JPEG, PNG or WebP", ENDINGS)
+PICTURES = Kind("picture", "JPEG, PNG, WebP, BMP, GIF or TIFF", ENDINGS)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class _Folders:
 
 
 class ImageFolder(PictureData):
-    """The JPEG, PNG and WebP files below a folder, of any size, colours and depth.
+    """The JPEG, PNG, WebP, BMP, GIF and TIFF files below a folder, of any size, colours and depth.
 
     Each picture is decoded once, turned upright as EXIF says, made RGB and `size` x `size`, and kept in a cache on
     disk, from which all ranks and workers and later runs read (`PictureCache`). What becomes of grey, 16-bit, palette

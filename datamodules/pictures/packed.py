@@ -27,7 +27,8 @@ from lightspan.datamodules.pictures.files import PictureFiles
 from lightspan.datamodules.shards.decoders import decode_image
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, expanded, explained_os_errors, irregular
+from lightspan.files import atomic_path, expanded, explained_os_errors
+from lightspan.foreign import content_of
 
 Fit = Literal["crop", "pad"]
 PIXELS, ABOUT = "pixels.npy", "about.json"
@@ -64,12 +65,9 @@ class Decoder:
     background: int
 
     def __call__(self, path: Path) -> Tensor:
-        if reason := irregular(path):
-            raise OSError(f"it {reason}")
         # Twice the size, so that what scales down at the end is still the antialiasing filter.
-        return fitted(
-            decode_image(path.read_bytes(), self.background, 2 * self.size), self.size, self.fit, self.background
-        )
+        image = decode_image(content_of(path), self.background, 2 * self.size)
+        return fitted(image, self.size, self.fit, self.background)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@ Shapes: S bands, H W pixels.
 
 import io
 import lzma
+import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lightspan.errors import UserError
+from lightspan.foreign import NUMBERS, drained, opened_regular
 
 ENDINGS = (".tif", ".tiff")
 # What tifffile and the decoders of compressed parts raise beside ValueError and OSError; those of imagecodecs are
@@ -21,6 +25,13 @@ _DAMAGE = (
     lzma.LZMAError,
 )  # fmt: skip
 
+_UNBOUNDED: dict[int, Callable[[], Any]] = {
+    **dict.fromkeys((8, 32946, 50013), zlib.decompressobj),  # Adobe's deflate, and what it was called before and after
+    34925: lzma.LZMADecompressor,
+}
+"""How to unpack what tifffile unpacks whole, by the number of the compression."""
+_LARGE_PART = 2**17  # bytes
+
 
 def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
     """[S H W] of the TIFF's own type: whole numbers of up to 32 bits, or floats. Bands may be interleaved by pixel,
@@ -29,8 +40,8 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
     Args:
         content: a file, or what is in one.
         bands: S, which tells where the bands are; None takes the TIFF's own word for it.
-    Raises: UserError without tifffile; ValueError for a file that is none, for complex numbers, and where neither axis
-        or both could be that of the bands.
+    Raises: UserError without tifffile; ValueError for a file that is none, above the limit of `NUMBERS`, for complex
+        numbers, and where neither axis or both could be that of the bands.
     """
     try:
         import tifffile
@@ -39,10 +50,16 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
             "reading TIFFs of many bands needs tifffile, which is not installed: pip install 'lightspan[satellite]'"
         ) from error
     try:
-        with tifffile.TiffFile(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
+        with (
+            io.BytesIO(content) if isinstance(content, bytes) else opened_regular(content) as stream,
+            tifffile.TiffFile(stream) as file,
+        ):
             if not file.series:
                 raise ValueError("it has no picture")
             series = file.series[0]
+            NUMBERS.require(math.prod(series.shape))
+            for page in series.pages:
+                _require_honest(stream, page)
             pixels, axes = series.asarray(), series.axes
     except tifffile.TiffFileError as error:
         raise ValueError(f"it is no TIFF: {error}") from error
@@ -51,6 +68,19 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"its numbers are {pixels.dtype}; whole numbers and floats are read")
     return np.ascontiguousarray(bands_first(pixels, bands, interleaved=axes.endswith("S")))
+
+
+def _require_honest(stream: BinaryIO, page: Any) -> None:
+    """tifffile unpacks a part of a page whole, whatever size the page says, before it looks at it.
+
+    Raises: ValueError for a part, packed with deflate or LZMA, that unpacks to more than the page can hold.
+    """
+    if page is None or int(page.compression) not in _UNBOUNDED:
+        return
+    for at, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if count > _LARGE_PART:  # a smaller one unpacks to a gigabyte at most
+            stream.seek(at)
+            drained(_UNBOUNDED[int(page.compression)](), stream.read(count), page.nbytes + _LARGE_PART)
 
 
 def bands_first(pixels: np.ndarray, bands: int | None, interleaved: bool | None = None) -> np.ndarray:

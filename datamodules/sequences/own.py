@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
+from lightspan.array_files import read_array, read_arrays
 from lightspan.datamodules.sequences.sets import Labelled, SequenceSets, SymbolRows, ValueRows, stratified
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import opened_regular
 
 
 class OwnSequences(SequenceSets):
@@ -127,10 +128,8 @@ class OwnSequences(SequenceSets):
 
 def _loaded(file: Path, setting: str) -> np.ndarray | dict[str, np.ndarray]:
     try:
-        opened = np.load(file, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            return opened
-        with opened:
-            return {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        with opened_regular(file) as opened:
+            packed = opened.read(2) == b"PK"
+        return dict(read_arrays(file)) if packed else read_array(file)
+    except ValueError as error:
         raise UserError(f"data.init_args.{setting}={file} cannot be read as NumPy's .npy or .npz: {error}") from error

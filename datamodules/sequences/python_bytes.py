@@ -12,6 +12,7 @@ from lightspan.datamodules.sequences.sets import Labelled, SequenceSets, SymbolR
 from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import content_of
 
 PACKAGES = ("asyncio", "email", "encodings", "http", "importlib", "multiprocessing", "unittest", "xml")
 LEAST = 32
@@ -60,7 +61,7 @@ class PythonBytes(SequenceSets):
                 )
             for place, (_, path) in enumerate(files):
                 pieces = parts[place < max(1, len(files) // 5)]
-                pieces += [(row, size, label, number) for row, size in self._pieces(path.read_bytes())]
+                pieces += [(row, size, label, number) for row, size in self._pieces(content_of(path))]
                 number += 1
         return _gathered(parts[False]), _gathered(parts[True])
 

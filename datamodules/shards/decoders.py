@@ -1,6 +1,5 @@
 """From the bytes of a shard's members to values: one explicit decoder for each ending, nothing run or unpickled."""
 
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from lightspan.array_files import read_array
 from lightspan.datamodules.audio.sound import SOUNDS, header, read
 from lightspan.datamodules.satellite.tiffs import read_tiff
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
@@ -27,7 +27,7 @@ def decode_image(content: bytes, background: int | None = None, least: int | Non
         background: as in `rgb`.
         least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, which is several times faster,
             as long as both sides keep this many pixels.
-    Raises: ValueError above MAX_PIXELS or for what is not an image, OSError and others of `UNDECODABLE` if damaged.
+    Raises: ValueError as `open_image`, OSError and others of `UNDECODABLE` if damaged.
     """
     with open_image(content) as image:
         if least is not None:
@@ -74,8 +74,7 @@ def decode_mask(content: bytes) -> Tensor:
 
 def decode_array(content: bytes) -> Tensor:
     """The tensor of a .npy file. Raises: ValueError for an array of objects, which would need pickle."""
-    # Not np.load: it reads what begins like a zip file as an archive of arrays.
-    return torch.from_numpy(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
+    return torch.from_numpy(read_array(content))
 
 
 def decode_tiff(content: bytes) -> Tensor:

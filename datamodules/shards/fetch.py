@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 from lightspan.files import expanded, require_regular_file
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
@@ -145,7 +145,7 @@ def retried(fetch: Callable[[], T]) -> T:
         except UserError as error:
             if not _may_pass(error.__cause__):
                 raise
-            print(f"lightspan: {error}; trying again in {pause_s:g} s", file=sys.stderr, flush=True)
+            print(printable(f"lightspan: {error}; trying again in {pause_s:g} s"), file=sys.stderr, flush=True)
             time.sleep(pause_s)
     try:
         return fetch()

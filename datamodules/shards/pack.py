@@ -15,7 +15,8 @@ from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.tars import split_name
 from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, remove, replace_folder, require_regular_file, temporary_path
+from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
+from lightspan.foreign import content_of
 
 SUMS_FILE = "SHA256SUMS"  # in the format of sha256sum, which can check it too
 CLASSES_FILE = "classes.json"
@@ -85,20 +86,15 @@ def _contents(sample: Members, decode: bool, damaged: list[str]) -> dict[str, by
     contents = {}
     for name, source in sample.items():
         try:
-            contents[name] = source if isinstance(source, bytes) else _file_bytes(source)
+            contents[name] = source if isinstance(source, bytes) else content_of(source)
             parts = split_name(name)
             damage = damage_of(parts[1], contents[name], decode) if parts else None
-        except (OSError, UserError) as error:
+        except ValueError as error:
             damage = str(error)
         if damage is not None:
             damaged.append(f"{source if isinstance(source, Path) else name}: {damage}")
             return None
     return contents
-
-
-def _file_bytes(path: Path) -> bytes:
-    require_regular_file(path, "file")
-    return path.read_bytes()
 
 
 def _refusal(damaged: list[str], count: int, decode: bool) -> str:
@@ -205,5 +201,5 @@ def _side(sample: Members) -> int | None:
     for name, source in sample.items():
         if name.rpartition(".")[2].lower() in IMAGES:
             with contextlib.suppress(*UNDECODABLE, OSError):
-                return min(*open_image(source if isinstance(source, bytes) else source.read_bytes()).size)
+                return min(*open_image(source if isinstance(source, bytes) else content_of(source)).size)
     return None

@@ -17,6 +17,9 @@ from lightspan.errors import UserError, one_line
 
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 
+MOST_PADDING = 2**26
+"""Bytes of zeros after the end mark; writers fill up blocks of some kilobytes."""
+
 
 class TarMember(NamedTuple):
     """A regular file of a tar. Its headers and padded content are bytes [start, end) of the tar."""
@@ -77,8 +80,13 @@ def read_members(
                 data = content.read()
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 yield TarMember(member.name, data, member.offset, end)
-            complete = Header.end_seen
+            complete, padding = Header.end_seen, 0
             while complete and (block := archive.fileobj.read(2**20)):
+                if (padding := padding + len(block)) > MOST_PADDING:
+                    raise UserError(
+                        f"shard {shard} has more than {MOST_PADDING:,} bytes of nothing after its end mark at byte {end}; "
+                        "write or fetch it again"
+                    )
                 if block.strip(b"\0"):
                     raise UserError(
                         f"shard {shard} continues after the end mark at byte {end}, like tars that were joined without "

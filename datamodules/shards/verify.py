@@ -6,6 +6,7 @@ from lightspan.datamodules.shards.index import SUFFIX, from_json, read_sample, s
 from lightspan.datamodules.shards.pack import SUMS_FILE
 from lightspan.errors import UserError
 from lightspan.files import irregular, write_atomic
+from lightspan.foreign import content_of, whole_text
 
 NO_LIMIT = 2**63  # of a member's size: these are the user's own shards
 
@@ -16,8 +17,8 @@ def listed(folder: Path) -> dict[str, str]:
     if reason := irregular(path):
         raise UserError(f"{path} {reason}; only folders that `data pack` wrote can be verified")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = whole_text(path).splitlines()
+    except ValueError as error:
         raise UserError(
             f"{path} cannot be read ({error}); only folders that `data pack` wrote can be verified"
         ) from error
@@ -49,8 +50,8 @@ def problem_of(path: Path, sha256: str) -> str | None:
         return found
     damaged = []
     try:
-        index = from_json(index_path.read_bytes(), str(path))
-    except (UserError, OSError):
+        index = from_json(content_of(index_path), str(path))
+    except ValueError:
         return found
     for number in range(len(index)):
         try:

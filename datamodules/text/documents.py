@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightspan.datamodules.text.windows import SEPARATOR, text_files
+from lightspan.datamodules.text.windows import SEPARATOR, text_content, text_files
 from lightspan.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -62,18 +62,23 @@ def find_documents(paths: list[str] | None, suffixes: tuple[str, ...], skipped: 
     Raises: UserError as there, and for a line that is no JSON object with a text.
     """
     for name, path in text_files(paths, suffixes):
-        try:
-            content = path.read_bytes()
-            content.decode()
-        except (OSError, UnicodeDecodeError):
+        content = text_content(path)
+        if content is None or not _is_utf_8(content):
             skipped.reasons["unreadable or not UTF-8"] += 1
-            continue
-        if SEPARATOR in content:
+        elif SEPARATOR in content:
             skipped.reasons["binary"] += 1
         elif path.name.endswith(LINES):
             yield from _lines(name, path, content)
         else:
             yield Document(name, content)
+
+
+def _is_utf_8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _lines(name: str, path: Path, content: bytes) -> Iterator[Document]:

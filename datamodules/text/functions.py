@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import whole_text
 
 FEWEST_WORDS = 3
 _INNER_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -57,11 +58,11 @@ def library_functions(folder: str | None = None) -> list[Function]:
 
 def _documented(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        source = path.read_text(encoding="utf-8")
+        source = whole_text(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes in others' files
             tree = ast.parse(source)
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError):
         return
     lines = source.split("\n")  # as the parser counts them: a form feed ends none
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import whole_text
 
 
 def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
@@ -19,9 +20,9 @@ def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
     """
     file = expanded(path, setting)
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}={file} cannot be read as UTF-8: {error}") from error
+        lines = whole_text(file).split("\n")
+    except ValueError as error:
+        raise UserError(f"{setting}={file} cannot be read: {error}") from error
     return [_read(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -13,6 +13,7 @@ from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.foreign import whole_text
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
 """The 94 characters of ASCII that can be seen: PARSeq's alphabet."""
@@ -137,9 +138,9 @@ class WordList(SampleSets):
             return
         path = expanded(self.path, "data.init_args.path")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.init_args.path={path} cannot be read as UTF-8: {error}") from error
+            lines = whole_text(path).splitlines()
+        except ValueError as error:
+            raise UserError(f"data.init_args.path={path} cannot be read: {error}") from error
         words = [word for word in map(normalised, lines) if 0 < len(word) <= self.longest]
         require_enough(None, self.val_size, len(words), f"words of {path}")
         spelled(words, self.longest, self.alphabet)

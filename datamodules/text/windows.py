@@ -18,6 +18,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
 from lightspan.files import expanded, require_regular_file
+from lightspan.foreign import BYTES, content_of
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -68,6 +69,24 @@ def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[t
             if (real := file.resolve()) not in given:
                 given.add(real)
                 yield inside, file
+
+
+def text_content(path: Path) -> bytes | None:
+    """A text file as it is; None for one that may not be read. Raises: UserError for one above the limit of `BYTES`."""
+    try:
+        return content_of(path)
+    except ValueError as error:
+        if not os.access(path, os.R_OK):
+            return None
+        raise UserError(f"the text {path} cannot be used: {error}") from error
+
+
+def require_within(size: int, what: str) -> None:
+    """Raises: UserError for more bytes than the limit of `BYTES`."""
+    try:
+        BYTES.require(size)
+    except ValueError as error:
+        raise UserError(f"{what} is too long: {error}") from error
 
 
 def require_paths(paths: list[str] | None, suffixes: tuple[str, ...], val_fraction: float) -> None:
@@ -181,20 +200,17 @@ class ByteText(TextData):
         if self.train is not None:
             return
         sides: dict[bool, list[bytes]] = {False: [], True: []}
-        skipped = 0
+        skipped = total = 0
         for relative_path, path in text_files(self.paths, self.suffixes):
-            try:
-                content = path.read_bytes()
-            except OSError:
-                skipped += 1
-                continue
-            if SEPARATOR in content:
+            content = text_content(path)
+            if content is None or SEPARATOR in content:
                 skipped += 1
                 continue
             sides[in_validation(relative_path, self.val_fraction)].append(content)
+            total += len(content)
+            require_within(total, "the text of data.init_args.paths")
         self.train = self._windows("training", sides[False], skipped)
         self.val = self._windows("validation", sides[True], skipped)
-        total = sum(len(content) for side in sides.values() for content in side)
         say(
             f"text: {len(sides[False])} training and {len(sides[True])} validation files, {total / 1e6:.1f} MB, "
             f"{len(self.train)} and {len(self.val)} windows of {self.context + 1} bytes"

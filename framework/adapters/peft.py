@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapted, AdapterSpec
@@ -29,7 +28,9 @@ from lightspan.adapters.state import carry_out_loaded, destinations, trained_nam
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.foreign import settings_object
 from lightspan.sharded import whole
+from lightspan.tensor_files import stored_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LARGEST = 2**24
@@ -352,13 +353,13 @@ def _config(model: nn.Module, ranks: dict[str, int], saved: list[str]) -> dict[s
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(str(folder / WEIGHTS), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is not a PEFT folder with {CONFIG} and {WEIGHTS}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} holds no settings of an adapter; save the folder again from PEFT")
+        config = settings_object(folder / CONFIG)
+    except ValueError as error:
+        raise UserError(
+            f"{folder} is not a PEFT folder with {CONFIG} and {WEIGHTS}: {CONFIG} holds no settings of an adapter: "
+            f"{error}; save the folder again from PEFT"
+        ) from error
+    tensors, _ = stored_tensors(folder / WEIGHTS, "save the folder again from PEFT")
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{folder} contains a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be loaded"

@@ -48,8 +48,9 @@ class Injection:
         """One line for each kind of layer, on the first rank."""
         if rank() != 0:
             return
-        from rich.console import Console
         from rich.table import Table
+
+        from lightspan.console import SafeConsole
 
         table = Table(title=f"adapter {self.name!r}: what is trained", title_justify="left")
         for column in ("count", "module", "shape", "trainable", "share"):
@@ -62,4 +63,4 @@ class Injection:
             table.add_row("1", other, "", f"{numbers:,}", "100%")
         share = self.trainable / max(self.total, 1)
         table.caption = f"{self.trainable:,} trained numbers, {share:.3%} of the model's {self.total:,}"
-        Console().print(table)
+        SafeConsole().print(table)

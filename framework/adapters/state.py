@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.sharded import whole
-from lightspan.tensor_files import facts_of
+from lightspan.tensor_files import facts_of, stored_tensors
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."
@@ -85,12 +84,7 @@ def load_adapter(
     Raises: UserError for a file that is not an adapter, does not fit the model, or belongs to other frozen weights; the
     model is then unchanged.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
+    tensors, metadata = stored_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a {FORMAT!r} file; its format is {metadata.get('format')!r}")
     facts = facts_of(metadata, path, name=str, specs=dict, base_sha256=str)

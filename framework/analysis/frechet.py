@@ -50,8 +50,10 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 
 
 def gaussian_distance(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), >= 0, in float64."""
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2), >= 0, in float64. Raises: UserError where that overflows."""
     mean_a_D, cov_a_DD, mean_b_D, cov_b_DD = (x.double() for x in (mean_a_D, cov_a_DD, mean_b_D, cov_b_DD))
+    if not (cov_a_DD.isfinite().all() and (cov_a_DD @ cov_b_DD).isfinite().all()):
+        raise UserError("features are so large that the squares of their covariances overflow; scale them down")
     # tr (C_a C_b)^1/2 from the symmetric product A C_b A with A = C_a^1/2, whose eigenvalues are real.
     values_D, vectors_DD = torch.linalg.eigh(cov_a_DD)
     root_DD = vectors_DD * values_D.clamp_min(0).sqrt() @ vectors_DD.T

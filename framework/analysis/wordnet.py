@@ -13,6 +13,7 @@ from pathlib import Path
 from lightspan.analysis.label_metrics import GraphMetric
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
+from lightspan.foreign import content_of
 
 FOLDERS = ("/usr/share/wordnet", "/usr/local/share/wordnet", "/usr/local/WordNet-3.0/dict", "/opt/wordnet/dict")
 """Where packages put it; Debian's is called wordnet-base."""
@@ -85,8 +86,8 @@ def read_nouns(folder: str | None = None) -> Nouns:
             "package wordnet-base, or name its folder"
         )
     try:
-        words, above = _meanings((found / "data.noun").read_text(encoding="utf-8", errors="replace").splitlines())
-        senses = _senses((found / "index.noun").read_text(encoding="utf-8", errors="replace").splitlines())
+        words, above = _meanings(content_of(found / "data.noun").decode(errors="replace").splitlines())
+        senses = _senses(content_of(found / "index.noun").decode(errors="replace").splitlines())
         if not words or any(place not in words for place_s in (*senses.values(), *above.values()) for place in place_s):
             raise ValueError("meanings are missing")
     except (ValueError, IndexError) as error:

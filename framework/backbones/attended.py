@@ -6,10 +6,10 @@ Shapes: B images, C H W image, h w feature map.
 
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 from lightspan.nn.heads.spatial_attention import SpatialAttention
 
@@ -75,8 +75,8 @@ class FeatureMaps(nn.Module):
     def __init__(self, name: str = "resnet50", stage: int = 3, in_chans: int = 3, pretrained: bool = False) -> None:
         super().__init__()
         try:
-            self.network: Any = timm.create_model(
-                name, pretrained=pretrained, in_chans=in_chans, features_only=True, out_indices=(stage,)
+            self.network: Any = timm_network(
+                name, pretrained, in_chans=in_chans, features_only=True, out_indices=(stage,)
             )
         except (RuntimeError, AttributeError, AssertionError, IndexError) as error:
             raise UserError(f"timm gives no feature map of stage {stage} of {name!r}: {error}") from error

@@ -6,11 +6,11 @@ Shapes: B images, C channels, H W image, F width of the maps.
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 
 # A recipe may name the classes listed here.
@@ -103,7 +103,7 @@ class PyramidMaps(EncodedMaps):
         self, name: str, width: int = 256, pretrained: bool = False, levels: Sequence[int] = (-4, -3, -2, -1)
     ) -> None:
         try:
-            encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=tuple(levels))
+            encoder: Any = timm_network(name, pretrained, features_only=True, out_indices=tuple(levels))
         except (RuntimeError, AssertionError, IndexError) as error:
             raise UserError(f"timm gives no maps of levels {[*levels]} of {name!r}: {error}") from error
         encoder.widths = encoder.feature_info.channels()

@@ -8,7 +8,6 @@ Shapes: B images, C channels, H W grid of patches, T = 1 + H W tokens, K kept pa
 from functools import partial
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 from lightspan.nn.sequences.patches import grid_of, kept
 from lightspan.nn.slices import first, sub_weights
@@ -182,7 +182,7 @@ class ElasticViT(VisionTransformer):
                 f"no network {size} in here; widths are {', '.join(map(str, self.widths))} and depths "
                 f"{', '.join(map(str, self.depths))}"
             )
-        network: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, **self.settings(size))
+        network: VisionTransformer = timm_network(ARCHITECTURE, **self.settings(size))
         places = {
             f"blocks.{new}": f"blocks.{old}" for new, old in enumerate(chosen_blocks(size.depth, self.depths[-1]))
         }

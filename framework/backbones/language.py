@@ -1,9 +1,8 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
-from pathlib import Path
-
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from lightspan.backbones.huggingface import stored_network
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
@@ -78,18 +77,9 @@ def llama(
 def stored_bert(folder: str) -> BertModel:
     """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
 
-    Raises: UserError if there is none.
+    Raises: UserError as `lightspan.backbones.huggingface.stored_network`.
     """
-    place = Path(folder).expanduser()
-    if not (place / "config.json").is_file():
-        raise UserError(f"there is no BERT in {place}; save one there with transformers' save_pretrained")
-    try:
-        network = BertModel.from_pretrained(
-            place, local_files_only=True, use_safetensors=True, add_pooling_layer=False, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} has no BERT that transformers can read: {error}") from error
-    return network.train()
+    return stored_network(BertModel, folder, "BERT", add_pooling_layer=False)
 
 
 def t5(
@@ -136,14 +126,8 @@ def t5(
 def stored_t5(folder: str) -> T5ForConditionalGeneration:
     """A T5 from a folder as transformers saves it, with its weights as safetensors; T5 1.1 and its LM-adapted ones too.
 
-    Raises: UserError if there is none.
+    Raises: UserError as `lightspan.backbones.huggingface.stored_network`.
     """
-    place = Path(folder).expanduser()
-    if not (place / "config.json").is_file():
-        raise UserError(f"there is no T5 in {place}; save one there with transformers' save_pretrained")
-    try:
-        network = T5ForConditionalGeneration.from_pretrained(place, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} has no T5 that transformers can read: {error}") from error
+    network = stored_network(T5ForConditionalGeneration, folder, "T5")
     network.config.use_cache = False
-    return network.train()
+    return network

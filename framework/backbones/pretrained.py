@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from lightspan.backbones.huggingface import stored_tokenizer_of
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError, install_extra
+from lightspan.foreign import settings_object
+from lightspan.run_files import MODEL
+from lightspan.tensor_files import stored_tensors
 
 # A recipe may name the functions listed here.
 __all__ = ["efficientnet_lite0", "minilm", "minilm_tokenizer", "mobilenet_v2", "smollm2", "smollm2_tokenizer"]
@@ -49,8 +52,8 @@ def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     if not weights:
         with drawn_from(seed):
-            return LlamaForCausalLM(AutoConfig.from_pretrained(**source, use_cache=False))
-    stored = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            return LlamaForCausalLM(AutoConfig.from_pretrained(**source, trust_remote_code=False, use_cache=False))
+    stored = LlamaForCausalLM.from_pretrained(**source, trust_remote_code=False, dtype=torch.float32)
     # A model that transformers loads from GGUF counts as quantized and refuses .float(): copy it to a plain model.
     del stored.config.quantization_config
     stored.config.use_cache = False  # useful only for generation
@@ -60,7 +63,7 @@ def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of `smollm2`."""
     path = shipped(*SMOLLM2)
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    return stored_tokenizer_of(path.parent, gguf_file=path.name)
 
 
 def minilm(weights: bool = True, seed: int = 0) -> BertModel:
@@ -72,16 +75,16 @@ def minilm(weights: bool = True, seed: int = 0) -> BertModel:
     """
     folder = shipped(*MINILM)
     with drawn_from(seed):
-        network = BertModel(BertConfig.from_pretrained(folder, local_files_only=True), add_pooling_layer=False)
+        network = BertModel(BertConfig(**settings_object(folder / "config.json")), add_pooling_layer=False)
     if weights:
-        stored = load_file(folder / "model.safetensors")
+        stored, _ = stored_tensors(folder / MODEL)
         network.load_state_dict({name: stored[name] for name in network.state_dict()})  # without the pooler
     return network
 
 
 def minilm_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of `minilm`."""
-    return AutoTokenizer.from_pretrained(shipped(*MINILM), local_files_only=True)
+    return stored_tokenizer_of(shipped(*MINILM))
 
 
 def efficientnet_lite0(num_classes: int = 0, weights: bool = True, seed: int = 0) -> nn.Module:
@@ -158,7 +161,7 @@ def _timm_network(name: str, num_classes: int, file: Path | None, seed: int) -> 
     if num_classes < 0:
         raise UserError(f"num_classes={num_classes} is negative; 0 gives features without a head")
     with drawn_from(seed):
-        network = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        network = timm_network(name, num_classes=num_classes)
     if file is not None:
         load_in_order(network, torch.load(file, map_location="cpu", weights_only=True), file.name)
     return network

@@ -4,7 +4,6 @@ Nothing is fetched and nothing is unpickled: what an earlier download left in th
 is not there is named. `lightspan.backbones.pretrained` has networks whose weights come with installable packages.
 """
 
-import difflib
 from pathlib import Path
 
 import timm
@@ -13,6 +12,7 @@ import torchvision
 from torch import nn
 from transformers.utils import cached_file
 
+from lightspan.backbones.timm_networks import refuse_unknown, timm_network
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
@@ -24,7 +24,8 @@ def timm_published(name: str) -> nn.Module:
 
     Raises: UserError for an unknown name, or where the cache of Hugging Face does not hold its model.safetensors.
     """
-    _require_known(name, [*timm.list_models(), *timm.list_pretrained()], "timm")
+    if name not in (known_names := [*timm.list_models(), *timm.list_pretrained()]):
+        refuse_unknown(name, known_names, "timm")
     known = timm.get_pretrained_cfg(name)
     repository = known.hf_hub_id if known is not None else None
     if not repository:
@@ -36,7 +37,7 @@ def timm_published(name: str) -> nn.Module:
             f"the weights of {name} are not on this disk: the cache of Hugging Face has no {repository}/"
             f"model.safetensors; where there is a network, `hf download {repository} model.safetensors` fetches them"
         ) from error
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": file})
+    return timm_network(name, pretrained=True, pretrained_cfg_overlay={"file": file})
 
 
 def torchvision_published(name: str) -> nn.Module:
@@ -44,7 +45,8 @@ def torchvision_published(name: str) -> nn.Module:
 
     Raises: UserError for an unknown name, or where the cache of torch.hub does not hold its file.
     """
-    _require_known(name, torchvision.models.list_models(), "torchvision")
+    if name not in (known_names := torchvision.models.list_models()):
+        refuse_unknown(name, known_names, "torchvision")
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not file.is_file():
@@ -55,10 +57,3 @@ def torchvision_published(name: str) -> nn.Module:
     network = torchvision.models.get_model(name, weights=None)
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return network
-
-
-def _require_known(name: str, known: list[str], library: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"{library}'s list_models() lists all names"
-        raise UserError(f"{library} has no network named {name!r}; {hint}")

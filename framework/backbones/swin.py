@@ -13,6 +13,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 from lightspan.nn.sequences.patches import grid_of
 
@@ -116,7 +117,5 @@ def swin(
             f"swin: img_size={img_size} must be a multiple of 32, in_chans={in_chans} at least 1 and drop_path="
             f"{drop_path} lie in [0, 1)"
         )
-    network = timm.create_model(
-        name, pretrained=False, num_classes=0, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path
-    )
+    network = timm_network(name, num_classes=0, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path)
     return TokenSwin(network, mask_token)

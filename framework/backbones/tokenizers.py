@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
+from lightspan.backbones.huggingface import stored_tokenizer_of
 from lightspan.errors import UserError, install_extra
 from lightspan.files import require_regular_file
 
@@ -100,10 +101,7 @@ def stored_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return _of_sentence_piece(place)
     if not place.is_dir():
         raise UserError(f"there is no tokenizer in {place}; save one there with transformers' save_pretrained")
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place} has no tokenizer that transformers can read: {error}") from error
+    return stored_tokenizer_of(place)
 
 
 def _of_sentence_piece(file: Path) -> PreTrainedTokenizerBase:
@@ -114,6 +112,6 @@ def _of_sentence_piece(file: Path) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as folder:
         shutil.copyfile(file, Path(folder, "tokenizer.model"))
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of protobuf, sentencepiece or transformers
-            raise UserError(f"{file} is no model of SentencePiece that transformers can read: {error}") from error
+            return stored_tokenizer_of(Path(folder))
+        except UserError as error:
+            raise UserError(f"{file} is no model of SentencePiece: {error.__cause__}") from error

@@ -3,14 +3,13 @@
 Every backbone maps [B C H W] to pooled features [B F] and says F in its attribute `num_features`.
 """
 
-import difflib
 import math
 from itertools import pairwise
 
-import timm
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 from lightspan.nn.init import he_normal_
 from lightspan.nn.widths import given_features
@@ -34,13 +33,9 @@ def timm_backbone(
             network: a part that is trained first and then starts the whole of it. None keeps all.
     Raises: UserError on an unknown name, or on small_stem or stages for a network that is no ResNet.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names"
-        raise UserError(f"timm has no network named {name!r}; {hint}")
     if small_stem and pretrained:
         raise UserError(f"{name}: small_stem=true replaces the first convolution, whose weights pretrained=true loads")
-    network = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0)
+    network = timm_network(name, pretrained, in_chans=in_chans, num_classes=0)
     # MobileNets and others have a layer between pooling and classifier, which stays; timm's num_features is before it.
     network.num_features = given_features(network)
     if small_stem:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.tensor_files import stored_tensors
 
 # A recipe may name the functions listed here.
 __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]
@@ -80,11 +80,7 @@ def _stored(path: str, prefix: str) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
-    try:
-        with safe_open(file, "pt") as stored:
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-            # Of tensors that share memory only one is stored, and the metadata names the others.
-            state |= {name: state[kept] for name, kept in (stored.metadata() or {}).items() if kept in state}
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a complete safetensors file ({error}); export it again") from error
+    state, metadata = stored_tensors(file, "export it again")
+    # Of tensors that share memory only one is stored, and the metadata names the others.
+    state |= {name: state[kept] for name, kept in metadata.items() if kept in state}
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

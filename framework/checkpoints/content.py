@@ -33,6 +33,28 @@ def content_fault(content: Any) -> str | None:
     return f"cannot be used: its entry {wrong}" if wrong else None
 
 
+def expanded(content: Any) -> str | None:
+    """What a loaded file says that is larger than the file: the path of a tensor with more numbers than its memory has,
+    as one that is expanded. It takes no room until somebody copies it. None if there is none.
+
+    Content that is nested too deep, or contains itself, is left to `content_fault`.
+    """
+    seen: set[int] = set()
+    waiting = [("", content)]
+    while waiting:
+        entry, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and not value.is_meta and not value.is_nested:
+                held = value.untyped_storage().nbytes() // value.itemsize
+                if value.numel() > held:
+                    return f"{entry} is a tensor of {value.numel():,} numbers, of which the file has {held:,}"
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{entry}.{key!s:.80}".lstrip("."), child) for key, child in pairs]
+    return None
+
+
 def state_fault(stored: Any, now: Any, entry: str, may_lack: bool = False) -> str | None:
     """How a stored state differs in kind from `now`, the state that its owner has now; None if it can be used.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.distributed import rank
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 """Precisions of one kind of number: a run may load weights of another precision, rounded, and says so."""
@@ -58,7 +58,7 @@ def check_fits(
         )
     if recast and rank() == 0:
         changes = sorted({f"from {_word(a)} to {_word(b)}" for _, a, b in recast})
-        print(f"lightspan: {len(recast)} tensors of {origin} are cast {', '.join(changes)}", flush=True)
+        print(printable(f"lightspan: {len(recast)} tensors of {origin} are cast {', '.join(changes)}"), flush=True)
 
 
 def class_path(instance: object) -> str:

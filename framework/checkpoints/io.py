@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightspan import __version__
 from lightspan.checkpoints.background import Background, staged
 from lightspan.checkpoints.bytes import torch_save
-from lightspan.checkpoints.content import content_fault
+from lightspan.checkpoints.content import content_fault, expanded
 from lightspan.checkpoints.folder import read_folder, read_outline, said
 from lightspan.checkpoints.manifest import (
     COMPLETE,
@@ -162,7 +162,7 @@ def _of_known_form(checkpoint: Any, path: Path) -> dict[str, Any]:
 def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
     """The content of a checkpoint file; with `mmap` its tensors stay on disk."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
@@ -170,6 +170,11 @@ def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
         ) from error
     except Exception as error:  # whatever torch raises for an untrusted file
         raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); {_others(path)}") from error
+    if found := expanded(content):
+        raise UserError(
+            f"checkpoint {path} cannot be used: its entry {found}; save it with `tensor.contiguous()`; {_others(path)}"
+        )
+    return content
 
 
 def _others(path: Path) -> str:

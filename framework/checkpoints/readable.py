@@ -10,6 +10,7 @@ import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from copy import copy
 from datetime import date, time
 from enum import Enum
 from pathlib import PurePath
@@ -20,6 +21,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
+from lightspan.checkpoints.content import expanded
 from lightspan.errors import UserError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
@@ -30,7 +32,7 @@ _THEIR_CLASS = LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE
 def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """`checkpoint` with plain hyper-parameters: paths as text, members of an enum as their values, NumPy's numbers as
     Python's, other mappings and namespaces as dicts, named tuples as tuples, dates as ISO text, arrays as lists of
-    such. What has no plain form, such as a module, is left out with a warning.
+    such; expanded tensors whole. What has no plain form, such as a module, is left out with a warning.
 
     Raises: UserError for any other value that could not be read back, by its entry.
     """
@@ -51,7 +53,18 @@ def readable(checkpoint: dict[str, Any]) -> dict[str, Any]:
             "contain tensors and plain values, so that no code in them can run; keep str(path), float(number), "
             "list(values) or a dict of such in the state, and build the object from it when it is loaded"
         )
+    if isinstance(state := plain.get("state_dict"), dict):
+        plain["state_dict"] = _whole(state)
     return plain
+
+
+def _whole(state: dict[str, Any]) -> dict[str, Any]:
+    """Expanded tensors with all of their numbers, without which they are refused when they are read."""
+    if not (names := [name for name, value in state.items() if expanded(value)]):
+        return state
+    state = copy(state)  # with the versions of its modules, which torch keeps beside the entries
+    state.update({name: state[name].contiguous() for name in names})
+    return state
 
 
 def _plain_mapping(values: Mapping[Any, Any], entry: str, left_out: list[str]) -> dict[Any, Any]:

@@ -94,9 +94,9 @@ def read_parts(reader: SafeReader, wanted: Callable[[str], bool]) -> dict[str, A
     """
     found = reader.read_metadata()
     stored = {name: entry for name, entry in found.state_dict_metadata.items() if wanted(name)}
-    flat = {name: _space(entry) if _is_tensor(entry) else None for name, entry in stored.items()}
     with explained_reading(Path(reader.path)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns if there is no process group
+        flat = {name: _space(entry) if _is_tensor(entry) else None for name, entry in stored.items()}
         planner = SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         dcp.load(flat, storage_reader=reader, planner=planner, no_dist=True)
         return _nested(flat, found.planner_data or {})
@@ -179,10 +179,14 @@ def _metadata_fault(found: metadata.Metadata, path: Path) -> str | None:
             return f"names a file outside its folder, {name}; it is not opened"
         if not (_are_counts(place.offset, place.length)):
             return f"names no place in {name} for {index.fqn}"
+        if getattr(place, "transform_descriptors", None):
+            return f"says that {index.fqn} is packed, and packed shards are not read"
         if name not in sizes:
             sizes[name] = (path / name).stat().st_size
         if place.offset + place.length > sizes[name]:
             return f"names a place beyond the end of {name} for {index.fqn}"
+    if sum(place.length for place in places.values()) > sum(sizes.values()):
+        return "names the same places several times: it lists more than its files hold"
     wrong = ((name, _tensor_fault(name, entry, places)) for name, entry in found.state_dict_metadata.items())
     return next((f"{fault}: {name}" for name, fault in wrong if fault), None)
 
@@ -207,7 +211,7 @@ def _tensor_fault(name: Any, entry: Any, places: Mapping[Any, Any]) -> str | Non
         if place is None:
             if volume:
                 return "names no place for a shard of a tensor"
-        elif not getattr(place, "transform_descriptors", None) and place.length < volume * dtype.itemsize:
+        elif place.length < volume * dtype.itemsize:
             return "names a place that is too small for a shard of a tensor"
     return None if _cover(chunks, entry.size) else "does not list all of a tensor"
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightspan.estimators.audit_report import AuditReport
     from lightspan.merging.weights import Weights
 
+MOST_ROWS = 2_000
+"""Of the printed table."""
 WIDTH = 180
 """Columns of the table where it is not printed to a terminal."""
 
@@ -112,24 +114,24 @@ def opened(first: str, second: str | None = None) -> "tuple[Weights, Weights | N
 
 
 def _print(report: "AuditReport") -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from lightspan.console import SafeConsole
     from lightspan.report.audit import audit_columns
 
     columns = audit_columns(report)
     table = Table(title=Text(report.a if report.b is None else f"{report.b} against {report.a}"), title_justify="left")
     for at, (head, _) in enumerate(columns):
         table.add_column(head, justify="left" if at in (0, len(columns) - 1) else "right", overflow="fold")
-    plain = 0
-    for row in report.layers:
-        if row["kind"] == "vector" and not {*row["notes"]} - {"unchanged"}:
-            plain += 1
-            continue
+    plain = [row["kind"] == "vector" and not {*row["notes"]} - {"unchanged"} for row in report.layers]
+    shown = [row for row, is_plain in zip(report.layers, plain, strict=True) if not is_plain]
+    for row in shown[:MOST_ROWS]:
         table.add_row(*(Text(printable(text(row))) for _, text in columns))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
-    if plain:
-        print(f"and {plain} vectors with nothing to note; {AUDIT} has them")
+    SafeConsole(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    if len(shown) > MOST_ROWS:
+        print(printable(f"and {len(shown) - MOST_ROWS:,} more tensors; {AUDIT} has them"))
+    if any(plain):
+        print(printable(f"and {sum(plain)} vectors with nothing to note; {AUDIT} has them"))
     for figure in report.figures():
         print(printable(f"{figure.name:<44} {figure.value:,.4g} {figure.unit}".rstrip()))

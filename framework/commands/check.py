@@ -8,7 +8,7 @@ from lightspan.commands.arguments import add_images_arguments, add_recipe_argume
 from lightspan.config.estimator_inputs import of_files
 from lightspan.config.resolve import ANY_KIND, refuse
 from lightspan.config.tree import COMMAND_LINE
-from lightspan.errors import one_line, print_notes
+from lightspan.errors import one_line, print_notes, printable
 
 MOST_NAMED = 5
 """Damaged pictures in one message."""
@@ -28,7 +28,11 @@ def run(args: argparse.Namespace) -> int:
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
     print_notes([*resolved.notes, *notes, *damage])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
-    print(f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line")
+    print(
+        printable(
+            f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
+        )
+    )
     return 0
 
 

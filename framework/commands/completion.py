@@ -15,7 +15,7 @@ from lightspan.commands.verbs import VERBS, Verb, verb_of
 from lightspan.config.flags import split_flags
 from lightspan.config.recipes import catalogue_names
 from lightspan.config.resolve import merged
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 
 SHELLS = ("bash", "zsh", "fish")
 _PLAIN = re.compile(r"[\w./:=+,@%-]+")
@@ -51,18 +51,21 @@ def run(args: argparse.Namespace) -> int:
     """Prints the script, or the answer to its question."""
     if args.words is None:
         print(
-            resources.files("lightspan.commands").joinpath("completions", f"lightspan.{args.shell}").read_text(), end=""
+            printable(
+                resources.files("lightspan.commands").joinpath("completions", f"lightspan.{args.shell}").read_text()
+            ),
+            end="",
         )
         return 0
     try:
         found = completion(args.words)
     except UserError:  # nobody reads messages while typing
         found = Completion([])
-    print(found.places)
+    print(printable(found.places))
     for word, meaning in found.candidates:
         if not _PLAIN.fullmatch(word):
             continue
-        print(word + (f"\t{one_line(meaning)}" if meaning and args.shell != "bash" else ""))
+        print(printable(word + (f"\t{one_line(meaning)}" if meaning and args.shell != "bash" else "")))
     return 0
 
 

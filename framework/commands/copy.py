@@ -9,7 +9,7 @@ from lightspan.config import recipes
 from lightspan.config.check import kind_of
 from lightspan.config.resolve import merged, verb_for
 from lightspan.config.tree import plain, read
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +32,14 @@ def run(args: argparse.Namespace) -> int:
         )
     kind = kind_of(merged(args.recipe, (), ())[1].value)
     write_atomic(target, text, setting="another FILE")
-    print(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb_for(kind)} {target}")
+    print(printable(f"wrote {target}; edit it, then: lightspan check {target} && lightspan {verb_for(kind)} {target}"))
     bases = _bases(source)
     if bases and read(source, recipes.label(source)).at((kind, "class_path")) is None:
         print(
-            f"it holds only what differs from {', '.join(map(str, bases))}; all settings, which you can change in it: "
-            f"lightspan show {target} --resolved"
+            printable(
+                f"it holds only what differs from {', '.join(map(str, bases))}; all settings, which you can change in "
+                f"it: lightspan show {target} --resolved"
+            )
         )
     return 0
 

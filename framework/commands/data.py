@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightspan.commands.arguments import folder
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 
 if TYPE_CHECKING:
     from lightspan.datamodules.shards.pack_sources import Members
@@ -175,7 +175,7 @@ def _verify(folder: Path) -> int:
     strangers = [f"{folder / name}: was not written by `data pack`" for name in unlisted(folder, sums)]
     for problem in problems + strangers:
         print(one_line(problem))
-    print(f"{folder}: {len(sums) - len(problems)} of {len(sums)} files are unchanged")
+    print(printable(f"{folder}: {len(sums) - len(problems)} of {len(sums)} files are unchanged"))
     return 1 if problems or strangers else 0
 
 
@@ -190,7 +190,7 @@ def _index(folder: Path) -> int:
         samples += count
         for remark in remarks:
             print(one_line(remark))
-    print(f"{folder}: wrote the index of {len(shards)} shards with {samples:,} samples")
+    print(printable(f"{folder}: wrote the index of {len(shards)} shards with {samples:,} samples"))
     return 0
 
 

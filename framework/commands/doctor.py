@@ -233,9 +233,10 @@ def all_reduce(rank: int, rendezvous: str) -> None:
 
 
 def _print(findings: Iterable[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from lightspan.console import SafeConsole
 
     styles = {"ok": "green", "warn": "yellow", "bad": "bold red", "none": "dim"}
     table = Table(title="lightspan doctor", title_justify="left")
@@ -245,4 +246,4 @@ def _print(findings: Iterable[Finding]) -> None:
         state = "-" if finding.state == "none" else finding.state
         cells = (finding.check, Text(state, style=styles[finding.state]), Text(finding.found), Text(finding.way_out))
         table.add_row(*cells)
-    Console().print(table)
+    SafeConsole().print(table)

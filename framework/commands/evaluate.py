@@ -16,7 +16,7 @@ from lightspan.commands.arguments import (
     resolved_from,
 )
 from lightspan.config.build import build, with_layer
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.run_files import PREDICTIONS, TESTED, VALIDATED
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
 from lightspan.runs.seed import with_seed
@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     if is_first_rank():
         print_notes(resolved.notes)
         if source != args.ckpt:
-            print(f"{verb}: {source}", flush=True)
+            print(printable(f"{verb}: {source}"), flush=True)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, source)
     call_arguments: dict[str, Any] = {"datamodule": built.datamodule, "ckpt_path": None if alone else str(source)}
     call_arguments["weights_only"] = True
@@ -124,7 +124,7 @@ def _write_predictions(predictions: Any, path: Path) -> None:
 
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch_save(predictions, file)
-    print(f"wrote {path}: one entry per batch")
+    print(printable(f"wrote {path}: one entry per batch"))
 
 
 def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
@@ -133,5 +133,5 @@ def _print_metrics(results: list[dict[str, float]], path: Path) -> None:
     metrics = {name: value for result in results for name, value in result.items()}
     write_atomic(path, json.dumps(metrics, indent=2) + "\n")
     for name, value in metrics.items():
-        print(f"{name:<32} {value:.6g}")
-    print(f"wrote {path}")
+        print(printable(f"{name:<32} {value:.6g}"))
+    print(printable(f"wrote {path}"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightspan.cards import CARD
 from lightspan.checkpoints.manifest import COMPLETE, WEIGHTS_ALONE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.exports.folder import refuse_occupied, whole_folder
 from lightspan.planning.one_process import in_one_process
 from lightspan.run_files import EXPORT, RESOLVED
@@ -106,16 +106,16 @@ def run(args: argparse.Namespace) -> int:
     }[args.to]
     with whole_folder(out) as folder:
         product = write(request, folder)
-        print(_said(product))
+        print(printable(_said(product)))
         if not product.difference <= product.limit:
-            print(f"this is more than {product.limit:.3g}: nothing was written")
+            print(printable(f"this is more than {product.limit:.3g}: nothing was written"))
             return 1
         _write_cards(args, resolved, checkpoint, product, folder)
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}
         record |= {**product.record, "largest_difference": product.difference, "limit": product.limit}
         (folder / EXPORT).write_text(json.dumps(record, indent=2) + "\n")
     files = sorted(path.name for path in out.iterdir())
-    print(f"wrote {out}: {', '.join(files)}")
+    print(printable(f"wrote {out}: {', '.join(files)}"))
     return 0
 
 

@@ -16,7 +16,7 @@ from lightspan.commands.arguments import (
 )
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.flags import allow_options
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.loggers.wandb_key import wandb_key_place
 from lightspan.run_files import PROFILE, REPORT
 from lightspan.runs.folder import (
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         from lightspan.planning.rehearsal import rehearse
 
         print_notes(resolved.notes)
-        print("\n".join(rehearse(resolved)))
+        print(printable("\n".join(rehearse(resolved))))
         return 0
     if args.seeds is not None:
         from lightspan.commands.sweep import run_seeds
@@ -113,7 +113,10 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
         resolved = with_layer(resolved, _profile_layer(args.profile_steps))
     if is_first_rank():  # printed before torch is loaded, which takes seconds
         print_notes(resolved.notes)
-        print(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else ""), flush=True)
+        print(
+            printable(f"{resolved.name} -> {run_dir}" + (f", resumed from {checkpoint}" if checkpoint else "")),
+            flush=True,
+        )
     built = build(resolved, run_dir)
     check_at_start(built)
     if untrained:
@@ -155,10 +158,10 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
             _show_features(resolved, built, run_dir)
-        print(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}")
+        print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
-            print(f"      lightspan export {shlex.join(words)}")
+            print(printable(f"      lightspan export {shlex.join(words)}"))
     return status
 
 
@@ -188,13 +191,15 @@ def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
         written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER, card)
         print_notes(written.remarks)
         print(
-            f"encoder: {run_dir / ENCODER}: {', '.join(written.files)}; features read back differ by at most "
-            f"{written.difference:.3g}"
+            printable(
+                f"encoder: {run_dir / ENCODER}: {', '.join(written.files)}; features read back differ by at most "
+                f"{written.difference:.3g}"
+            )
         )
     page = run_dir / REPORT_FOLDER / REPORT
     runs = load_runs([run_dir])
     write_atomic(page, render(runs, runs[0].name))
-    print(f"report: {page}")
+    print(printable(f"report: {page}"))
 
 
 def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:

@@ -15,7 +15,7 @@ from lightspan.checkpoints.manifest import (
     point_latest,
 )
 from lightspan.commands.arguments import folder
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
 from lightspan.run_files import CHECKPOINTS
 
@@ -40,10 +40,14 @@ def run(args: argparse.Namespace) -> int:
     _print_table(found, latest(folder))
     torn = [path for path, wrong in found.items() if wrong is not None and wrong.torn]
     for path in torn if not args.dry_run else []:
-        print(f"moved {path.name} to {_quarantine(path)}")
+        print(printable(f"moved {path.name} to {_quarantine(path)}"))
     if not args.dry_run:
         _mend_pointer(folder, [path for path, wrong in found.items() if wrong is None])
-    print(f"{len(found) - len(torn)} whole, {len(torn)} torn" + (", nothing moved" if args.dry_run and torn else ""))
+    print(
+        printable(
+            f"{len(found) - len(torn)} whole, {len(torn)} torn" + (", nothing moved" if args.dry_run and torn else "")
+        )
+    )
     return TORN if torn else 0
 
 
@@ -57,7 +61,7 @@ def _unusable(path: Path) -> Fault | None:
 
 def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
     width = max([len(path.name) for path in found] + [10])
-    print(f"{'checkpoint':<{width}}  {'step':>9}  {'MiB':>10}  state")
+    print(printable(f"{'checkpoint':<{width}}  {'step':>9}  {'MiB':>10}  state"))
     for path, wrong in found.items():
         told = manifest(path) or {}
         state = "whole" if wrong is None else wrong.text
@@ -66,7 +70,7 @@ def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
         if path == pointed:
             state += f"  <- {LATEST}"
         step = told.get("step")
-        print(f"{path.name:<{width}}  {step if type(step) is int else '?':>9}  {_mib(path):>10.2f}  {state}")
+        print(printable(f"{path.name:<{width}}  {step if type(step) is int else '?':>9}  {_mib(path):>10.2f}  {state}"))
 
 
 def _mib(path: Path) -> float:
@@ -93,6 +97,6 @@ def _mend_pointer(folder: Path, usable: Sequence[Path]) -> None:
         return
     if usable:
         point_latest(usable[0])
-        print(f"{LATEST} now names {usable[0].name}")
+        print(printable(f"{LATEST} now names {usable[0].name}"))
     else:
         remove(folder / LATEST)

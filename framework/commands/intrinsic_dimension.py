@@ -100,9 +100,10 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
 
 
 def _write(resolved: Resolved, settings: SearchSettings, references: dict[str, Any], curve: Curve) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from lightspan.console import SafeConsole
 
     shown = {key: references[key] for key in ("constant_answer", "linear_probe", "parameters")}
     shown["untrained"] = mean(references["untrained"].values())
@@ -136,7 +137,7 @@ def _write(resolved: Resolved, settings: SearchSettings, references: dict[str, A
         rate = "" if point.lr is None else f"{point.lr:g}"
         style = "bold green" if dim is not None and dim == curve.reached else ""
         table.add_row("all weights" if dim is None else f"{dim:,}", *cells, rate, style=style)
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     console.print(table)
     lines = [f"{what}: {_four(shown[key])}" for key, what in REFERENCES.items() if shown[key] is not None]
     console.print(

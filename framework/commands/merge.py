@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def twice(paths: Mapping[str, str]) -> list[str]:
     """A note on each path that is given again, and on each that got a name other than its own."""
     notes = []
     for name, path in paths.items():
-        first = next(other for other in paths if Path(paths[other]).resolve() == Path(path).resolve())
+        first = next(other for other in paths if os.path.realpath(paths[other]) == os.path.realpath(path))
         if first != name:
             notes.append(f"{path} is given twice, and counts twice: as {first} and as {name}")
         elif name != _stem(path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from lightspan.commands.arguments import folder
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 40
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
     for path, text in new.items():
         write_atomic(path, text, setting="--in")
     # Printed when all is there: where nobody reads it, printing raises.
-    print("".join(f"wrote {path}\n" for path in new), end="")
+    print(printable("".join(f"wrote {path}\n" for path in new)), end="")
     elsewhere = house and not _is_imported(root)
     start = "This checkout is not the lightspan that runs here; install it first" if elsewhere else "It runs as it is"
     steps = ([] if root == Path() else [f"cd {root}"]) + ["pip install -e ."] * elsewhere + layout.commands
-    print(f"\n{start}. Next:\n" + "".join(f"  {step}\n" for step in steps), end="")
+    print(printable(f"\n{start}. Next:\n" + "".join(f"  {step}\n" for step in steps)), end="")
     return 0
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.planning.outcome import MIB, as_json, in_mib, measured_peak, shares, verdict
 from lightspan.run_files import PLAN
 
@@ -75,13 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
         path = args.run / PLAN
         write_atomic(path, json.dumps(as_json(plan, measured), indent=2) + "\n")
-        print(f"wrote {path}")
+        print(printable(f"wrote {path}"))
     return 0
 
 
 def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from lightspan.console import SafeConsole
 
     ranks = f", one of {plan.division.ranks} ranks" if plan.division.ranks > 1 else ""
     table = Table(title=f"One optimiser step of {name}{ranks}", title_justify="left")
@@ -94,7 +95,7 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
     if plan.process:
         table.add_row("Python, libraries and data in this process", in_mib(plan.process), "")
         table.add_row("together", in_mib(plan.total), "")
-    console = Console()
+    console = SafeConsole()
     console.print(table)
     lines = [verdict(plan), _fit_line(plan)]
     if measured is not None:

@@ -68,10 +68,11 @@ def _settings(args: argparse.Namespace) -> ProofSettings:
 
 
 def _prove(resolved: Resolved, settings: ProofSettings, folder: Path) -> int:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console, runs = Console(highlight=False, soft_wrap=True), planned_runs(settings)
+    from lightspan.console import SafeConsole
+
+    console, runs = SafeConsole(highlight=False, soft_wrap=True), planned_runs(settings)
     resolved = with_seed(resolved, folder, None)  # the same for all starts, each of which has its own folder
     print_notes(resolved.notes)
     console.print(f"{resolved.name}: {settings.steps} steps, a checkpoint every {settings.every}, seed {settings.seed}")

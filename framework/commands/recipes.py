@@ -32,17 +32,18 @@ def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Recipes as a table; tab-separated lines if the output is not a terminal, so that other tools can read them."""
     columns = ("family", "modality", "paper", "evidence")
     if not sys.stdout.isatty():
-        print("\t".join(("name", *columns)))
+        print(printable("\t".join(("name", *columns))))
         for name, about in rows:
             print(printable("\t".join((name, *(str(about.get(column, "")) for column in columns)))))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from lightspan.console import SafeConsole
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("name", *columns):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for name, about in rows:
         table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
-    Console().print(table)
+    SafeConsole().print(table)
     print("\nlightspan show NAME says more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         _print_ranking(ranking, title)
     if said := caution(runs):
         print_notes([said])
-    print(" ".join(["wrote", *map(str, files)]))
+    print(printable(" ".join(["wrote", *map(str, files)])))
     return 0
 
 
@@ -91,10 +91,10 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def _print_table(runs: Sequence["Run"], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from lightspan.console import SafeConsole
     from lightspan.report.compare import compare
 
     table = Table(title=Text(title), title_justify="left", caption_justify="left")
@@ -112,15 +112,15 @@ def _print_table(runs: Sequence["Run"], title: str) -> None:
         table.add_row(label, *cells)
     if len(runs) > 1:
         table.caption = Text(f"green: best; second figures: relative to {runs[0].name}")
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def _print_ranking(ranking: "Ranking", title: str) -> None:
     """The runs below each other, best first, with the settings in which they differ."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from lightspan.console import SafeConsole
     from lightspan.report.ranking import settings_of
 
     settings, _ = settings_of(ranking)
@@ -132,4 +132,4 @@ def _print_ranking(ranking: "Ranking", title: str) -> None:
         cells = [place.run.name, *(values[at] for _, values in settings)]
         table.add_row(*map(Text, map(printable, cells)), Text(place.text(), style="" if at else "bold green"))
     table.caption = Text(f"by the last value of {ranking.metric} of runs that have ended, the {ranking.first} first")
-    Console().print(table)
+    SafeConsole().print(table)

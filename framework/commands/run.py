@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             _refuse_used(run_dir)
         if is_first_rank():
             print_notes(resolved.notes)
-            print(f"{resolved.name} -> {run_dir}", flush=True)
+            print(printable(f"{resolved.name} -> {run_dir}"), flush=True)
         result = (_estimate if resolved.kind == "estimator" else _merge)(args, resolved, run_dir)
         if is_first_rank():
             _write(result, resolved, run_dir, args)
@@ -187,12 +187,14 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     write_atomic(run_dir / RESULT, document + "\n")
     for figure in result.figures():
         print(printable(f"{figure.name:<32} {_text(figure.value)} {figure.unit}".rstrip()))
-    print(f"wrote {run_dir}: {', '.join([*written, RESULT])}")
+    print(printable(f"wrote {run_dir}: {', '.join([*written, RESULT])}"))
     if MERGED in written:
         print(
-            "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
-            f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}\n"
-            f"      to evaluate the whole method: lightspan validate RECIPE --ckpt {shlex.quote(str(run_dir))}"
+            printable(
+                "next: to load these weights in a recipe, use class_path: lightspan.backbones.weights.with_weights, "
+                f"init_args: {{module: NETWORK, path: {run_dir / MERGED}}}\n"
+                f"      to evaluate the whole method: lightspan validate RECIPE --ckpt {shlex.quote(str(run_dir))}"
+            )
         )
 
 

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     limit = args.limit or (whole if args.csv or args.json else SHOWN)
     rows = rows[:limit]
     if args.json:
-        print(json.dumps([_record(row) for row in rows], indent=2, allow_nan=False))
+        print(printable(json.dumps([_record(row) for row in rows], indent=2, allow_nan=False)))
     elif args.csv:
         _write_csv(rows, args.csv)
     else:
@@ -188,4 +188,4 @@ def _write_csv(rows: Sequence[ListedRun], path: Path) -> None:
         sys.stdout.write(printable(text.getvalue()))
     else:  # names of files need not be text
         write_atomic(path, text.getvalue().encode("utf-8", "backslashreplace"), setting="--csv")
-        print(f"wrote {path}: {len(rows):,} runs")
+        print(printable(f"wrote {path}: {len(rows):,} runs"))

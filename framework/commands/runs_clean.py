@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightspan.commands.runs import add_filter_arguments, filter_from
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 
 if TYPE_CHECKING:
     from lightspan.runs.cleaning import Doomed
@@ -59,7 +59,7 @@ def _delete(doomed: Sequence["Doomed"]) -> int:
         except UserError as error:
             failures += 1
             print(one_line(f"lightspan: {error}"), file=sys.stderr)
-    print(f"deleted {_runs(len(doomed) - failures)}")
+    print(printable(f"deleted {_runs(len(doomed) - failures)}"))
     return 1 if failures else 0
 
 

@@ -25,7 +25,7 @@ def run_tag(args: argparse.Namespace) -> int:
         after = (before - words if words else set()) if args.remove else before | words
         if after != before:
             set_tags(run, after)
-    print(" ".join(sorted(after)) or "no tags")
+    print(printable(" ".join(sorted(after)) or "no tags"))
     return 0
 
 
@@ -38,7 +38,7 @@ def run_note(args: argparse.Namespace) -> int:
         raise UserError("a run has one note, and --remove takes no words; leave them out")
     if args.remove or args.words:
         set_note(run, " ".join(args.words))
-    print(printable(note_of(run)) or "no note")
+    print(printable(note_of(run) or "no note"))
     return 0
 
 

@@ -44,11 +44,12 @@ def print_table(rows: Sequence[ListedRun], metrics: Sequence[str], remarks: Sequ
     """Prints the rows without columns that say nothing: empty ones, and what all runs have in common, which is said
     once below the table with the other remarks.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    from lightspan.console import SafeConsole
+
+    console = SafeConsole(width=None if sys.stdout.isatty() else WIDTH)
     changes, shared = _what_differs([row.entry for row in rows])
     said = [*remarks, *([f"all with {shared}"] if shared else [])]
     hosts = [row.entry.host for row in rows]

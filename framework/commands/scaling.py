@@ -22,7 +22,7 @@ from lightspan.commands.arguments import (
 from lightspan.commands.sweep import refuse_changed_recipe, require_allowed, require_summary
 from lightspan.commands.verbs import verb_of
 from lightspan.config.flags import allow_options
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.run_files import SCALING
 from lightspan.runs.direction import mode_of
 from lightspan.runs.fits import exits_on_sigterm
@@ -160,7 +160,7 @@ def _run(args: argparse.Namespace, study: Study, sweep: Sweep, out: Path, top: f
         refuse_changed_recipe(sweep, out)
         files.write(out, sweep)
         write(out, study, None)
-        print(study.text())
+        print(printable(study.text()))
         run_due(sweep, out, args.workers or 1, args.retry_failed)
         if sweep.metric is None and (known := known_metric(sweep, out)):
             sweep = replace(sweep, metric=known, mode=mode_of(known, args.mode, "--metric"))

@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> int:
     if args.resolved:
         resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ANY_KIND)
         print_notes(resolved.notes)
-        print(dump(resolved.document()), end="")
+        print(printable(dump(resolved.document())), end="")
         return 0
     if args.overlays or args.flags:
         raise UserError("show prints the recipe file as it is; add --resolved to see it with overlays and flags")
     recipe = recipes.load(args.recipe)
-    print(recipe.name)
+    print(printable(recipe.name))
     for key, value in recipe.about.items():
         print(printable(f"  {key:<10} {value}"))
-    print(f"  {'file':<10} {recipes.label(recipe.path)}\n")
-    print(recipe.path.read_text(encoding="utf-8"), end="")
+    print(printable(f"  {'file':<10} {recipes.label(recipe.path)}\n"))
+    print(printable(recipe.path.read_text(encoding="utf-8")), end="")
     return 0

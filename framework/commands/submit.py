@@ -26,7 +26,7 @@ from lightspan.config.flags import allow_options
 from lightspan.config.provenance import redacted
 from lightspan.config.resolve import Resolved
 from lightspan.config.tree import dump
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.launch import kubernetes, slurm, torchrun
 from lightspan.launch.job import Array, Job, cores_of, job_name, leave_of, seconds
 from lightspan.runs.folder import run_folder
@@ -149,7 +149,7 @@ def _to_this_machine(args: argparse.Namespace, subject: Subject) -> int:
     command = torchrun.local_command(job)
     if args.print:
         settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
-        print(shlex.join(["env", *settings, *command] if settings else command))
+        print(printable(shlex.join(["env", *settings, *command] if settings else command)))
         return 0
     if find_spec("torch") is None:
         raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")

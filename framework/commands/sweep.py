@@ -26,7 +26,7 @@ from lightspan.commands.verbs import verb_of
 from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.secrets import redacted
-from lightspan.errors import UserError, print_notes
+from lightspan.errors import UserError, print_notes, printable
 from lightspan.launch.job import Array
 from lightspan.run_files import RESOLVED, SWEEP
 from lightspan.runs.direction import Mode, mode_of
@@ -297,7 +297,7 @@ def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
     if is_first_rank() and not (out / SWEEP).exists():
         write(out, sweep)
     if status_of(out / trial.run) is Status.DONE:
-        print(f"done before: {out / trial.run}")
+        print(printable(f"done before: {out / trial.run}"))
         return 0
     command = fit_command([*sweep.words(trial), *args.also], out / trial.run)
     os.environ[TASK_VARIABLE] = str(out / trial.run)
@@ -336,11 +336,11 @@ def _outlook(sweep: Sweep, out: Path) -> int:
     """How each run stands, without writing anything."""
     standing = [(trial, status_of(out / trial.run)) for trial in sweep.trials]
     for trial, status in standing:
-        print(f"{status:<10} {trial.run}  {shlex.join(sweep.flags(trial))}")
+        print(printable(f"{status:<10} {trial.run}  {shlex.join(sweep.flags(trial))}"))
     counts = [f"{count} {status}" for status, count in Counter(status for _, status in standing).items()]
     if later := sweep.total - len(sweep.trials):
         counts.append(f"{later} that {sweep.method} will choose")
-    print(f"{sweep.total} runs: {', '.join(counts)}. Nothing was written.")
+    print(printable(f"{sweep.total} runs: {', '.join(counts)}. Nothing was written."))
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightspan.commands.arguments import folder
 from lightspan.commands.report import add_ranking_arguments
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     _require_folders(args.runs)
     live = Live(args.runs, args.title, args.fold, args.metric, args.mode)
     with LiveServer(live, args.port) as server:
-        print(f"{server.address}\nwatching until Ctrl-C", flush=True)
+        print(printable(f"{server.address}\nwatching until Ctrl-C"), flush=True)
         if args.open:
             import webbrowser
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 
-from lightspan.config.tree import COMMAND_LINE, Key, Node, parse
+from lightspan.config.tree import COMMAND_LINE, MAX_DEPTH, Key, Node, parse
 from lightspan.errors import UserError
 
 _KEY = r"[A-Za-z_][\w-]*(?:\.[\w-]+)*"
@@ -49,7 +49,8 @@ def split_flags(arguments: list[str], valued: Collection[str] = ()) -> tuple[lis
 def flag_layer(flags: list[str]) -> Node:
     """Flags as one layer; of two flags for one key the later wins.
 
-    Raises: UserError for a flag without `=` or one that sets a key below a plain value.
+    Raises: UserError for a flag without `=`, one whose key is nested too deep, or one that sets a key below a plain
+        value.
     """
     root: dict[Key, Node] = {}
     for flag in flags:
@@ -57,6 +58,10 @@ def flag_layer(flags: list[str]) -> Node:
         if match is None:
             raise UserError(f"flag {flag!r}: not of the form key.path=value")
         *parents, last = match[1].split(".")
+        if len(parents) >= MAX_DEPTH:
+            raise UserError(
+                f"flag {flag[:40]!r}...: its key has {len(parents) + 1:,} levels, and the limit is {MAX_DEPTH}"
+            )
         branch = root
         for key in parents:
             node = branch.setdefault(key, Node({}, COMMAND_LINE))

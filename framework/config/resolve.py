@@ -3,7 +3,6 @@
 `resolve` is where every verb starts. It raises one UserError with all problems at once.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
+from lightspan.foreign import settings_object
 from lightspan.run_files import PROVENANCE, RESOLVED
 
 TRAINED = ("model",)
@@ -221,6 +221,6 @@ def _read_record(run_dir: Path) -> Node:
 
 def _recorded_name(run_dir: Path) -> str:
     try:
-        return str(json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(settings_object(run_dir / PROVENANCE)["recipe"])
+    except (ValueError, KeyError):
         return run_dir.name

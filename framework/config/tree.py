@@ -22,6 +22,7 @@ Scalar = str | int | float | bool | None
 MAX_NODES = 20_000  # an alias may repeat a branch: this stops exponential growth
 MAX_DEPTH = 64
 MAX_BYTES = 2**20  # of a file: a recipe has a few thousand
+MAX_BITS = 1_024  # of a whole number: a float holds no larger one
 COMMAND_LINE = "command line"
 
 _FLOAT = re.compile(
@@ -206,7 +207,15 @@ class _Builder:
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:  # Python would not even print the longest
+                raise UserError(
+                    f"{self.place(node)} {dotted(path)}: the whole number {node.value[:40]}... of {len(node.value):,} "
+                    f"digits is beyond {MAX_BITS:,} bits; write a smaller one".replace(" :", ":")
+                )
+            return value
+        except UserError:
+            raise
         except (ValueError, LookupError) as error:  # `!!bool maybe` is a failed look-up
             kind = node.tag[len(_PREFIX) :]
             raise UserError(

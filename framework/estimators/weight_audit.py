@@ -9,6 +9,7 @@ of the base's is small.
 Shapes: O rows, I columns, S singular values.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class WeightAudit(Estimator):
 
     def rows(self, a: Weights, b: Weights | None = None) -> Iterator["AuditedRow"]:
         """One after the other, as they are computed, for a progress bar."""
-        twins: dict[object, list[str]] = {}
+        twins: dict[tuple[object, ...], str] = {}
         for name in self.names(a, b):
             yield self._row(name, a, b, twins)
 
@@ -114,7 +115,7 @@ class WeightAudit(Estimator):
             only_b=tuple(name for name in theirs if matches(name, self.match)),
         )
 
-    def _row(self, name: str, a: Weights, b: Weights | None, twins: dict[object, list[str]]) -> "AuditedRow":
+    def _row(self, name: str, a: Weights, b: Weights | None, twins: dict[tuple[object, ...], str]) -> "AuditedRow":
         form = a.forms[name]
         found: dict[str, Any] = {"name": name, "kind": kind_of(name, form.shape), "shape": form.shape, "notes": ()}
         if not _is_readable(form):
@@ -124,7 +125,7 @@ class WeightAudit(Estimator):
         a_S = a.read(name)
         faults = faults_of(a_S)
         notes = list(faults)
-        if not faults and (twin := _twin(name, a_S, a, twins)):
+        if not faults and (twin := twins.setdefault(_content(a_S), name)) != name:
             notes.append(f"equal to {twin}")
         other = None if b is None or name not in b.forms else b.forms[name]
         if b is not None and (reason := _incomparable(form, other)):
@@ -271,14 +272,11 @@ def _common_rank(changes: Sequence[Tensor], share: float) -> int:
     return energy_rank(total_S.sqrt(), share)
 
 
-def _twin(name: str, tensor: Tensor, weights: Weights, twins: dict[object, list[str]]) -> str | None:
-    """The first of the tensors seen so far that has the same numbers, and remembers this one."""
-    key = (tuple(tensor.shape), tensor.dtype, tuple(tensor.flatten()[:16].tolist()))
-    seen = twins.setdefault(key, [])
-    twin = next((other for other in seen if torch.equal(weights.read(other), tensor)), None)
-    if twin is None:
-        seen.append(name)
-    return twin
+def _content(tensor: Tensor) -> tuple[object, ...]:
+    """What equal tensors without NaN have in common, and no others."""
+    numbers = (tensor + 0).contiguous()  # of -0 and 0, which are equal, one
+    digest = hashlib.sha256(numbers.reshape(-1).view(torch.uint8).numpy()).digest()
+    return tuple(tensor.shape), tensor.dtype, digest
 
 
 def _incomparable(form: Form, other: Form | None) -> str | None:

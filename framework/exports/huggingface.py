@@ -33,7 +33,7 @@ def largest_output_difference(backbone: PreTrainedModel, folder: Path) -> float:
     """
     causal = is_causal(backbone)
     loader = AutoModelForCausalLM if causal else AutoModel
-    loaded = loader.from_pretrained(folder, local_files_only=True, dtype=backbone.dtype)
+    loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=backbone.dtype)
     inputs = seeded_inputs(backbone)
     ours, theirs = (output(part, inputs, causal) for part in (backbone if causal else backbone.base_model, loaded))
     return float((ours - theirs).abs().amax())
@@ -41,7 +41,7 @@ def largest_output_difference(backbone: PreTrainedModel, folder: Path) -> float:
 
 def timm_wrapper(folder: Path) -> Any:
     """The network of timm that transformers builds from a folder; its `pooler_output` is float [B D]."""
-    return AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    return AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 
 
 def is_causal(backbone: PreTrainedModel) -> bool:

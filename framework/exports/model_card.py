@@ -15,6 +15,7 @@ from lightspan.cards import Card, bullets, code, fence, plain, table
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.source import Definition, locate
 from lightspan.errors import UserError
+from lightspan.foreign import settings_object
 from lightspan.report.compare import compare
 from lightspan.report.fold import fold, is_seed
 from lightspan.report.runs import Run
@@ -126,10 +127,9 @@ def _run(folder: Path, summary: dict[str, Any]) -> Run:
 def _read(folder: Path | None, name: str) -> dict[str, Any]:
     """A JSON file of a run as a mapping; empty if it is missing, half written, or something else."""
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8")) if folder else {}
-    except (OSError, ValueError, RecursionError):
+        return settings_object(folder / name) if folder else {}
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _figures(run: Run | None) -> tuple[dict[str, _Figure], dict[str, _Figure]]:

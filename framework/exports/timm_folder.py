@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lightspan.backbones import timm_networks
 from lightspan.backbones.elastic import ARCHITECTURE, ElasticViT
 from lightspan.backbones.vit import TokenViT
 from lightspan.errors import UserError
@@ -59,9 +60,9 @@ def twin(network: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Any,
     if not name:
         return None
     try:
-        built = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        built = timm_networks.timm_network(name, num_classes=0, **arguments)
         built.load_state_dict(network.state_dict())
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, UserError):  # the last of an architecture of its own
         return None
     return built.train(network.training), arguments
 

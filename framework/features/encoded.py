@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightspan.distributed import digest_of_first_rank, gather_rows, rank, together
@@ -22,6 +21,7 @@ from lightspan.features.identity import data_identity, module_identity
 from lightspan.features.preprocessing import stated
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
+from lightspan.tensor_files import stored_tensors
 
 Pool = Literal["none", "mean", "first"]
 Split = Literal["bank", "val", "test"]
@@ -208,12 +208,8 @@ class FeatureFile(Input):
         file = Path(self.path).expanduser()
         if not file.is_file():
             raise UserError(f"there are no features at {file}; write them with safetensors, as `features` [N, D]")
-        try:
-            with safe_open(file, "pt") as stored:
-                columns = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-                said = (stored.metadata() or {}).get("preprocessing")
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a complete safetensors file ({error})") from error
+        columns, metadata = stored_tensors(file)
+        said = metadata.get("preprocessing")
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
         x_ND, label_N, index_N = (columns.pop(name, None) for name in ("features", "label", "index"))

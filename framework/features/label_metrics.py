@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lightspan.analysis.label_metrics import EmbeddingMetric, GraphMetric, LabelMetric, MatrixMetric, ring
 from lightspan.analysis.wordnet import read_nouns, wordnet_tree
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
+from lightspan.tensor_files import opened_tensors
 
 
 class LabelTree(Input):
@@ -148,9 +148,6 @@ class LabelDistances(Input):
             raise UserError(
                 f"there are no label distances at {file}; write them with safetensors, as `distance` [N, N]"
             )
-        try:
-            with safe_open(file, "pt") as stored:
-                distance_NN: torch.Tensor = stored.get_tensor("distance")
-        except SafetensorError as error:
-            raise UserError(f"{file} is no safetensors file with a `distance` ({error})") from error
+        with opened_tensors(file, "write it with safetensors, as `distance` [N, N]") as stored:
+            distance_NN: torch.Tensor = stored.get_tensor("distance")
         return MatrixMetric(distance_NN, self.names)

@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan import __version__
@@ -28,7 +27,7 @@ from lightspan.distributed import first_rank_says, rank, together, world_size
 from lightspan.errors import UserError
 from lightspan.features.features import Features
 from lightspan.files import atomic_path, expanded, explained_os_errors, make_folder, remove, remove_leftovers
-from lightspan.tensor_files import Form, write_tensors
+from lightspan.tensor_files import Form, opened_tensors, write_tensors
 
 SETTING = "--features"
 ENTRY, CONTENT, PARTS, LOCK = "entry", "features.safetensors", "parts", "lock"
@@ -237,12 +236,5 @@ def _column(path: Path, name: str) -> Tensor:
         return tensor
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); delete its folder, and the features are computed again"
-        ) from error
+def _opened(path: Path) -> AbstractContextManager[Any]:
+    return opened_tensors(path, "delete its folder, and the features are computed again")

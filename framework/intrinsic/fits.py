@@ -11,6 +11,7 @@ from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
 from lightspan.files import remove, write_atomic
+from lightspan.foreign import settings_object
 from lightspan.intrinsic.search import Fit, SearchSettings
 from lightspan.report.compare import differences
 from lightspan.run_files import METRICS, OUTPUT, REFERENCES, SUBSPACE, SUMMARY
@@ -55,8 +56,8 @@ def _finished(resolved: Resolved, settings: SearchSettings, fit: Fit) -> bool:
     """Whether the folder contains this run, complete. Raises: UserError if it contains another run of that name."""
     folder = settings.out / "runs" / fit.name
     try:
-        finished = json.loads((folder / SUMMARY).read_text())["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+        finished = settings_object(folder / SUMMARY)["finished"] is True
+    except (ValueError, KeyError):
         return False
     recipe, wanted = folder.with_name(f"{fit.name}.yaml"), recipe_of(resolved, settings, fit)
     if finished and recipe.is_file() and recipe.read_text() != wanted:
@@ -123,8 +124,8 @@ def references_of(resolved: Resolved, settings: SearchSettings) -> dict[str, Any
     direct = with_layer(resolved, layer(resolved, settings, Fit(None, settings.lrs[0], 0)))
     path, wanted = settings.out / REFERENCES, {"recipe": dump(direct.document()), "seeds": settings.seeds}
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = settings_object(path)
+    except ValueError:
         found = {}
     if {key: found.get(key) for key in wanted} != wanted:
         print("measuring what needs no training: the untrained network and a linear probe on its features", flush=True)

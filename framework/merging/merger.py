@@ -97,8 +97,8 @@ def merge(
     Its metadata record what was merged: path and sha256 of each checkpoint under `merged`, and the texts of `record`.
     Memory needs about one tensor beyond what the checkpoints themselves keep in memory.
 
-    Raises: UserError where checkpoints do not fit together, or a tensor of one or of the result holds NaN, or infinity
-    where no checkpoint does.
+    Raises: UserError where checkpoints do not fit together, a tensor of one or of the result holds NaN, one holds
+        infinity that others do not have, or the result where no checkpoint does.
     """
     plan = MergePlan(merger, checkpoints)
     with atomic_path(out) as temporary:
@@ -166,11 +166,7 @@ def _tensors(
 
 
 def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
-    for source, read in weights.items():
-        if any(piece.isnan().any() for piece in read.reshape(-1).split(span.CHUNK)):
-            raise UserError(
-                f"{name} of the checkpoint {source} holds NaN; merge checkpoints from before the run diverged"
-            )
+    _require_sound(name, weights)
     tensor = merger.tensor(name, form, weights)
     assert tensor.dtype == form.dtype, f"{name} was merged as {tensor.dtype}, not {form.dtype}"
     assert tuple(tensor.shape) == form.shape, f"{name} was merged as {list(tensor.shape)}, not {list(form.shape)}"
@@ -188,6 +184,23 @@ def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]
                 f"{torch.finfo(form.dtype).max:g}; lower the coefficients, or lead with a checkpoint of a wider dtype"
             )
     return tensor
+
+
+def _require_sound(name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raises: UserError for NaN, and for infinity where the checkpoints differ: what all share, as a mask of attention
+    does, is no sign of divergence, and stays.
+    """
+    flat = {source: tensor.reshape(-1) for source, tensor in weights.items()}
+    first = next(iter(flat.values()))
+    for at in range(0, first.numel(), span.CHUNK):
+        pieces = {source: span.widest(tensor[at : at + span.CHUNK]) for source, tensor in flat.items()}
+        differ = torch.stack([piece != pieces[next(iter(pieces))] for piece in pieces.values()]).any(dim=0)
+        for source, piece in pieces.items():
+            found = "NaN" if piece.isnan().any() else "infinity" if (piece.isinf() & differ).any() else None
+            if found:
+                raise UserError(
+                    f"{name} of the checkpoint {source} holds {found}; merge checkpoints from before the run diverged"
+                )
 
 
 def _kind(form: Form) -> tuple[bool, bool]:

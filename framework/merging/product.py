@@ -12,10 +12,12 @@ import yaml
 
 from lightspan.cards import CARD, Card, code, fence, plain, table
 from lightspan.errors import UserError, one_line
-from lightspan.files import atomic_path
+from lightspan.files import atomic_path, refuse_link_out
+from lightspan.foreign import settings_object
 from lightspan.merging.merger import Merged, MergePlan, Merger
-from lightspan.merging.weights import INDEX, Weights, shards_of
+from lightspan.merging.weights import Weights
 from lightspan.run_files import MODEL
+from lightspan.tensor_files import INDEX, shards_of
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 """What is copied from a Hugging Face folder: configuration, tokenizer, preprocessor. Neither code nor other weights."""
@@ -68,7 +70,12 @@ def write_product(
 
 
 def _beside(source: Path) -> list[Path]:
+    """Raises: UserError for a link out of the folder: what it leads to would become part of the merged model."""
     found = {path for pattern in BESIDE for path in source.glob(pattern) if path.is_file()}
+    # The cache of the Hugging Face hub links from a folder in snapshots/ to what it keeps two floors above.
+    home = source.parent.parent if source.absolute().parent.name == "snapshots" else source
+    for path in found:
+        refuse_link_out(path, home, "the checkpoint's folder")
     return sorted(path for path in found if path.name not in (INDEX, "adapter_config.json"))
 
 
@@ -111,7 +118,7 @@ def _loading(leading: Weights) -> list[str]:
         runs = "If the parents are runs of a lightspan recipe: `lightspan validate RECIPE --ckpt FOLDER`."
         return [fence(loading, "python"), runs]
     try:
-        named = json.loads((leading.home / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        named = settings_object(leading.home / "config.json")["architectures"][0]
     except (ValueError, LookupError, TypeError):
         named = None
     network = named if isinstance(named, str) and named.isidentifier() else "AutoModel"

@@ -4,25 +4,22 @@ Files stay on disk until a tensor is read, and its numbers are memory-mapped, no
 """
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError, one_line
-from lightspan.files import expanded, irregular, require_regular_file
-from lightspan.run_files import CHECKPOINTS, MODEL
-from lightspan.tensor_files import DTYPES, Form
-
-INDEX = f"{MODEL}.index.json"
+from lightspan.files import expanded
+from lightspan.run_files import CHECKPOINTS
+from lightspan.tensor_files import DTYPES, INDEX, Form, opened_tensors, safetensors_of, shards_of
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -97,32 +94,6 @@ def is_adapter(place: Path) -> bool:
     return (place / "adapter_config.json").is_file()
 
 
-def shards_of(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file, as the index of a sharded Hugging Face folder has it; None for a folder without an index.
-
-    Raises: UserError for an index that is damaged, or names what lies outside the folder or is not there.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return None
-    try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(shards.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is no index of safetensors files ({error}); export the folder again") from error
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file or irregular(folder / file):
-            raise UserError(f"{index} names {file!r:.80}, which is not in {folder}; the folder is not whole")
-    return dict(shards)
-
-
-def safetensors_of(folder: Path) -> list[Path]:
-    """The files that make up a folder's checkpoint: those of its index, or model.safetensors, or all there are."""
-    if (shards := shards_of(folder)) is not None:
-        return [folder / file for file in sorted(set(shards.values()))]
-    return [folder / MODEL] if (folder / MODEL).is_file() else sorted(folder.glob("*.safetensors"))
-
-
 class StatisticsFiles:
     """Files of numbers by tensor name that belong to checkpoints, opened when they are first asked.
 
@@ -183,14 +154,12 @@ def real_finite(weights: Weights, name: str, what: str) -> Tensor:
 class _Safetensors(Weights):
     def __init__(self, place: Path, files: list[Path]) -> None:
         self._files: dict[str, Any] = {}
+        self._open = ExitStack()
         self.aliases, self.forms = {}, {}
         for path in files:
-            require_regular_file(path, "safetensors file")
+            file = self._open.enter_context(opened_tensors(path, "export it again"))
             try:
-                file = safe_open(path, "pt").__enter__()
                 here = {name: _form(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a complete safetensors file ({error}); export it again") from error
             except KeyError as error:
                 raise UserError(f"{path} holds numbers of the dtype {error}, which cannot be merged") from error
             if again := sorted(self._files.keys() & here.keys()):

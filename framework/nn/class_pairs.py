@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightspan.array_files import read_array
 from lightspan.devices import widest_float
 from lightspan.errors import UserError
 from lightspan.files import expanded
@@ -114,11 +115,11 @@ def _table(distances: str | list[list[float]]) -> np.ndarray:
     try:
         if isinstance(distances, str):
             source: Path | str = expanded(distances, "distances")
-            table = np.load(source, allow_pickle=False)
+            table = read_array(source)
         else:
             source, table = "distances", np.asarray(distances)
         table = table.astype(np.float64)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"distances={distances!r:.80} cannot be read as a table of numbers: {error}") from error
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table) or not (table >= 0).all():
         raise UserError(

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -19,7 +18,7 @@ from lightspan.files import write_atomic
 from lightspan.optim.affine import AffineSlice
 from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, ProjectionCallable, Sparse
-from lightspan.tensor_files import facts_of
+from lightspan.tensor_files import facts_of, stored_tensors
 
 FORMAT = "lightspan random subspace 1"
 KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse, Fastfood)
@@ -60,12 +59,7 @@ def apply_subspace(path: str | Path, module: nn.Module, projection: ProjectionCa
         projection: makes P if the run used a class that is not one of lightspan's.
     Raises: UserError for a file that is not of this kind, and for a module with other parameters or other weights.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            numbers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a subspace file: {error}") from error
+    numbers, metadata = stored_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a file of a random subspace ({FORMAT!r} is missing from its metadata); "

@@ -1,11 +1,11 @@
 """What a plan says: its shares, where memory can be saved, and how far off it was."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError
+from lightspan.foreign import settings_object
 from lightspan.run_files import SUMMARY
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def measured_peak(run_dir: Path) -> tuple[str, float] | None:
     if not path.is_file():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = settings_object(path)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fix or remove it") from error
+        raise UserError(f"{path} cannot be used: {error}; fix or remove it") from error
     for key in ("peak_device_mib", "peak_rss_mib"):
         if isinstance(summary.get(key), int | float):
             return key, float(summary[key])

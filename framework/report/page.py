@@ -209,7 +209,8 @@ def _charts(section: Section) -> str:
     # Groups with one chart are shown two per row on wide screens.
     wide = ' class="wide"' if len(section.charts) > 1 else ""
     charts = "".join(draw(chart) for chart in section.charts)
-    return f'<section{wide}><h2>{escape(section.title)}</h2><div class="charts">{charts}</div></section>'
+    more = f'<p class="note">{section.more:,} more metrics of this kind are not drawn.</p>' if section.more else ""
+    return f'<section{wide}><h2>{escape(section.title)}</h2><div class="charts">{charts}</div>{more}</section>'
 
 
 def _pictures(runs: Sequence[Run]) -> str:

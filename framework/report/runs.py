@@ -8,6 +8,7 @@ samples.jsonl ({"step", "text"} per line) and a folder of pictures.
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,12 +85,21 @@ class Run:
 
     def points(self, metric: str) -> list[LoggedValue]:
         """Every logged value of `metric` in order; null in the file is a value that was not finite and becomes NaN."""
-        spreads = self.row_spreads or [{}] * len(self.rows)
-        return [
-            LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread.get(metric))
-            for row, spread in zip(self.rows, spreads, strict=True)
-            if metric in row and is_value(row[metric])
-        ]
+        found = []
+        for at in self._places.get(metric, ()):
+            row, spread = self.rows[at], self.row_spreads[at].get(metric) if self.row_spreads else None
+            found.append(LoggedValue(int(row["step"]), _number(row.get("time_s")), _number(row[metric]), spread))
+        return found
+
+    @functools.cached_property
+    def _places(self) -> dict[str, list[int]]:
+        """The rows that have a value of each metric: of many metrics each is logged in few rows."""
+        places: dict[str, list[int]] = {}
+        for at, row in enumerate(self.rows):
+            for name, value in row.items():
+                if is_value(value):
+                    places.setdefault(name, []).append(at)
+        return places
 
     def spectra(self) -> dict[str, tuple[int, list[XY]]]:
         """{name: (step, [(index, value)])} of the last spectrum that was logged as spectrum/NAME/INDEX."""
@@ -113,7 +123,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names, with as many parents as needed to distinguish them (a folder named twice: "-2")."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]  # which stops at a circle of links
     names: list[str] = []
     for own in parts:
         depth, rivals = 1, [other for other in parts if other != own]

@@ -1,5 +1,6 @@
 """Which charts a set of runs gives: every metric that at least one run logged, in groups, one curve per run."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,12 +48,17 @@ _UNITS = (
     ("accuracy", "fraction correct"),
 )
 
+MOST_CHARTS = 100
+"""Of a group: a run that logs more metrics, such as one for each class, has a page that still opens."""
+
 
 @dataclass(frozen=True)
 class Section:
     key: str
     title: str
     charts: list[Chart]
+    more: int = 0
+    """Metrics of this kind that have no chart, since there are more than `MOST_CHARTS`."""
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -61,7 +67,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     found = {key: [name for name in metrics if group_of(name) == key] for key, _, _ in _GROUPS}
     out = []
     for key, title, _ in _GROUPS:
-        charts = [_over_steps(runs, name) for name in found[key] if not _profiled(name)]
+        alone = [name for name in found[key] if not _profiled(name)]
+        charts = [_over_steps(runs, name) for name in alone[:MOST_CHARTS]]
         if key == "val" and charts:
             charts[1:1] = [_over_time(runs, found[key][0]), *_against_first(runs, found[key][0])]
         if key == "spectrum":
@@ -72,7 +79,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             chart for chart in charts if any(finite(curve.points) for curve in chart.curves) or chart.title in metrics
         ]
         if charts:
-            out.append(Section(key, title, charts))
+            out.append(Section(key, title, charts, max(0, len(alone) - MOST_CHARTS)))
     return out
 
 
@@ -81,6 +88,7 @@ def _profiled(metric: str) -> bool:
     return group_of(metric) in _PROFILED and metric.count("/") > 1
 
 
+@functools.lru_cache(maxsize=2**16)
 def group_of(metric: str) -> str:
     """The group of a metric, by its first word: `val/loss_nats`, `val_loss`, `lr-AdamW`."""
     head = metric.split("/")[0]

@@ -17,8 +17,9 @@ from lightspan.checkpoints.manifest import LAST, checkpoints, manifest, newest_w
 from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 from lightspan.files import explained_os_errors, irregular, put_back, remove_leftovers, write_atomic
+from lightspan.foreign import settings_object
 from lightspan.run_files import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
 try:
@@ -174,7 +175,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             "the way, and the run then starts from the beginning"
         )
     if reasons and is_first_rank():
-        print(f"lightspan: {'; '.join(reasons)}; continuing from {found}", file=sys.stderr)
+        print(printable(f"lightspan: {'; '.join(reasons)}; continuing from {found}"), file=sys.stderr)
     return found
 
 
@@ -228,7 +229,7 @@ def set_metrics_aside(run_dir: Path) -> None:
         return
     aside = next(p for n in itertools.count(1) if not (p := path.with_stem(f"{path.stem}-{n}")).exists())
     path.rename(aside)
-    print(f"note: the figures of an earlier start without a checkpoint are kept in {aside}", file=sys.stderr)
+    print(printable(f"note: the figures of an earlier start without a checkpoint are kept in {aside}"), file=sys.stderr)
 
 
 def mark_failed(run_dir: Path, error: BaseException, step: int | None) -> None:
@@ -276,8 +277,8 @@ def write_run_files(
     if checkpoint is not None:
         record["checkpoint"] = str(checkpoint)
     path = run_dir / PROVENANCE
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        before = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        before = settings_object(path)
         starts = [before | start for start in before.pop("earlier", [])]
         record["earlier"] = [
             {key: start.get(key) for key in {**record, **start} if start.get(key) != record.get(key)}

@@ -1,6 +1,5 @@
 """The ledger of a run: which samples it consumed, and whether any was repeated, skipped or never seen."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightspan.config.allow import RUN
 from lightspan.config.resolve import recorded
 from lightspan.errors import UserError
+from lightspan.foreign import settings_object
 from lightspan.run_files import LEDGER
 
 if TYPE_CHECKING:
@@ -48,13 +48,12 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
     """The ledger of a run folder. Raises: UserError if there is none, or it has another format."""
     path = run_dir / LEDGER
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        ledger = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()  # raises what is missing
+        ledger = settings_object(path)
         _refuse_other_content(ledger)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {_why_none(run_dir)}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not the ledger of a run: {error}; name another run folder") from error
     return dict(ledger)
 

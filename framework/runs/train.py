@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightspan.checkpoints.manifest import standing
 from lightspan.config.blame import unfit_batch
 from lightspan.config.build import Built, Resolved
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def call(function: Callable[[], Any], built: Built, run_dir: Path, checkpoint: P
 def _say_stopped(why: str, run_dir: Path) -> None:
     if is_first_rank():
         way_on = f"; the same command with --run {shlex.quote(str(run_dir))} continues from it"
-        print(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}", file=sys.stderr, flush=True)
+        print(
+            printable(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}"), file=sys.stderr, flush=True
+        )
 
 
 def _explain(error: OSError, run_dir: Path) -> None:

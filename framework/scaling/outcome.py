@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightspan.analysis.scaling_laws import FEWEST_SIZES, FormFit, Interval, ScalingCurve, scaling_curve
 from lightspan.config.flags import allow_options
-from lightspan.errors import print_notes
+from lightspan.console import SafeConsole
+from lightspan.errors import print_notes, printable
 from lightspan.files import write_atomic
 from lightspan.run_files import SCALING, SCALING_PICTURE
 from lightspan.runs.figures import SeedScores, scores
@@ -71,7 +71,7 @@ def outcome_of(sweep: Sweep, folder: Path, top: float | None, guess_top: bool) -
 
 def conclude(study: Study, sweep: Sweep, folder: Path, top: float | None, guess_top: bool) -> bool:
     """Prints the outcome and writes scaling.json and scaling.png; whether every run is done."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     undone = [trial for trial in sweep.trials if status_of(folder / trial.run) is not Status.DONE]
     if sweep.metric is not None:
         found = outcome_of(sweep, folder, top, guess_top)
@@ -99,11 +99,11 @@ def conclude(study: Study, sweep: Sweep, folder: Path, top: float | None, guess_
         again += ["--retry-failed"] if failed else []
     else:
         again += ["--sizes", str(min(10 * sizes_of(sweep)[-1], study.samples))]
-    print(f"{'not finished' if undone else 'done'}: {folder}")
-    print(f"next: lightspan report {shlex.quote(str(folder))}")
+    print(printable(f"{'not finished' if undone else 'done'}: {folder}"))
+    print(printable(f"next: lightspan report {shlex.quote(str(folder))}"))
     # How many samples drawn classes have differs by seed.
     if undone or (study.classes is None and study.samples > sizes_of(sweep)[-1]):
-        print(f"      lightspan {shlex.join(again)}")
+        print(printable(f"      lightspan {shlex.join(again)}"))
     return not undone
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.adapters.layers import is_open
 from lightspan.distributed import rank as process_rank
-from lightspan.errors import UserError
+from lightspan.errors import UserError, printable
 from lightspan.patterns import matches, require_matches
 from lightspan.subspaces.svd import thin_svd
 
@@ -140,7 +140,7 @@ def factorise(model: nn.Module, ratio: float = 2.0, exclude: list[str] | None = 
             assert isinstance(layer, nn.Linear)
             _put(model, cut.name, FactorisedLinear(layer, cut.rank).train(layer.training))
     if process_rank() == 0:
-        print("\n".join(table(cuts)), flush=True)
+        print(printable("\n".join(table(cuts))), flush=True)
     return model
 
 

@@ -4,6 +4,8 @@ values so far, and what is measured is the caller's.
 
 from collections.abc import Callable, Sequence
 
+from lightspan.errors import printable
+
 LONGEST_LINE = 13
 """Points after which a line ends: one on which nothing changes has no best value inside."""
 
@@ -21,7 +23,7 @@ def best_on_line(value: Callable[[float], float], centre: float, reach: int, lon
         if min(values) < best < max(values):
             return centre * 2.0**best
         if len(values) >= longest:
-            print(f"no best value inside {longest} around {centre:.3g}; taking an end", flush=True)
+            print(printable(f"no best value inside {longest} around {centre:.3g}; taking an end"), flush=True)
             return centre * 2.0**best
         after = best - 1 if best == min(values) else best + 1
         values[after] = value(centre * 2.0**after)

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lightspan.console import SafeConsole
 from lightspan.errors import printable
 from lightspan.runs.fits import Task, run_side_by_side
 
@@ -27,7 +27,7 @@ def run_shown(
         total, completed: how many runs there are in all, and how many of them were done before.
         standing: how far a running task is.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     texts = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[said]}", markup=False))
     with Progress(texts[0], BarColumn(), texts[1], TimeElapsedColumn(), console=console, transient=True) as progress:
         bar = progress.add_task("runs", total=total, completed=completed, said=f"{completed} of {total}")

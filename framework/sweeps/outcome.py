@@ -4,9 +4,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from lightspan.config.flags import allow_options
+from lightspan.console import SafeConsole
 from lightspan.errors import print_notes, printable
 from lightspan.run_files import METRICS, OUTPUT
 from lightspan.runs.catalogue import failure
@@ -24,7 +23,7 @@ _FEW = 5  # runs that are not done and are named
 
 def conclude(sweep: Sweep, folder: Path) -> bool:
     """Prints the outcome; whether every run is done."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     undone = [trial for trial in sweep.trials if status_of(folder / trial.run) is not Status.DONE]
     commands = [["report", str(folder)], ["runs", str(folder)]]
     done = [trial for trial in sweep.trials if trial not in undone]
@@ -48,9 +47,9 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
         name_undone(undone, folder)
         retry = ["--retry-failed"] if any(status_of(folder / trial.run) is Status.FAILED for trial in undone) else []
         commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), *retry])
-    print(f"{'not finished' if undone else 'done'}: {folder}")
+    print(printable(f"{'not finished' if undone else 'done'}: {folder}"))
     for at, words in enumerate(commands):
-        print(f"{'next:' if at == 0 else '     '} lightspan {shlex.join(words)}")
+        print(printable(f"{'next:' if at == 0 else '     '} lightspan {shlex.join(words)}"))
     return not undone
 
 
@@ -69,4 +68,4 @@ def name_undone(undone: Sequence[Trial], folder: Path) -> None:
         see = f", see {OUTPUT} there" if (run / OUTPUT).exists() else ""  # a task of an array prints elsewhere
         print(printable(f"{status}: {run}{see}" + (f"\n    {why}" if why else "")))
     if len(undone) > _FEW:
-        print(f"and {len(undone) - _FEW} more that are not done")
+        print(printable(f"and {len(undone) - _FEW} more that are not done"))

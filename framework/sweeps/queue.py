@@ -7,7 +7,7 @@ from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
-from lightspan.errors import UserError, one_line
+from lightspan.errors import UserError, one_line, printable
 from lightspan.files import write_atomic
 from lightspan.run_files import FAILED, METRICS, OUTPUT
 from lightspan.runs.figures import figure, scores
@@ -30,7 +30,7 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
     queue = TrialQueue(sweep, folder, retry_failed)
     before = sum(not queue.due(trial) for trial in sweep.trials)
     ended_before = f", {before} of them ended before" if before else ""
-    print(f"{sweep.recipe}: {sweep.total} runs -> {folder}{ended_before}", flush=True)
+    print(printable(f"{sweep.recipe}: {sweep.total} runs -> {folder}{ended_before}"), flush=True)
 
     def ended(task: Task, status: int) -> str:
         became = queue.ended(task, status)

@@ -3,10 +3,10 @@
 from collections import Counter
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
+from lightspan.console import SafeConsole
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.treatment import treatment
 
@@ -39,7 +39,7 @@ def print_report(optimizer: Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if optimizer.rule.inner.by_heads and not any(map(optimizer.heads_of, parameters)):
         table.caption += "\nby_heads=True, but no group names attention heads: matrices are taken whole"
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 @rank_zero_only
@@ -65,7 +65,7 @@ def print_groups(optimizer: Optimizer) -> None:
             f"{sum(parameter.numel() for parameter in group['params']):,}",
             *("" if value is None else f"{float(value):g}" for value in (rate, decay)),
         )
-    Console().print(table)
+    SafeConsole().print(table)
 
 
 def _mib(size: int) -> str:

@@ -3,7 +3,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from lightspan.analysis.frechet import frechet_distance, principal_directions
+from lightspan.analysis.frechet import frechet_distance, gaussian_distance, principal_directions
 from lightspan.errors import UserError
 
 
@@ -58,3 +58,10 @@ def test_what_has_no_distance_is_refused() -> None:
         frechet_distance(rows(40, 1)[:1], rows(30, 2))
     with pytest.raises(UserError, match=r"6 principal directions are outside \[1, 5\]"):
         principal_directions(rows(40, 1), 6)
+
+
+def test_covariances_that_overflow_are_refused_and_not_decomposed() -> None:
+    ones, huge = torch.eye(2), 1e200 * torch.eye(2, dtype=torch.float64)
+    for a, b in ((huge, huge), (huge * 1e200, ones.double()), (ones.double(), huge * 1e200)):
+        with pytest.raises(UserError, match="overflow"):
+            gaussian_distance(torch.zeros(2), a, torch.zeros(2), b)

@@ -66,5 +66,7 @@ def test_what_does_not_fit_is_refused() -> None:
         UNet(1, 4, 3)(torch.zeros(1, 1, 6, 8))
     with pytest.raises(UserError, match="width=6 a multiple of 4"):
         UNet(1, 6)
-    with pytest.raises(UserError, match="timm gives no maps of levels"):
+    with pytest.raises(UserError, match="timm has no network named 'no_such_network'"):
         PyramidMaps("no_such_network")
+    with pytest.raises(UserError, match="timm gives no maps of levels"):
+        PyramidMaps("resnet10t", levels=(0, 99))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.callbacks.watching.run_summary import RunSummary
 from lightspan.checkpoints.content import MOST_DEEP, content_fault, state_fault
-from lightspan.checkpoints.io import WholeFileCheckpointIO, read_checkpoint, unusable
+from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, read_checkpoint, unusable
 from lightspan.checkpoints.manifest import fault
 from lightspan.checkpoints.restore import explained_restoring
 from lightspan.errors import UserError
 from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.merging.weights import open_weights
 
 Entry = tuple[str | int, ...]
 MISSING: Any = object()
@@ -284,3 +286,24 @@ def test_an_error_on_the_way_to_other_ranks_is_not_blamed_on_the_checkpoint(erro
     with pytest.raises(RuntimeError) as raised, explained_restoring("x.ckpt", "loops"):
         raise error
     assert raised.value is error
+
+
+def test_a_tensor_with_more_numbers_than_the_file_is_refused_by_every_reader(tmp_path):
+    for entry in ("state_dict", "optimizer_states", "callbacks"):
+        huge = torch.zeros(1).expand(2**40)
+        path = tmp_path / f"{entry}.ckpt"
+        torch.save({"state_dict": {}} | {entry: {"w": [huge]} if entry != "state_dict" else {"w": huge}}, path)
+        for read in (read_checkpoint, outline, open_weights, WholeFileCheckpointIO().load_checkpoint):
+            with pytest.raises(UserError, match=rf"{entry}\.w.* is a tensor of 1,099,511,627,776 numbers"):
+                read(path)
+
+
+def test_an_expanded_buffer_of_a_run_is_saved_whole(tmp_path):
+    state = OrderedDict(w=torch.ones(1).expand(3), v=torch.arange(6.0)[::2])
+    state._metadata = {"": {"version": 2}}
+    WholeFileCheckpointIO().save_checkpoint({"state_dict": state}, tmp_path / "a.ckpt")
+    back = read_checkpoint(tmp_path / "a.ckpt")["state_dict"]
+    assert back["w"].tolist() == [1, 1, 1]
+    assert back["v"].tolist() == [0, 2, 4]
+    assert back._metadata == state._metadata
+    assert state["w"].stride() == (0,)  # the run's own is as it was

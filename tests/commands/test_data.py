@@ -267,7 +267,7 @@ def test_pairs_are_packed_for_the_data_that_read_pairs(tmp_path: Path, capsys) -
     )
     (folder / "b.2.png").write_bytes(b"no image")
     assert main(["data", "pack", str(folder), "--out", str(tmp_path / "again")]) == 2
-    assert "b.2.png: it is not a JPEG, PNG or WebP image" in capsys.readouterr().err
+    assert "b.2.png: it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of other systems are text")
@@ -288,7 +288,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (cats / "2.png").write_bytes(b"no image")
     header = b"IHDR" + (2**15).to_bytes(4, "big") * 2 + whole[24:29]  # says that it is 32,768 pixels wide and high
     (cats / "4.png").write_bytes(whole[:12] + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:])
-    return {"0.png": "it is empty", "2.png": "not a JPEG, PNG or WebP", "4.png": "its pixels exceed the limit"}
+    return {"0.png": "it is empty", "2.png": "not a JPEG, PNG, WebP", "4.png": "its pixels exceed the limit"}
 
 
 def test_images_that_could_not_be_read_are_not_packed(

@@ -70,7 +70,7 @@ def test_check_finds_pictures_that_cannot_be_whole_and_leaves_those_alone_that_c
     said = capsys.readouterr().err
     assert "data.init_args.folder: 4 of 30 pictures cannot be read: bird/half.jpg (" in said
     assert "cat/empty.png (it is empty), cat/half.png (" in said
-    assert "cat/text.png (it is not a JPEG, PNG or WebP image); repair or remove them, or train" in said
+    assert "cat/text.png (it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image); repair or remove them, or train" in said
     assert main(["check", *MAE, "data.init_args.skip_damaged=true"]) == 0
     assert "note: data.init_args.folder: 4 of 30 pictures cannot be read: " in capsys.readouterr().err
 

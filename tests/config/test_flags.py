@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightspan.config.flags import flag_layer, split_flags
-from lightspan.config.tree import plain
+from lightspan.config.tree import MAX_DEPTH, plain
 from lightspan.errors import UserError
 
 
@@ -63,3 +63,9 @@ def test_bad_flags_say_what_is_wrong(call, message):
     with pytest.raises(UserError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_a_flag_of_too_many_levels_is_refused() -> None:
+    assert flag_layer([".".join("a" * MAX_DEPTH) + "=1"]).value
+    with pytest.raises(UserError, match=f"5,001 levels, and the limit is {MAX_DEPTH}"):
+        flag_layer(["a." * 5_000 + "a=1"])

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lightspan.config.tree import dump, parse, plain, read, walk
+from lightspan.config.tree import MAX_BITS, dump, parse, plain, read, walk
 from lightspan.errors import UserError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -147,3 +147,12 @@ def test_a_missing_file_and_an_empty_file(tmp_path: Path):
         read(tmp_path / "gone.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert plain(read(tmp_path / "empty.yaml")) == {}
+
+
+def test_whole_numbers_end_where_floats_do() -> None:
+    for number in (2**MAX_BITS - 1, -(2**MAX_BITS) + 1, 2**64, 0):
+        assert plain(parse(f"seed: {number}", "r.yaml"))["seed"] == number
+    for text in (str(2**MAX_BITS), str(-(2**MAX_BITS)), "0x" + "f" * 100_000):
+        with pytest.raises(UserError, match=r"r\.yaml:1 seed: the whole number .* is beyond 1,024 bits") as refused:
+            parse(f"seed: {text}", "r.yaml")
+        assert len(str(refused.value)) < 200

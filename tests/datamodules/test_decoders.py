@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lightspan.datamodules.shards import headers
 from lightspan.datamodules.shards.decoders import check_fields, damage_of, decode_fields, decode_image
 from lightspan.errors import UserError
 
@@ -158,10 +157,29 @@ def test_damage_is_found_in_headers_and_to_the_end_where_that_is_asked_for() -> 
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers, "MAX_PIXELS", 99)
+    monkeypatch.setenv("LIGHTSPAN_MAX_PIXELS", "99")
     monkeypatch.setattr(Image.Image, "convert", None)
-    with pytest.raises(UserError, match="10 x 10 pixels exceed the limit of 99"):
+    with pytest.raises(UserError, match=r"it has 100 pixels, and the limit is 99; .* LIGHTSPAN_MAX_PIXELS"):
         decode_fields(sample(png=encoded(Image.new("L", (10, 10)))), {"image": "png"})
+
+
+def test_a_png_with_a_wrong_checksum_is_damaged_although_it_decodes() -> None:
+    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)))
+    assert damage_of("png", whole, whole=False) is None
+    for at in (whole.index(b"IDAT") + 900, len(whole) - 14):  # in the numbers, and in their checksum
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        for all_of_it in (False, True):
+            assert "checksum" in str(damage_of("png", bytes(flipped), all_of_it))
+        with pytest.raises(ValueError, match="checksum"):
+            decode_image(bytes(flipped))
+    with Image.open(io.BytesIO(flipped)) as image:
+        image.load()  # and raises nothing
+
+
+def test_a_tiff_of_floats_has_no_shades() -> None:
+    with pytest.raises(ValueError, match="TIFF of mode F"):
+        decode_image(saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
 
 
 def test_a_sample_without_the_member_is_named() -> None:

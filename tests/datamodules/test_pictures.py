@@ -68,11 +68,11 @@ def test_links_are_skipped_and_counted_or_followed_but_never_in_circles(tmp_path
 
 def test_other_and_hidden_files_are_left_out_and_the_others_counted(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "in", {"": 1, ".thumbs": 1})
-    for name in ("a.txt", "b.txt", "c.gif", "README", ".hidden.png"):
+    for name in ("a.txt", "b.txt", "c.svg", "README", ".hidden.png"):
         (folder / name).write_bytes(b"x")
     found = find_pictures(folder)
     assert found.names == ["000.png"]
-    assert found.remarks == ["4 other files were left out: 2 .txt, 1 .gif, 1 without an ending"]
+    assert found.remarks == ["4 other files were left out: 2 .txt, 1 .svg, 1 without an ending"]
 
 
 def test_folders_without_pictures_say_what_is_in_them(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_damaged_files_are_all_named_and_counted_and_skipped_only_with_leave(
         opened(folder, links="follow")
     said = str(refused.value)
     for name, why in (
-        (r"x\nodd \udcff.png", "it is not a JPEG, PNG or WebP image"),
+        (r"x\nodd \udcff.png", "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image"),
         ("cut.png", ""),
         ("empty.jpg", "it is empty"),
         ("gone.png", "cannot be read"),
@@ -245,15 +245,15 @@ def test_folders_of_damaged_files_alone_are_refused_in_any_case(tmp_path: Path) 
 
 def test_an_unreadable_file_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_pictures(tmp_path / "in", {"": 3})
-    read = Path.read_bytes
+    before = os.open
 
-    def refuse(path: Path) -> bytes:
-        if path.name == "001.png":
+    def refuse(path: str | Path, *more: int, **settings: int) -> int:
+        if Path(path).name == "001.png":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
+        return before(path, *more, **settings)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(UserError, match=r"1 of 3 pictures cannot be read:\n.*001\.png: Permission denied"):
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"1 of 3 pictures cannot be read:\n.*001\.png: it cannot be opened"):
         opened(folder)
 
 

@@ -173,3 +173,16 @@ def test_what_says_nothing_is_named(make: Callable[[Path], Any], message: str, t
     with pytest.raises(UserError, match=message):
         make(tmp_path)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("merger", [WeightedAverage(), Slerp(), TaskArithmetic(base="a"), Ties(base="a")])
+def test_infinity_in_one_checkpoint_is_named_and_what_all_share_stays(merger: Merger, tmp_path: Path) -> None:
+    models = {"a": {"w": torch.tensor([1.0, 2.0, -torch.inf])}, "b": {"w": torch.tensor([1.0, 3.0, -torch.inf])}}
+    if not isinstance(merger, Slerp):  # which has no angle between infinite vectors
+        assert merged(merger, tmp_path, **models)["w"][2] == -torch.inf
+    for name in "ab":
+        for value, what in ((torch.inf, "infinity"), (torch.nan, "NaN")):
+            diverged = {other: {"w": tensors["w"].clone()} for other, tensors in models.items()}
+            diverged[name]["w"][1] = value
+            with pytest.raises(UserError, match=f"w of the checkpoint {name} holds {what}"):
+                merged(merger, tmp_path, **diverged)

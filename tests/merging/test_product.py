@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lightspan.cli import main
 from lightspan.errors import UserError
 from lightspan.merging.adapted import AdaptedWeights
+from lightspan.merging.arithmetic import WeightedAverage
+from lightspan.merging.product import write_product
 from lightspan.merging.weights import open_weights
 
 peft = pytest.importorskip("peft")
@@ -293,3 +295,28 @@ def test_a_setting_of_the_coefficients_is_told_where_it_belongs(method: str, set
     assert main(["merge", "a", "--base", "b", "--out", "out", "--method", method, "--set", setting]) == 2
     name = setting.partition("=")[0]
     assert f"did you mean merger.init_args.coefficients.init_args.{name}?" in capsys.readouterr().err
+
+
+def test_no_file_of_the_reader_becomes_part_of_a_merged_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"notes\.txt is a link that leads out of"):
+        write_product(WeightedAverage(), {"a": open_weights(folder)}, out, {}, "average", {})
+    assert not out.exists()
+
+
+def test_the_links_of_the_hubs_own_cache_are_followed(tmp_path: Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "1234"
+    for made in (blobs, folder):
+        made.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, blobs / "a")
+    (blobs / "b").write_text("{}")
+    (folder / "model.safetensors").symlink_to("../../blobs/a")
+    (folder / "config.json").symlink_to("../../blobs/b")
+    write_product(WeightedAverage(), {"a": open_weights(folder)}, tmp_path / "out", {}, "average", {})
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from lightspan.report.chart import Chart, ChartLine, draw
 from lightspan.report.compare import caution, compare, differences, headline, number
 from lightspan.report.curves import smooth, thin, ticks, window
+from lightspan.report.page import render
 from lightspan.report.runs import load_runs, unique_names
-from lightspan.report.sections import group_of, sections, unit_of
+from lightspan.report.sections import MOST_CHARTS, group_of, sections, unit_of
 
 MakeRun = Callable[..., Path]
 VALUES = st.floats(-1e6, 1e6)
@@ -307,3 +308,15 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["a"]["steps"] == 50
+
+
+def test_a_run_of_very_many_metrics_has_a_page_of_some(tmp_path: Path) -> None:
+    count = 3 * MOST_CHARTS
+    lines = [json.dumps({"step": at, "time_s": at, f"m{at}": 1.0}) for at in range(count)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    [run] = load_runs([tmp_path])
+    assert len(run.metrics()) == count
+    assert [point.step for point in run.points("m7")] == [7]
+    [section] = sections([run])
+    assert (len(section.charts), section.more) == (MOST_CHARTS, count - MOST_CHARTS)
+    assert f"{count - MOST_CHARTS:,} more metrics of this kind are not drawn" in render([run], "r")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lightspan.array_files import mapped_array
 from lightspan.errors import UserError
 from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.noise import interpolation
@@ -73,8 +74,8 @@ class CloudMasks(MaskSampler):
 
 def _read(path: str) -> np.ndarray:
     try:
-        clouds = np.lib.format.open_memmap(Path(path).expanduser(), mode="r")
-    except (OSError, ValueError) as error:
+        clouds = mapped_array(Path(path).expanduser())
+    except ValueError as error:
         raise UserError(f"CloudMasks: clouds={path} cannot be read: {error}; give a .npy file of masks") from error
     if clouds.ndim != 3 or not clouds.size or clouds.dtype.kind not in "buif":
         raise UserError(f"CloudMasks: clouds={path} is {clouds.dtype} {[*clouds.shape]}, and masks are numbers [N h w]")

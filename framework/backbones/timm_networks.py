@@ -1,0 +1,34 @@
+"""Networks of timm by name: the one place that calls `timm.create_model` with a name that a recipe gives.
+
+timm also takes addresses for names, `hf-hub:OWNER/MODEL` and `local-dir:FOLDER`, and follows both to settings that
+others wrote. Here a name is the name of a network.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+
+from lightspan.errors import UserError, one_line
+
+
+def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
+    """A network of timm with its weights random, or those that timm knows under its name.
+
+    Args:
+        name: as in `timm.list_models()`, with or without the tag of its weights.
+        settings: as `timm.create_model` takes them.
+    Raises: UserError for a name that timm does not have; what timm raises for settings.
+    """
+    known = timm.list_pretrained() if "." in name else timm.list_models()
+    if name not in known:
+        refuse_unknown(name, known, "timm")
+    return timm.create_model(name, pretrained=pretrained, **settings)
+
+
+def refuse_unknown(name: str, known: Sequence[str], library: str) -> None:
+    """Raises: UserError that names what `library` has of nearly this name."""
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{library}'s list_models() lists all names"
+    raise UserError(f"{library} has no network named {one_line(repr(name))[:200]}; {hint}")

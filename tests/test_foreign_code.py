@@ -1,0 +1,135 @@
+"""No file of others runs code, and each is read in the one place that checks it: read off the source, call by call."""
+
+import ast
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+from test_house_rules import ROOT, SOURCES
+
+from lightspan.console import SafeConsole
+
+# What loads or runs what a file says, by the end of its dotted name, and the settings that make it safe.
+SAFE_WITH: dict[str, dict[str, object]] = {
+    "torch.load": {"weights_only": True},
+    "np.load": {"allow_pickle": False},
+    "format.read_array": {"allow_pickle": False},
+    "cached_file": {"local_files_only": True},
+}
+FORBIDDEN = (
+    *("pickle.load", "pickle.loads", "cPickle.load", "dill.load", "joblib.load", "shelve.open", "marshal.loads"),
+    *("torch.hub.load", "hub.load_state_dict_from_url", "torch.jit.load", "load_dataset", "yaml.load"),
+    *("hf_hub_download", "snapshot_download", "get_class_from_dynamic_module", "np.fromregex"),
+)
+# Each has one place, which checks what it is given; its own folder, just written, may be read back beside it.
+ONE_PLACE = {
+    "safe_open": {"framework/tensor_files.py", "framework/exports/safetensors.py"},
+    "timm.create_model": {"framework/backbones/timm_networks.py", "framework/exports/timm_folder.py"},
+    "tifffile.TiffFile": {"datamodules/satellite/tiffs.py"},
+    "soundfile.SoundFile": {"datamodules/audio/sound.py"},
+    "Image.open": {"datamodules/shards/headers.py"},
+    "format.read_array": {"framework/array_files.py"},
+    "open_memmap": {"framework/array_files.py"},
+    # The project's own: an asset, and a cache.
+    "np.load": {"datamodules/images/small.py", "datamodules/pictures/packed.py"},
+}
+
+OWN_JSON = {
+    "datamodules/pictures/packed.py",  # the cache of this user
+    "framework/exports/timm_folder.py",  # just written
+    "framework/features/description.py",  # of an installed package
+    "callbacks/resilience/watchdog.py",  # of this run
+    "framework/scaling/study.py",  # after a look at its size
+    "framework/sweeps/files.py",
+}
+
+
+def calls(file: Path) -> Iterator[tuple[str, str, ast.Call]]:
+    """(file:line, dotted name as written, call) of every call in a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            yield f"{file.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node
+
+
+CALLS = [call for _, file in SOURCES for call in calls(file)]
+
+
+def settings(call: ast.Call) -> dict[str | None, object]:
+    """The constant keyword arguments of a call."""
+    return {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+
+
+def ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def test_the_rules_see_the_loaders() -> None:
+    found = {ending for ending in (*SAFE_WITH, *ONE_PLACE) for _, name, _ in CALLS if ends(name, ending)}
+    assert found == {*SAFE_WITH, *ONE_PLACE}
+
+
+def test_what_could_unpickle_is_told_not_to() -> None:
+    for ending, safe in SAFE_WITH.items():
+        unsafe = [at for at, name, call in CALLS if ends(name, ending) and not safe.items() <= settings(call).items()]
+        assert not unsafe, f"{ending} needs {safe}: {unsafe}"
+    names = [(at, name) for at, name, _ in CALLS]
+    assert not [pair for pair in names if pair[1] in ("eval", "exec") or any(ends(pair[1], end) for end in FORBIDDEN)]
+
+
+def test_transformers_never_asks_whether_to_run_code() -> None:
+    unsafe = [
+        (at, name)
+        for at, name, call in CALLS
+        if ends(name, "from_pretrained") or (name.startswith("Auto") and ends(name, "from_config"))
+        if settings(call).get("trust_remote_code") is not False
+        # Nothing is opened without a folder; PEFT has no code to trust.
+        if not (call.args and ast.unparse(call.args[0]) == "None") and name != "PeftModel.from_pretrained"
+    ]
+    assert not unsafe, f"trust_remote_code=False is missing: {unsafe}"
+    assert not [at for at, _, call in CALLS if settings(call).get("trust_remote_code")]
+
+
+def test_every_kind_of_foreign_file_is_opened_in_one_place() -> None:
+    for ending, places in ONE_PLACE.items():
+        elsewhere = [at for at, name, _ in CALLS if ends(name, ending) and at.partition(":")[0] not in places]
+        assert not elsewhere, f"{ending} has its place in {places}: {elsewhere}"
+
+
+def is_safe(argument: ast.expr) -> bool:
+    """Whether a text is the source's own, or control characters in it are escaped."""
+    if isinstance(argument, ast.Call):
+        return ast.unparse(argument.func) in ("printable", "one_line")
+    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+    return all(isinstance(part, ast.Constant) for part in parts)
+
+
+def test_what_is_printed_has_no_control_characters_of_others() -> None:
+    printed = [(at, word) for at, name, call in CALLS if name == "print" for word in call.args]
+    assert len(printed) > 60
+    assert not [at for at, word in printed if not is_safe(word)], "wrap it in printable()"
+    consoles = [at for at, name, _ in CALLS if ends(name, "Console")]
+    assert not consoles, f"lightspan.console has one that escapes: {consoles}"
+
+
+def test_a_table_cannot_control_the_terminal() -> None:
+    hostile = "x\x1b]0;pwn\x07\x1b[31m\x9b31m\u202e"
+    table = Table(title=Text(hostile), caption=hostile)
+    table.add_column(Text(hostile))
+    table.add_row(Text(hostile))
+    for terminal in (False, True):
+        console = SafeConsole(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None)
+        console.print(table)
+        console.print(hostile)
+        said = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # rich's own styles
+        assert not {*said} & {"\x1b", "\x07", "\x9b", "\u202e"}
+        assert r"x\x1b]0;pwn\x1b[31m\x9b31m\u202e" in said  # rich leaves out the bell by itself
+
+
+def test_json_of_others_is_read_within_limits() -> None:
+    read = [(at, ast.unparse(call)) for at, name, call in CALLS if name in ("json.load", "json.loads")]
+    whole = [at for at, text in read if ".read_text(" in text or ".read_bytes(" in text]
+    unbounded = [at for at in whole if at.partition(":")[0] not in OWN_JSON]
+    assert not unbounded, f"lightspan.foreign.settings_object reads it: {unbounded}"
