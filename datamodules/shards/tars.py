@@ -84,7 +84,7 @@ def read_members(
             while complete and (block := archive.fileobj.read(2**20)):
                 if (padding := padding + len(block)) > MOST_PADDING:
                     raise UserError(
-                        f"shard {shard} has more than {MOST_PADDING:,} bytes of nothing after its end mark at byte {end}; "
+                        f"shard {shard} has more than {MOST_PADDING:,} bytes of nothing after its end, byte {end}; "
                         "write or fetch it again"
                     )
                 if block.strip(b"\0"):
