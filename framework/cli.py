@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(printable(f"lightspan: {printable(str(error))}"), file=sys.stderr)
+            print(f"lightspan: {printable(str(error))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         if debug:
@@ -148,7 +148,7 @@ def _set_apart(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 def _without_verb(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-V", "--version"):
-        print(printable(f"lightspan {__version__}"))
+        print(f"lightspan {__version__}")
         return 0
     if arguments and arguments[0] not in ("-h", "--help", "help"):
         from lightspan.config.problems import nearest

@@ -99,11 +99,15 @@ def test_every_kind_of_foreign_file_is_opened_in_one_place() -> None:
 
 
 def is_safe(argument: ast.expr) -> bool:
-    """Whether a text is the source's own, or control characters in it are escaped."""
+    """Whether a text is the source's own, a number, or has its control characters escaped."""
     if isinstance(argument, ast.Call):
-        return ast.unparse(argument.func) in ("printable", "one_line")
-    parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
-    return all(isinstance(part, ast.Constant) for part in parts)
+        return ast.unparse(argument.func) in ("printable", "one_line", "len")
+    if isinstance(argument, ast.JoinedStr):
+        return all(map(is_safe, argument.values))
+    if isinstance(argument, ast.FormattedValue):
+        form = ast.unparse(argument.format_spec).rstrip("'") if argument.format_spec else ""
+        return form.endswith((",", "d", "f", "g")) or is_safe(argument.value)  # Python formats no text so
+    return isinstance(argument, ast.Constant) or ast.unparse(argument) == "__version__"
 
 
 def test_what_is_printed_has_no_control_characters_of_others() -> None:

@@ -50,12 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the script, or the answer to its question."""
     if args.words is None:
-        print(
-            printable(
-                resources.files("lightspan.commands").joinpath("completions", f"lightspan.{args.shell}").read_text()
-            ),
-            end="",
-        )
+        script = resources.files("lightspan.commands").joinpath("completions", f"lightspan.{args.shell}")
+        print(printable(script.read_text()), end="")
         return 0
     try:
         found = completion(args.words)

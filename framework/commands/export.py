@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         product = write(request, folder)
         print(printable(_said(product)))
         if not product.difference <= product.limit:
-            print(printable(f"this is more than {product.limit:.3g}: nothing was written"))
+            print(f"this is more than {product.limit:.3g}: nothing was written")
             return 1
         _write_cards(args, resolved, checkpoint, product, folder)
         record = {"format": args.to, "recipe": resolved.name, "checkpoint": str(checkpoint), **_version()}

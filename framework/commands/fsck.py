@@ -61,7 +61,7 @@ def _unusable(path: Path) -> Fault | None:
 
 def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
     width = max([len(path.name) for path in found] + [10])
-    print(printable(f"{'checkpoint':<{width}}  {'step':>9}  {'MiB':>10}  state"))
+    print(f"{'checkpoint':<{width}}  {'step':>9}  {'MiB':>10}  state")
     for path, wrong in found.items():
         told = manifest(path) or {}
         state = "whole" if wrong is None else wrong.text

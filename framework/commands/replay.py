@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rank is not None and not 0 <= args.rank < capture.ranks:
         raise UserError(f"--rank {args.rank}: the run had {capture.ranks} ranks; give one of 0 to {capture.ranks - 1}")
     if is_first_rank():
-        print(printable(f"captured: {one_line(capture.reason)}"))
+        print(f"captured: {one_line(capture.reason)}")
         print_notes([*resolved.notes, *capture.remarks])
     if args.all_ranks:
         by_rank = replayed_together(resolved, at, capture)
