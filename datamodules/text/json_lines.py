@@ -28,6 +28,9 @@ def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
 
 def _read(where: str, line: str) -> tuple[str, Any]:
     try:
-        return where, json.loads(line)
+        value = json.loads(line)
+        if "\\u" in line:  # may have escaped half a surrogate pair, which is not text and becomes a question mark
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return where, value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from error
