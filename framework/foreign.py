@@ -21,6 +21,10 @@ from lightspan.errors import UserError, one_line
 from lightspan.files import irregular, opened
 
 
+class TooMuchError(ValueError):
+    """What is beyond a limit, where all other faults are of the file itself."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """The most of something that a file may have.
@@ -46,10 +50,10 @@ class Limit:
         return int(said)
 
     def require(self, count: int) -> None:
-        """Raises: ValueError if `count` is above the limit."""
+        """Raises: TooMuchError if `count` is above the limit."""
         if count > self.most:
             shown = f"{count:,}" if count < 2**63 else "more than 2^63"
-            raise ValueError(
+            raise TooMuchError(
                 f"it has {shown} {self.unit}, and the limit is {self.most:,}; if you trust it, raise the limit with "
                 f"{self.setting} in the environment"
             )
@@ -77,7 +81,7 @@ def opened_regular(path: Path) -> Iterator[BinaryIO]:
 def content_of(path: Path, limit: Limit = BYTES) -> bytes:
     """All of a regular file, or of a link to one.
 
-    Raises: ValueError for anything else, for a file above the limit, and where reading fails.
+    Raises: ValueError for anything else, and where reading fails; TooMuchError for a file above the limit.
     """
     with opened_regular(path) as file:
         limit.require(os.fstat(file.fileno()).st_size)

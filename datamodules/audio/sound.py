@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.foreign import NUMBERS, opened_regular
+from lightspan.foreign import BYTES, NUMBERS, opened_regular
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -35,7 +35,6 @@ _UNKNOWN_SIZES = {0, 0x7FFFF000, 2**32 - 1}
 """Of a WAV's samples, where it was written as a stream; SoX writes the second."""
 _VORBIS_BLOCK = 8_192
 """The most samples of a block. An OGG may count the samples of one that its encoder left out at its beginning."""
-_SKIPPED = 2**20  # samples decoded at a time on the way to the first
 _LARGEST_PAGE = 65_307  # bytes of an OGG, of which the last says that it is the last
 Source = bytes | Path
 
@@ -60,22 +59,20 @@ def header(source: Source) -> Header:
 def read(source: Source, first: int = 0, count: int | None = None) -> tuple[np.ndarray, int]:
     """(mean of the channels, float32 [N], Hz) of `count` samples from `first` on, or of all.
 
-    Raises: ValueError as `header`, above the limit of `NUMBERS`, and for samples that cannot be decoded, are missing,
-        not finite or above LOUDEST.
+    Raises: ValueError as `header`, above the limits of `NUMBERS` and `BYTES`, and for samples that cannot be decoded,
+        are missing, not finite or above LOUDEST.
     """
     with _opened(source) as (sound, errors):
         said = _header(sound)
         count = said.frames - first if count is None else count
+        # The place of a sample in an MP3 is known by decoding what is before it, and in a WAV of GSM no other is found.
+        skipped = first if said.format == "MP3" or not sound.seekable() else 0
         NUMBERS.require(count * said.channels)
+        BYTES.require(4 * (skipped + count) * said.channels)
         try:
-            # The place of a sample in an MP3 is known by decoding what is before it, and in a WAV of GSM no other is
-            # found.
-            if said.format == "MP3" or not sound.seekable():
-                for begin in range(0, first, _SKIPPED):
-                    sound.read(min(_SKIPPED, first - begin), dtype="float32")
-            else:
+            if skipped < first:
                 sound.seek(first)
-            samples_NC = sound.read(count, dtype="float32", always_2d=True)
+            samples_NC = sound.read(skipped + count, dtype="float32", always_2d=True)[skipped:]
         except errors as error:
             raise ValueError(f"its samples cannot be decoded: {_said(error)}") from error
     lost = count - len(samples_NC)

@@ -5,6 +5,7 @@ Shapes: N images of a set, C H W image.
 
 import gzip
 import importlib.util
+import zlib
 from abc import abstractmethod
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
 from lightspan.files import expanded
-from lightspan.foreign import content_of, unpacked
+from lightspan.foreign import BYTES, content_of, drained
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -343,7 +344,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         content = content_of(path)
-        content = unpacked(content) if path.suffix == ".gz" else content
+        content = drained(zlib.decompressobj(wbits=31), content, BYTES.most) if path.suffix == ".gz" else content
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); install or download the data set again") from error
     # The header: two zero bytes, the type (8: unsigned byte), the number of axes, then each axis as big-endian uint32.

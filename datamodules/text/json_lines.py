@@ -22,7 +22,7 @@ def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:
     try:
         lines = whole_text(file).split("\n")
     except ValueError as error:
-        raise UserError(f"{setting}={file} cannot be read: {error}") from error
+        raise UserError(f"{setting}={file} is no file of JSON Lines: {error}") from error
     return [_read(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -140,7 +140,7 @@ class WordList(SampleSets):
         try:
             lines = whole_text(path).splitlines()
         except ValueError as error:
-            raise UserError(f"data.init_args.path={path} cannot be read: {error}") from error
+            raise UserError(f"data.init_args.path={path} is no list of words: {error}") from error
         words = [word for word in map(normalised, lines) if 0 < len(word) <= self.longest]
         require_enough(None, self.val_size, len(words), f"words of {path}")
         spelled(words, self.longest, self.alphabet)

@@ -18,7 +18,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.errors import UserError
 from lightspan.files import expanded, require_regular_file
-from lightspan.foreign import BYTES, content_of
+from lightspan.foreign import BYTES, TooMuchError, content_of
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -75,10 +75,10 @@ def text_content(path: Path) -> bytes | None:
     """A text file as it is; None for one that may not be read. Raises: UserError for one above the limit of `BYTES`."""
     try:
         return content_of(path)
-    except ValueError as error:
-        if not os.access(path, os.R_OK):
-            return None
+    except TooMuchError as error:
         raise UserError(f"the text {path} cannot be used: {error}") from error
+    except ValueError:
+        return None
 
 
 def require_within(size: int, what: str) -> None:

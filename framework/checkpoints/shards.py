@@ -185,10 +185,11 @@ def _metadata_fault(found: metadata.Metadata, path: Path) -> str | None:
             sizes[name] = (path / name).stat().st_size
         if place.offset + place.length > sizes[name]:
             return f"names a place beyond the end of {name} for {index.fqn}"
-    if sum(place.length for place in places.values()) > sum(sizes.values()):
-        return "names the same places several times: it lists more than its files hold"
     wrong = ((name, _tensor_fault(name, entry, places)) for name, entry in found.state_dict_metadata.items())
-    return next((f"{fault}: {name}" for name, fault in wrong if fault), None)
+    if found_fault := next((f"{fault}: {name}" for name, fault in wrong if fault), None):
+        return found_fault
+    more = sum(place.length for place in places.values()) > sum(sizes.values())
+    return "names the same places several times: it lists more than its files hold" if more else None
 
 
 def _tensor_fault(name: Any, entry: Any, places: Mapping[Any, Any]) -> str | None:

@@ -13,7 +13,7 @@ from lightspan.analysis.wordnet import read_nouns, wordnet_tree
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
-from lightspan.tensor_files import opened_tensors
+from lightspan.tensor_files import stored_tensors
 
 
 class LabelTree(Input):
@@ -148,6 +148,7 @@ class LabelDistances(Input):
             raise UserError(
                 f"there are no label distances at {file}; write them with safetensors, as `distance` [N, N]"
             )
-        with opened_tensors(file, "write it with safetensors, as `distance` [N, N]") as stored:
-            distance_NN: torch.Tensor = stored.get_tensor("distance")
+        distance_NN = stored_tensors(file)[0].get("distance")
+        if distance_NN is None:
+            raise UserError(f"{file} is no safetensors file with a `distance`; write it as `distance` [N, N]")
         return MatrixMetric(distance_NN, self.names)

@@ -68,11 +68,11 @@ def test_check_finds_pictures_that_cannot_be_whole_and_leaves_those_alone_that_c
     (tmp_path / "in/bird/without-its-end.png").write_bytes(half[:-12])  # and so is one with all its pixels
     assert main(["check", *MAE]) == 2
     said = capsys.readouterr().err
-    assert "data.init_args.folder: 4 of 30 pictures cannot be read: bird/half.jpg (" in said
+    assert "data.init_args.folder: 4 of 34 pictures cannot be read: bird/half.jpg (" in said
     assert "cat/empty.png (it is empty), cat/half.png (" in said
     assert "cat/text.png (it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image); repair or remove them, or train" in said
     assert main(["check", *MAE, "data.init_args.skip_damaged=true"]) == 0
-    assert "note: data.init_args.folder: 4 of 30 pictures cannot be read: " in capsys.readouterr().err
+    assert "note: data.init_args.folder: 4 of 34 pictures cannot be read: " in capsys.readouterr().err
 
 
 def test_of_many_pictures_as_many_as_the_limit_are_looked_at_from_the_first_to_the_last() -> None:

@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         words_of(tmp_path, "a\nHeld\n", alphabet="abcdel")
     with pytest.raises(UserError, match="ask for more than the 1 words"):
         words_of(tmp_path, "a\n")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match=r"data.init_args.path=.*none.txt is no list of words"):
         WordList(str(tmp_path / "none.txt"), Letters()).setup()
     for settings, message in (
         ({"alphabet": "aa"}, "alphabet='aa' must name"),

@@ -132,14 +132,14 @@ def test_binary_and_unreadable_files_are_skipped_and_counted(
 ) -> None:
     (folder / "binary.py").write_bytes(b"MZ\0\0" * 100)
     (folder / "locked.py").write_bytes(b"x" * 100)
-    read = Path.read_bytes
+    before = os.open
 
-    def guarded(path: Path) -> bytes:
-        if path.name == "locked.py":  # permissions do not stop root, who may run this test
+    def guarded(path: str | Path, *more: int, **settings: int) -> int:
+        if Path(path).name == "locked.py":  # permissions do not stop root, who may run this test
             raise PermissionError(13, "Permission denied")
-        return read(path)
+        return before(path, *more, **settings)
 
-    monkeypatch.setattr(Path, "read_bytes", guarded)
+    monkeypatch.setattr(os, "open", guarded)
     data = ByteText([str(folder)], context=9, val_fraction=0.25)
     data.setup()
     message = capsys.readouterr().out
