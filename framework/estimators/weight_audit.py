@@ -275,7 +275,7 @@ def _common_rank(changes: Sequence[Tensor], share: float) -> int:
 def _content(tensor: Tensor) -> tuple[object, ...]:
     """What equal tensors without NaN have in common, and no others."""
     numbers = (tensor + 0).contiguous()  # of -0 and 0, which are equal, one
-    digest = hashlib.sha256(numbers.reshape(-1).view(torch.uint8).numpy()).digest()
+    digest = hashlib.sha256(numbers.reshape(-1).view(torch.uint8).numpy().data).digest()
     return tuple(tensor.shape), tensor.dtype, digest
 
 

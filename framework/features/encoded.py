@@ -212,7 +212,7 @@ class FeatureFile(Input):
         said = metadata.get("preprocessing")
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
-        x_ND, label_N, index_N = (columns.pop(name, None) for name in ("features", "label", "index"))
+        x_ND, label_N, index_N = columns.pop("features"), columns.pop("label", None), columns.pop("index", None)
         key = str(file)
         if said is not None:
             try:

@@ -7,7 +7,6 @@ Shapes: N rows of all ranks, C classes. Draws come from numpy on the CPU: ranks,
 
 import math
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,8 +113,8 @@ def _table(distances: str | list[list[float]]) -> np.ndarray:
     """Raises: UserError for what is no square table of numbers >= 0."""
     try:
         if isinstance(distances, str):
-            source: Path | str = expanded(distances, "distances")
-            table = read_array(source)
+            source = str(file := expanded(distances, "distances"))
+            table = read_array(file)
         else:
             source, table = "distances", np.asarray(distances)
         table = table.astype(np.float64)
