@@ -13,7 +13,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import pytest
 import torch
 from costs import Costs, kinds_of
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Workers of `make test` import everything first: the first test would be charged for it.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums, too, come out the same on every machine
 
 # Timings mean nothing on a shared machine, and a suite that others rely on should not draw new cases every night.
-settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 # Parts of the reasons of skips that no machine for continuous integration can help.
@@ -69,11 +69,12 @@ def refuse_skip(report):
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks `long` the tests of long kinds, but for a sample that stays in `make test`: those marked `smoke`, and of
     each combination of kinds and each folder without one the first.
 
-    Files with long tests come first, so that workers end together. Workers take whole files (--dist loadfile).
+    Files with long tests come first, so that workers end together, unless the minutes are limited: then they stay in
+    the order in which they were named. Workers take whole files (--dist loadfile).
     """
     groups: dict[tuple[frozenset[str], str], list[pytest.Item]] = {}
     for item in items:
@@ -84,8 +85,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in group:
             if item not in sample:
                 item.add_marker("long")
-    long = {item.path for group in groups.values() for item in group}
-    items.sort(key=lambda item: item.path not in long)
+    if config.getoption("--minutes") is None:
+        long = {item.path for group in groups.values() for item in group}
+        items.sort(key=lambda item: item.path not in long)
 
 
 def floor_of(item: pytest.Item) -> str:

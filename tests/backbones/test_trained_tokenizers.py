@@ -70,7 +70,7 @@ def test_two_processes_train_the_same_tokenizer_to_the_last_bit() -> None:
         )
         for i in range(2)
     ]
-    assert len(said[0].stdout) > 10_000
+    assert len(said[0].stdout) > 5_000 * len(KINDS)
     assert said[0].stdout == said[1].stdout
 
 
