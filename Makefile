@@ -21,7 +21,8 @@ ARGS ?=
 # process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
-PYTEST = $(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Compiled tests are kept: each worker would rewrite their assertions anew, and each command under test compile lightspan.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 TIER := -m 'not (long or docker or slurm or other_targets)'
 # Of Debian, for tests that are skipped without: programs and data.
 SHELL_PACKAGES := chromium shellcheck openssl zsh fish
