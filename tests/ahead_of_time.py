@@ -31,7 +31,7 @@ class Spec:
     """One specialisation of one kernel, as a launch would produce it.
 
     Args:
-        kernel: `module:function`, module below lightspan.triton_kernels, or with a dot below lightspan.
+        kernel: `module:function`, module below lightspan.triton_kernels.
         types: of the arguments that are no constants, in Triton's spelling ("*bf16", "*i64", "i32", "fp32").
         constants: of constexpr arguments; "tl.NAME" is that dtype. Strides that are 1 in the launch belong here.
         aligned: arguments that are multiples of 16 in the launch; pointers nearly always are.
@@ -83,9 +83,7 @@ def key_of(spec: Spec, target: str) -> str:
 
 
 def _module_of(kernel: str) -> str:
-    """That of a kernel "module:function": one of `lightspan.triton_kernels`, or with a dot one of `lightspan`."""
-    module = kernel.partition(":")[0]
-    return f"{'lightspan' if '.' in module else 'lightspan.triton_kernels'}.{module}"
+    return f"lightspan.triton_kernels.{kernel.partition(':')[0]}"
 
 
 def _collect(module: str, found: dict[str, bytes]) -> None:

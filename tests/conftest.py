@@ -1,9 +1,8 @@
-"""Settings of the whole suite: offline, quiet, one thread a worker, a limit for each test, and no skip unseen."""
+"""Settings of the whole suite: offline, quiet, one thread a worker, costs as a report, tiers, and no skip unseen."""
 
-import contextlib
 import os
-import resource
 import signal
+import time
 from collections.abc import Iterator
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -12,13 +11,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined,
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
-import rank_processes
 import torch
-from hypothesis import settings
+from costs import Costs, kinds_of
+from hypothesis import HealthCheck, settings
 
-# Workers of `make test` keep the limits, and import everything first: the first test would pay for it with its 3 s.
-KEEPS_LIMITS = "PYTEST_XDIST_WORKER" in os.environ
-if KEEPS_LIMITS:
+# Workers of `make test` import everything first: the first test would be charged for it.
+if "PYTEST_XDIST_WORKER" in os.environ:
     import preloaded  # noqa: F401
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and processes inherit that.
@@ -27,52 +25,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums, too, come out the same on every machine
 
 # Timings mean nothing on a shared machine, and a suite that others rely on should not draw new cases every night.
-settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-# Seconds of processor time that a test may take, by its marker; the smallest holds without one.
-LIMITS_S = {"ranks": 90, "runs": 60, "sweep": 30, "pretrained": 30, "aot": 120}
-UNMARKED_S = 3
 # Parts of the reasons of skips that no machine for continuous integration can help.
 MAY_SKIP = ("CUDA", "GPU", "Python 3.13")
-
-
-def processor_s() -> float:
-    """Of this process and of those that it has started and waited for. Unlike a clock it tells nothing of others."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used) + rank_processes.processor_s()
+STARTED_S = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--patience", type=float, default=1.0, help="factor on the limits of processor time of the tests")
+    parser.addoption("--minutes", type=float, help="skip the tests that have not begun after so many minutes")
 
 
-@contextlib.contextmanager
-def within_its_limit(item: pytest.Item) -> Iterator[None]:
-    before_s = processor_s()
-    yield
-    spent_s = processor_s() - before_s
-    limits_s = [limit_s for name, limit_s in LIMITS_S.items() if item.get_closest_marker(name)]
-    limit_s = max(limits_s, default=UNMARKED_S) * item.config.getoption("--patience")
-    if KEEPS_LIMITS and spent_s > limit_s:
-        ways = " or ".join(f"@pytest.mark.{name} ({seconds} s)" for name, seconds in LIMITS_S.items())
-        pytest.fail(
-            f"{spent_s:.1f} s of processor time are over the limit of {limit_s:g} s; make the test or its fixture "
-            f"smaller, mark it with {ways} where that is what it does, or pass --patience 3 on a slow machine",
-            pytrace=False,
-        )
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Costs())
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    with within_its_limit(item):
-        return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    with within_its_limit(item):
-        return (yield)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is not None and time.monotonic() - STARTED_S > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes are over; `make test` runs it")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -95,10 +68,32 @@ def refuse_skip(report):
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests come first, so that workers end together. Workers take whole files (--dist loadfile)."""
-    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LIMITS_S)}
-    items.sort(key=lambda item: item.path not in long)
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks `long` the tests of long kinds, but for a sample that stays in `make test`: those marked `smoke`, and of
+    each combination of kinds and each folder without one the first.
+
+    Files with long tests come first, so that workers end together, unless the minutes are limited: then they stay in
+    the order in which they were named. Workers take whole files (--dist loadfile).
+    """
+    groups: dict[tuple[frozenset[str], str], list[pytest.Item]] = {}
+    for item in items:
+        if kinds := kinds_of(item):
+            groups.setdefault((kinds, floor_of(item)), []).append(item)
+    for group in groups.values():
+        sample = [item for item in group if item.get_closest_marker("smoke")] or group[:1]
+        for item in group:
+            if item not in sample:
+                item.add_marker("long")
+    if config.getoption("--minutes") is None:
+        long = {item.path for group in groups.values() for item in group}
+        items.sort(key=lambda item: item.path not in long)
+
+
+def floor_of(item: pytest.Item) -> str:
+    """The folder of tests/ that it is in, "" for tests/ itself."""
+    below = item.path.relative_to(item.config.rootpath).parts[1:]
+    return below[0] if len(below) > 1 else ""
 
 
 @pytest.fixture(autouse=True)

@@ -71,4 +71,4 @@ def install() -> None:
 
 def lightspan(arguments: Sequence[str], folder: Path, cwd: Path) -> rank_processes.Ended:
     """One command line in a process of its own, whose fits are forked from it; `folder` takes what it says."""
-    return rank_processes.launch(list(arguments), 1, folder, timeout_s=300.0, cwd=cwd, prepare=install)
+    return rank_processes.launch(list(arguments), 1, folder, cwd=cwd, prepare=install)

@@ -22,12 +22,6 @@ def wide(matrices: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(matrices)).double()
 
 
-def kronecker_frame(columns_BR: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The chosen columns [B N R] of the dense Kronecker product."""
-    basis_NN = torch.kron(left.double(), right.double())
-    return torch.stack([basis_NN[:, columns] for columns in columns_BR])
-
-
 def projection(gradients: Sequence[Tensor], frame_BNR: Tensor) -> tuple[Tensor, Tensor]:
     """Coordinates [B M R] and squared row norms [B M]."""
     return wide(gradients) @ frame_BNR.double(), wide(gradients).square().sum(dim=2)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from lightspan import objectives
 from lightspan.distributed import gather_rows
-from lightspan.experiments import class_text
 from lightspan.objectives import (
     asymmetric,
     barlow,
@@ -42,8 +41,6 @@ from lightspan.objectives import (
     vicreg,
 )
 
-CURRENT = torch.tensor([False, True, False, True, True, True])
-
 
 @dataclass(frozen=True)
 class Case:
@@ -59,11 +56,6 @@ class Case:
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     collectives: int | None = None
     of_weights: bool = False
-
-
-def class_text_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
-    text = F.normalize(torch.eye(6, 4, dtype=x.dtype) @ weight + 0.1, dim=1)
-    return class_text.current_class_text_loss(F.normalize(x @ weight, dim=1), text, label_B, CURRENT, 20.0)
 
 
 def asymmetric_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -197,7 +189,6 @@ def pairwise_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
 
 
 CASES = {
-    "class_text.current_class_text_loss": Case(class_text_loss, 2),
     "classes.label_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
     ),
@@ -348,12 +339,10 @@ PARTS = {
 
 
 def public_functions() -> set[str]:
-    """All public functions of the modules in `lightspan.objectives`, and of what waits to join it, as
-    `module.function`.
-    """
+    """All public functions of the modules in `lightspan.objectives`, as `module.function`."""
     found = set()
     names = [f"lightspan.objectives.{info.name}" for info in pkgutil.iter_modules(objectives.__path__)]
-    for module in (*map(importlib.import_module, names), class_text):
+    for module in map(importlib.import_module, names):
         found |= {
             f"{module.__name__.rpartition('.')[2]}.{name}"
             for name, value in vars(module).items()

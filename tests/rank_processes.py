@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing
 from filelock import FileLock
+from waiting import HANG_S
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [
@@ -61,7 +62,7 @@ def launch(
     arguments: list[str],
     ranks: int,
     folder: Path,
-    timeout_s: float = 120.0,
+    timeout_s: float = HANG_S,
     environment: Mapping[str, str] = MappingProxyType({}),
     cwd: Path | None = None,
     prepare: Callable[[], None] | None = None,
@@ -91,7 +92,8 @@ def launch(
             process.kill()
             process.join()
     said = "".join(log.read_text() for log in logs)
-    assert in_time, said
+    if not in_time:
+        raise TimeoutError(said)
     return Ended([process.exitcode or 0 for process in processes], said)
 
 

@@ -6,9 +6,9 @@ import secrets
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+from waiting import wait_until
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun")
 CONFIGURATION = """
@@ -47,14 +47,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 180) -> None:
-    """Looks until `condition` holds. Fails with `what` after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
 
 
 def command_of(process: Path) -> list[str]:
@@ -111,13 +103,13 @@ class Cluster:
         self.run("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in ("n1", "n2"):
             self.run("slurmd", "-N", node, "-f", self.environment["SLURM_CONF"])
-        wait_for("two idle nodes", lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"])
+        wait_until(lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"], "two idle nodes")
 
     def stop(self) -> None:
         for file in sorted(self.folder.glob("*.pid"), reverse=True):  # slurmd, slurmctld, munged
             process = int(file.read_text())
             os.kill(process, signal.SIGTERM)
-            wait_for(f"the end of {file.stem}", lambda process=process: not Path(f"/proc/{process}").exists(), 30)
+            wait_until(lambda process=process: not Path(f"/proc/{process}").exists(), f"the end of {file.stem}")
 
     def submit(self, script: str) -> str:
         """Hands a script to sbatch; the job's number."""
@@ -135,7 +127,7 @@ class Cluster:
             assert now in (state, "PENDING", "RUNNING", "COMPLETING", "REQUEUED"), f"{now}\n{self.log(job)}"
             return now == state
 
-        wait_for(f"job {job} to be {state}", reached)
+        wait_until(reached, f"job {job} to be {state}")
         return self.look(job)
 
     def log(self, job: str) -> str:

@@ -128,9 +128,10 @@ class _Operations(TorchDispatchMode):
             self.costs.bytes_to_device += given[1].nbytes
         if func in COPIES and _storage(given[0]) in self.state:
             self.costs.copied_state += sum(tensor.nbytes for tensor in new)
-        self.made.update((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()) for t in new)
-        self.made = {storage: size for storage, size in self.made.items() if not storage.expired()}
-        self.costs.peak = max(self.costs.peak, sum(self.made.values()))
+        if new:
+            self.made.update((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()) for t in new)
+            self.made = {storage: size for storage, size in self.made.items() if not storage.expired()}
+            self.costs.peak = max(self.costs.peak, sum(self.made.values()))
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S, wait_until
 
 from lightspan.cli import main
 
@@ -262,12 +263,10 @@ def test_ctrl_c_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     last = tmp_path / "r" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: last.exists() or process.poll() is not None, "the first checkpoint")
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 130, err
     assert "stopped by Ctrl-C after step" in err
     assert len([line for line in err.splitlines() if line and not line.startswith("note: ")]) == 1

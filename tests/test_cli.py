@@ -47,15 +47,13 @@ def lines(capsys) -> list[str]:
     ],
     ids=" ".join,
 )
-def test_these_never_import_torch_and_answer_in_half_a_second(arguments, pytestconfig):
-    limit_s = 0.5 * pytestconfig.getoption("--patience")
+def test_these_import_nothing_that_takes_long(arguments):
+    """On which it rests that they answer at once."""
     code = (
-        "import sys, time; from lightspan.cli import main\n"
+        "import sys; from lightspan.cli import main\n"
         f"status = main({arguments!r})\n"
-        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'transformers', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        # CPU time of the whole process, start included: wall time on an idle machine, and steady on a busy one.
-        f"assert time.process_time() < {limit_s}, time.process_time()\n"
         "sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

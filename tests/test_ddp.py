@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from waiting import HANG_S
 
 from lightspan.config.build import build
 from lightspan.config.resolve import resolve
@@ -55,7 +56,7 @@ def gradients_of(group: dist.ProcessGroup, starts: list[int], wrapper: type, **s
 
 def one_rank(index: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=HANG_S)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout, rank=index, world_size=4)
     groups, same = {4: dist.group.WORLD, 3: dist.new_group([0, 1, 2])}, {}
     for ranks, group in groups.items():

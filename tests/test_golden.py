@@ -38,7 +38,9 @@ def assert_golden(curve: Curve, scenario: Scenario) -> None:
     assert curve.losses == pytest.approx(golden.losses, rel=scenario.tolerance, abs=0)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.smoke] * (name == "one process")) for name in SCENARIOS]
+)
 def test_losses_are_the_golden_ones(name: str, tmp_path: Path) -> None:
     assert_golden(golden_runs.run(SCENARIOS[name], tmp_path), SCENARIOS[name])
 

@@ -1,17 +1,15 @@
-"""Who may import whom: the arrows run down the table of floors only, so a part is usable without what stands on it."""
+"""Who may import whom: the arrows run down the table of floors only, so a part is usable without what stands on it.
+
+And in tests: no clock decides whether one passes.
+"""
 
 import ast
-import functools
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = {
-    "callbacks": "lightspan.callbacks",
-    "datamodules": "lightspan.datamodules",
-    "recipes": "lightspan.recipes",
-    "triton_kernels": "lightspan.triton_kernels",
-    "framework": "lightspan",
-}
+import pytest
+from import_graph import ROOT, imports, sources, statements, tree
 
 # What everything stands on, and what of it each may use. "" is `import lightspan` itself.
 GROUND: dict[str, set[str]] = {
@@ -60,7 +58,6 @@ MAY_USE: dict[str, set[str]] = {
     },
     "datamodules": set(),
     "recipes": set(),
-    "experiments": {"optim", "subspaces", "triton_kernels"},
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
@@ -72,30 +69,6 @@ AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
 WITHOUT_LIGHTNING = (
     *("triton_kernels", "subspaces", "optim", "adapters", "surgery", "objectives", "nn", "backbones", "targets"),
 )
-
-
-def sources() -> list[tuple[str, Path]]:
-    """(dotted module name below lightspan, file) of every source file."""
-    return [
-        (".".join((package, *file.relative_to(ROOT / folder).with_suffix("").parts)).removeprefix("lightspan."), file)
-        for folder, package in PACKAGES.items()
-        for file in sorted((ROOT / folder).rglob("*.py"))
-    ]
-
-
-@functools.cache
-def imports(file: Path) -> list[tuple[str, str]]:
-    """(file:line, absolute dotted name) of every import in the file, inside functions too; relative ones come as
-    `.name`.
-    """
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
-    return [(f"{file.relative_to(ROOT)}:{line}", name) for line, name in found]
 
 
 def floor_of(name: str) -> str:
@@ -182,9 +155,87 @@ def test_a_public_class_has_its_name_to_itself() -> None:
     homes: dict[str, str] = {}
     wrong = []
     for module, file in SOURCES:
-        for node in ast.parse(file.read_text()).body:
+        for node in tree(file).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and module not in NAMESAKES:
                 wrong += [f"{module}.{node.name} is also in {homes[node.name]}"] if node.name in homes else []
                 homes[node.name] = module
     assert len(homes) > 300
     assert not wrong, "\n".join(wrong) + "\nName one of them by what it holds"
+
+
+CLOCKS = {
+    "perf_counter",
+    "process_time",
+    "monotonic",
+    "thread_time",
+    "perf_counter_ns",
+    "process_time_ns",
+    "monotonic_ns",
+}
+
+
+def reads_clock(node: ast.AST, names: frozenset[str] = frozenset()) -> bool:
+    """Whether it calls a clock, `time.time` included, or has one of these names."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and inner.id in names:
+            return True
+        if isinstance(inner, ast.Call):
+            called = ast.unparse(inner.func)
+            if called.rpartition(".")[2] in CLOCKS or called == "time.time":
+                return True
+    return False
+
+
+def timed_assertions(source: str) -> Iterator[int]:
+    """Lines that assert how a clock, or a name made from one, compares with something; code in texts included."""
+    if not any(f"{clock}(" in source for clock in (*CLOCKS, "time.time")):
+        return
+    for number, line in enumerate(source.splitlines(), 1):
+        if "assert " in line.partition('"')[2] and any(f"{clock}(" in line for clock in CLOCKS):
+            yield number
+    for function in statements(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            measured: frozenset[str] = frozenset()
+            for node in statements(function):
+                if isinstance(node, ast.Assign) and reads_clock(node.value, measured):
+                    measured |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+                if isinstance(node, ast.Assert) and any(
+                    isinstance(part, ast.Compare)
+                    and isinstance(part.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+                    and reads_clock(part, measured)
+                    for part in ast.walk(node.test)
+                ):
+                    yield node.lineno
+
+
+def short_timeouts(source: str) -> Iterator[int]:
+    """Lines that give a subprocess, a connection or a thread less than ten minutes to end."""
+    for number, line in enumerate(source.splitlines(), 1):
+        for seconds in re.findall(r"\btimeout=([0-9.]+)", line):
+            if float(seconds) < 600:
+                yield number
+
+
+SLOW = """
+def test_a():
+    began = time.monotonic()
+    took = time.monotonic() - began
+    assert took < 3
+    assert 2 * time.process_time() < 1
+    run("assert time.process_time() < 0.5", timeout=60)
+    while time.monotonic() < began:
+        pass
+    assert other < 3
+"""
+
+
+@pytest.mark.parametrize(("rule", "lines"), [(timed_assertions, [5, 6, 7]), (short_timeouts, [7])])
+def test_no_test_fails_because_a_machine_is_slow(rule, lines) -> None:
+    """A time-out guards against a hang: `waiting.HANG_S`."""
+    assert sorted(rule(SLOW)) == lines
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 400
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line}" for file in files for line in rule(tree(file)) if file != Path(__file__)
+    ]
+    assert not wrong, "\n".join(wrong)

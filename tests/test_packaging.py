@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from source_copies import SOURCES, copy_sources
+from waiting import HANG_S
 
 ROOT = Path(__file__).parents[1]
 IMAGES = "lightspan/datamodules/assets/fashion_mnist_4k.npz"
@@ -35,7 +36,7 @@ def members(wheel: Path) -> dict[str, int]:
 def run_python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=HANG_S
     )
 
 

@@ -12,14 +12,16 @@ import pytest
 import rank_processes
 import torch
 import yaml
+from optional import INSTALLS, skip_without_packages
 from runs_before import after_runs_before
 from safetensors.torch import save_file
 from torch import nn
 
 from lightspan.cli import main
 from lightspan.config.build import build, build_parts, resolve
-from lightspan.config.recipes import catalogue_names
+from lightspan.config.recipes import catalogue_names, load
 from lightspan.config.resolve import ANY_KIND, Resolved
+from lightspan.config.tree import plain
 from lightspan.errors import UserError
 
 SHORT = [
@@ -70,46 +72,61 @@ def untrained(name: str) -> nn.Module:
     return build(shortened(name, [])).model
 
 
-def gives_its_result(resolved: Resolved) -> None:
+def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> None:
     """`lightspan run`, for a merger of two small checkpoints."""
     words = ["run", resolved.name, "--run", "computed", "--features", "features", "--device", "cpu"]
     words += FEWER.get(resolved.name, [])
     for number, checkpoint in enumerate(resolved.config.get("checkpoints", {})):
         save_file({"weight": torch.full((2, 3), float(number))}, f"{checkpoint}.safetensors")
         words.append(f"checkpoints.{checkpoint}={checkpoint}.safetensors")
-    assert main(words) == 0
+    with skip_without_packages():
+        if main(words):
+            raise UserError(capsys.readouterr().err)
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
 PAPER = r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|cion_al|cifar100_pictures|eurosat"
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
-NOT_HERE = "is not installed|install it"
+LAYERS = {name: [plain(layer) for layer in load(name).layers] for name in catalogue_names()}
+HERE = [name for name, layers in LAYERS.items() if not re.search(PAPER, str(layers))]
+"""What a machine can run with the extras and packages that the recipe asks for."""
+TRAINED = [name for name in HERE if any("model" in layer for layer in LAYERS[name])]
+FIRST = {name.split("/")[0]: name for name in reversed(TRAINED)}
+"""Family -> the recipe of it that `make test` and `make quick` train too."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.runs] * (name in LARGE) + [pytest.mark.smoke] * (name in FIRST.values())
+
+
+def test_most_recipes_are_here_and_those_of_a_papers_scale_are_not() -> None:
+    assert len(HERE) > 100
+    assert {"contrastive/simclr", "language/quickstart", "analysis/resize_normalise"} <= set(HERE)
+    assert "contrastive/moco_imagenet" not in HERE
+    assert len(FIRST) > 10
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.runs if name in LARGE else ()) for name in catalogue_names()]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TRAINED])
 def test_every_recipe_trains_three_steps_where_its_data_and_weights_are_installed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    resolved = resolve(name, kinds=ANY_KIND)
-    if re.search(PAPER, str(resolved.config)):
-        return
-    try:
-        if resolved.kind != "model":
-            after_runs_before(lambda: build_parts(resolved), untrained)
-            if name not in UNDONE:
-                gives_its_result(resolved)
-            return
+    with skip_without_packages():
         built = after_runs_before(lambda: build(shortened(name, []), tmp_path), untrained)
         built.trainer.fit(built.model, datamodule=built.datamodule)
-    except UserError as error:
-        if not re.search(NOT_HERE, str(error)):
-            raise
-        pytest.skip(str(error))
     assert type(built.model).__module__.startswith("lightspan.methods")
     assert built.trainer.global_step == 3
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", [name for name in HERE if name not in TRAINED])
+def test_every_recipe_that_computes_gives_its_result(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    resolved = resolve(name, kinds=ANY_KIND)
+    with skip_without_packages():
+        assert after_runs_before(lambda: build_parts(resolved), untrained)
+        if name not in UNDONE:
+            gives_its_result(resolved, capsys)
 
 
 FAMILIES = ("clustering", "contrastive", "distillation", "image_text", "masked", "supervised")
@@ -119,8 +136,7 @@ LOW_RANK = ("low_rank.LowRank", *(f"presets.{name}" for name in ("GaLore", "APOL
 
 def small(family: str) -> list[str]:
     """Recipes of a family that train on what a machine here has."""
-    resolved = [resolve(name, kinds=ANY_KIND) for name in catalogue_names() if name.startswith(f"{family}/")]
-    return [one.name for one in resolved if one.kind == "model" and not re.search(PAPER, str(one.config))]
+    return [name for name in TRAINED if name.startswith(f"{family}/")]
 
 
 def _recipes(rank: int, overlays: dict[str, list[str]], folder: str, port: int) -> None:
@@ -132,7 +148,7 @@ def _recipes(rank: int, overlays: dict[str, list[str]], folder: str, port: int) 
             built.trainer.fit(built.model, datamodule=built.datamodule)
         except UserError as error:
             frames = overlay and "the module has orthonormal frames" in str(error)
-            if not frames and not re.search(NOT_HERE, str(error)):
+            if not frames and INSTALLS not in str(error):
                 raise AssertionError(f"{name} with {overlay}: {error}") from error
             continue
         assert (built.trainer.global_step, built.trainer.world_size) == (2, 2), name
@@ -159,6 +175,6 @@ def test_recipes_of_representation_learning_train_on_two_ranks(family, low_rank,
                 lambda name=name: build(shortened(name, [])), untrained
             )  # the weights that it starts from
         except UserError as error:
-            if not re.search(NOT_HERE, str(error)):
+            if INSTALLS not in str(error):
                 raise
     rank_processes.start(_recipes, 2, overlays, str(tmp_path), rank_processes.free_port())

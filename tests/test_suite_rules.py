@@ -1,36 +1,54 @@
-"""What tests/conftest.py keeps: limits of processor time, and no skip where everything is installed."""
+"""What tests/conftest.py does: costs are told and fail nothing, long kinds are left to `make test-all`, and no skip is
+passed over where everything is installed.
+"""
 
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from pairwise import covering
 
 CASES = """
-import time
+import costs
 import pytest
 
+costs.UNMARKED_S, costs.LIMITS_S["runs"] = 0.05, 1e6
+
 def work():
-    until_s = time.process_time() + 0.3
-    while time.process_time() < until_s:
-        pass
+    for _ in range(12):
+        costs.yardstick()
 
 def test_is_quick():
     pass
 
-def test_is_slow():
+def test_is_dear():
     work()
 
 @pytest.mark.runs
-def test_is_slow_and_marked():
+def test_is_dear_and_marked():
     work()
+
+@pytest.mark.runs
+def test_is_another_of_its_kind():
+    pass
+
+@pytest.mark.sweep
+def test_is_the_first_of_its_kind():
+    pass
+
+@pytest.mark.sweep
+@pytest.mark.smoke
+def test_is_the_sample_of_its_kind():
+    pass
 
 @pytest.fixture(scope="module")
-def slow():
+def dear():
     work()
 
-def test_has_a_slow_fixture(slow):
+def test_has_a_dear_fixture(dear):
     pass
 
 def test_lacks_a_browser():
@@ -49,33 +67,64 @@ def test_is_known_to_fail():
 """
 
 
-@pytest.mark.runs
-def test_slow_tests_without_a_mark_and_skips_that_an_installation_would_cure_fail(tmp_path: Path) -> None:
-    (tmp_path / "test_cases.py").write_text(CASES)
+def verdicts(folder: Path, *flags: str) -> tuple[dict[str, str], str]:
+    """What became of each case, and all that was said."""
+    (folder / "test_cases.py").write_text(CASES)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-rA", "-p", "no:cacheprovider", "--patience", "0.05", "."],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            "LIGHTSPAN_NO_SKIP": "1",
-            "PYTEST_XDIST_WORKER": "gw0",
-        },
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-rA", "-p", "no:cacheprovider", *flags, "."],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "LIGHTSPAN_NO_SKIP": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    said = {line.partition("::")[2].split(" ")[0]: line for line in done.stdout.splitlines() if "::test_" in line}
-    verdicts = {name: line.split(" ")[0] for name, line in said.items()}
-    assert verdicts == {
+    summary = done.stdout.partition("short test summary")[2]
+    said = {line.partition("::")[2].split(" ")[0]: line for line in summary.splitlines() if "::test_" in line}
+    return {name: line.split(" ")[0] for name, line in said.items()}, done.stdout
+
+
+@pytest.mark.runs
+@pytest.mark.smoke
+def test_costs_fail_nothing_and_skips_that_an_installation_would_cure_do(tmp_path: Path) -> None:
+    found, said = verdicts(tmp_path)
+    assert found == {
         "test_is_quick": "PASSED",
-        "test_is_slow": "FAILED",
-        "test_is_slow_and_marked": "PASSED",
-        "test_has_a_slow_fixture": "ERROR",
+        "test_is_dear": "PASSED",
+        "test_is_dear_and_marked": "PASSED",
+        "test_is_another_of_its_kind": "PASSED",
+        "test_is_the_first_of_its_kind": "PASSED",
+        "test_is_the_sample_of_its_kind": "PASSED",
+        "test_has_a_dear_fixture": "PASSED",
         "test_lacks_a_browser": "FAILED",
         "test_lacks_shellcheck": "ERROR",
         "test_is_known_to_fail": "XFAIL",
-    }, done.stdout
-    assert "1 skipped" in done.stdout
-    assert "over the limit of 0.15 s" in done.stdout
-    assert "@pytest.mark.runs (60 s)" in done.stdout
+    }, said
+    assert "1 skipped" in said
+    table = said.partition("tests that cost more than their kind should")[2].partition("short test summary")[0]
+    told = {line.rpartition("::")[2] for line in table.splitlines() if "::" in line}
+    assert told == {"test_is_dear", "test_has_a_dear_fixture"}
+
+
+@pytest.mark.runs
+def test_of_each_long_kind_a_sample_stays(tmp_path: Path) -> None:
+    found, said = verdicts(tmp_path, "-m", "not long", "-k", "not lacks")
+    assert {name for name in found if "kind" in name or "marked" in name} == {
+        "test_is_dear_and_marked",
+        "test_is_the_sample_of_its_kind",
+    }, said
+    assert "2 deselected" in said or "5 deselected" in said
+
+
+@pytest.mark.runs
+def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:
+    found, said = verdicts(tmp_path, "--minutes", "0", "-k", "quick")
+    assert found == {"test_is_quick": "ERROR"}, said
+    assert "the 0 minutes are over" in said
+
+
+def test_pairwise_cases_have_every_pair_and_are_few() -> None:
+    for sizes, rows in (((5, 3), 15), ((12, 2, 2), 24), ((8, 2, 2, 2), 16), ((4, 3, 3), 13)):
+        cases = covering(*sizes)
+        assert len(cases) <= rows
+        for one, other in combinations(range(len(sizes)), 2):
+            assert len({(case[one], case[other]) for case in cases}) == sizes[one] * sizes[other]

@@ -9,6 +9,7 @@ import pytest
 import rank_processes
 import torch
 from rank_processes import PROJECT, TINY, callback
+from waiting import HANG_S
 
 pytestmark = pytest.mark.runs
 
@@ -22,7 +23,7 @@ def test_a_killed_worker_costs_a_restart_and_no_bit_of_the_result(tmp_path):
     flags = ["--run", str(run), "trainer.devices=2", "trainer.strategy=ddp", checkpoints, *kill]
     command = [sys.executable, "-m", *launcher, "lightspan", "fit", *TINY, *flags]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-3000:]
     assert marker.exists()
     provenance = json.loads((run / "provenance.json").read_text())

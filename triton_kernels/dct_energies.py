@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide, wide_type, widest_float
+from lightspan.devices import wide_type, widest_float
 from lightspan.errors import UserError
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
 from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
@@ -35,18 +35,6 @@ def rotation(size: int, like: Tensor) -> Tensor:
     scale = torch.full_like(phase, (2 / size) ** 0.5)
     scale[0] = size**-0.5
     return torch.polar(scale, -phase).to(like.dtype.to_complex())
-
-
-def dct(x: Tensor) -> Tensor:
-    """Orthonormal DCT-II along the last axis, any length; half types are computed in float32 and rounded once.
-
-    With z_k = s_k exp(-i pi k / 2N) FFT(v)_k also y_(N-k) = -Im z_k: half of the spectrum, what the FFT of real numbers
-    returns, gives all of y.
-    """
-    size, wide_x = x.shape[-1], wide(x)
-    z = _half_spectrum(wide_x, rotation(size, wide_x))
-    cosines, sines = z[..., 0], z[..., 1 : (size + 1) // 2, 1]
-    return torch.cat((cosines, -sines.flip(-1)), dim=-1).to(x.dtype)
 
 
 def _half_spectrum(x: Tensor, turn: Tensor) -> Tensor:

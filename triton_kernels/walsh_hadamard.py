@@ -46,8 +46,7 @@ def check_power_of_two(size: int) -> None:
     if size < 1 or size & (size - 1):
         raise UserError(
             f"Hadamard transform of length {size}: the length must be a power of two; pad it to "
-            f"{1 << max(size - 1, 0).bit_length()}, or use the Kronecker factors of any size "
-            "(lightspan.experiments.transforms.hadamard_factors)"
+            f"{1 << max(size - 1, 0).bit_length()}"
         )
 
 

@@ -100,8 +100,7 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
 
 def way_in(name: str) -> str:
     """What to do about a refused full name. Permission is advised for the user's code and single modules of Lightning,
-    whose parts do what they say, and work of lightspan that no recipe uses; never for other parts of a library or of
-    Python itself.
+    whose parts do what they say; never for other parts of a library or of Python itself.
     """
     top = name.split(".")[0]
     if top in sys.stdlib_module_names:
@@ -111,8 +110,6 @@ def way_in(name: str) -> str:
         )
     if top == "lightning":
         return f"its code was not reviewed; to use it anyway, add --allow-module {name.rpartition('.')[0]}"
-    if under(name, "lightspan.experiments"):
-        return "it is kept, but no recipe uses it; to use it anyway, add --allow-module lightspan.experiments"
     if top in TOPS:
         return way_round(name)
     if _is_installed(top):

@@ -45,24 +45,10 @@ MODULES = {  # old name -> new name
     "lightspan.datamodules.reviews": "lightspan.datamodules.text.reviews",
 }
 
-CLASSES = (
-    {  # that left a module which is still there, or have another name
-        f"lightspan.optim.bases.{name}": f"lightspan.experiments.kronecker_bases.{name}"
-        for name in ("HadamardBasis", "KroneckerDCTBasis")
-    }
-    | {
-        f"lightspan.optim.bases.{name}": f"lightspan.experiments.bases.{name}"
-        for name in ("RandomBasis", "RandomColumns", "IdentityBasis")
-    }
-    | {
-        f"lightspan.estimators.{module}.Checkpoint": "lightspan.estimators.inputs.CheckpointWeights"
-        for module in ("inputs", "interference")
-    }
-    | {
-        f"lightspan.methods.image_text.m3i.{name}": f"lightspan.targets.{name}"
-        for name in ("MomentumFeatures", "Pixels")
-    }
-)
+CLASSES = {  # that have another name
+    f"lightspan.estimators.{module}.Checkpoint": "lightspan.estimators.inputs.CheckpointWeights"
+    for module in ("inputs", "interference")
+} | {f"lightspan.methods.image_text.m3i.{name}": f"lightspan.targets.{name}" for name in ("MomentumFeatures", "Pixels")}
 
 
 def followed(node: Node) -> Node:

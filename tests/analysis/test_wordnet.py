@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optional import skip_without_packages
 
 from lightspan.analysis.wordnet import Nouns, read_nouns, wordnet_tree
 from lightspan.errors import UserError
@@ -36,7 +37,8 @@ def folder(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed() -> Nouns:
-    return read_nouns()
+    with skip_without_packages():
+        return read_nouns()
 
 
 def test_meanings_are_found_by_word_sense_and_place(folder: str) -> None:

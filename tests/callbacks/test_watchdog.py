@@ -20,7 +20,7 @@ def watchdog(timeout_s: float) -> list[str]:
 
 def test_the_rank_that_hangs_is_named_with_its_stack_while_the_other_sits_in_a_collective(tmp_path):
     hang = callback("hang", "tiny_lab.faults.HangAt", step=3, rank=1)
-    ended = rank_processes.fit(tmp_path, *watchdog(4), *hang, ranks=2)
+    ended = rank_processes.fit(tmp_path, *watchdog(8), *hang, ranks=2)
     assert ended.statuses == [HUNG, HUNG], ended.said
     assert HUNG == 124
     assert ended.said.count("lightspan: rank 1 hangs at stuck_on_purpose (faults.py:") == 1, ended.said
@@ -33,13 +33,13 @@ def test_the_rank_that_hangs_is_named_with_its_stack_while_the_other_sits_in_a_c
 
 def test_a_rank_that_holds_its_interpreter_shows_its_stack_all_the_same(tmp_path):
     hang = callback("hang", "tiny_lab.faults.HangAt", step=2, holds_interpreter="true")
-    ended = rank_processes.fit(tmp_path, *watchdog(2), *hang)
+    ended = rank_processes.fit(tmp_path, *watchdog(6), *hang)
     assert ended.statuses == [1], ended.said
     assert "stuck_on_purpose" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
 def test_a_run_that_moves_is_left_alone_and_nothing_of_the_watch_is_left(tmp_path):
-    ended = rank_processes.fit(tmp_path, *watchdog(30))
+    ended = rank_processes.fit(tmp_path, *watchdog(600))
     assert ended.statuses == [0], ended.said
     assert not (tmp_path / "stacks").exists()
     assert not (tmp_path / "heartbeats").exists()

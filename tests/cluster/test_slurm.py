@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, catches, command_of, wait_for
+from slurm_cluster import Cluster, catches, command_of
+from waiting import wait_until
 
 from lightspan.cli import main
 
@@ -44,7 +45,7 @@ def test_a_preempted_job_requeues_and_ends_with_the_weights_of_an_undisturbed_on
 
     job = cluster.submit(script(disturbed))
     metrics = disturbed / "metrics.jsonl"
-    wait_for("the sixth step", lambda: metrics.is_file() and metrics.read_text().count("train/loss") >= 6)
+    wait_until(lambda: metrics.is_file() and metrics.read_text().count("train/loss") >= 6, "the sixth step")
     cluster.run("scancel", "--signal=USR1", job)
     cluster.wait(job, "PENDING")
     assert cluster.look(job)["Restarts"] == "1", cluster.log(job)
@@ -72,7 +73,7 @@ def test_a_warning_during_the_start_requeues_the_job_too(cluster: Cluster, scrip
         ranks = [process for process, words in commands.items() if words and "python" in words[0] and str(run) in words]
         return sum(catches(process, signal.SIGUSR1) for process in ranks)
 
-    wait_for("two ranks to listen", lambda: listening() == 2)
+    wait_until(lambda: listening() == 2, "two ranks to listen")
     cluster.run("scancel", "--signal=USR1", job)
     cluster.wait(job, "PENDING")
     assert cluster.look(job)["Restarts"] == "1", cluster.log(job)
@@ -92,7 +93,7 @@ def test_a_sweep_is_an_array_in_which_a_failed_run_ends_no_other(
     def ended() -> bool:
         return job not in cluster.run("squeue", "--noheader", "--format=%F").split()
 
-    wait_for("the end of all tasks", ended, seconds=600)
+    wait_until(ended, "the end of all tasks")
     assert main([*sweep, "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()
     logs = {path.name: path.read_text() for path in cluster.folder.glob(f"slurm-{job}_*.out")}

@@ -7,18 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S, wait_until
 
 from lightspan.cli import main
 from lightspan.commands.completion import SHELLS, completion
 from lightspan.commands.verbs import VERBS
 from lightspan.config.recipes import catalogue_names
 from lightspan.errors import UserError
-
-SECONDS = 60  # of patience with a shell on a busy machine
 
 
 def offered(*words: str) -> list[str]:
@@ -177,12 +175,15 @@ def press(shell: list[str], keys: str, words: Path) -> list[str]:
     process = subprocess.Popen(shell, stdin=its, stdout=its, stderr=its, start_new_session=True)
     os.close(its)
     os.write(ours, keys.encode())
-    said, end = b"", time.monotonic() + SECONDS
+    said = []
+
+    def has_run() -> bool:
+        if select.select([ours], [], [], 0.1)[0]:
+            said.append(os.read(ours, 4096))
+        return words.exists()
+
     try:
-        while not words.exists():
-            assert time.monotonic() < end, said.decode(errors="replace")
-            if select.select([ours], [], [], 0.1)[0]:
-                said += os.read(ours, 4096)
+        wait_until(has_run, f"the command; the shell said {said}")
         return words.read_text().splitlines()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -233,6 +234,6 @@ def test_fish_offers_the_same(line: str, answer: list[str], typed: Path) -> None
     Path("folder").mkdir()
     Path("forest.txt").touch()
     code = f"lightspan completion fish | source; complete --do-complete 'lightspan {line}'"
-    done = subprocess.run(["fish", "--no-config", "-c", code], capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(["fish", "--no-config", "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert done.stderr == ""
     assert [entry.removesuffix("\tDirectory").removesuffix("\t") for entry in done.stdout.splitlines()] == answer

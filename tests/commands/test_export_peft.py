@@ -105,7 +105,7 @@ def test_a_run_of_two_sharded_ranks_is_exported_from_its_folder(tmp_path: Path) 
     }
     recipe.write_text(json.dumps(content))
     run = tmp_path / "run"
-    ended = rank_processes.launch(["fit", str(recipe), "--run", str(run)], 2, tmp_path / "logs", timeout_s=120)
+    ended = rank_processes.launch(["fit", str(recipe), "--run", str(run)], 2, tmp_path / "logs")
     assert ended.statuses == [0, 0], ended.said
     assert run_export(run, "--to", "peft", "--out", tmp_path / "out") == 0
     checkpoint = next(path for path in (run / "checkpoints").iterdir() if path.is_dir())

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.io import encode_png
+from waiting import HANG_S
 
 from lightspan.commands import report
 from lightspan.errors import UserError
@@ -324,7 +325,7 @@ def test_the_page_opens_in_a_browser(make_run: MakeRun, tmp_path: Path) -> None:
         *(f"--user-data-dir={tmp_path / 'profile'}", "--blink-settings=preferredColorScheme=1"),
         *("--window-size=1100,1600", f"--screenshot={shot}", (tmp_path / "out" / "report.html").as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert shot.is_file(), done.stderr[-2000:]
     with Image.open(shot) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -153,12 +154,10 @@ def test_every_name_reaches_the_ranks_as_it_is(
     assert not list(tmp_path.rglob("canary"))
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_script_is_clean_to_shellcheck(render: Callable[..., str], tmp_path: Path) -> None:
     script = render(QUICKSTART, "--to", "slurm", "--run", str(tmp_path), "--image", "lightspan.sif")
-    try:
-        done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from rank_processes import PROJECT, TINY
+from waiting import wait_until
 
 from lightspan.cli import main
 from lightspan.commands import sweep as command
@@ -337,9 +337,7 @@ def test_a_sweep_that_is_killed_leaves_no_process_and_goes_on_to_the_same_figure
     assert done.statuses == [{"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]], done.said
     out = tmp_path / "out"
     first, second = [out / trial.run for trial in read(out).trials]
-    until_s = time.monotonic() + 60
-    while status_of(first) is Status.RUNNING and time.monotonic() < until_s:
-        time.sleep(0.05)
+    wait_until(lambda: status_of(first) is not Status.RUNNING, "the end of the run")
     assert (status_of(first), status_of(second)) == (Status.PREEMPTED, Status.UNSTARTED)
     assert not [line for line in processes() if str(out) in line]
 

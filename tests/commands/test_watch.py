@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from run_folder_fixtures import MakeRun
+from waiting import HANG_S
 
 from lightspan.cli import main
 
@@ -21,10 +22,10 @@ def test_it_serves_the_page_until_ctrl_c_and_ends_with_status_0(make_run: MakeRu
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{20,}/", address)
-        with urllib.request.urlopen(address, timeout=120) as answer:
+        with urllib.request.urlopen(address, timeout=HANG_S) as answer:
             assert b"<b>val/loss_nats</b>" in answer.read()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANG_S)
     finally:
         process.kill()
     assert (process.returncode, err) == (0, "")

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optional import skip_without_packages
 from PIL import Image
 from runs_before import after_runs_before
 
 from lightspan.config import recipes
-from lightspan.config.build import Built, build, resolve
+from lightspan.config.build import Built, build
 from lightspan.config.own_pictures import with_pictures
 from lightspan.config.tree import plain
 from lightspan.errors import UserError
@@ -29,9 +30,8 @@ NUMBERS = {"bayesian/ssvi_cifar10", "supervised/grassmann_imagenet"}
 """Which start from numbers of their weights, so that they cannot be built without memory for these."""
 SMALL = [name for name in NAMES if name not in LARGE]
 FAMILIES = {"contrastive", "clustering", "distillation", "masked", "supervised"}
-"""Whose small recipes train in every run of the tests; those of others do in the sweep."""
-LONG = {"contrastive/scatsimclr", "distillation/cion_al"}
-"""Of these families, but with networks whose step is long: in the sweep too."""
+FIRST = {family: next(name for name in SMALL if name.startswith(f"{family}/")) for family in sorted(FAMILIES)}
+"""Of each of these families one, which trains in `make test` too."""
 QUIET = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
     *("trainer.precision=null", "trainer.logger=null", "trainer.enable_progress_bar=false"),
@@ -86,31 +86,24 @@ def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Buil
 
 def train(name: str, folder: Path, flags: Sequence[str]) -> None:
     """One step. Raises: UserError for a recipe that is refused."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            made = built(name, folder, flags)
-            made.trainer.fit(made.model, datamodule=made.datamodule)
-    except UserError as error:
-        if "install it" not in str(error):
-            raise
-        pytest.skip(str(error))
+    with skip_without_packages(), contextlib.redirect_stdout(io.StringIO()):
+        made = built(name, folder, flags)
+        made.trainer.fit(made.model, datamodule=made.datamodule)
     assert made.trainer.global_step == 1
     assert all(parameter.isfinite().all() for parameter in made.model.parameters())
 
 
 def of_one_task(name: str) -> bool:
-    return "tasks" not in resolve(name).config["data"]["init_args"]
+    return not any("tasks" in layer.get("data", {}).get("init_args", {}) for layer in FOUND[name])
 
 
 def test_recipes_are_found_at_both_scales() -> None:
     assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
 
 
-def often(name: str) -> bool:
-    return name.split("/")[0] in FAMILIES and name not in LONG
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if often(name) else pytest.mark.sweep) for name in SMALL])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.sweep) for name in SMALL]
+)
 def test_every_small_recipe_takes_a_step_on_a_folder(name: str, folder: Path) -> None:
     if of_one_task(name):
         train(name, folder, leaving_out([*WITHOUT, *SLOW]))
@@ -120,7 +113,7 @@ def test_every_small_recipe_takes_a_step_on_a_folder(name: str, folder: Path) ->
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", [next(name for name in SMALL if name.startswith(f"{of}/")) for of in sorted(FAMILIES)])
+@pytest.mark.parametrize("name", FIRST.values())
 def test_a_recipe_of_each_family_ends_with_its_pictures(name: str, folder: Path, tmp_path: Path) -> None:
     fast = "trainer.callbacks.feature_pictures.init_args.method=pca"
     train(name, folder, [fast, *leaving_out(WITHOUT)])
@@ -128,10 +121,8 @@ def test_a_recipe_of_each_family_ends_with_its_pictures(name: str, folder: Path,
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", filter(of_one_task, LARGE))
 def test_every_recipe_of_a_papers_scale_is_built_for_a_folder(name: str, folder: Path) -> None:
-    if not of_one_task(name):
-        return
     weights = ["model.init_args.tokenizer.init_args.weights=null"] if name == "masked/cae_imagenet" else []
-    with torch.device("cpu" if name in NUMBERS else "meta"):
+    with skip_without_packages(), torch.device("cpu" if name in NUMBERS else "meta"):
         built(name, folder, ["trainer.callbacks=null", *weights])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from optional import skip_without_packages
 
 import lightspan.methods
 import lightspan.recipes
@@ -108,7 +109,8 @@ def built(name: str) -> Method:
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", sorted(set(LARGE) - UNKNOWN))
 def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
-    model = built(name)
+    with skip_without_packages():
+        model = built(name)
     groups = model.groups.optimizer(model, model.optimizer).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}

@@ -126,6 +126,6 @@ def test_a_server_that_falls_silent_is_given_up(https_server: Any, monkeypatch: 
 
 def test_a_slow_server_that_keeps_the_pace_is_waited_for(https_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "PACE_S", 0.05)
-    monkeypatch.setattr(fetch, "PACE_BYTES", 10)
+    monkeypatch.setattr(fetch, "PACE_BYTES", 1)
     https_server.stumbles["/a.tar"], https_server.pause_s = [[b"".join(HEADERS), *[b"x" * 100] * 10]], 0.02
     assert read(f"{https_server.address}/a.tar") == b"x" * 1000

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from lightspan.config.recipes import catalogue_names
-from lightspan.config.resolve import ANY_KIND, resolve
+from lightspan.config.recipes import catalogue_names, load
+from lightspan.config.resolve import resolve
+from lightspan.config.tree import plain
 from lightspan.datamodules.images.augment.rendering import pixel_box
 from lightspan.datamodules.images.turns import QuarterTurns
 from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, Views
@@ -41,8 +42,9 @@ PAPERS = {
 
 def found() -> dict[str, dict[str, Any]]:
     """Settings of the views of each recipe that cuts crops out of images that come as shards."""
-    data = {name: resolve(name, kinds=ANY_KIND).config.get("data") or {} for name in catalogue_names()}
-    settings = {name: given.get("init_args", {}) for name, given in data.items()}
+    texts = {name: str([plain(layer) for layer in load(name).layers]) for name in catalogue_names()}
+    names = [name for name, text in texts.items() if "RandomViews" in text and "shards" in text]
+    settings = {name: resolve(name).config["data"]["init_args"] for name in names}
     return {
         name: given["views"]
         for name, given in settings.items()

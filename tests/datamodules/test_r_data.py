@@ -93,6 +93,7 @@ def test_damage_is_one_readable_line(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_data_set_may_be_a_file_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("rdata")
     folder = tmp_path / "mlbench" / "data"
     folder.mkdir(parents=True)
     # A file of R's `save`: a pairlist of one name and its value.

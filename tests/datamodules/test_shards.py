@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.data import has_len_all_ranks
 from PIL import Image
 from shard_files import damage, write_shard, write_shards
 from torch import Tensor, nn
+from waiting import HANG_S
 
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures
 from lightspan.callbacks.pictures.first_batch import FirstBatch
@@ -241,7 +242,7 @@ class Ranks:
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.own, self.parts = count, threading.local(), [None] * count
-        self.barrier = threading.Barrier(count, timeout=20)
+        self.barrier = threading.Barrier(count, timeout=HANG_S)
         monkeypatch.setattr(shards_module, "rank", lambda: self.own.rank)
         monkeypatch.setattr(shards_module, "world_size", lambda: count)
         monkeypatch.setattr(shards_module, "_gathered", self.gathered)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from every_preset import PRESETS
+from pairwise import pairwise
 from step_costs import kept_in, step_costs
 from torch import nn
 
-from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
 from lightspan.optim import bases, buckets, presets
 from lightspan.optim.bases import DCTBasis, Every, Trigger, WholeBasis
 from lightspan.optim.core import Projected, update_weights
@@ -54,8 +54,6 @@ RULES = {
     "dropped": {"residual": None},
     "apollo": {"residual": Apollo()},
     "feedback": {"residual": ErrorFeedback("int8"), "basis": DCTBasis()},
-    "hadamard": {"basis": HadamardBasis(), "residual": None},
-    "kronecker": {"basis": KroneckerDCTBasis()},
     "orthogonalised": {"inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.9)},
     "momentum": {"inner": SGD()},
     "muon": {"inner": MomentumNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
@@ -67,9 +65,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", RULES)
+@pairwise(rule=RULES, dtype=[torch.float32, torch.bfloat16], refresh=[10**6, 1])
 def test_a_step_never_waits_for_the_device(rule, dtype, refresh):
     weights = [nn.Parameter(torch.empty(32, 16, dtype=dtype, device="meta")) for _ in range(3)]
     weights += [nn.Parameter(torch.empty(16, 32, dtype=dtype, device="meta"))]  # vectors are torch.optim.AdamW's
@@ -219,10 +215,7 @@ def costs_of(kind, dtype, device, refresh=10**6, matrices=SHAPES[:2], vectors=1,
     return costs
 
 
-@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
-@pytest.mark.parametrize("max_norm", [None, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", every_kind())
+@pairwise(kind=every_kind(), dtype=DTYPES, max_norm=[None, 1.0], refresh=[10**6, 1])
 def test_a_step_exchanges_nothing_with_the_host_but_its_check_for_finite_gradients(kind, dtype, max_norm, refresh):
     sent = 2 if refresh == 1 and kind in (APOLLO, APOLLOMini) else 0  # the host draws: the matrices of either shape
     for check in (False, True):
@@ -298,10 +291,9 @@ def test_so_do_those_whose_moments_are_narrow(moments, dtype):
     assert few == many
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("refresh", [10**6, 1], ids=["steady", "refreshing"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind not in WHOLE])
+@pairwise(
+    kind=[kind for kind in every_kind() if kind not in WHOLE], dtype=DTYPES, refresh=[10**6, 1], device=["cpu", "meta"]
+)
 def test_temporaries_of_a_step_are_less_than_half_of_a_float32_copy_of_its_gradients(
     kind, dtype, refresh, device, monkeypatch
 ):
@@ -333,9 +325,7 @@ def test_adding_and_storing_an_error_takes_a_few_tiles_however_long_a_matrix_is(
     assert peaks(24) == peaks(240)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", WHOLE)
+@pairwise(kind=WHOLE, dtype=DTYPES, device=["cpu", "meta"])
 def test_temporaries_of_whole_matrices_are_a_few_copies_of_those_that_step_at_once(kind, dtype, device, monkeypatch):
     largest = max(rows * columns for rows, columns in SHAPES)
     monkeypatch.setattr(buckets, "LARGEST_STACK", largest)

@@ -4,6 +4,8 @@ import pkgutil
 import subprocess
 import sys
 
+from waiting import HANG_S
+
 import lightspan.optim
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lightspan.optim.__path__, "lightspan.optim."))
@@ -20,5 +22,5 @@ def test_no_optimiser_loads_lightning_or_rich() -> None:
         f"    if loaded := {FOREIGN!r} & set(sys.modules):\n"
         "        sys.exit(f'{name} loads {sorted(loaded)}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stderr

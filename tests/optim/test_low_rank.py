@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from optim.plain_bases import IdentityBasis
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.experiments.bases import IdentityBasis
 from lightspan.optim import reference
 from lightspan.optim.bases import DCTBasis, PowerBasis
 from lightspan.optim.low_rank import LowRank

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from every_preset import PRESETS
+from pairwise import pairwise
 from step_costs import kept_in, step_costs
 from stream_races import Streams, Watch
 from torch import nn
@@ -87,9 +88,7 @@ def equal(one, other):
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in states)
 
 
-@pytest.mark.parametrize("on", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pairwise(kind=KINDS, dtype=[torch.float32, torch.bfloat16], on=[True, False])
 def test_what_is_on_the_host_is_copied_once_each_way_in_a_step_and_nothing_else_is(kind, dtype, on, monkeypatch):
     monkeypatch.setattr(offload, "LARGEST_VISIT", 4096)
     monkeypatch.setattr(offload, "SMALLEST_AWAY", 20)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor, nn
 
 from lightspan.optim.groups import ParameterGroups
@@ -80,9 +81,7 @@ def require_sane(found: Any, steps: int, net: str) -> None:
     assert max(found.losses) < 3 * found.losses[0] + (10 if net == "dropout" else 0), max(found.losses)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("name", ["LowRank", "FiraAdam", "APOLLO"])
+@pairwise(net=NETS, name=["LowRank", "FiraAdam", "APOLLO"], dtype=[torch.float32, torch.bfloat16])
 def test_what_rescales_rows_trains_where_rows_die(name, net, dtype):
     steps = 40
     found = trace(net, name, 1.0, steps, dtype)
@@ -90,12 +89,14 @@ def test_what_rescales_rows_trains_where_rows_die(name, net, dtype):
     assert found.farthest < 20  # the farthest that AdamW took in these runs is 5
 
 
-@pytest.mark.parametrize("net", ["ReLU MLP", "mixture of experts", "embedding and head"])
-@pytest.mark.parametrize("name", [name for name in OURS if name not in ("LowRank", "FiraAdam", "APOLLO")])
-def test_so_do_all_other_presets(name, net):
+@pairwise(
+    name=[name for name in OURS if name not in ("LowRank", "FiraAdam", "APOLLO")],
+    net=["ReLU MLP", "mixture of experts", "embedding and head"],
+    dtype=[torch.float32, torch.bfloat16],
+)
+def test_so_do_all_other_presets(name, net, dtype):
     steps = 20
-    for dtype in (torch.float32, torch.bfloat16):
-        require_sane(trace(net, name, 1.0, steps, dtype), steps, net)
+    require_sane(trace(net, name, 1.0, steps, dtype), steps, net)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

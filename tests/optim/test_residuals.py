@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
+from optim.plain_bases import RandomBasis
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.experiments.bases import RandomBasis
 from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis
 from lightspan.optim.inner import SGD
 from lightspan.optim.layout import Layout

@@ -12,6 +12,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from optim.plain_bases import RandomBasis
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,8 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.distributed import leave
 from lightspan.errors import UserError
-from lightspan.experiments.bases import RandomBasis
-from lightspan.experiments.ranks import RankByEnergy
 from lightspan.optim.bases import DCTBasis, SVDBasis
 from lightspan.optim.inner import SGD, NewtonSchulz
 from lightspan.optim.low_rank import LowRank
@@ -153,14 +152,6 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
-def refusal(mesh) -> str:
-    model = sharded_net(mesh)
-    nn.functional.mse_loss(model(data(0)[0]), data(0)[1]).backward()
-    with pytest.raises(UserError) as caught:
-        RankByEnergy().groups(list(model.parameters()))
-    return str(caught.value)
-
-
 def not_finite(mesh) -> str:
     """One NaN on rank 2 alone; every rank has to see it."""
     model = sharded_net(mesh)
@@ -227,7 +218,6 @@ def one_rank(index: int, folder: str) -> None:
             model = sharded_net(meshes[4])
             out["losses"][name, 4] = train(model, build(model.named_parameters()), range(OTHER_STEPS), meshes[4])
     out["not finite"] = not_finite(meshes[4])
-    out["refusal"] = refusal(meshes[4])
     out["replicas equal"] = low_precision(hybrid)
     torch.save(out, Path(folder, f"{index}.pt"))
     leave()
@@ -300,8 +290,3 @@ def test_replicas_round_alike(runs):
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_of_them(runs):
     for out in runs:
         assert "tall.weight is not finite" in out["not finite"]
-
-
-def test_ranks_by_energy_are_refused_with_a_way_out(runs):
-    for out in runs:
-        assert "set rank to a number, or train with DDP" in out["refusal"]

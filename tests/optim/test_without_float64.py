@@ -6,15 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from optim.plain_bases import RandomBasis
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightspan import devices
 from lightspan.devices import widest_float
-from lightspan.experiments.bases import RandomBasis
-from lightspan.experiments.kronecker_bases import HadamardBasis, KroneckerDCTBasis
-from lightspan.experiments.ranks import RankByEnergy
 from lightspan.optim import presets
 from lightspan.optim.low_rank import LowRank
 
@@ -56,8 +54,6 @@ RULES = {
     "factored_muon": presets.FactoredMuon,
     "dion2": presets.Dion2,
     "random": lambda params, **options: LowRank(params, basis=RandomBasis(), **options),
-    "hadamard": lambda params, **options: LowRank(params, basis=HadamardBasis(), residual=None, **options),
-    "kronecker": lambda params, **options: LowRank(params, basis=KroneckerDCTBasis(), residual=None, **options),
 }
 
 
@@ -78,13 +74,6 @@ def test_no_step_makes_float64_on_a_device_that_has_none(rule, dtype) -> None:
             weight.grad = torch.empty_like(weight)
         optimizer.step()
     assert all(v.is_meta for w in weights for key, v in optimizer.state[w].items() if key != "step")
-
-
-@pytest.mark.usefixtures("no_float64")
-def test_ranks_are_chosen_on_a_device_without_float64() -> None:
-    weight = nn.Parameter(torch.empty(24, 12, device="meta"))
-    weight.grad = torch.empty_like(weight)
-    assert RankByEnergy(least=2, most=5).choose([weight]) == [5]
 
 
 @pytest.mark.usefixtures("no_float64")

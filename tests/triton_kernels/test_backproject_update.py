@@ -13,6 +13,7 @@ from kernel_oracles import (
     updated,
     updated_weights,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 from lightspan.triton_kernels import backproject_update as module
@@ -71,10 +72,7 @@ def near(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pairwise(shape=SHAPES, layout=LAYOUTS, dtype=TOLERANCE, residual=[False, True])
 def test_both_paths_equal_the_formula_in_float64(path, residual, shape, layout, dtype):
     given = problem(shape, dtype, residual, layout)
     near(updated(path, given), formula(given), rounding(path, dtype))

@@ -12,10 +12,10 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 COPY = Path("build/site-package")
-# What the command line is made of (running.md is about it), recipes, which have pages of their own, and experiments.
+# What the command line is made of (running.md is about it), and recipes, which have pages of their own.
 LEFT_OUT = {
     *("__main__", "cli", "commands", "config", "exports", "intrinsic", "launch", "planning", "replay", "report"),
-    *("runs", "sweeps", "experiments", "recipes", "run_files"),
+    *("runs", "sweeps", "recipes", "run_files"),
 }
 SOURCE = "<!-- source of {} -->"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optional import skip_without_packages
 from picture_files import write_tiffs
 from shard_files import array_shard
 
@@ -216,11 +217,9 @@ def test_no_pixel_of_a_scene_is_in_two_sets(tmp_path: Path, stride: int) -> None
 
 
 def test_the_scene_of_landsat_has_green_fields_and_dark_water_in_the_near_infrared() -> None:
-    try:
+    with skip_without_packages():
         data = LandsatScene(patch=16, batch_size=4)
         data.setup()
-    except UserError as error:
-        pytest.skip(str(error))
     values = data.train.album.values
     assert values.shape == (6, 352, 349)
     assert 0 <= values.min() < values.max() <= 1
@@ -235,11 +234,9 @@ def test_where_the_scene_is_missing_the_package_is_named(monkeypatch: pytest.Mon
 
 
 def test_windows_of_statlog_are_divided_as_there() -> None:
-    try:
+    with skip_without_packages():
         data = StatlogLandsat()
         data.setup()
-    except UserError as error:
-        pytest.skip(str(error))
     labels = data.train.album.labels
     assert np.bincount(labels[:4435]).tolist() == [1072, 479, 961, 415, 470, 1038]  # of the repository's sat.trn
     assert (len(data.train), len(data.val), len(data.test), len(CLASSES)) == (3935, 500, 2000, 6)

@@ -1,5 +1,0 @@
-"""See `kernel_fixtures`."""
-
-from kernel_fixtures import poisoned_memory, target
-
-__all__ = ["poisoned_memory", "target"]
