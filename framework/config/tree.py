@@ -22,7 +22,7 @@ Scalar = str | int | float | bool | None
 MAX_NODES = 20_000  # an alias may repeat a branch: this stops exponential growth
 MAX_DEPTH = 64
 MAX_BYTES = 2**20  # of a file: a recipe has a few thousand
-MAX_BITS = 1_024  # of a whole number: a float holds no larger one
+MAX_BITS = 8_192  # of a whole number: Python prints no much longer ones
 COMMAND_LINE = "command line"
 
 _FLOAT = re.compile(

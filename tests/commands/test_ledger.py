@@ -262,4 +262,4 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path, capsys, text) -> None:
     (tmp_path / "ledger.json").unlink()
     os.mkfifo(tmp_path / "ledger.json")
     assert main(["ledger", str(tmp_path)]) == 2
-    assert "it is not a regular file" in capsys.readouterr().err
+    assert "not a regular file" in capsys.readouterr().err
