@@ -27,7 +27,7 @@ from lightspan.checkpoints.readable import readable
 from lightspan.checkpoints.shards import METADATA, first_line
 from lightspan.distributed import rank
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, remove
+from lightspan.files import atomic_path, remove, require_regular_file
 
 
 class WholeFileCheckpointIO(CheckpointIO):
@@ -161,6 +161,7 @@ def _of_known_form(checkpoint: Any, path: Path) -> dict[str, Any]:
 
 def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
     """The content of a checkpoint file; with `mmap` its tensors stay on disk."""
+    require_regular_file(path, "checkpoint")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except UnpicklingError as error:
