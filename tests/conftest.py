@@ -12,7 +12,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch
-from costs import Costs, kinds_of
+from costs import Costs, kind_of
 from hypothesis import HealthCheck, settings
 
 # Workers of `make test` import everything first: the first test would be charged for it.
@@ -71,15 +71,15 @@ def refuse_skip(report):
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks `long` the tests of long kinds, but for a sample that stays in `make test`: those marked `smoke`, and of
-    each combination of kinds and each folder without one the first.
+    each kind in each folder without one the first.
 
     Files with long tests come first, so that workers end together, unless the minutes are limited: then they stay in
     the order in which they were named. Workers take whole files (--dist loadfile).
     """
-    groups: dict[tuple[frozenset[str], str], list[pytest.Item]] = {}
+    groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if kinds := kinds_of(item):
-            groups.setdefault((kinds, floor_of(item)), []).append(item)
+        if kind := kind_of(item):
+            groups.setdefault((kind, floor_of(item)), []).append(item)
     for group in groups.values():
         sample = [item for item in group if item.get_closest_marker("smoke")] or group[:1]
         for item in group:

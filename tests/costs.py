@@ -48,8 +48,9 @@ def slowness() -> float:
     return min(rounds) / YARDSTICK_S
 
 
-def kinds_of(item: pytest.Item) -> frozenset[str]:
-    return frozenset(name for name in LIMITS_S if item.get_closest_marker(name))
+def kind_of(item: pytest.Item) -> str | None:
+    """Of several kinds the one that may take longest."""
+    return max((n for n in LIMITS_S if item.get_closest_marker(n)), key=LIMITS_S.__getitem__, default=None)
 
 
 class Costs:
@@ -67,10 +68,9 @@ class Costs:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         if call.when == "teardown":
-            kind = max(kinds_of(item), key=LIMITS_S.__getitem__, default="no mark")
-            spent_s = processor_s() - item.stash[START]
-            factor = spent_s / (LIMITS_S.get(kind, UNMARKED_S) * slowness())
-            item.user_properties.append((PROPERTY, [factor, kind, spent_s]))
+            kind, spent_s = kind_of(item), processor_s() - item.stash[START]
+            factor = spent_s / ((LIMITS_S[kind] if kind else UNMARKED_S) * slowness())
+            item.user_properties.append((PROPERTY, [factor, kind or "no mark", spent_s]))
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

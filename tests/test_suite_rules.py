@@ -112,7 +112,7 @@ def test_of_each_long_kind_a_sample_stays(tmp_path: Path) -> None:
         "test_is_dear_and_marked",
         "test_is_the_sample_of_its_kind",
     }, said
-    assert "2 deselected" in said or "5 deselected" in said
+    assert "5 deselected" in said  # two of these, and three that lack something
 
 
 @pytest.mark.runs

@@ -13,7 +13,6 @@ import pytest
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from waiting import HANG_S
 
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
@@ -95,7 +94,7 @@ def test_two_ranks_that_resume_the_checkpoint_of_one_see_together_what_one_rank_
         [sys.executable, __file__, str(tmp_path), "5", "2", str(tmp_path / "ranks=1.ckpt")],
         capture_output=True,
         text=True,
-        timeout=HANG_S,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -29,7 +29,9 @@ def trained(name: str, folder: Path, **compiled: Any) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.smoke] * (name == "contrastive.simclr")) for name in CASES]
+)
 def test_a_compiled_method_has_the_loss_of_the_method_and_its_weights_after_a_step(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(trained(name, tmp_path, backend="eager"), trained(name, tmp_path))
 
