@@ -26,12 +26,12 @@ Positions = Literal["sinusoidal", "rotary", "none"]
 
 
 class AttentionBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), of four times the width: [B L D] -> [B L D]."""
+    """x + attention(norm(x)), then x + MLP(norm(x)): [B L D] -> [B L D]."""
 
-    def __init__(self, width: int, attention: SelfAttention, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, attention: SelfAttention, mlp_width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), attention, nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD: Tensor, own_BL: Tensor | None = None) -> Tensor:
@@ -139,6 +139,7 @@ def sequence_transformer(
     causal: bool = False,
     window: int | None = None,
     dropout: float = 0.0,
+    mlp_width: int | None = None,
 ) -> SequenceNetwork:
     """A pre-norm transformer.
 
@@ -149,14 +150,20 @@ def sequence_transformer(
         causal: each step sees itself and those before it alone.
         window: steps of a chunk of local attention, for long sequences; see `SelfAttention`.
         dropout: of each branch, in [0, 1]; the paper has none.
+        mlp_width: of the hidden layer of each block; None is 4 D. The authors of SPT have 2 D for Long Range Arena.
+    Raises: UserError for settings out of these ranges.
     """
     require_shares(dropout=dropout)
+    if mlp_width is not None and mlp_width < 1:
+        raise UserError(f"mlp_width={mlp_width} must be at least 1; leave it out for four times the width")
     if positions not in ("sinusoidal", "rotary", "none"):
         raise UserError(f"positions={positions!r} must be sinusoidal, rotary or none")
     turns = positions == "rotary"
 
     def block() -> nn.Module:
-        return AttentionBlock(width, SelfAttention(width, heads, causal, window, turns), dropout)
+        return AttentionBlock(
+            width, SelfAttention(width, heads, causal, window, turns), mlp_width or 4 * width, dropout
+        )
 
     return SequenceNetwork(channels, vocab_size, width, depth, block, causal, positions == "sinusoidal")
 

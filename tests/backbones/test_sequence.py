@@ -28,6 +28,15 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+def test_mlps_are_four_times_as_wide_as_the_states_unless_told() -> None:
+    for told, width in ((None, 32), (16, 16)):
+        built = sequence_transformer(width=8, depth=2, heads=2, mlp_width=told)
+        assert [tuple(block.mlp[0].weight.shape) for block in built.blocks] == [(width, 8)] * 2
+        assert built(draw(2, 5, 1).float()).shape == (2, 8)
+    with pytest.raises(UserError, match="mlp_width=0"):
+        sequence_transformer(mlp_width=0)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_mean_over_a_sequences_own_steps_whatever_padding_holds(kind: str, causal: bool) -> None:
