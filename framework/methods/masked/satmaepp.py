@@ -6,7 +6,9 @@ encoder sees x, the picture of a batch reduced 2^steps times, and of that a quar
 and group. A decoder guesses all tokens, and an upsampler grows the guessed picture to the larger ones:
 - L_base: mean over hidden tokens of their mean squared error, of pixels as they are;
 - L_ms: mean over the scales of mean |grown - picture|, over seen and hidden places alike;
-- L = base L_base + multi_scale L_ms, 0.6 and 0.4.
+- L = base L_base + multi_scale L_ms, 0.6 and 0.4 of pixels that are clipped to four deviations and scaled to [0, 1].
+  Of standardised pixels, which are four times as large, L_base is 16 and L_ms 4 times as large, so that 0.6 and 1.6
+  weigh them alike.
 Decoder and upsampler are thrown away.
 Masks: `RandomMasks` draws tokens of all groups from one urn, so that each group is hidden by itself, as in the code;
 `TubeMasks` hides the same places in all groups.
@@ -55,7 +57,7 @@ class SatMAEpp(Method):
         steps: halvings between the pictures of a batch and what the encoder sees, at least 0: 2, or 1 for RGB, is the
             source's. That of the upsampler, if there is one.
         masks: hides equally many tokens of each picture, on a grid (G, H, W); None is three quarters at random.
-        base, multi_scale: weights of the losses, each >= 0.
+        base, multi_scale: weights of the losses, each >= 0; the source's are for pixels in [0, 1], see above.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 

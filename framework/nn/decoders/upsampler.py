@@ -36,6 +36,9 @@ class UpBlock(nn.Module):
 class UpsamplerPyramid(nn.Module):
     """Pictures [B C H W] -> those of 2, 4, ... times the size, one for each of its steps.
 
+    As in the authors' code, convolutions of blocks and heads start Xavier-uniform with biases of zero, and the first
+    one and transposed ones as torch's do.
+
     Args:
         channels: C.
         steps: how often the size doubles, at least 1.
@@ -53,6 +56,10 @@ class UpsamplerPyramid(nn.Module):
         self.enter, self.norm = nn.Conv2d(channels, features, 1), ChannelNorm(features, eps=1e-6)
         self.blocks = nn.ModuleList(UpBlock(features) for _ in range(steps))
         self.heads = nn.ModuleList(nn.Conv2d(features, channels, 3, padding=1) for _ in range(steps))
+        for layer in (*self.blocks.modules(), *self.heads):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # all of these have one
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         x_BFHW, pictures = self.norm(F.gelu(self.enter(x_BCHW))), []

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.placed_vit import GroupedViT
 from lightspan.backbones.vit import vit
+from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.satmaepp import SatMAEpp
@@ -196,6 +197,25 @@ def test_an_upsampler_has_four_features_a_band_and_its_last_picture_trains_all_b
         "heads.0.weight",
         "heads.0.bias",
     }
+
+
+def test_convolutions_of_an_upsampler_start_xavier_uniform_but_for_the_first_and_the_transposed_ones() -> None:
+    pyramid = UpsamplerPyramid(3, 2, 32)
+    for block, head in zip(pyramid.blocks, pyramid.heads, strict=True):
+        for layer in (block.first, block.second, head):
+            bound = (6 / (9 * (layer.in_channels + layer.out_channels))) ** 0.5
+            assert 0.98 * bound < float(layer.weight.abs().max()) <= bound
+            assert not layer.bias.any()
+    assert pyramid.enter.bias.any()
+    assert pyramid.blocks[0].up.bias.any()
+
+
+@pytest.mark.parametrize("name", ["satmaepp", "satmaepp_fmow"])
+def test_recipes_weigh_standardised_pixels_as_the_source_weighs_pixels_a_quarter_as_large(name: str) -> None:
+    given = resolve(f"masked/{name}").config["model"]["init_args"]
+    squared, absolute = 4**2, 4
+    assert given["multi_scale"] * absolute / (0.6 * squared) == pytest.approx(0.4 / 0.6)
+    assert "base" not in given
 
 
 def test_rows_and_columns_of_a_picture_that_is_no_square_keep_their_places() -> None:
