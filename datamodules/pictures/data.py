@@ -87,8 +87,8 @@ class PictureData(SampleSets):
     """Pictures of the user's own. A subclass finds them.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`, always
-    of 3 channels and of one size. Pictures are standardised with the mean and deviation of up to `moment_pictures`
-    training pictures, spread evenly. Order, ranks and resume are those of `ExactLoader`.
+    of 3 channels and of one size. Pictures are standardised with `mean` and `std`, or with the mean and deviation of up
+    to `moment_pictures` training pictures, spread evenly. Order, ranks and resume are those of `ExactLoader`.
 
     Args:
         size: height and width of a picture in pixels.
@@ -103,6 +103,8 @@ class PictureData(SampleSets):
             mixes all pictures.
         groups: pictures of one class that stand side by side, by epoch, see
             `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
+        mean, std: of each channel of pixels in [0, 1]: those that a pretrained network was trained with. None takes
+            those of the training pictures.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -122,16 +124,22 @@ class PictureData(SampleSets):
         views_on: Place = "workers",
         per_class: int | None = None,
         groups: GroupSizes | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         require_one_order(per_class, groups)
+        if (mean is None) != (std is None) or min(std or (1.0,)) <= 0:
+            raise UserError(
+                f"mean={mean} and std={std} belong together, with std above 0; leave both out for the data's"
+            )
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
         self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
-        self.groups = groups
+        self.groups, self.mean, self.std = groups, mean, std
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 
@@ -149,8 +157,7 @@ class PictureData(SampleSets):
                 f"{len(found.train) + len(found.val)} readable picture is too few: one must train and another one "
                 "validate; give at least two"
             )
-        taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
-        mean, std = channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
+        mean, std = self._moments(found)
         train, val = (Chosen(found.album, numbers) for numbers in (found.train, found.val))
         self.train = ImageSamples(train, mean, std, self.views, self.views_on)
         self.train.fields.attach(self)
@@ -161,6 +168,13 @@ class PictureData(SampleSets):
             f"{self.size} x {self.size}, "
             + (f"{len(self.classes):,} classes" if self.classes else "labelled" if self.labelled else "without labels")
         )
+
+    def _moments(self, found: Found) -> tuple[torch.Tensor, torch.Tensor]:
+        """What pictures are standardised with, each [3, 1, 1]."""
+        if self.mean is not None and self.std is not None:
+            return torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
+        return channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -155,6 +155,20 @@ def test_batches_are_as_documented(tmp_path: Path) -> None:
     assert data.classes == ("a", "b")
 
 
+def test_pictures_are_standardised_as_a_pretrained_network_had_them_where_the_user_says_how(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "in", {"a": 3, "b": 3})
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    plain = opened(folder, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    told = opened(folder, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    for own, pixel in ((told.bank, plain.bank), (told.val, plain.val)):
+        for number in range(len(own)):
+            image = (pixel.sample(number, 0)["image"] - mean[:, None, None]) / std[:, None, None]
+            torch.testing.assert_close(own.sample(number, 0)["image"], image)
+    for given in ({"mean": (0.5, 0.5, 0.5)}, {"std": (0.5, 0.5, 0.5)}, {"mean": (0, 0, 0), "std": (1, 0, 1)}):
+        with pytest.raises(UserError, match="std="):
+            opened(folder, **given)
+
+
 def test_constant_pictures_become_zero(tmp_path: Path) -> None:
     for number in range(4):
         Image.new("RGB", (9, 9), (7, 7, 7)).save(tmp_path / f"{number}.png")
