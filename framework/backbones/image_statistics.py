@@ -34,7 +34,7 @@ class RandomConvolutions(nn.Module):
         bias: added to each convolution.
         seed: >= 0.
     Attributes:
-        num_features: 2 K.
+        num_features: 2 K; the paper's 512 features come from 256 filters.
     """
 
     any_bands = True

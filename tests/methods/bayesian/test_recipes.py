@@ -22,6 +22,12 @@ def test_the_network_of_the_paper_is_planned_with_the_memory_of_its_active_weigh
     built = build(resolve("bayesian/ssvi_cifar10", [], [*flags, "data.init_args.batch_size=16"]), tmp_path)
     dense = {name: len(layer.mu) == layer.count for name, layer in gaussian_layers(built.model).items()}
     assert [name for name, all_active in dense.items() if all_active] == ["backbone.conv1"]
+    groups = built.model.groups.optimizer(built.model, built.model.optimizer).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] == 5e-4 for parameter in group["params"]}
+    names = dict(built.model.named_parameters())
+    assert {name for name, each in names.items() if id(each) not in decayed} == {
+        name for name in names if name.endswith(".rho")
+    }
     plan = make_plan(built.trainer, built.model, built.datamodule, None)
     found = costs(built.model, torch.zeros(1, 3, 32, 32))
     assert found.weights == pytest.approx(11.17e6, rel=1e-3)
