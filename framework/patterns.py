@@ -1,6 +1,6 @@
 """Names chosen by shell-style patterns, the one way in which users of this project select parts of a module."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -27,6 +27,19 @@ def every_name(module: "nn.Module") -> dict[str, list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: names[id(parameter)] for name, parameter in module.named_parameters()}
+
+
+def require_ties(module: "nn.Module", read: "Callable[[str], Tensor]", source: str) -> None:
+    """Raises: UserError where `source` has different tensors under the names of one tied parameter, of which loading
+    would keep the last. `read` gives the tensor of a name in the module, of the parameter's shape.
+    """
+    for first, *others in every_name(module).values():
+        for other in others:
+            if (read(first) != read(other)).any():
+                raise UserError(
+                    f"{first} and {other} are tied in {type(module).__name__}, and two different tensors in {source}; "
+                    "make the network untied, as that file's was (tied=false of lightspan.backbones.language.t5)"
+                )
 
 
 def require_matches(patterns: Sequence[str], names: Sequence[str], what: str) -> None:

@@ -22,7 +22,7 @@ from lightspan.tensor_files import safetensors_of, stored_tensors
 N = TypeVar("N", bound=PreTrainedModel)
 
 CONFIG = "config.json"
-_UNDECLARED = {"tie_word_embeddings", "decoder_start_token_id"}
+_UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
 _MOST_UNSTORED = 2.0
 """How many times as many numbers a network may have as its files: a tied table is stored once."""

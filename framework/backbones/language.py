@@ -1,5 +1,6 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
+from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightspan.backbones.huggingface import stored_network
@@ -92,10 +93,12 @@ def t5(
     mlp_width: int = 256,
     gated: bool = True,
     dropout: float = 0.0,
+    tied: bool = True,
 ) -> T5ForConditionalGeneration:
-    """A T5 encoder and decoder with relative positions, one table for inputs and outputs, and random weights.
+    """A T5 encoder and decoder with relative positions and random weights.
 
-    Source: Raffel et al., 2019, arXiv 1910.10683; gated as in Shazeer, 2020, arXiv 2002.05202.
+    Source: Raffel et al., 2019, arXiv 1910.10683; gated as in Shazeer, 2020, arXiv 2002.05202. T5 1.1 is gated and not
+    tied.
 
     Args:
         vocab_size: tokens; 361 for bytes with 5 special tokens and 100 sentinels.
@@ -104,6 +107,8 @@ def t5(
         head_width: of a head; None divides the width among the heads.
         gated: GELU with a gate (T5 1.1) instead of ReLU (T5).
         dropout: of activations and attention; UL2 is pretrained without.
+        tied: one table for inputs and outputs, with states scaled by width^-0.5 before it, as in T5. T5 1.1 has a head
+            of its own and does not scale; here it starts at N(0, 1 / width), so that logits start alike in both.
     Raises: UserError if `heads` does not divide `width` and `head_width` is not given.
     """
     if head_width is None and width % heads:
@@ -119,8 +124,14 @@ def t5(
         dropout_rate=dropout,
         feed_forward_proj="gated-gelu" if gated else "relu",
         use_cache=False,
+        tie_word_embeddings=tied,  # to transformers it says whether states are scaled
     )
-    return T5ForConditionalGeneration(config)
+    network = T5ForConditionalGeneration(config)
+    if not tied:  # where transformers ties a network that it makes, and only unties one that it loads
+        network.lm_head = nn.Linear(width, vocab_size, bias=False)
+        nn.init.normal_(network.lm_head.weight, std=width**-0.5)
+        network.all_tied_weights_keys.pop("lm_head.weight", None)
+    return network
 
 
 def stored_t5(folder: str) -> T5ForConditionalGeneration:

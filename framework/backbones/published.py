@@ -1,7 +1,8 @@
 """Networks of timm and torchvision with the weights that were published for them, where these lie on this disk.
 
-Nothing is fetched and nothing is unpickled: what an earlier download left in the cache of the library is read, and what
-is not there is named. `lightspan.backbones.pretrained` has networks whose weights come with installable packages.
+Nothing is fetched and nothing is unpickled: a file, or what an earlier download left in the cache of the library, is
+read, and what is not there is named. `lightspan.backbones.pretrained` has networks whose weights come with installable
+packages.
 """
 
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from transformers.utils import cached_file
 
 from lightspan.backbones.timm_networks import refuse_unknown, timm_network
+from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.errors import UserError
 
 # A recipe may name the functions listed here.
-__all__ = ["timm_published", "torchvision_published"]
+__all__ = ["timm_published", "timm_vit", "torchvision_published"]
 
 
 def timm_published(name: str) -> nn.Module:
@@ -38,6 +41,37 @@ def timm_published(name: str) -> nn.Module:
             f"model.safetensors; where there is a network, `hf download {repository} model.safetensors` fetches them"
         ) from error
     return timm_network(name, pretrained=True, pretrained_cfg_overlay={"file": file})
+
+
+def timm_vit(
+    name: str, path: str | None = None, prefix: str = "", outputs: int = 0, image_size: int | None = None
+) -> VisionTransformer:
+    """A vision transformer of timm with all that its name stands for: activation, epsilon of the norms and the like.
+
+    No file of weights tells these. Those of OpenAI's CLIP fill any ViT-B/32 that has a norm before its blocks, and with
+    GELU, or timm's default epsilon, it then computes something other than CLIP.
+
+    Args:
+        name: such as vit_base_patch32_clip_quickgelu_224, which is OpenAI's CLIP, or vit_small_patch14_dinov2.
+        path: safetensors file of its weights under timm's names, or those that DINOv2 and OpenAI's CLIP were published
+            under; None leaves random ones.
+        prefix: of these names in the file; other names are ignored.
+        outputs: of the head; 0 leaves it out. CLIP's is the map into the space that images share with texts, of 512 or
+            768 dimensions.
+        image_size: H = W in pixels, a multiple of the patch's side; None is that of the name. Positions of a file of
+            another size are resampled.
+    Raises: UserError for an unknown name, a size that does not fit, or as `lightspan.backbones.weights.with_weights`.
+    """
+    known = [name for tags in (False, True) for name in timm.list_models(module="vision_transformer", pretrained=tags)]
+    if name not in known:
+        refuse_unknown(name, known, "timm's vision_transformer")
+    network = timm_network(name, num_classes=outputs, **({} if image_size is None else {"img_size": image_size}))
+    sides = *network.patch_embed.patch_size, *(network.patch_embed.img_size)
+    if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
+        raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
+    if path is not None:
+        fill(network, checkpoint_filter_fn(tensors_behind(path, prefix), network), path, prefix)
+    return network
 
 
 def torchvision_published(name: str) -> nn.Module:

@@ -1,5 +1,8 @@
 """A network with the weights of an earlier run."""
 
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -7,10 +10,14 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.patterns import every_name, require_ties
 from lightspan.tensor_files import stored_tensors
 
 # A recipe may name the functions listed here.
 __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]
+
+CLIP_EPSILON = 1e-5  # of all image towers that timm has with a norm before the blocks
+POSITIONS = re.compile(r"\bpos_embed is \[").search
 
 
 def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
@@ -20,7 +27,7 @@ def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
         path, prefix: as in `with_weights`.
     Raises: UserError as `with_weights`, and if there is no matrix of that name.
     """
-    state = _stored(path, prefix)
+    state = tensors_behind(path, prefix)
     weight = state.get("weight")
     if weight is None or weight.ndim != 2:
         raise UserError(
@@ -34,12 +41,22 @@ def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
 def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
     """Loads `module`, all of it, from a safetensors file and returns it.
 
+    Names and shapes are compared, and which parameters are tied. Activations, the epsilon of norms and the like leave
+    no trace in a file: for published weights take a builder that has the settings of their name, such as
+    `lightspan.backbones.published.timm_vit`.
+
     Args:
         path: as `lightspan export RUN --to safetensors` writes it.
         prefix: of the names in the file that belong to `module`; other names are ignored.
     Raises: UserError for a file that is missing, not of this kind, or belongs to another network.
     """
-    file, state, own = Path(path).expanduser(), _stored(path, prefix), module.state_dict()
+    fill(module, tensors_behind(path, prefix), path, prefix)
+    return module
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str) -> None:
+    """Loads `module`, all of it, from tensors that a file has behind a prefix. Raises: UserError as `with_weights`."""
+    own = module.state_dict()
     wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
     wrong += [f"{name} is not in the network" for name in state.keys() - own.keys()]
     wrong += [
@@ -49,16 +66,34 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
     ]
     if wrong:
         raise UserError(
-            f"the tensors named {prefix}* in {file} do not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:3])}"
+            f"the tensors named {prefix}* in {path} do not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:3])}"
             + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + ("; lightspan.backbones.published.timm_vit resamples positions" if any(map(POSITIONS, wrong)) else "")
         )
+    require_ties(module, state.__getitem__, path)
+    first: dict[int, str] = {}
+    for name in every_name(module):
+        if (other := first.setdefault(id(state[name]), name)) != name:
+            raise UserError(
+                f"{other} and {name} are tied in {path}, and two tensors in {type(module).__name__}; make the network "
+                "tied, as that file's was"
+            )
     module.load_state_dict(state)
-    return module
+    if any(
+        isinstance(norm := getattr(part, "norm_pre", None), nn.LayerNorm) and norm.eps != CLIP_EPSILON
+        for part in module.modules()
+    ):
+        warnings.warn(
+            f"the names in {path} are timm's for CLIP, whose norms have an epsilon of {CLIP_EPSILON}, and those of "
+            f"{type(module).__name__} another; unless these are weights of your own, make the network with "
+            "lightspan.backbones.published.timm_vit, which has CLIP's settings, its activation too",
+            stacklevel=3,
+        )
 
 
 def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder.") -> MaskDecoder:
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
-    if (head := _stored(path, prefix).get("head.weight")) is not None:
+    if (head := tensors_behind(path, prefix).get("head.weight")) is not None:
         decoder.settle(len(head))
     with_weights(decoder, path, prefix)
     return decoder
@@ -69,13 +104,13 @@ def stored_noise(path: str, weight: float = 0.1, seed: int = 0) -> BankNoise:
 
     Raises: UserError for a file that is missing or has no bank, or as `BankNoise`.
     """
-    bank_NSw = _stored(path, "").get("bank")
+    bank_NSw = tensors_behind(path, "").get("bank")
     if bank_NSw is None:
         raise UserError(f"{path} has no tensor called bank: save the tokens of N pictures there as bank, [N, S, w]")
     return BankNoise(bank_NSw, weight, seed)
 
 
-def _stored(path: str, prefix: str) -> dict[str, Tensor]:
+def tensors_behind(path: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of a file whose names begin with the prefix, without it. Raises: UserError, see `with_weights`."""
     file = Path(path).expanduser()
     if not file.is_file():

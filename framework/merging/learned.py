@@ -24,6 +24,7 @@ from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
 from lightspan.objectives.entropy import prediction_entropy
+from lightspan.patterns import require_ties
 from lightspan.tensor_files import Form, write_tensors
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
@@ -48,6 +49,8 @@ class NetworkSpan(nn.Module):
         self.network, self.prefix, self.tasks = network.requires_grad_(False), prefix, list(models.tasks)
         own = Held({prefix + name: tensor for name, tensor in network.state_dict().items()}, "the network")
         self.weights = models.open(own)
+        for model, weights in self.weights.items():
+            require_ties(network, lambda name, of=weights: of.read(prefix + name), f"the checkpoint {model}")  # type: ignore[misc]
         self._index: dict[str, int] = {}
         self._kept: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -138,7 +141,7 @@ class LearnedMerging(Method):
         backbone: [B C H W] -> features, as the checkpoints have it; all its parameters are merged.
         models: theta_0 and the theta_i.
         heads: features -> logits [B C], of each task that data are of, frozen as they are given: of the models, with
-            `lightspan.backbones.weights.with_weights`, or others.
+            `lightspan.backbones.weights.with_weights`, or others. CLIP's are `lightspan.nn.heads.cosine_head`.
         prefix: of the backbone's names in the checkpoints.
         out: folder for the result, made when training ends, or None: coefficients.safetensors and mask.safetensors, as
             `StoredCoefficients` and `StoredMask` read them, and merged.safetensors, the backbone under its names.

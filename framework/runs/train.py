@@ -111,10 +111,12 @@ def put_weights(model: "LightningModule", path: Path) -> None:
     """
     from lightspan.checkpoints.fit import check_fits
     from lightspan.merging.weights import open_weights
+    from lightspan.patterns import require_ties
 
     weights = open_weights(path)
     state = {name: weights.read(name) for name in weights.forms}
     check_fits(state, model, str(path), way_out="use it with the recipe whose runs were merged or exported")
+    require_ties(model, state.__getitem__, str(path))
     model.load_state_dict(state)
 
 

@@ -7,8 +7,10 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
-from lightspan.backbones.published import timm_published, torchvision_published
+from lightspan.backbones import published
+from lightspan.backbones.published import timm_published, timm_vit, torchvision_published
 from lightspan.errors import UserError
 
 
@@ -33,6 +35,65 @@ def test_what_the_cache_of_torch_hub_holds_is_loaded(tmp_path: Path, monkeypatch
     network = torchvision.models.squeezenet1_1()
     torch.save(network.state_dict(), tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
     assert torch.equal(torchvision_published("squeezenet1_1").features[0].weight, network.features[0].weight)
+
+
+def test_a_vision_transformer_of_timm_has_the_settings_that_its_name_stands_for() -> None:
+    with torch.device("meta"):
+        clip = timm_vit("vit_base_patch32_clip_quickgelu_224", outputs=512)
+        dino = timm_vit("vit_small_patch14_dinov2", image_size=224)
+    assert {type(block.mlp.act).__name__ for block in clip.blocks} == {"QuickGELU"}
+    assert {part.eps for part in clip.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-5}
+    assert {part.eps for part in dino.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
+    assert (clip.head.out_features, tuple(dino.pos_embed.shape)) == (512, (1, 257, 384))
+
+
+def test_a_vision_transformer_of_timm_takes_weights_of_another_image_size_and_behind_a_prefix(tmp_path: Path) -> None:
+    stored = timm.create_model("test_vit", num_classes=0).state_dict()  # for 160 pixels in patches of 16
+    file = str(tmp_path / "vit.safetensors")
+    save_file({f"teacher.{name}": tensor for name, tensor in stored.items()} | {"head.bias": torch.ones(2)}, file)
+    same, smaller = (timm_vit("test_vit", file, "teacher.", image_size=size).state_dict() for size in (None, 96))
+    positions = resample_abs_pos_embed(stored["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
+    for name, tensor in stored.items():
+        assert torch.equal(same[name], tensor)
+        assert torch.equal(smaller[name], positions if name == "pos_embed" else tensor)
+    with pytest.raises(UserError, match=r"head\.bias is missing; head\.weight is missing"):
+        timm_vit("test_vit", file, "teacher.", outputs=3)
+
+
+def test_a_vision_transformer_of_timm_takes_weights_under_the_names_of_their_authors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = timm.create_model("test_vit", num_classes=0).state_dict()
+    file = str(tmp_path / "dinov2.safetensors")
+    save_file({**ours, "mask_token": torch.ones(1, 64)}, file)  # DINOv2 has one, and timm does not
+    assert torch.equal(timm_vit("test_vit", file).state_dict()["pos_embed"], ours["pos_embed"])
+    block = {
+        **{f"attn.in_proj_{part}": (2304, *more) for part, more in (("weight", (768,)), ("bias", ()))},
+        **{f"attn.out_proj.{part}": (768, *more) for part, more in (("weight", (768,)), ("bias", ()))},
+        **{f"ln_{i}.{part}": (768,) for i in (1, 2) for part in ("weight", "bias")},
+        "mlp.c_fc.weight": (3072, 768),
+        "mlp.c_fc.bias": (3072,),
+        "mlp.c_proj.weight": (768, 3072),
+        "mlp.c_proj.bias": (768,),
+    }
+    clip = {f"transformer.resblocks.{i}.{name}": shape for i in range(12) for name, shape in block.items()}
+    clip |= {f"ln_{place}.{part}": (768,) for place in ("pre", "post") for part in ("weight", "bias")}
+    clip |= {"class_embedding": (768,), "positional_embedding": (50, 768)}
+    clip |= {"conv1.weight": (768, 3, 32, 32), "proj": (768, 512)}
+    with torch.device("meta"):  # names and shapes, without the numbers
+        tensors = {f"visual.{name}": torch.empty(shape) for name, shape in clip.items()}
+        monkeypatch.setattr(published, "tensors_behind", lambda path, prefix: tensors)
+        timm_vit("vit_base_patch32_clip_quickgelu_224", file, outputs=512)
+        del tensors["visual.ln_pre.bias"]
+        with pytest.raises(UserError, match=r"norm_pre\.bias is missing"):
+            timm_vit("vit_base_patch32_clip_quickgelu_224", file, outputs=512)
+
+
+def test_what_is_no_vision_transformer_of_timm_or_has_no_whole_patches_is_refused() -> None:
+    with pytest.raises(UserError, match="timm's vision_transformer has no network named 'resnet18'"):
+        timm_vit("resnet18")
+    with pytest.raises(UserError, match=r"image_size=100 of test_vit must be a multiple .* 16 pixels"):
+        timm_vit("test_vit", image_size=100)
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,12 @@
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightspan.backbones.weights import decoder_with_weights, stored_linear, with_weights
@@ -48,6 +52,23 @@ def test_tensors_that_share_memory_come_back_under_both_names(tmp_path: Path) ->
 def test_another_networks_weights_are_refused(file: Path, network: nn.Module, prefix: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         with_weights(network, str(file), prefix)
+
+
+def test_names_of_clip_in_a_network_without_its_settings_are_told_and_so_are_positions_of_another_size(
+    tmp_path: Path,
+) -> None:
+    def made(image_size: int = 32, **settings: Any) -> nn.Module:
+        return VisionTransformer(image_size, 16, embed_dim=8, depth=1, num_heads=1, num_classes=0, **settings)
+
+    file, norm = str(tmp_path / "clip.safetensors"), partial(nn.LayerNorm, eps=1e-5)
+    save_file(made(pre_norm=True).state_dict(), file)
+    with pytest.warns(UserWarning, match="timm's for CLIP, .*timm_vit"):
+        with_weights(made(pre_norm=True), file, "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_weights(made(pre_norm=True, norm_layer=norm), file, "")
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 5, 8\], not \[1, 17, 8\]; .*timm_vit resamples"):
+        with_weights(made(64, pre_norm=True), file, "")
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path, file: Path) -> None:

@@ -56,6 +56,18 @@ def test_a_row_of_one_is_the_task_itself_and_equal_rows_are_task_arithmetic() ->
         assert same(merged[name], base + 0.3 * sum(task[name] - base for task in parameters[1:]))
 
 
+def test_a_model_with_two_tensors_where_the_network_has_one_is_refused() -> None:
+    def tied() -> nn.Sequential:
+        made = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        made[1].weight = made[0].weight
+        return made
+
+    untied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    NetworkSpan(tied(), InMemory(tied(), one=tied()), "backbone.")
+    with pytest.raises(UserError, match=r"0\.weight and 1\.weight are tied in Sequential, .* the checkpoint one"):
+        NetworkSpan(tied(), InMemory(tied(), one=untied), "backbone.")
+
+
 def test_the_network_is_called_at_the_merged_weights_and_keeps_its_own() -> None:
     s, x = span(), torch.randn(5, 9, dtype=torch.float64)
     task = network(2).eval()

@@ -13,9 +13,10 @@ from method_cases import prompts
 from safetensors.torch import save_model
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import SGD
 
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
-from lightspan.backbones.language import llama, t5
+from lightspan.backbones.language import llama, stored_t5, t5
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.weights import with_weights
 from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
@@ -150,6 +151,36 @@ def test_without_a_step_of_the_first_stage_both_are_the_second_alone(steps: int,
     both, alone = second(with_weights(network(), str(file))), second(network())
     equal = [torch.equal(both[name], alone[name]) for name in alone]
     assert all(equal) if steps == 0 else not any(equal)
+
+
+def test_a_t5_with_a_head_of_its_own_says_in_the_second_stage_what_it_said_in_the_first(tmp_path: Path) -> None:
+    folder, file, given = str(tmp_path / "t5"), str(tmp_path / "model.safetensors"), prompts(5, 0)
+
+    def built(tied: bool) -> EncoderDecoder:
+        return EncoderDecoder(t5(20, 16, 1, heads=2, mlp_width=24, tied=tied)).eval()
+
+    def stored() -> EncoderDecoder:
+        return EncoderDecoder(stored_t5(folder)).eval()
+
+    def said(network: nn.Module) -> torch.Tensor:
+        fields = ("inputs", "input_segments", "decoder_inputs", "choice_segments")
+        inputs, segments, read, own = (given[name] for name in fields)
+        return network(inputs, segments, read[:, 0], own[:, 0])
+
+    torch.manual_seed(0)
+    built(tied=False).network.save_pretrained(folder)
+    first = UL2(stored(), optimizer=SGD)
+    with torch.no_grad():
+        for parameter in first.parameters():  # what a stage of training does
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_model(first, file)
+    for second in (stored(), built(tied=False)):
+        assert torch.equal(said(with_weights(second, file)), said(first.backbone))
+    with pytest.raises(UserError, match=r"lm_head\.weight are tied in EncoderDecoder, .*tied=false"):
+        with_weights(built(tied=True), file)
+    save_model(UL2(built(tied=True), optimizer=SGD), file)
+    with pytest.raises(UserError, match=r"lm_head\.weight are tied in .* two tensors in EncoderDecoder"):
+        with_weights(built(tied=False), file)  # whose outputs would be sqrt(width) times too large
 
 
 def test_data_that_do_not_fit_the_network_are_refused() -> None:
