@@ -3,6 +3,8 @@
 Source: Yang, Wang, Shen, Liu, Guo, Wang, Tao, "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024,
 arXiv 2310.02575: theta = theta_0 + sum_k lambda_k^l tau_k^l for each layer l, here each parameter
 tensor, or one lambda_k for all, and L = sum over tasks of the mean entropy of predictions.
+Coefficients are free, as in fusion_bench, whose settings the recipes of CLIP have; the code of both papers clamps them
+to [0, 1] in each pass.
 With a mask of `ConcreteAdaMerging` it is the second stage of that method (arXiv 2312.06173): the mask stands, the
 coefficients are learned from 0.3 anew.
 """

@@ -8,7 +8,8 @@ Source: arXiv 2312.06173, bi-level and first-order. With the masked vectors of o
 and no gradient through the inner step. Then `AdaMerging(mask=...)` learns w anew under the mask that is found.
 
 `inner` makes the inner step, and what it remembers outlives the reset of w. SGD with lr 1, the default, is the gradient
-step that the paper speaks of. The authors' code has Adam with lr 1, so that each w moves by about 1, far beyond 0.3.
+step that the paper speaks of. The authors' code has Adam with lr 1, so that each w moves by about 1, far beyond 0.3:
+to 1.3 or -0.7 here and in their fusion_bench, to 1 or 0 in the paper's own repository, which clamps w to [0, 1].
 Every other sample of a batch is of the inner step, the rest of the outer one: ranks hold runs of the batch, so that N
 of them with an even number of samples each split it as one does. One draw of the mask serves both.
 """
