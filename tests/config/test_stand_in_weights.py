@@ -1,0 +1,115 @@
+"""Recipes that start from weights of others, with random ones of the real names and shapes: checked, planned, and
+trained for a step.
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+
+from lightspan.backbones.denoisers import EncoderDecoder
+from lightspan.backbones.language import t5
+from lightspan.cli import main
+
+SHORT = [
+    *("trainer.max_steps=1", "trainer.accelerator=cpu", "trainer.precision=null", "trainer.logger=null"),
+    *("trainer.limit_val_batches=0", "trainer.callbacks=null", "trainer.enable_progress_bar=false"),
+    *("data.init_args.num_workers=0", "data.init_args.batch_size=2"),
+]
+
+
+def dinov2() -> list[str]:
+    """DINOv2's ViT-S/14 as it is published, for 518 pixels, and two places of SSL4EO-S12-ML."""
+    with torch.device("meta"):
+        network = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    tensors = {name: torch.randn(x.shape).mul_(0.02).half() for name, x in network.state_dict().items()}
+    assert tensors["pos_embed"].shape == (1, 1 + 37 * 37, 384)
+    save_file({**tensors, "mask_token": torch.zeros(1, 384)}, "dinov2_vits14.safetensors")
+    with tarfile.open("places.tar", "w") as archive:
+        for place in range(4):
+            seasons = np.random.default_rng(place).integers(1, 9000, (2, 13, 40, 40)).astype(np.uint16)
+            add(archive, f"{place}.npy", seasons)
+            add(archive, f"{place}.json", {"present": [place, 8]})
+    return ["data.init_args.shards=[places.tar]"]
+
+
+def add(archive: tarfile.TarFile, name: str, value: Any) -> None:
+    content = io.BytesIO()
+    if isinstance(value, np.ndarray):
+        np.save(content, value)
+    else:
+        content.write(json.dumps(value).encode())
+    member = tarfile.TarInfo(name)
+    member.size = len(content.getvalue())
+    archive.addfile(member, io.BytesIO(content.getvalue()))
+
+
+def exported(network: nn.Module, run: str) -> None:
+    folder = Path("runs", run, "export/safetensors")
+    folder.mkdir(parents=True)
+    save_model(nn.ModuleDict({"backbone": network}), str(folder / "model.safetensors"))
+
+
+def t5_1_1() -> list[str]:
+    """A small T5 with what 1.1 has, and a run of the first stage, which changed all of it."""
+    network = t5(32128, 16, 1, heads=2, mlp_width=24, tied=False)
+    network.save_pretrained("runs/t5")
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    exported(EncoderDecoder(network), "cpt_amazon")
+    return [
+        "data.init_args.domains={class_path: lightspan.datamodules.text.drawn_reviews.DrawnReviews}",
+        "data.init_args.tokenizer={class_path: lightspan.backbones.tokenizers.HashedWords, init_args: {size: 32000}}",
+        "data.init_args.length=16",
+    ]
+
+
+def clip() -> list[str]:
+    """A small transformer's names in the place of ViT-B/32's, and heads of the real shapes."""
+    network = timm.create_model("test_vit", num_classes=512, img_size=224)
+    sets = {"sun397": 397, "cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47}
+    Path("runs/clip/heads").mkdir(parents=True)
+    tensors: dict[str, Tensor] = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    for task in ("base", *sets):
+        changed = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+        save_file(changed, f"runs/clip/{task}.safetensors")
+    for task, classes in sets.items():
+        directions = nn.functional.normalize(torch.randn(classes, 512), dim=1)
+        save_file({"head.weight": 100 * directions}, f"runs/clip/heads/{task}.safetensors")
+    blank = "lightspan.datamodules.images.blank.Blank"
+    return [
+        *("model.init_args.backbone.init_args.name=test_vit", "model.init_args.backbone.init_args.image_size=224"),
+        *(
+            f"data.init_args.tasks.{task}={{class_path: {blank}, init_args: {{classes: {n}, size: 8, val_size: 4}}}}"
+            for task, n in sets.items()
+        ),
+    ]
+
+
+ROWS = {
+    "contrastive/softcon_ssl4eo": dinov2,
+    "language/uda_amazon": t5_1_1,
+    "merging/atlas_clip": clip,
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ROWS)
+def test_a_recipe_is_planned_and_takes_a_step_with_weights_of_the_real_names_and_shapes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    flags = [*SHORT, *ROWS[name]()]
+    assert main(["check", name]) == 0
+    if name.split("/")[0] != "merging":  # planned in tests/methods/merging, smaller
+        assert main(["plan", name, *flags]) == 0
+    assert main(["fit", name, *flags]) == 0
