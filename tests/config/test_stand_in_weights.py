@@ -1,5 +1,5 @@
-"""Recipes that start from weights of others, with random ones of the real names and shapes: checked, planned, and
-trained for a step.
+"""Recipes at the scale of papers, with weights and data that are random and have the real names and shapes: checked,
+planned, and trained for a step.
 """
 
 import io
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from picture_files import write_pictures
 from safetensors.torch import save_file, save_model
+from shard_files import write_shard
 from torch import Tensor, nn
 
 from lightspan.backbones.denoisers import EncoderDecoder
 from lightspan.backbones.language import t5
+from lightspan.backbones.sequence import sequence_transformer
 from lightspan.cli import main
 
 SHORT = [
@@ -24,6 +27,10 @@ SHORT = [
     *("trainer.limit_val_batches=0", "trainer.callbacks=null", "trainer.enable_progress_bar=false"),
     *("data.init_args.num_workers=0", "data.init_args.batch_size=2"),
 ]
+
+
+HEADS = {"projector": [64, 64], "predictor": [64]}
+"""Narrower heads of SoftCon, which no file of weights has."""
 
 
 def dinov2() -> list[str]:
@@ -38,7 +45,10 @@ def dinov2() -> list[str]:
             seasons = np.random.default_rng(place).integers(1, 9000, (2, 13, 40, 40)).astype(np.uint16)
             add(archive, f"{place}.npy", seasons)
             add(archive, f"{place}.json", {"present": [place, 8]})
-    return ["data.init_args.shards=[places.tar]"]
+    return [
+        "data.init_args.shards=[places.tar]",
+        *(f"model.init_args.{part}.init_args.hidden={widths}" for part, widths in HEADS.items()),
+    ]
 
 
 def add(archive: tarfile.TarFile, name: str, value: Any) -> None:
@@ -94,10 +104,36 @@ def clip() -> list[str]:
     ]
 
 
+def long_range_arena() -> list[str]:
+    """A few of LRA's sequences, and a run of the first stage."""
+    Path("lra_image").mkdir()
+    for part in ("train", "test"):
+        sequences = np.random.default_rng(0).integers(256, size=(40, 1024)).astype(np.uint8)
+        np.savez(f"lra_image/{part}.npz", sequences=sequences, labels=np.arange(40) % 10)
+    exported(sequence_transformer(width=64, depth=3, heads=4, mlp_width=128), "spt_lra_image")
+    return ["data.init_args.val_size=20"]
+
+
+def pets() -> list[str]:
+    for part in ("train", "val"):
+        write_pictures(Path("oxford_pets", part), {f"breed{number:02}": 1 for number in range(37)})
+    return ["data.init_args.cache_dir=cache"]
+
+
+def cifar10() -> list[str]:
+    return [
+        f"data.init_args.{part}=[{write_shard(Path(f'{part}.tar'), range(10))}]" for part in ("shards", "val_shards")
+    ]
+
+
 ROWS = {
+    "bayesian/ssvi_cifar10": cifar10,
     "contrastive/softcon_ssl4eo": dinov2,
     "language/uda_amazon": t5_1_1,
+    "masked/spt_lra_image": long_range_arena,
     "merging/atlas_clip": clip,
+    "robustness/nmtune_pets": pets,
+    "supervised/sequence_lra_image": long_range_arena,
 }
 
 
