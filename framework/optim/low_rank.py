@@ -378,7 +378,8 @@ class LowRank(Optimizer):
 
     def _limit(self) -> float | None:
         """The smaller limit of the norm: clipping twice is clipping to that."""
-        return min((limit for limit in (self.max_norm, self.clips_next_at) if limit is not None), default=None)
+        limits = [limit for limit in (self.max_norm, self.clips_next_at) if limit is not None]
+        return min(limits) if limits else None
 
     def _needs_energy(self) -> bool:
         """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""

@@ -61,7 +61,8 @@ class Switches:
         """The parts with the settings of a parameter group. Raises: UserError for a value out of range."""
         parts: dict[str, Any] = {"inner": self.inner, "residual": self.residual}
         own = {name: {key: group[key] for key in part.of_groups} for name, part in parts.items() if part.of_groups}
-        return replace(self, **{name: replace(parts[name], **settings) for name, settings in own.items()})
+        changed = {name: replace(parts[name], **settings) for name, settings in own.items()}
+        return replace(self, **changed) if changed else self
 
     def fixed(self) -> dict[str, str]:
         """The parts without what groups have, in words: what a saved state must have been made by."""
