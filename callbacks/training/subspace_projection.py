@@ -11,6 +11,7 @@ from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
+from lightspan.optim.settings import require_sound
 from lightspan.wiring.optimizers import refuse_flat_partitions, wire
 
 
@@ -33,8 +34,8 @@ class SubspaceProjection(Callback):
             the printed table says. Leave out embeddings and the output head where you can.
         basis, residual, inner, moments, refresh, scale, backward, seed, offload: see
             `lightspan.optim.low_rank.LowRank`.
-    Raises: UserError when fitting starts: for a pattern that matches nothing in any optimiser, a rank too large for all
-    of them, or a matched optimiser other than Adam and AdamW.
+    Raises: UserError for a setting out of range; when fitting starts, for a pattern that matches nothing in any
+        optimiser, a rank too large for all of them, or a matched optimiser other than Adam and AdamW.
     """
 
     prepares_optimizers = True  # on_fit_start does nothing else, so a plan may call it
@@ -55,18 +56,16 @@ class SubspaceProjection(Callback):
     ) -> None:
         if isinstance(match, str):
             raise UserError(f"SubspaceProjection match={match!r} must be a list of patterns, such as [{match!r}]")
+        own = {"rank": rank, "scale": scale, "backward": backward, "seed": seed, "offload": offload}
+        require_sound("SubspaceProjection", own)
         self.match = match or ["*"]
         self.options = {
-            "rank": rank,
             "basis": basis,
             "residual": residual,
             "inner": inner,
             "moments": moments,
             "refresh": refresh,
-            "scale": scale,
-            "backward": backward,
-            "seed": seed,
-            "offload": offload,
+            **own,
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

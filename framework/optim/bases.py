@@ -134,8 +134,7 @@ class PowerBasis(_DenseBasis):
             raise UserError(f"PowerBasis first_iterations={first_iterations} must be at least 1")
         if not 0 <= momentum < 1:
             raise UserError(f"PowerBasis momentum={momentum} must be in [0, 1)")
-        self.momentum = momentum
-        self.first_iterations = first_iterations
+        self.momentum, self.first_iterations, self.precision = momentum, first_iterations, precision
         self._dtype = torch.bfloat16 if precision == "bfloat16" else None
 
     def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:

@@ -167,7 +167,7 @@ def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:
     """The optimiser's buckets, after something replaced what earlier ones were built for; its state consists of their
     views when this returns.
 
-    Raises: UserError if a group's `rank` or `project` changed after its state had taken steps.
+    Raises: UserError if a group's `rank`, `project` or `stacks` changed after its state had taken steps.
     """
     now = built_for(optimizer.param_groups)
     if before.built_for is not None and before.built_for[1] != now[1]:
@@ -184,16 +184,16 @@ def _members(optimizer: "LowRank") -> list[Member]:
         Member(
             parameter,
             group,
-            selection.width(parameter),
-            selection.stacked(parameter),
+            selection.width,
+            selection.stacked,
             optimizer.heads_of(parameter),
             optimizer.name_of(parameter),
             optimizer.state[parameter],
         )
         for group in optimizer.param_groups
-        for selection in (optimizer.selection(group),)
         for parameter in group["params"]
-        if optimizer.projected(parameter, group)
+        for selection in (optimizer.selection(parameter, group),)
+        if selection.projected
     ]
 
 
@@ -201,8 +201,8 @@ def _forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any
     if any(int(held["step"]) for held in state.values() if "step" in held):
         changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
         raise UserError(
-            f"(rank, project) of a parameter group changed in the middle of training: {', '.join(changes)}. State "
-            "cannot follow; restore the value, or build a new optimiser"
+            f"(rank, project, stacks) of a parameter group changed in the middle of training: {', '.join(changes)}. "
+            "State cannot follow; restore the value, or build a new optimiser"
         )
     state.clear()
 

@@ -11,11 +11,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightspan.errors import UserError
 from lightspan.optim.bases import Basis, PowerBasis
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.projected import Selection
+from lightspan.optim.projected import Selection, says, stacks_in
 from lightspan.patterns import require_matches
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 """Settings of torch's Adam without a counterpart in LowRank."""
+FIXED = ("params", "project", "stacks", "rank", "heads")
+"""What a group must say when a `LowRank` is built."""
 OF_THE_KERNEL = ("foreach", "fused", "capturable", "decoupled_weight_decay")
 """Settings of torch's Adam that only say how it computes what LowRank computes anyway. In a group they would also move
 state to other devices when a checkpoint is loaded."""
@@ -109,14 +111,25 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
             pairs = zip(names, group.get("param_names", names), strict=True)
             own["heads"] = {name: heads[known] for name, known in pairs if name and known in heads}
         named = list(zip(names, group["params"], strict=True))
-        groups.append({**own, "params": named, "project": _project(group, match)})
-    return LowRank(groups, **options)
+        groups.append({**own, "params": named, "project": _project(group, match), "stacks": _stacks(group, module)})
+    converted = LowRank([{key: group[key] for key in group if key in FIXED} for group in groups], **options)
+    for group, own in zip(converted.param_groups, groups, strict=True):
+        group.update({key: value for key, value in own.items() if key not in FIXED})  # the user's own are not refused
+    return converted
 
 
 def _project(group: dict[str, Any], match: list[str]) -> bool | list[str]:
     """What may be projected: what `match` says, unless the group itself says it."""
     own = group.get("project", True)
     return list(match) if own is True else own
+
+
+def _stacks(group: dict[str, Any], module: nn.Module) -> list[str]:
+    """The stacks of matrices in a group: those that it names, perhaps as a submodule does, or else the module's."""
+    names, found = _names_in(group, module), stacks_in(module)
+    if (said := group.get("stacks")) is None:
+        return [name for name, p in zip(names, group["params"], strict=True) if id(p) in found]
+    return [name for name, known in zip(names, group.get("param_names", names), strict=True) if says(said, known)]
 
 
 def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> bool:
@@ -126,8 +139,9 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     rank, backward, basis = (asked.arguments[name] for name in ("rank", "backward", "basis"))
     basis = basis if isinstance(basis, Basis) else PowerBasis()  # what is none, LowRank refuses
     for group in optimizer.param_groups:
-        selection = Selection(_project(group, match), group.get("rank", rank), backward, basis)
-        if any(map(selection.projects, group["params"], _names_in(group, module))):
+        own = _project(group, match), _stacks(group, module), group.get("rank", rank), backward, basis
+        pairs = zip(group["params"], _names_in(group, module), strict=True)
+        if any(Selection(parameter, name, *own).projected for parameter, name in pairs):
             return True
     return False
 

@@ -123,7 +123,7 @@ def built_for(groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
     """What buckets depend on: (parameters, settings) of an optimiser's groups."""
     # Buckets keep groups and parameters alive, so nothing else can get their ids.
     look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in groups for p in g["params"]]
-    return look, [(group["rank"], group["project"]) for group in groups]
+    return look, [tuple(group[key] for key in ("rank", "project", "stacks")) for group in groups]
 
 
 @dataclass
@@ -174,7 +174,9 @@ class BucketStep:
 
     @staticmethod
     def of(bucket: Bucket, rule: Switches) -> "BucketStep | None":
-        """The bucket's part in the coming step; None if none of its parameters has a gradient."""
+        """The bucket's part in the coming step, by `rule` with its group's settings; None if none of its parameters has
+        a gradient.
+        """
         owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
         if not owners:
             return None
@@ -191,6 +193,7 @@ class BucketStep:
             own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
             gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
         pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
+        rule = rule.of(bucket.group)
         return BucketStep(bucket, rule, owners, active, index, layout, state, gradients, pending, first, due)
 
     @property
@@ -230,16 +233,15 @@ class BucketStep:
         if self.active and not self.rule.projects_late:
             self.projected = self._projected(self.gradients, energy)
 
-    def second_half(self, scale: float, clip: Tensor | None) -> Visit:
+    def second_half(self, clip: Tensor | None) -> Visit:
         """`update` as a visit of the bucket's state to the device."""
         state, away = self.bucket.state, self.bucket.away
-        return Visit(self.bucket.layout.device, [state], [away], partial(self.update, scale, clip))
+        return Visit(self.bucket.layout.device, [state], [away], partial(self.update, clip))
 
-    def update(self, scale: float, clip: Tensor | None, states: Sequence[State]) -> None:
+    def update(self, clip: Tensor | None, states: Sequence[State]) -> None:
         """The second half: weights and state, in place.
 
         Args:
-            scale: factor on the learning rate, except for decay.
             clip: 0-d factor by which the gradients must still be multiplied; None for none.
             states: the bucket's, all of it on the device.
         """
@@ -259,7 +261,7 @@ class BucketStep:
         numbers = AdamSettings(group["betas"], group["eps"], noise)
         owned = [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
         weights = [canonical(matrix) for matrix in owned]
-        lr, keep = self._rates(scale)
+        lr, keep = self._rates()
         update_weights(
             weights, self.state, self.layout, self.rule, self.projected, numbers, lr=lr, keep=keep, clip=clip
         )
@@ -324,9 +326,10 @@ class BucketStep:
         for i in self.owners:
             self.bucket.views[i]["step"].add_(1)
 
-    def _rates(self, scale: float) -> tuple[Tensor, Tensor]:
+    def _rates(self) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
-        rate, decay, device = self.bucket.group["lr"], self.bucket.group["weight_decay"], self.layout.device
+        rate, scale, decay = (self.bucket.group[name] for name in ("lr", "scale", "weight_decay"))
+        device = self.layout.device
         wide = widest_float(device)
         if isinstance(rate, Tensor):
             rate = rate.to(device, wide).reshape(())

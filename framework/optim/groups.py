@@ -25,7 +25,8 @@ its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rul
 layer; its decay is that of the first rule that sets one, else that of its kind.
 
 Groups of matrices also say which rows are the queries and keys of which attention head, where `lightspan.optim.heads`
-finds them.
+finds them (`heads`), and which parameters with three axes are stacks of matrices, such as experts, and not the kernels
+of convolutions (`stacks`).
 """
 
 import math
@@ -41,6 +42,7 @@ from lightspan.errors import UserError
 from lightspan.optim.depth import shares_of_layers
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.layout import require_shapes
+from lightspan.optim.projected import stacks_in
 from lightspan.patterns import any_matches, every_name, require_matches
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
@@ -143,7 +145,7 @@ class ParameterGroups:
             key = kind, None if scale == 1 else scale, 0.0 if decay is None and kind != "matrices" else decay
             members.setdefault(key, []).append((name, parameter))
         groups: list[dict[str, Any]] = []
-        heads = query_key_heads(module)
+        heads, stacks = query_key_heads(module), stacks_in(module)
         for kind, factor, decays in sorted(members, key=lambda key: get_args(Kind).index(key[0])):
             group: dict[str, Any] = {
                 "params": members[kind, factor, decays],
@@ -160,6 +162,8 @@ class ParameterGroups:
                 group["frames"] = True
             elif kind != "matrices" and self.other_lr is not None:
                 group["lr"] = self.other_lr
+            if kind == "matrices" and (held := [name for name, p in group["params"] if id(p) in stacks]):
+                group["stacks"] = held
             known = {name: heads[id(p)] for name, p in group["params"] if id(p) in heads}
             if known:
                 group["heads"] = known

@@ -6,7 +6,7 @@ Shapes: B matrices, M rows (kept), R rank.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ class Inner(ABC):
 
     by_heads = False
     """Whether layouts tell it which rows of a parameter belong to one attention head."""
+    of_groups: ClassVar[tuple[str, ...]] = ()
+    """Names of its settings that every parameter group has too, so that they can differ between groups, follow a
+    schedule, and are saved and loaded. They change neither the names nor the shapes of the state. Rules
+    with any are dataclasses."""
 
     @abstractmethod
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -94,6 +98,8 @@ class SGD(Inner):
 
     momentum: float = 0.9
 
+    of_groups: ClassVar[tuple[str, ...]] = ("momentum",)
+
     def __post_init__(self) -> None:
         _require_share(self, momentum=self.momentum)
 
@@ -121,23 +127,24 @@ class NewtonSchulz(Inner):
 
     Args:
         steps: iterations, >= 1.
-        scale: factor by the shape out x in of the matrix, or of its part with the most rows if heads are apart: "kj"
-            sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)), "dion" sqrt(out / in), "none" 1.
+        convention: factor by the shape out x in of the matrix, or of its part with the most rows if heads are apart:
+            "kj" sqrt(max(1, out / in)), "kimi" 0.2 sqrt(max(out, in)), "dion" sqrt(out / in), "none" 1.
         precision: of the products. "bfloat16", as in published code, is what tensor cores are made for, and halves what
             travels between ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights.
     """
 
     steps: int = 5
-    scale: Convention = "kj"
+    convention: Convention = "kj"
     precision: Precision = "float32"
 
+    of_groups: ClassVar[tuple[str, ...]] = ("convention", "precision")
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1, a whole number")
-        for name, value, names in (("scale", self.scale, Convention), ("precision", self.precision, Precision)):
-            if value not in get_args(names):
+        for name, names in (("convention", Convention), ("precision", Precision)):
+            if (value := getattr(self, name)) not in get_args(names):
                 raise UserError(f"{type(self).__name__} {name}={value!r} must be one of {', '.join(get_args(names))}")
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -152,7 +159,7 @@ class NewtonSchulz(Inner):
             "dion": (rows / columns) ** 0.5,
             "none": 1.0,
         }
-        return self.unscaled(coordinates_BMR, state, setting).mul_(factors[self.scale])
+        return self.unscaled(coordinates_BMR, state, setting).mul_(factors[self.convention])
 
     def unscaled(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction before that factor; a new tensor."""
@@ -177,12 +184,14 @@ class MomentumNewtonSchulz(NewtonSchulz):
         by_heads: whether each attention head's queries and keys are a matrix of their own, where the parameter group
             says which rows these are (`heads`, see `lightspan.optim.low_rank.LowRank`). GLM-5 calls it Muon
             Split (arXiv 2602.15763).
-        steps, scale, precision: see `NewtonSchulz`.
+        steps, convention, precision: see `NewtonSchulz`.
     """
 
     momentum: float = 0.95
     nu: float | None = None
     by_heads: bool = False
+
+    of_groups: ClassVar[tuple[str, ...]] = (*NewtonSchulz.of_groups, "momentum", "nu")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,6 +215,7 @@ class _Evened(MomentumNewtonSchulz):
 
     beta2: float = 0.95
 
+    of_groups: ClassVar[tuple[str, ...]] = (*MomentumNewtonSchulz.of_groups, "beta2")
     EPSILON = 1e-10
 
     def __post_init__(self) -> None:
@@ -227,7 +237,7 @@ class NeuronNewtonSchulz(_Evened):
 
     Args:
         beta2: of the running mean, in [0, 1).
-        momentum, nu, by_heads, steps, scale, precision: see `MomentumNewtonSchulz`.
+        momentum, nu, by_heads, steps, convention, precision: see `MomentumNewtonSchulz`.
     """
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -263,7 +273,7 @@ class FactoredNewtonSchulz(_Evened):
 
     Args:
         beta2: of the running means, in [0, 1).
-        momentum, nu, by_heads, steps, scale, precision: see `MomentumNewtonSchulz`.
+        momentum, nu, by_heads, steps, convention, precision: see `MomentumNewtonSchulz`.
     """
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
@@ -292,11 +302,13 @@ class SelectiveNewtonSchulz(NewtonSchulz):
     Args:
         fraction: of the columns, in (0, 1]; rounded up.
         momentum: mu in [0, 1).
-        steps, scale, precision: see `NewtonSchulz`.
+        steps, convention, precision: see `NewtonSchulz`.
     """
 
     fraction: float = 0.25
     momentum: float = 0.95
+
+    of_groups: ClassVar[tuple[str, ...]] = (*NewtonSchulz.of_groups, "fraction", "momentum")
 
     def __post_init__(self) -> None:
         super().__post_init__()

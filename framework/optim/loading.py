@@ -1,7 +1,8 @@
 """Loading state that an optimiser keeps in its own form: torch casts what it loads to the parameters' dtype."""
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,14 +66,38 @@ def numbered(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple
     ]
 
 
+def described(part: object, without: Collection[str] = ()) -> str:
+    """`Class(setting=value, ...)`: what the constructor took, as far as the object keeps it under the same name."""
+    names = [name for name in inspect.signature(type(part)).parameters if hasattr(part, name) and name not in without]
+    return f"{type(part).__name__}({', '.join(f'{name}={_in_words(getattr(part, name))}' for name in names)})"
+
+
+def _in_words(value: object) -> str:
+    """Without an address in memory, which differs from run to run."""
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return value.__qualname__
+    return described(value) if type(value).__repr__ is object.__repr__ else repr(value)
+
+
 def with_own_groups(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict`, with what its groups lack added from those of the optimiser.
 
-    Raises: UserError as `numbered` does.
+    Raises: UserError as `numbered` does, and if a group was stepped by another rule: a group's `rule` says in words
+        what about it no loading can change.
     """
     numbered(optimizer, state_dict)
-    pairs = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    return {**state_dict, "param_groups": [{**own, **saved} for own, saved in pairs]}
+    groups = []
+    for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        theirs = saved.get("rule", {})
+        for name, value in own.get("rule", {}).items():
+            if theirs.get(name, value) != value:
+                raise UserError(
+                    f"the saved optimiser state was made with {name}={theirs[name]}, but this "
+                    f"{type(optimizer).__name__} has {name}={value}; resume with the {name} of that run, or load its "
+                    "weights without the optimiser's state"
+                )
+        groups.append({**own, **saved})
+    return {**state_dict, "param_groups": groups}
 
 
 def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tensor]) -> None:
@@ -94,13 +119,16 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
 def prepared(optimizer: "LowRank", given: dict[str, Any]) -> dict[str, Any]:
     """The state dict of a `LowRank` as `restore` takes it: numbers as tensors, and groups with what they lacked.
 
-    Raises: UserError for state of other groups, another rule or another rank; nothing is changed.
+    Raises: UserError for state of other groups, another rule or another rank, and for settings out of range; nothing is
+        changed.
     """
     state = {
         number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
         for number, held in given["state"].items()
     }
     whole = with_own_groups(optimizer, {**given, "state": state})
+    for number, group in enumerate(whole["param_groups"]):
+        optimizer.require_group(group, number)
     for parameter, group, number in numbered(optimizer, whole):
         if held := whole["state"].get(number):
             _require_state(optimizer, parameter, group, held)

@@ -1,5 +1,6 @@
 """`LowRank`: an optimiser whose state lives in a low-dimensional subspace of each matrix; the rest gets AdamW."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -14,15 +15,20 @@ from lightspan.optim.bases import Basis, Every, PowerBasis, Trigger
 from lightspan.optim.buckets import built_again, layout_of
 from lightspan.optim.core import Bucket, Buckets, BucketStep
 from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.layout import State, is_matrix, matrices, one_of, require_shapes
+from lightspan.optim.layout import State, matrices, one_of, require_shapes
 from lightspan.optim.loading import load_between_hooks, prepared, restore
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.offload import Home, OnHost, Visit
 from lightspan.optim.projected import Selection, require_some_projected
 from lightspan.optim.residuals import Fira, NoResidual, Residual
-from lightspan.optim.settings import Switches, require_fit, require_parts, require_sound
+from lightspan.optim.settings import Switches, naming_unknown, require_fit, require_parts, require_sound
 from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 
+KEYS_OF_OTHERS = frozenset((
+    "params", "param_names", "name", "frames", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum",
+    "base_momentum",
+))  # fmt: skip
+"""What torch, its schedules and `lightspan.optim.groups` write into groups."""
 Told = tuple[str, tuple[int, ...]]
 """A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
 
@@ -41,8 +47,8 @@ class LowRank(Optimizer):
     A parameter is projected if its group allows it (key `project`: a bool, default True, or a list of name patterns),
     it has two or more axes, and the basis takes it: all but `WholeBasis` take matrices whose shorter side is above
     `rank`. The longer side is kept. Axes after the first are flattened, as of a convolution; but a parameter [E out in]
-    whose slices are larger than the rank on both sides, like the experts of a layer, counts as E matrices (with AdamW
-    without whole gradients; under FSDP2 each rank steps those that it has).
+    that its group calls a stack (key `stacks`: a bool, default False, or a list of name patterns), like the experts of
+    a layer, counts as E matrices (with AdamW without whole gradients; under FSDP2 each rank steps those that it has).
 
     A group can also say which rows of a matrix belong to one attention head (key `heads`: by the parameter's name, how
     many rows each part has, in order). Rules with `by_heads` orthogonalise each part by itself; others ignore it.
@@ -54,8 +60,14 @@ class LowRank(Optimizer):
     `lightspan.optim.presets` has the published optimisers. The plain, slow equations:
     `lightspan.optim.reference.LowRank`.
 
+    Settings that change the steps are in the parameter groups: any group can have its own `scale` and the rule's
+    numbers, such as `momentum`, schedules can change them, and a loaded state brings its own. `max_norm` and `seed` are
+    there too, the same in all. What no loading can change (the parts, `refresh`) must be that of the saved run.
+
     Sharded parameters (FSDP2, HSDP; see `lightspan.sharded`) are stepped where they are, and their state is
-    sharded with them. Steps equal those of one process, except for the order of sums.
+    sharded with them. Steps equal those of one process, except for the order of sums. Where a gradient has a lower rank
+    than `rank`, some coordinates are nothing but rounding errors, which Adam brings to full length: losses of different
+    numbers of ranks then differ in the third decimal place, as those of two machines would.
 
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
@@ -89,18 +101,28 @@ class LowRank(Optimizer):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "scale", "max_norm", "backward", "check_finite", "home", "seed", "_told",
+        "rule", "backward", "check_finite", "home", "_told", "_built",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
+    KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
+    """What a group may say beside the settings that all groups have."""
     used_gradients = False
     """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
     measures_norm = False
     """Whether the next step sets `gradient_norm`, also if it does not clip. A step sets it back."""
+    clips_next_at: float | None = None
+    """A limit of the norm for the next step alone, beside `max_norm`. A step sets it back."""
     gradient_norm: Tensor | None = None
     """Euclidean norm of all gradients of the last step before clipping, 0-d on the device, the same on all ranks;
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = naming_unknown(cls.__init__)  # type: ignore[method-assign]
+
+    @naming_unknown
     def __init__(
         self,
         params: Iterable[Any],
@@ -121,32 +143,59 @@ class LowRank(Optimizer):
         seed: int = 0,
         offload: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True}
-        own = {"scale": scale, "max_norm": max_norm, "backward": backward, "offload": offload}
-        require_sound(type(self).__name__, {**defaults, **own})
+        defaults = {
+            "lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True,
+            "stacks": False, "scale": scale, "max_norm": max_norm, "seed": seed,
+        }  # fmt: skip
+        require_sound(type(self).__name__, {**defaults, "backward": backward, "offload": offload})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule = Switches(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
-        self.scale, self.max_norm, self.backward = scale, max_norm, backward
-        self.check_finite, self.seed = check_finite, seed
+        self.backward, self.check_finite = backward, check_finite
         self.attachment: Connection | None = None
         require_parts(self.rule)
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
         self._told: dict[Tensor, Told] = {}
+        self._built = False
         self._buckets, self._checked = Buckets(), False
-        super().__init__(params, {**defaults, "betas": tuple(betas)})
+        fixed = {"betas": tuple(betas), "rule": self.rule.fixed()}
+        super().__init__(params, {**defaults, **self.rule.settings(), **fixed})
         if any(group["project"] is not False for group in self.param_groups):  # also if there is no group yet
-            selections = [(self.selection(g), p) for g in self.param_groups for p in g["params"] if is_matrix(p)]
-            allowed = [(p, self.name_of(p), s) for s, p in selections if s.allows(self.name_of(p))]
-            require_some_projected(type(self).__name__, allowed)
+            selections = [self.selection(p, group) for group in self.param_groups for p in group["params"]]
+            require_some_projected(type(self).__name__, selections)
+        self._built = True
+
+    @property
+    def max_norm(self) -> float | None:
+        """Limit of the global norm, in every group."""
+        return self._common("max_norm")
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        require_sound(type(self).__name__, {"max_norm": value})
+        for group in self.param_groups:
+            group["max_norm"] = value
+
+    @property
+    def seed(self) -> int:
+        """The seed, in every group."""
+        return self._common("seed")
+
+    def _common(self, name: str) -> Any:
+        """A setting that groups have only to be saved with it."""
+        values = [group[name] for group in self.param_groups]
+        if any(value != values[0] for value in values):
+            raise UserError(f"{type(self).__name__} groups have {name}={values}; give all of them the same")
+        return values[0]
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name; empty if its group has none."""
         return self._told_of(parameter)[0]
 
-    def selection(self, group: dict[str, Any]) -> Selection:
-        """What the group lets be projected, and how."""
-        return Selection(group["project"], group["rank"], self.backward, self.rule.basis)
+    def selection(self, parameter: Tensor, group: dict[str, Any]) -> Selection:
+        """Whether the group lets a parameter be projected, and how."""
+        name, rank = self.name_of(parameter), group["rank"]
+        return Selection(parameter, name, group["project"], group["stacks"], rank, self.backward, self.rule.basis)
 
     def heads_of(self, parameter: Tensor) -> tuple[int, ...]:
         """How many of its rows belong to each head, see `Layout`; empty if that is not known, or not wanted."""
@@ -165,29 +214,34 @@ class LowRank(Optimizer):
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
-        return self.selection(group).projects(parameter, self.name_of(parameter))
+        return self.selection(parameter, group).projected
 
     def initial_state(self, parameter: Tensor, group: dict[str, Any], like: Tensor | None = None) -> State:
         """The state of one parameter before its first step, laid out as `like` is, if given; on the meta device it
         costs nothing and shows its size.
         """
         like = parameter if like is None else like
-        if not self.projected(parameter, group):
+        selection = self.selection(parameter, group)
+        if not selection.projected:
             return elementwise.initial_state(like, self.rule.moments)
-        selection = self.selection(group)
-        stacked = selection.stacked(parameter)
+        stacked = selection.stacked
         seeds = [self.seed] * len(matrices(like, stacked))
-        layout = layout_of([one_of(like, stacked)], selection.width(parameter), seeds, like.device)
+        layout = layout_of([one_of(like, stacked)], selection.width, seeds, like.device)
         state = {key: value if stacked else value[0] for key, value in self.rule.initial(layout).items()}
         return {**state, "step": torch.tensor(0.0)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """If other groups have names and this one has none, as from callbacks that unfreeze layers, its parameters are
-        named by their number: torch wants names in all groups or in none.
+        named by their number: torch wants names in all groups or in none. Warns if attention heads are known of others
+        and are to be orthogonalised by themselves, but the group says nothing of its own.
 
-        Raises: UserError for settings out of range and parameters without a shape; the optimiser is then unchanged.
+        Raises: UserError for unknown settings or settings out of range, and parameters without a shape; the optimiser
+            is then unchanged.
         """
-        require_sound(f"{type(self).__name__} group {param_group.get('name', len(self.param_groups))!r}:", param_group)
+        self._require_known(param_group)
+        now = {name: self._common(name) for name in ("max_norm", "seed") if self.param_groups}
+        param_group = {**now, **param_group}
+        self.require_group({**self.defaults, **param_group}, len(self.param_groups))
         given = param_group["params"]
         parameters = given if isinstance(given, set) else [given] if isinstance(given, Tensor) else list(given)
         require_shapes(p if isinstance(p, tuple) else ("", p) for p in parameters)
@@ -202,6 +256,27 @@ class LowRank(Optimizer):
         names = group.get("param_names") or [""] * len(group["params"])
         self._told.update((p, (name, heads.get(p, ()))) for p, name in zip(group["params"], names, strict=True))
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
+        whole = [self.called(p) for p in group["params"] if self.projected(p, group) and not self.heads_of(p)]
+        if self._built and whole and "heads" not in param_group and any(map(self.heads_of, self._told)):
+            warnings.warn(
+                f"{type(self).__name__} orthogonalises {', '.join(whole[:3])}{', ...' * (len(whole) > 3)} whole: the "
+                "group that was added names no attention heads. If it holds queries or keys, give it `heads`, as the "
+                "groups of lightspan.optim.groups.ParameterGroups do; heads={} says that it holds none",
+                stacklevel=2,
+            )
+
+    def require_group(self, group: dict[str, Any], number: int) -> None:
+        """Raises: UserError for settings of a group that are out of range."""
+        require_sound(f"{type(self).__name__} group {group.get('name', number)!r}:", group)
+        self.rule.of(group)
+
+    def _require_known(self, group: dict[str, Any]) -> None:
+        settable = self.defaults.keys() - {"rule"} | self.KEYS_OF_GROUPS
+        if unknown := group.keys() - settable - KEYS_OF_OTHERS:
+            raise UserError(
+                f"{type(self).__name__} group {group.get('name', len(self.param_groups))!r}: "
+                f"{', '.join(sorted(unknown))} is no setting of a group; these are {', '.join(sorted(settable))}"
+            )
 
     def _heads_in(self, heads: Mapping[str, Sequence[int]], parameters: Iterable[Any]) -> dict[Tensor, tuple[int, ...]]:
         """A group's heads by parameter. They are no part of the group: a checkpoint need not say what the model says,
@@ -269,13 +344,17 @@ class LowRank(Optimizer):
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
         self._require_finite_norms(steps, unprojected, choosing)
-        self.home.receive([step.second_half(self.scale, clip) for step in steps])
+        self.home.receive([step.second_half(clip) for step in steps])
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
         self.home.receive(self._steps_of_unprojected(unprojected, clip))
         self._checked = self.measures_norm = False
+        self.clips_next_at = None
         return loss
 
     def _require_supported(self) -> None:
+        """Raises: UserError for what no step can do; a class with more to refuse extends this, not `step`, which torch
+        wraps in hooks once for each class that defines it.
+        """
         if self.backward != "whole" and self.attachment is None:
             raise UserError(
                 f"backward={self.backward!r} needs the model: call lightspan.optim.gradients.attach(model, optimizer) "
@@ -295,7 +374,12 @@ class LowRank(Optimizer):
                 )
 
     def _needs_norm(self) -> bool:
-        return self.max_norm is not None or self.measures_norm
+        return self.measures_norm or self._limit() is not None
+
+    def _limit(self) -> float | None:
+        """The smaller limit of the norm: clipping twice is clipping to that."""
+        limits = [limit for limit in (self.max_norm, self.clips_next_at) if limit is not None]
+        return min(limits) if limits else None
 
     def _needs_energy(self) -> bool:
         """Whether the projection must give squared row norms of gradients, which it can only for whole ones."""
@@ -309,10 +393,10 @@ class LowRank(Optimizer):
         return total_over([*squares, *squares_by_ranks(others)]).sqrt()
 
     def _clip_factor(self) -> Tensor | None:
-        """The factor, 0-d and at most 1, that brings the global norm down to `max_norm`, as in clip_grad_norm_."""
-        if self.max_norm is None or self.gradient_norm is None:
+        """The factor, 0-d and at most 1, that brings the global norm down to its limit, as in clip_grad_norm_."""
+        if (limit := self._limit()) is None or self.gradient_norm is None:
             return None
-        return (self.max_norm / (self.gradient_norm + 1e-6)).clamp_max(1.0)
+        return (limit / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
     def _require_finite_norms(
         self, steps: list[BucketStep], unprojected: list[list[Tensor]], choosing: list[Tensor]
@@ -383,11 +467,11 @@ class LowRank(Optimizer):
         return elementwise.initial_state(like, self.rule.moments)
 
     def _steps_of_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> list[Visit]:
-        numbers = {parameter: number for number, parameter in enumerate(self._parameters())}
+        numbers, seed = {parameter: number for number, parameter in enumerate(self._parameters())}, self.seed
         visits = []
         for group, parameters in zip(self.param_groups, unprojected, strict=True):
             states = [self.state[p] for p in parameters]
-            seeds = [elementwise.first_noise(p, numbers[p], self.seed) for p in parameters]
+            seeds = [elementwise.first_noise(p, numbers[p], seed) for p in parameters]
             away = [[key for key in self.state[p] if self.home.is_away(p, key)] for p in parameters]
             for part in self.home.parts(parameters, states) if parameters else ():
                 own, first = parameters[part], parameters[part.start]
@@ -406,7 +490,7 @@ class LowRank(Optimizer):
     def buckets(self) -> list[Bucket]:
         """Stacks of same-shape matrices, whose views are the state; built again whenever something replaced that.
 
-        Raises: UserError if a group's `rank` or `project` changed after its state had taken steps.
+        Raises: UserError if a group's `rank`, `project` or `stacks` changed after its state had taken steps.
         """
         if not self._buckets.are_current(self.param_groups, self.state):
             self._buckets = built_again(self, self._buckets)

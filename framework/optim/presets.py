@@ -13,11 +13,11 @@
 | `NorMuon`    | whole matrices            | -                   | none is left                | the same, by neuron |
 | `Dion2`      | whole matrices            | -                   | none is left                | of some columns     |
 
-`FactoredMuon` is this project's own, and the one to try first: it had the lowest loss of all in docs/benchmarks.md, at
-a byte of state for each weight. The others say when to take them all the same. Those inside a subspace keep less only
-with `moments=Int8Moments()` and a rank below a sixth of the shorter side (of square matrices; a third where one
-side is four times the other); there, `LowRank` without a preset is
-what this project recommends. Each preset equals the equations of its namesake in `lightspan.optim.reference`, which
+`FactoredMuon` is this project's own, and the one to try first: it had the lowest loss of those compared in
+docs/benchmarks.md (150 to 500 steps), at a byte of state for each weight. The others say when to use them instead.
+Those inside a subspace keep less only with `moments=Int8Moments()` and a rank below a sixth of the shorter side (of
+square matrices; a third where one side is four times the other); there, `LowRank` without a preset is what this project
+recommends. Each preset equals the equations of its namesake in `lightspan.optim.reference`, which
 should be read first, except for what is said here and in the classes. In the literature a frame's transpose is called
 projector, and `refresh` update_proj_gap.
 
@@ -261,7 +261,7 @@ class Trion(TwoRates):
         **options: Any,
     ) -> None:
         basis, residual = DCTBasis(norm=norm, carry=Keep()), ErrorFeedback(kept=momentum)
-        inner = NewtonSchulz(scale=convention)
+        inner = NewtonSchulz(convention=convention)
         super().__init__(
             params, lr, other_lr=other_lr, rank=rank, basis=basis, residual=residual, inner=inner, refresh=1,
             betas=betas, eps=eps, **options,
@@ -277,8 +277,9 @@ class Muon(TwoRates):
 
     For hidden matrices and convolutions; leave embeddings and heads to AdamW with project=False, as
     `lightspan.optim.groups` does for embeddings. With `convention="kimi"` it is that of Moonlight (arXiv 2502.16982),
-    whose steps are as long as AdamW's: rates and decay tuned for AdamW carry over, and `other_lr` should be `lr`. With
-    `moments=Int8Moments()` the momentum takes a byte a weight.
+    whose steps are as long as AdamW's at the same rate; 8 times AdamW's rate was best where it was searched. A step
+    decays by `lr` times `weight_decay`, so divide a decay tuned for AdamW by that factor. With `moments=Int8Moments()`
+    the momentum takes a byte a weight.
 
     Everything not taken gets AdamW at `other_lr`, see `lightspan.optim.two_rates.TwoRates`.
 
@@ -290,8 +291,7 @@ class Muon(TwoRates):
         convention: factor by shape, see `lightspan.optim.inner.NewtonSchulz`: "kj" is that of Jordan's code and the
             "original" of torch's Muon, "kimi" that of Moonlight and torch's "match_rms_adamw".
         precision: of products, see `NewtonSchulz`; published code has "bfloat16", which is for large models on GPUs.
-        options: of `LowRank`. `rank` only tells stacks of matrices [E out in] from convolutions: each side of the
-            slices of a stack is above it.
+        options: of `LowRank`. `rank` has no effect.
     """
 
     def __init__(
@@ -309,7 +309,9 @@ class Muon(TwoRates):
         **options: Any,
     ) -> None:
         nu = None if nesterov else 1.0
-        inner = MomentumNewtonSchulz(momentum=momentum, nu=nu, by_heads=by_heads, scale=convention, precision=precision)
+        inner = MomentumNewtonSchulz(
+            momentum=momentum, nu=nu, by_heads=by_heads, convention=convention, precision=precision
+        )
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
             eps=eps, **options,
@@ -347,7 +349,7 @@ class NorMuon(TwoRates):
     ) -> None:
         nu = None if nesterov else 1.0
         inner = NeuronNewtonSchulz(
-            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, scale=convention, precision=precision
+            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, convention=convention, precision=precision
         )
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
@@ -357,12 +359,14 @@ class NorMuon(TwoRates):
 
 class FactoredMuon(TwoRates):
     """Muon with the factored second moment of Adafactor on its orthogonalised momentum, in 8 bits: about a seventh of
-    AdamW's state. Not published under this name; NorMuon (arXiv 2510.05491) is what it becomes with means over rows
-    alone. Equations: `lightspan.optim.reference.FactoredMuon`.
+    AdamW's state, as `Muon` and `NorMuon` have in 8 bits too. Not published under this name; NorMuon (arXiv 2510.05491)
+    is what it becomes with means over rows alone. Equations: `lightspan.optim.reference.FactoredMuon`.
 
-    The steps are as long as those of AdamW (`convention="kimi"`), so rates and decay have its magnitudes; several times
-    its rate was best where it was searched. Momentum is quasi-hyperbolic (arXiv 1810.06801): a longer memory with a
-    larger share of the newest gradient than Nesterov's.
+    The steps are as long as those of AdamW at the same rate (`convention="kimi"`); 8 to 16 times its rate was best
+    where it was searched, so divide a decay tuned for AdamW by that factor. The default `lr` is the rate whose loss, at
+    worst, is least above the best of each search in benchmarks/results/quality.json; the default `other_lr` is halfway,
+    by ratio, between the lowest and the highest of the best. Momentum is quasi-hyperbolic (arXiv 1810.06801): a longer
+    memory with a larger share of the newest gradient than Nesterov's.
 
     Only the orthogonalisation knows heads: rows, columns and the norm are those of the whole parameter, so a fused
     weight of queries, keys and values takes other steps than the three apart.
@@ -378,7 +382,7 @@ class FactoredMuon(TwoRates):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 4e-3,
+        lr: float = 8e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
         nu: float = 0.6,
@@ -386,13 +390,13 @@ class FactoredMuon(TwoRates):
         convention: Convention = "kimi",
         precision: Precision = "float32",
         moments: MomentStorage = Int8Moments(),  # noqa: B008 - frozen
-        other_lr: float | Tensor = 4e-3,
+        other_lr: float | Tensor = 8e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
         inner = FactoredNewtonSchulz(
-            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, scale=convention, precision=precision
+            momentum=momentum, nu=nu, beta2=beta2, by_heads=by_heads, convention=convention, precision=precision
         )
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, moments=moments,
@@ -428,7 +432,7 @@ class Dion2(TwoRates):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, scale=convention, precision=precision)
+        inner = SelectiveNewtonSchulz(fraction=fraction, momentum=momentum, convention=convention, precision=precision)
         super().__init__(
             params, lr, other_lr=other_lr, basis=WholeBasis(), residual=None, inner=inner, refresh=Never(), betas=betas,
             eps=eps, **options,

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightspan.errors import UserError
 from lightspan.optim.bases import Basis
@@ -12,76 +13,95 @@ from lightspan.patterns import matches
 from lightspan.sharded import ranks_of, split_axis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """What one parameter group and its optimiser allow to be projected.
+    """What a parameter's group and its optimiser allow.
 
     Args:
-        project: that of the group: True, False, or patterns of names.
+        name: of the parameter; empty if its group has no names.
+        project, stacks: those of the group, True, False, or patterns of names; see `LowRank`.
         rank: that of the group.
         backward: "whole", "hooks" or "projected", see `LowRank`.
         basis: that of the optimiser, which says what it takes.
     """
 
+    parameter: Tensor
+    name: str
     project: bool | Sequence[str]
+    stacks: bool | Sequence[str]
     rank: int
     backward: str
     basis: Basis
 
-    def allows(self, name: str) -> bool:
-        """Whether the group's `project` lets a parameter of this name be projected, whatever its shape."""
-        return self.project if isinstance(self.project, bool) else matches(name, self.project)
+    @property
+    def allowed(self) -> bool:
+        """Whether the group's `project` lets the parameter be projected, whatever its shape."""
+        return says(self.project, self.name)
 
-    def stacked(self, parameter: Tensor) -> bool:
-        """Whether a parameter [E out in] counts as E matrices, like the experts of a layer: each of them is larger
-        than the rank on both sides. The kernels of one-dimensional convolutions are shorter.
-        """
-        return parameter.ndim == 3 and len(parameter) > 0 and min(parameter.shape[1:]) > self.rank
+    @property
+    def stacked(self) -> bool:
+        """Whether a parameter [E out in] counts as E matrices, like the experts of a layer."""
+        return self.parameter.ndim == 3 and len(self.parameter) > 0 and says(self.stacks, self.name)
 
-    def side(self, parameter: Tensor) -> int:
+    @property
+    def side(self) -> int:
         """The shorter side of the parameter's matrix, or of each matrix in its stack."""
-        return min(parameter.shape[1:]) if self.stacked(parameter) else matrix_shape(parameter)[1]
+        return min(self.parameter.shape[1:]) if self.stacked else matrix_shape(self.parameter)[1]
 
-    def width(self, parameter: Tensor) -> int:
+    @property
+    def width(self) -> int:
         """Coordinates per row of the parameter's matrix, or of each in its stack; 0 if the basis does not take it."""
-        return self.basis.width(self.side(parameter), self.rank)
+        return self.basis.width(self.side, self.rank)
 
-    def projects(self, parameter: Tensor, name: str) -> bool:
-        """Whether a parameter's state lives in a subspace."""
-        if not is_matrix(parameter) or not self.allows(name):
-            return False
-        if self.stacked(parameter):
-            return self.backward == "whole" and _has_whole_slices(parameter)
-        return self.width(parameter) > 0
+    @property
+    def whole(self) -> bool:
+        """Whether gradients of whole matrices exist, which stacks need: none of their matrices is split among ranks."""
+        if not self.stacked:
+            return True
+        ranks = ranks_of(self.parameter)
+        return self.backward == "whole" and (ranks is None or split_axis(self.parameter, ranks) == 0)
+
+    @property
+    def projected(self) -> bool:
+        """Whether the parameter's state lives in a subspace."""
+        return is_matrix(self.parameter) and self.allowed and self.width > 0 and self.whole
 
 
-def _has_whole_slices(stack: Tensor) -> bool:
-    """Whether no matrix of a stack [E out in] is split among ranks."""
-    ranks = ranks_of(stack)
-    return ranks is None or split_axis(stack, ranks) == 0
+def stacks_in(module: nn.Module) -> set[int]:
+    """Ids of a module's parameters [E out in] that are stacks of matrices: all with three axes but the kernels of
+    convolutions.
+    """
+    kernels = {id(p) for part in module.modules() if isinstance(part, _ConvNd) for p in part.parameters()}
+    return {id(p) for p in module.parameters() if p.ndim == 3} - kernels
 
 
-def require_some_projected(owner: str, candidates: Sequence[tuple[Tensor, str, Selection]]) -> None:
+def says(setting: bool | Sequence[str], name: str) -> bool:
+    """Whether a setting that is True, False, or patterns of names holds for a parameter of this name."""
+    return setting if isinstance(setting, bool) else matches(name, setting)
+
+
+def require_some_projected(owner: str, selections: Sequence[Selection]) -> None:
     """Raises: UserError if nothing would be projected.
 
     Args:
         owner: the optimiser's class.
-        candidates: matrices that their groups allow to be projected, with their names and their groups' selections.
+        selections: those of all parameters.
     """
-    if any(selection.projects(parameter, name) for parameter, name, selection in candidates):
+    candidates = [one for one in selections if is_matrix(one.parameter) and one.allowed]
+    if any(one.projected for one in candidates):
         return
     if not candidates:
         raise UserError(
             f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
             "project=True, or set project=False in all groups to use AdamW"
         )
-    flat = [(s.side(p), s.rank) for p, _, s in candidates if not s.stacked(p)]
-    if not flat:
+    sides = [(one.side, one.rank) for one in candidates if one.whole]
+    if not sides:
         raise UserError(
             f"{owner} got no matrix to project except stacks [experts out in], which need gradients of whole matrices; "
             "set backward='whole', split them along their first axis, or use AdamW"
         )
-    side, rank = max(flat)
+    side, rank = max(sides)
     way_out = f"choose a rank from 1 to {side - 1}, or use AdamW" if side > 1 else "use AdamW"
     raise UserError(
         f"rank={rank} is not below the shorter side of any matrix (the largest is {side}), so nothing would be "

@@ -16,7 +16,7 @@ from torch.optim import Adafactor, Optimizer, SparseAdam
 from lightspan.distributed import mean_over_ranks
 from lightspan.errors import UserError
 from lightspan.optim.affine import AffineSlice
-from lightspan.optim.loading import load_between_hooks, numbered, with_own_groups
+from lightspan.optim.loading import described, load_between_hooks, numbered, with_own_groups
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -89,6 +89,8 @@ class RandomSubspace(Optimizer):
         self._decoupled = bool(defaults.get("decoupled_weight_decay"))
         self.start_sha256 = self._slice.start_sha256()
         self.averages = False
+        for group in self.param_groups:
+            group["rule"] = {"inner": type(self.inner).__name__, "projection": described(self._slice.projection)}
 
     @property
     def slice(self) -> AffineSlice:

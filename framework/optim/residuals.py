@@ -7,7 +7,7 @@ Shapes: B matrices of one shape, M rows (kept), N columns (projected), R rank.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Residual:
     """Whether the update contains the whole gradient, scaled by row, as `terms` says. It then needs its row norms."""
     feeds_back = False
     """Whether the gradient that is projected contains an error kept from earlier steps."""
+    of_groups: ClassVar[tuple[str, ...]] = ()
+    """Names of its settings that every parameter group has too, see `lightspan.optim.inner.Inner.of_groups`."""
     needs_gradient = True
     """Whether the update reads the whole gradient in every step, not only its coordinates."""
     needs_orthonormal = True
@@ -291,6 +293,7 @@ class ErrorFeedback(Residual):
     of_moments: bool = False
 
     feeds_back = True
+    of_groups: ClassVar[tuple[str, ...]] = ("kept",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept < 1:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightspan.devices import has_values
 from lightspan.errors import UserError
+from lightspan.optim.loading import with_own_groups
 from lightspan.optim.random_subspace import OptimizerCallable
 from lightspan.sharded import local, ranks_of, split_axis, total_over
 from lightspan.subspaces.grassmann import Horizontal, geodesic, orthonormalised
@@ -58,7 +59,6 @@ class RiemannianSGD(Optimizer):
                 f"RiemannianSGD lr={lr} must be at least 0, momentum={momentum} in [0, 1) and "
                 f"orthonormalise_every={orthonormalise_every} at least 1"
             )
-        self.retraction, self.every = retraction, orthonormalise_every
         given = list(params)
         groups = given if given and isinstance(given[0], dict) else [{"params": given, "frames": True}]
         frames, others = [g for g in groups if g.get("frames")], [g for g in groups if not g.get("frames")]
@@ -67,7 +67,8 @@ class RiemannianSGD(Optimizer):
         if others and rest is None:
             raise UserError("RiemannianSGD moves frames alone; name the optimiser of the other parameters as `rest`")
         self.rest: Optimizer | None = None
-        super().__init__(frames, {"lr": lr, "momentum": momentum})
+        own = {"lr": lr, "momentum": momentum, "retraction": retraction, "orthonormalise_every": orthonormalise_every}
+        super().__init__(frames, own)
         if others and rest is not None:
             self.rest = rest(others)
             if type(self.rest).load_state_dict is not Optimizer.load_state_dict:
@@ -79,6 +80,8 @@ class RiemannianSGD(Optimizer):
             by_first = {id(_first(group)): group for group in (*self.rest.param_groups, *self.param_groups)}
             self.param_groups = [by_first[id(_first(group))] for group in groups]
             self._share()
+            for group in self.param_groups:
+                group["rule"] = {"rest": type(self.rest).__name__}
 
     def _share(self) -> None:
         """One state and one set of groups for both: schedules, clipping and checkpoints see a single optimiser."""
@@ -112,11 +115,16 @@ class RiemannianSGD(Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rest": self.rest, "retraction": self.retraction, "every": self.every}
+        return {**super().__getstate__(), "rest": self.rest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's. Raises: UserError for state of other groups or another `rest`; nothing is changed then."""
+        with_own_groups(self, state_dict)
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,11 +160,11 @@ class RiemannianSGD(Optimizer):
         state["step"] += 1
         s_BNR, m_BNR, d_BNR = (_batched(local(x)) for x in (frame, state["momentum_buffer"], frame.grad))
         m_BNR.copy_(Horizontal(s_BNR).push(group["momentum"] * m_BNR + d_BNR))
-        if self.retraction == "qr":
+        if group["retraction"] == "qr":
             s_BNR.copy_(orthonormalised(s_BNR - group["lr"] * m_BNR))
         else:
             s_BNR.copy_(geodesic(s_BNR, m_BNR, -group["lr"]))
-            if not has_values(s_BNR) or int(state["step"]) % self.every == 0:
+            if not has_values(s_BNR) or int(state["step"]) % group["orthonormalise_every"] == 0:
                 s_BNR.copy_(orthonormalised(s_BNR))
 
 

@@ -1,8 +1,10 @@
 """The switches of a low-rank optimiser, and which settings it and its parameter groups may have."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from lightspan.errors import UserError
 from lightspan.optim.bases import Basis, Trigger
 from lightspan.optim.inner import Adam, Inner
 from lightspan.optim.layout import Layout, State
+from lightspan.optim.loading import described
 from lightspan.optim.moments import MomentStorage
 from lightspan.optim.residuals import Residual
 
@@ -50,6 +53,27 @@ class Switches:
         )
         return {key: value for part in parts for key, value in part.items()}
 
+    def settings(self) -> dict[str, Any]:
+        """The settings that every parameter group has too, with the values of the parts; see `Inner.of_groups`."""
+        return {name: getattr(part, name) for part in (self.inner, self.residual) for name in part.of_groups}
+
+    def of(self, group: Mapping[str, Any]) -> "Switches":
+        """The parts with the settings of a parameter group. Raises: UserError for a value out of range."""
+        parts: dict[str, Any] = {"inner": self.inner, "residual": self.residual}
+        own = {name: {key: group[key] for key in part.of_groups} for name, part in parts.items() if part.of_groups}
+        changed = {name: replace(parts[name], **settings) for name, settings in own.items()}
+        return replace(self, **changed) if changed else self
+
+    def fixed(self) -> dict[str, str]:
+        """The parts without what groups have, in words: what a saved state must have been made by."""
+        return {
+            "basis": described(self.basis),
+            "residual": described(self.residual, self.residual.of_groups),
+            "inner": described(self.inner, self.inner.of_groups),
+            "moments": described(self.moments),
+            "refresh": described(self.trigger),
+        }
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -65,6 +89,10 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(_is_number(v) and 0 <= v < 1 for v in value)
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and all(isinstance(name, str) for name in value))
+
+
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_is_rate, "at least 0, a number or a tensor of one"),
     "other_lr": (_is_rate, "at least 0, a number or a tensor of one"),
@@ -75,10 +103,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "betas": (_is_pair, "in [0, 1), two numbers"),
     "eps": (lambda value: _is_number(value) and value >= 0, "at least 0"),
     "weight_decay": (lambda value: _is_number(value) and value >= 0, "at least 0"),
-    "project": (
-        lambda value: isinstance(value, bool) or (isinstance(value, list | tuple) and all(map(_is_text, value))),
-        "True, False or a list of patterns of parameter names",
-    ),
+    "project": (_are_names, "True, False or a list of patterns of parameter names"),
+    "stacks": (_are_names, "True, False or a list of patterns of parameter names"),
     "heads": (
         lambda value: isinstance(value, Mapping) and all(_is_text(name) and _are_rows(value[name]) for name in value),
         "a mapping from names of parameters to lists of whole numbers of rows, each at least 1",
@@ -87,6 +113,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
     "offload": (lambda value: isinstance(value, bool), "True or False"),
+    "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
 }
 """The allowed values of each setting, by name."""
 
@@ -97,6 +124,34 @@ def _are_rows(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def accepted(kind: type) -> list[str]:
+    """The names of the settings that a class' constructor takes, those included that it passes on."""
+    names: dict[str, None] = {}
+    for constructor in (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)):
+        own = inspect.signature(constructor).parameters.values()
+        names |= dict.fromkeys(each.name for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL))
+        if all(each.kind is not each.VAR_KEYWORD for each in own):
+            break
+    return [name for name in names if name != "self"]
+
+
+def naming_unknown(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that refuses unknown settings in the name of the class that is built, not of the base that would be
+    the first to miss them.
+    """
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        known = accepted(type(self))
+        if unknown := settings.keys() - set(known):
+            raise UserError(
+                f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}; it takes {', '.join(known)}"
+            )
+        init(self, *args, **settings)
+
+    return checked
 
 
 def require_sound(owner: str, settings: Mapping[str, Any]) -> None:

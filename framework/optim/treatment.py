@@ -25,20 +25,20 @@ class Treatment:
 
 def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> Treatment:
     """How `LowRank` treats a parameter, and why."""
-    selection = optimizer.selection(group)
-    if optimizer.projected(parameter, group):
-        width, side = selection.width(parameter), selection.side(parameter)
+    selection = optimizer.selection(parameter, group)
+    if selection.projected:
+        width, side = selection.width, selection.side
         how = f"rank {width} of {side}" if width < side else "whole"
-        how += f", each of {len(parameter)}" if selection.stacked(parameter) else ""
+        how += f", each of {len(parameter)}" if selection.stacked else ""
         if heads := optimizer.heads_of(parameter):
             how = f"by heads, {len(heads)} parts"
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
-    elif not selection.allows(optimizer.name_of(parameter)):
+    elif not selection.allowed:
         how = "AdamW: not to be projected"
     elif parameter.is_complex():
         how = "AdamW: complex"
-    elif selection.stacked(parameter):
+    elif not selection.whole:
         how = "AdamW: a stack of matrices, whose projection needs gradients of whole ones"
     else:
         how = f"AdamW: rank {selection.rank} is not below its shorter side"

@@ -16,9 +16,11 @@ class TwoRates(LowRank):
     """What is not projected (vectors, matrices that the basis does not take, and groups with project=False) is stepped
     at a rate of its own: if a group has no `lr` of its own, it gets `other_lr`, in a separate group after it, which
     keeps that rate under this name. A schedule that takes one rate for all groups, such as OneCycleLR(max_lr=0.02),
-    would give both the same: unless the two are equal, the first step refuses it, also where a group without projected
-    parameters has an `lr` of its own. Give it a list,
+    would give both the same: unless the two are equal, the first step with rates above 0 refuses it, even if a group
+    without projected parameters has an `lr` of its own. Give the schedule a list,
     max_lr=[group["lr"] for group in optimizer.param_groups]; schedules that multiply rates keep their ratio.
+
+    Raises: UserError in the first step with rates above 0 if a schedule has given both kinds of groups the same rate.
 
     Args:
         lr: of the projected matrices.
@@ -27,6 +29,7 @@ class TwoRates(LowRank):
     """
 
     KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr", "_rates_seen")
+    KEYS_OF_GROUPS = LowRank.KEYS_OF_GROUPS | {"other_lr"}
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
@@ -61,17 +64,21 @@ class TwoRates(LowRank):
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
         self._told = {p: self._told_of(p) for p in self._parameters()}  # in the order of groups
 
-    def step(self, closure: Any = None) -> Any:
-        """As `LowRank.step`. Raises: UserError in the first step if a schedule has given both groups the same rate."""
+    def _require_supported(self) -> None:
+        super()._require_supported()
         if not self._rates_seen:
             self._refuse_one_rate()
-            self._rates_seen = True
-        return super().step(closure)
+            self._rates_seen = self._has_rates()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `LowRank.load_state_dict`. What has stepped before has its rates by choice."""
+        """As `LowRank.load_state_dict`. What has stepped at these rates before has them by choice."""
         super().load_state_dict(state_dict)
-        self._rates_seen |= bool(self.state)
+        self._rates_seen |= bool(self.state) and self._has_rates()
+
+    def _has_rates(self) -> bool:
+        """Whether both kinds of groups have a rate above 0: a warm-up that begins at 0 says nothing before."""
+        rates = [("other_lr" in group, _peak(group) > 0) for group in self.param_groups]
+        return all((kind, True) in rates for kind, _ in rates)
 
     def _refuse_one_rate(self) -> None:
         peaks = [_peak(group) for group in self.param_groups if "other_lr" not in group]

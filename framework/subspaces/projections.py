@@ -215,6 +215,7 @@ class PerTensor(Projection):
 
     def __init__(self, sizes: Sequence[int], dim: int, seed: int = 0, kind: ProjectionCallable = Fastfood) -> None:
         super().__init__(sum(sizes), dim, seed)
+        self.kind = kind
         self.parts = [kind(size, dim, derived_seed(seed, f"tensor {i}")) for i, size in enumerate(sizes)]
 
     def _push(self, z_d: Tensor, start: int, stop: int) -> Tensor:

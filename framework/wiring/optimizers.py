@@ -4,8 +4,6 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -41,7 +39,6 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
     low_rank = [optimizer for optimizer in optimizers if isinstance(optimizer, LowRank)]
     for optimizer in low_rank:
         print_report(optimizer)
-        optimizer.register_step_post_hook(partial(_clip_as_it_would, optimizer.max_norm))
     if low_rank:
         _clip_in_the_step(trainer)
     kept = [optimizer for optimizer in low_rank if optimizer.backward != "whole"]
@@ -142,16 +139,10 @@ class _Clip:
         if not isinstance(optimizer, LowRank) or clip_val <= 0:
             self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm == "norm":
-            # Clipping twice means clipping to the smaller norm.
-            optimizer.max_norm = min(float(clip_val), optimizer.max_norm or math.inf)
+            optimizer.clips_next_at = min(float(clip_val), optimizer.clips_next_at or math.inf)
         else:
             _require_whole(optimizer)
             self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
-
-
-def _clip_as_it_would(own: float | None, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """A limit requested before a step applies only to that step."""
-    optimizer.max_norm = own  # type: ignore[attr-defined]
 
 
 def _require_whole(optimizer: LowRank) -> None:

@@ -142,7 +142,9 @@ def test_every_candidate_of_whole_matrices_has_the_rule_that_the_page_names(tiny
     for name, by_heads in (("muon_by_heads", True), ("nor_muon", False), ("factored_muon", True)):
         optimizer = matrices(name)
         rule = optimizer.rule.inner
-        assert (rule.scale, rule.by_heads, rule.momentum, rule.precision) == ("kimi", by_heads, 0.8, "float32"), name
+        assert (rule.convention, rule.by_heads, rule.momentum, rule.precision) == ("kimi", by_heads, 0.8, "float32"), (
+            name
+        )
         assert rule.nu == (0.6 if name == "factored_muon" else None)
         assert isinstance(optimizer.rule.moments, Int8Moments) == (name == "factored_muon")
         parts = [optimizer.heads_of(p) for group in optimizer.param_groups for p in group["params"]]

@@ -49,7 +49,7 @@ OPTIMIZERS = {
     "LBFGS": lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2),
     "late": two_optimizers,
     "none": lambda m: None,
-    "stack": lambda m: LowRank(m.parameters(), rank=2),
+    "stack": lambda m: LowRank([{"params": list(m.parameters()), "stacks": True}], rank=2),
 }
 
 

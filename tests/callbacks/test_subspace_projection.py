@@ -248,3 +248,9 @@ def test_what_cannot_be_projected_is_refused_before_the_first_step(callback, mes
 def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
     with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, but this module's optimiser is SGD"):
         fit(Plain(torch.optim.SGD), [SubspaceProjection(rank=2)], tmp_path)
+
+
+def test_settings_out_of_range_are_refused_when_the_callback_is_built():
+    for name, value in (("rank", "64"), ("scale", 0.0), ("seed", 1.5), ("backward", "half"), ("offload", 1)):
+        with pytest.raises(UserError, match=f"SubspaceProjection {name}={value}"):
+            SubspaceProjection(**{name: value})

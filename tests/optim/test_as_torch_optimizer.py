@@ -132,7 +132,7 @@ def test_state_of_another_optimiser_is_refused_while_loading_and_changes_nothing
     train(other, second)
     before = copy.deepcopy(second.state_dict())
     with pytest.raises(
-        UserError, match=r"optimiser state of (first|second).weight contains .*, but this optimiser keeps .*resume with"
+        UserError, match=r"state (of (first|second).weight contains .* keeps|was made with \w+=.* has) .*resume with"
     ):
         second.load_state_dict(first.state_dict())
     after = second.state_dict()
@@ -273,7 +273,8 @@ def test_a_rank_that_changes_in_the_middle_of_training_is_refused(key, value) ->
     before = weights(model)
     optimizer.param_groups[0][key] = value
     with pytest.raises(
-        UserError, match=r"\(rank, project\) of a parameter group changed in the middle of training: \(4, True\) ->"
+        UserError,
+        match=r"\(rank, project, stacks\) of a parameter group changed in the .* of training: \(4, True, False\) ->",
     ):
         train(model, optimizer)
     assert equal(weights(model), before)

@@ -15,7 +15,7 @@ from lightspan.optim.offload import Home
 from lightspan.optim.residuals import ErrorFeedback, Fira, NoResidual
 from lightspan.optim.settings import Switches
 
-GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}
+GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "scale": 1.0}
 
 
 def sequence(rows, columns, steps=20, seed=0):
@@ -36,7 +36,7 @@ def run(rule, bucket, gradients):
         bucket.parameters[0].grad = gradient
         step = BucketStep.of(bucket, rule)
         step.project(energy=rule.residual.rescales)
-        step.update(1.0, None, [bucket.state])
+        step.update(None, [bucket.state])
     return bucket.parameters[0].data
 
 

@@ -270,7 +270,13 @@ def movement(optimizer: LowRank, weight: Tensor, before: Tensor, strict: bool) -
     nor, unless `strict`, a residual without a bound. Rules that look at whole matrices are held to whole matrices.
     """
     rule, (beta1, beta2) = optimizer.rule, optimizer.param_groups[0]["betas"]
-    longest = LR * optimizer.scale * farthest((beta1, beta2)) * (1 + (getattr(rule.residual, "bound", 0) or 0)) * 1.001
+    longest = (
+        LR
+        * optimizer.param_groups[0]["scale"]
+        * farthest((beta1, beta2))
+        * (1 + (getattr(rule.residual, "bound", 0) or 0))
+        * 1.001
+    )
     if isinstance(rule.moments, moments.Int8Moments):
         longest *= 2  # its levels lie up to that far apart
     if weight.dtype == torch.bfloat16:

@@ -5,12 +5,13 @@ those of the state.
 import inspect
 import json
 import re
+from math import inf, sqrt
 from pathlib import Path
 
 import torch
 from every_preset import PRESETS
 
-from lightspan.optim import presets
+from lightspan.optim import presets, reference
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
 
@@ -52,6 +53,30 @@ def test_the_advised_rates_are_the_measured_ones():
     for name, *_, default in rows:
         kind = {"LowRank": LowRank, "AdamW": torch.optim.AdamW}.get(name) or getattr(presets, name)
         assert inspect.signature(kind).parameters["lr"].default == float(default)
+
+
+def test_the_default_rates_of_factored_muon_are_the_safest_of_the_searches():
+    runs = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())
+    searches: dict[str, list[dict]] = {}
+    for run in runs:
+        if (run["optimizer"], run["stage"]) == ("factored_muon", "sweep"):
+            searches.setdefault(run["task"], []).append(run)
+    best = {task: min(tried, key=lambda run: run["online_loss"]) for task, tried in searches.items()}
+    worst = {
+        rate: max(
+            min((run["online_loss"] for run in tried if run["lr"] == rate), default=inf) - best[task]["online_loss"]
+            for task, tried in searches.items()
+        )
+        for rate in {run["lr"] for tried in searches.values() for run in tried}
+    }
+    defaults = {name: each.default for name, each in inspect.signature(presets.FactoredMuon).parameters.items()}
+    assert defaults["lr"] == min(worst, key=worst.__getitem__)
+    assert worst[defaults["lr"]] <= 0.006
+    others = [run["other_lr"] for run in best.values()]
+    halfway = sqrt(min(others) * max(others))
+    assert defaults["other_lr"] == float(f"{halfway:.0e}")
+    slow = inspect.signature(reference.FactoredMuon).parameters
+    assert {name: slow[name].default for name in ("lr", "other_lr")} == {n: defaults[n] for n in ("lr", "other_lr")}
 
 
 def test_the_table_of_bytes_has_every_preset_and_what_its_state_takes():

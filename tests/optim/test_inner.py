@@ -69,10 +69,10 @@ def test_conventions_scale_by_the_parameters_own_shape(scale, factor):
     x = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tall, wide = layout(20, 3, size=5), layout(20, 3, wide=True, size=5)
     plain = orthogonalised(x, None, 5, NewtonSchulz.COEFFICIENTS)
-    u = NewtonSchulz(scale=scale).direction(x, {}, InnerContext(tall, STORAGE, NUMBERS))
+    u = NewtonSchulz(convention=scale).direction(x, {}, InnerContext(tall, STORAGE, NUMBERS))
     torch.testing.assert_close(u, factor * plain)
     inverse = {"kj": 1.0, "dion": 0.5}.get(scale, factor)
-    u = NewtonSchulz(scale=scale).direction(x, {}, InnerContext(wide, STORAGE, NUMBERS))
+    u = NewtonSchulz(convention=scale).direction(x, {}, InnerContext(wide, STORAGE, NUMBERS))
     torch.testing.assert_close(u, inverse * plain)
 
 
@@ -112,7 +112,7 @@ def test_momentum_follows_its_column_and_a_column_from_nowhere_has_none():
     (lambda: SGD(1.0), r"SGD momentum=1.0 must be in \[0, 1\)"),
     (lambda: NewtonSchulz(0), "steps=0 must be at least 1"),
     (lambda: NewtonSchulz(2.5), "steps=2.5 must be at least 1, a whole number"),
-    (lambda: NewtonSchulz(scale="original"), "NewtonSchulz scale='original' must be one of kj, kimi, dion, none"),
+    (lambda: NewtonSchulz(convention="original"), "convention='original' must be one of kj, kimi, dion, none"),
     (lambda: NewtonSchulz(precision=torch.bfloat16), r"precision=torch.bfloat16 must be one of float32, bfloat16"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(make, message):

@@ -1,5 +1,8 @@
 """Stored moments: what a format may lose, and that second moments can fall as well as rise."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from lightspan.optim.bases import DCTBasis
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.presets import FactoredMuon, Muon
 
 FORMATS = [Float32Moments(), BFloat16Moments(), Int8Moments()]
 
@@ -68,3 +72,30 @@ def test_training_solves_least_squares_in_every_format(storage):
         weight.grad = weight.detach() - target
         optimizer.step()
     assert (weight - target).norm() < 0.02 * target.norm()
+
+
+def test_orthogonalised_momentum_keeps_of_nearly_low_rank_gradients_what_the_page_says():
+    """Cosines to the step with moments in float32."""
+    page = (Path(__file__).parents[2] / "docs" / "optimisers.md").read_text()
+    rows = re.findall(r"^\| (0[.\d]+)((?: \| [\d.]+){4}) \|$", page.split("| noise | `FactoredMuon`")[1], re.MULTILINE)
+
+    def draw(*shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def step(kind, storage, noise):
+        weight = torch.nn.Parameter(torch.zeros(128, 128))
+        optimizer = kind([weight], lr=1.0, moments=storage)
+        for number in range(20):
+            before = weight.detach().clone()
+            weight.grad = draw(128, 4, seed=1) @ draw(4, 128, seed=2) / 2 + noise * draw(128, 128, seed=10 + number)
+            optimizer.step()
+        return (weight.detach() - before).flatten()
+
+    assert len(rows) == 3
+    for noise, numbers in rows:
+        cosines = []
+        for kind in (FactoredMuon, Muon):
+            formats = (Float32Moments(), Int8Moments(), BFloat16Moments())
+            exact, *others = (step(kind, each, float(noise)) for each in formats)
+            cosines += [float(torch.cosine_similarity(exact, other, dim=0)) for other in others]
+        assert cosines == pytest.approx([float(number) for number in numbers.split(" | ")[1:]], abs=0.02)

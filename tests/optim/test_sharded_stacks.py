@@ -27,11 +27,15 @@ SHAPES = [(4, 9, 5), (3, 5, 9), (1, 7, 7), (12, 8), (5,)]
 """Of 3 ranks one has none of the first two stacks, whose other parts are uneven, and two have none of the third."""
 STEPS, SAVED = 5, 3
 RULES: dict[str, Callable[..., LowRank]] = {
-    "LowRank": lambda p: LowRank(p, lr=0.1, rank=2, refresh=2, weight_decay=0.1, max_norm=1.0),
-    "APOLLO": lambda p: APOLLO(p, lr=0.1, rank=2, refresh=2),
-    "LDAdam": lambda p: LDAdam(p, lr=0.1, rank=2, max_norm=1.0),
-    "FactoredMuon": lambda p: FactoredMuon(p, lr=0.1, rank=2, max_norm=1.0, moments=Float32Moments()),
+    "LowRank": lambda p: LowRank(stacked(p), lr=0.1, rank=2, refresh=2, weight_decay=0.1, max_norm=1.0),
+    "APOLLO": lambda p: APOLLO(stacked(p), lr=0.1, rank=2, refresh=2),
+    "LDAdam": lambda p: LDAdam(stacked(p), lr=0.1, rank=2, max_norm=1.0),
+    "FactoredMuon": lambda p: FactoredMuon(stacked(p), lr=0.1, max_norm=1.0, moments=Float32Moments()),
 }
+
+
+def stacked(params: list) -> list[dict]:
+    return [{"params": params, "stacks": True}]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -67,7 +71,7 @@ def saved(optimizer: LowRank, weights: list[nn.Parameter]) -> dict[str, Tensor]:
 def refusals(mesh: DeviceMesh) -> list[str]:
     """Of a NaN on one rank alone, and of matrices that are split themselves."""
     weights, said = parameters(mesh), []
-    optimizer = LowRank([("experts", weights[0]), ("bias", weights[4])], rank=2)
+    optimizer = LowRank(stacked([("experts", weights[0]), ("bias", weights[4])]), rank=2)
     for weight in (weights[0], weights[4]):
         weight.grad = split(draw(*weight.shape, seed=1), mesh)
     if not mesh.get_rank():
@@ -76,7 +80,7 @@ def refusals(mesh: DeviceMesh) -> list[str]:
         optimizer.step()
     said.append(str(caught.value))
     with pytest.raises(UserError) as caught:
-        LowRank([nn.Parameter(split(draw(4, 9, 5, seed=0), mesh, axis=1))], rank=2)
+        LowRank(stacked([nn.Parameter(split(draw(4, 9, 5, seed=0), mesh, axis=1))]), rank=2)
     return [*said, str(caught.value)]
 
 

@@ -1,15 +1,13 @@
 """Optimisers take torch.optim.AdamW's arguments by its names, with its defaults or for a reason that stands here."""
 
-import importlib
 import inspect
-import pkgutil
 from typing import Any
 
+import every_preset
 import pytest
 import torch
 from torch.optim import Optimizer
 
-from lightspan import optim
 from lightspan.optim import presets
 from lightspan.optim.low_rank import LowRank
 
@@ -44,14 +42,7 @@ OF_COORDINATES = {"RandomSubspace", "RiemannianSGD"}
 
 
 def optimisers() -> dict[str, type[Optimizer]]:
-    """Every optimiser that a module of `lightspan.optim` defines."""
-    found: dict[str, type[Optimizer]] = {}
-    for info in pkgutil.iter_modules(optim.__path__):
-        module = importlib.import_module(f"lightspan.optim.{info.name}")
-        for name, kind in vars(module).items():
-            if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind.__module__ == module.__name__:
-                found[name] = kind
-    return {kind.__name__: kind for kind in found.values() if kind.__name__ not in OF_COORDINATES}
+    return {name: kind for name, kind in every_preset.optimizers().items() if name not in OF_COORDINATES}
 
 
 def default(kind: type[Optimizer], name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A parameter [E out in] whose slices are larger than the rank is E matrices: experts train as if each stood alone."""
+"""A parameter [E out in] that its group calls a stack is E matrices: experts train as if each stood alone."""
 
 import pytest
 import torch
@@ -23,6 +23,10 @@ RULES = {
 }
 
 
+def stacked(*stacks: nn.Parameter) -> list[dict]:
+    return [{"params": list(stacks), "stacks": True}]
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -40,7 +44,7 @@ def test_experts_train_as_matrices_of_their_own(rule, shape) -> None:
     stacks = [nn.Parameter(draw(*shape, seed=seed)) for seed in (1, 2)]
     loose = [[nn.Parameter(slice.clone()) for slice in stack.detach()] for stack in stacks]
     options = {"lr": 0.05, "rank": 2, "weight_decay": 0.1, "max_norm": 1.0}
-    together = RULES[rule](stacks, **options)
+    together = RULES[rule](stacked(*stacks), **options)
     alone = RULES[rule]([weight for part in loose for weight in part], **options)
     for step in range(6):
         for number, (stack, part) in enumerate(zip(stacks, loose, strict=True)):
@@ -59,9 +63,9 @@ def test_experts_train_as_matrices_of_their_own(rule, shape) -> None:
 
 def test_the_experts_axis_is_never_compressed_and_the_report_says_so() -> None:
     stack, kernel = nn.Parameter(draw(64, 12, 9)), nn.Parameter(draw(64, 12, 3))
-    optimizer = LowRank([stack, kernel], rank=4)
+    optimizer = LowRank([*stacked(stack), {"params": [kernel]}], rank=4)
     assert treatment(optimizer, stack, optimizer.param_groups[0]).how == "rank 4 of 9, each of 64"
-    assert treatment(optimizer, kernel, optimizer.param_groups[0]).how == "rank 4 of 36"
+    assert treatment(optimizer, kernel, optimizer.param_groups[1]).how == "rank 4 of 36"
     train(optimizer, [stack, kernel], range(1))
     assert optimizer.state[stack]["exp_avg"].shape == (64, 12, 4)
     assert optimizer.state[kernel]["exp_avg"].shape == (64, 4)
@@ -70,9 +74,9 @@ def test_the_experts_axis_is_never_compressed_and_the_report_says_so() -> None:
 def test_a_run_resumes_bit_for_bit() -> None:
     stacks = [nn.Parameter(draw(5, 9, 6, seed=seed)) for seed in (1, 2)]
     twins = [nn.Parameter(stack.detach().clone()) for stack in stacks]
-    optimizer = LowRank(stacks, lr=0.05, rank=2, refresh=3)
+    optimizer = LowRank(stacked(*stacks), lr=0.05, rank=2, refresh=3)
     train(optimizer, stacks, range(5))
-    resumed = LowRank(twins, lr=0.05, rank=2, refresh=3)
+    resumed = LowRank(stacked(*twins), lr=0.05, rank=2, refresh=3)
     resumed.load_state_dict(optimizer.state_dict())
     for stack, twin in zip(stacks, twins, strict=True):
         twin.data.copy_(stack)
@@ -84,7 +88,7 @@ def test_a_run_resumes_bit_for_bit() -> None:
     with pytest.warns(UserWarning, match="the norm-growth limiter is not finite"):
         resumed.load_state_dict(state)
     assert resumed.state[twins[0]]["limiter"].eq(0).tolist() == [False, True, False, False, False]
-    other = LowRank([nn.Parameter(draw(4, 9, 6)), nn.Parameter(draw(4, 9, 6))], rank=2)
+    other = LowRank(stacked(nn.Parameter(draw(4, 9, 6)), nn.Parameter(draw(4, 9, 6))), rank=2, refresh=3)
     with pytest.raises(UserError, match=r"has frame of shape \(5, 6, 2\), but this optimiser needs \(4, 6, 2\)"):
         other.load_state_dict(optimizer.state_dict())
 
@@ -93,15 +97,16 @@ def test_stacks_alone_that_cannot_be_projected_are_refused() -> None:
     options = {"rank": 64, "backward": "hooks", "residual": None}
     stack = nn.Parameter(draw(4, 128, 128))
     with pytest.raises(UserError, match=r"LowRank got no matrix to project except stacks .* set backward='whole'"):
-        LowRank([stack], **options)
+        LowRank(stacked(stack), **options)
     with pytest.raises(UserError, match=r" is not below the shorter side of any matrix \(the largest is 2\)"):
-        LowRank([stack, nn.Parameter(draw(9, 2))], **options)
+        LowRank([*stacked(stack), {"params": [nn.Parameter(draw(9, 2))]}], **options)
 
 
 def test_where_stacks_cannot_be_projected_they_get_adamw() -> None:
     model = nn.Linear(9, 7).double()
     model.experts, twin = nn.Parameter(draw(8, 9, 6)), nn.Parameter(draw(8, 9, 6))
-    optimizer = LowRank(model.parameters(), lr=0.05, rank=4, residual=None, backward="hooks")
+    groups = [*stacked(model.experts), {"params": [model.weight, model.bias]}]
+    optimizer = LowRank(groups, lr=0.05, rank=4, residual=None, backward="hooks")
     attach(model, optimizer)
     adamw = torch.optim.AdamW([twin], lr=0.05, weight_decay=0.0, fused=True)
     for step in range(3):

@@ -107,13 +107,13 @@ class FactoredMuon(Muon):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 4e-3,
+        lr: float = 8e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
         nu: float = 0.6,
         by_heads: bool = True,
         convention: Convention = "kimi",
-        other_lr: float = 4e-3,
+        other_lr: float = 8e-3,
         **settings: Any,
     ) -> None:
         own: dict[str, Any] = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention}
