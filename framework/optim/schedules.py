@@ -148,7 +148,7 @@ class WarmupCosine(LRScheduler):
 
 
 class WarmupLine(WarmupCosine):
-    """`WarmupCosine` with a line in the place of the cosine: final + (1 - final) (T - s) / (T - W) after the warm-up.
+    """`WarmupCosine` with a line instead of the cosine: final + (1 - final) (T - s) / (T - W) after the warm-up.
 
     Args:
         total_steps, warmup, final: as in `WarmupCosine`.
