@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.analysis.label_propagation import propagated_labels, region_similarity
+from lightspan.analysis.label_propagation import propagated_labels
+from lightspan.analysis.prompt_masks import iou
 
 SIDE = 48
 
@@ -74,7 +75,7 @@ def mean_jaccard(found_FSS: Tensor, true_FSS: Tensor) -> float:
     object do not count for it.
     """
     masks = [(found_FSS[1:] == one, true_FSS[1:] == one) for one in range(1, int(true_FSS[0].max()) + 1)]
-    scores = [region_similarity(found, true)[true.flatten(1).any(dim=1)] for found, true in masks]
+    scores = [iou(found, true)[true.flatten(1).any(dim=1)] for found, true in masks]
     return 100 * float(torch.cat(scores).mean())
 
 

@@ -1,10 +1,10 @@
-"""Labels of a clip's first frame carried on by similar patches, and how well they then lie: region and contour.
+"""Labels of a clip's first frame carried on by similar patches, and how well their contours then lie.
 
 Source: Jabri, Owens, Efros, "Space-Time Correspondence as a Contrastive Random Walk", 2020, arXiv 2006.14613, with
 whose code CropMAE (arXiv 2403.17823) is evaluated; Perazzi et al., "A Benchmark Dataset and Evaluation Methodology for
-Video Object Segmentation", CVPR 2016, and the code of DAVIS 2017 (J and F). Differences: a patch of the first frame has
-the shares of objects of its pixels, and the first frame counts once among the sources, where that code repeats it until
-there are enough frames.
+Video Object Segmentation", CVPR 2016, and the code of DAVIS 2017 (F; J is `lightspan.analysis.prompt_masks.iou`).
+Differences: a patch of the first frame has the shares of objects of its pixels, and the first frame counts once among
+the sources, where that code repeats it until there are enough frames.
 Shapes: F frames, T patches of a frame on a grid H W, D features, h w pixels, O objects.
 """
 
@@ -68,13 +68,6 @@ def propagated_labels(
         maps_1OHW = share_TO.T.unflatten(1, grid)[None]
         labels.append(F.interpolate(maps_1OHW, tuple(first_hw.shape), mode="bilinear")[0].argmax(dim=0))
     return known_O[torch.stack(labels)]
-
-
-def region_similarity(found_Fhw: Tensor, true_Fhw: Tensor) -> Tensor:
-    """J of each frame, float64 [F] in [0, 1]: intersection over union of masks; 1 where both are empty."""
-    both = (found_Fhw & true_Fhw).flatten(1).sum(dim=1).double()
-    either = (found_Fhw | true_Fhw).flatten(1).sum(dim=1)
-    return torch.where(either > 0, both / either.clamp_min(1), 1.0)
 
 
 def contour_accuracy(found_Fhw: Tensor, true_Fhw: Tensor, tolerance: float = TOLERANCE) -> Tensor:

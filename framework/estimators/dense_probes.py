@@ -20,12 +20,12 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.analysis.depth_order import depth_of_patches, order_agreement
-from lightspan.analysis.label_propagation import contour_accuracy, propagated_labels, region_similarity
+from lightspan.analysis.label_propagation import contour_accuracy, propagated_labels
 from lightspan.analysis.labels import WHOLE, require_few_classes
 from lightspan.analysis.linear_probe import fit_linear_probe
 from lightspan.analysis.patches import fitted, majority_of_patches
 from lightspan.analysis.probe_scores import rows_to_choose_by
-from lightspan.analysis.prompt_masks import BACKGROUND, candidate_thresholds, prompt_ious
+from lightspan.analysis.prompt_masks import BACKGROUND, candidate_thresholds, iou, prompt_ious
 from lightspan.analysis.retrieval import across_cameras, retrieved
 from lightspan.analysis.rows import spaced_rows
 from lightspan.errors import UserError
@@ -36,8 +36,6 @@ LEFT_OUT = -1
 """The class of a patch or pixel that does not count."""
 PIXEL_SCORES = 1 << 24
 """Numbers that enlarged scores hold at once."""
-
-MEASURES = (region_similarity, contour_accuracy)
 
 Map = tuple[Tensor, Tensor]
 """Weights [D C] and bias [C]."""
@@ -323,10 +321,10 @@ class LabelPropagation(PatchProbe):
     """Objects followed through clips from their masks in the first frame, as in DAVIS 2017; it learns nothing.
 
     Rows of one clip are its frames, in their order. Labels are carried on as in
-    `lightspan.analysis.label_propagation.propagated_labels`. `j_and_f` is the mean of `region_similarity` (J) and
-    `contour_accuracy` (F), each the mean over the objects of all clips of its mean over frames, in [0, 1]. The first
-    frame, which is given, and the last one do not count, as in DAVIS's code; nor do clips of fewer than three frames,
-    or what first appears later.
+    `lightspan.analysis.label_propagation.propagated_labels`. `j_and_f` is the mean of `region_similarity` (J, the IoU)
+    and `contour_accuracy` (F), each the mean over the objects of all clips of its mean over frames, in [0, 1]. The
+    first frame, which is given, and the last one do not count, as in DAVIS's code; nor do clips of fewer than three
+    frames, or what first appears later.
 
     Args:
         field: of the batches, whole numbers [B h w]: the object of each pixel, 0 for the background. Those of later
@@ -336,8 +334,8 @@ class LabelPropagation(PatchProbe):
         neighbours: patches of which each patch takes the labels, at least 1.
         radius: in patches, above 0: those that are so far away or farther are no neighbours.
         temperature: of the softmax over similarities, above 0.
-        whole_first: whether the radius does not hold in the first frame. The defaults are CropMAE's, with images of
-            480 x 880 pixels and patches of 16; figures at other settings cannot be compared.
+        whole_first: whether the radius does not apply to the first frame. The defaults are CropMAE's, with images of
+            480 x 880 pixels and patches of 16; figures at other settings are not comparable.
     """
 
     reads_bank = False
@@ -393,7 +391,12 @@ class LabelPropagation(PatchProbe):
             *(self.radius, self.temperature, self.whole_first),
         )
         scored = [
-            torch.stack([measure((labels_Fhw == one)[1:-1], (true_Fhw == one)[1:-1]).mean() for measure in MEASURES])
+            torch.stack(
+                [
+                    measure((labels_Fhw == one)[1:-1], (true_Fhw == one)[1:-1]).mean()
+                    for measure in (iou, contour_accuracy)
+                ]
+            )
             for one in true_Fhw[0].unique()
             if one != BACKGROUND
         ]

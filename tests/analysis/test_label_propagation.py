@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import binary_dilation
 from torch import Tensor
 
-from lightspan.analysis.label_propagation import contour_accuracy, propagated_labels, region_similarity
+from lightspan.analysis.label_propagation import contour_accuracy, propagated_labels
+from lightspan.analysis.prompt_masks import iou
 
 GRID = (3, 4)
 
@@ -88,6 +89,6 @@ def test_region_and_contour_are_those_of_numpy_and_scipy() -> None:
     a, b = masks.numpy()
     either = (a | b).sum(axis=(1, 2))
     expected = np.where(either, (a & b).sum(axis=(1, 2)) / np.maximum(either, 1), 1.0)
-    assert region_similarity(*masks).numpy() == pytest.approx(expected, rel=1e-12)
-    assert region_similarity(*masks)[6] == contour_accuracy(*masks)[6] == 1
+    assert iou(*masks).numpy() == pytest.approx(expected, rel=1e-12)
+    assert iou(*masks)[6] == contour_accuracy(*masks)[6] == 1
     assert contour_accuracy(masks[0], masks[0]).tolist() == [1.0] * 30

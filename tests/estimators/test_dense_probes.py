@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
-from lightspan.analysis.label_propagation import propagated_labels, region_similarity
+from lightspan.analysis.label_propagation import propagated_labels
+from lightspan.analysis.prompt_masks import iou
 from lightspan.errors import UserError
 from lightspan.estimators.dense_probes import (
     CrossCameraRetrieval,
@@ -284,7 +285,7 @@ def test_objects_are_followed_through_each_clip_by_itself() -> None:
     assert 0.5 < found.scores["region_similarity"] < 1
     assert found.query_rows == 8
     frames = [propagated_labels(torch.eye(4)[shown.flatten(1)], late[0], GRID, neighbours=3), late]
-    shares = [region_similarity(*((each == one)[1:-1] for each in frames)).mean() for one in (1, 2)]
+    shares = [iou(*((each == one)[1:-1] for each in frames)).mean() for one in (1, 2)]
     assert found.scores["region_similarity"] == pytest.approx(float(sum(shares) / 2))
 
 
