@@ -43,8 +43,8 @@ def optimisation(rate: float) -> dict[str, Callable]:
 def cae(rate: float, alignment: float = 2.0) -> Method:
     return CAE(
         encoder(),
-        LatentRegressor(WIDTH, depth=2, heads=HEADS),
-        LatentDecoder(WIDTH, 256, depth=2, heads=HEADS),
+        LatentRegressor(WIDTH, depth=2, heads=HEADS, drop_path=0.0),
+        LatentDecoder(WIDTH, 256, depth=2, heads=HEADS, drop_path=0.0),
         PatchCodes(256, (PATCH, PATCH), channels=1),
         BlockMasks(1.0, (0.5, 0.5)),
         alignment,

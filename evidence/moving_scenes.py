@@ -1,7 +1,6 @@
-"""Pictures and clips of two to four textured objects on a textured ground, with the object of each pixel, and label
-propagation by frozen patches.
+"""Pictures and clips of two to four textured objects on a textured ground, with the object of each pixel.
 
-Shapes: S pixels a side, F frames, O objects, T patches of a side-S picture in a G x G grid, D width.
+Shapes: S pixels a side, F frames, T patches of a side-S picture in a G x G grid, D width.
 """
 
 from collections.abc import Sequence
@@ -9,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from lightspan.analysis.label_propagation import propagated_labels
+from lightspan.analysis.prompt_masks import iou
 
 SIDE = 48
 
@@ -69,52 +70,22 @@ def clips(count: int, seed: int, frames: int = 20, noise: float = 0.03) -> list[
     return found
 
 
-def propagated(
-    features_FTD: Tensor,
-    first: np.ndarray,
-    context: int = 4,
-    neighbours: int = 5,
-    radius: float = 2.5,
-    temperature: float = 0.1,
-) -> np.ndarray:
-    """Objects of all frames from those of the first, int64 [F S S]: each patch takes the mean of the labels of its most
-    similar patches, by cosine, near it in the first and the last `context` frames.
-
-    Args:
-        features_FTD: of the patches, row by row.
-        first: objects of the first frame, [S S].
-    """
-    frames, patches, _ = features_FTD.shape
-    grid, objects = round(patches**0.5), int(first.max()) + 1
-    one_hot = F.one_hot(torch.from_numpy(first), objects).float().permute(2, 0, 1)[None]
-    labels = [F.adaptive_avg_pool2d(one_hot, grid)[0].flatten(1).T]  # shares of objects in each patch
-    features = F.normalize(features_FTD.float(), dim=2)
-    place = torch.stack(torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"), dim=-1).flatten(0, 1)
-    far_TT = torch.cdist(place.float(), place.float()) > radius
-    for frame in range(1, frames):
-        sources = sorted({0, *range(max(0, frame - context), frame)})
-        similar = torch.cat([(features[frame] @ features[s].T).masked_fill(far_TT, -torch.inf) for s in sources], dim=1)
-        best, where = similar.topk(neighbours, dim=1)
-        weight = (best / temperature).softmax(dim=1)
-        known = torch.cat([labels[s] for s in sources])
-        labels.append((weight[..., None] * known[where]).sum(dim=1))
-    maps = torch.stack(labels).transpose(1, 2).unflatten(2, (grid, grid))
-    return F.interpolate(maps, (SIDE, SIDE), mode="bilinear").argmax(dim=1).numpy()
-
-
-def mean_jaccard(found: np.ndarray, true: np.ndarray) -> float:
+def mean_jaccard(found_FSS: Tensor, true_FSS: Tensor) -> float:
     """Mean over objects and frames after the first of intersection over union, in per cent; frames that do not show an
     object do not count for it.
     """
-    scores: list[float] = []
-    for one in range(1, int(true[0].max()) + 1):
-        for a, b in zip(found[1:] == one, true[1:] == one, strict=True):
-            if b.any():
-                scores.append(float((a & b).sum() / (a | b).sum()))
-    return 100 * float(np.mean(scores))
+    masks = [(found_FSS[1:] == one, true_FSS[1:] == one) for one in range(1, int(true_FSS[0].max()) + 1)]
+    scores = [iou(found, true)[true.flatten(1).any(dim=1)] for found, true in masks]
+    return 100 * float(torch.cat(scores).mean())
 
 
 def jaccard_of_clips(features: Sequence[Tensor], of: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean over clips."""
-    pairs = zip(features, of, strict=True)
-    return float(np.mean([mean_jaccard(propagated(x, objects[0]), objects) for x, (_, objects) in pairs]))
+    """Mean over clips of labels that are carried on by patches [F T D], with the same settings for all features."""
+    scores = []
+    for x_FTD, (_, objects) in zip(features, of, strict=True):
+        side, true_FSS = round(x_FTD.shape[1] ** 0.5), torch.from_numpy(objects)
+        found_FSS = propagated_labels(
+            x_FTD, true_FSS[0], (side, side), context=4, neighbours=5, radius=2.5, temperature=0.1, whole_first=False
+        )
+        scores.append(mean_jaccard(found_FSS, true_FSS))
+    return float(np.mean(scores))

@@ -142,7 +142,7 @@ def reader(
     pair: DualEncoder, start: LetterDecoder, given: Sets, seed: int, rate: float, steps: int = STEPS
 ) -> WordReader:
     seed_everything(seed + 2, verbose=False)
-    merge = FeatureMerge(WIDTH, LONGEST + 1, HEADS)
+    merge = FeatureMerge(WIDTH, LONGEST + 1, HEADS, dropout=0.0)
     method = WordReader(copy.deepcopy(pair.image), copy.deepcopy(start), merge, **optimisation(rate))
     trained(method, given.training, FEW, FEW_BATCH, steps, seed)
     return method

@@ -2,7 +2,7 @@
 
 Arms with one vision transformer (6 x 6 patches of 48 x 48 pictures, 64 channels, 4 blocks) and equal steps: CropMAE on
 nested crops, CropMAE on the same crop twice, MAE with three quarters hidden; beside them the untrained network and raw
-pixels. Propagation has the same settings for all (`moving_scenes.propagated`), which were set before any run. The rate
+pixels. Propagation has the same settings for all (`moving_scenes.jaccard_of_clips`), set before any run. The rate
 of each arm was chosen of the same four on seed 100 and clips of another stream: `python evidence/test_70_cropmae.py`
 prints that search, and `CHOSEN` holds its result.
 """

@@ -217,12 +217,16 @@ class Method(LightningModule):
         """Shards the method if the strategy asks for it; see `lightspan.strategies`."""
         shard(self)
 
+    def run_schedule(self) -> ScheduleCallable | None:
+        """The schedule of the whole run: the given one. A method of several stages puts it together of theirs."""
+        return self.lr_scheduler
+
     def configure_optimizers(self) -> Any:
         optimizer = self.groups.optimizer(self, self.optimizer)
         wire(self.trainer, self, [optimizer])
-        if self.lr_scheduler is None:
+        if (schedule := self.run_schedule()) is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer, self._total_steps())
+        scheduler = schedule(optimizer, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -393,7 +393,7 @@ def swav(prototypes: int, **optimization: Any) -> SwAV:
 
 def cae(codes: int | None, **optimization: Any) -> CAE:
     tokenizer = None if codes is None else PatchCodes(codes, (2, 2), channels=1)
-    regressor, decoder = LatentRegressor(16, 1, 2), LatentDecoder(16, codes or 4, 1, 2)
+    regressor, decoder = LatentRegressor(16, 1, 2, drop_path=0), LatentDecoder(16, codes or 4, 1, 2, drop_path=0)
     masks = BlockMasks(1.0, (0.5, 0.5))
     return CAE(patch_vit(layer_scale=0.1), regressor, decoder, tokenizer, masks=masks, **optimization)
 
@@ -553,7 +553,7 @@ def dptr(**optimization: Any) -> DPTR:
 
 def word_reader(**optimization: Any) -> WordReader:
     decoder = LetterDecoder(5, 4, 16, depth=1, heads=2, dropout=0.0)
-    return WordReader(patch_vit(class_token=False), decoder, FeatureMerge(16, 5, heads=2), **optimization)
+    return WordReader(patch_vit(class_token=False), decoder, FeatureMerge(16, 5, heads=2, dropout=0.0), **optimization)
 
 
 def framed(optimizer: Any) -> Classifier:

@@ -48,14 +48,11 @@ class Case:
 
     Attributes:
         loss: of rows, a weight, labels among the current classes, and a permutation of the rows.
-        collectives: of its forward pass on several ranks; None for a plain mean over a rank's own rows, which is the
-            loss of all ranks once they are weighted by their rows.
-        of_weights: whether the rows have no say.
+        collectives: of its forward pass on several ranks; 0 only where the rows have no say.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    collectives: int | None = None
-    of_weights: bool = False
+    collectives: int = 1
 
 
 def asymmetric_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -154,12 +151,13 @@ def cross_view_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor)
 
 
 def class_and_patch_losses(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
-    """Of one masked patch an image."""
-    targets = [(torch.stack([view.softmax(dim=1) for view in (x, x.cos())]), x.sin().softmax(dim=1))] * 2
-    z = x @ weight
-    scores = [(torch.stack([z, z.tanh(), z.sin()]), z.cos()), (torch.stack([z.sin(), z, z]), z)]
-    count = torch.tensor(float(max(len(x), 1))).to(x)
-    losses = prototypes.class_and_patch_losses(targets, scores, 0.5, torch.ones_like(x[:, 0]) / count)
+    """Of two masked patches of some images, and of none of others."""
+    some = label_B % 2 == 0
+    patch, of_patch = torch.cat([x.sin()[some], x.cos()[some]]), x.new_full((2 * int(some.sum()),), 0.5)
+    targets = [(torch.stack([view.softmax(dim=1) for view in (x, x.cos())]), patch.softmax(dim=1))] * 2
+    z, z_patch = x @ weight, patch @ weight
+    scores = [(torch.stack([z, z.tanh(), z.sin()]), z_patch.cos()), (torch.stack([z.sin(), z, z]), z_patch)]
+    losses = prototypes.class_and_patch_losses(targets, scores, 0.5, of_patch, len(x))
     return torch.cat(losses).mean()
 
 
@@ -205,10 +203,10 @@ CASES = {
         lambda x, weight, label_B, mixed_B: distillation.mean_squared(x @ weight, x.sin())
     ),
     "distillation.attention_divergence": Case(attention_divergence),
-    "distillation.feature_distillation": Case(feature_distillation),
+    "distillation.feature_distillation": Case(feature_distillation, 2),
     "distillation.weight_perturbation": Case(
         lambda x, weight, label_B, mixed_B: distillation.weight_perturbation([weight], [weight.detach().round()], 0.01),
-        of_weights=True,
+        collectives=0,
     ),
     "info_nce.class_pair_loss": Case(class_pair_loss, 2 + 2 + 1),
     "info_nce.multi_positive_info_nce": Case(multi_positive_info_nce, 2 + 2 + 1),
@@ -298,7 +296,7 @@ CASES = {
         lambda x, weight, label_B, mixed_B: masked.seen_absolute_error(x @ weight, x.sin(), x > -0.5)
     ),
     "masked.seen_group_regression": Case(seen_group_regression),
-    "prototypes.class_and_patch_losses": Case(class_and_patch_losses),
+    "prototypes.class_and_patch_losses": Case(class_and_patch_losses, 4),
     "prototypes.cross_view_loss": Case(cross_view_loss),
     "prototypes.prototype_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: prototypes.prototype_cross_entropy(x.softmax(dim=1), x @ weight, 0.5)
@@ -321,6 +319,8 @@ PARTS = {
         "classes.share_right",
         "letters.reading_scores",
         "means.mean",
+        "means.mean_of",
+        "means.own_mean",
         "means.known_mean",
         "means.squared_error",
         "means.squared_error_at",

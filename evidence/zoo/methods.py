@@ -237,9 +237,10 @@ def mae(task: Task, **optimisation: Any) -> Method:
 
 
 def cae(task: Task, **optimisation: Any) -> Method:
-    parts = LatentRegressor(WIDTH, depth=2, heads=HEADS), LatentDecoder(WIDTH, PROTOTYPES, depth=2, heads=HEADS)
+    regressor = LatentRegressor(WIDTH, depth=2, heads=HEADS, drop_path=0.0)
+    decoder = LatentDecoder(WIDTH, PROTOTYPES, depth=2, heads=HEADS, drop_path=0.0)
     codes = PatchCodes(PROTOTYPES, (task.patch, task.patch), channels=task.channels)
-    return CAE(task.encoder(), *parts, codes, BlockMasks(1.0, (0.5, 0.5), least_block=2), **optimisation)
+    return CAE(task.encoder(), regressor, decoder, codes, BlockMasks(1.0, (0.5, 0.5), least_block=2), **optimisation)
 
 
 def cropmae(task: Task, **optimisation: Any) -> Method:

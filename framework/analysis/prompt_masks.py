@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.analysis.patches import majority_of_patches
-from lightspan.analysis.rows import unit_rows
+from lightspan.analysis.patches import fitted, majority_of_patches
+from lightspan.analysis.rows import spaced_rows, unit_rows
 from lightspan.errors import UserError
 
 BACKGROUND = 0
 """The number of what is no object; objects are numbered from 1."""
+CANDIDATES = 50
+"""Thresholds among which one is chosen."""
+IMAGES_TO_CHOOSE_BY, COSINES_OF_EACH = 64, 1 << 16
+"""Of how many images how many similarities are ordered for it, evenly spaced."""
 
 
 def prompt_maps(patches_PD: Tensor) -> Tensor:
@@ -68,10 +72,32 @@ def prompt_ious(
     return torch.stack([iou(maps_Qhw > threshold, own_Qhw).mean() for threshold in thresholds])
 
 
+def candidate_thresholds(patches_NPD: Tensor, objects_Nhw: Tensor, grid: tuple[int, int]) -> tuple[float, ...]:
+    """Thresholds that tell the similarities of these images apart, ascending, in (-1, 1), at most `CANDIDATES`.
+
+    They lie halfway between neighbouring quantiles of the cosines of all prompts inside objects with all patches, so
+    that they are dense where similarities are: the cosines of a network may all lie above 0.9, or all be 0 or 1. The
+    lowest quantile is -1, whatever the similarities. Without a prompt it is 0 alone.
+
+    Args:
+        objects_Nhw: as in `prompt_ious`, of any size.
+    """
+    found = [patches_NPD.new_zeros(0, dtype=torch.float32)]
+    for row in spaced_rows(torch.arange(len(patches_NPD)), IMAGES_TO_CHOOSE_BY).tolist():
+        object_P = objects_of_patches(fitted(objects_Nhw[row : row + 1].long(), grid)[0], grid)
+        cosines = prompt_maps(patches_NPD[row])[object_P > BACKGROUND]
+        found.append(spaced_rows(cosines.flatten(), COSINES_OF_EACH).float())
+    ordered = torch.cat(found).sort().values
+    if not len(ordered):
+        return (0.0,)
+    quantiles = torch.cat([ordered.new_full((1,), -1), spaced_rows(ordered, CANDIDATES)]).double().unique()
+    return tuple(((quantiles[1:] + quantiles[:-1]) / 2).tolist())
+
+
 def iou(a_Qhw: Tensor, b_Qhw: Tensor) -> Tensor:
-    """Pixels in both masks over those in either, [Q] in [0, 1]; 1 for two empty ones."""
+    """Pixels in both masks over those in either, float64 [Q] in [0, 1]; 1 for two empty ones."""
     both, either = ((a_Qhw & b_Qhw).flatten(1).sum(dim=1), (a_Qhw | b_Qhw).flatten(1).sum(dim=1))
-    return torch.where(either > 0, both / either.clamp_min(1), 1.0)
+    return torch.where(either > 0, both.double() / either.clamp_min(1), 1.0)
 
 
 def best_iou_of_grid(objects_hw: Tensor, grid: tuple[int, int]) -> float:

@@ -65,10 +65,13 @@ class EncodedMaps(nn.Module):
     Args:
         encoder: [B C H W] -> maps from the finest on, with their widths as `widths`, such as a `MixTransformer`.
         width: F.
+        dropout: share of the F maps that training drops whole, in [0, 1); 0.1 in the authors' code.
     """
 
-    def __init__(self, encoder: nn.Module, width: int = 256) -> None:
+    def __init__(self, encoder: nn.Module, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise UserError(f"{type(self).__name__} dropout={dropout} must lie in [0, 1)")
         widths: Sequence[int] = getattr(encoder, "widths", ())
         if not widths or width < 1:
             raise UserError(
@@ -78,7 +81,8 @@ class EncodedMaps(nn.Module):
         self.encoder, self.num_features = encoder, width
         self.narrow = nn.ModuleList(nn.Conv2d(each, width, 1) for each in widths)
         self.join = nn.Sequential(
-            nn.Conv2d(len(widths) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+            *(nn.Conv2d(len(widths) * width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            nn.Dropout2d(dropout),
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -96,18 +100,24 @@ class PyramidMaps(EncodedMaps):
         width: F.
         pretrained: load published weights from timm's usual source; needs a network connection.
         levels: which of the network's levels, from the finest, 0.
+        dropout: as in `EncodedMaps`.
     Raises: UserError for a name that timm does not have, or a network without these levels.
     """
 
     def __init__(
-        self, name: str, width: int = 256, pretrained: bool = False, levels: Sequence[int] = (-4, -3, -2, -1)
+        self,
+        name: str,
+        width: int = 256,
+        pretrained: bool = False,
+        levels: Sequence[int] = (-4, -3, -2, -1),
+        dropout: float = 0.1,
     ) -> None:
         try:
             encoder: Any = timm_network(name, pretrained, features_only=True, out_indices=tuple(levels))
         except (RuntimeError, AssertionError, IndexError) as error:
             raise UserError(f"timm gives no maps of levels {[*levels]} of {name!r}: {error}") from error
         encoder.widths = encoder.feature_info.channels()
-        super().__init__(encoder, width)
+        super().__init__(encoder, width, dropout)
 
 
 def _convolutions(taken: int, given: int) -> nn.Sequential:

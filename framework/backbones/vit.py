@@ -17,6 +17,7 @@ from lightspan.errors import UserError
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.patches import grid_of, kept
 from lightspan.nn.sequences.positions import sincos as sincos_table
+from lightspan.nn.stochastic_depth import Rates, drop_paths
 
 # A recipe may name the class and the function listed here.
 __all__ = ["TokenViT", "vit"]
@@ -156,7 +157,7 @@ def vit(
     sincos: bool = True,
     mask_token: bool = False,
     layer_scale: float | None = None,
-    drop_path: float = 0.0,
+    drop_path: Rates = 0.0,
     any_size: bool = False,
     last_heads: int | None = None,
 ) -> TokenViT:
@@ -169,7 +170,8 @@ def vit(
         pool: what `forward` gives: the class token, or the mean over patches. Without a class token it is the mean.
         sincos, mask_token: as in `TokenViT`; without sincos, positions are learned.
         layer_scale: where LayerScale starts; None leaves it out.
-        drop_path: share of residual branches that training drops in the last block, rising from 0 in the first.
+        drop_path: share of residual branches that training drops in the last block, rising from 0 in the first; or in
+            the first and in the last, such as [0.1, 0.1] for the same in all.
         any_size: take images of other sizes as well, by interpolated positions.
         last_heads: heads of the last block, if it has others than the rest, as UNIP's students do; weights have the
             same shapes whatever it is.
@@ -182,13 +184,16 @@ def vit(
         )
     if last_heads is not None and (last_heads < 1 or width % last_heads):
         raise UserError(f"vit: width={width} must be a multiple of last_heads={last_heads}, which must be above 0")
-    if registers < 0 or not 0 <= drop_path < 1:
-        raise UserError(f"vit: registers={registers} must be at least 0 and drop_path={drop_path} lie in [0, 1)")
+    if registers < 0:
+        raise UserError(f"vit: registers={registers} must be at least 0")
+    drops = drop_paths(drop_path, depth, "vit")
     network = VisionTransformer(
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=0, embed_dim=width, depth=depth,
         num_heads=heads, class_token=class_token, reg_tokens=registers, init_values=layer_scale,
-        global_pool=pool if class_token else "avg", fc_norm=False, drop_path_rate=drop_path, dynamic_img_size=any_size,
+        global_pool=pool if class_token else "avg", fc_norm=False, dynamic_img_size=any_size,
     )  # fmt: skip
+    for block, drop in zip(network.blocks, drops, strict=True):
+        block.drop_path1 = block.drop_path2 = drop
     xavier_uniform_(network)
     if last_heads is not None:
         attention = network.blocks[-1].attn

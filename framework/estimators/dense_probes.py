@@ -1,4 +1,5 @@
-"""How much frozen tokens tell of where things are: masks, objects, depth; and whether features know somebody again.
+"""How much frozen tokens tell of where things are: masks, objects, depth, and objects that move; and whether features
+know somebody again.
 
 Each reads a field of the batches by name beside the features, so that any data with such maps will do. Figures are sums
 over ranks, each of which scores its share of the rows. What a set does not define, such as an IoU where there is no
@@ -7,6 +8,7 @@ Shapes: N or M samples, P patches of a grid H W, D features, h w pixels of a map
 """
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +20,12 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.analysis.depth_order import depth_of_patches, order_agreement
+from lightspan.analysis.label_propagation import contour_accuracy, propagated_labels
 from lightspan.analysis.labels import WHOLE, require_few_classes
 from lightspan.analysis.linear_probe import fit_linear_probe
 from lightspan.analysis.patches import fitted, majority_of_patches
 from lightspan.analysis.probe_scores import rows_to_choose_by
-from lightspan.analysis.prompt_masks import BACKGROUND, prompt_ious
+from lightspan.analysis.prompt_masks import BACKGROUND, candidate_thresholds, iou, prompt_ious
 from lightspan.analysis.retrieval import across_cameras, retrieved
 from lightspan.analysis.rows import spaced_rows
 from lightspan.errors import UserError
@@ -245,24 +248,30 @@ class PromptIoU(PatchProbe):
     """Segmentation by one click: the pixels similar to a patch of an object, against the object's mask.
 
     `iou` is that of `lightspan.analysis.prompt_masks.prompt_ious`: the mean over prompts, each patch mostly of one
-    object, and then over the samples that have one. Of several thresholds, the best on the bank is taken.
+    object, and then over the samples that have one. Of several thresholds, the best on the bank is taken, with a
+    warning if it is the lowest or the highest of three or more, beyond which a better one may lie.
 
     Args:
         field: of the batches, whole numbers [B h w]: the object of each pixel, 0 for the background.
-        thresholds: of the cosine, in [-1, 1).
+        thresholds: of the cosine, in [-1, 1); None takes those that tell the bank's similarities apart, see
+            `lightspan.analysis.prompt_masks.candidate_thresholds`.
         ignore_label: pixels of this number count in neither mask, nor do those below 0; >= 0.
     """
 
     def __init__(
         self,
         field: str = "objects",
-        thresholds: float | Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        thresholds: float | Sequence[float] | None = None,
         ignore_label: int = 255,
     ) -> None:
         super().__init__(field)
-        self.thresholds = (thresholds,) if isinstance(thresholds, int | float) else tuple(thresholds)
-        if not self.thresholds or not all(-1 <= threshold < 1 for threshold in self.thresholds):
-            raise UserError(f"PromptIoU thresholds={thresholds} must be in [-1, 1), a number or a list of them")
+        listed = [thresholds] if isinstance(thresholds, int | float) else thresholds
+        self.thresholds = None if listed is None else tuple(sorted(listed))
+        if self.thresholds is not None and not (self.thresholds and all(-1 <= t < 1 for t in self.thresholds)):
+            raise UserError(
+                f"PromptIoU thresholds={thresholds} must be in [-1, 1), a number or a list of them, or null for those "
+                "that suit the bank"
+            )
         self.ignore_label = _ignorable(self, ignore_label)
 
     def require(self, features: Features) -> None:
@@ -271,12 +280,28 @@ class PromptIoU(PatchProbe):
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
         bank_NPD, query_MPD, grid = self._read(bank, query)
+        maps_Nhw, maps_Mhw = (self._objects(features) for features in (bank, query))
         thresholds, chosen = self.thresholds, {}
+        if thresholds is None:
+            thresholds = candidate_thresholds(bank_NPD, maps_Nhw, grid)
         if len(thresholds) > 1:
-            choice = best_of(self._scores(bank_NPD, bank.fields[self.field], grid, thresholds))
+            of_thresholds = self._scores(bank_NPD, maps_Nhw, grid, thresholds)
+            choice = best_of(of_thresholds)
+            if of_thresholds[choice] and len(thresholds) > 2 and choice in (0, len(thresholds) - 1):
+                warnings.warn(
+                    f"PromptIoU chose the threshold {thresholds[choice]:.4g}, the "
+                    f"{'highest' if choice else 'lowest'} of {len(thresholds)}, and a better one may lie beyond it; "
+                    "set thresholds to a list around it",
+                    stacklevel=2,
+                )
             thresholds, chosen = (thresholds[choice],), {"threshold": thresholds[choice]}
-        (scores,) = self._scores(query_MPD, query.fields[self.field], grid, thresholds)
+        (scores,) = self._scores(query_MPD, maps_Mhw, grid, thresholds)
         return ProbeScores(scores, len(bank), len(query), chosen)
+
+    def _objects(self, features: Features) -> Tensor:
+        """The field, int64 [N h w]; below 0 where it does not count."""
+        maps_Nhw = features.fields[self.field].long()
+        return maps_Nhw.masked_fill(maps_Nhw == self.ignore_label, LEFT_OUT)
 
     def _scores(
         self, patches_NPD: Tensor, maps_Nhw: Tensor, grid: tuple[int, int], thresholds: Sequence[float]
@@ -284,12 +309,98 @@ class PromptIoU(PatchProbe):
         """Of each threshold."""
         ious = [patches_NPD.new_zeros(0, len(thresholds), dtype=torch.float64)]
         for row in Features(patches_NPD).share():
-            (objects_hw,) = fitted(maps_Nhw[row : row + 1].long(), grid)
-            counted_hw = (objects_hw != self.ignore_label) & (objects_hw >= 0)
-            objects_hw = torch.where(counted_hw, objects_hw, BACKGROUND)
+            (objects_hw,) = fitted(maps_Nhw[row : row + 1], grid)
+            counted_hw = objects_hw >= 0
+            objects_hw = objects_hw.clamp_min(BACKGROUND)
             ious.append(prompt_ious(patches_NPD[row], objects_hw, grid, thresholds, counted_hw)[None].double())
         iou_RS = torch.cat(ious)
         return [_means(iou=_defined(iou_R)) for iou_R in iou_RS.unbind(1)]
+
+
+class LabelPropagation(PatchProbe):
+    """Objects followed through clips from their masks in the first frame, as in DAVIS 2017; it learns nothing.
+
+    Rows of one clip are its frames, in their order. Labels are carried on as in
+    `lightspan.analysis.label_propagation.propagated_labels`. `j_and_f` is the mean of `region_similarity` (J, the IoU)
+    and `contour_accuracy` (F), each the mean over the objects of all clips of its mean over frames, in [0, 1]. The
+    first frame, which is given, and the last one do not count, as in DAVIS's code; nor do clips of fewer than three
+    frames, or what first appears later.
+
+    Args:
+        field: of the batches, whole numbers [B h w]: the object of each pixel, 0 for the background. Those of later
+            frames are only scored with.
+        clip: field of the batches, whole numbers [B]: which clip a frame is of.
+        context: last frames from which labels are taken, beside the first; at least 1.
+        neighbours: patches of which each patch takes the labels, at least 1.
+        radius: in patches, above 0: those that are so far away or farther are no neighbours.
+        temperature: of the softmax over similarities, above 0.
+        whole_first: whether the radius does not apply to the first frame. The defaults are CropMAE's, with images of
+            480 x 880 pixels and patches of 16; figures at other settings are not comparable.
+    """
+
+    reads_bank = False
+
+    def __init__(
+        self,
+        field: str = "objects",
+        clip: str = "clip",
+        context: int = 20,
+        neighbours: int = 7,
+        radius: float = 20.0,
+        temperature: float = 0.7,
+        whole_first: bool = True,
+    ) -> None:
+        super().__init__(field)
+        self.clip, self.reads = clip, (field, clip)
+        for name, count in (("context", context), ("neighbours", neighbours)):
+            if count < 1:
+                raise UserError(f"LabelPropagation {name}={count} must be at least 1")
+        for name, value in (("radius", radius), ("temperature", temperature)):
+            if not 0 < value < math.inf:
+                raise UserError(f"LabelPropagation {name}={value} must be finite and above 0")
+        self.context, self.neighbours, self.radius = context, neighbours, radius
+        self.temperature, self.whole_first = temperature, whole_first
+
+    def require(self, features: Features) -> None:
+        super().require(features)
+        _require_whole(self, features.fields[self.field])
+        _require_column(self, features, self.clip)
+
+    def fit(self, bank: Features, query: Features) -> ProbeScores:
+        patches_MPD, _, grid = self._read(query, query)
+        clip_M, maps_Mhw = query.fields[self.clip], query.fields[self.field].long()
+        clips = clip_M.unique()
+        found = [patches_MPD.new_zeros(2, 0, dtype=torch.float64)]
+        for place in Features(clips).share():
+            rows = (clip_M == clips[place]).nonzero()[:, 0]
+            if len(rows) > 2:
+                found.append(self._of_clip(patches_MPD[rows], maps_Mhw[rows], grid))
+        region_O, contour_O = torch.cat(found, dim=1)
+        ones_O = torch.ones_like(region_O)
+        scores = _means(
+            j_and_f=((region_O + contour_O) / 2, ones_O),
+            region_similarity=(region_O, ones_O),
+            contour_accuracy=(contour_O, ones_O),
+        )
+        return ProbeScores(scores, 0, len(query))
+
+    def _of_clip(self, patches_FPD: Tensor, true_Fhw: Tensor, grid: tuple[int, int]) -> Tensor:
+        """J and F of each object of the first frame, [2 O]."""
+        labels_Fhw = propagated_labels(
+            *(patches_FPD, true_Fhw[0], grid, self.context, self.neighbours),
+            *(self.radius, self.temperature, self.whole_first),
+        )
+        scored = [
+            torch.stack(
+                [
+                    measure((labels_Fhw == one)[1:-1], (true_Fhw == one)[1:-1]).mean()
+                    for measure in (iou, contour_accuracy)
+                ]
+            )
+            for one in true_Fhw[0].unique()
+            if one != BACKGROUND
+        ]
+        return torch.stack(scored, dim=1) if scored else patches_FPD.new_zeros(2, 0, dtype=torch.float64)
 
 
 class CrossCameraRetrieval(Probe):
@@ -311,13 +422,7 @@ class CrossCameraRetrieval(Probe):
 
     def require(self, features: Features) -> None:
         for name in self.reads:
-            column = features.fields.get(name)
-            if column is None or column.ndim != 1 or column.dtype not in WHOLE:
-                got = "nothing" if column is None else f"{column.dtype} {list(column.shape)}"
-                raise UserError(
-                    f"CrossCameraRetrieval reads {name!r} of the batches, whole numbers [B], but got {got}; set "
-                    "identity and camera to what the data give"
-                )
+            _require_column(self, features, name)
 
     def fit(self, bank: Features, query: Features) -> ProbeScores:
         self.require(query)
@@ -369,6 +474,16 @@ def _ignorable(probe: PatchProbe, label: int) -> int:
     if label < 0:
         raise UserError(f"{type(probe).__name__} ignore_label={label} must be at least 0; what is below 0 never counts")
     return label
+
+
+def _require_column(probe: Probe, features: Features, name: str) -> None:
+    column = features.fields.get(name)
+    if column is None or column.ndim != 1 or column.dtype not in WHOLE:
+        got = "nothing" if column is None else f"{column.dtype} {list(column.shape)}"
+        raise UserError(
+            f"{type(probe).__name__} reads {name!r} of the batches, whole numbers [B], but got {got}; set its "
+            "fields to what the data give"
+        )
 
 
 def _require_whole(probe: PatchProbe, maps: Tensor) -> None:

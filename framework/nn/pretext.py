@@ -84,6 +84,7 @@ class Jigsaw(PretextTask):
         tile_features: width of each tile's hidden layer.
         hidden: width of the layer over all nine.
         seed: of the table and of the draws.
+        dropout: behind both hidden layers, in [0, 1).
     """
 
     views = 1
@@ -92,7 +93,13 @@ class Jigsaw(PretextTask):
     permutation_KT: Tensor
 
     def __init__(
-        self, in_features: int, permutations: int = 35, tile_features: int = 512, hidden: int = 4096, seed: int = 0
+        self,
+        in_features: int,
+        permutations: int = 35,
+        tile_features: int = 512,
+        hidden: int = 4096,
+        seed: int = 0,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         if not 2 <= permutations <= 5000:
@@ -100,9 +107,10 @@ class Jigsaw(PretextTask):
         self.in_features, self.seed = in_features, seed
         table = far_permutations(permutations, self.SIDE**2, seed)
         register_replicated(self, "permutation_KT", torch.from_numpy(table))
-        self.tile = nn.Sequential(nn.Linear(in_features, tile_features), nn.ReLU())
+        self.tile = nn.Sequential(nn.Linear(in_features, tile_features), nn.ReLU(), nn.Dropout(dropout))
         self.head = nn.Sequential(
-            nn.Linear(self.SIDE**2 * tile_features, hidden), nn.ReLU(), nn.Linear(hidden, permutations)
+            *(nn.Linear(self.SIDE**2 * tile_features, hidden), nn.ReLU(), nn.Dropout(dropout)),
+            nn.Linear(hidden, permutations),
         )
 
     def drawn(self, index_B: Tensor, step: int) -> Tensor:

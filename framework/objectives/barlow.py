@@ -6,6 +6,8 @@ the authors' code (targets and L_reg). That code's ImageNet script has a Z2^T Z2
 is not zero at a = 1; here the formula holds. Its factor 0.5 and its warm-up of the weight are left out.
 Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (scale: see `lightspan.distributed`).
 Half precision is widened to float32, also under autocast: a correlation of bfloat16 numbers has two digits.
+Deviations are biased, as in eq. 2, whose C_ij is a cosine, and in the BatchNorm of the authors' code; the unbiased ones
+of the paper's pseudo-code leave equal views a loss of D / B^2.
 """
 
 import torch
@@ -23,7 +25,7 @@ ROUNDINGS = 16
 
 
 def standardise(x_BD: Tensor) -> Tensor:
-    """Each feature to mean 0 and unbiased standard deviation 1 over the batch of all ranks.
+    """Each feature to mean 0 and standard deviation 1 (biased: a mean square of 1) over the batch of all ranks.
 
     A feature that is constant up to rounding becomes nearly 0 and has a finite gradient. So do all features if all
     ranks together have only one row.
@@ -32,7 +34,7 @@ def standardise(x_BD: Tensor) -> Tensor:
     total_D, rows = sum_over_rows(x_BD.sum(dim=0), len(x_BD))
     mean_D = total_D / rows.clamp_min(1)
     centred_BD = x_BD - mean_D
-    variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / (rows - 1).clamp_min(1)
+    variance_D = all_reduce_sum(centred_BD.square().sum(dim=0)) / rows.clamp_min(1)
     floor_D = (ROUNDINGS * torch.finfo(x_BD.dtype).eps * mean_D.detach()).square() + VARIANCE_EPS
     return centred_BD * (variance_D + floor_D).rsqrt()
 

@@ -7,19 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
-from lightspan.objectives.means import known_mean, mean
+from lightspan.objectives.means import known_mean, mean_of, own_mean
 
 
 def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
-    """Mean over the rows of -log softmax(logits)[label], in nats, a scalar >= 0 in float32 or wider.
+    """Mean over the rows of all ranks of -log softmax(logits)[label], in nats, a scalar >= 0 in float32 or wider.
 
     Without rows it is 0, with gradient 0.
 
     Args:
         label_R: whole numbers in [0, K).
     """
-    reduction = "mean" if len(label_R) else "sum"
-    return F.cross_entropy(wide(logits_RK), label_R.long(), reduction=reduction)
+    return mean_of(F.cross_entropy(wide(logits_RK), label_R.long(), reduction="sum"), len(label_R))
 
 
 def known_cross_entropy(logits_RK: Tensor, label_R: Tensor, known_R: Tensor) -> Tensor:
@@ -33,5 +32,5 @@ def known_cross_entropy(logits_RK: Tensor, label_R: Tensor, known_R: Tensor) -> 
 
 
 def share_right(scores_RK: Tensor, label_R: Tensor) -> Tensor:
-    """The share of rows whose largest score is that of their label, in [0, 1], in float32; 0 without rows."""
-    return mean((scores_RK.argmax(dim=1) == label_R).float())
+    """The share of this rank's rows whose largest score is that of their label, in [0, 1], float32; 0 without any."""
+    return own_mean((scores_RK.argmax(dim=1) == label_R).float())

@@ -34,7 +34,7 @@ def feature_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor]) -
 
 
 def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over all entries, in float32 or wider; logits are distilled with it too."""
+    """Mean squared difference over the entries of all ranks, in float32 or wider; logits are distilled with it too."""
     return squared_error(student, teacher.detach())
 
 
@@ -54,8 +54,8 @@ def weight_perturbation(student: Sequence[Tensor], teacher: Sequence[Tensor], ep
 
 
 def attention_divergence(student_BHQK: Tensor, teacher_BHQK: Tensor) -> Tensor:
-    """Mean over images, heads and queries of KL(softmax(t) || softmax(s)) over the keys, a scalar >= 0 in nats, in
-    float32 or wider. Cross-entropy differs from it by what the student cannot change.
+    """Mean over the images of all ranks, heads and queries of KL(softmax(t) || softmax(s)) over the keys, a scalar >= 0
+    in nats, in float32 or wider. Cross-entropy differs from it by what the student cannot change.
 
     Args:
         student_BHQK, teacher_BHQK: scaled logits of attention, before the softmax.

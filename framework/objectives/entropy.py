@@ -16,7 +16,7 @@ def entropy(probability_BC: Tensor) -> Tensor:
 
 
 def prediction_entropy(logits_BC: Tensor) -> Tensor:
-    """Mean over the batch of H(softmax(logits)), in nats, in [0, log C]; 0, with a gradient of 0, of no sample.
+    """Mean over the rows of all ranks of H(softmax(logits)), in nats, in [0, log C]; 0, with a gradient of 0, of none.
 
     Source: the loss of AdaMerging, arXiv 2310.02575, and of test-time adaptation, arXiv 2006.10726.
     A probability that is 0 in the precision at hand adds nothing. Computed in float32 or wider.

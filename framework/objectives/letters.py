@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_sums
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import own_mean
 
 WITH_END = 2
 """The first orders, left to right and right to left, also learn where a word ends."""
@@ -38,7 +38,7 @@ def permuted_letter_loss(logits_KBSC: Tensor, letters_BT: Tensor) -> Tensor:
 
 
 def reading_scores(found_BT: Tensor, letters_BU: Tensor) -> dict[str, Tensor]:
-    """How well words were read, means over them, each in [0, 1]; 0 without any.
+    """How well the words of this rank were read, means over them, each in [0, 1]; 0 without any.
 
     `letter_accuracy` is the share of places right among those where the word, or what was read in its stead, has a
     letter: one too many is a mistake, as is one too few. `word_accuracy` is the share of words without a mistake. A
@@ -52,6 +52,6 @@ def reading_scores(found_BT: Tensor, letters_BU: Tensor) -> dict[str, Tensor]:
     told_BT = (found_BT > 0) | (letters_BT > 0)
     wrong_B = (found_BT != letters_BT).sum(dim=1)
     return {
-        "letter_accuracy": mean(1 - wrong_B / told_BT.sum(dim=1).clamp_min(1)),
-        "word_accuracy": mean((wrong_B == 0).float()),
+        "letter_accuracy": own_mean(1 - wrong_B / told_BT.sum(dim=1).clamp_min(1)),
+        "word_accuracy": own_mean((wrong_B == 0).float()),
     }

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
-from lightspan.objectives.means import mean, squared_error
+from lightspan.objectives.means import known_mean, mean, mean_of, squared_error
 
 LEAST_VARIANCE = 1e-6
 """Added to the variance of a patch, as in MAE's code: a patch of one colour becomes zeros."""
@@ -46,7 +45,7 @@ def _moments(patches_BMd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patch_regression(guess_BMd: Tensor, patches_BMd: Tensor, normalise: bool = True) -> Tensor:
-    """Mean squared error over all numbers of hidden patches, a scalar in float32 or wider; 0 without any.
+    """Mean squared error over all numbers of hidden patches of all ranks, a scalar in float32 or wider; 0 without any.
 
     Args:
         patches_BMd: what the patches show.
@@ -80,8 +79,8 @@ def seen_absolute_error(guess: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 def seen_group_regression(
     guesses: Sequence[Tensor], targets: Sequence[Tensor], valid: Sequence[Tensor], hidden_BGL: Tensor
 ) -> Tensor:
-    """Mean over hidden tokens of their mean squared error, of tokens of several groups with patches of their own size;
-    numbers that are not valid add nothing, as in `seen_patch_regression`. 0 where nothing is hidden.
+    """Mean over the hidden tokens of all ranks of their mean squared error, of tokens of several groups with patches of
+    their own size; numbers that are not valid add nothing, as in `seen_patch_regression`. 0 where nothing is hidden.
 
     Source: Cong et al., "SatMAE", 2022, arXiv 2207.08051, and the code of SatMAE++ (arXiv 2403.05419).
 
@@ -91,8 +90,8 @@ def seen_group_regression(
     """
     parts = zip(guesses, targets, valid, strict=True)
     errors = [(wide(guess) - wide(target)).where(seen, 0).square().mean(dim=2) for guess, target, seen in parts]
-    error_BGL = torch.stack(errors, dim=1).where(hidden_BGL, 0)
-    return error_BGL.sum() / hidden_BGL.sum().clamp_min(1)
+    error_BGL = torch.stack(errors, dim=1)
+    return known_mean(error_BGL, hidden_BGL)
 
 
 def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
@@ -104,10 +103,7 @@ def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tens
     Args:
         hidden: bool, of a shape that expands to that of `guess` and `target`.
     """
-    hidden = hidden.expand_as(target)
-    error = (wide(guess) - wide(target)).abs().where(hidden, 0).sum()
-    total, count = all_reduce_sums(error, hidden.sum().to(error.dtype))
-    return total / count.clamp_min(1)
+    return known_mean((wide(guess) - wide(target)).abs(), hidden)
 
 
 def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
@@ -121,4 +117,4 @@ def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
         features_BMD: of a teacher; no gradient goes into them.
     """
     target_BMD = F.layer_norm(wide(features_BMD.detach()), features_BMD.shape[-1:])
-    return F.smooth_l1_loss(wide(guess_BMD), target_BMD, reduction="mean" if guess_BMD.numel() else "sum")
+    return mean_of(F.smooth_l1_loss(wide(guess_BMD), target_BMD, reduction="sum"), guess_BMD.numel())

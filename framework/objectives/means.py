@@ -1,4 +1,6 @@
-"""Sums over the rows of all ranks, and means over entries, which are 0 if there are none: a rank may have no sample."""
+"""Sums and means over the rows of all ranks. Ranks may have different numbers of rows, or none; a mean over nothing is
+0. What a rank's own rows give is for figures, and no loss.
+"""
 
 from collections.abc import Mapping
 
@@ -18,8 +20,19 @@ def sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return total, all_rows.detach()
 
 
+def mean_of(total: Tensor, entries: int) -> Tensor:
+    """A mean over the entries of all ranks from the sum over those of this one and their number."""
+    total, count = sum_over_rows(total, entries)
+    return total / count.clamp_min(1)
+
+
 def mean(x: Tensor) -> Tensor:
-    """Over all entries, a scalar; 0, with gradient 0, without entries."""
+    """Over the entries of all ranks, a scalar; 0, with gradient 0, without any."""
+    return mean_of(x.sum(), x.numel())
+
+
+def own_mean(x: Tensor) -> Tensor:
+    """Over the entries of this rank, a scalar, for a figure; 0 without any."""
     return x.sum() / max(x.numel(), 1)
 
 
@@ -35,16 +48,17 @@ def known_mean(x: Tensor, known: Tensor) -> Tensor:
 
 
 def squared_error(x: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference over all entries, a scalar in float32 or wider; 0, with gradient 0, without entries."""
-    x, target = wide(x), wide(target)
-    return F.mse_loss(x, target) if x.numel() else F.mse_loss(x, target, reduction="sum")
+    """Mean squared difference over the entries of all ranks, a scalar in float32 or wider; 0, with gradient 0, without
+    any.
+    """
+    return mean_of(F.mse_loss(wide(x), wide(target), reduction="sum"), x.numel())
 
 
 def squared_error_at(x: Tensor, target: Tensor, at: Tensor) -> Tensor:
-    """Mean squared difference over the entries of this rank at which `at`, bool of one shape with both, holds: a scalar
+    """Mean squared difference over the entries of all ranks at which `at`, bool of one shape with both, holds: a scalar
     in float32 or wider; 0 without any. Others may hold anything.
     """
-    return (wide(x) - wide(target)).where(at, 0).square().sum() / at.sum().clamp_min(1)
+    return known_mean((wide(x) - wide(target)).where(at, 0).square(), at)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightspan.devices import wide
 from lightspan.distributed import all_reduce_max, all_reduce_sum
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import mean_of
 
 
 @torch.no_grad()
@@ -74,22 +74,26 @@ def centred_softmax(scores_BK: Tensor, centre_K: Tensor, temperature: float) -> 
 
 
 def prototype_cross_entropy(
-    target_BK: Tensor, scores_BK: Tensor, temperature: float, weight_B: Tensor | None = None
+    target_BK: Tensor, scores_BK: Tensor, temperature: float, weight_B: Tensor | None = None, count: int | None = None
 ) -> Tensor:
-    """sum_b w_b (-sum_k p_bk log softmax(scores_b / temperature)_k), a scalar >= 0 in float32 or wider.
+    """(1 / N) sum_b w_b (-sum_k p_bk log softmax(scores_b / temperature)_k) over the rows of all ranks, a scalar >= 0
+    in float32 or wider.
 
     Args:
         target_BK: p, rows that are distributions (rows of another sum count by it).
         scores_BK: of the student.
-        weight_B: w; None is 1/B, the mean. With iBOT a masked patch weighs 1 / (masked patches of its image x images).
+        weight_B: w; None is 1. With iBOT a masked patch weighs 1 / masked patches of its image.
+        count: what this rank adds to N; None is B. With iBOT it is the number of images.
     Returns: 0, with a gradient of 0, where there are no rows.
     """
     entropy_B = -(target_BK.detach() * (wide(scores_BK) / temperature).log_softmax(dim=1)).sum(dim=1)
-    return mean(entropy_B) if weight_B is None else (weight_B * entropy_B).sum()
+    total = entropy_B.sum() if weight_B is None else (weight_B * entropy_B).sum()
+    return mean_of(total, len(entropy_B) if count is None else count)
 
 
 def cross_view_loss(targets_GBK: Tensor, scores_VBK: Tensor, temperature: float) -> Tensor:
-    """Mean cross-entropy over all pairs of a view with targets and another view of the student (DINO eq. 3).
+    """Mean cross-entropy over all pairs of a view with targets and another view of the student (DINO eq. 3), and over
+    the images of all ranks.
 
     The first G of the V views are those of the targets, so there are G (V - 1) pairs; without a pair the loss is 0.
 
@@ -140,6 +144,7 @@ def class_and_patch_losses(
     scores: Sequence[tuple[Tensor, Tensor]],
     temperature: float,
     weight_N: Tensor,
+    images: int,
 ) -> tuple[Tensor, Tensor]:
     """Self-distillation of class tokens and of masked patches (iBOT eq. 2 and 3), of each head: two losses [H].
 
@@ -149,8 +154,11 @@ def class_and_patch_losses(
         targets: of each head those of class tokens [G B K] and of masked patches [N K].
         scores: of the student, [V B K] and [N K], as `cross_view_loss` and `prototype_cross_entropy` take them.
         weight_N: of the patches.
+        images: how many of this rank the patches are of, all views counted.
     """
     pairs = [*zip(targets, scores, strict=True)]
     of_class = [cross_view_loss(target[0], score[0], temperature) for target, score in pairs]
-    of_patches = [prototype_cross_entropy(target[1], score[1], temperature, weight_N) for target, score in pairs]
+    of_patches = [
+        prototype_cross_entropy(target[1], score[1], temperature, weight_N, images) for target, score in pairs
+    ]
     return torch.stack(of_class), torch.stack(of_patches)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.devices import wide
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import known_mean, mean
 
 UNTRUSTED = -1
 
@@ -33,7 +33,8 @@ def pseudo_label_loss(
     strong_BC: Tensor, weak_BC: Tensor, trusted_B: Tensor, confidence: float = 0.99, temperature: float = 0.5
 ) -> Tensor:
     """Cross-entropy of strong views against targets: a trusted label, or else the sharpened answer on the weak view
-    where its largest probability is above `confidence`. Mean over the samples that have a target; 0 of none.
+    where its largest probability is above `confidence`. Mean over the samples of all ranks that have a target; 0 of
+    none.
 
     Args:
         strong_BC, weak_BC: logits of the two views; no gradient goes through the weak one.
@@ -45,9 +46,8 @@ def pseudo_label_loss(
     is_trusted_B = trusted_B != UNTRUSTED
     label_BC = F.one_hot(trusted_B.clamp_min(0), target_BC.shape[1]).to(target_BC)
     target_BC = torch.where(is_trusted_B[:, None], label_BC, target_BC)
-    kept_B = (is_trusted_B | (log_p_BC.amax(dim=1).exp() > confidence)).to(target_BC)
-    loss_B = -(target_BC * wide(strong_BC).log_softmax(dim=1)).sum(dim=1)
-    return (loss_B * kept_B).sum() / kept_B.sum().clamp_min(1)
+    kept_B = is_trusted_B | (log_p_BC.amax(dim=1).exp() > confidence)
+    return known_mean(-(target_BC * wide(strong_BC).log_softmax(dim=1)).sum(dim=1), kept_B)
 
 
 def trusted_labels(probability_NC: Tensor, most: int = 100) -> Tensor:
@@ -73,7 +73,8 @@ def pixel_labels(logits_BCHW: Tensor, confidence: float) -> PixelLabels:
 
 
 def pixel_cross_entropy(logits_BCHW: Tensor, label_BHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
-    """Mean over all pixels of weight * cross-entropy, in nats, a scalar in float32 or wider; 0 without images.
+    """Mean over the pixels of all ranks of weight * cross-entropy, in nats, a scalar in float32 or wider; 0 without
+    images.
 
     Args:
         label_BHW: int64; a pixel with one below 0 adds nothing to the sum, and counts.

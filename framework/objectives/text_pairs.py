@@ -76,8 +76,8 @@ def score_divergence(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:
 
 
 def coordinate_divergence(student_RD: Tensor, teacher_RD: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(teacher) || softmax(student)) over the coordinates, in nats, >= 0; 0 without rows.
-    The teacher has no gradient.
+    """Mean over the rows of all ranks of KL(softmax(teacher) || softmax(student)) over the coordinates, in nats, >= 0;
+    0 without rows. The teacher has no gradient.
     """
     student_RD, teacher_RD = wide(student_RD).log_softmax(dim=1), wide(teacher_RD.detach()).log_softmax(dim=1)
     return mean(F.kl_div(student_RD, teacher_RD, reduction="none", log_target=True).sum(dim=1))

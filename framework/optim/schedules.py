@@ -19,16 +19,21 @@ ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 `torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
 
 
-def in_turn(schedule: ScheduleCallable, lengths: Sequence[int]) -> ScheduleCallable:
+def in_turn(
+    schedule: ScheduleCallable, lengths: Sequence[int], factors: Sequence[float] | None = None
+) -> ScheduleCallable:
     """The schedule of a run of several parts, at the start of each of which it begins anew.
 
     Args:
         schedule: of one part.
         lengths: optimiser steps of each part, at least one part.
+        factors: of the rates in each part, of which the first is 1; None is 1 in all.
     """
 
     def made(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         parts = [schedule(optimizer, length) for length in lengths]
+        for part, factor in zip(parts, factors or [1.0] * len(parts), strict=True):
+            part.base_lrs = [factor * rate for rate in part.base_lrs]
         return SequentialLR(optimizer, parts, milestones=[*accumulate(lengths)][:-1])
 
     return made
@@ -88,22 +93,30 @@ class TeacherTemperature:
 
 
 class WarmupCosine(LRScheduler):
-    """Linear warm-up from 0, then a half cosine down to a floor; every group keeps its own peak rate.
+    """Linear warm-up, then a half cosine down to a floor; every group keeps its own peak rate.
 
     With s the number of optimiser steps done, W = warmup * total_steps and T = total_steps:
-    factor = (s + 1) / (W + 1) while s < W, then final + (1 - final) (1 + cos(pi c (s - W) / (T - W))) / 2 with
-    c = covered, and after T what it was there: `final`, if c is 1.
+    factor = first + (1 - first) (s + 1) / (W + 1) while s < W, then
+    final + (1 - final) (1 + cos(pi c (s - W) / (T - W))) / 2
+    with c = covered, and after T what it was there: `final`, if c is 1.
 
     Args:
         total_steps: optimiser steps of the whole run, >= 1.
         warmup: share of the run, in [0, 1).
         final: share of the peak rate left at the end of the cosine, in [0, 1].
         covered: share of the cosine that the run goes through, in (0, 1]; below 1 it stops while the rate still falls.
+        first: share of the peak rate from which the warm-up starts, in [0, 1].
     Raises: UserError for values outside these ranges.
     """
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup: float = 0.1, final: float = 0.1, covered: float = 1.0
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup: float = 0.1,
+        final: float = 0.1,
+        covered: float = 1.0,
+        first: float = 0.0,
     ) -> None:
         if total_steps < 1:
             raise UserError(
@@ -111,18 +124,19 @@ class WarmupCosine(LRScheduler):
             )
         if not 0 <= warmup < 1:
             raise UserError(f"warmup={warmup} is a share of the run and must be in [0, 1)")
-        if not 0 <= final <= 1:
-            raise UserError(f"final={final} is a share of the peak rate and must be in [0, 1]")
+        if not (0 <= first <= 1 and 0 <= final <= 1):
+            raise UserError(f"first={first} and final={final} are shares of the peak rate and must be in [0, 1]")
         if not 0 < covered <= 1:
             raise UserError(f"covered={covered} is a share of the cosine and must be in (0, 1]")
-        self.total_steps, self.warmup, self.final, self.covered = total_steps, warmup, final, covered
+        self.total_steps, self.warmup = total_steps, warmup
+        self.first, self.final, self.covered = first, final, covered
         super().__init__(optimizer)
 
     def factor(self, step: int) -> float:
         """Share of the peak rate used by optimiser step number `step`, counted from 0."""
         warmup_steps = self.warmup * self.total_steps
         if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
+            return self.first + (1 - self.first) * (step + 1) / (warmup_steps + 1)
         return self.after_warmup(min((step - warmup_steps) / max(self.total_steps - warmup_steps, 1), 1.0))
 
     def after_warmup(self, share: float) -> float:
@@ -134,7 +148,7 @@ class WarmupCosine(LRScheduler):
 
 
 class WarmupLine(WarmupCosine):
-    """`WarmupCosine` with a line in the place of the cosine: final + (1 - final) (T - s) / (T - W) after the warm-up.
+    """`WarmupCosine` with a line instead of the cosine: final + (1 - final) (T - s) / (T - W) after the warm-up.
 
     Args:
         total_steps, warmup, final: as in `WarmupCosine`.
@@ -153,7 +167,7 @@ class WarmupCosineDecay(WarmupCosine):
     it (Caron et al., "DINO", 2021, arXiv 2104.14294, section 4: 0.04 to 0.4). Groups without decay keep none.
 
     Args:
-        total_steps, warmup, final: as in `WarmupCosine`.
+        total_steps, warmup, final, first: as in `WarmupCosine`.
         decay_factor: weight decay at the end by that at the start, >= 0.
     Raises: UserError for values outside these ranges.
     """
@@ -165,12 +179,13 @@ class WarmupCosineDecay(WarmupCosine):
         warmup: float = 0.1,
         final: float = 0.1,
         decay_factor: float = 10.0,
+        first: float = 0.0,
     ) -> None:
         if decay_factor < 0:
             raise UserError(f"decay_factor={decay_factor} must be at least 0")
         self.decay_factor = decay_factor
         self.base_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        super().__init__(optimizer, total_steps, warmup, final)
+        super().__init__(optimizer, total_steps, warmup, final, first=first)
 
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)

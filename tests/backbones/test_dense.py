@@ -36,7 +36,7 @@ def mix_transformer(**settings: Any) -> MixTransformer:
 
 
 def test_a_mix_transformer_gives_four_maps_which_are_joined_at_the_images_size() -> None:
-    network = EncodedMaps(mix_transformer(in_chans=2), width=8).train()
+    network = EncodedMaps(mix_transformer(in_chans=2), width=8, dropout=0.0).train()
     levels = network.encoder(torch.randn(2, 2, 64, 96))
     assert [tuple(level.shape) for level in levels] == [
         (2, 4, 16, 24), (2, 8, 8, 12), (2, 12, 4, 6), (2, 16, 2, 3),
@@ -45,6 +45,13 @@ def test_a_mix_transformer_gives_four_maps_which_are_joined_at_the_images_size()
     assert maps.shape == (2, network.num_features, 64, 96)
     maps.square().sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_joined_maps_are_dropped_whole() -> None:
+    network = EncodedMaps(mix_transformer(), width=64, dropout=0.25).train()
+    gone_BF = (network(torch.randn(8, 3, 64, 64)) == 0).flatten(2).all(dim=2)
+    assert float(gone_BF.float().mean()) == pytest.approx(0.25, abs=0.08)
+    assert EncodedMaps(mix_transformer(), width=8).join[-1].p == 0.1
 
 
 def test_the_defaults_are_mit_b5() -> None:
@@ -62,6 +69,8 @@ def test_what_does_not_fit_is_refused() -> None:
         EncodedMaps(nn.Identity(), width=8)
     with pytest.raises(UserError, match="maps of width=0 of MixTransformer"):
         EncodedMaps(mix_transformer(), width=0)
+    with pytest.raises(UserError, match=r"EncodedMaps dropout=1\.0"):
+        EncodedMaps(mix_transformer(), dropout=1.0)
     with pytest.raises(UserError, match=r"UNet of 3 levels needs sides that are multiples of 4, .* \[6, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 6, 8))
     with pytest.raises(UserError, match="width=6 a multiple of 4"):

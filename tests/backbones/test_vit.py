@@ -180,8 +180,20 @@ def test_what_does_not_fit_is_refused() -> None:
         require_tokens(SmallConvNet(), "MAE")
     with pytest.raises(UserError, match="width=10 must be a multiple of heads=4"):
         vit(width=10, heads=4)
-    with pytest.raises(UserError, match=r"drop_path=1\.0 lie in"):
-        vit(drop_path=1.0)
+    for wrong in (1.0, (0.1, 1.0), (-0.1, 0.1)):
+        with pytest.raises(UserError, match="vit drop_path"):
+            vit(drop_path=wrong)
+
+
+@pytest.mark.parametrize(("drop_path", "expected"), [(0.2, [0, 0.1, 0.2]), ((0.2, 0.2), [0.2] * 3), (0.0, [0, 0, 0])])
+def test_branches_are_dropped_ever_more_often_or_equally_often_in_all_blocks(drop_path: Any, expected: list) -> None:
+    model = vit(width=8, depth=3, heads=2, img_size=8, patch_size=4, drop_path=drop_path)
+    shares = [
+        getattr(drop, "drop_prob", 0.0)
+        for block in model.network.blocks
+        for drop in (block.drop_path1, block.drop_path2)
+    ]
+    assert shares == pytest.approx([share for share in expected for _ in range(2)])
 
 
 def test_the_contract_is_told_by_what_a_module_has() -> None:

@@ -61,7 +61,7 @@ def croco(**settings: Any) -> CroCo:
 
 
 def cae(tokenizer: nn.Module | None = None) -> CAE:
-    parts = LatentRegressor(16, 1, 2), LatentDecoder(16, depth=1, heads=2)
+    parts = LatentRegressor(16, 1, 2, drop_path=0.0), LatentDecoder(16, depth=1, heads=2, drop_path=0.0)
     return CAE(backbone(), *parts, tokenizer, RandomMasks(0.75), optimizer=STEP)
 
 

@@ -32,7 +32,7 @@ WITHOUT = {
 """Methods and papers without a recipe at a paper's scale, and why."""
 
 UNKNOWN = {
-    *("contrastive/hydra_imagenet", "clustering/mlc_imagenet", "supervised/look_imagenet"),
+    *("contrastive/hydra_imagenet", "clustering/mlc_cifar100", "supervised/look_imagenet"),
     *("supervised/heuristic_mtl_openimages", "image_text/m3i_vit_b16", "contrastive/softcon_ssl4eo"),
 }
 """There is no code of their authors; headers say what was assumed."""
@@ -125,7 +125,40 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         assert spared == {"head.frame_KFR"}
     else:  # norms, biases, LayerScale and CLIP's temperature; tokens have three axes in their authors' code
         tokens = ("mask_token", "cls_token")
-        assert spared == {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
+        exempt = {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
+        if "/spark" in name:  # which names its mask tokens as exempt
+            exempt |= {f"decoder.mask_tokens.{level}" for level in range(4)}
+        assert spared == exempt
+
+
+def test_spark_has_its_authors_betas_and_ends_of_the_rate() -> None:
+    """keyu-tian/SparK: `ada` of a ResNet in arg_util.py, `lr_wd_annealing` in lr_control.py."""
+    for name, lr in (("masked/spark_imagenet", 2e-4 * 4096 / 256), ("masked/spark_ct_lidc", 2e-4 * 32 / 256)):
+        model = built(name)
+        optimizer = model.groups.optimizer(model, model.optimizer)
+        assert all(tuple(group["betas"]) == (0.9, 0.95) for group in optimizer.param_groups)
+        assert model.lr_scheduler is not None
+        schedule: Any = model.lr_scheduler(optimizer, 160_000)
+        ends = [lr * schedule.factor(step) for step in (0, 4_000, 160_000)]
+        assert ends == pytest.approx([0.005 * lr, lr, 0.001 * lr], rel=0.05)
+        assert schedule.decay_factor == pytest.approx(0.2 / 0.04)
+
+
+RISING = [0, 0.1 / 3, 0.2 / 3, 0.1]
+DROPPED: dict[str, dict[str, list[float]]] = {
+    "masked/cae_imagenet": {"regressor": RISING, "decoder": RISING},
+    "distillation/unip_infmix": {"backbone": [0.1] * 12},
+}
+"""Stochastic depth of the blocks of parts, where timm's own rule for an encoder does not say it."""
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_branches_are_dropped_as_in_the_authors_code(name: str) -> None:
+    model = built(name)
+    for part, expected in DROPPED[name].items():
+        blocks = next(each for each in getattr(model, part).modules() if hasattr(each, "blocks")).blocks
+        shares = [max((getattr(each, "drop_prob", 0) for each in block.modules()), default=0) for block in blocks]
+        assert shares == pytest.approx(expected)
 
 
 def test_there_are_recipes_at_the_scale_of_papers() -> None:

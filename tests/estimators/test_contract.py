@@ -148,7 +148,8 @@ def dense_of(features: Features) -> Features:
     if len(label) != len(x):
         return whole
     maps = torch.stack([label.roll(i, 0) for i in range(4)], dim=1).unflatten(1, (2, 2))
-    return replace(whole, fields={"segmentation": maps, "objects": maps, "depth": 1.0 + maps})
+    fields = {"segmentation": maps, "objects": maps, "depth": 1.0 + maps, "clip": torch.arange(len(x)) // 5}
+    return replace(whole, fields=fields)
 
 
 def seen_of(features: Features) -> Features:
@@ -192,7 +193,10 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
         "target": lambda features: Rows(features.x),
         "base": lambda features: Rows(features.x[:1]),
     },
-    **{name: {"bank": dense_of, "query": dense_of} for name in ("LinearSegmentation", "DepthOrder", "PromptIoU")},
+    **{
+        name: {"bank": dense_of, "query": dense_of}
+        for name in ("LinearSegmentation", "DepthOrder", "PromptIoU", "LabelPropagation")
+    },
     "CrossCameraRetrieval": {"bank": seen_of, "query": seen_of},
     "MineIdentities": {"features": filmed_of},
     "Loki": {
@@ -285,6 +289,10 @@ WRONG = {
         )
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
+    "LabelPropagation": [
+        *({name: 0} for name in ("context", "neighbours")),
+        *({name: wrong} for name in ("radius", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)),
+    ],
     "ResizeNormalise": [{"k": 0}, {"k": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
     "Loki": [{name: wrong} for name in ("scale", "l2", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)],
@@ -396,6 +404,7 @@ COMPUTED = {
     "LinearSegmentation": {"one row", "one class", "a class of one sample", "classes left out", "constant features"},
     "DepthOrder": {"one row", "one class", "constant features", "zeros", "equal points", "a lattice", "denormal"},
     "PromptIoU": {"one row", "one class", "constant features", "zeros", "a row of zeros", "a lattice", "huge"},
+    "LabelPropagation": {"one row", "two rows", "one class", "constant features", "zeros", "a lattice", "huge"},
     "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
+from lightspan.analysis.label_propagation import propagated_labels
+from lightspan.analysis.prompt_masks import iou
 from lightspan.errors import UserError
-from lightspan.estimators.dense_probes import CrossCameraRetrieval, DepthOrder, LinearSegmentation, PromptIoU
+from lightspan.estimators.dense_probes import (
+    CrossCameraRetrieval,
+    DepthOrder,
+    LabelPropagation,
+    LinearSegmentation,
+    PromptIoU,
+)
 from lightspan.estimators.probes import ProbeScores
 from lightspan.features.features import Features
 
@@ -209,6 +217,29 @@ def test_objects_of_equal_patches_are_found_whole_and_a_threshold_is_chosen_on_t
     assert found.chosen == {"threshold": 0.5}
 
 
+@pytest.mark.parametrize("constant", [0.0, 3.0, 300.0])
+def test_perfect_features_reach_an_iou_of_one_however_near_their_cosines_lie(constant: float) -> None:
+    """Regions have a direction each, and all of them one more in common: cosines are 0 and 1, or 0.99999 and 1."""
+    objects = torch.arange(4).repeat(3, 3, 1)
+    patches = torch.cat([torch.eye(4), torch.full((4, 1), constant)], dim=1)[objects.flatten(1)]
+    features = Features(patches, grid=GRID, fields={"objects": enlarged(objects)})
+    found = PromptIoU().fit(features, features)
+    assert found.scores == {"iou": 1.0}
+    assert constant**2 / (1 + constant**2) < found.chosen["threshold"] < 1
+
+
+def test_thresholds_suit_the_bank_and_a_choice_at_the_end_of_a_list_is_warned_of() -> None:
+    objects = torch.arange(4).repeat(3, 3, 1)
+    crowded = torch.eye(4)[objects.flatten(1)] + 1 + 0.05 * normal(3, PATCHES, 4)
+    bank, query = (Features(x, grid=GRID, fields={"objects": objects}) for x in (crowded, crowded.flip(0)))
+    with pytest.warns(UserWarning, match=r"threshold 0\.3, the lowest of 3"):
+        coarse = PromptIoU(thresholds=[0.5, 0.4, 0.3]).fit(bank, query)
+    fine = PromptIoU().fit(bank, query)
+    assert fine.scores["iou"] > coarse.scores["iou"] + 0.3
+    dense = PromptIoU(thresholds=torch.linspace(0.5, 0.9999, 500).tolist()).fit(bank, query)
+    assert fine.scores["iou"] == pytest.approx(dense.scores["iou"], abs=0.02)
+
+
 def test_samples_without_an_object_do_not_count() -> None:
     shown = torch.zeros(3, *GRID, dtype=torch.int64)
     shown[0, 1] = 1
@@ -227,6 +258,43 @@ def test_ignored_pixels_are_in_neither_mask() -> None:
     assert PromptIoU(thresholds=0.5).fit(*[clicked(shown, truth)] * 2).scores["iou"] == pytest.approx(0.5)
     truth[0, 1] = 255
     assert PromptIoU(thresholds=0.5).fit(*[clicked(shown, truth)] * 2).scores == {"iou": 1.0}
+
+
+# Clips.
+
+
+def filmed(shown: Tensor, maps: Tensor, clip: list[int]) -> Features:
+    """A frame a row, whose patches say which class they show."""
+    fields = {"objects": maps, "clip": torch.tensor(clip)}
+    return Features(torch.eye(4)[shown.flatten(1)], grid=GRID, fields=fields)
+
+
+def test_objects_are_followed_through_each_clip_by_itself() -> None:
+    shown = torch.stack([torch.arange(4).roll(frame).expand(GRID) for frame in range(8)])
+    other = 3 - shown
+    both = torch.stack([shown, other], dim=1).flatten(0, 1)  # the frames of two clips by turns
+    follow = LabelPropagation(neighbours=3)
+    clips = filmed(both, both, [5, 2] * 8)
+    perfect = {"j_and_f": 1.0, "region_similarity": 1.0, "contour_accuracy": 1.0}
+    assert follow.fit(clips, clips).scores == pytest.approx(perfect)
+    # Only what the first frame shows counts, between the first frame and the last.
+    late = shown.clone()
+    late[[0, -1]] = late[[0, -1]].clamp_max(2)
+    late[2:4, :, 0] = 9
+    found = follow.fit(*[filmed(shown, late, [0] * 8)] * 2)
+    assert 0.5 < found.scores["region_similarity"] < 1
+    assert found.query_rows == 8
+    frames = [propagated_labels(torch.eye(4)[shown.flatten(1)], late[0], GRID, neighbours=3), late]
+    shares = [iou(*((each == one)[1:-1] for each in frames)).mean() for one in (1, 2)]
+    assert found.scores["region_similarity"] == pytest.approx(float(sum(shares) / 2))
+
+
+def test_clips_too_short_and_clips_without_an_object_do_not_count() -> None:
+    shown = torch.arange(4).expand(5, *GRID)
+    assert LabelPropagation().fit(*[filmed(shown, shown, [0, 0, 1, 1, 2])] * 2).scores == {}
+    assert LabelPropagation().fit(*[filmed(shown, 0 * shown, [0] * 5)] * 2).scores == {}
+    with pytest.raises(UserError, match="LabelPropagation reads 'clip' of the batches"):
+        LabelPropagation().fit(*[planted(shown.clamp_max(2), "objects")] * 2)
 
 
 # Retrieval.
@@ -312,6 +380,7 @@ CASES: list[tuple[Any, Features]] = [
     (LinearSegmentation(), planted(classes(6), maps=enlarged(classes(6)))),
     (DepthOrder(), depths(6)),
     (PromptIoU(thresholds=0.5), planted(classes(6), "objects", enlarged(classes(6)))),
+    (LabelPropagation(), filmed(classes(6), enlarged(classes(6)), [0] * 6)),
     (CrossCameraRetrieval(), seen()),
 ]
 
@@ -326,7 +395,7 @@ def test_bfloat16_is_read_as_its_numbers_and_results_are_finite_json(probe: Any,
     assert ProbeScores.from_json(result.to_json()) == result
 
 
-@pytest.mark.parametrize(("probe", "features"), CASES[:3], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(("probe", "features"), CASES[:4], ids=lambda one: type(one).__name__)
 def test_what_is_not_a_map_of_patches_is_named(probe: Any, features: Features) -> None:
     name = type(probe).__name__
     for wrong in (

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.errors import UserError
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of, seen_in_order
@@ -147,13 +147,25 @@ def test_half_precision_reaches_every_weight() -> None:
 
 def test_merged_features_have_one_token_a_place_whatever_the_order_of_patches() -> None:
     torch.manual_seed(0)
-    merge, patches = FeatureMerge(16, heads=4), torch.randn(2, 9, 16)
+    merge, patches = FeatureMerge(16, heads=4).eval(), torch.randn(2, 9, 16)
     merged = merge(patches)
     assert merged.shape == (2, 26, 16)
     torch.testing.assert_close(merge(patches[:, torch.randperm(9)]), merged, rtol=0, atol=1e-5)
     by_hand = merge.query_tokens + merge.attention(merge.query_tokens.expand(2, -1, -1), patches, patches)
     torch.testing.assert_close(merged, by_hand + merge.mlp(merge.norm(by_hand)))
     assert float(merge.query_tokens.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_merge_unit_drops_in_the_four_places_of_its_authors() -> None:
+    """Attention weights, what the attention says, what the MLP's activation gives, and what the MLP says."""
+    merge = FeatureMerge(16, heads=4)
+    assert merge.attention.dropout == 0.1
+    assert [each.p for each in merge.modules() if isinstance(each, nn.Dropout)] == [0.1] * 3
+    half = FeatureMerge(16, heads=4, dropout=0.5)
+    with torch.no_grad():
+        merged = half(torch.randn(64, 9, 16))
+        zero = (merged - half.query_tokens).abs() < 1e-12  # both branches dropped
+    assert float(zero.float().mean()) == pytest.approx(0.25, abs=0.02)
 
 
 def test_what_does_not_fit_is_refused() -> None:

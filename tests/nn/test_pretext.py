@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightspan.datamodules.images.turns import QuarterTurns
 from lightspan.datamodules.images.views import Plain, RandomViews, seeded
@@ -85,6 +85,14 @@ def test_a_jigsaw_shows_the_tiles_in_the_order_that_is_to_be_guessed() -> None:
         for place, tile in enumerate(task.permutation_KT[guess.label_R[b]]):
             resized = torch.nn.functional.interpolate(tiles[b, tile][None], size=(9, 9), mode="bilinear")[0]
             torch.testing.assert_close(shown[b, place], resized)
+
+
+def test_both_heads_drop_half_of_both_hidden_layers() -> None:
+    """As in vkinakh/scatsimclr, src/trainer/pretext_task_trainer.py."""
+    for task in (Jigsaw(4, tile_features=8, hidden=6), QuarterTurn(4, (8, 6))):
+        layers = [each for each in task.modules() if isinstance(each, nn.Linear | nn.ReLU | nn.Dropout)]
+        assert [type(each) for each in layers] == [nn.Linear, nn.ReLU, nn.Dropout] * 2 + [nn.Linear]
+        assert [each.p for each in layers if isinstance(each, nn.Dropout)] == [0.5, 0.5]
 
 
 def test_draws_are_a_function_of_seed_step_and_index_and_not_of_the_batch() -> None:

@@ -18,12 +18,12 @@ def scalar(value: float) -> Tensor:
 
 
 def test_loss_of_a_case_worked_by_hand() -> None:
-    # Columns (1, -1) have unbiased standard deviation sqrt(2), so Z = (1, -1) / sqrt(2) and every |C_ij| = 1/2.
+    # Columns (1, -1) have standard deviation 1, so Z = (1, -1) and every |C_ij| = 1.
     a = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
     b = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     za, zb = standardise(a), standardise(b)
-    torch.testing.assert_close(cross_correlation(za, zb), torch.tensor([[0.5, -0.5], [0.5, -0.5]], dtype=torch.float64))
-    expected = (0.5 - 1) ** 2 + (-0.5 - 1) ** 2 + 0.1 * (0.5**2 + 0.5**2)
+    torch.testing.assert_close(cross_correlation(za, zb), torch.tensor([[1, -1], [1, -1]], dtype=torch.float64))
+    expected = (1 - 1) ** 2 + (-1 - 1) ** 2 + 0.1 * (1**2 + 1**2)
     torch.testing.assert_close(barlow_twins_loss(za, zb, 0.1), scalar(expected), rtol=1e-11, atol=0)
 
 
@@ -32,11 +32,21 @@ def test_loss_equals_the_one_from_numpys_correlation_coefficients(
     rows: int, width: int, weight: float, seed: int
 ) -> None:
     a, b = 3 * double(rows, width, seed=seed) + 1, double(rows, width, seed=seed + 1000) - 2
-    # Unbiased deviations with a division by B leave Pearson's coefficient times (B - 1) / B.
-    c = np.corrcoef(a.numpy().T, b.numpy().T)[:width, width:] * (rows - 1) / rows
+    c = np.corrcoef(a.numpy().T, b.numpy().T)[:width, width:]
     expected = sum((c[i, j] - 1) ** 2 if i == j else weight * c[i, j] ** 2 for i in range(width) for j in range(width))
     loss = barlow_twins_loss(standardise(a), standardise(b), weight)
     assert loss.item() == pytest.approx(expected, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("rows", [2, 5, 64])
+def test_equal_views_cost_nothing_but_the_correlations_of_different_features(rows: int) -> None:
+    """C is Pearson's coefficient, and C_ii = 1, whatever the batch."""
+    x = double(rows, 6)
+    z = standardise(x)
+    torch.testing.assert_close(cross_correlation(z, z).diagonal(), torch.ones(6, dtype=torch.float64))
+    assert barlow_twins_loss(z, standardise(3 * x - 1), 0.0) < 1e-18
+    white = torch.linalg.qr(torch.cat([torch.ones(64, 1, dtype=torch.float64), double(64, 6)], dim=1)).Q[:, 1:]
+    assert barlow_twins_loss(standardise(white), standardise(2 * white), 1.0) < 1e-18
 
 
 def test_loss_is_unchanged_when_the_samples_of_both_views_are_permuted_together() -> None:

@@ -76,7 +76,9 @@ def test_cross_entropy_by_hand_with_and_without_weights() -> None:
     rows = [np.log(2), 0.5 * np.log1p(np.exp(-4)) + 0.5 * (4 + np.log1p(np.exp(-4)))]
     assert prototype_cross_entropy(target, given, 0.5).item() == pytest.approx(sum(rows) / 2)
     weighted = prototype_cross_entropy(target, given, 0.5, torch.tensor([1.0, 0.25]))
-    assert weighted.item() == pytest.approx(rows[0] + rows[1] / 4)
+    assert weighted.item() == pytest.approx((rows[0] + rows[1] / 4) / 2)
+    of_images = prototype_cross_entropy(target, given, 0.5, torch.tensor([1.0, 0.25]), 5)
+    assert of_images.item() == pytest.approx((rows[0] + rows[1] / 4) / 5)
 
 
 def test_the_cross_view_loss_is_the_mean_over_pairs_of_different_views() -> None:

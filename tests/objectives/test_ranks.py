@@ -14,10 +14,10 @@ from lightspan.objectives.barlow import standardise
 
 pytestmark = pytest.mark.ranks
 
-ROWS, RANKS = 7, 2
+ROWS, RANKS = 16, 2
 PARTS = (slice(0, 5), slice(5, ROWS))  # of the ranks
-LABEL_B = torch.tensor([1, 3, 3, 1, 3, 4, 1])
-MIXED_B = torch.tensor([3, 0, 1, 4, 2, 6, 5])  # within each part
+LABEL_B = torch.tensor([1, 3, 3, 1, 3, 4, 1, 4, 3, 1, 1, 4, 3, 3, 1, 3])
+MIXED_B = torch.tensor([3, 0, 1, 4, 2, 6, 5, 8, 7, 15, 9, 10, 12, 11, 14, 13])  # within each part
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -43,10 +43,8 @@ def one_rank(index: int, folder: str) -> None:
         calls[0] = 0
         loss = case.loss(own, weight, LABEL_B[part], MIXED_B[part] - part.start)
         forward = calls[0]
-        # The mean over ranks is DDP's; a plain mean over rows counts by the rows of its rank.
-        share = len(own) / ROWS if case.collectives is None and not case.of_weights else 1 / RANKS
-        (share * loss).backward()
-        total = share * loss.detach()
+        (loss / RANKS).backward()  # the mean over ranks is DDP's
+        total = loss.detach() / RANKS
         reduce(weight.grad)
         reduce(total)
         out[name] = {"loss": total, "grad": weight.grad, "collectives": torch.tensor(forward)}
@@ -73,7 +71,7 @@ def test_ranks_of_unequal_batches_give_the_loss_and_the_gradient_of_one(
     for out in two_ranks:
         torch.testing.assert_close(out[name]["loss"], loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(out[name]["grad"], weight.grad, rtol=1e-10, atol=1e-13)
-        assert out[name]["collectives"] == (CASES[name].collectives or 0)
+        assert out[name]["collectives"] == CASES[name].collectives
 
 
 def test_one_row_on_all_ranks_is_standardised_to_zero(two_ranks: list[dict[str, dict[str, Tensor]]]) -> None:

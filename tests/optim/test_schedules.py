@@ -62,6 +62,12 @@ def test_a_run_that_covers_half_of_the_cosine_is_the_first_half_of_one_twice_as_
     assert half[50:] == pytest.approx([1.1, 1.1])  # stays where it stopped
 
 
+def test_warm_up_starts_from_its_first_share():
+    optimizer = torch.optim.SGD([parameter()], lr=2.0)
+    schedule = WarmupCosine(optimizer, 10, warmup=0.4, final=0.0, first=0.5)
+    assert rates(schedule, optimizer, 5) == pytest.approx([1.2, 1.4, 1.6, 1.8, 2.0])
+
+
 def test_groups_keep_the_ratio_of_their_rates_throughout():
     optimizer = torch.optim.SGD([{"params": [parameter()], "lr": 1.0}, {"params": [parameter()], "lr": 0.25}], lr=1.0)
     scheduler = WarmupCosine(optimizer, total_steps=20)
@@ -92,6 +98,7 @@ def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
         ({"total_steps": 0}, "total_steps=0"),
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"final": 2.0}, "final=2.0"),
+        ({"first": -0.1}, "first=-0.1"),
         ({"covered": 0.0}, "covered=0.0"),
     ],
 )
@@ -208,3 +215,6 @@ def test_schedules_in_turn_begin_anew_with_each_part(schedule):
     lengths = (4, 7, 1, 5)
     expected = [rate for length in lengths for rate in of_run(schedule, length)]
     assert of_run(in_turn(schedule, lengths), sum(lengths)) == pytest.approx(expected)
+    factors = (1.0, 0.01, 3.0, 0.5)
+    expected = [f * rate for f, length in zip(factors, lengths, strict=True) for rate in of_run(schedule, length)]
+    assert of_run(in_turn(schedule, lengths, factors), sum(lengths)) == pytest.approx(expected)

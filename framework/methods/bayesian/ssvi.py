@@ -34,7 +34,7 @@ from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.entropy import entropy
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import own_mean
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.masks.allocation import PerTensorAllocation
@@ -220,8 +220,8 @@ class SSVI(Method):
         log_p_BK = probability_BK.clamp_min(torch.finfo(probability_BK.dtype).tiny).log()
         measured = {
             "accuracy": share_right(probability_BK, label_B),
-            "loss_nats": mean(F.nll_loss(log_p_BK, label_B, reduction="none")),
-            "entropy_nats": mean(entropy_B),
+            "loss_nats": own_mean(F.nll_loss(log_p_BK, label_B, reduction="none")),
+            "entropy_nats": own_mean(entropy_B),
         }
         options: dict[str, Any] = {"batch_size": len(label_B), "sync_dist": True, "prog_bar": True}
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, **options)

@@ -6,8 +6,9 @@ stand on the same pre-features: Z are the features, and C gives the membership o
 1. For the first `first_share` of the run the features alone are trained, by the total coding rate of two views.
 2. Then the cluster head becomes a copy of the feature head, once, so that G starts as Sinkhorn(Z Z^T), and both train.
    Of several views Z is the mean, scaled to length 1, and G the mean, which is doubly stochastic too.
+Each stage has the given schedule from its beginning, the second at a rate of its own.
 Labels come from spectral clustering of G with the number of clusters given. Assumed, where the paper's appendix was not
-at hand: temperature, rounds of Sinkhorn, and one optimiser and schedule for both stages.
+at hand: temperature, rounds of Sinkhorn, and one optimiser for both stages.
 Shapes: B images of this rank, N of all ranks, V views, R = B V rows, D width of both heads.
 """
 
@@ -32,6 +33,7 @@ from lightspan.objectives.coding_rate import (
     require_distortion,
     total_coding_rate_loss,
 )
+from lightspan.optim.schedules import ScheduleCallable, in_turn
 from lightspan.ranges import require_temperatures
 from lightspan.unit_length import unit_length
 
@@ -47,6 +49,7 @@ class MLC(Method):
         projector: pre-features, [R num_features] -> [R P].
         head: the feature head, [R P] -> [R D]; the cluster head begins as a copy.
         first_share: of the run, in [0, 1]; 0 clusters from the first step, for a network that was trained before.
+        second_rate: rate of the second stage by that of the first, > 0; it needs a schedule.
         distortion: e^2 of all rates, > 0.
         similarity: weight of the agreement of views in the first stage, >= 0.
         temperature: of Sinkhorn, > 0.
@@ -62,6 +65,7 @@ class MLC(Method):
         projector: nn.Module,
         head: nn.Module,
         first_share: float = 0.8,
+        second_rate: float = 1.0,
         distortion: float = 0.2,
         similarity: float = 30.0,
         temperature: float = 0.1,
@@ -74,14 +78,25 @@ class MLC(Method):
         require_temperatures(temperature=temperature)
         if not 0 <= first_share <= 1 or similarity < 0:
             raise UserError(f"first_share={first_share} must be in [0, 1] and similarity={similarity} at least 0")
+        if not 0 < second_rate < math.inf:
+            raise UserError(f"second_rate={second_rate} must be finite and above 0")
         if iterations < 1 or (clusters is not None and clusters < 2):
             raise UserError(f"iterations={iterations} must be at least 1, and clusters={clusters} at least 2 or null")
         require_projector(backbone, projector)
         require_width(projector, "head.in_features", getattr(head, "in_features", None))
         self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copied(head, "MLC")
-        self.first_share, self.distortion, self.similarity = first_share, distortion, similarity
+        self.first_share, self.second_rate = first_share, second_rate
+        self.distortion, self.similarity = distortion, similarity
         self.temperature, self.iterations, self.clusters = temperature, iterations, clusters
         self._validated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def run_schedule(self) -> ScheduleCallable | None:
+        """The given one for each stage."""
+        if (given := super().run_schedule()) is None:
+            return None
+        first = self._first_steps()
+        second = self._total_steps() - first
+        return in_turn(given, (first, second), (1.0, self.second_rate)) if first and second else given
 
     def embeddings(self, batch: Any) -> Tensor:
         """Z before it is scaled, [B D]."""

@@ -3,8 +3,11 @@
 Source: Wu, Atito, Feng, Mo, Kittler, Awais, "Rethinking Positive Pairs in Contrastive Learning", 2024, arXiv
 2410.18200, whose second version calls the method SimLAP, and the authors' code. The numbers of its equations could not
 be looked up. The loss is in `lightspan.objectives.info_nce`, gates and pairs are in `lightspan.nn`. The online
-classifier of that code, which reads detached features, is the callback `OnlineProbes`. Its variant that trains with the
-classifier's loss too (sup_loss) and Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
+classifier of that code, which reads detached features, is the callback `OnlineProbes`. Similarities are cosines of
+gated embeddings, as in its function `apply_gate`. Its training step has since come to normalise before the gate and not
+after it (simlap.py of erow/vitookit); then a gate that is half closed shrinks all similarities of an anchor, and the
+temperature no longer says how sharp they are. The variant that trains with the classifier's loss too (sup_loss) and
+Hydra-MoCo are left out. Assumed: the projector's hidden layer has a BatchNorm.
 Shapes: B images of this rank, V views of each, R = B V rows, D embedding width.
 """
 
@@ -19,7 +22,7 @@ from lightspan.nn.class_pairs import ClassPairs
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import class_pair_loss
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import own_mean
 from lightspan.ranges import require_temperatures
 
 
@@ -68,10 +71,10 @@ class Hydra(Method):
         partner_R = partner_N[first : first + len(label_R)]
         gate_RD = None if self.gate is None else self.gate(label_R, partner_R)
         loss = class_pair_loss(z_RD, label_R, partner_R, gate_RD, self.temperature)
-        figures = {"train/loss": loss, "train/anchors_with_positives": mean(torch.isin(partner_R, label_N).float())}
+        figures = {"train/loss": loss, "train/anchors_with_positives": own_mean(torch.isin(partner_R, label_N).float())}
         if gate_RD is not None:
             gate_RD = gate_RD.detach()
-            figures["train/gate_mean"] = mean(gate_RD)
+            figures["train/gate_mean"] = own_mean(gate_RD)
             # 0 when all pairs have come to share one subspace, and without a pair on this rank.
             spread_D = gate_RD.std(dim=0, correction=0) if len(gate_RD) else gate_RD.new_zeros(gate_RD.shape[1])
             figures["train/gate_spread"] = spread_D.mean()

@@ -21,7 +21,8 @@ from lightspan.unit_length import unit_length
 
 
 def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
-    """Mean over rows of |g/|g| - t/|t||^2 = 2 - 2 cos(g, t), a scalar in [0, 4] in float32 or wider (eq. 2).
+    """Mean over the rows of all ranks of |g/|g| - t/|t||^2 = 2 - 2 cos(g, t), a scalar in [0, 4] in float32 or wider
+    (eq. 2).
 
     Targets carry no gradient. A row of zeros has the distance 2 from all; without rows the loss is 0.
     """

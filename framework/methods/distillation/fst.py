@@ -38,7 +38,7 @@ from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
-from lightspan.objectives.means import mean
+from lightspan.objectives.means import own_mean
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
 from lightspan.ranges import require_shares
@@ -153,7 +153,7 @@ class FST(Method):
         source = pixel_cross_entropy(self.student(image_BCHW), label_BHW)
         mixed = pixel_cross_entropy(self.student(mixed_BCHW), mixed_label_BHW, weight_BHW)
         figures = {"train/loss": source + mixed, "train/source_nats": source, "train/mixed_nats": mixed}
-        figures["train/sure"] = mean(pseudo.sure_B)
+        figures["train/sure"] = own_mean(pseudo.sure_B)
         if "target_semantic" in batch:
             known_BHW = batch["target_semantic"] >= 0
             right_BHW = known_BHW & (pseudo.label_BHW == batch["target_semantic"])

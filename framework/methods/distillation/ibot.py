@@ -115,7 +115,8 @@ class IBOT(Method):
         masked = masks_of_views(self.masks, grid, self.global_step, index_in(batch, self), self.global_views, masking)
         targets = self.targets(self.teacher(views[: self.global_views], masked, hide=False).by_head)
         seen = self.student(views, masked, hide=True)
-        losses = class_and_patch_losses(targets, seen.by_head, self.student_temperature, masked.weight_N)
+        weights = masked.weight_N, masked.images
+        losses = class_and_patch_losses(targets, seen.by_head, self.student_temperature, *weights)
         figures = dict(zip(("class", "patches"), (of_heads_H.mean() for of_heads_H in losses), strict=True))
         loss = figures["class"] + figures["patches"]
         if self.koleo_weight:

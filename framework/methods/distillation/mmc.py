@@ -36,7 +36,7 @@ from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_predictor, require_projector, require_width
 from lightspan.objectives.info_nce import paired_info_nce
-from lightspan.objectives.means import weighted_sum
+from lightspan.objectives.means import mean_of, weighted_sum
 from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
 from lightspan.ranges import require_shares, require_temperatures, require_weights
@@ -144,7 +144,7 @@ class MMC(Method):
         taught = self.teacher(clean_RChw, masked)
         figures = {
             "reconstruction": self.reconstruction(seen.patches_ND, clean_RChw, grid, masked),
-            "distillation": self.distillation(seen.scores_NK, taught.scores_NK, masked.weight_N),
+            "distillation": self.distillation(seen.scores_NK, taught.scores_NK, masked),
             "contrast": self.contrast(seen.z_RE, taught.z_RE),
         }
         loss = weighted_sum(figures, self.weights)
@@ -158,14 +158,15 @@ class MMC(Method):
         sides = [side // count for side, count in zip(clean_RChw.shape[2:], grid, strict=True)]
         pixels_RTd = patchify(clean_RChw, sides)
         error_N = (wide(self.decoder(patches_ND)) - masked.tokens(pixels_RTd)).abs().mean(dim=1)
-        return (masked.weight_N * error_N).sum()
+        return mean_of((masked.weight_N * error_N).sum(), masked.images)
 
-    def distillation(self, scores_NK: Tensor, taught_NK: Tensor, weight_N: Tensor) -> Tensor:
+    def distillation(self, scores_NK: Tensor, taught_NK: Tensor, masked: MaskedPatches) -> Tensor:
         """L_D; the centre sees what it was taken off."""
         temperature = self.teacher_temperature(self.share_of_run())
         targets_NK = centred_softmax(taught_NK, self.centre(), temperature)
         self.centre.see(taught_NK, self.global_step)
-        return prototype_cross_entropy(targets_NK, scores_NK, self.student_temperature, weight_N)
+        weights = masked.weight_N, masked.images
+        return prototype_cross_entropy(targets_NK, scores_NK, self.student_temperature, *weights)
 
     def contrast(self, z_RE: Tensor, taught_RE: Tensor) -> Tensor:
         """L_C, the mean of both ways."""

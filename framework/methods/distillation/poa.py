@@ -133,7 +133,8 @@ class POA(Method):
 
         def from_teacher(seen: SeenViews) -> Tensor:
             """L_IT or L_ET."""
-            losses_H = class_and_patch_losses(targets, seen.by_head, self.student_temperature, masked.weight_N)
+            weights = masked.weight_N, masked.images
+            losses_H = class_and_patch_losses(targets, seen.by_head, self.student_temperature, *weights)
             return sum(losses_H).mean()  # type: ignore[union-attr]
 
         intact = self.student(views, masked, hide=True)

@@ -9,7 +9,7 @@ Source: Lee, Kang, Lee, Hwang, Kawaguchi, "Self-Distillation for Further Pre-tra
 The first line is a run of `lightspan.methods.masked.mae.MAE`, this method is the second; another round takes the
 student as teacher. L_MAE is MAE's (see there). As in the authors' code f is what a classifier would read, the class
 token after the last norm for a network that pools by it, the squares are summed over its numbers and averaged over
-images, and the student sees the whole image in training mode. Text (masked tokens in the place of patches) is left out.
+images, and the student sees the whole image in training mode. Text (masked tokens instead of patches) is left out.
 Shapes: B batch of this rank, C h w image, D width of the features.
 """
 
@@ -34,7 +34,7 @@ from lightspan.ranges import require_weights
 
 
 def hidden_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """Mean over rows of |s - t|^2, a scalar >= 0 in float32 or wider; no gradient into the teacher, 0 without rows."""
+    """Mean over the rows of all ranks of |s - t|^2, a scalar >= 0 in float32 or wider; no gradient into the teacher."""
     return mean((wide(student_BD) - wide(teacher_BD.detach())).square().sum(dim=1))
 
 

@@ -115,10 +115,11 @@ class AnisotropicScaling(LearnedMerging):
             for batch in bank():
                 loss, parameters = self.loss(theta, self.taken(batch)), list(theta.values())
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                rows = all_reduce_sum(loss.new_tensor(len(batch["index"])))  # whose mean the loss is
                 for name, gradient in zip(theta, gradients, strict=True):
-                    sums[name] += len(batch["index"]) * gradient
-        rows = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
-        gradient_LK = torch.stack(rows)
+                    sums[name] += rows.to(gradient) * gradient
+        pulled = [TaskSpan(self.span.vectors(name)).pull(sums[name]) for name in theta]  # type: ignore[arg-type]
+        gradient_LK = torch.stack(pulled)
         if world_size() > 1:
             mean_over_ranks([gradient_LK])
         return gradient_LK

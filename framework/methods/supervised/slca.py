@@ -35,7 +35,7 @@ from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.optim.groups import Rule
-from lightspan.optim.schedules import in_turn
+from lightspan.optim.schedules import ScheduleCallable, in_turn
 from lightspan.ranges import require_shares, require_temperatures, require_weights
 
 
@@ -133,15 +133,10 @@ class SLCA(Method):
     def configure_model(self) -> None:
         self.require_whole("writes rows of a whole head back")
 
-    def configure_optimizers(self) -> Any:
-        if not self._steps:
-            return super().configure_optimizers()
-        given = self.lr_scheduler
-        self.lr_scheduler = None if given is None else in_turn(given, self._steps)
-        try:
-            return super().configure_optimizers()
-        finally:
-            self.lr_scheduler = given
+    def run_schedule(self) -> ScheduleCallable | None:
+        """The given one for each task."""
+        given = super().run_schedule()
+        return in_turn(given, self._steps) if given and self._steps else given
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B C], minus infinity for classes that have not come yet, if any has."""

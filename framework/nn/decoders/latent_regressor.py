@@ -18,19 +18,21 @@ from lightspan.nn.decoders.masked_sequence import positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.nn.sequences.patches import at_places
+from lightspan.nn.stochastic_depth import Rates, drop_paths
 from lightspan.nn.widths import OpenOutputs
 
 
 class RegressorBlock(nn.Module):
     """q' = q + g1 attention(norm(q + p_m); keys norm([v; q] + [p_v; p_m]), values norm([v; q])); y = norm(q');
-    q'' = y + g2 MLP(y).
+    q'' = y + g2 MLP(y). Both branches go through `drop_path`.
 
     Keys hold the queries too, so that hidden patches see one another; what was visible is not changed. As in the
     authors' code the second residual starts from the normalised tensor, and keys have no bias.
     """
 
-    def __init__(self, width: int, heads: int, layer_scale: float) -> None:
+    def __init__(self, width: int, heads: int, layer_scale: float, drop_path: nn.Module) -> None:
         super().__init__()
+        self.drop_path = drop_path
         self.norm_query, self.norm_key, self.norm_value, self.norm_mlp = (
             nn.LayerNorm(width, eps=1e-6) for _ in range(4)
         )
@@ -48,8 +50,8 @@ class RegressorBlock(nn.Module):
         attended_BMw = self.attention(
             self.norm_query(query_BMw + at_BMw), self.norm_key(all_BTw + at_BTw), self.norm_value(all_BTw)
         )
-        y_BMw = self.norm_mlp(query_BMw + self.scale_attention(attended_BMw))
-        return y_BMw + self.scale_mlp(self.mlp(y_BMw))
+        y_BMw = self.norm_mlp(query_BMw + self.drop_path(self.scale_attention(attended_BMw)))
+        return y_BMw + self.drop_path(self.scale_mlp(self.mlp(y_BMw)))
 
 
 class LatentRegressor(nn.Module):
@@ -59,9 +61,12 @@ class LatentRegressor(nn.Module):
         width: of the encoder, a multiple of `heads` and of 4.
         depth: blocks; the paper has 4.
         layer_scale: where LayerScale starts.
+        drop_path: as in `lightspan.backbones.vit.vit`; 0.1 in the authors' code, as in their encoder and decoder.
     """
 
-    def __init__(self, width: int, depth: int = 4, heads: int = 12, layer_scale: float = 0.1) -> None:
+    def __init__(
+        self, width: int, depth: int = 4, heads: int = 12, layer_scale: float = 0.1, drop_path: Rates = 0.1
+    ) -> None:
         super().__init__()
         if min(width, depth, heads) < 1 or width % heads:
             raise UserError(
@@ -69,7 +74,8 @@ class LatentRegressor(nn.Module):
             )
         self.in_features = self.out_features = width
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale) for _ in range(depth))
+        drops = drop_paths(drop_path, depth, "LatentRegressor")
+        self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale, drop) for drop in drops)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         xavier_uniform_(self)
 
@@ -88,14 +94,20 @@ class LatentDecoder(OpenOutputs):
     [B M o]. It never sees the visible ones.
 
     Args:
-        width, depth, heads, layer_scale: as in `LatentRegressor`.
+        width, depth, heads, layer_scale, drop_path: as in `LatentRegressor`.
         out_features: o; None leaves it to the method: codes of a tokenizer, or the numbers of a patch.
     """
 
     head: nn.Linear
 
     def __init__(
-        self, width: int, out_features: int | None = None, depth: int = 4, heads: int = 12, layer_scale: float = 0.1
+        self,
+        width: int,
+        out_features: int | None = None,
+        depth: int = 4,
+        heads: int = 12,
+        layer_scale: float = 0.1,
+        drop_path: Rates = 0.1,
     ) -> None:
         super().__init__()
         if min(width, depth, heads) < 1 or width % heads:
@@ -103,9 +115,12 @@ class LatentDecoder(OpenOutputs):
                 f"LatentDecoder: width={width} must be a multiple of heads={heads}, and depth={depth} above 0"
             )
         self.in_features = width
+        drops = drop_paths(drop_path, depth, "LatentDecoder")
         self.blocks = nn.Sequential(
             *(Block(width, heads, qkv_bias=True, init_values=layer_scale) for _ in range(depth))
         )
+        for block, drop in zip(self.blocks, drops, strict=True):
+            block.drop_path1 = block.drop_path2 = drop
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if out_features is not None:
             self.settle(out_features)

@@ -69,6 +69,8 @@ class UNetDecoder(nn.Module):
         widths = [width // 2**level for level in range(blocks + 1)]
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) if norm == "batch" else LayerNorm2d(c) for c in channels)
         self.mask_tokens = nn.ParameterList(torch.randn(1, c, 1, 1) * 0.02 for c in channels)
+        # Tokens, for all their axes: they do not decay. Read by lightspan.optim.groups.
+        self.mask_tokens.parameter_kinds = {str(level): "embeddings" for level in range(len(channels))}
         self.projections = nn.ModuleList(
             nn.Identity()
             if level == 0 and c == width

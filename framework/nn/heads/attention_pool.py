@@ -73,7 +73,8 @@ class SummaryTransformer(nn.Module):
 
 
 class FeatureMerge(nn.Module):
-    """[B T D] -> [B Q D], the same for any order of the tokens: x = q + attention(q, tokens); x + MLP(norm x).
+    """[B T D] -> [B Q D], the same for any order of the tokens: x = q + drop(attention(q, tokens)); x + drop(MLP(norm
+    x)), with dropout of attention weights and behind the MLP's activation too.
 
     Neither queries nor tokens are normalised before the attention, as in the authors' code. Queries start at
     N(0, 0.02^2), where that code leaves them at what was in memory.
@@ -82,18 +83,21 @@ class FeatureMerge(nn.Module):
         width: D, a multiple of `heads`.
         queries: Q, at least 1; of a decoder of words one more than its longest word has letters.
         mlp_ratio: width of the MLP by D.
+        dropout: in these four places, in [0, 1).
     """
 
-    def __init__(self, width: int, queries: int = 26, heads: int = 8, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, width: int, queries: int = 26, heads: int = 8, mlp_ratio: float = 4.0, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         if queries < 1:
             raise UserError(f"FeatureMerge queries={queries} must be at least 1")
         self.in_features = self.out_features = width
         self.query_tokens = nn.Parameter(0.02 * torch.randn(queries, width))
-        self.attention, self.norm = MultiHeadAttention(width, heads), nn.LayerNorm(width)
-        self.mlp = Mlp(width, int(mlp_ratio * width))
+        self.attention, self.norm = MultiHeadAttention(width, heads, dropout=dropout), nn.LayerNorm(width)
+        self.mlp, self.drop = Mlp(width, int(mlp_ratio * width), drop=dropout), nn.Dropout(dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         query_BQD = self.query_tokens.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
-        merged_BQD = query_BQD + self.attention(query_BQD, x_BTD, x_BTD)
+        merged_BQD = query_BQD + self.drop(self.attention(query_BQD, x_BTD, x_BTD))
         return merged_BQD + self.mlp(self.norm(merged_BQD))

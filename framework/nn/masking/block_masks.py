@@ -126,7 +126,7 @@ class MaskedPatches(NamedTuple):
     Attributes:
         hidden_BHW: bool, the masks.
         place_N: int64, of each masked patch among all B H W.
-        weight_N: float32, 1 / (masked patches of its image x B): a weighted sum is the mean over images of that over
+        weight_N: float32, 1 / masked patches of its image: a weighted sum over B is the mean over images of that over
             their masked patches, with 0 for an image without (iBOT's).
     """
 
@@ -137,9 +137,14 @@ class MaskedPatches(NamedTuple):
     @classmethod
     def of(cls, masks_BHW: np.ndarray, device: torch.device | str = "cpu") -> "MaskedPatches":
         counts_B = masks_BHW.sum(axis=(1, 2))
-        weight_N = np.repeat(1 / (np.maximum(counts_B, 1) * max(len(counts_B), 1)), counts_B).astype(np.float32)
+        weight_N = np.repeat(1 / np.maximum(counts_B, 1), counts_B).astype(np.float32)
         arrays = masks_BHW, np.flatnonzero(masks_BHW), weight_N
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self.hidden_BHW)
 
     def tokens(self, tokens_BTw: Tensor) -> Tensor:
         """[N w], those of masked patches; T = H W."""

@@ -25,6 +25,7 @@ from lightspan.objectives.coding_rate import (
     pairwise_membership,
     total_coding_rate_loss,
 )
+from lightspan.optim.schedules import Staircase
 
 
 def method(**settings: Any) -> MLC:
@@ -96,6 +97,24 @@ def test_the_head_is_copied_once_when_the_second_stage_begins() -> None:
     short(max_steps=5).fit(model, loader([batch() for _ in range(5)]))
     assert seen == [3]
     assert not torch.equal(model.cluster_head.weight, model.head.weight)  # both have trained since
+
+
+def test_each_stage_has_the_schedule_from_its_beginning_and_a_rate_of_its_own() -> None:
+    rates = []
+
+    class Watched(MLC):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])  # of the next step
+
+    torch.manual_seed(0)
+    parts = MLP((1, 4, 4), (12,)), Projector(12, [10], 8), torch.nn.Linear(8, 6)
+    halving = partial(Staircase, at=[0.5], factor=0.5)
+    sgd = partial(torch.optim.SGD, lr=0.4)
+    for share, expected in ((0.5, [0.4, 0.4, 0.2, 0.04, 0.04, 0.02]), (0.0, [0.4] * 3 + [0.2] * 3)):
+        rates.clear()
+        model = Watched(*parts, first_share=share, second_rate=0.1, optimizer=sgd, lr_scheduler=halving)
+        short(max_steps=6).fit(model, loader([batch() for _ in range(6)]))
+        assert rates[:5] == pytest.approx(expected[1:])
 
 
 def rows_of(count: int = 7) -> torch.Tensor:
@@ -175,6 +194,7 @@ def test_settings_out_of_range_are_refused() -> None:
         ({"distortion": 0.0}, "distortion=0.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"first_share": 1.5}, "first_share=1.5"),
+        ({"second_rate": 0.0}, "second_rate=0.0"),
         ({"similarity": -1.0}, "similarity=-1.0"),
         ({"iterations": 0}, "iterations=0"),
         ({"clusters": 1}, "clusters=1"),

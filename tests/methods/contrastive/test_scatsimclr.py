@@ -30,7 +30,7 @@ def turns() -> QuarterTurn:
 
 
 def jigsaw() -> Jigsaw:
-    return Jigsaw(8, permutations=4, tile_features=3, hidden=5)
+    return Jigsaw(8, permutations=4, tile_features=3, hidden=5, dropout=0.0)
 
 
 def method(pretext: Any = turns, **settings: Any) -> ScatSimCLR:

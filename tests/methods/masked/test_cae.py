@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from method_runs import fit
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
@@ -25,7 +26,7 @@ GRID = (4, 4)
 def parts(outputs: int) -> tuple[nn.Module, LatentRegressor, LatentDecoder]:
     torch.manual_seed(0)
     backbone = vit(16, 2, 2, img_size=12, patch_size=3, in_chans=1, layer_scale=0.1)
-    return backbone, LatentRegressor(16, 2, 2), LatentDecoder(16, outputs, 1, 2)
+    return backbone, LatentRegressor(16, 2, 2, drop_path=0.0), LatentDecoder(16, outputs, 1, 2, drop_path=0.0)
 
 
 def method(optimizer: Any = torch.optim.SGD, codes: int | None = 5, **settings: Any) -> CAE:
@@ -51,6 +52,25 @@ def painted(image: Tensor, where_BK: Tensor) -> Tensor:
     """The image with other pixels at these places."""
     is_there = torch.zeros(len(image), 16, dtype=torch.bool).scatter(1, where_BK, True).view(-1, 1, 4, 1, 4, 1)
     return torch.where(is_there, 7.0, image.view(-1, 1, 4, 3, 4, 3)).view_as(image)
+
+
+def test_branches_of_regressor_and_decoder_are_dropped_ever_more_often_to_the_last_block() -> None:
+    """As in the encoder; where both branches are dropped, a block of the regressor is its norm, and one of the decoder
+    the identity."""
+    regressor, decoder = LatentRegressor(16, 3, 2), LatentDecoder(16, 5, 3, 2)
+    for blocks in (regressor.blocks, decoder.blocks):
+        shares = [[each.drop_prob for each in block.modules() if isinstance(each, DropPath)] for block in blocks]
+        assert [max(found, default=0) for found in shares] == pytest.approx([0, 0.05, 0.1])
+    gone = type("Gone", (nn.Module,), {"forward": lambda self, x: 0 * x})()
+    x, at = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    block = regressor.blocks[2]
+    block.drop_path = gone
+    assert torch.equal(block(x, x[:, :3], at, at[:, :3]), block.norm_mlp(x))
+    block = decoder.blocks[2]
+    block.drop_path1 = block.drop_path2 = gone
+    assert torch.equal(block(x), x)
+    with pytest.raises(UserError, match=r"LatentRegressor drop_path=1\.0"):
+        LatentRegressor(16, 3, 2, drop_path=1.0)
 
 
 @pytest.mark.parametrize("codes", [5, None])

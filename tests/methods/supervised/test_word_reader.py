@@ -18,7 +18,7 @@ def method(optimizer: Any = torch.optim.SGD, merged: bool = True, **settings: An
     torch.manual_seed(0)
     backbone = vit(16, 1, 2, img_size=8, patch_size=2, in_chans=1, class_token=False)
     decoder = LetterDecoder(letters=3, length=2, width=16, depth=1, heads=2, dropout=0.0)
-    merge = FeatureMerge(16, queries=3, heads=2) if merged else None
+    merge = FeatureMerge(16, queries=3, heads=2, dropout=0.0) if merged else None
     return WordReader(backbone, decoder, merge, **{"optimizer": partial(optimizer, lr=0.1)} | settings)
 
 

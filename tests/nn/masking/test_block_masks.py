@@ -64,7 +64,7 @@ def test_masked_patches_are_found_among_tokens_and_weigh_as_their_image() -> Non
     masked, tokens = MaskedPatches.of(masks), torch.arange(12.0).view(3, 4, 1)
     assert masked.tokens(tokens).flatten().tolist() == [1, 10, 11]
     assert torch.equal(masked.tokens(tokens), tokens[masked.hidden_BHW.flatten(1)])
-    assert masked.weight_N.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 6])
+    assert masked.weight_N.tolist() == pytest.approx([1, 0.5, 0.5])
     none = MaskedPatches.of(np.zeros((2, 2, 2), dtype=bool))
     assert none.tokens(tokens[:2]).shape == (0, 1)
     assert MaskedPatches.of(np.zeros((0, 2, 2), dtype=bool)).weight_N.shape == (0,)
