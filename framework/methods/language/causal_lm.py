@@ -68,6 +68,6 @@ class CausalLM(Method):
 
 
 def targets_in(batch: TextBatch | DocumentBatch) -> int:
-    """How many tokens of a batch are predicted, at least 1: the weight of its mean loss among those of other batches."""
+    """How many tokens of a batch are predicted, at least 1: the weight of its mean loss beside other batches."""
     targets = batch["mask"][:, 1:].sum() if "mask" in batch else batch["tokens"][:, 1:].numel()
     return max(1, int(targets))
