@@ -10,19 +10,20 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightspan.datamodules.batches import TextBatch
+from lightspan.datamodules.batches import DocumentBatch, TextBatch
 from lightspan.method import Method
-from lightspan.nn.sequences.texts import tokens_of
+from lightspan.nn.sequences.texts import texts_of, tokens_of
 from lightspan.objectives.language import next_token_loss
 
 
 class CausalLM(Method):
-    """Trains `backbone`, a transformers causal language model, on windows of T + 1 tokens.
+    """Trains `backbone`, a transformers causal language model, on windows of T + 1 tokens, or on documents that are
+    padded at the end (`DocumentBatch`), whose padding is not learned.
 
     Args:
         backbone: maps input_ids int64 [B T] to an output with `logits` [B T V].
-        bytes_per_token: mean bytes that a token stands for, > 0; 1 for byte-level models. Turns nats per token into
-            bits per byte.
+        bytes_per_token: mean bytes that a token stands for, > 0; 1 for byte-level models. Turns nats per token of
+            windows into bits per byte.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -36,10 +37,12 @@ class CausalLM(Method):
         self.backbone, self.num_tokens = backbone, getattr(backbone.config, "vocab_size", None)
         self.bits_per_nat_and_byte = 1 / (math.log(2) * bytes_per_token)
 
-    def loss(self, batch: TextBatch) -> Tensor:
+    def loss(self, batch: TextBatch | DocumentBatch) -> Tensor:
         """Nats per token: position t predicts token t + 1."""
+        # No position sees what comes after it, so padding at the end needs no attention mask.
         tokens_BT1 = tokens_of(batch, "CausalLM")
-        return next_token_loss(self.backbone(input_ids=tokens_BT1[:, :-1]).logits, tokens_BT1[:, 1:])
+        known_BT = texts_of(batch, "CausalLM")[1][:, 1:].bool() if "mask" in batch else None
+        return next_token_loss(self.backbone(input_ids=tokens_BT1[:, :-1]).logits, tokens_BT1[:, 1:], known_BT)
 
     def features(self, batch: TextBatch) -> Tensor:
         """Last hidden states averaged over positions, [B D]."""
@@ -51,13 +54,20 @@ class CausalLM(Method):
         return loss
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        loss, size = self.loss(batch), len(batch["tokens"])
+        loss, size = self.loss(batch), targets_in(batch)
         self.log("val/loss_nats", loss, batch_size=size, prog_bar=True, sync_dist=True)
-        self.log("val/bits_per_byte", loss * self.bits_per_nat_and_byte, batch_size=size, sync_dist=True)
+        if "mask" not in batch:
+            self.log("val/bits_per_byte", loss * self.bits_per_nat_and_byte, batch_size=size, sync_dist=True)
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        self.log("test/loss_nats", self.loss(batch), batch_size=len(batch["tokens"]), sync_dist=True)
+        self.log("test/loss_nats", self.loss(batch), batch_size=targets_in(batch), sync_dist=True)
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Logits [B T V]."""
         return self.backbone(input_ids=tokens_of(batch, "CausalLM")[:, :-1]).logits
+
+
+def targets_in(batch: TextBatch | DocumentBatch) -> int:
+    """How many tokens of a batch are predicted, at least 1: the weight of its mean loss beside other batches."""
+    targets = batch["mask"][:, 1:].sum() if "mask" in batch else batch["tokens"][:, 1:].numel()
+    return max(1, int(targets))

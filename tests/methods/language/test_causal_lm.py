@@ -40,6 +40,21 @@ def test_the_loss_is_the_mean_over_positions_of_predicting_the_next_token():
     torch.testing.assert_close(method.loss({"tokens": x}), torch.stack(by_hand).mean())
 
 
+def test_padding_is_not_learned():
+    method, x = model(), tokens()
+    mask = torch.ones_like(x)
+    torch.testing.assert_close(method.loss({"tokens": x, "mask": mask}), method.loss({"tokens": x}))
+    mask[1, 4:] = mask[2, 1:] = 0  # of the last document nothing is left to predict
+    cut = x.where(mask.bool(), 0)
+    logits = method.backbone(input_ids=x[:, :-1]).logits
+    by_hand = [F.cross_entropy(logits[b, t], x[b, t + 1]) for b in range(3) for t in range(8) if mask[b, t + 1]]
+    torch.testing.assert_close(method.loss({"tokens": cut, "mask": mask}), torch.stack(by_hand).mean())
+    nothing = method.loss({"tokens": cut, "mask": torch.zeros_like(mask)})
+    nothing.backward()
+    assert nothing == 0
+    assert all(p.grad is None or p.grad.eq(0).all() for p in method.parameters())
+
+
 def test_no_position_sees_what_comes_after_it():
     method, x = model(), tokens()
     changed = x.clone()
