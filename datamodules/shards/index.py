@@ -20,6 +20,7 @@ import numpy as np
 from lightspan.datamodules.shards.tars import group_members, read_members, split_name
 from lightspan.errors import UserError, one_line
 from lightspan.files import require_regular_file
+from lightspan.foreign import BYTES
 
 FORMAT = 1
 SUFFIX = ".index.json"
@@ -142,6 +143,9 @@ def scan(path: Path, shard: str, max_member_bytes: int) -> tuple[ShardIndex, str
         except UserError as error:
             spans = spans[:-1]  # members of the last sample may be lost
             damage = f"{error} ({len(spans)} complete samples come before)"
+            rest = os.fstat(stream.fileno()).st_size - (spans[-1][1] if spans else 0)
+            if rest > BYTES.most:  # a sparse file would be hashed for hours
+                raise UserError(f"{damage}; {rest:,} bytes after them cannot be read") from error
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size = stream.tell()
