@@ -6,6 +6,7 @@ packages.
 """
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -65,7 +66,8 @@ def timm_vit(
     known = [name for tags in (False, True) for name in timm.list_models(module="vision_transformer", pretrained=tags)]
     if name not in known:
         refuse_unknown(name, known, "timm's vision_transformer")
-    network = timm_network(name, num_classes=outputs, **({} if image_size is None else {"img_size": image_size}))
+    sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    network = timm_network(name, num_classes=outputs, **sized)
     sides = *network.patch_embed.patch_size, *(network.patch_embed.img_size)
     if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
