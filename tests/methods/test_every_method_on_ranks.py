@@ -29,11 +29,17 @@ OPTIMIZERS: dict[str, type[LowRank]] = {
 """Every low-rank optimiser: `LowRank` itself, and its presets."""
 
 
+PARTS = (slice(0, 2), slice(2, ROWS))
+"""The rows of both ranks, not equally many: means over a rank's own would weigh them otherwise than one process does.
+Each number is even, since some methods take every other row for another purpose.
+"""
+
+
 def run(name: str, rank: int | None, folder: str, **options: Any) -> dict[str, torch.Tensor]:
-    """Weights and buffers after training on this rank's half of each batch, or on all of it."""
+    """Weights and buffers after training on this rank's part of each batch, or on all of it."""
     batches = in_float64([CASES[name].batch(ROWS, seed) for seed in range(4)])
     if rank is not None:
-        batches = [in_halves(given)[rank] for given in batches]
+        batches = [rows_of(given, PARTS[rank]) for given in batches]
         options |= {"devices": 2, "use_distributed_sampler": False}
     model = CASES[name].make().double()
     method_runs.fit(model, batches, Path(folder), callbacks=[RandomState(0)], **options)

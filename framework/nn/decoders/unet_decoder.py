@@ -70,7 +70,8 @@ class UNetDecoder(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) if norm == "batch" else LayerNorm2d(c) for c in channels)
         self.mask_tokens = nn.ParameterList(torch.randn(1, c, 1, 1) * 0.02 for c in channels)
         # Tokens, for all their axes: they do not decay. Read by lightspan.optim.groups.
-        self.mask_tokens.parameter_kinds = {str(level): "embeddings" for level in range(len(channels))}
+        kinds = dict.fromkeys(map(str, range(len(channels))), "embeddings")
+        self.mask_tokens.parameter_kinds = kinds  # type: ignore[assignment]
         self.projections = nn.ModuleList(
             nn.Identity()
             if level == 0 and c == width
