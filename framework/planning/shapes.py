@@ -1,0 +1,25 @@
+"""Recipes built on fake tensors, which have shapes and no numbers: even the largest model then takes a second."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch._subclasses import FakeTensorMode
+
+from lightspan.config.build import Built, Resolved, build
+
+T = TypeVar("T")
+
+
+def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T]) -> T:
+    """What `judge` says of the recipe built on fake tensors. Whatever stops there may only lack a number, so then the
+    recipe is built with numbers, and what happens to it counts.
+
+    Raises: whatever `build` or `judge` raises of the recipe with numbers.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built = build(resolved)
+        return judge(built)
+    except Exception:  # from any library; unless numbers are what it lacked, it is raised again below
+        pass
+    return judge(build(resolved))
