@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.optim import Optimizer
 
@@ -26,11 +27,10 @@ from lightspan.planning.step_memory import (
     StepCounter,
     StepMemory,
     batch_rows,
-    fake_mode,
     faked,
     idle_state_bytes,
     in_words,
-    is_fake,
+    is_meta,
     largest_rows,
     nbytes,
     resized,
@@ -83,7 +83,7 @@ def make_plan(
     """Counts one step on a batch laid out like the datamodule's first one, and searches for the largest micro-batch.
 
     Args:
-        module: with numbers or built on fake tensors; of the latter a step that needs numbers raises what stopped it.
+        module: with numbers, or on the meta device; of the latter a step that needs numbers raises what stopped it.
         limit: bytes of one rank, or None for what the device or this machine has.
         real: count a step on real tensors; a fake step that cannot run falls back to this by itself.
         division: of the step among ranks; the trainer itself has a single process.
@@ -107,14 +107,14 @@ def make_plan(
     room = None if memory is None else memory - process
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
-    say(f"counting a step of {rows} samples")
+    say(f"counting a step of {rows} sample{'' if rows == 1 else 's'}")
     if not real:
         try:
             (here, largest), notes = step.fake(rows, room), []
         except UserError:
             raise
         except Exception as error:  # from any library that needs numbers where there are only shapes
-            if is_fake(module):
+            if is_meta(module):
                 raise
             here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
@@ -174,8 +174,8 @@ def cgroup_limit(groups: Path, root: Path) -> int | None:
 
 
 def _resident(module: LightningModule) -> int:
-    """Bytes of a module's parameters, which are no part of what surrounds a step; fake ones occupy nothing."""
-    return 0 if is_fake(module) else nbytes(module.parameters())
+    """Bytes that a module's parameters occupy in this process, which are no part of what surrounds a step."""
+    return 0 if is_meta(module) else nbytes(module.parameters())
 
 
 def _rss_at_work() -> int:
@@ -214,7 +214,7 @@ class _Step:
         else:
             datamodule.prepare_data()
             datamodule.setup("fit")
-        with fake_mode(module) if is_fake(module) else contextlib.nullcontext():
+        with torch.device("meta") if is_meta(module) else contextlib.nullcontext():
             prepare_model(trainer, module, datamodule)
         if batch is None:
             loader = datamodule.train_dataloader()
@@ -224,8 +224,7 @@ class _Step:
         self.rows = batch_rows(self.batch)
         if whole is not None:  # the loader gives one process what all ranks together would see
             self.rows = split_batch(whole, division.ranks, trainer.accumulate_grad_batches)
-        with fake_mode(module) if is_fake(module) else contextlib.nullcontext():
-            trainer.precision_plugin.convert_module(module)
+        trainer.precision_plugin.convert_module(module)
         self.module = module.train()
 
     @property
@@ -286,7 +285,7 @@ class _Step:
                 peak=found.peak + peak,
             )
 
-        mode = fake_mode(self.module)
+        mode = FakeTensorMode()
         with faked(self.module, mode), mode, self._counting(make_optimizers) as of:
             here = count(rows)
             return here, None if room is None else largest_rows(room, count, here, count(2 * rows))

@@ -1,9 +1,9 @@
-"""Recipes built on fake tensors, which have shapes and no numbers: even the largest model then takes a second."""
+"""Recipes built on torch's meta device, where tensors have no numbers: even the largest model then takes a second."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch._subclasses import FakeTensorMode
+import torch
 
 from lightspan.config.build import Built, Resolved, build
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T]) -> T:
-    """What `judge` says of the recipe built on fake tensors. Whatever stops there may only lack a number, so then the
-    recipe is built with numbers, and what happens to it counts.
+    """What `judge` says of the recipe built on the meta device. Whatever stops there may only lack a number, so then
+    the recipe is built with numbers, and what happens to it counts.
 
     Raises: whatever `build` or `judge` raises of the recipe with numbers.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"):
             built = build(resolved)
         return judge(built)
     except Exception:  # from any library; unless numbers are what it lacked, it is raised again below

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,11 +160,12 @@ def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
 @contextlib.contextmanager
 def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     """Inside, `module` has fake parameters and buffers of `mode` (shared ones stay shared); afterwards its own."""
+    made: dict[int, Tensor] = {}
     kept = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     try:
         for part, parameters, buffers in kept:
-            part._parameters.update({name: _fake(p, mode) for name, p in parameters.items()})  # type: ignore[misc]
-            part._buffers.update({name: _fake(b, mode) for name, b in buffers.items()})
+            part._parameters.update({name: _fake(p, mode, made) for name, p in parameters.items()})  # type: ignore[misc]
+            part._buffers.update({name: _fake(b, mode, made) for name, b in buffers.items()})
         yield
     finally:
         for part, parameters, buffers in kept:
@@ -172,15 +173,9 @@ def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-def fake_mode(module: nn.Module) -> FakeTensorMode:
-    """The mode of a module that was built on fake tensors, or a new one."""
-    tensors = (*module.parameters(), *module.buffers())
-    return next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), FakeTensorMode())
-
-
-def is_fake(module: nn.Module) -> bool:
-    """Whether a module was built on fake tensors, so that it has no numbers."""
-    return any(isinstance(tensor, FakeTensor) for tensor in module.parameters())
+def is_meta(module: nn.Module) -> bool:
+    """Whether a module was built on the meta device, so that it has no numbers."""
+    return any(tensor.is_meta for tensor in module.parameters())
 
 
 def batch_rows(batch: Any) -> int:
@@ -262,8 +257,18 @@ def _noting(saved: dict[int, Any]) -> Callable[[Tensor], Tensor]:
     return pack
 
 
-def _fake(tensor: Tensor | None, mode: FakeTensorMode) -> Tensor | None:
-    return tensor if tensor is None or isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
+def _fake(tensor: Tensor | None, mode: FakeTensorMode, made: dict[int, Tensor]) -> Tensor | None:
+    """A fake of a tensor, on the CPU even if that is on the meta device; the one `made` of it before, if any."""
+    if tensor is None or not tensor.is_meta:
+        return None if tensor is None else mode.from_tensor(tensor)
+    if id(tensor) not in made:
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, tensor.requires_grad)
+        vars(fake).update(vars(tensor))  # what a library keeps there, such as that it should not decay
+        made[id(tensor)] = fake
+    return made[id(tensor)]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -149,6 +150,29 @@ def test_shared_weights_count_once_and_stay_shared() -> None:
         assert tied[1].weight is tied[0].weight
         found = StepCounter(tied, lambda x: tied(x).sum(), list).count(torch.zeros(3, dtype=torch.int64))
     assert found.weights == found.gradients == FLOAT * 10 * 4
+
+
+def test_a_module_on_the_meta_device_counts_as_one_with_numbers() -> None:
+    with torch.device("meta"):
+        tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False), nn.BatchNorm1d(10))
+    tied[1].weight = tied[0].weight
+    tied[0].weight.marked = True
+    tied[2].weight.requires_grad_(False)
+    real = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False), nn.BatchNorm1d(10))
+    real[1].weight = real[0].weight
+    real[2].weight.requires_grad_(False)
+    found = []
+    for module in (tied, real):
+        with on_fakes(module, True):
+            assert module[1].weight is module[0].weight
+            tokens = torch.zeros(3, dtype=torch.int64)
+            make = partial(torch.optim.AdamW, [p for p in module.parameters() if p.requires_grad])
+            found.append(
+                StepCounter(module, lambda x, net=module: net(x).sum(), lambda make=make: [make()]).count(tokens)
+            )
+            assert module is real or module[0].weight.marked
+    assert found[0] == found[1]
+    assert all(tensor.is_meta for tensor in (*tied.parameters(), *tied.buffers()))
 
 
 def test_a_module_gets_its_own_tensors_back_unchanged_even_after_an_error() -> None:
