@@ -72,7 +72,7 @@ def require_matches(
         if not any(matches(name, [pattern]) for name in names):
             offered = suggestions(pattern, sizes or dict.fromkeys(names, 1))
             like = get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
-            like = like or [name for name in names if matches(name, offered[:1])][:3] or names[:3]
+            like = like or [name for name in names if matches(name, offered[:1])][:3] or list(names[:3])
             ways = f"; patterns that match: {', '.join(map(repr, offered))}" if offered else ""
             raise UserError(
                 f"pattern {pattern!r} matches no {what}; names look like {', '.join(like) or '(none)'}{ways}"
@@ -96,7 +96,7 @@ def suggestions(pattern: str, sizes: Mapping[str, int]) -> list[str]:
     core = pattern.strip("*.")
     meant = [one for one in (f"*{core}", f"*{core}*") if core and any(matches(name, [one]) for name in sizes)]
     if not meant:
-        words = {one.strip("*."): one for one in reversed(known)}
-        words |= {word.partition(".")[0]: one for word, one in [*words.items()] if word.partition(".")[0] not in words}
-        meant = [words[word] for word in get_close_matches(core, words, n=1, cutoff=0.75)]
+        spelt = {one.strip("*."): one for one in reversed(known)}
+        spelt = {word.partition(".")[0]: one for word, one in spelt.items()} | spelt
+        meant = [spelt[word] for word in get_close_matches(core, spelt, n=1, cutoff=0.75)]
     return list(dict.fromkeys([*meant[:1], *known]))[:3]

@@ -19,6 +19,9 @@ def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T]) -> T:
     try:
         with torch.device("meta"):
             built = build(resolved)
+        for part in built.model.modules():
+            if "_device" in vars(part):  # where Lightning and torchmetrics believe to be, and send batches
+                vars(part)["_device"] = torch.device("cpu")
         return judge(built)
     except Exception:  # from any library; unless numbers are what it lacked, it is raised again below
         pass

@@ -418,14 +418,13 @@ def test_a_plan_for_gpus_is_not_compared_with_a_machine_that_has_none(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recipe, small = tmp_path / "tiny.yaml", "data.init_args.context=16"
     recipe.write_text(RECIPE)
-    for flags in ((small, "trainer.accelerator=gpu"), (small, "trainer.accelerator=auto", "trainer.devices=2")):
-        assert run_plan(recipe, "--run", tmp_path, flags=flags) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        assert "Memory: this machine has no GPU, so the plan is compared with nothing; add --memory GIB" in printed
-        assert "Python, libraries and data" not in printed  # which are not on a GPU
-        assert json.loads((tmp_path / "plan.json").read_text())["memory"] is None
-    assert run_plan(recipe, flags=(small,)) == 0
-    assert "this machine" in capsys.readouterr().out
+    assert run_plan(recipe, "--run", tmp_path, flags=(small, "trainer.accelerator=gpu")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Memory: this machine has no GPU, so the plan is compared with nothing; add --memory GIB" in printed
+    assert "Python, libraries and data" not in printed  # which are not on a GPU
+    assert json.loads((tmp_path / "plan.json").read_text())["memory"] is None
+    for accelerator, ranks, elsewhere in (("cpu", 2, False), ("auto", 1, False), ("auto", 2, True), ("gpu", 1, True)):
+        assert command._elsewhere({"trainer": {"accelerator": accelerator}}, ranks) == elsewhere
 
 
 def test_a_plan_that_does_not_fit_names_half_precision_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
