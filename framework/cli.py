@@ -93,7 +93,8 @@ class _Parser(argparse.ArgumentParser):
         return "\n  ".join((super().format_help() + "\nexamples:", *self.examples)) + "\n"
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the options")
+        example = f", as in `{self.examples[0]}`" if "arguments are required" in message else ""
+        raise UserError(f"{message}{example}; `{self.prog} --help` lists the options")
 
 
 def parser_of(verb: Verb) -> argparse.ArgumentParser:
@@ -109,12 +110,14 @@ def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
 
     Raises: UserError for arguments that the verb does not take; SystemExit after printing the help.
     """
+    from lightspan.commands.unknown import refuse_unknown
     from lightspan.config.flags import split_flags
 
     parser = parser_of(verb)
     valued = {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
     flags, rest = split_flags(arguments, valued) if verb.flags else ([], arguments)
-    args = parser.parse_intermixed_args(rest)
+    args, unknown = parser.parse_known_intermixed_args(rest)
+    refuse_unknown(unknown, rest, parser, [word for word in rest if not word.startswith("-")] if verb.flags else None)
     if verb.flags:
         args.flags = flags
     args.command_line = ["lightspan", *verb.words, *arguments]
@@ -150,11 +153,15 @@ def _without_verb(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-V", "--version"):
         print(f"lightspan {__version__}")
         return 0
+    if arguments and arguments[0] in ("-h", "--help", "help") and verb_of(arguments[1:]) is not None:
+        return _run([*arguments[1:], "--help"])
     if arguments and arguments[0] not in ("-h", "--help", "help"):
         from lightspan.config.problems import nearest
 
         names = [verb.name for verb in VERBS]
-        raise UserError(f"unknown verb {arguments[0]!r}; {nearest(arguments[0], names)}there are: {', '.join(names)}")
+        does = next((verb.name for verb in VERBS if arguments[0] in verb.help.split()[:1]), None)  # list, print, train
+        meant = nearest(arguments[0], [*names, "--version", "--help"]) or (f"did you mean {does}? " if does else "")
+        raise UserError(f"unknown verb {arguments[0]!r}; {meant}there are: {', '.join(names)}")
     print("usage: lightspan VERB ...   (lightspan VERB --help says more)\n")
     for verb in VERBS:
         print(printable(f"  {verb.name:<20} {verb.help}"))

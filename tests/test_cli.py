@@ -38,7 +38,7 @@ def lines(capsys) -> list[str]:
         ["show", "language/quickstart", "--resolved"],
         ["show", "language/quickstart", "--why", "trainer.max_steps"],
         ["copy", "language/quickstart", "mine.yaml"],
-        ["check", "language/quickstart"],
+        ["check", "language/quickstart", "--fast"],
         ["check", "language/quickstart", "trainer.max_stepz=1"],
         ["completion", "bash"],
         ["completion", "bash", "--words", "fit", "language/quickstart", "trainer."],
@@ -70,6 +70,13 @@ def test_recipes_lists_the_catalogue_one_line_each(capsys):
     assert all("\tlanguage\t" in row for row in lines(capsys)[1:])
 
 
+def test_recipes_are_found_by_a_word_of_their_description(capsys):
+    assert main(["recipes", "Barlow", "--family", "contrastive"]) == 0
+    names = [row.split("\t")[0] for row in lines(capsys)[1:]]
+    assert "contrastive/barlow_twins" in names
+    assert "contrastive/simclr" not in names
+
+
 def test_show_prints_the_description_and_the_file(capsys):
     assert main(["show", "language/quickstart"]) == 0
     text = capsys.readouterr().out
@@ -98,6 +105,22 @@ def test_copy_writes_a_file_that_passes_the_check_and_never_replaces_one(capsys)
     assert main(["check", "sub/mine.yaml"]) == 0
     assert main(["copy", "language/quickstart", "sub/mine.yaml"]) == 2
     assert "sub/mine.yaml exists; remove it or choose another name" in capsys.readouterr().err
+
+
+def test_check_refuses_parts_that_do_not_fit_in_the_words_of_fit_and_builds_no_number(capsys):
+    wide = ["contrastive/simclr", "model.init_args.projector.init_args.in_features=100"]
+    assert main(["check", *wide, "--fast"]) == 0
+    capsys.readouterr()
+    said = set()
+    for verb in (["check"], ["fit", "--dry-run"]):
+        assert main([*verb, *wide]) == 2
+        said.add(capsys.readouterr().err)
+    assert len(said) == 1
+    assert "projector.in_features=100, but SmallConvNet gives 128 features; set it to 128" in said.pop()
+    # Numbers of this model would fill the memory of any machine.
+    huge = ["language/quickstart", "model.init_args.backbone.init_args.width=196608"]
+    assert main(["check", *huge]) == 0
+    assert "its parts fit together: CausalLM with 619,785,682,944 parameters" in capsys.readouterr().out
 
 
 def test_copy_of_a_few_lines_over_a_base_says_where_the_rest_is_seen(capsys):
@@ -315,8 +338,34 @@ def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
-        (["fit"], "the following arguments are required: RECIPE; `lightspan fit --help` lists the options"),
+        (["train", "language/quickstart"], "unknown verb 'train'; did you mean fit? there are: recipes, show,"),
+        (["fit"], "the following arguments are required: RECIPE, as in `lightspan fit language/quickstart"),
         (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
+        (
+            ["fit", "language/quickstart", "--max_steps", "3"],
+            "no option --max_steps; did you mean trainer.max_steps=3?",
+        ),
+        (
+            ["fit", "--max_steps", "3", "language/quickstart"],
+            "no option --max_steps; did you mean trainer.max_steps=3?",
+        ),
+        (["fit", "language/quickstart", "--max_steps=3"], "no option --max_steps; did you mean trainer.max_steps=3?"),
+        (["fit", "language/quickstart", "trainer.max_steps", "3"], "did you mean trainer.max_steps=3?"),
+        (
+            ["fit", "language/quickstart_lowrank", "--rank", "8"],
+            "did you mean model.init_args.optimizer.init_args.rank=8?",
+        ),
+        (["fit", "contrastive/simclr", "--image", "pics"], "there is no option --image; did you mean --images?"),
+        (["fit", "contrastive/simclr", "--bogus"], "there is no option --bogus; settings are written KEY=VALUE"),
+        (["--verison"], "unknown verb '--verison'; did you mean --version?"),
+        (["fit", "language/quickstart", "--seed", "3"], "did you mean seed_everything=3?"),
+        (["fit", "language/quickstart", "seed=3"], "did you mean seed_everything?"),
+        (["fit", "language/quickstart", "trainer.max_steps", "=", "3"], "did you mean trainer.max_steps=3?"),
+        (["submit", "language/quickstart", "--to", "slurm", "--gpus", "8"], "did you mean --gpus-per-node?"),
+        (["check", "language/quickstart", "model.init_args.optimizer.init_args.learning_rate=1"], "did you mean lr?"),
+        (["recipes", "quikstart"], "no recipe has 'quikstart' in its name or description"),
+        (["show", "language/quickstart", "more"], "'more' is one word too many; `lightspan show --help`"),
+        (["runs", "--metrics", "a"], "there is no option --metrics; did you mean --metric?"),
         (["recipes", "--family", "langage"], "no recipe has the family 'langage'; did you mean language?"),
         (["validate", *TINY, "--ckpt", "gone.ckpt"], "--ckpt gone.ckpt: no such file"),
         (["fit", *TINY, "--resume", "gone.ckpt"], "--resume gone.ckpt: no such file; give auto, never or the path"),
@@ -328,6 +377,16 @@ def test_a_wrong_command_line_is_one_line_and_status_2(arguments, message, capsy
     assert error.startswith("lightspan: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_help_of_a_verb_may_be_asked_for_before_it(capsys):
+    assert main(["runs", "tag", "--help"]) == 0
+    said = capsys.readouterr().out
+    for word in ("help", "--help", "-h"):
+        assert main([word, "runs", "tag"]) == 0
+        assert capsys.readouterr().out == said
+    assert main(["help"]) == 0
+    assert "usage: lightspan VERB" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(capsys):

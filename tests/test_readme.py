@@ -62,6 +62,50 @@ def test_the_callback_example_trains_a_module_that_knows_nothing_of_lightspan(tm
     assert state["exp_avg"].shape == (80, 64)
 
 
+@pytest.mark.parametrize("kind", ["timm", "gpt2", "llama"])
+def test_the_callback_example_projects_the_hidden_matrices_of_usual_networks(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    import lightning
+    import timm
+    import transformers
+
+    sizes = {"vocab_size": 100, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "timm":
+        options = {"depth": 1, "embed_dim": 96, "num_heads": 2, "img_size": 32, "num_classes": 3}
+        net, batch = timm.create_model("vit_tiny_patch16_224", **options), torch.randn(4, 3, 32, 32)
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=96, n_positions=8, **sizes)
+        net, batch = transformers.GPT2LMHeadModel(config), torch.randint(100, (4, 8))
+    else:
+        config = transformers.LlamaConfig(hidden_size=96, intermediate_size=128, tie_word_embeddings=False, **sizes)
+        net, batch = transformers.LlamaForCausalLM(config), torch.randint(100, (4, 8))
+
+    class Yours(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, batch_idx):
+            found = self.net(batch)
+            return (found if isinstance(found, torch.Tensor) else found.logits).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    code = block("README.md", "python", "from lightning import Trainer").replace("max_steps=1000", "max_steps=1")
+    data = torch.utils.data.DataLoader(batch, batch_size=4)
+    names = {"your_module": Yours(), "your_data": data}
+    exec(code.replace("max_steps=1", "max_steps=1, logger=False, enable_checkpointing=False"), names)
+    optimizer = names["trainer"].optimizers[0]
+    for name, parameter in net.named_parameters():
+        hidden = any(stack in name for stack in ("blocks.", ".h.", "layers.")) and parameter.ndim == 2
+        size = optimizer.state[parameter]["exp_avg"].numel()
+        if hidden:
+            assert size < parameter.numel(), name
+        elif kind != "timm":  # embeddings and the output head
+            assert size == parameter.numel(), name
+
+
 def test_the_overlay_example_checks_and_says_who_set_what(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("long.yaml").write_text(block("README.md", "yaml", "# long.yaml"))

@@ -27,7 +27,7 @@ from lightspan.optim.masks.follow import keep_only, require_entrywise
 from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
 from lightspan.optim.masks.place import Place
 from lightspan.optim.steps import steps_taken
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import matches, require_matches, require_patterns
 from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
@@ -83,7 +83,8 @@ class MaskLearning(Callback):
         seed: int = 0,
         path: str | None = None,
     ) -> None:
-        if isinstance(match, str) or not match:
+        require_patterns(match, "MaskLearning match")
+        if not match:
             raise UserError(f"MaskLearning match={match!r} must be a list of patterns, such as ['*.weight']")
         if not isinstance(mask, MaskLearner):
             raise UserError(f"MaskLearning mask={mask!r} must be a MaskLearner, such as ByScore()")
@@ -116,7 +117,8 @@ class MaskLearning(Callback):
                 "end; train with --config scale/fsdp2 or scale/ddp"
             )
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-        require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains")
+        sizes = {n: p.numel() for n, p in pl_module.named_parameters() if p.requires_grad and p.ndim > 1}
+        require_matches(self.match, names, f"parameter of {type(pl_module).__name__} that trains", sizes=sizes)
         file = self._file(trainer)
         require_maskable(pl_module, [name for name in names if matches(name, self.match)])
         others = [c for c in trainer.callbacks if isinstance(c, MaskLearning) and c is not self]  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from typing import Literal
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightspan.errors import UserError
 from lightspan.optim.bases import Basis, Trigger
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.inner import Adam, Inner
@@ -12,6 +11,7 @@ from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
 from lightspan.optim.settings import require_sound
+from lightspan.patterns import require_patterns
 from lightspan.wiring.optimizers import refuse_flat_partitions, wire
 
 
@@ -31,7 +31,8 @@ class SubspaceProjection(Callback):
     Args:
         rank: dimension of the subspace, >= 1 and below the shorter side of at least one matched matrix.
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
-            the printed table says. Leave out embeddings and the output head where you can.
+            the printed table says. None: the weights that `lightspan.optim.groups` counts as matrices, so neither
+            embeddings nor the output head of a language model.
         basis, residual, inner, moments, refresh, scale, backward, seed, offload: see
             `lightspan.optim.low_rank.LowRank`.
     Raises: UserError for a setting out of range; when fitting starts, for a pattern that matches nothing in any
@@ -54,11 +55,10 @@ class SubspaceProjection(Callback):
         seed: int = 0,
         offload: bool = False,
     ) -> None:
-        if isinstance(match, str):
-            raise UserError(f"SubspaceProjection match={match!r} must be a list of patterns, such as [{match!r}]")
+        require_patterns(match or [], "SubspaceProjection match")
         own = {"rank": rank, "scale": scale, "backward": backward, "seed": seed, "offload": offload}
         require_sound("SubspaceProjection", own)
-        self.match = match or ["*"]
+        self.match = match
         self.options = {
             "basis": basis,
             "residual": residual,

@@ -7,7 +7,9 @@ bit, and independent adapters can share a layer.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,21 @@ class Adapter(nn.Module, ABC):
 
 
 class AdapterSpec(ABC):
-    """What a recipe names: the settings of one kind of adapter. Subclasses are frozen dataclasses of plain values."""
+    """What a recipe names: the settings of one kind of adapter. Subclasses are frozen dataclasses of plain values.
+
+    Raises: UserError for a setting that the class does not have.
+    """
+
+    if not TYPE_CHECKING:  # what checks types or recipes reads the settings off the fields
+
+        def __new__(cls, *values, **settings):
+            known = [field.name for field in fields(cls)] if is_dataclass(cls) else list(settings)
+            for name in settings:
+                if name not in known:
+                    near = [one for one in known if one.startswith(name)] or get_close_matches(name, known, n=1)
+                    meant = f"did you mean {near[0]}? " if near else ""
+                    raise UserError(f"{cls.__name__} has no {name}; {meant}it has {', '.join(known) or 'no settings'}")
+            return super().__new__(cls)
 
     @abstractmethod
     def build(self, layer: nn.Module, name: str) -> Adapter:

@@ -20,7 +20,7 @@ from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
 from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of
 from lightspan.adapters.report import AdaptedLayer, Injection
 from lightspan.errors import UserError
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import matches, require_matches, suggestions
 from lightspan.sharded import whole
 
 # Their fast paths read the weights of their parts, so the forward of a part may not run.
@@ -58,13 +58,18 @@ def adapt(
         raise UserError(f"the model is itself a {_kind(model)}, which no name matches; pass nn.Sequential(model)")
     layers = dict(adaptable(model))
     names = _outside_adapters(model)
-    require_matches(match, names, f"module of {_kind(model)}")
+    sizes = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
+    require_matches(match, names, f"module of {_kind(model)}", sizes=sizes)
     for pattern in match:
         if not any(matches(layer, [pattern]) for layer in layers):
             kinds = {_kind(model.get_submodule(module)) for module in names if matches(module, [pattern])}
-            raise UserError(f"pattern {pattern!r} matches only {', '.join(sorted(kinds))}; adapters take {TAKEN}")
+            offered = ", ".join(map(repr, suggestions(f"{pattern}*", sizes))) or "none"
+            raise UserError(
+                f"pattern {pattern!r} matches only {', '.join(sorted(kinds))}; adapters take {TAKEN}; patterns that "
+                f"match some here: {offered}"
+            )
     parameters = [n for n, p in plain_tensors(model) if isinstance(p, nn.Parameter)]
-    require_matches(train, parameters, f"parameter of {_kind(model)}")
+    require_matches(train, parameters, f"parameter of {_kind(model)}", "train")
     specs = {layer: spec for layer in layers if matches(layer, match)}
     injection = plan(model, specs, name, {n for n in parameters if matches(n, train)}).carry_out()
     if show:

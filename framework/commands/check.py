@@ -1,12 +1,15 @@
-"""`lightspan check RECIPE`: every mistake before a run, without torch."""
+"""`lightspan check RECIPE`: every mistake before a run: names, types and ranges without torch, then from shapes alone
+whether the parts fit together.
+"""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, resolved_from
 from lightspan.config.estimator_inputs import of_files
-from lightspan.config.resolve import ANY_KIND, refuse
+from lightspan.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.config.tree import COMMAND_LINE
 from lightspan.errors import one_line, print_notes, printable
 
@@ -18,6 +21,11 @@ WAY_OUT = "repair or remove them, or train without them with data.init_args.skip
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     add_images_arguments(parser)
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="names, types and ranges only: answers at once, since it builds nothing and loads no torch",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,12 +36,23 @@ def run(args: argparse.Namespace) -> int:
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
     print_notes([*resolved.notes, *notes, *damage])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
-    print(
-        printable(
-            f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
-        )
-    )
+    said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
+    print(printable(said), flush=True)  # what follows takes seconds
+    if resolved.kind in TRAINED and not args.fast:
+        print(_parts(resolved))
     return 0
+
+
+def _parts(resolved: Resolved) -> str:
+    """Builds model and data without numbers. Raises: UserError, as `lightspan fit`, for parts that do not fit."""
+    if find_spec("torch") is None:
+        return "torch is not installed here, so nothing was built, and whether the parts fit together is not known"
+    from lightspan.planning.one_process import in_one_process
+    from lightspan.planning.shapes import on_shapes_first
+
+    model = on_shapes_first(in_one_process(resolved), lambda built: built.model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return f"its parts fit together: {type(model).__name__} with {total:,} parameters; fit --dry-run also tries a batch"
 
 
 def _damaged_pictures(data: dict[str, Any]) -> list[str]:

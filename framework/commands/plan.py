@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import sys
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightspan.errors import UserError, printable
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
     from lightspan.planning.planned_step import Plan
 
 GIB = 2**30
+HALF = "trainer.precision=bf16-true"
 _CHECKPOINTING = {"class_path": "lightspan.callbacks.training.activation_checkpointing.ActivationCheckpointing"}
 
 
@@ -24,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=float,
         metavar="GIB",
-        help="memory of one rank (default: that of the device, or what this machine has free)",
+        help="memory of one rank (default: that of the device here, or on the CPU what this machine has free)",
     )
     parser.add_argument(
         "--ranks",
@@ -46,10 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
     from lightspan.commands.arguments import resolved_from
-    from lightspan.config.build import build, with_layer
+    from lightspan.config.build import Built, build, with_layer
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
+    from lightspan.planning.shapes import on_shapes_first
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
@@ -62,14 +67,22 @@ def run(args: argparse.Namespace) -> int:
         # One process plans without the strategy; the callback recomputes the same blocks.
         resolved = with_layer(resolved, {"trainer": {"callbacks": {"activation_checkpointing": _CHECKPOINTING}}})
     ranks, nodes = args.ranks or _ranks(resolved.config), _whole(resolved.config, "num_nodes")
-    built = build(in_one_process(resolved))
-    if built.datamodule is None:
-        raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
-    limit = None if args.memory is None else int(args.memory * GIB)
-    shared = division(strategy, built.model, ranks, nodes)
-    plan = make_plan(built.trainer, built.model, built.datamodule, limit, args.real, shared)
+    limit, elsewhere = None if args.memory is None else int(args.memory * GIB), _elsewhere(resolved.config, ranks)
+
+    def planned(built: Built) -> "Plan":
+        if built.datamodule is None:
+            raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
+        shared = division(strategy, built.model, ranks, nodes)
+        return make_plan(
+            built.trainer, built.model, built.datamodule, limit, args.real, shared, elsewhere, partial(_say, started)
+        )
+
+    started = time.monotonic()
+    _say(started, f"building {resolved.name}")
+    one = in_one_process(resolved)
+    plan = planned(build(one)) if args.real else on_shapes_first(one, planned)
     measured = measured_peak(args.run) if args.run else None
-    _print(plan, resolved.name, measured)
+    _print(plan, resolved.name, measured, str(resolved.config.get("trainer", {}).get("precision", "32-true")))
     if args.run:
         from lightspan.files import write_atomic
 
@@ -79,7 +92,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
+def _say(started: float, what: str) -> None:
+    """What happens next, after how many seconds; not on standard output, which is for the plan."""
+    print(printable(f"plan: {time.monotonic() - started:3.0f} s: {what}"), file=sys.stderr, flush=True)
+
+
+def _elsewhere(config: dict[str, Any], ranks: int) -> bool:
+    """Whether the run is meant for GPUs and this machine has none, so that what it has says nothing about the run."""
+    import torch
+
+    accelerator = config.get("trainer", {}).get("accelerator", "auto")
+    asked = accelerator not in ("auto", "cpu") or (accelerator == "auto" and ranks > 1)
+    return asked and not torch.cuda.is_available()
+
+
+def _print(plan: "Plan", name: str, measured: tuple[str, float] | None, precision: str) -> None:
     from rich.table import Table
 
     from lightspan.console import SafeConsole
@@ -97,7 +124,7 @@ def _print(plan: "Plan", name: str, measured: tuple[str, float] | None) -> None:
         table.add_row("together", in_mib(plan.total), "")
     console = SafeConsole()
     console.print(table)
-    lines = [verdict(plan), _fit_line(plan)]
+    lines = [verdict(plan), _fit_line(plan, precision)]
     if measured is not None:
         key, mib = measured
         error = 100 * (plan.total / MIB - mib) / mib
@@ -116,11 +143,21 @@ def _whole(config: dict[str, Any], key: str) -> int:
     return len(value) if isinstance(value, list) else value if isinstance(value, int) and value > 0 else 1
 
 
-def _fit_line(plan: "Plan") -> str:
-    has = f"{plan.memory / GIB:.1f} GiB ({plan.memory_source})"
+def _fit_line(plan: "Plan", precision: str) -> str:
+    if plan.memory is None:
+        return (
+            "Memory: this machine has no GPU, so the plan is compared with nothing; add --memory GIB, the memory of "
+            "one GPU, and it says what fits."
+        )
+    has = f"Memory: {plan.memory / GIB:.1f} GiB ({plan.memory_source})"
     if plan.largest_rows is None:
-        return f"Memory: {has}; too few samples in a batch to tell the largest micro-batch."
+        return f"{has}; too few samples in a batch to tell the largest micro-batch."
+    if plan.step.rows <= plan.largest_rows:
+        return f"{has}: the micro-batch of {plan.step.rows} fits; the largest that does is {plan.largest_rows:,}."
+    way_out = "" if "16-true" in precision else f" {HALF} halves weights, gradients and activations."
     if plan.largest_rows == 0:
-        return f"Memory: {has}: not even a micro-batch of 1 sample fits."
-    fits = "fits" if plan.step.rows <= plan.largest_rows else "does NOT fit"
-    return f"Memory: {has}: the micro-batch of {plan.step.rows} {fits}; the largest that does is {plan.largest_rows:,}."
+        return f"{has}: not even a micro-batch of 1 sample fits.{way_out}"
+    return (
+        f"{has}: the micro-batch of {plan.step.rows} does NOT fit; the largest that does is {plan.largest_rows:,}."
+        f"{way_out}"
+    )

@@ -10,6 +10,9 @@ from lightspan.errors import UserError, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "word", nargs="?", metavar="WORD", help="only recipes with this word in their name or description"
+    )
     parser.add_argument("--family", metavar="F", help="only recipes of this family, such as language")
     parser.add_argument("--modality", metavar="M", help="only recipes for this kind of data, such as text")
 
@@ -24,6 +27,10 @@ def run(args: argparse.Namespace) -> int:
                 f"no recipe has the {key} {wanted!r}; {nearest(wanted, known)}there are: {', '.join(known)}"
             )
         rows = [(name, about) for name, about in rows if wanted is None or about.get(key) == wanted]
+    if args.word is not None:
+        rows = [(name, about) for name, about in rows if args.word.lower() in f"{name} {about}".lower()]
+        if not rows:
+            raise UserError(f"no recipe has {args.word!r} in its name or description; `lightspan recipes` lists all")
     print_table(rows)
     return 0
 

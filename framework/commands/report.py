@@ -125,11 +125,11 @@ def _print_ranking(ranking: "Ranking", title: str) -> None:
 
     settings, _ = settings_of(ranking)
     table = Table(title=Text(title), title_justify="left", caption_justify="left")
-    heads = ["run", *(name for name, _ in settings), ranking.metric]
+    heads = ["run", *(setting.name for setting in settings), ranking.metric]
     for at, head in enumerate(heads):
         table.add_column(Text(head), justify="right" if at else "left", overflow="fold", no_wrap=at == len(heads) - 1)
     for at, place in enumerate(ranking.places):
-        cells = [place.run.name, *(values[at] for _, values in settings)]
+        cells = [place.run.name, *(setting.values[at] for setting in settings)]
         table.add_row(*map(Text, map(printable, cells)), Text(place.text(), style="" if at else "bold green"))
     table.caption = Text(f"by the last value of {ranking.metric} of runs that have ended, the {ranking.first} first")
     SafeConsole().print(table)

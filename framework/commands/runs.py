@@ -130,8 +130,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _ranked(rows: Sequence[ListedRun], metric: str, mode: "Mode | None", reverse: bool) -> tuple[list[ListedRun], str]:
     """The runs that have the metric, best first, and a sentence on what counts as best."""
+    from lightspan.config.problems import nearest
+    from lightspan.run_files import METRICS
     from lightspan.runs.direction import mode_of
+    from lightspan.runs.metrics import last_values
 
+    if rows and not any(metric in row.progress.values for row in rows):
+        there = list(dict.fromkeys(name for row in rows for name in last_values(row.entry.folder / METRICS)))
+        known = f"{nearest(metric, there)}they logged {', '.join(there) or 'nothing yet'}"
+        raise UserError(f"--best {metric}: none of these {len(rows):,} runs logged it; {known}")
     chosen = mode_of(metric, mode, "--best")
     ranked = []
     for row in rows:
@@ -140,9 +147,7 @@ def _ranked(rows: Sequence[ListedRun], metric: str, mode: "Mode | None", reverse
         if value is not None:
             ranked.append((value, row))
     if rows and not ranked:
-        there = sorted({name for row in rows for name in row.progress.values})
-        known = f"; there is {', '.join(there)}" if there else ""
-        raise UserError(f"--best {metric}: none of these {len(rows):,} runs has a finite value of it{known}")
+        raise UserError(f"--best {metric}: none of these {len(rows):,} runs has a finite value of it")
     ranked.sort(key=lambda pair: pair[0], reverse=(chosen == "max") != reverse)
     why = "" if mode else ", judging by its name"
     left = f"; {len(rows) - len(ranked):,} runs without it are left out" if len(ranked) < len(rows) else ""

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_filter_arguments(parser)
     parser.add_argument("--yes", action="store_true", help="delete without asking")
     parser.epilog = (
-        "Without --status it means runs that failed, that ended without a word, and that never started. Runs with a "
-        "tag stay unless --tag names one of theirs; a run that is running stays in any case."
+        "Without --status it means runs that failed, that stopped writing and did not say why, and that never "
+        "started. Runs with a tag stay unless --tag names one of theirs; a run that is running stays in any case."
     )
 
 

@@ -28,11 +28,15 @@ from lightspan.config.resolve import Resolved
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, print_notes, printable
 from lightspan.launch import kubernetes, slurm, torchrun
-from lightspan.launch.job import Array, Job, cores_of, job_name, leave_of, seconds
+from lightspan.launch.job import Array, Job, cores_of, job_name, leave_of, mebibytes, seconds
 from lightspan.runs.folder import run_folder
 from lightspan.signals import WARNINGS
 
 _IMAGE = re.compile(r"[\w./:@+~-]+")
+_LABEL = re.compile(
+    r"((?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)=([A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)",
+    re.ASCII,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +67,28 @@ def add_target_arguments(parser: argparse.ArgumentParser, targets: Sequence[str]
     parser.add_argument(
         "--wandb", action="store_true", help="also log to Weights & Biases; offline without WANDB_API_KEY"
     )
+    parser.add_argument("--mem", metavar="SIZE", help="main memory of each node, such as 64G (default: the cluster's)")
+    parser.add_argument(
+        "--cpus-per-task",
+        type=count,
+        metavar="N",
+        help="processor cores of each rank (default: one, and one for each of its data workers)",
+    )
+    parser.add_argument("--account", metavar="NAME", help="SLURM: who is charged")
     parser.add_argument("--partition", metavar="NAME", help="SLURM: where to queue")
+    parser.add_argument("--qos", metavar="NAME", help="SLURM: quality of service")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        metavar="RULE",
+        help="SLURM: any other option of sbatch, such as constraint=a100 or '#SBATCH --exclusive'; repeat it",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        metavar="LINE",
+        help="SLURM: a line of shell before the ranks start, such as 'module load cuda'; repeat it",
+    )
     parser.add_argument(
         "--container",
         choices=slurm.RUNTIMES,
@@ -71,6 +96,12 @@ def add_target_arguments(parser: argparse.ArgumentParser, targets: Sequence[str]
     )
     parser.add_argument(
         "--kind", choices=kubernetes.KINDS, help="Kubernetes: manifest (default: job for one node, jobset for several)"
+    )
+    parser.add_argument(
+        "--node-selector",
+        action="append",
+        metavar="LABEL=VALUE",
+        help="Kubernetes: only nodes with this label, such as nvidia.com/gpu.product=A100; repeat it",
     )
     parser.add_argument(
         "--claim", metavar="NAME", help="Kubernetes: PersistentVolumeClaim for /runs (default: lightspan-runs)"
@@ -121,7 +152,8 @@ def hand_over(args: argparse.Namespace, subject: Subject) -> int:
 
 def _to_slurm(args: argparse.Namespace, subject: Subject) -> int:
     job = _job_of_files(args, subject)
-    return _hand_over(args, slurm.batch_script(job, args.partition, args.container or "apptainer"), ["sbatch"])
+    site = slurm.Site(args.account, args.partition, args.qos, args.sbatch or (), args.setup or ())
+    return _hand_over(args, slurm.batch_script(job, site, args.container or "apptainer"), ["sbatch"])
 
 
 def _to_kubernetes(args: argparse.Namespace, subject: Subject) -> int:
@@ -186,7 +218,14 @@ _TARGETS: dict[str, Callable[[argparse.Namespace, Subject], int]] = {
     "local": _to_this_machine,
 }
 _ONLY_FOR = {
+    "account": ("slurm",),
     "partition": ("slurm",),
+    "qos": ("slurm",),
+    "sbatch": ("slurm",),
+    "setup": ("slurm",),
+    "node_selector": ("kubernetes",),
+    "mem": ("slurm", "kubernetes"),
+    "cpus_per_task": ("slurm", "kubernetes"),
     "container": ("slurm",),
     "kind": ("kubernetes",),
     "claim": ("kubernetes",),
@@ -199,7 +238,8 @@ _ONLY_FOR = {
 def _refuse_strangers(args: argparse.Namespace) -> None:
     for option, targets in _ONLY_FOR.items():
         if getattr(args, option) is not None and args.to not in targets:
-            raise UserError(f"--{option} does not work with --to {args.to}, only with {' and '.join(targets)}")
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} does not work with --to {args.to}, only with {' and '.join(targets)}")
     if args.container is not None and args.image is None:
         raise UserError(f"--container {args.container} needs --image IMAGE")
     if args.image is not None and not _IMAGE.fullmatch(args.image):
@@ -209,8 +249,9 @@ def _refuse_strangers(args: argparse.Namespace) -> None:
         )
     if args.time is not None:
         seconds(args.time)
-    for flag in args.flags:
-        name, _, value = flag.partition("=")
+    given = [flag.partition("=")[::2] for flag in args.flags]
+    given += [(f"--{option}", text) for option in ("sbatch", "setup") for text in getattr(args, option) or ()]
+    for name, value in given:
         if redacted([value]) != [value]:
             raise UserError(
                 f"{name}: its value looks like a secret, which would be written into the job; keep it in an "
@@ -256,14 +297,24 @@ def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[s
         nodes=_number(trainer.get("num_nodes", 1), "trainer.num_nodes", "--nodes"),
         ranks_per_node=_number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node"),
         gpus=trainer.get("accelerator") in ("gpu", "cuda"),
-        cores=cores_of(resolved.config),
+        cores=args.cpus_per_task or cores_of(resolved.config),
         preemption=leave_of(resolved.config),
         time=args.time,
         image=args.image,
         wandb=args.wandb,
         inputs=() if args.images is None else (str(args.images.absolute()),),
         array=subject.array,
+        memory_mib=None if args.mem is None else mebibytes(args.mem),
+        node_labels=tuple(map(_label, args.node_selector or ())),
     )
+
+
+def _label(text: str) -> tuple[str, str]:
+    """A label of a node and its value. Raises: UserError."""
+    match = _LABEL.fullmatch(text)
+    if match is None:
+        raise UserError(f"--node-selector {text!r} is not LABEL=VALUE, such as nvidia.com/gpu.product=A100")
+    return match[1], match[2]
 
 
 def _number(value: Any, key: str, option: str) -> int:

@@ -221,7 +221,7 @@ VERBS = (
     ),
     Verb(
         "runs clean",
-        "show which runs failed, never started or ended without a word, and delete them after a yes",
+        "show which runs failed, never started or stopped writing, and delete them after a yes",
         ("lightspan runs clean", "lightspan runs clean runs/old --status done --recipe 'language/*'"),
         "runs_clean",
     ),

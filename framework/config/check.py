@@ -77,6 +77,12 @@ def find_problems(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
+def settings_named(name: str, root: Node) -> str | None:
+    """The path of the setting of this name in a merged tree, such as `trainer.max_steps`; None if no class has one."""
+    with _uncollected():
+        return _Checker((), []).path_of(name, root, RECIPES[kind_of(root.value)])
+
+
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """All syntax trees read meanwhile are kept; searching them for garbage takes longer than parsing them."""
@@ -130,6 +136,13 @@ class _Checker:
 
     def further_down(self, key: Key, root: Node, allowed: Sequence[str]) -> str:
         """`did you mean trainer.max_steps?` for a key that is a setting of the trainer, or of a class that is named."""
+        found = self.path_of(key, root, allowed)
+        return f"did you mean {found}? " if found else ""
+
+    def path_of(self, key: Key, root: Node, allowed: Sequence[str]) -> str | None:
+        """The path of the setting of this name that lies least deep; None if there is none."""
+        if (begun := next((one for one in allowed if one.startswith(f"{key}_")), None)) is not None:
+            return begun  # seed_everything for seed
         owners: list[tuple[KeyPath, str]] = [(("trainer",), TRAINER)] if "trainer" in allowed else []
         for path, node in sorted(allow.class_paths(root), key=lambda found: len(found[0])):
             if path[0] in allowed and allow.refusal(node.value, self.modules) is None:
@@ -137,8 +150,8 @@ class _Checker:
         for path, owner in owners:
             known = signature(owner)
             if isinstance(known, Signature) and key in known.parameters:
-                return f"did you mean {dotted((*path, key))}? "
-        return ""
+                return dotted((*path, key))
+        return None
 
     def inside(self, key: Key, given: dict[Any, Node], path: KeyPath) -> str:
         """`did you mean ...?` for a key that is a setting of a class named among these settings of another one."""

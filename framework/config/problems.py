@@ -18,6 +18,14 @@ class Problem:
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """`did you mean x?`, or nothing if no known name is similar."""
-    near = difflib.get_close_matches(str(name), [str(item) for item in known], n=1, cutoff=0.6)
+    """`did you mean x?`, or nothing if no known name is similar, nor the other's initials (`learning_rate`, `lr`)."""
+    names = [str(item) for item in known]
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    near = near or [one for one in names if str(name) == _initials(one) or _initials(str(name)) == one]
     return f"did you mean {near[0]}? " if near else ""
+
+
+def _initials(name: str) -> str | None:
+    """`lr` of `learning_rate`; None of a name of one word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else None

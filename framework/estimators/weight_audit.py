@@ -63,7 +63,7 @@ class WeightAudit(Estimator):
                 raise UserError(f"WeightAudit {name}={value} must be at least 1")
         if not 0 < epsilon < 1:
             raise UserError(f"WeightAudit epsilon={epsilon} must be above 0 and below 1")
-        self.rank, self.top, self.epsilon, self.largest, self.match = rank, top, epsilon, largest, tuple(match)
+        self.rank, self.top, self.epsilon, self.largest, self.match = rank, top, epsilon, largest, match
 
     def fit(self, a: Weights, b: Weights | None = None) -> AuditReport:
         """Raises: UserError for checkpoints without numbers to look at, or two that share none."""

@@ -14,6 +14,7 @@ RESTARTS = 3
 
 _PREEMPTION = "lightspan.callbacks.resilience.preemption.Preemption"
 _BUDGET_S, _EXIT_CODE = 60.0, 143  # the callback's defaults, which cannot be read without torch; a test compares them
+_SIZE = re.compile(r"(?P<number>\d{1,9})(?P<unit>[MGTmgt])(?:i?[Bb])?")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
@@ -47,6 +48,8 @@ class Job:
         wandb: whether the run logs to Weights & Biases.
         inputs: absolute folders that it reads, besides those of its own; a container has to see them.
         array: the jobs that there are of it; None for one.
+        memory_mib: main memory of each node; None leaves it to the cluster.
+        node_labels: (label, value) that a node of a Kubernetes cluster must have.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Job:
     wandb: bool = False
     inputs: tuple[str, ...] = ()
     array: Array | None = None
+    memory_mib: int | None = None
+    node_labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,14 @@ def job_name(*parts: str) -> str:
     name = text if len(text) <= 40 else text[-40:].lstrip("-")
     # A DNS label that names a service begins with a letter.
     return name if name[:1].isalpha() else f"run-{name[-36:].lstrip('-')}".rstrip("-")
+
+
+def mebibytes(size: str) -> int:
+    """A size in SLURM's notation, such as 64G or 500M, as MiB. Raises: UserError."""
+    match = _SIZE.fullmatch(size)
+    if match is None or int(match["number"]) == 0:
+        raise UserError(f"--mem {size!r} is not a size above 0; write a whole number with M, G or T, for example 64G")
+    return int(match["number"]) * {"M": 1, "G": 2**10, "T": 2**20}[match["unit"].upper()]
 
 
 def seconds(time: str) -> int:

@@ -176,6 +176,7 @@ def _template(job: Job, command: list[str], claim: str, container: str = "lights
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
+        **({"nodeSelector": dict(job.node_labels)} if job.node_labels else {}),
         "containers": [_container(job, command, container)],
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": claim}},
@@ -191,8 +192,12 @@ def _container(job: Job, command: list[str], name: str) -> Manifest:
     # A single file, not a folder, is mounted under the name that the run shall have.
     recipe = {"name": "recipe", "mountPath": job.arguments[1], "subPath": _FILE, "readOnly": True}
     resources: Manifest = {"requests": {"cpu": str(job.cores * job.ranks_per_node)}}
-    if job.gpus:
-        resources["limits"] = {"nvidia.com/gpu": str(job.ranks_per_node)}
+    limits = {"nvidia.com/gpu": str(job.ranks_per_node)} if job.gpus else {}
+    if job.memory_mib is not None:  # what a pod may use, and what its node keeps free for it
+        resources["requests"] |= {"memory": f"{job.memory_mib}Mi"}
+        limits |= {"memory": f"{job.memory_mib}Mi"}
+    if limits:
+        resources["limits"] = limits
     return {
         "name": name,
         "image": job.image,

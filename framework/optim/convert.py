@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from glob import escape
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
 from lightspan.optim.bases import Basis, PowerBasis
+from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.projected import Selection, says, stacks_in
 from lightspan.patterns import require_matches
@@ -37,21 +39,24 @@ def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **opt
     Raises: UserError for another optimiser, for settings without a counterpart in LowRank, and for patterns that
     match nothing.
     """
-    require_matches(match, _names(optimizer, module), f"trained parameter of {type(module).__name__}")
+    _require_matches(match, [optimizer], module)
     return _converted(optimizer, module, match, options)
 
 
 def to_low_rank_where_matched(
-    optimizers: Sequence[Optimizer], module: nn.Module, match: list[str], **options: Any
+    optimizers: Sequence[Optimizer], module: nn.Module, match: list[str] | None = None, **options: Any
 ) -> list[Optimizer]:
     """`to_low_rank` for the optimisers in which something is projected; the others are returned as they are.
 
-    Patterns are matched against the parameters of all optimisers together.
+    Patterns are matched against the parameters of all optimisers together. None matches the weights that
+    `lightspan.optim.groups` counts as matrices.
 
     Raises: UserError as `to_low_rank`; and if nothing would be projected in any optimiser, LowRank's own.
     """
-    trained = [name for optimizer in optimizers for name in _names(optimizer, module)]
-    require_matches(match, trained, f"trained parameter of {type(module).__name__}")
+    if match is None:
+        groups = ParameterGroups().build(module)
+        match = [escape(name) for group in groups if group["project"] for name, _ in group["params"]]
+    _require_matches(match, optimizers, module)
     # If nothing can be projected anywhere, LowRank says why.
     chosen = [o for o in optimizers if _projects(o, module, match, options)] or optimizers
     return [_converted(o, module, match, options) if o in chosen else o for o in optimizers]
@@ -146,8 +151,12 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     return False
 
 
-def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    return [name for group in optimizer.param_groups for name in _names_in(group, module) if name]
+def _require_matches(match: list[str], optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = [(name, p) for group in groups for name, p in zip(_names_in(group, module), group["params"], strict=True)]
+    sizes = {name: p.numel() for name, p in trained if name and p.ndim > 1}
+    names = [name for name, _ in trained if name]
+    require_matches(match, names, f"trained parameter of {type(module).__name__}", sizes=sizes)
 
 
 def _names_in(group: dict[str, Any], module: nn.Module) -> list[str]:

@@ -43,7 +43,7 @@ from lightspan.optim.depth import shares_of_layers
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.layout import require_shapes
 from lightspan.optim.projected import stacks_in
-from lightspan.patterns import any_matches, every_name, require_matches
+from lightspan.patterns import any_matches, every_name, require_matches, require_patterns
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = (
@@ -181,9 +181,10 @@ class ParameterGroups:
             raise UserError(f"groups.layer_decay={self.layer_decay} must be in (0, 1]; 0.65 to 0.9 are usual")
         if self.layers is not None and self.layer_decay is None:
             raise UserError("groups.layers has an effect only with groups.layer_decay; set layer_decay too")
-        require_matches(self.layers or [], everything, f"parameter of {module} (groups.layers)")
+        require_matches(self.layers or [], everything, f"parameter of {module} (groups.layers)", "groups.layers")
         for i, rule in enumerate(self.rules):
             where = f"groups.rules[{i}]"
+            require_patterns(rule.match, f"{where}.match")
             if not rule.match:
                 raise UserError(f"{where}.match is empty; give patterns of parameter names, such as '*head*'")
             if (rule.lr_scale, rule.weight_decay, rule.kind) == (None, None, None):

@@ -13,11 +13,14 @@ from lightspan.sharded import local
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one parameter is treated. `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW."""
+    """How one parameter is treated: at `rate`, times `scale` if it is projected. `state_bytes` is this rank's part of
+    its state, `adamw_bytes` that of AdamW.
+    """
 
     group: str
     shape: tuple[int, ...]
     rate: float
+    scale: float
     how: str
     state_bytes: int
     adamw_bytes: int
@@ -35,7 +38,7 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
     elif not selection.allowed:
-        how = "AdamW: not to be projected"
+        how = "AdamW: not to be projected" if isinstance(selection.project, bool) else "AdamW: not matched"
     elif parameter.is_complex():
         how = "AdamW: complex"
     elif not selection.whole:
@@ -46,4 +49,5 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     kept = sum(local(tensor).nbytes for tensor in state.values())
     wide = wide_type(parameter.dtype).itemsize
     name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
-    return Treatment(name, shape, rate, how, kept, 2 * wide * local(parameter).numel())
+    scale = optimizer.scale if selection.projected else 1.0
+    return Treatment(name, shape, rate, scale, how, kept, 2 * wide * local(parameter).numel())

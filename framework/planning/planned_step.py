@@ -24,15 +24,16 @@ from lightspan.planning.outcome import in_mib
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.planning.step_memory import (
     OptimizerStopped,
+    StepCounter,
     StepMemory,
     batch_rows,
     faked,
     idle_state_bytes,
     in_words,
+    is_meta,
     largest_rows,
     nbytes,
     resized,
-    step_memory,
 )
 
 _FEW = (2, 4)
@@ -50,7 +51,7 @@ class Plan:
         step: memory of one step.
         division: how a strategy divides it among ranks; `step` is one rank's share.
         process: resident memory outside the step in a CPU run: interpreter, loaded libraries, data; 0 on a device.
-        memory: what a rank has, and the source of that figure.
+        memory: what a rank has, and the source of that figure; None if nobody said.
         largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
         notes: what was not counted the usual way, and why.
     """
@@ -58,7 +59,7 @@ class Plan:
     step: StepMemory
     division: Division
     process: int
-    memory: int
+    memory: int | None
     memory_source: str
     largest_rows: int | None
     notes: list[str]
@@ -76,13 +77,18 @@ def make_plan(
     limit: int | None,
     real: bool = False,
     division: Division = Division(),  # noqa: B008 - frozen
+    elsewhere: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Counts one step on a batch laid out like the datamodule's first one, and searches for the largest micro-batch.
 
     Args:
+        module: with numbers, or on the meta device; of the latter a step that needs numbers raises what stopped it.
         limit: bytes of one rank, or None for what the device or this machine has.
         real: count a step on real tensors; a fake step that cannot run falls back to this by itself.
         division: of the step among ranks; the trainer itself has a single process.
+        elsewhere: whether the run is meant for devices that this machine does not have, whose memory is unknown.
+        say: is called with what happens next, as it may take a while.
     Raises: UserError for what cannot be planned: manual optimisation, a batch without tensors.
     """
     if not module.automatic_optimization:
@@ -91,27 +97,31 @@ def make_plan(
             "cannot be separated from its training_step; measure it in a short run: "
             "`lightspan fit RECIPE trainer.max_steps=10`"
         )
-    step = _Step(trainer, module, datamodule, division)
+    say("reading a batch")
+    step = _Step(trainer, module, datamodule, division, elsewhere)
     rows = step.rows
     if rows == 0:
         raise UserError(f"the first batch of {type(datamodule).__name__} contains no tensor with samples along axis 0")
-    process = 0 if step.on_device else max(0, _rss_at_work() - nbytes(module.parameters()))
-    memory, source = (limit, "--memory") if limit is not None else available_memory(trainer.strategy.root_device)
+    process = 0 if step.on_device else max(0, _rss_at_work() - _resident(module))
+    memory, source = (limit, "--memory") if limit is not None else _memory_there(trainer, elsewhere)
+    room = None if memory is None else memory - process
     largest, notes = None, ["counted by a real step"]
     here: StepMemory | None = None
+    say(f"counting a step of {rows} sample{'' if rows == 1 else 's'}")
     if not real:
         try:
-            here, notes = step.fake(rows), []
-            largest = largest_rows(memory - process, step.fake, here, step.fake(2 * rows))
+            (here, largest), notes = step.fake(rows, room), []
         except UserError:
             raise
         except Exception as error:  # from any library that needs numbers where there are only shapes
+            if is_meta(module):
+                raise
             here, notes = None, [f"counted by a real step, since a fake one stopped ({in_words(error)})"]
     if here is None:
         *smaller, here = step.real(rows)
         for half in smaller:
             line = _line(half, here)
-            largest = largest_rows(memory - process, line, half, here)
+            largest = None if room is None else largest_rows(room, line, half, here)
             fits = here.rows == rows
             what = "the largest micro-batch is" if fits else f"for {rows} samples memory lacks here: all figures are"
             notes.append(f"{what} on a line through real steps of {half.rows} and {here.rows} samples")
@@ -119,6 +129,10 @@ def make_plan(
     if here.host_state:
         notes.append(f"{in_mib(here.host_state)} MiB of optimiser state live on the host, and are not counted above")
     return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
+
+
+def _memory_there(trainer: Trainer, elsewhere: bool) -> tuple[int | None, str]:
+    return (None, "unknown") if elsewhere else available_memory(trainer.strategy.root_device)
 
 
 def available_memory(device: torch.device) -> tuple[int, str]:
@@ -159,6 +173,11 @@ def cgroup_limit(groups: Path, root: Path) -> int | None:
     return min(limits, default=None)
 
 
+def _resident(module: LightningModule) -> int:
+    """Bytes that a module's parameters occupy in this process, which are no part of what surrounds a step."""
+    return 0 if is_meta(module) else nbytes(module.parameters())
+
+
 def _rss_at_work() -> int:
     """Resident bytes of this process once it has computed: libraries load their code at first use, some 20
     MiB that a process that has only built its model does not have yet.
@@ -178,11 +197,15 @@ class _Step:
     """One training step of a module as its trainer would run it, on one of the ranks among which it is divided."""
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, datamodule: LightningDataModule, division: Division
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        datamodule: LightningDataModule,
+        division: Division,
+        elsewhere: bool,
     ) -> None:
-        self.trainer, self.division = trainer, division
+        self.trainer, self.division, self.elsewhere = trainer, division, elsewhere
         self.notes: list[str] = []
-        self._idle_state: StepMemory | None = None
         datamodule.trainer = trainer
         batch, whole = None, None
         if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
@@ -191,7 +214,8 @@ class _Step:
         else:
             datamodule.prepare_data()
             datamodule.setup("fit")
-        prepare_model(trainer, module, datamodule)
+        with torch.device("meta") if is_meta(module) else contextlib.nullcontext():
+            prepare_model(trainer, module, datamodule)
         if batch is None:
             loader = datamodule.train_dataloader()
             batch = next(iter(loader))
@@ -206,7 +230,7 @@ class _Step:
     @property
     def on_device(self) -> bool:
         """Whether the run's steps have another memory than the host's."""
-        return self.trainer.strategy.root_device.type != "cpu"
+        return self.elsewhere or self.trainer.strategy.root_device.type != "cpu"
 
     def real(self, rows: int) -> list[StepMemory]:
         """Counts steps on real tensors, which change the weights: of half the samples, where there are enough to halve,
@@ -214,51 +238,75 @@ class _Step:
         """
         if rows < _FEW[1]:
             return [self._real(rows)]
-        few = [self._measure(count, self._optimizers) for count in _FEW]
+        few = [self._measure(count) for count in _FEW]
         needed = _ROOM * _line(*few)(rows).peak + rss_bytes()
         if rows == _FEW[1] or needed > available_memory(torch.device("cpu"))[0]:
             return [self.division.of(step) for step in few]
         return [self._real(rows // 2), self._real(rows)]
 
     def _real(self, rows: int) -> StepMemory:
-        return self.division.of(self._measure(rows, self._optimizers))
+        return self.division.of(self._measure(rows))
 
-    def fake(self, rows: int) -> StepMemory:
-        """Counts a step on fake tensors. An optimiser that reads numbers is replaced by its state after a real step."""
-        if self._idle_state is None:
-            try:
-                return self._fake(rows, self._unchecked_optimizers)
-            except OptimizerStopped as stopped:
-                made: list[Optimizer] = []
-                with silent(), _detached_after(made):
-                    made += self._optimizers()
-                    state = idle_state_bytes(self.module, made)
-                    self._idle_state = self._at_home(StepMemory(0, 0, 0, 0, 0, state, state), made)
-                self.notes.append(
-                    f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
-                )
-        found, idle = self._fake(rows, list), self._idle_state
+    def fake(self, rows: int, room: int | None) -> tuple[StepMemory, int | None]:
+        """Counts a step on fake tensors, and searches for the largest micro-batch within `room` bytes, unless that is
+        None. An optimiser that reads numbers is replaced by its state after a real step.
+        """
+        try:
+            return self._fake(rows, room, self._unchecked_optimizers)
+        except OptimizerStopped as stopped:
+            made: list[Optimizer] = []
+            with silent(), _detached_after(made):
+                made += self._optimizers()
+                state = idle_state_bytes(self.module, made)
+                idle = self._at_home(StepMemory(0, 0, 0, 0, 0, state, state), made)
+            self.notes.append(
+                f"optimiser state counted by a real step on zero gradients, since a fake one stopped ({stopped})"
+            )
+        return self._fake(rows, room, list, idle)
+
+    def _fake(
+        self,
+        rows: int,
+        room: int | None,
+        make_optimizers: Callable[[], list[Optimizer]],
+        idle: StepMemory = StepMemory(0, 0, 0, 0, 0, 0, 0),  # noqa: B008 - frozen
+    ) -> tuple[StepMemory, int | None]:
+        """With what optimisers hold beside those that are made."""
         state, host, peak = (
             -(-size // self.division.optimizer_state) for size in (idle.optimizer_state, idle.host_state, idle.peak)
         )
-        return dataclasses.replace(found, optimizer_state=state, host_state=host, peak=found.peak + peak)
 
-    def _fake(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+        def count(rows: int) -> StepMemory:
+            found = self.division.of(of(rows))
+            return dataclasses.replace(
+                found,
+                optimizer_state=found.optimizer_state + state,
+                host_state=found.host_state + host,
+                peak=found.peak + peak,
+            )
+
         mode = FakeTensorMode()
-        with faked(self.module, mode), mode:
-            return self.division.of(self._measure(rows, make_optimizers))
+        with faked(self.module, mode), mode, self._counting(make_optimizers) as of:
+            here = count(rows)
+            return here, None if room is None else largest_rows(room, count, here, count(2 * rows))
 
-    def _measure(self, rows: int, make_optimizers: Callable[[], list[Optimizer]]) -> StepMemory:
+    def _measure(self, rows: int) -> StepMemory:
         """Of one rank that has all."""
-        passes = min(2, self.trainer.accumulate_grad_batches)
+        with self._counting(self._optimizers) as of:
+            return of(rows)
+
+    @contextlib.contextmanager
+    def _counting(self, make_optimizers: Callable[[], list[Optimizer]]) -> Iterator[Callable[[int], StepMemory]]:
+        """How much a step needs on one rank that has all, by the number of samples."""
         made: list[Optimizer] = []
 
         def make() -> list[Optimizer]:
             made.extend(make_optimizers())
             return made
 
+        counter = StepCounter(self.module, self._loss, make, min(2, self.trainer.accumulate_grad_batches))
         with silent(), without_logging(self.module), _detached_after(made):
-            return self._at_home(step_memory(self.module, resized(self.batch, rows), self._loss, make, passes), made)
+            yield lambda rows: self._at_home(counter.count(resized(self.batch, rows)), made)
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
         """On a device, without the state that lives on the host, but with room for its visits. What is counted here,

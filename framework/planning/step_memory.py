@@ -64,61 +64,87 @@ class OptimizerStopped(RuntimeError):
     """An optimiser's step could not run, as on fake tensors if it reads numbers."""
 
 
-def step_memory(
-    module: nn.Module,
-    batch: Any,
-    loss_of: Callable[[Any], Tensor],
-    make_optimizers: Callable[[], list[Optimizer]],
-    backward_passes: int = 1,
-) -> StepMemory:
-    """Runs two optimiser steps and counts.
+class StepCounter:
+    """Counts optimiser steps of one module on batches of any size.
 
-    Two, because the first creates the state and in the second it exists together with activations.
+    The first batch takes two whole steps: the first creates the optimisers' state, and in the second it exists together
+    with activations. What the optimisers' steps need is the same for every batch, so later batches only go forward and
+    backward, beside that state.
 
     Args:
         module: its parameters are trained for real, unless they are fake (see `faked`).
-        batch: a tensor or nested containers of tensors with the samples along axis 0.
         loss_of: the forward pass, from the batch to a scalar.
-        make_optimizers: called once, after the first backward pass; an empty list plans everything else.
+        make_optimizers: called once, before the first step; an empty list plans everything else.
         backward_passes: micro-batches per optimiser step, >= 1; gradients stay alive between them.
-    Raises: OptimizerStopped if an optimiser's step cannot run on these tensors.
     """
-    own = [*module.parameters(), *module.buffers()]
-    inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    given = _storages([*own, *inputs])
-    saved: dict[int, Any] = {}
-    optimizers: list[Optimizer] = []
-    gradients = 0
-    with _LiveBytes(given) as live:
-        for _ in range(2):
-            for _ in range(backward_passes):
-                saved.clear()
-                before = live.now
-                with torch.autograd.graph.saved_tensors_hooks(_noting(saved), lambda tensor: tensor):
-                    loss = loss_of(batch)
-                # Blocks that compute activations again keep their inputs, which autograd itself does not save.
-                activations = (
-                    live.now - before
-                    if recomputes(module)
-                    else sum(storage.nbytes() for key, storage in saved.items() if key not in given)
-                )
-                # The count must not keep alive what the backward pass frees.
-                saved.clear()
-                loss.backward()
-                del loss
-            gradients = nbytes(parameter.grad for parameter in module.parameters() if parameter.grad is not None)
-            optimizers = optimizers or make_optimizers()
-            _step(optimizers)
-            module.zero_grad(set_to_none=True)
-    return StepMemory(
-        rows=batch_rows(batch),
-        weights=nbytes(own),
-        batch=nbytes(inputs),
-        activations=activations,
-        gradients=gradients,
-        optimizer_state=sum(map(state_bytes, optimizers)),
-        peak=nbytes([*own, *inputs]) + live.peak,
-    )
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_of: Callable[[Any], Tensor],
+        make_optimizers: Callable[[], list[Optimizer]],
+        backward_passes: int = 1,
+    ) -> None:
+        self.module, self.loss_of, self.passes = module, loss_of, backward_passes
+        self._make, self._optimizers = make_optimizers, list[Optimizer]()
+        self._own = [*module.parameters(), *module.buffers()]
+        self._live = _LiveBytes()
+        self._stepping = 0
+        """The most that is alive in a step of the optimisers."""
+
+    def count(self, batch: Any) -> StepMemory:
+        """Of a batch that is a tensor or nested containers of tensors, with the samples along axis 0.
+
+        Raises: OptimizerStopped if an optimiser's step cannot run on these tensors.
+        """
+        inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        self._live.known = _storages([*self._own, *inputs])
+        with self._live:
+            if first := not self._stepping:
+                self._optimizers = self._make()
+                self._forward_and_backward(batch)
+                self._step()
+            self._live.peak = self._live.now
+            activations = self._forward_and_backward(batch)
+            passing = self._live.peak
+            gradients = nbytes(p.grad for p in self.module.parameters() if p.grad is not None)
+            if first:
+                self._step()
+            self.module.zero_grad(set_to_none=True)
+        return StepMemory(
+            rows=batch_rows(batch),
+            weights=nbytes(self._own),
+            batch=nbytes(inputs),
+            activations=activations,
+            gradients=gradients,
+            optimizer_state=sum(map(state_bytes, self._optimizers)),
+            peak=nbytes([*self._own, *inputs]) + max(passing, self._stepping),
+        )
+
+    def _forward_and_backward(self, batch: Any) -> int:
+        """As often as there are micro-batches in a step. Returns: bytes of activations."""
+        live, saved, activations = self._live, dict[int, Any](), 0
+        for _ in range(self.passes):
+            before = live.now
+            with torch.autograd.graph.saved_tensors_hooks(_noting(saved), lambda tensor: tensor):
+                loss = self.loss_of(batch)
+            # Blocks that compute activations again keep their inputs, which autograd itself does not save.
+            activations = (
+                live.now - before
+                if recomputes(self.module)
+                else sum(storage.nbytes() for key, storage in saved.items() if key not in live.known)
+            )
+            # The count must not keep alive what the backward pass frees.
+            saved.clear()
+            loss.backward()
+            del loss
+        return activations
+
+    def _step(self) -> None:
+        self._live.peak = self._live.now
+        _step(self._optimizers)
+        self._stepping = max(self._stepping, self._live.peak)
+        self.module.zero_grad(set_to_none=True)
 
 
 def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
@@ -134,16 +160,22 @@ def idle_state_bytes(module: nn.Module, optimizers: list[Optimizer]) -> int:
 @contextlib.contextmanager
 def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     """Inside, `module` has fake parameters and buffers of `mode` (shared ones stay shared); afterwards its own."""
+    made: dict[int, Tensor] = {}
     kept = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     try:
         for part, parameters, buffers in kept:
-            part._parameters.update({name: _fake(p, mode) for name, p in parameters.items()})  # type: ignore[misc]
-            part._buffers.update({name: _fake(b, mode) for name, b in buffers.items()})
+            part._parameters.update({name: _fake(p, mode, made) for name, p in parameters.items()})  # type: ignore[misc]
+            part._buffers.update({name: _fake(b, mode, made) for name, b in buffers.items()})
         yield
     finally:
         for part, parameters, buffers in kept:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether a module was built on the meta device, so that it has no numbers."""
+    return any(tensor.is_meta for tensor in module.parameters())
 
 
 def batch_rows(batch: Any) -> int:
@@ -189,9 +221,10 @@ def _step(optimizers: list[Optimizer]) -> None:
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make, until they are freed; `peak` is the most at one time."""
 
-    def __init__(self, known: dict[int, Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._known = known
+        self.known: dict[int, Any] = {}
+        """Storages that were there before, which are not counted."""
         self._alive: dict[int, weakref.finalize] = {}
         self.now = self.peak = 0
 
@@ -204,7 +237,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in self._alive:
+        if key in self.known or key in self._alive:
             return
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -224,8 +257,18 @@ def _noting(saved: dict[int, Any]) -> Callable[[Tensor], Tensor]:
     return pack
 
 
-def _fake(tensor: Tensor | None, mode: FakeTensorMode) -> Tensor | None:
-    return None if tensor is None else mode.from_tensor(tensor)
+def _fake(tensor: Tensor | None, mode: FakeTensorMode, made: dict[int, Tensor]) -> Tensor | None:
+    """A fake of a tensor, on the CPU even if that is on the meta device; the one `made` of it before, if any."""
+    if tensor is None or not tensor.is_meta:
+        return None if tensor is None else mode.from_tensor(tensor)
+    if id(tensor) not in made:
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, tensor.requires_grad)
+        vars(fake).update(vars(tensor))  # what a library keeps there, such as that it should not decay
+        made[id(tensor)] = fake
+    return made[id(tensor)]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, Any]:

@@ -189,7 +189,7 @@ def _outcome(run: Run) -> str:
 _OUTCOMES = {
     Status.RUNNING: "running",
     Status.FAILED: "failed",
-    Status.STALE: "ended without a word",
+    Status.STALE: "stopped writing, and did not say why",
     Status.PREEMPTED: "stopped early",
     Status.DONE: "",
 }

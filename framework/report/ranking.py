@@ -98,16 +98,18 @@ def _place(run: Run, metric: str) -> RankedRun:
 
 
 def ranking_table(ranking: Ranking) -> str:
-    """The ranking as HTML: place, run, what differs, value, steps and time."""
+    """The ranking as HTML: place, run, value, what differs, steps and time. Run and value come first, so that a narrow
+    screen shows them; the rest scrolls.
+    """
     settings, left_out = settings_of(ranking)
-    heads = ["", "run", *(escape(name) for name, _ in settings), f"{escape(ranking.metric)}", "steps", "seconds"]
+    heads = ["", "run", ranking.metric, *(setting.name for setting in settings), "steps", "seconds"]
     lines = []
     for at, (place, standing) in enumerate(zip(ranking.places, ranking.standings(ranking.places), strict=True)):
         best = ' class="best"' if standing == 1 else ""
         cells = [
             f'<td>{standing or ""}</td><th scope="row">{escape(place.run.name)}</th>',
-            *(f"<td>{escape(values[at])}</td>" for _, values in settings),
             f"<td{best}>{escape(place.text())}</td>",
+            *(setting.cell(at) for setting in settings),
             *(f"<td>{escape(_figure(place.run, key))}</td>" for key in ("steps", "seconds")),
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -115,22 +117,48 @@ def ranking_table(ranking: Ranking) -> str:
     if any(place.spread is not None for place in ranking.places):
         notes.append("± is the standard deviation over seeds")
     if left_out:
-        notes.append(f"{left_out} more settings differ; they are listed below")
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+        differ = "1 more setting differs; it is" if left_out == 1 else f"{left_out} more settings differ; they are"
+        notes.append(f"{differ} listed below")
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     return (
         f'<h2>Ranking</h2><div class="scroll"><table class="rank"><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(lines)}</tbody></table></div><p class="note">{escape("; ".join(notes))}.</p>'
     )
 
 
-def settings_of(ranking: Ranking) -> tuple[list[tuple[str, list[str]]], int]:
-    """(short key, value at each place) of the settings that differ, those with the most different values first, and
-    how many there are beyond `MOST_SETTINGS`.
+@dataclass(frozen=True)
+class Setting:
+    """A setting that differs: its short name, and its value at each place. Classes are named as briefly as tells them
+    apart, and `full` has their whole paths.
+    """
+
+    name: str
+    values: list[str]
+    full: list[str]
+
+    def cell(self, at: int) -> str:
+        """HTML of the value at one place; the whole path of a class appears when the pointer rests on it."""
+        value, full = self.values[at], self.full[at]
+        title = "" if value == full else f' title="{escape(full)}"'
+        return f'<td class="setting"{title}>{escape(value)}</td>'
+
+
+def settings_of(ranking: Ranking) -> tuple[list[Setting], int]:
+    """The settings that differ, those with the most different values first, and how many there are beyond
+    `MOST_SETTINGS`.
     """
     changed = differences([without_seeds(place.run.config) for place in ranking.places])
     changed.sort(key=lambda one: -len(set(one[1])))
     names = short_names([key for key, _ in changed])
-    return [(names[key], values) for key, values in changed[:MOST_SETTINGS]], max(0, len(changed) - MOST_SETTINGS)
+    shown = [Setting(names[key], _short_classes(key, values), values) for key, values in changed[:MOST_SETTINGS]]
+    return shown, max(0, len(changed) - MOST_SETTINGS)
+
+
+def _short_classes(key: str, values: list[str]) -> list[str]:
+    if not key.endswith("class_path"):
+        return values
+    short = short_names(set(values))
+    return [short[value] for value in values]
 
 
 def _figure(run: Run, key: str) -> str:

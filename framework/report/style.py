@@ -76,7 +76,9 @@ table.heat th{font-weight:500;text-align:center}table.heat td.best{outline:2px s
 table.heat caption{caption-side:top;padding:10px 12px 6px;font-size:.88rem;color:var(--soft)}
 .heats{margin-top:12px;display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start;margin-bottom:16px}.heats>.scroll{max-width:100%}
 table.rank td,table.rank th{text-align:right;padding:6px 12px;min-width:0;white-space:nowrap}
-table.rank tr>:nth-child(2){text-align:left;white-space:normal;min-width:9em}table.rank th[scope=row]{font-weight:500}
+table.rank tr>:nth-child(2){text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:8em}
+table.rank th[scope=row]{font-weight:500}
+table.rank td.setting{white-space:normal;overflow-wrap:break-word;max-width:14em}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--soft);font-size:.92rem;padding:4px 0}
 pre{margin:0;padding:14px;overflow:auto;max-height:26em;background:var(--card);border:1px solid var(--rule);

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightspan.adapters.layers import is_open
 from lightspan.distributed import rank as process_rank
 from lightspan.errors import UserError, printable
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import matches, require_matches, require_patterns
 from lightspan.subspaces.svd import thin_svd
 
 # A recipe may name the functions listed here.
@@ -105,6 +105,7 @@ def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
     if not ratio >= 1:
         raise UserError(f"ratio={ratio} must be at least 1: a layer keeps at most 1/ratio of its weights")
     linear = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, nn.Linear)}
+    require_patterns(exclude, "exclude")
     require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")
     cuts = []
     for name, layer in linear.items():

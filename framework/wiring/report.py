@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightspan.console import SafeConsole
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.treatment import treatment
+from lightspan.optim.treatment import Treatment, treatment
 
 
 @rank_zero_only
@@ -31,7 +31,7 @@ def print_report(optimizer: Optimizer) -> None:
         table.add_column(column, justify="left" if column in ("group", "shape", "treatment") else "right")
     for kind, count in Counter(treatments).items():
         shape, own, full = " x ".join(map(str, kind.shape)), count * kind.state_bytes, count * kind.adamw_bytes
-        table.add_row(str(count), kind.group, shape, f"{kind.rate:g}", kind.how, _mib(own), _mib(full))
+        table.add_row(str(count), kind.group, shape, _rate(kind), kind.how, _mib(own), _mib(full))
     own, full = (sum(getattr(t, which) for t in treatments) for which in ("state_bytes", "adamw_bytes"))
     table.caption = (
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
@@ -66,6 +66,10 @@ def print_groups(optimizer: Optimizer) -> None:
             *("" if value is None else f"{float(value):g}" for value in (rate, decay)),
         )
     SafeConsole().print(table)
+
+
+def _rate(kind: Treatment) -> str:
+    return f"{kind.rate:g}" if kind.scale == 1 else f"{kind.rate:g} x {kind.scale:g}"
 
 
 def _mib(size: int) -> str:

@@ -26,6 +26,7 @@ from lightspan.adapters.inject import (
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
 from lightspan.adapters.svfit import SVFit
+from lightspan.config.signatures import Signature, signature
 from lightspan.errors import UserError
 
 
@@ -410,3 +411,17 @@ def test_mamba_reads_weights_and_gives_what_the_frozen_model_gives():
     torch.testing.assert_close(model(tokens).logits, y)
     remove(model)
     assert torch.equal(model.requires_grad_(False)(tokens).logits, y)
+
+
+def test_a_setting_that_an_adapter_does_not_have_is_refused_with_the_one_that_was_meant() -> None:
+    for settings, meant in (
+        ({"r": 4}, "did you mean rank"),
+        ({"aplha": 2}, "did you mean alpha"),
+        ({"x": 1}, "it has"),
+    ):
+        with pytest.raises(UserError, match=f"LoRA has no {next(iter(settings))}; {meant}"):
+            LoRA(**settings)
+    assert copy.copy(dataclasses.replace(LoRA(4), alpha=2.0)) == LoRA(4, 2.0)
+    known = signature("lightspan.adapters.lora.LoRA")  # a recipe with such a setting is refused from source
+    assert isinstance(known, Signature)
+    assert not known.open

@@ -245,6 +245,26 @@ def test_what_cannot_be_projected_is_refused_before_the_first_step(callback, mes
     assert module.losses == []
 
 
+def test_without_match_what_groups_count_as_matrices_is_projected_and_the_table_says_the_rest(tmp_path, capsys):
+    class Tokens(Plain):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 10)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.table.weight.square().mean()
+
+    module = Tokens()
+    fit(module, [SubspaceProjection(rank=2, scale=4.0)], tmp_path)
+    said = capsys.readouterr().out
+    assert "AdamW: not matched" in said
+    assert "0.02 x 4" in said
+    assert "not to be projected" not in said
+    optimizer = module.trainer.optimizers[0]
+    assert optimizer.state[module.net[0].weight]["exp_avg"].shape == (16, 2)
+    assert optimizer.state[module.table.weight]["exp_avg"].shape == (9, 10)
+
+
 def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
     with pytest.raises(UserError, match="only Adam and AdamW can be made low-rank, but this module's optimiser is SGD"):
         fit(Plain(torch.optim.SGD), [SubspaceProjection(rank=2)], tmp_path)

@@ -399,6 +399,43 @@ def test_the_command_prints_the_plan_and_sets_it_against_the_run(
     assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "summary.json"]
 
 
+def test_a_model_that_no_machine_holds_is_planned_without_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, width = tmp_path / "tiny.yaml", "model.init_args.backbone.init_args.width=131072"
+    recipe.write_text(RECIPE)
+    assert run_plan(recipe, "--run", tmp_path, "--memory", 4000, flags=("data.init_args.context=16", width)) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["step"]["weights"] > 4 * 4 * 131072**2
+    assert found["step"]["optimizer_state"] > 2 * found["step"]["gradients"]
+    assert found["notes"] == []
+    assert "plan:   0 s: building tiny\n" in capsys.readouterr().err
+
+
+def test_a_plan_for_gpus_is_not_compared_with_a_machine_that_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe, small = tmp_path / "tiny.yaml", "data.init_args.context=16"
+    recipe.write_text(RECIPE)
+    assert run_plan(recipe, "--run", tmp_path, flags=(small, "trainer.accelerator=gpu")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Memory: this machine has no GPU, so the plan is compared with nothing; add --memory GIB" in printed
+    assert "Python, libraries and data" not in printed  # which are not on a GPU
+    assert json.loads((tmp_path / "plan.json").read_text())["memory"] is None
+    for accelerator, ranks, elsewhere in (("cpu", 2, False), ("auto", 1, False), ("auto", 2, True), ("gpu", 1, True)):
+        assert command._elsewhere({"trainer": {"accelerator": accelerator}}, ranks) == elsewhere
+
+
+def test_a_plan_that_does_not_fit_names_half_precision_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    for precision, said in (("32-true", 1), ("bf16-true", 0)):
+        flags = ("data.init_args.context=16", f"trainer.precision={precision}")
+        assert run_plan(recipe, "--memory", 0.0001, flags=flags) == 0
+        assert capsys.readouterr().out.count("trainer.precision=bf16-true") == said
+
+
 def test_memory_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--memory 0 must be more than 0 GiB"):
         run_plan(tmp_path / "any.yaml", "--memory", 0)

@@ -167,8 +167,8 @@ def test_runs_that_diverged_are_left_out_of_a_ranking(make_run: MakeRun, capsys:
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere does not exist; name the folder that contains your runs (default: runs)"),
-        (["--best", "val/width"], "its name does not tell whether low or high is good; add --mode min or max"),
-        (["--best", "val/error"], "none of these 4 runs has a finite value"),
+        (["--best", "lr-AdamW/matrices"], "its name does not tell whether low or high is good; add --mode min or max"),
+        (["--best", "val/los_nats"], "none of these 4 runs logged it; did you mean val/loss_nats? they logged train/"),
         (["--mode", "max"], "name that metric"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--since", "soon"], "--since 'soon' is no time"),

@@ -129,6 +129,20 @@ def test_the_script_states_what_the_job_needs(render: Callable[..., str]) -> Non
     assert "trainer.num_nodes=4 trainer.devices=8 trainer.accelerator=gpu" in script
 
 
+def test_the_script_states_what_the_cluster_asks_for(render: Callable[..., str]) -> None:
+    script = render(
+        *(QUICKSTART, "--to", "slurm", "--account", "lab_7", "--qos", "long", "--mem", "64G", "--cpus-per-task", "6"),
+        *("--sbatch", "constraint=a100", "--sbatch", "#SBATCH --exclusive", "--sbatch", "-p debug"),
+        *("--setup", "module load cuda/12.8", "--setup", "source 'my env'/activate"),
+    )
+    rules = re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE)
+    assert {"account=lab_7", "qos=long", "mem=65536M", "cpus-per-task=6"} < set(rules)
+    assert rules[-3:] == ["constraint=a100", "exclusive", "partition=debug"]
+    assert " --cpus-per-task=6 " in script
+    start = "set -eo pipefail\nmodule load cuda/12.8\nsource 'my env'/activate\nset -u\ncd -- "
+    assert start in script
+
+
 def test_a_run_that_obeys_no_signal_is_not_sent_one(render: Callable[..., str]) -> None:
     script = render(QUICKSTART, "--to", "slurm", "trainer.callbacks.preemption=null")
     assert "#SBATCH --signal" not in script
@@ -156,7 +170,8 @@ def test_every_name_reaches_the_ranks_as_it_is(
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_script_is_clean_to_shellcheck(render: Callable[..., str], tmp_path: Path) -> None:
-    script = render(QUICKSTART, "--to", "slurm", "--run", str(tmp_path), "--image", "lightspan.sif")
+    setup = ("--setup", "module load cuda")
+    script = render(QUICKSTART, "--to", "slurm", "--run", str(tmp_path), "--image", "lightspan.sif", *setup)
     done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -277,6 +292,18 @@ def test_pods_have_no_more_rights_than_they_need(kind: str, render: Callable[...
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
 
 
+def test_pods_ask_for_memory_cores_and_nodes(render: Callable[..., str]) -> None:
+    asked = ("--mem", "1T", "--cpus-per-task", "3", "--node-selector", "nvidia.com/gpu.product=A100-SXM4-80GB")
+    for kind in KINDS:
+        _, workload = documents(render, kind, *asked)
+        valid(workload)
+        for template in pod_templates(workload):
+            assert template["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": "A100-SXM4-80GB"}
+            resources = template["spec"]["containers"][0]["resources"]
+            assert resources["requests"] == {"cpu": "6", "memory": "1048576Mi"}
+            assert resources["limits"] == {"nvidia.com/gpu": "2", "memory": "1048576Mi"}
+
+
 def test_pods_have_time_for_the_checkpoint_that_the_recipe_promises(render: Callable[..., str]) -> None:
     budget = "trainer.callbacks.preemption.init_args.budget_s=300"
     for kind in KINDS:
@@ -387,6 +414,20 @@ def test_a_key_comes_from_a_secret_of_the_cluster(render: Callable[..., str]) ->
         (["--to", "slurm", "--time", "soon"], "write minutes, H:M:S or D-H:M:S"),
         (["--to", "slurm", "--time", "0"], "at least 1 minute"),
         (["--to", "slurm", "--partition", "a b"], "letters, digits"),
+        (["--to", "slurm", "--account", "x\n#SBATCH --y"], "--account"),
+        (["--to", "slurm", "--mem", "64"], "--mem '64' is not a size"),
+        (["--to", "slurm", "--mem", "0G"], "--mem '0G' is not a size"),
+        (["--to", "slurm", "--sbatch", "constraint=a\n--x"], "--sbatch"),
+        (["--to", "slurm", "--sbatch", "nodes=4"], "rule --nodes already"),
+        (["--to", "slurm", "--sbatch", "-t 1:00:00", "--time", "5"], "rule --time already"),
+        (["--to", "slurm", "--sbatch=-K"], "long name"),
+        (["--to", "slurm", "--sbatch", "; rm"], "is not an option of sbatch"),
+        (["--to", "slurm", "--setup", ""], "--setup is empty"),
+        (["--to", "slurm", "--setup", "a\nb"], "--setup"),
+        (["--to", "slurm", "--setup", "export KEY=sk-" + "a1B2" * 10], "looks like a secret"),
+        (["--to", "local", "--mem", "64G"], "--mem does not work with --to local"),
+        (["--to", "kubernetes", "--image", "i", "--account", "a"], "--account does not work"),
+        (["--to", "kubernetes", "--image", "i", "--node-selector", "gpu"], "--node-selector 'gpu' is not LABEL=VALUE"),
         (["--to", "slurm", "--container", "pyxis"], "needs --image"),
         (["--to", "slurm", "--image", "a b"], "is not a container image"),
         (["--to", "slurm", "--image", "i", "--run", "a:b"], "cannot be mounted"),

@@ -131,6 +131,14 @@ def test_a_system_has_one_row_with_its_figure_or_is_not_built_yet(build_docs: Mo
     ) in text
 
 
+def test_a_figure_shows_the_median_where_the_claim_failed_by_it_alone(build_docs: ModuleType) -> None:
+    mean_keeps_it = claim("a", 2.0, held=False) | {"median": 0.5}
+    assert build_docs.figure(mean_keeps_it) == "a: 2 points, median 0.5"
+    assert build_docs.figure(mean_keeps_it | {"held": True, "median": 1.5}) == "a: 2 points"
+    assert build_docs.figure(mean_keeps_it | {"value": 0.2}) == "a: 0.2 points"
+    assert build_docs.figure(mean_keeps_it | {"margin": {"at_most": 3.0}, "median": 4.0}) == "a: 2 points, median 4"
+
+
 @pytest.mark.parametrize(("figure", "shown"), [("", "a: 1.25 points"), ("b", "b: not finite points")])
 def test_the_figure_of_a_system_is_the_claim_that_it_names_or_the_first(
     build_docs: ModuleType, house: Path, figure: str, shown: str

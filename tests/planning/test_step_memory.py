@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lightspan.memory import state_bytes
+from lightspan.optim.low_rank import LowRank
 from lightspan.planning.step_memory import (
     OptimizerStopped,
+    StepCounter,
     StepMemory,
     batch_rows,
     faked,
     idle_state_bytes,
     largest_rows,
     resized,
-    step_memory,
 )
 
 FLOAT = 4
@@ -50,7 +52,7 @@ def measure(module: nn.Module, fake: bool, optimizer: Any = torch.optim.AdamW, p
         return nn.functional.mse_loss(module(data["x"]), data["y"])
 
     with on_fakes(module, fake):
-        return step_memory(module, resized(batch(), ROWS), loss, lambda: [optimizer(module.parameters())], passes)
+        return StepCounter(module, loss, lambda: [optimizer(module.parameters())], passes).count(resized(batch(), ROWS))
 
 
 @pytest.mark.parametrize("fake", [True, False])
@@ -94,10 +96,31 @@ def test_a_fake_step_counts_what_a_real_one_does() -> None:
     for fake in (True, False):
         with on_fakes(module, fake):
             data = resized(images, 5)
-            found.append(
-                step_memory(module, data, lambda x: module(x).sum(), lambda: [torch.optim.AdamW(module.parameters())])
-            )
+            counter = StepCounter(module, lambda x: module(x).sum(), lambda: [torch.optim.AdamW(module.parameters())])
+            found.append(counter.count(data))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p: LowRank(p, rank=4, check_finite=False)])
+def test_a_batch_of_another_size_counts_as_if_it_were_the_first(optimizer: Any) -> None:
+    """Its optimisers take no step of their own."""
+    module, steps = mlp(), []
+
+    def make() -> list[torch.optim.Optimizer]:
+        made = optimizer(module.parameters())
+        made.register_step_post_hook(lambda *_: steps.append(1))
+        return [made]
+
+    def loss(data: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(module(data["x"]), data["y"])
+
+    with on_fakes(module, True):
+        counter = StepCounter(module, loss, make)
+        found = [counter.count(resized(batch(), rows)) for rows in (ROWS, 500, 3)]
+    assert len(steps) == 2
+    for rows, one in zip((ROWS, 500, 3), found, strict=True):
+        with on_fakes(module, True):
+            assert one == StepCounter(module, loss, make).count(resized(batch(), rows))
 
 
 def test_the_peak_lies_between_what_must_be_alive_and_the_sum_of_everything() -> None:
@@ -115,7 +138,7 @@ def test_accumulated_gradients_are_alive_while_the_next_activations_are() -> Non
     def peak(passes: int) -> int:
         with on_fakes(wide, True):
             data = torch.zeros(256, 256)
-            return step_memory(wide, data, lambda x: wide(x).square().sum(), list, passes).peak
+            return StepCounter(wide, lambda x: wide(x).square().sum(), list, passes).count(data).peak
 
     assert peak(2) == peak(1) + FLOAT * 256 * 256
 
@@ -125,8 +148,31 @@ def test_shared_weights_count_once_and_stay_shared() -> None:
     tied[1].weight = tied[0].weight
     with on_fakes(tied, True):
         assert tied[1].weight is tied[0].weight
-        found = step_memory(tied, torch.zeros(3, dtype=torch.int64), lambda x: tied(x).sum(), list)
+        found = StepCounter(tied, lambda x: tied(x).sum(), list).count(torch.zeros(3, dtype=torch.int64))
     assert found.weights == found.gradients == FLOAT * 10 * 4
+
+
+def test_a_module_on_the_meta_device_counts_as_one_with_numbers() -> None:
+    with torch.device("meta"):
+        tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False), nn.BatchNorm1d(10))
+    tied[1].weight = tied[0].weight
+    tied[0].weight.marked = True
+    tied[2].weight.requires_grad_(False)
+    real = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False), nn.BatchNorm1d(10))
+    real[1].weight = real[0].weight
+    real[2].weight.requires_grad_(False)
+    found = []
+    for module in (tied, real):
+        with on_fakes(module, True):
+            assert module[1].weight is module[0].weight
+            tokens = torch.zeros(3, dtype=torch.int64)
+            make = partial(torch.optim.AdamW, [p for p in module.parameters() if p.requires_grad])
+            found.append(
+                StepCounter(module, lambda x, net=module: net(x).sum(), lambda make=make: [make()]).count(tokens)
+            )
+            assert module is real or module[0].weight.marked
+    assert found[0] == found[1]
+    assert all(tensor.is_meta for tensor in (*tied.parameters(), *tied.buffers()))
 
 
 def test_a_module_gets_its_own_tensors_back_unchanged_even_after_an_error() -> None:

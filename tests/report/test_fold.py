@@ -1,6 +1,7 @@
 """Runs that differ by their seed alone become one, with the mean and the deviation of what they logged."""
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,21 @@ def test_a_ranking_puts_the_best_first_and_what_diverged_last(make_run: MakeRun)
     assert table.count('class="best"') == 1
     with pytest.raises(UserError, match="--metric val/los: no run logged it; they logged val/loss"):
         ranked(runs, "val/los")
+
+
+def test_a_ranking_names_classes_briefly_and_shows_the_value_before_what_differs(make_run: MakeRun) -> None:
+    paths = ("lightspan.optim.presets.Muon", "lightspan.optim.presets.Fira", "torch.optim.Muon")
+    optimizers = ({"class_path": path, "init_args": {"lr": at / 2}} for at, path in enumerate(paths))
+    resolved = ({"model": {"init_args": {"optimizer": one}}} for one in optimizers)
+    runs = made(make_run, *({"rows": values(9.0, at), "resolved": one} for at, one in enumerate(resolved)))
+    found = ranked(runs)
+    assert found is not None
+    table = ranking_table(found)
+    heads = ["", "run", "val/loss", "optimizer", "lr", "steps", "seconds"]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == heads
+    shown = re.findall(r'<td class="setting"( title="[\w.]+")?>(.*?)</td>', table)
+    assert [text for _, text in shown] == ["presets.Muon", "0.0", "Fira", "0.5", "optim.Muon", "1.0"]
+    assert [title for title, _ in shown[::2]] == [f' title="{path}"' for path in paths]
 
 
 def test_a_metric_without_a_direction_needs_one(make_run: MakeRun) -> None:

@@ -11,9 +11,9 @@ from methods_page import main_claim, paper_link, records_about
 HEADER = """# Gallery of methods
 
 A card for each method that has a recipe: {count} in all. A figure is the claim that tells the method from its baseline,
-measured here, in minutes on a CPU; *held* says whether it kept the margin that was set before the run. The same as a
-table, with the systems that are not built yet: [methods.md](methods.md). How to choose:
-[which-method.md](which-method.md).
+measured here, in minutes on a CPU; *held* says whether it kept the margin that was set before the run, over several
+seeds by mean and median. The same as a table, with the systems that are not built yet: [methods.md](methods.md). How to
+choose: [which-method.md](which-method.md).
 """
 # Pages that name everything, so that they explain nothing in particular.
 LISTS = {"benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}

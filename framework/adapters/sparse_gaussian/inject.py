@@ -18,7 +18,7 @@ from lightspan.adapters.layers import is_open, known_kind, weight_of
 from lightspan.adapters.sparse_gaussian.draws import Draw, normal
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.errors import UserError
-from lightspan.patterns import matches, require_matches
+from lightspan.patterns import matches, require_matches, require_patterns
 from lightspan.subspaces.masks.allocation import PerTensorAllocation, Uniform
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.top_k import top_k
@@ -84,6 +84,8 @@ def sparsify(
         read or share; the model is then as it was.
     """
     found = {name: module for name, module in model.named_modules() if name and known_kind(module) is not None}
+    require_patterns(match, "match")
+    require_patterns(dense, "dense")
     require_matches([*match, *dense], list(found), f"linear layer or convolution of {type(model).__name__}")
     chosen = {name: module for name, module in found.items() if matches(name, [*match, *dense])}
     for name, module in chosen.items():

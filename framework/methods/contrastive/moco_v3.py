@@ -58,7 +58,7 @@ class MoCoV3(Method):
         require_projector(backbone, projector)
         require_predictor(projector, predictor)
         parameters = dict(backbone.named_parameters())
-        require_matches(list(frozen), list(parameters), "parameter of the backbone (frozen)")
+        require_matches(frozen, list(parameters), "parameter of the backbone (frozen)", "frozen")
         for name, parameter in parameters.items():
             parameter.requires_grad_(parameter.requires_grad and not any_matches([name], list(frozen)))
         self.student, self.predictor = nn.Sequential(backbone, projector), predictor

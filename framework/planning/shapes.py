@@ -1,0 +1,28 @@
+"""Recipes built on torch's meta device, where tensors have no numbers: even the largest model then takes a second."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from lightspan.config.build import Built, Resolved, build
+
+T = TypeVar("T")
+
+
+def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T]) -> T:
+    """What `judge` says of the recipe built on the meta device. Whatever stops there may only lack a number, so then
+    the recipe is built with numbers, and what happens to it counts.
+
+    Raises: whatever `build` or `judge` raises of the recipe with numbers.
+    """
+    try:
+        with torch.device("meta"):
+            built = build(resolved)
+        for part in built.model.modules():
+            if "_device" in vars(part):  # where Lightning and torchmetrics believe to be, and send batches
+                vars(part)["_device"] = torch.device("cpu")
+        return judge(built)
+    except Exception:  # from any library; unless numbers are what it lacked, it is raised again below
+        pass
+    return judge(build(resolved))
