@@ -87,7 +87,7 @@ def test_show_prints_the_description_and_the_file(capsys):
 def test_show_resolved_prints_yaml_that_is_itself_a_recipe(capsys):
     assert main(["show", *TINY, "--resolved", "trainer.max_steps=5"]) == 0
     Path("again.yaml").write_text(capsys.readouterr().out)
-    assert main(["check", "again.yaml", "--allow-module", "tiny_lab"]) == 0
+    assert main(["check", "again.yaml", "--fast", "--allow-module", "tiny_lab"]) == 0
     assert "max_steps: 5" in Path("again.yaml").read_text()
 
 

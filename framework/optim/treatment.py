@@ -49,5 +49,5 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
     kept = sum(local(tensor).nbytes for tensor in state.values())
     wide = wide_type(parameter.dtype).itemsize
     name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
-    scale = optimizer.scale if selection.projected else 1.0
+    scale = float(group["scale"]) if selection.projected else 1.0
     return Treatment(name, shape, rate, scale, how, kept, 2 * wide * local(parameter).numel())
