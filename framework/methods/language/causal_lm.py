@@ -5,6 +5,7 @@ width.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +68,7 @@ class CausalLM(Method):
         return self.backbone(input_ids=tokens_of(batch, "CausalLM")[:, :-1]).logits
 
 
-def targets_in(batch: TextBatch | DocumentBatch) -> int:
+def targets_in(batch: Mapping[str, Any]) -> int:
     """How many tokens of a batch are predicted, at least 1: the weight of its mean loss beside other batches."""
     targets = batch["mask"][:, 1:].sum() if "mask" in batch else batch["tokens"][:, 1:].numel()
     return max(1, int(targets))
