@@ -140,14 +140,20 @@ class PictureData(SampleSets):
         """Finds and splits the pictures; says what is unusual about them."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Once. Raises: UserError for fewer than two pictures, and what `find` raises."""
+        """Once. Raises: UserError for less than a picture to train and one to validate with, and what `find` raises."""
         if self.train is not None:
             return
         found = self.find()
+        count = len(found.train) + len(found.val)
+        if count < 2:
+            raise UserError(
+                f"{count} readable {'picture is' if count == 1 else 'pictures are'} too few: one must train and "
+                "another one validate; give at least two"
+            )
         if not (len(found.train) and len(found.val)):
             raise UserError(
-                f"{len(found.train) + len(found.val)} readable picture is too few: one must train and another one "
-                "validate; give at least two"
+                f"{count} readable pictures leave none to {'validate' if len(found.train) else 'train'} with: a class "
+                "with a single picture holds none out; give a class two pictures"
             )
         taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
         mean, std = channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
