@@ -9,6 +9,7 @@ from PIL import Image
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.places import ReadPath
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 SIDE = 32
@@ -53,7 +54,7 @@ class Stamps(CaptionedImages):
     image_shape = (3, SIDE, SIDE)
     class_names = TOPICS
 
-    def __init__(self, root: str | None = None, **settings: Any) -> None:
+    def __init__(self, root: ReadPath | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.root = root
 

@@ -22,6 +22,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.places import ReadPath
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -281,7 +282,7 @@ class FashionMNIST(ImageData):
         batch_size: int = 256,
         views: Views | None = None,
         source: Literal["shipped", "full", "auto"] = "shipped",
-        root: str | None = None,
+        root: ReadPath | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(batch_size, views, **settings)

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["bert", "llama", "stored_bert", "stored_t5", "t5"]
@@ -75,7 +76,7 @@ def llama(
     return LlamaForCausalLM(config)
 
 
-def stored_bert(folder: str) -> BertModel:
+def stored_bert(folder: ReadPath) -> BertModel:
     """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
 
     Raises: UserError if there is none.
@@ -133,7 +134,7 @@ def t5(
     return T5ForConditionalGeneration(config)
 
 
-def stored_t5(folder: str) -> T5ForConditionalGeneration:
+def stored_t5(folder: ReadPath) -> T5ForConditionalGeneration:
     """A T5 from a folder as transformers saves it, with its weights as safetensors; T5 1.1 and its LM-adapted ones too.
 
     Raises: UserError if there is none.

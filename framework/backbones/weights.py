@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]
 
 
-def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
+def stored_linear(path: ReadPath, prefix: str = "head.") -> nn.Linear:
     """The linear layer of an earlier run, with its weights and of its size.
 
     Args:
@@ -31,7 +32,7 @@ def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
     return layer
 
 
-def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
+def with_weights(module: nn.Module, path: ReadPath, prefix: str = "backbone.") -> nn.Module:
     """Loads `module`, all of it, from a safetensors file and returns it.
 
     Args:
@@ -56,7 +57,7 @@ def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.
     return module
 
 
-def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder.") -> MaskDecoder:
+def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "decoder.") -> MaskDecoder:
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
     if (head := _stored(path, prefix).get("head.weight")) is not None:
         decoder.settle(len(head))
@@ -64,7 +65,7 @@ def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder
     return decoder
 
 
-def stored_noise(path: str, weight: float = 0.1, seed: int = 0) -> BankNoise:
+def stored_noise(path: ReadPath, weight: float = 0.1, seed: int = 0) -> BankNoise:
     """Noise from the features of pictures that a safetensors file holds as `bank`, [N S w].
 
     Raises: UserError for a file that is missing or has no bank, or as `BankNoise`.

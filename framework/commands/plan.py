@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
+    from lightspan.planning.rehearsal import without_trace
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
@@ -62,12 +63,13 @@ def run(args: argparse.Namespace) -> int:
         # One process plans without the strategy; the callback recomputes the same blocks.
         resolved = with_layer(resolved, {"trainer": {"callbacks": {"activation_checkpointing": _CHECKPOINTING}}})
     ranks, nodes = args.ranks or _ranks(resolved.config), _whole(resolved.config, "num_nodes")
-    built = build(in_one_process(resolved))
-    if built.datamodule is None:
-        raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
     limit = None if args.memory is None else int(args.memory * GIB)
-    shared = division(strategy, built.model, ranks, nodes)
-    plan = make_plan(built.trainer, built.model, built.datamodule, limit, args.real, shared)
+    with without_trace(in_one_process(resolved)) as (alone, scratch):
+        built = build(alone, scratch)
+        if built.datamodule is None:
+            raise UserError(f"{resolved.name} has no data, so there is no batch to plan with; add `data:` to it")
+        shared = division(strategy, built.model, ranks, nodes)
+        plan = make_plan(built.trainer, built.model, built.datamodule, limit, args.real, shared)
     measured = measured_peak(args.run) if args.run else None
     _print(plan, resolved.name, measured)
     if args.run:

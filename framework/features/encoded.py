@@ -22,6 +22,7 @@ from lightspan.features.identity import data_identity, module_identity
 from lightspan.features.preprocessing import stated
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
+from lightspan.places import ReadPath
 
 Pool = Literal["none", "mean", "first"]
 Split = Literal["bank", "val", "test"]
@@ -200,7 +201,7 @@ class FeatureFile(Input):
         path: of the file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: ReadPath) -> None:
         self.path = path
 
     def load(self, store: FeatureStore) -> Features:

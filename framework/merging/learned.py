@@ -24,6 +24,7 @@ from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
 from lightspan.objectives.entropy import prediction_entropy
+from lightspan.places import RunPath
 from lightspan.tensor_files import Form, write_tensors
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
@@ -140,7 +141,7 @@ class LearnedMerging(Method):
         heads: features -> logits [B C], of each task that data are of, frozen as they are given: of the models, with
             `lightspan.backbones.weights.with_weights`, or others.
         prefix: of the backbone's names in the checkpoints.
-        out: folder for the result, made when training ends, or None: coefficients.safetensors and mask.safetensors, as
+        out: folder for the result, such as `${run}/merged`, or None: coefficients.safetensors and mask.safetensors, as
             `StoredCoefficients` and `StoredMask` read them, and merged.safetensors, the backbone under its names.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
@@ -151,7 +152,7 @@ class LearnedMerging(Method):
         models: Models,
         heads: dict[str, nn.Module],
         prefix: str = "backbone.",
-        out: str | None = None,
+        out: RunPath | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -207,6 +208,7 @@ class LearnedMerging(Method):
         return self.encoded(self.merged(), batch)
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and self.out is not None:
             make_folder(Path(self.out), "model.init_args.out")  # what cannot be written is said before a run
 

@@ -19,6 +19,7 @@ from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded, irregular, require_regular_file
+from lightspan.places import ReadPath
 from lightspan.run_files import CHECKPOINTS, MODEL
 from lightspan.tensor_files import DTYPES, Form
 
@@ -131,7 +132,7 @@ class StatisticsFiles:
         files: of each checkpoint by its name.
     """
 
-    def __init__(self, merger: str, files: Mapping[str, str]) -> None:
+    def __init__(self, merger: str, files: Mapping[str, ReadPath]) -> None:
         self.merger, self.files = merger, dict(files)
 
     def require(self, names: Sequence[str]) -> None:
