@@ -87,7 +87,7 @@ def test_what_happens_is_heard(sound, tmp_path):
 def test_it_is_refused_and_nothing_happens(layer, sound, monkeypatch, tmp_path):
     with nothing_happens():
         with pytest.raises(UserError):
-            with_layer(sound, layer)
+            with_layer(sound, layer, "hostile.yaml:1")  # a layer of the command line may name any place
         with contextlib.suppress(UserError) if inert(layer) else pytest.raises(UserError):
             build(unchecked(sound, layer), tmp_path / "run")
         # The builder alone, as if the gate stood open: it may build what does no harm, and that is all.
