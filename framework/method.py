@@ -45,8 +45,12 @@ class Method(LightningModule):
             with more images, and an image with another number, are refused in the same way. None refuses nothing.
         num_tokens: set by a method whose network knows so many tokens: texts with another number are refused in the
             same way. None refuses nothing.
+        least_rows: how many rows of all ranks the loss has to see at a time to have a gradient at all: 2 for a method
+            that does nothing but tell rows apart. Data whose batches are smaller are refused before the first step; a
+            smaller batch of them, such as the last, trains nothing.
     """
 
+    least_rows: int = 1
     num_classes: int | None = None
     num_images: int | None = None
     num_tokens: int | None = None
@@ -63,9 +67,22 @@ class Method(LightningModule):
         self.groups = groups or ParameterGroups()
 
     def setup(self, stage: str) -> None:
-        """Raises: UserError for data with more training images than `num_images`."""
+        """Raises: UserError for data with more training images than `num_images`, or batches below `least_rows`."""
+        if stage == "fit" and self.least_rows > 1:
+            self._require_batches()
         if stage == "fit" and self.num_images is not None:
             require_room(getattr(self.trainer, "datamodule", None), self.num_images, type(self).__name__)
+
+    def _require_batches(self) -> None:
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        parts = self.trainer.accumulate_grad_batches
+        if isinstance(batch_size, int) and batch_size < self.least_rows * parts:
+            method = type(self).__name__
+            at_a_time = f" in accumulate_grad_batches={parts} parts" if parts > 1 else ""
+            raise UserError(
+                f"data.init_args.batch_size={batch_size}{at_a_time} leaves {method} nothing to tell apart: its loss "
+                f"compares {self.least_rows} rows or more; set batch_size to {self.least_rows * parts} or more"
+            )
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """Raises: UserError for labels that are not below `num_classes`, tokens that are not below `num_tokens`, and in

@@ -21,6 +21,7 @@ from lightspan.callbacks.watching.detached import detached, features_of, of_all_
 from lightspan.drawing import canvas, png
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 
 FRAME = 4  # pixels around a query
 LEAST_FOR_TSNE = 10  # points; fewer are mapped by their principal components
@@ -57,7 +58,7 @@ class FeaturePictures(Callback):
 
     def __init__(
         self,
-        folder: str,
+        folder: RunPath,
         queries: int = 8,
         neighbours: int = 7,
         method: Literal["tsne", "pca"] = "tsne",

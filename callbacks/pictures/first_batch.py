@@ -19,6 +19,7 @@ from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.drawing import png
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 
 MOST_COLUMNS = 16
 LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that their pixels can be seen
@@ -41,7 +42,7 @@ class FirstBatch(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str, rows: int = 8) -> None:
+    def __init__(self, folder: RunPath, rows: int = 8) -> None:
         if rows < 1:
             raise UserError(f"FirstBatch rows={rows} must be at least 1")
         self.folder, self.rows = Path(folder), rows

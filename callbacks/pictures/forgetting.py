@@ -16,6 +16,7 @@ from lightspan.callbacks.watching.detached import detached, log_now
 from lightspan.errors import UserError
 from lightspan.estimators.closed_form import IncrementalAccuracy
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 
 
 class Forgetting(Callback):
@@ -36,7 +37,7 @@ class Forgetting(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: RunPath | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._correct: list[list[int]] = []
         self._rows: list[int] = []

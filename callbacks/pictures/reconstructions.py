@@ -19,6 +19,7 @@ from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_i
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
 from lightspan.nn.masking.hidden_patches import Reconstruction
+from lightspan.places import RunPath
 from lightspan.strategies import gathered
 
 GREY = 0.5  # in the place of what is hidden
@@ -41,7 +42,7 @@ class Reconstructions(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str, rows: int = 8) -> None:
+    def __init__(self, folder: RunPath, rows: int = 8) -> None:
         if rows < 1:
             raise UserError(f"Reconstructions rows={rows} must be at least 1")
         self.folder, self.rows = Path(folder), rows

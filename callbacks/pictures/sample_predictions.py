@@ -17,6 +17,7 @@ from lightspan.callbacks.watching.detached import detached
 from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
 from lightspan.errors import UserError, one_line
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 from lightspan.strategies import gathered
 
 COLUMNS = 8
@@ -42,7 +43,7 @@ class SamplePredictions(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str, count: int = 32, classes: list[str] | None = None) -> None:
+    def __init__(self, folder: RunPath, count: int = 32, classes: list[str] | None = None) -> None:
         if count < 1:
             raise UserError(f"SamplePredictions count={count} must be at least 1")
         self.folder, self.count, self.classes = Path(folder), count, classes

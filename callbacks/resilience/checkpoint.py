@@ -32,6 +32,7 @@ from lightspan.checkpoints.restore import (
 )
 from lightspan.errors import UserError
 from lightspan.files import remove_leftovers
+from lightspan.places import PathName, RunPath
 from lightspan.run_files import CHECKPOINTS
 
 
@@ -64,8 +65,8 @@ class Checkpoint(OwnFiles):
 
     def __init__(
         self,
-        dirpath: str | None = None,
-        filename: str = "{step}",
+        dirpath: RunPath | None = None,
+        filename: PathName = "{step}",
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,

@@ -15,6 +15,7 @@ from lightspan.callbacks.resilience.step_capture import StepCapture
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError, printable
 from lightspan.optim.low_rank import LowRank
+from lightspan.places import RunPath
 from lightspan.sharded import held_numbers, square_norms
 
 
@@ -58,7 +59,7 @@ class FiniteLoss(Callback):
         self,
         policy: Literal["stop", "skip"] = "stop",
         most_skips: int = 10,
-        folder: str | None = None,
+        folder: RunPath | None = None,
         most_captures: int = 3,
         most_capture_mib: float = 8192.0,
     ) -> None:

@@ -16,6 +16,7 @@ from lightspan.distributed import world_size
 from lightspan.errors import UserError, one_line
 from lightspan.files import make_folder, remove
 from lightspan.memory import MIB
+from lightspan.places import RunPath
 from lightspan.sharded import local, whole
 from lightspan.tensor_files import Form
 
@@ -38,7 +39,7 @@ class StepCapture:
         most_mib: size of a module's parameters and buffers, above which nothing is captured.
     """
 
-    def __init__(self, folder: str | None, most: int, most_mib: float) -> None:
+    def __init__(self, folder: RunPath | None, most: int, most_mib: float) -> None:
         self.folder = None if folder is None else Path(folder)
         self.most, self.most_mib = most, most_mib
         self._step: int | None = None

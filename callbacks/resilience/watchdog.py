@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightspan.errors import UserError, printable
+from lightspan.places import RunPath
 from lightspan.run_files import HEARTBEATS, STACKS
 
 MOST_S = 30 * 86_400.0
@@ -71,7 +72,7 @@ class Watchdog(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
+    def __init__(self, folder: RunPath = "", timeout_s: float = 1800.0, every_s: float | None = None) -> None:
         if not 0 < timeout_s <= MOST_S:
             raise UserError(
                 f"timeout_s={timeout_s} must be above 0 and at most {MOST_S:.0f} seconds; leave the callback out to "

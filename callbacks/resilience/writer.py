@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
@@ -18,6 +18,7 @@ from lightspan.checkpoints.manifest import COMPLETE, header, newest_whole, point
 from lightspan.distributed import world_size
 from lightspan.errors import UserError
 from lightspan.files import link_atomic
+from lightspan.places import PathUse
 
 
 class Writer:
@@ -28,7 +29,7 @@ class Writer:
         in_background: whether to write in a thread, behind what was asked for before.
     """
 
-    def __init__(self, folder: Path, in_background: bool) -> None:
+    def __init__(self, folder: Annotated[Path, PathUse.RUN], in_background: bool) -> None:
         self.folder = folder
         self._background = Background() if in_background else None
         self._folders: FolderCheckpoints | None = None

@@ -15,6 +15,7 @@ from lightspan.errors import UserError, printable
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
+from lightspan.places import RunPath
 from lightspan.run_files import SUBSPACE
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 from lightspan.wiring.optimizers import average_in_coordinates
@@ -49,7 +50,7 @@ class IntrinsicDimension(Callback):
         seed: int = 0,
         per_tensor: bool = False,
         layer_scales: bool = False,
-        path: str | None = None,
+        path: RunPath | None = None,
     ) -> None:
         self.make = partial(
             RandomSubspace,

@@ -28,6 +28,7 @@ from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
 from lightspan.optim.masks.place import Place
 from lightspan.optim.steps import steps_taken
 from lightspan.patterns import matches, require_matches, require_patterns
+from lightspan.places import RunPath
 from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
@@ -81,7 +82,7 @@ class MaskLearning(Callback):
         allocation: Allocation | None = None,
         until: float = 0.75,
         seed: int = 0,
-        path: str | None = None,
+        path: RunPath | None = None,
     ) -> None:
         require_patterns(match, "MaskLearning match")
         if not match:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightspan.distributed import world_size
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 
 FORMAT = 1  # runs/ledger.py reads it without the imports of this module
 
@@ -46,7 +47,7 @@ class Ledger(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: RunPath) -> None:
         self.path = Path(path)
         self._loader: ExactOrder | None = None
         self._may_replace = False

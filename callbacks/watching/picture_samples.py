@@ -13,6 +13,7 @@ from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
+from lightspan.places import RunPath
 from lightspan.strategies import gathered
 
 MOST_CLASSES, COLUMNS = 10, 8
@@ -39,7 +40,7 @@ class PictureSamples(Callback):
 
     def __init__(
         self,
-        folder: str,
+        folder: RunPath,
         shape: tuple[int, int, int] | None = None,
         classes: list[int] | None = None,
         rows: int = 8,

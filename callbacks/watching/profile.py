@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightspan.errors import UserError, printable
 from lightspan.files import atomic_path, make_folder, write_atomic
+from lightspan.places import RunPath
 
 ROWS = 40
 MOST_EVENTS = 100_000
@@ -35,7 +36,7 @@ class Profile(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, folder: str, first: int = 5, last: int = 8) -> None:
+    def __init__(self, folder: RunPath, first: int = 5, last: int = 8) -> None:
         if not 0 <= first < last:
             raise UserError(f"steps {first}:{last} of a profile must be A:B with 0 <= A < B")
         self.folder, self.first, self.last = Path(folder), first, last

@@ -15,6 +15,7 @@ from lightspan.errors import printable
 from lightspan.files import write_atomic
 from lightspan.loggers.jsonl import plain_number
 from lightspan.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
+from lightspan.places import RunPath
 
 WARM_UP_STEPS = 5
 
@@ -38,7 +39,7 @@ class RunSummary(Callback):
 
     alters_training = False  # see config.identity
 
-    def __init__(self, path: str, print_table: bool = True) -> None:
+    def __init__(self, path: RunPath, print_table: bool = True) -> None:
         self.path = Path(path)
         self.print_table = print_table
         self._seconds_before = 0.0

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightspan.callbacks.watching.detached import detached
 from lightspan.errors import UserError
+from lightspan.places import RunPath
 from lightspan.strategies import gathered
 
 
@@ -30,7 +31,7 @@ class TextSamples(Callback):
 
     def __init__(
         self,
-        path: str,
+        path: RunPath,
         prompt: str = "def ",
         length: int = 240,
         temperature: float = 0.7,

@@ -7,7 +7,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.errors import UserError, one_line
+from lightspan.places import PathUse
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
@@ -37,7 +38,7 @@ class Recordings:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[Annotated[Path, PathUse.READ]],
         labels: Mapping[str, np.ndarray],
         reader: WaveReader,
         drawn: bool,

@@ -12,6 +12,7 @@ from lightspan.datamodules.pictures.data import held_out
 from lightspan.datamodules.pictures.files import Kind, Labels, Links, PictureFiles, find_labelled
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.places import ReadPath
 
 RECORDINGS = Kind("recording", "WAV, FLAC, OGG or MP3", tuple(f".{ending}" for ending in SOUNDS))
 
@@ -34,8 +35,8 @@ class AudioFolder(AudioData):
 
     def __init__(
         self,
-        folder: str,
-        val_folder: str | None = None,
+        folder: ReadPath,
+        val_folder: ReadPath | None = None,
         val_share: float = 0.1,
         labels: Labels = "auto",
         links: Links = "skip",

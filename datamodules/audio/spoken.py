@@ -10,6 +10,7 @@ from lightspan.datamodules.audio.data import AudioData
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import content_of
+from lightspan.places import ReadPath
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 LANGUAGES = ("be", "bg", "ca", "da", "el", "es", "fr", "nn", "ro", "ru")
@@ -54,7 +55,7 @@ class SpokenCaptions(AudioData):
 
     def __init__(
         self,
-        root: str | None = None,
+        root: ReadPath | None = None,
         languages: tuple[str, ...] = LANGUAGES,
         val_share: float = 0.1,
         test_share: float = 0.2,

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.images.views import Views, view_as_image
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class ImageTextShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         tokenizer: PreTrainedTokenizerBase,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         length: int = 77,
         view: Views | None = None,
         image: str = "jpg|jpeg|png|webp",

@@ -10,6 +10,7 @@ from lightspan.datamodules.images.views import Views, view_as_image
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class PartlyLabelledShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         tokenizer: PreTrainedTokenizerBase,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         length: int = 77,
         view: Views | None = None,
         **settings: Any,

@@ -11,6 +11,7 @@ from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import content_of
+from lightspan.places import ReadPath
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 SIDE = 32
@@ -58,7 +59,7 @@ class Stamps(CaptionedImages):
     image_shape = (3, SIDE, SIDE)
     class_names = TOPICS
 
-    def __init__(self, root: str | None = None, **settings: Any) -> None:
+    def __init__(self, root: ReadPath | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.root = root
 

@@ -23,6 +23,7 @@ from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import BYTES, content_of, drained
+from lightspan.places import ReadPath
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -282,7 +283,7 @@ class FashionMNIST(ImageData):
         batch_size: int = 256,
         views: Views | None = None,
         source: Literal["shipped", "full", "auto"] = "shipped",
-        root: str | None = None,
+        root: ReadPath | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(batch_size, views, **settings)

@@ -148,14 +148,20 @@ class PictureData(SampleSets):
         """Finds and splits the pictures; says what is unusual about them."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Once. Raises: UserError for fewer than two pictures, and what `find` raises."""
+        """Once. Raises: UserError for less than a picture to train and one to validate with, and what `find` raises."""
         if self.train is not None:
             return
         found = self.find()
+        count = len(found.train) + len(found.val)
+        if count < 2:
+            raise UserError(
+                f"{count} readable {'picture is' if count == 1 else 'pictures are'} too few: one must train and "
+                "another one validate; give at least two"
+            )
         if not (len(found.train) and len(found.val)):
             raise UserError(
-                f"{len(found.train) + len(found.val)} readable picture is too few: one must train and another one "
-                "validate; give at least two"
+                f"{count} readable pictures leave none to {'validate' if len(found.train) else 'train'} with: a class "
+                "with a single picture holds none out; give a class two pictures"
             )
         mean, std = self._moments(found)
         train, val = (Chosen(found.album, numbers) for numbers in (found.train, found.val))

@@ -7,11 +7,12 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from lightspan.errors import UserError, one_line
+from lightspan.places import PathUse
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Links = Literal["skip", "follow"]
@@ -41,7 +42,7 @@ class PictureFiles:
         remarks: lines on what was left out.
     """
 
-    folder: Path
+    folder: Annotated[Path, PathUse.READ]
     names: list[str]
     labels: np.ndarray
     classes: list[str]

@@ -14,6 +14,7 @@ from lightspan.datamodules.pictures.files import Labels, Links, PictureFiles, fi
 from lightspan.datamodules.pictures.packed import Decoder, Fit, PackedPictures, PictureCache
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
+from lightspan.places import CachePath, ReadPath
 
 MOST_NAMED = 1000  # damaged files in one message
 
@@ -46,7 +47,8 @@ class ImageFolder(PictureData):
         fit: "crop" scales the shorter side and cuts out the middle, "pad" puts `background` around the whole.
         background: grey in [0, 255] behind what is transparent, and around what is padded.
         skip_damaged: True trains without files that cannot be decoded and names them; False refuses to start.
-        cache_dir: folder of the cache; None means ~/.cache/lightspan/pictures.
+        cache_dir: folder of the cache; None means ~/.cache/lightspan/pictures. A recipe may name one below
+            ~/.cache/lightspan or `${run}`, a flag any.
         cache_gib: GiB that all cached pictures together may use.
         settings: those of `PictureData`.
 
@@ -55,14 +57,14 @@ class ImageFolder(PictureData):
 
     def __init__(
         self,
-        folder: str,
-        val_folder: str | None = None,
+        folder: ReadPath,
+        val_folder: ReadPath | None = None,
         labels: Labels = "auto",
         links: Links = "skip",
         fit: Fit = "crop",
         background: int = 255,
         skip_damaged: bool = False,
-        cache_dir: str | None = None,
+        cache_dir: CachePath | None = None,
         cache_gib: float = 32,
         **settings: Any,
     ) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -22,13 +22,15 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from lightspan.caches import CacheFolder
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.pictures.files import PictureFiles
 from lightspan.datamodules.shards.decoders import decode_image
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, expanded, explained_os_errors
+from lightspan.files import atomic_path, explained_os_errors
 from lightspan.foreign import content_of
+from lightspan.places import CachePath, PathUse
 
 Fit = Literal["crop", "pad"]
 PIXELS, ABOUT = "pixels.npy", "about.json"
@@ -100,7 +102,7 @@ class PackedPictures:
         content: sha256 of the pixels of all pictures in their order.
     """
 
-    folder: Path
+    folder: Annotated[Path, PathUse.READ]
     damage: dict[int, str]
     content: str
     _pixels: np.ndarray | None = field(default=None, repr=False)
@@ -123,16 +125,16 @@ class PackedPictures:
 class PictureCache:
     """Packs of decoded pictures, told apart by the files' names, sizes and times and by the decoder's settings.
 
-    Before a new pack is written, those used longest ago make room for it.
+    Before a new pack is written, those used longest ago make room for it. In a dry run a pack that is there is read,
+    and any other is written to a temporary folder.
 
     Args:
         folder: None means $XDG_CACHE_HOME/lightspan/pictures, usually below ~/.cache.
         limit_gib: of all packs together.
     """
 
-    def __init__(self, folder: str | None, limit_gib: float) -> None:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightspan" / "pictures"
-        self.folder, self.limit_bytes = expanded(folder or default, SETTING), int(limit_gib * GIB)
+    def __init__(self, folder: CachePath | None, limit_gib: float) -> None:
+        self.cache, self.limit_bytes = CacheFolder(folder, "pictures", SETTING), int(limit_gib * GIB)
 
     def packed(self, files: PictureFiles, decode: Decoder, num_workers: int) -> PackedPictures:
         """The pack of these pictures, written now unless it is there; other processes wait meanwhile.
@@ -146,12 +148,15 @@ class PictureCache:
                 f"above cache_gib={self.limit_bytes / GIB:g}; raise data.init_args.cache_gib, lower "
                 "data.init_args.size, or pack the files themselves with `lightspan data pack` and train from shards"
             )
-        pack = self.folder / _key(files, decode)
-        with explained_os_errors(pack, setting=SETTING):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(pack.with_suffix(".lock")):
+        name = _key(files, decode)
+        if (held := self.cache.held(f"{name}/{ABOUT}")) is not None:
+            pack = held.parent
+        else:
+            part = self.cache.part()
+            pack = part / name
+            with explained_os_errors(pack, setting=SETTING), FileLock(pack.with_suffix(".lock")):
                 if not (pack / ABOUT).is_file():
-                    self._make_room(size)
+                    self._make_room(part, size)
                     self._pack(files, decode, num_workers, pack)
                 os.utime(pack)  # the time of its last use
         about = json.loads((pack / ABOUT).read_text())
@@ -176,8 +181,8 @@ class PictureCache:
             about = {"damage": damage, "content": digest.hexdigest(), "folder": str(files.folder)}
             (temporary / ABOUT).write_text(json.dumps(about) + "\n")
 
-    def _make_room(self, incoming: int) -> None:
-        packs = {about.parent: about.parent.stat().st_mtime for about in self.folder.glob(f"*/{ABOUT}")}
+    def _make_room(self, part: Path, incoming: int) -> None:
+        packs = {about.parent: about.parent.stat().st_mtime for about in part.glob(f"*/{ABOUT}")}
         sizes = {pack: sum(file.stat().st_size for file in pack.iterdir()) for pack in packs}
         total = incoming + sum(sizes.values())
         for pack in sorted(packs, key=lambda pack: packs[pack]):

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from lightspan.datamodules.satellite.resampling import square
 from lightspan.datamodules.satellite.tiffs import ENDINGS, read_tiff
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
+from lightspan.places import PathUse, ReadPath
 
 SCENES = Kind("TIFF", "TIFF", ENDINGS)
 
@@ -33,7 +34,7 @@ class Tiffs:
         dates: as in `TiffFolder`.
     """
 
-    folder: Path
+    folder: Annotated[Path, PathUse.READ]
     names: tuple[str, ...]
     labels: np.ndarray
     bands: Bands
@@ -83,7 +84,7 @@ class TiffFolder(SpectralSets):
 
     def __init__(
         self,
-        folder: str,
+        folder: ReadPath,
         bands: Bands,
         size: int | None = None,
         labels: Labels = "auto",

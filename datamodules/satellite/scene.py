@@ -17,6 +17,7 @@ from lightspan.datamodules.satellite.data import FoundScenes, SpectralSets
 from lightspan.datamodules.satellite.tiffs import read_tiff
 from lightspan.errors import UserError
 from lightspan.files import expanded
+from lightspan.places import ReadPath
 
 LANDSAT_7 = Path("stars/tif/L7_ETMs.tif")
 """In a library of R packages: 352 x 349 pixels of six bands, at the coast of Olinda, Brazil."""
@@ -68,7 +69,7 @@ class SceneBlocks(SpectralSets):
 
     def __init__(
         self,
-        scene: str,
+        scene: ReadPath,
         bands: Bands,
         patch: int = 32,
         block: int = 64,
@@ -122,7 +123,7 @@ class LandsatScene(SceneBlocks):
         settings: those of `SceneBlocks`.
     """
 
-    def __init__(self, scene: str | None = None, bands: Bands | None = None, **settings: Any) -> None:
+    def __init__(self, scene: ReadPath | None = None, bands: Bands | None = None, **settings: Any) -> None:
         super().__init__(scene or "", bands or Bands("landsat-7", scale=1 / 255), **settings)
 
     def path(self) -> Path:

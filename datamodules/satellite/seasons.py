@@ -18,6 +18,7 @@ from lightspan.datamodules.shards.decoders import decode_array, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.tagged import tags_in
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,11 @@ class SeasonShards(MultispectralShards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         bands: Bands,
         num_tags: int,
         crops: SpectralCrops,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         complete: bool = True,
         **settings: Any,
     ) -> None:

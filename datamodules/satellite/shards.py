@@ -22,6 +22,7 @@ from lightspan.datamodules.shards.decoders import decode_array, decode_class, pl
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError, one_line
+from lightspan.places import ReadPath
 
 TIFFS, CLOUDS = ("tif", "tiff"), "clouds.npy"
 
@@ -113,9 +114,9 @@ class MultispectralShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         bands: Bands,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         dates: int | None = None,
         crops: SpectralCrops | None = None,
         mean: list[float] | None = None,

@@ -10,6 +10,7 @@ from lightspan.datamodules.loading.sample_sets import require_enough, require_si
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.satellite.bands import Bands
 from lightspan.datamodules.satellite.data import FoundScenes, SpectralSets
+from lightspan.places import ReadPath
 
 TEST = 2_000
 CLASSES = (
@@ -52,7 +53,7 @@ class StatlogLandsat(SpectralSets):
 
     def __init__(
         self,
-        library: str | None = None,
+        library: ReadPath | None = None,
         bands: Bands | None = None,
         val_size: int = 500,
         split_seed: int = 0,

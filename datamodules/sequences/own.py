@@ -10,6 +10,7 @@ from lightspan.datamodules.sequences.sets import Labelled, SequenceSets, SymbolR
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import opened_regular
+from lightspan.places import ReadPath
 
 
 class OwnSequences(SequenceSets):
@@ -32,10 +33,10 @@ class OwnSequences(SequenceSets):
 
     def __init__(
         self,
-        path: str,
-        labels: str | None = None,
-        test_path: str | None = None,
-        test_labels: str | None = None,
+        path: ReadPath,
+        labels: ReadPath | None = None,
+        test_path: ReadPath | None = None,
+        test_labels: ReadPath | None = None,
         read_as: Literal["values", "symbols"] = "values",
         padding: int | None = None,
         **settings: Any,

@@ -13,6 +13,7 @@ from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import content_of
+from lightspan.places import ReadPath
 
 PACKAGES = ("asyncio", "email", "encodings", "http", "importlib", "multiprocessing", "unittest", "xml")
 LEAST = 32
@@ -36,7 +37,7 @@ class PythonBytes(SequenceSets):
     vocab_size = 257
 
     def __init__(
-        self, length: int = 1024, packages: Sequence[str] | None = None, root: str | None = None, **settings: Any
+        self, length: int = 1024, packages: Sequence[str] | None = None, root: ReadPath | None = None, **settings: Any
     ) -> None:
         super().__init__(**settings)
         self.packages = PACKAGES if packages is None else tuple(packages)

@@ -11,12 +11,14 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
+from lightspan.caches import CacheFolder
 from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
 from lightspan.datamodules.shards.index import sha256_of
 from lightspan.errors import UserError
-from lightspan.files import atomic_path, expanded, explained_os_errors, temporary_path
+from lightspan.files import atomic_path, explained_os_errors, temporary_path
+from lightspan.places import CachePath
 
-COPY = "[0-9a-f]" * 32 + ".tar"  # the folder may contain other people's tars
+COPY = "[0-9a-f]" * 32 + ".tar"
 # How long after its last use a file counts as in use: copies, and downloads, which grow all the time.
 IN_USE_S = {COPY: 60, temporary_path(Path(COPY), "*").name: 3600}
 ROOM_BYTES = 2**26  # freed at a time for a shard of unknown size
@@ -28,17 +30,16 @@ class ShardCache:
 
     A copy gets its name once complete, and has the size and sha256 of its index, if there is one. Before and while
     a shard is fetched, the least recently used copies make room for it; they are fetched again when needed. Copies
-    used in the last minute stay, since another process may be about to open them.
+    used in the last minute stay, since another process may be about to open them. In a dry run a copy that is there is
+    read, and any other is fetched into a temporary folder.
 
     Args:
         folder: folder for the copies; None means $XDG_CACHE_HOME/lightspan/shards, usually below ~/.cache.
         limit_bytes: of all copies together; no single shard may be larger.
     """
 
-    def __init__(self, folder: str | None, limit_bytes: int) -> None:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightspan" / "shards"
-        self.folder = expanded(folder or default, SETTING)
-        self.limit_bytes = limit_bytes
+    def __init__(self, folder: CachePath | None, limit_bytes: int) -> None:
+        self.cache, self.limit_bytes = CacheFolder(folder, "shards", SETTING), limit_bytes
 
     def local(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
         """Where the bytes of `shard` are. A copy of another size than `size` is fetched again.
@@ -47,9 +48,12 @@ class ShardCache:
         """
         if not SCHEME.match(shard):
             return local_path(shard)
-        copy = self._copy(shard)
+        held = self.cache.held(_name(shard))
+        if held is not None and _is_copy(held, size):
+            return held
+        copy = self.cache.part() / _name(shard)
         if not _is_copy(copy, size):
-            with explained_os_errors(copy, setting=SETTING), self._lock(copy):
+            with explained_os_errors(copy, setting=SETTING), FileLock(copy.with_suffix(".lock")):
                 if not _is_copy(copy, size):  # another process may have been first
                     retried(partial(self._fetch, shard, copy, size, sha256))
         with contextlib.suppress(OSError):  # the time of its last use; the time of writing stays
@@ -64,22 +68,15 @@ class ShardCache:
         """
         if not SCHEME.match(shard):
             return None
-        copy = self._copy(shard)
-        with explained_os_errors(copy, setting=SETTING), self._lock(copy):
+        copy = self.cache.part() / _name(shard)
+        with explained_os_errors(copy, setting=SETTING), FileLock(copy.with_suffix(".lock")):
             if sha256 is not None and copy.is_file() and sha256_of(copy) == sha256:
                 return None  # another process may have been first
             retried(partial(self._fetch, shard, copy, None, sha256))
         return copy
 
-    def _copy(self, shard: str) -> Path:
-        return self.folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.tar"
-
-    def _lock(self, copy: Path) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(copy.with_suffix(".lock"))
-
     def _fetch(self, shard: str, copy: Path, size: int | None, sha256: str | None) -> None:
-        for leftover in self.folder.glob(temporary_path(copy, "*").name):
+        for leftover in copy.parent.glob(temporary_path(copy, "*").name):
             leftover.unlink(missing_ok=True)  # from a killed process: this one holds the lock
         with open_shard(shard) as stream, atomic_path(copy, setting=SETTING) as temporary:
             promised: int | None = getattr(stream, "length", None)  # what the server announces
@@ -89,7 +86,7 @@ class ShardCache:
             if expected is not None and expected > self.limit_bytes:
                 raise UserError(self._too_large(shard, f"has {expected:,} bytes"))
             room, found, digest = expected or 0, 0, hashlib.sha256()
-            self._make_room(room)
+            self._make_room(copy.parent, room)
             with temporary.open("wb") as file:
                 while block := _next_block(stream, shard):
                     found += len(block)
@@ -98,7 +95,7 @@ class ShardCache:
                     if found > self.limit_bytes:
                         raise UserError(self._too_large(shard, "does not state its size and does not end"))
                     if found > room:
-                        self._make_room(ROOM_BYTES)
+                        self._make_room(copy.parent, ROOM_BYTES)
                         room = found + ROOM_BYTES
                     file.write(block)
                     digest.update(block)
@@ -113,8 +110,8 @@ class ShardCache:
                     "and index again, or start a new run if the index was kept by an earlier run"
                 )
 
-    def _make_room(self, incoming: int) -> None:
-        files, in_use_s = {}, {path: time_s for name, time_s in IN_USE_S.items() for path in self.folder.glob(name)}
+    def _make_room(self, part: Path, incoming: int) -> None:
+        files, in_use_s = {}, {path: time_s for name, time_s in IN_USE_S.items() for path in part.glob(name)}
         for path in in_use_s:
             with contextlib.suppress(OSError):  # another process may have deleted it
                 files[path] = path.stat()
@@ -132,6 +129,10 @@ class ShardCache:
             f"shard {shard} {what}, above the limit of {self.limit_bytes:,} bytes for all copies together; raise "
             "data.init_args.cache_gib if you trust the server"
         )
+
+
+def _name(shard: str) -> str:
+    return f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.tar"
 
 
 def _is_copy(path: Path, size: int | None) -> bool:

@@ -23,6 +23,7 @@ from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields, p
 from lightspan.datamodules.shards.samples import ShardSamples
 from lightspan.datamodules.shards.stream import Decoding, Shards, tell, written_out
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class DomainShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
-        target_shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        target_shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         num_classes: int = 19,
         ignore_label: int = 255,
         view: Views | None = None,

@@ -21,6 +21,7 @@ from lightspan.datamodules.shards.tars import group_members, read_members, split
 from lightspan.errors import UserError, one_line
 from lightspan.files import require_regular_file
 from lightspan.foreign import BYTES
+from lightspan.places import ReadPath
 
 FORMAT = 1
 SUFFIX = ".index.json"
@@ -37,7 +38,7 @@ class ShardIndex:
     remarks: what was skipped or looks odd, one line each.
     """
 
-    shard: str
+    shard: ReadPath
     size: int
     sha256: str
     starts: np.ndarray

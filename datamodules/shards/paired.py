@@ -11,6 +11,7 @@ from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.shards.decoders import IMAGES
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class PairedShards(Shards):
     """
 
     def __init__(
-        self, shards: list[str], val_shards: list[str] | None = None, view: Views | None = None, **settings: Any
+        self,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
+        view: Views | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(shards, val_shards, fields={"image": "|".join(IMAGES)}, **settings)
         image = replace(self.decode.image, views=view)

@@ -14,6 +14,7 @@ from lightspan.datamodules.images.views import seeded
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PosedShards(Shards):
     """
 
     def __init__(
-        self, shards: list[str], val_shards: list[str] | None = None, columns: int = 4, **settings: Any
+        self, shards: list[ReadPath], val_shards: list[ReadPath] | None = None, columns: int = 4, **settings: Any
     ) -> None:
         if columns < 1:
             raise UserError(f"PosedShards columns={columns} must be at least 1")

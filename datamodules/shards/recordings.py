@@ -12,6 +12,7 @@ from lightspan.datamodules.shards.decoders import decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class RecordingShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         rate: int = 16_000,
         seconds: float = 15.0,
         level_db: float | None = None,

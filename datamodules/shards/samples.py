@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.error import HTTPError
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, r
 from lightspan.datamodules.shards.index import SUFFIX, ShardIndex, from_json, read_sample, scan
 from lightspan.errors import UserError
 from lightspan.files import require_regular_file, write_atomic
+from lightspan.places import PathUse
 
 MAX_INDEX_BYTES = 2**30  # of one shard's index file
 
@@ -45,7 +46,7 @@ class ShardOpener:
         max_member_bytes: the largest member that is read.
     """
 
-    def __init__(self, cache: ShardCache, scans: Path | None, max_member_bytes: int) -> None:
+    def __init__(self, cache: ShardCache, scans: Annotated[Path, PathUse.RUN] | None, max_member_bytes: int) -> None:
         self.cache, self.scans, self.max_member_bytes = cache, scans, max_member_bytes
 
     def open(self, shard: str) -> OpenShard:

@@ -26,6 +26,7 @@ from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_brace
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError
+from lightspan.places import CachePath, ReadPath
 
 GIB = 2**30
 OPENED_BETWEEN_MEETINGS = 4  # how many shards a rank opens before all ranks exchange what they found
@@ -101,7 +102,8 @@ class Shards(LightningDataModule):
         skip_damaged: True trains without what cannot be read: missing shards and missing ends are left out before the
             order is drawn; any other damaged sample is replaced by one drawn from the seed, the same on any
             number of ranks.
-        cache_dir: folder for copies of shards behind https; None means ~/.cache/lightspan/shards.
+        cache_dir: folder for copies of shards behind https; None means ~/.cache/lightspan/shards. A recipe may name one
+            below ~/.cache/lightspan or `${run}`, a flag any.
         cache_gib: GiB that all copies together may use; the least recently used are deleted for new ones. A single
             shard that is larger is refused.
         views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
@@ -114,8 +116,8 @@ class Shards(LightningDataModule):
 
     def __init__(
         self,
-        shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         fields: dict[str, str] | None = None,
         batch_size: int = 256,
         image_size: int | None = None,
@@ -127,7 +129,7 @@ class Shards(LightningDataModule):
         num_workers: int = 0,
         max_member_mib: int = 256,
         skip_damaged: bool = False,
-        cache_dir: str | None = None,
+        cache_dir: CachePath | None = None,
         cache_gib: float = 64,
         views_on: Place = "workers",
         hold_out: int = 0,

@@ -10,6 +10,7 @@ from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.shards.decoders import IMAGES, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.errors import UserError, one_line
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class TaggedShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         num_tags: int = 9605,
         complete: bool = True,
         views: Views | None = None,

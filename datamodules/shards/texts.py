@@ -14,6 +14,7 @@ from lightspan.datamodules.text.pairs import pair_of
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.whole_words import WordCutter
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class QueryShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         tokenizer: PreTrainedTokenizerBase,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         query_length: int = 32,
         document_length: int = 196,
         negatives: int = 7,
@@ -111,9 +112,9 @@ class WholeWordShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
+        shards: list[ReadPath],
         tokenizer: PreTrainedTokenizerBase,
-        val_shards: list[str] | None = None,
+        val_shards: list[ReadPath] | None = None,
         length: int = 512,
         **settings: Any,
     ) -> None:

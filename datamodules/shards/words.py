@@ -13,6 +13,7 @@ from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_o
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in the place of each such word"
 
@@ -62,8 +63,8 @@ class WordShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         alphabet: str | None = None,
         longest: int = 25,
         sides: tuple[int, int] = (32, 128),

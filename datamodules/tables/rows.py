@@ -16,6 +16,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 class Rows(NamedTuple):
@@ -158,7 +159,7 @@ class Ames(TableData):
 
     columns = 316
 
-    def __init__(self, library: str | None = None, **settings: Any) -> None:
+    def __init__(self, library: ReadPath | None = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.library = library
 

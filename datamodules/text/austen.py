@@ -10,6 +10,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.windows import TextData, Windows
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 Book = Literal["emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility"]
 BOOKS: tuple[Book, ...] = get_args(Book)
@@ -38,7 +39,7 @@ class Austen(TextData):
         tokenizer: PreTrainedTokenizerBase | None = None,
         held_out: tuple[Book, ...] = ("persuasion",),
         val_fraction: float = 0.0,
-        library: str | None = None,
+        library: ReadPath | None = None,
         context: int = 128,
         batch_size: int = 8,
         val_windows: int = 256,

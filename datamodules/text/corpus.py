@@ -28,6 +28,7 @@ from lightspan.datamodules.text.documents import (
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training
 from lightspan.datamodules.text.windows import in_validation, require_paths
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 SIDES = {"training": False, "validation": True}
 """Of a split: whether documents are held out."""
@@ -98,7 +99,7 @@ class Corpus(SampleSets):
 
     def __init__(
         self,
-        paths: list[str] | None = None,
+        paths: list[ReadPath] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         form: TextForm | None = None,
         suffixes: tuple[str, ...] = SUFFIXES,

@@ -25,6 +25,7 @@ from lightspan.datamodules.text.forms import padded
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 SIDES = {
     "input_segments": ("inputs", "input_segments"),
@@ -76,7 +77,7 @@ class DomainFiles(Domains):
         test: of that domain, with labels.
     """
 
-    def __init__(self, source: str, target: str, test: str | None = None) -> None:
+    def __init__(self, source: ReadPath, target: ReadPath, test: ReadPath | None = None) -> None:
         self.paths = {"source": source, "target": target, "test": test}
 
     def source(self) -> LabelledTexts:

@@ -19,6 +19,7 @@ from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 
@@ -191,7 +192,7 @@ class LibraryPairs(Pairs):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        folder: str | None = None,
+        folder: ReadPath | None = None,
         val_fraction: float = 0.15,
         **settings: Any,
     ) -> None:
@@ -234,9 +235,9 @@ class TextPairs(Pairs):
 
     def __init__(
         self,
-        path: str,
+        path: ReadPath,
         tokenizer: PreTrainedTokenizerBase,
-        val_path: str | None = None,
+        val_path: ReadPath | None = None,
         val_size: int | None = None,
         negatives: int = 0,
         **settings: Any,
@@ -274,7 +275,7 @@ class ScoredPairs(TextPairs):
 
     scored = True
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+    def __init__(self, path: ReadPath, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         super().__init__(path, tokenizer, **settings)
         if self.negatives:
             raise UserError(f"negatives={self.negatives}: pairs with scores have none; leave it out")

@@ -15,6 +15,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.tokenized import require_length, tokenized
+from lightspan.places import ReadPath
 
 
 class Tokenized(NamedTuple):
@@ -73,7 +74,7 @@ class FoodReviews(SampleSets):
         batch_size: int = 32,
         train_size: int | None = None,
         val_size: int = 0,
-        library: str | None = None,
+        library: ReadPath | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:

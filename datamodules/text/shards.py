@@ -12,6 +12,7 @@ from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.documents import FIELD, encoded, numbers_of
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training, window
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 LEFT_OUT = "data.init_args.skip_damaged=true takes another document in its place"
 
@@ -57,8 +58,8 @@ class TextShards(Shards):
 
     def __init__(
         self,
-        shards: list[str],
-        val_shards: list[str] | None = None,
+        shards: list[ReadPath],
+        val_shards: list[ReadPath] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         form: TextForm | None = None,
         **settings: Any,

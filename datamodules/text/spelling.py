@@ -14,6 +14,7 @@ from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.errors import UserError
 from lightspan.files import expanded
 from lightspan.foreign import whole_text
+from lightspan.places import ReadPath
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
 """The 94 characters of ASCII that can be seen: PARSeq's alphabet."""
@@ -112,7 +113,7 @@ class WordList(SampleSets):
 
     def __init__(
         self,
-        path: str,
+        path: ReadPath,
         tokenizer: PreTrainedTokenizerBase,
         alphabet: str | None = None,
         longest: int = 25,

@@ -16,6 +16,7 @@ from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length
 from lightspan.datamodules.text.windows import in_validation
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 
 class WordCutter:
@@ -99,8 +100,8 @@ class WholeWords(SampleSets):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        path: str | None = None,
-        folder: str | None = None,
+        path: ReadPath | None = None,
+        folder: ReadPath | None = None,
         length: int = 128,
         val_fraction: float = 0.15,
         batch_size: int = 64,

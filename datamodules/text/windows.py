@@ -19,6 +19,7 @@ from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_lo
 from lightspan.errors import UserError
 from lightspan.files import expanded, require_regular_file
 from lightspan.foreign import BYTES, TooMuchError, content_of
+from lightspan.places import ReadPath
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -182,7 +183,7 @@ class ByteText(TextData):
 
     def __init__(
         self,
-        paths: list[str] | None = None,
+        paths: list[ReadPath] | None = None,
         suffixes: tuple[str, ...] = (".py",),
         context: int = 256,
         batch_size: int = 16,

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.foreign import settings_object
+from lightspan.places import PathUse
 from lightspan.sharded import whole
 from lightspan.tensor_files import stored_tensors
 
@@ -131,7 +132,7 @@ class StoredChange:
     Raises: UserError for a folder that is no LoRA or holds more than this can read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Annotated[Path, PathUse.READ]) -> None:
         self.folder = folder
         self._config, tensors = _read(folder)
         self._pairs, self.replaced = _sorted(tensors, folder)

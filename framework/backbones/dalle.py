@@ -13,6 +13,7 @@ from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 from lightspan.backbones.weights import with_weights
 from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 # A recipe may name the class listed here.
 __all__ = ["DalleCodes"]
@@ -41,7 +42,7 @@ class DalleCodes(nn.Module):
 
     def __init__(
         self,
-        weights: str | None,
+        weights: ReadPath | None,
         patch: int | None = None,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),

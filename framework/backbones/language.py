@@ -5,6 +5,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T
 
 from lightspan.backbones.huggingface import stored_network
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["bert", "llama", "stored_bert", "stored_t5", "t5"]
@@ -75,7 +76,7 @@ def llama(
     return LlamaForCausalLM(config)
 
 
-def stored_bert(folder: str) -> BertModel:
+def stored_bert(folder: ReadPath) -> BertModel:
     """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
 
     Raises: UserError as `lightspan.backbones.huggingface.stored_network`.
@@ -134,7 +135,7 @@ def t5(
     return network
 
 
-def stored_t5(folder: str) -> T5ForConditionalGeneration:
+def stored_t5(folder: ReadPath) -> T5ForConditionalGeneration:
     """A T5 from a folder as transformers saves it, with its weights as safetensors; T5 1.1 and its LM-adapted ones too.
 
     Raises: UserError as `lightspan.backbones.huggingface.stored_network`.

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 from lightspan.backbones.huggingface import stored_tokenizer_of
 from lightspan.errors import UserError, install_extra
 from lightspan.files import require_regular_file
+from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["HashedWords", "Letters", "stored_tokenizer"]
@@ -90,7 +91,7 @@ class Letters(PreTrainedTokenizer):
         return [SPECIAL["<start>"], *ids, *(pair or []), SPECIAL["<end>"]]
 
 
-def stored_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def stored_tokenizer(folder: ReadPath) -> PreTrainedTokenizerBase:
     """A tokenizer in a folder as transformers writes it, such as that of CLIP with its 49,408 pairs of bytes, or one
     that `lightspan data tokenizer` has trained. A file of SentencePiece is one too, NAME.model.
 

@@ -11,6 +11,7 @@ from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.patterns import every_name, require_ties
+from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
 
 # A recipe may name the functions listed here.
@@ -20,7 +21,7 @@ CLIP_EPSILON = 1e-5  # of all image towers that timm has with a norm before the 
 POSITIONS = re.compile(r"\bpos_embed is \[").search
 
 
-def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
+def stored_linear(path: ReadPath, prefix: str = "head.") -> nn.Linear:
     """The linear layer of an earlier run, with its weights and of its size.
 
     Args:
@@ -38,7 +39,7 @@ def stored_linear(path: str, prefix: str = "head.") -> nn.Linear:
     return layer
 
 
-def with_weights(module: nn.Module, path: str, prefix: str = "backbone.") -> nn.Module:
+def with_weights(module: nn.Module, path: ReadPath, prefix: str = "backbone.") -> nn.Module:
     """Loads `module`, all of it, from a safetensors file and returns it.
 
     Names and shapes are compared, and which parameters are tied. Activations, the epsilon of norms and the like leave
@@ -91,7 +92,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str)
         )
 
 
-def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder.") -> MaskDecoder:
+def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "decoder.") -> MaskDecoder:
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
     if (head := tensors_behind(path, prefix).get("head.weight")) is not None:
         decoder.settle(len(head))
@@ -99,7 +100,7 @@ def decoder_with_weights(decoder: MaskDecoder, path: str, prefix: str = "decoder
     return decoder
 
 
-def stored_noise(path: str, weight: float = 0.1, seed: int = 0) -> BankNoise:
+def stored_noise(path: ReadPath, weight: float = 0.1, seed: int = 0) -> BankNoise:
     """Noise from the features of pictures that a safetensors file holds as `bank`, [N S w].
 
     Raises: UserError for a file that is missing or has no bank, or as `BankNoise`.

@@ -48,9 +48,11 @@ def _parts(resolved: Resolved) -> str:
     if find_spec("torch") is None:
         return "torch is not installed here, so nothing was built, and whether the parts fit together is not known"
     from lightspan.planning.one_process import in_one_process
+    from lightspan.planning.rehearsal import without_trace
     from lightspan.planning.shapes import on_shapes_first
 
-    model = on_shapes_first(in_one_process(resolved), lambda built: built.model)
+    with without_trace(in_one_process(resolved)) as (alone, scratch):
+        model = on_shapes_first(alone, lambda built: built.model, scratch)
     total = sum(parameter.numel() for parameter in model.parameters())
     return f"its parts fit together: {type(model).__name__} with {total:,} parameters; fit --dry-run also tries a batch"
 

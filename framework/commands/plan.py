@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
+    from lightspan.planning.rehearsal import without_trace
     from lightspan.planning.shapes import on_shapes_first
 
     if args.memory is not None and not args.memory > 0:
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     _say(started, f"building {resolved.name}")
-    one = in_one_process(resolved)
-    plan = planned(build(one)) if args.real else on_shapes_first(one, planned)
+    with without_trace(in_one_process(resolved)) as (alone, scratch):
+        plan = planned(build(alone, scratch)) if args.real else on_shapes_first(alone, planned, scratch)
     measured = measured_peak(args.run) if args.run else None
     _print(plan, resolved.name, measured, str(resolved.config.get("trainer", {}).get("precision", "32-true")))
     if args.run:

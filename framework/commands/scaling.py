@@ -19,8 +19,7 @@ from lightspan.commands.arguments import (
     folder,
     resolved_from,
 )
-from lightspan.commands.sweep import refuse_changed_recipe, require_allowed, require_summary
-from lightspan.commands.verbs import verb_of
+from lightspan.commands.sweep import fit_arguments, refuse_changed_recipe, require_allowed, require_summary
 from lightspan.config.flags import allow_options
 from lightspan.errors import UserError, print_notes, printable
 from lightspan.run_files import SCALING
@@ -134,13 +133,10 @@ def _continued(args: argparse.Namespace, place: Path) -> tuple[Study, Sweep, Pat
     now = sweep_of(before.recipe, before.arguments, sizes, seeds, keys, before.metric, before.mode)
     sweep = joined(before, now, place)
     if len(sweep.trials) > len(before.trials):
-        from lightspan.cli import parse
         from lightspan.scaling.data import whole_of
 
-        fit = verb_of(["fit"])
-        assert fit is not None
         own = [word for word in before.arguments if not word.startswith(ENTRY)]
-        _require(whole_of(resolved_from(parse(fit, [before.recipe, *own]))), sweep, study)
+        _require(whole_of(resolved_from(fit_arguments([before.recipe, *own]))), sweep, study)
     return study, sweep, place.absolute()
 
 

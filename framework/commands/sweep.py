@@ -23,8 +23,9 @@ from lightspan.commands.arguments import (
 )
 from lightspan.commands.submit import Subject, add_target_arguments, hand_over, prepared
 from lightspan.commands.verbs import verb_of
+from lightspan.config import places
 from lightspan.config.flags import allow_options
-from lightspan.config.resolve import Resolved, recorded
+from lightspan.config.resolve import Resolved, merged, recorded
 from lightspan.config.secrets import redacted
 from lightspan.errors import UserError, print_notes, printable
 from lightspan.launch.job import Array
@@ -182,12 +183,30 @@ def require_summary(resolved: Resolved) -> None:
 
 
 def require_allowed(sweep: Sweep, place: Path, allowed: Sequence[str]) -> None:
-    """Raises: UserError for a folder whose runs would load code that this command line does not allow."""
+    """Raises: UserError for a folder whose runs would load code that this command line does not allow, or write where
+    only a command line may say.
+    """
     if strange := [name for name in sweep.modules if name not in allowed]:
         raise UserError(
             f"{place / SWEEP} runs code of {', '.join(strange)}; if you trust it, add "
             + shlex.join(allow_options(strange))
         )
+    for point in _points_to_check(sweep):
+        fit = fit_arguments([sweep.recipe, *sweep.arguments, *flags_of(point)])
+        if outside := places.as_flags(merged(fit.recipe, fit.overlays, fit.flags)[1], fit.allow_modules):
+            raise UserError(
+                f"{place / SWEEP} has its runs write outside their folders: {shlex.join(outside)}; if you trust it, "
+                f"repeat the command line that began it, with --out {shlex.quote(str(place))}"
+            )
+
+
+def fit_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `lightspan fit` with these words."""
+    from lightspan.cli import parse
+
+    fit = verb_of(["fit"])
+    assert fit is not None
+    return parse(fit, list(words))
 
 
 def _points_to_check(sweep: Sweep) -> list[Settings]:
@@ -253,12 +272,9 @@ def refuse_changed_recipe(sweep: Sweep, out: Path) -> None:
     whole = len(sweep.trials) == sweep.total
     if begun is None or (whole and all(status_of(out / trial.run) is Status.DONE for trial in sweep.trials)):
         return
-    from lightspan.cli import parse
     from lightspan.config.identity import differences as changes
 
-    fit = verb_of(["fit"])
-    assert fit is not None
-    now = resolved_from(parse(fit, sweep.words(begun))).config
+    now = resolved_from(fit_arguments(sweep.words(begun))).config
     seed = {} if begun.seed is not None else {SEED_KEY: now.get(SEED_KEY)}  # drawn by the run
     if found := changes(recorded(out / begun.run) | seed, now | seed):
         lines = "\n".join(f"  {line}" for line in found[:20]) + ("\n  ..." if len(found) > 20 else "")

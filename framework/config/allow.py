@@ -15,41 +15,30 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lightspan.config.limits import out_of_range
 from lightspan.config.parts import (
     CLASSES_OF,
-    FOLDER_ENDINGS,
-    FOLDERS,
     FUNCTIONS_OF,
     LIGHTNING,
-    NAME_PARTS,
-    NAMES,
-    SCRATCH,
     TOPS,
 )
+from lightspan.config.places import RUN, refused_places
 from lightspan.config.problems import Problem, nearest
-from lightspan.config.source import Absent, Definition, exported, locate
+from lightspan.config.source import Absent, Definition, exported, locate, under
 from lightspan.config.tree import KeyPath, Node, dotted, plain, walk
 from lightspan.errors import UserError
 
-RUN = "${run}"
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # ASCII: other alphabets have letters that only look the same
 _IMPORT_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})+")
 _DOTTED = re.compile(r"\w+(?:\.\w+)+")
-_ELSEWHERE = re.compile(r"[/\\~]|[A-Za-z]:|.*://")  # the beginning of a path that is not relative to its folder
-
-
-def under(name: str, prefix: str) -> bool:
-    """Whether a dotted name is `prefix` or is inside it; `torchevil` is not under `torch`."""
-    return name == prefix or name.startswith(prefix + ".")
 
 
 def gate(root: Node, modules: Sequence[str] = ()) -> list[Problem]:
     """Everything in a raw tree that may not be imported, written to or passed to a builder at all."""
-    found = (*_refused_names(root, modules), *_refused_places(root, modules), *_refused_values(root))
+    found = (*_refused_names(root, modules), *refused_places(root, modules), *_refused_values(root))
     return [Problem(node.where, dotted(path), message) for path, node, message in found]
 
 
@@ -213,44 +202,12 @@ def _refused_names(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath
             yield path, node, "no setting can have such a name"
 
 
-def _refused_places(root: Node, modules: Sequence[str]) -> Iterator[tuple[KeyPath, Node, str]]:
-    """Settings of the trainer that would have the run write outside its folder, except in the user's own classes."""
-    trainer = root.child("trainer")
-    if (registry := root.at(("trainer", "model_registry"))) is not None and registry.value is not None:
-        yield (
-            ("trainer", "model_registry"),
-            registry,
-            "sends checkpoints to a server; a run writes only into its folder",
-        )
-    own: list[KeyPath] = []
-    for path, node in walk(trainer, ("trainer",)) if trainer is not None else ():
-        class_path = node.child("class_path")
-        if class_path is not None and any(under(str(class_path.value), module) for module in modules):
-            own.append(path)
-        if not isinstance(node.value, str) or any(path[: len(above)] == above for above in own):
-            continue
-        key, parts = str(path[-1]), PurePosixPath(node.value.replace("\\", "/")).parts
-        inside = not (".." in parts or any(part.startswith("~") for part in parts))
-        if key in NAME_PARTS and (len(parts) > 1 or node.value.startswith(("/", "\\"))):
-            yield path, node, f"{node.value!r:.80} becomes part of a file name; write it without separators"
-        elif key in NAMES:
-            if not inside or _ELSEWHERE.match(node.value) or RUN in node.value:
-                yield path, node, f"{node.value!r:.80} leaves the run folder; give a plain name"
-        elif _is_folder(key) and node.value and not (inside and parts[0] == RUN):
-            message = f"{node.value!r:.80} is outside the run folder; begin it with {RUN}/, which --run chooses"
-            yield path, node, message
-
-
 def _refused_values(root: Node) -> Iterator[tuple[KeyPath, Node, str]]:
     for path, node in walk(root):
         if (message := out_of_range(path, node.value)) is not None:
             yield path, node, message
         elif isinstance(node.value, str) and node.value.lstrip().startswith("pipe:"):
             yield path, node, f"{node.value!r:.80} would run a command; name files or https addresses"
-
-
-def _is_folder(key: str) -> bool:
-    return key in FOLDERS or (key.endswith(FOLDER_ENDINGS) and key not in ("class_path", *SCRATCH))
 
 
 def _is_there(module: str) -> bool:

@@ -6,11 +6,13 @@ their unions nothing is known. Unknown is left to the typed builder.
 """
 
 import ast
+import contextlib
 import sys
 from typing import Any
 
 from lightspan.config.signatures import base_definitions, descends, resolve, signature_of
 from lightspan.config.source import Definition, Seen, Source, exported, load, lookup, submodules
+from lightspan.places import PathUse
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
@@ -38,6 +40,7 @@ _FURTHER = {  # modules with classes of a kind, beside the one that defines the 
     "torch.optim.optimizer.Optimizer": ("torch.optim", "lightspan.optim.low_rank", "lightspan.optim.presets"),
     "torch.optim.lr_scheduler.LRScheduler": ("lightspan.optim.schedules",),
 }
+_USE = "lightspan.places.PathUse"
 _MAX_DEPTH = 10
 
 
@@ -124,6 +127,30 @@ def members(annotation: ast.expr, source: Source, depth: int = 0) -> list[tuple[
     if not inner:
         return [(annotation, source)]
     return [pair for member in inner for pair in members(member, source, depth + 1)]
+
+
+def use_of(annotation: ast.expr, source: Source, depth: int = 0) -> PathUse | None:
+    """What happens at the place that a text of this type names, None if it names none; see `lightspan.places`."""
+    if depth > _MAX_DEPTH:
+        return None
+    name, inner = _name(annotation), [(part, source) for part in _arguments(annotation)]
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        with contextlib.suppress(SyntaxError):
+            inner = [(ast.parse(annotation.value, mode="eval").body, source)]
+    elif isinstance(annotation, ast.BinOp):
+        inner = [(annotation.left, source), (annotation.right, source)]
+    elif name == "Annotated":
+        for mark, _ in inner[1:]:
+            found = resolve(mark.value, source) if isinstance(mark, ast.Attribute) else None
+            if isinstance(mark, ast.Attribute) and isinstance(found, Definition) and found.name == _USE:
+                return PathUse[mark.attr]
+        inner = inner[:1]
+    elif isinstance(annotation, ast.Name | ast.Attribute) and name not in _NAMES:
+        alias = resolve(annotation, source, glance=True)
+        inner = [(alias.node, alias.source)] if isinstance(alias, Definition) and not alias.is_class else []
+    elif name not in ("Optional", "Union", "Final"):
+        return None
+    return next((use for part, where in inner if (use := use_of(part, where, depth + 1)) is not None), None)
 
 
 def takes_only_plain(annotation: ast.expr, source: Source) -> bool:

@@ -5,6 +5,7 @@ Import it freely: torch, Lightning and jsonargparse are loaded by `build`, not b
 
 import contextlib
 import logging
+import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.config import allow
 from lightspan.config.blame import blame, deepest_cause, first_cause, of_two_of_a_kind, own_line
+from lightspan.config.places import RUN
 from lightspan.config.resolve import (
     TRAINED,
     Resolved,
@@ -73,7 +75,9 @@ def build(resolved: Resolved, run_dir: Path | None = None) -> Built:
     Raises: UserError for whatever the configuration's author can fix.
     """
     refuse_kind(resolved.kind, TRAINED, resolved.name)
-    with _gated(resolved, with_lists(resolved.config), run_dir) as config:
+    config = with_lists(resolved.config)
+    config["trainer"]["default_root_dir"] = config["trainer"].get("default_root_dir") or RUN  # else the current folder
+    with _gated(resolved, config, run_dir) as config:
         return _instantiate(config, resolved)
 
 
@@ -92,8 +96,9 @@ def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> 
     """The configuration with its run folder filled in; inside, only what it may name can be imported."""
     calm()
     # Checked again, because a Resolved need not come from `resolve`.
-    refuse(allow.gate(wrap(resolved.config, resolved.name), resolved.allow_modules), resolved.name)
-    folder = run_dir if run_dir is not None else Path(tempfile.gettempdir()) / "lightspan-unwritten"
+    refuse(allow.gate(resolved.located(), resolved.allow_modules), resolved.name)
+    nowhere = Path(tempfile.gettempdir()) / f"lightspan-unwritten-{secrets.token_hex(8)}"
+    folder = run_dir if run_dir is not None else nowhere
     config = with_run_folder(config, folder)
     with _closed_imports(allow.importable(wrap(config, ""), resolved.allow_modules)):
         yield config

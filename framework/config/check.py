@@ -29,6 +29,7 @@ from lightspan.config.annotations import (
     takes_only_plain,
 )
 from lightspan.config.merge import CLASS_SETTINGS, KEYED
+from lightspan.config.parts import TRAINER
 from lightspan.config.problems import Problem, nearest
 from lightspan.config.secrets import find_secrets_and_placeholders
 from lightspan.config.signatures import Parameter, Signature, descends, signature, signature_of
@@ -41,7 +42,6 @@ RECIPES = {  # kind of recipe, which is the key that names its class -> the keys
     "merger": ("seed_everything", "merger", "checkpoints"),
 }
 ROOT_KEYS = tuple(dict.fromkeys(key for keys in RECIPES.values() for key in keys))
-TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 KINDS = {  # what belongs where no annotation of ours says so
     "model": "lightning.pytorch.core.module.LightningModule",
     "data": "lightning.pytorch.core.datamodule.LightningDataModule",

@@ -6,6 +6,8 @@ loads pickles, runs commands or takes code in other forms (`transformers` and it
 servers of their own, DeepSpeed's and FSDP's own checkpoints) is left to --allow-module.
 """
 
+from lightspan.places import PathUse
+
 CLASSES_OF = (  # packages whose public classes may all be named
     "lightning.pytorch.demos.boring_classes",
     "lightspan.adapters",
@@ -86,9 +88,42 @@ LIGHTNING = (  # its classes one by one
 )
 TOPS = tuple(sorted({name.split(".")[0] for name in (*CLASSES_OF, *LIGHTNING)}))
 
-# Settings of the trainer that say where a run writes: folders, files, and names that become part of such a path.
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_PROFILER = {"dirpath": PathUse.RUN, "filename": PathUse.NAME}
+_LOGGER = {"save_dir": PathUse.RUN, "name": PathUse.NAME, "version": PathUse.NAME}
+# Settings of libraries that name a place, by the class that has them; those of lightspan's classes have types that say
+# so. Some are settings that a class only passes on.
+USES: dict[str, dict[str, PathUse]] = {
+    TRAINER: {"default_root_dir": PathUse.RUN, "model_registry": PathUse.SERVER},
+    f"{_CALLBACKS}.model_checkpoint.ModelCheckpoint": {"dirpath": PathUse.RUN, "filename": PathUse.NAME},
+    f"{_CALLBACKS}.on_exception_checkpoint.OnExceptionCheckpoint": {"dirpath": PathUse.RUN, "filename": PathUse.NAME},
+    f"{_CALLBACKS}.spike.SpikeDetection": {"exclude_batches_path": PathUse.RUN},
+    "lightning.pytorch.loggers.csv_logs.CSVLogger": _LOGGER,
+    "lightning.pytorch.loggers.tensorboard.TensorBoardLogger": {
+        **_LOGGER,
+        "root_dir": PathUse.RUN,
+        "log_dir": PathUse.RUN,
+        "sub_dir": PathUse.NAME,
+        "filename_suffix": PathUse.PART,
+    },
+    "lightning.pytorch.loggers.wandb.WandbLogger": {
+        **_LOGGER,
+        "dir": PathUse.RUN,
+        "id": PathUse.NAME,
+        "checkpoint_name": PathUse.NAME,
+    },
+    "lightning.pytorch.profilers.advanced.AdvancedProfiler": _PROFILER,
+    "lightning.pytorch.profilers.base.PassThroughProfiler": _PROFILER,
+    "lightning.pytorch.profilers.pytorch.PyTorchProfiler": _PROFILER,
+    "lightning.pytorch.profilers.simple.SimpleProfiler": _PROFILER,
+    # It deletes what it finds under names of its own below nvme_path.
+    "lightspan.deepspeed.ZeRO": {"nvme_path": PathUse.RUN, "config": PathUse.SETTINGS},
+    "timm.models._pretrained.PretrainedCfg": {"file": PathUse.READ, "hf_hub_filename": PathUse.READ},
+}
+# Names of settings that nothing declares: folders and files, and names that become part of such a path.
 FOLDERS = frozenset({"dir", "dirpath", "file", "folder", "log_dir", "path", "root", "root_dir", "save_dir"})
 FOLDER_ENDINGS = ("_dir", "_file", "_folder", "_path")
-SCRATCH = frozenset({"nvme_path"})  # DeepSpeed's swap space: a disk of the machine, under names that it chooses itself
 NAME_PARTS = frozenset({"filename_suffix"})  # which a library appends unchanged to a file name
-NAMES = frozenset({"experiment_name", "filename", "id", "name", "prefix", "run_id", "run_name", "sub_dir", "version"})
+NAMES = frozenset(
+    {"experiment_name", "filename", "id", "job_name", "name", "prefix", "run_id", "run_name", "sub_dir", "version"}
+)

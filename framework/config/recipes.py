@@ -13,7 +13,7 @@ from typing import Any
 
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
-from lightspan.files import irregular
+from lightspan.files import irregular, refuse_link_out
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # says where to run, not what
@@ -55,14 +55,15 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
 
     Args:
         name: `family/name`, or a path that ends in .yaml or .yml.
-        folder: what a relative path is relative to; by default the current folder.
+        folder: of the file that names it, which a relative path is relative to; None: the command line names it.
         what: "recipe" or "overlay", for the message.
-    Raises: UserError with similar names if there is none.
+    Raises: UserError with similar names if there is none, and for a link that leads out of its folder.
     """
     try:
         if name.endswith(SUFFIXES):
             path = (folder or Path()) / Path(name).expanduser()
             if path.is_file():
+                _refuse_links_out(path, folder)
                 return path
             inside = catalogue_folder() / name
             if inside.is_file():
@@ -85,6 +86,19 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
     ]
     hint = f"did you mean {' or '.join(near)}?" if near else f"{_listed(what)}; a file name ends in .yaml"
     raise UserError(f"unknown {what} {name!r}: {hint}")
+
+
+def _refuse_links_out(path: Path, folder: Path | None) -> None:
+    """A link in a folder of somebody else's could lead to any file of the reader's, whose lines messages would show.
+
+    Of a path on the command line the user knows the folders, so only the file itself is looked at.
+    """
+    inside = path.relative_to(folder).parts if folder is not None and path.is_relative_to(folder) else ()
+    if folder is None or not inside or ".." in inside:
+        refuse_link_out(path, path.parent, "its folder")
+    else:
+        for step in (path, *path.parents[: len(inside) - 1]):
+            refuse_link_out(step, folder, "the folder of the recipe that names it")
 
 
 def _listed(what: str) -> str:

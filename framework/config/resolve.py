@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightspan.config import allow, recipes
+from lightspan.config import allow, places, recipes
 from lightspan.config.check import RECIPES, ROOT_KEYS, find_problems, kind_of
-from lightspan.config.flags import flag_layer
+from lightspan.config.flags import allow_options, flag_layer
 from lightspan.config.merge import merge_layers, without_removed
 from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
+from lightspan.files import refuse_link_out
 from lightspan.foreign import settings_object
+from lightspan.places import PathUse
 from lightspan.run_files import PROVENANCE, RESOLVED
 
 TRAINED = ("model",)
@@ -50,6 +52,16 @@ class Resolved:
     def kind(self) -> str:
         """The kind of the recipe: "model", "estimator" or "merger"."""
         return kind_of(self.config)
+
+    def located(self) -> Node:
+        """`config` as a tree in which each value has the place where it was written."""
+        return wrap(self.config, f"{self.name}:", self.sources)
+
+    def permissions(self) -> list[str]:
+        """What no recipe can say, as arguments for another command line: places that only the user may name, and
+        --allow-module.
+        """
+        return [*places.as_flags(self.located(), self.allow_modules), *allow_options(self.allow_modules)]
 
     def document(self) -> dict[str, Any]:
         """The content of resolved.yaml: `about` first, then the configuration."""
@@ -114,6 +126,12 @@ def with_layers(resolved: Resolved, layers: Sequence[Node], origin: str = COMMAN
     return _checked(tree, notes, resolved.about, resolved.name, resolved.allow_modules, origin)
 
 
+def inside_run(resolved: Resolved) -> Resolved:
+    """The configuration with all that it writes in the run folder, also where the command line names another place."""
+    tree, _ = places.kept_inside(resolved.tree, resolved.allow_modules, (PathUse.RUN,))
+    return _checked(tree, resolved.notes, resolved.about, resolved.name, resolved.allow_modules, COMMAND_LINE)
+
+
 def recorded(run_dir: Path | str) -> dict[str, Any]:
     """What a run folder was trained with, as plain data to compare with: nothing in it is built or checked.
 
@@ -134,9 +152,11 @@ def load_resolved(run_dir: Path | str, allow_modules: Sequence[str] = ()) -> Res
     about = root.child("about")
     tree = Node({key: node for key, node in root.value.items() if key != "about"}, root.where)
     refuse_kind(kind_of(tree.value), TRAINED, str(run_dir))
+    # Those that a command line named: a record is not the word of its user.
+    tree, notes = places.kept_inside(tree, allow_modules, (PathUse.RUN, PathUse.CACHE))
     return _checked(
         tree,
-        allow.missing_modules(allow_modules),
+        [*notes, *allow.missing_modules(allow_modules)],
         plain(about) if about is not None else {},
         _recorded_name(run_dir),
         tuple(allow_modules),
@@ -216,6 +236,7 @@ def _read_record(run_dir: Path) -> Node:
         raise UserError(
             f"{run_dir} is not a run folder: it has no {RESOLVED}; give the folder that `lightspan fit` named"
         )
+    refuse_link_out(path, run_dir, "its run folder")  # its lines would be shown in messages
     return followed(read(path, recipes.label(path)))
 
 

@@ -188,6 +188,11 @@ def lookup(source: Source, name: str, depth: int = 0, *, glance: bool = False) -
     return None if unknown else Absent(source.name, tuple(name for name in names if not name.startswith("_")))
 
 
+def under(name: str, prefix: str) -> bool:
+    """Whether a dotted name is `prefix` or is inside it; `torchevil` is not under `torch`."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
 def exported(source: Source) -> frozenset[str]:
     """The names that a module lists in `__all__`; empty if it has no such list of plain texts."""
     for statement in source.tree.body:

@@ -6,9 +6,10 @@ tags beyond the plain ones. `1e-3` is a number, `on`, `yes`, `2024-01-01` and `1
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -119,13 +120,16 @@ def walk(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
         yield from walk(child, (*path, key))
 
 
-def wrap(value: Any, where: str) -> Node:
-    """Ordinary data as a tree in which every value was written at `where`."""
+def wrap(value: Any, where: str, sources: Mapping[str, str] = MappingProxyType({}), path: KeyPath = ()) -> Node:
+    """Ordinary data as a tree in which every value was written at `where`, or where `sources` says, by dotted path."""
+    items: Iterable[tuple[Key, Any]]
     if isinstance(value, dict):
-        return Node({key: wrap(child, where) for key, child in value.items()}, where)
+        items = value.items()
+        return Node({key: wrap(child, where, sources, (*path, key)) for key, child in items}, where)
     if isinstance(value, list | tuple):
-        return Node([wrap(child, where) for child in value], where)
-    return Node(value, where)
+        items = enumerate(value)
+        return Node([wrap(child, where, sources, (*path, key)) for key, child in items], where)
+    return Node(value, sources.get(dotted(path), where))
 
 
 def read(path: Path, label: str | None = None) -> Node:

@@ -7,6 +7,7 @@ from lightspan.features.features import Input
 from lightspan.features.store import FeatureStore
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
+from lightspan.places import ReadPath
 
 
 class CheckpointWeights(Input):
@@ -17,7 +18,7 @@ class CheckpointWeights(Input):
         base: path of what an adapter belongs to; None for everything else.
     """
 
-    def __init__(self, path: str, base: str | None = None) -> None:
+    def __init__(self, path: ReadPath, base: ReadPath | None = None) -> None:
         self.path, self.base = path, base
 
     def load(self, store: FeatureStore) -> Weights:

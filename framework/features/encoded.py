@@ -21,6 +21,7 @@ from lightspan.features.identity import data_identity, module_identity
 from lightspan.features.preprocessing import stated
 from lightspan.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
+from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
 
 Pool = Literal["none", "mean", "first"]
@@ -200,7 +201,7 @@ class FeatureFile(Input):
         path: of the file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: ReadPath) -> None:
         self.path = path
 
     def load(self, store: FeatureStore) -> Features:

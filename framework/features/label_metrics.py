@@ -13,6 +13,7 @@ from lightspan.analysis.wordnet import read_nouns, wordnet_tree
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
+from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
 
 
@@ -87,7 +88,7 @@ class WordNetTree(Input):
         folder: with data.noun and index.noun; None means the system package wordnet-base.
     """
 
-    def __init__(self, classes: list[str] | str, only_classes: bool = True, folder: str | None = None) -> None:
+    def __init__(self, classes: list[str] | str, only_classes: bool = True, folder: ReadPath | None = None) -> None:
         self.classes, self.only_classes, self.folder = classes, only_classes, folder
 
     def load(self, store: FeatureStore) -> GraphMetric:
@@ -138,7 +139,7 @@ class LabelDistances(Input):
         names: of the labels; None names them by their numbers.
     """
 
-    def __init__(self, path: str, names: list[str] | None = None) -> None:
+    def __init__(self, path: ReadPath, names: list[str] | None = None) -> None:
         self.path, self.names = path, names
 
     def load(self, store: FeatureStore) -> LabelMetric:

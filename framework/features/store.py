@@ -22,11 +22,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from lightspan import __version__
+from lightspan.caches import user_cache
 from lightspan.checkpoints.manifest import COMPLETE, FORMAT, fault, manifest, seal_folder
 from lightspan.distributed import first_rank_says, rank, together, world_size
 from lightspan.errors import UserError
 from lightspan.features.features import Features
 from lightspan.files import atomic_path, expanded, explained_os_errors, make_folder, remove, remove_leftovers
+from lightspan.places import CachePath
 from lightspan.tensor_files import Form, opened_tensors, write_tensors
 
 SETTING = "--features"
@@ -50,12 +52,11 @@ class FeatureStore:
     """
 
     def __init__(
-        self, folder: str | Path | None = None, limit_gib: float = 64.0, device: str = "cpu", verify: bool = True
+        self, folder: CachePath | Path | None = None, limit_gib: float = 64.0, device: str = "cpu", verify: bool = True
     ) -> None:
         if not limit_gib > 0:
             raise UserError(f"limit_gib={limit_gib} of a feature store must be above 0")
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lightspan" / "features"
-        self.folder = expanded(folder or default, SETTING).absolute()
+        self.folder = expanded(folder or user_cache() / "features", SETTING).absolute()
         self.limit_bytes, self.device, self.verify = int(limit_gib * GIB), torch.device(device), verify
 
     def entry(self, key: Mapping[str, Any]) -> Path:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, with_layer
 from lightspan.config.tree import dump
 from lightspan.errors import UserError
@@ -41,7 +40,7 @@ def train(resolved: Resolved, settings: SearchSettings, fits: Sequence[Fit]) -> 
         remove(runs / fit.name)
         recipe = runs / f"{fit.name}.yaml"
         write_atomic(recipe, recipe_of(resolved, settings, fit))
-        command = fit_command([str(recipe), *allow_options(resolved.allow_modules)], runs / fit.name)
+        command = fit_command([str(recipe), *resolved.permissions()], runs / fit.name)
         tasks.append(Task(fit.name, command, runs / fit.name / OUTPUT))
 
     def ended(task: Task, status: int) -> str:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 from lightspan.files import explained_os_errors, write_atomic
+from lightspan.places import RunPath
 from lightspan.run_files import METRICS
 
 
@@ -28,7 +29,7 @@ class JsonlLogger(Logger):
         save_dir: the run folder; made if missing.
     """
 
-    def __init__(self, save_dir: str) -> None:
+    def __init__(self, save_dir: RunPath) -> None:
         super().__init__()
         self._path = Path(save_dir) / METRICS
         self._file: TextIO | None = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from lightspan.adapters.peft import WEIGHTS, StoredChange
 from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of, sha256_of
+from lightspan.places import PathUse
 from lightspan.tensor_files import Form
 
 
@@ -22,7 +24,7 @@ class AdaptedWeights(Weights):
     Raises: UserError for an adapter that changes what the base does not have, or has in other sizes.
     """
 
-    def __init__(self, folder: Path, base: Weights) -> None:
+    def __init__(self, folder: Annotated[Path, PathUse.READ], base: Weights) -> None:
         self._change, self._base = StoredChange(folder), base
         names = [f"{layer}.weight" for layer in self._change.layers] + list(self._change.replaced)
         prefix = _beginning(names, base, folder)
@@ -76,7 +78,7 @@ class AdapterChange(Weights):
     Raises: UserError for an adapter that changes no layer, or whose factors do not fit one another.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Annotated[Path, PathUse.READ]) -> None:
         self._change = StoredChange(folder)
         self.left_out = sorted(self._change.replaced)
         self.forms = {

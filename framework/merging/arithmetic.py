@@ -16,6 +16,7 @@ from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
 from lightspan.merging.weights import Weights, open_weights, real_finite
+from lightspan.places import ReadPath
 from lightspan.tensor_files import Form
 
 
@@ -96,7 +97,7 @@ class StoredCoefficients(Coefficients):
         tasks: the task of each row.
     """
 
-    def __init__(self, path: str, tasks: list[str]) -> None:
+    def __init__(self, path: ReadPath, tasks: list[str]) -> None:
         self.path, self.tasks = path, tasks
 
     @cached_property
@@ -128,7 +129,7 @@ class StoredMask(Mask):
         path: of the file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: ReadPath) -> None:
         self.path = path
 
     @cached_property

@@ -22,6 +22,7 @@ from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
 from lightspan.merging.weights import StatisticsFiles, Weights
+from lightspan.places import ReadPath
 from lightspan.tensor_files import Form
 
 
@@ -35,7 +36,7 @@ class FisherAverage(Merger):
     """
 
     def __init__(
-        self, statistics: dict[str, str], weights: dict[str, float] | None = None, floor: float = 1e-12
+        self, statistics: dict[str, ReadPath], weights: dict[str, float] | None = None, floor: float = 1e-12
     ) -> None:
         if weights is not None and not all(0 < w < math.inf for w in weights.values()):
             raise UserError(f"FisherAverage weights={weights} must each be above 0 and finite")

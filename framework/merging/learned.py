@@ -25,6 +25,7 @@ from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
 from lightspan.objectives.entropy import prediction_entropy
 from lightspan.patterns import require_ties
+from lightspan.places import RunPath
 from lightspan.tensor_files import Form, write_tensors
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
@@ -143,7 +144,7 @@ class LearnedMerging(Method):
         heads: features -> logits [B C], of each task that data are of, frozen as they are given: of the models, with
             `lightspan.backbones.weights.with_weights`, or others. CLIP's are `lightspan.nn.heads.cosine_head`.
         prefix: of the backbone's names in the checkpoints.
-        out: folder for the result, made when training ends, or None: coefficients.safetensors and mask.safetensors, as
+        out: folder for the result, such as `${run}/merged`, or None: coefficients.safetensors and mask.safetensors, as
             `StoredCoefficients` and `StoredMask` read them, and merged.safetensors, the backbone under its names.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
@@ -154,7 +155,7 @@ class LearnedMerging(Method):
         models: Models,
         heads: dict[str, nn.Module],
         prefix: str = "backbone.",
-        out: str | None = None,
+        out: RunPath | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -210,6 +211,7 @@ class LearnedMerging(Method):
         return self.encoded(self.merged(), batch)
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and self.out is not None:
             make_folder(Path(self.out), "model.init_args.out")  # what cannot be written is said before a run
 

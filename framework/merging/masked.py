@@ -11,6 +11,7 @@ from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_pieces, widest
 from lightspan.merging.weights import Weights, open_weights, real_finite
+from lightspan.places import ReadPath
 from lightspan.tensor_files import Form
 
 
@@ -24,7 +25,7 @@ class Masked(Merger):
             (`result.safetensors`); booleans, or factors.
     """
 
-    def __init__(self, masks: list[str]) -> None:
+    def __init__(self, masks: list[ReadPath]) -> None:
         if not masks:
             raise UserError("Masked got no mask; name one or more files under `masks`")
         self.masks = list(masks)

@@ -11,6 +11,7 @@ from lightspan.errors import UserError
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.merger import require_alike
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
+from lightspan.places import ReadPath
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.tensor_files import Form
 
@@ -43,7 +44,7 @@ class StoredModels(Models):
         tasks: paths of the theta_i by name.
     """
 
-    def __init__(self, base: str, tasks: dict[str, str]) -> None:
+    def __init__(self, base: ReadPath, tasks: dict[str, ReadPath]) -> None:
         require_names(tasks)
         self.base, self.paths, self.tasks = base, dict(tasks), list(tasks)
 
@@ -151,7 +152,7 @@ class Held(Weights):
         path: what they are called.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], path: ReadPath) -> None:
         self._tensors = dict(tensors)
         self.forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         self.aliases, self.origin, self.home = {}, {"path": path, "sha256": ""}, Path(path)

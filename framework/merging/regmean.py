@@ -22,6 +22,7 @@ from lightspan.errors import UserError
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import difference, in_span, in_span_as
 from lightspan.merging.weights import StatisticsFiles, Weights
+from lightspan.places import ReadPath
 from lightspan.tensor_files import Form
 
 
@@ -33,7 +34,7 @@ class RegMean(Merger):
         alpha: factor of what is off the diagonal of G, in [0, 1]; the paper takes 0.9, and 0.1 for T5.
     """
 
-    def __init__(self, grams: dict[str, str], alpha: float = 0.9) -> None:
+    def __init__(self, grams: dict[str, ReadPath], alpha: float = 0.9) -> None:
         if not 0 <= alpha <= 1:
             raise UserError(f"RegMean alpha={alpha} must be in [0, 1]")
         self.alpha = alpha

@@ -18,6 +18,7 @@ from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
+from lightspan.places import ReadPath
 from lightspan.run_files import CHECKPOINTS
 from lightspan.tensor_files import DTYPES, INDEX, Form, opened_tensors, safetensors_of, shards_of
 
@@ -102,7 +103,7 @@ class StatisticsFiles:
         files: of each checkpoint by its name.
     """
 
-    def __init__(self, merger: str, files: Mapping[str, str]) -> None:
+    def __init__(self, merger: str, files: Mapping[str, ReadPath]) -> None:
         self.merger, self.files = merger, dict(files)
 
     def require(self, names: Sequence[str]) -> None:

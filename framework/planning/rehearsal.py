@@ -17,9 +17,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
+from lightspan.caches import kept_apart
 from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.config.blame import own_line, unfit_batch
 from lightspan.config.build import Built, Resolved, build, with_layer
+from lightspan.config.resolve import inside_run
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 from lightspan.planning.one_process import in_one_process
@@ -40,11 +42,11 @@ def rehearse(resolved: Resolved) -> list[str]:
     says what was not tried.
     Raises: UserError for whatever a run would stumble over.
     """
-    with tempfile.TemporaryDirectory(prefix="lightspan-") as folder:  # for the index of a shard, and the like
-        built = build(resolved, Path(folder))
+    with without_trace(resolved) as (resolved, folder):
+        built = build(resolved, folder)
         ranks = built.trainer.world_size
         if ranks > 1 or "strategy" in resolved.config.get("trainer", {}):
-            built = replace(built, trainer=_trainer_of_one_process(resolved, Path(folder)))
+            built = replace(built, trainer=_trainer_of_one_process(resolved, folder))
         try:
             untried = _start(built, ranks)
         except UserError:
@@ -61,6 +63,15 @@ def rehearse(resolved: Resolved) -> list[str]:
         "Nothing was written.",
         f"Not tried: {', '.join([*untried, 'a step of an optimiser', 'several ranks together'])}.",
     ]
+
+
+@contextlib.contextmanager
+def without_trace(resolved: Resolved) -> Iterator[tuple[Resolved, Path]]:
+    """The configuration with a run folder that is gone afterwards, where everything is written that has to be: the
+    index of a shard, pictures at the size of training. Caches are only read.
+    """
+    with tempfile.TemporaryDirectory(prefix="lightspan-") as folder, kept_apart(Path(folder) / "cache"):
+        yield inside_run(resolved), Path(folder) / "run"
 
 
 def _trainer_of_one_process(resolved: Resolved, folder: Path) -> Trainer:
@@ -204,6 +215,7 @@ def _not_at_hand(data: Any) -> str | None:
     """Why data cannot be set up without downloading them first, or None."""
     if type(data).prepare_data is not LightningDataModule.prepare_data:
         return "the data, which prepare_data prepares when a run starts"
-    if any("://" in str(shard) for shard in getattr(data, "shards", ())):
+    shards = (shard for kind in ("shards", "val_shards", "target_shards") for shard in getattr(data, kind, None) or ())
+    if any("://" in str(shard) for shard in shards):
         return "the data, which come from elsewhere"
     return None

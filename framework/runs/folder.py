@@ -18,7 +18,7 @@ from lightspan.config import identity, provenance
 from lightspan.config.resolve import Resolved, recorded
 from lightspan.config.tree import dump
 from lightspan.errors import UserError, one_line, printable
-from lightspan.files import explained_os_errors, irregular, put_back, remove_leftovers, write_atomic
+from lightspan.files import explained_os_errors, irregular, put_back, refuse_link_out, remove_leftovers, write_atomic
 from lightspan.foreign import settings_object
 from lightspan.run_files import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 
@@ -39,12 +39,16 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
 
     Args:
         make: also make it, on the first rank.
-    Raises: UserError if it cannot be made, or if ranks started by another program would each choose their own.
+    Raises: UserError if it cannot be made, contains a link that leads out of it, or if ranks started by another program
+        would each choose their own.
     """
     if given is not None:
         folder = given.absolute()
         if make and is_first_rank():
             _make(folder, exist_ok=True)
+            for inside, folders, files in os.walk(folder):
+                for name in (*folders, *files):
+                    refuse_link_out(Path(inside, name), folder, "its run folder")  # it would be written through
         return folder
     if _RUN_VARIABLE in os.environ and not is_first_rank():
         return Path(os.environ[_RUN_VARIABLE])

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
-from lightspan.callbacks.resilience.proof import KillAt, StopAfter, Trace
+from lightspan.callbacks.resilience.proof import StopAfter, Trace
 from lightspan.method import Method
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.runs.kill_at import KillAt
 
 
 class Scheduled(Method):

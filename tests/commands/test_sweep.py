@@ -238,6 +238,14 @@ def test_a_folder_is_continued_as_its_file_says(stub: Stub, capsys: pytest.Captu
     ):
         assert main(["sweep", "out", *ALLOWED, *words]) == 2
         assert said in capsys.readouterr().err
+    file = Path("out/sweep.json")
+    text = file.read_text()
+    document = json.loads(text)
+    document["arguments"].append("trainer.default_root_dir=/home")
+    file.write_text(json.dumps(document))
+    assert main(["sweep", "out", *ALLOWED]) == 2  # nor where they write
+    assert "write outside their folders: 'trainer.default_root_dir=\"/home\"'" in capsys.readouterr().err
+    file.write_text(text)
     assert main(["sweep", "out"]) == 2  # a file of others must not decide whose code runs
     assert "runs code of tiny_lab; if you trust it, add --allow-module tiny_lab" in capsys.readouterr().err
     assert main(["sweep", "out", *ALLOWED, "--metric", "val/loss"]) == 0

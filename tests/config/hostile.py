@@ -192,7 +192,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.checkpoints.manifest.seal_folder", {"folder": "@VICTIM@", "head": {}}),
     ("lightspan.callbacks.resilience.preemption.subprocess.Popen", SHELL),
     ("lightspan.callbacks.resilience.preemption.os.system", {"command": "touch @CANARY@"}),
-    ("lightspan.callbacks.resilience.proof.os.kill", {"pid": 1, "signal": 9}),
+    ("lightspan.runs.kill_at.os.kill", {"pid": 1, "signal": 9}),
     ("lightspan.callbacks.resilience.watchdog.Path", {}),
     ("lightspan.callbacks.resilience.checkpoint.Checkpoint.setup", {}),
     ("lightspan.callbacks.resilience.checkpoint.Checkpoint.__init__", {}),
@@ -277,7 +277,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "module as strategy": trainer(strategy=OWNED),
     "module as plugin": trainer(plugins=[OWNED]),
     "builder as callback": callback(spec("lightspan.backbones.vision.timm_backbone", name="resnet18")),
-    "killer as optimizer": optimizer(spec("lightspan.callbacks.resilience.proof.KillAt", step=0, place="batch_start")),
+    "killer as optimizer": optimizer(spec("lightspan.runs.kill_at.KillAt", step=0, place="batch_start")),
+    "killer as callback": callback(spec("lightspan.runs.kill_at.KillAt", step=0, place="batch_start")),
     # names as texts, which a typed builder resolves by itself
     "text for a module": backbone("os.system"),
     "text of an allowed class": backbone("torch.nn.ReLU"),
@@ -388,6 +389,16 @@ LAYERS: dict[str, dict[str, Any]] = {
     "address as a folder": callback(
         spec("lightspan.callbacks.resilience.checkpoint.Checkpoint", dirpath="s3://bucket/x")
     ),
+    "pictures over a folder": data(
+        spec("lightspan.datamodules.pictures.folder.ImageFolder", folder=".", cache_dir="/home", cache_gib=1e-6)
+    ),
+    "shards over a folder": data(spec("lightspan.datamodules.shards.stream.Shards", shards=["x"], cache_dir="~")),
+    "result of a merge outside": {"model": spec("lightspan.methods.merging.adamerging.AdaMerging", out="/etc")},
+    "a cache in a backbone": backbone(
+        spec("torch.nn.Linear", device=spec("lightspan.datamodules.shards.cache.ShardCache", folder="/", limit_bytes=0))
+    ),
+    "swap space": trainer(strategy=spec("lightspan.deepspeed.ZeRO", nvme_path="/home")),
+    "settings of deepspeed in a file": trainer(strategy=spec("lightspan.deepspeed.ZeRO", config="@VICTIM@")),
     # sources of data
     "pipe": data(spec("lightspan.datamodules.shards.stream.Shards", shards=["pipe:touch @CANARY@"])),
     # numbers and texts that no setting can have

@@ -118,6 +118,35 @@ def test_the_builder_asks_the_gate_again(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_places_that_a_flag_names_are_built_and_given_again_where_only_a_command_line_can(tmp_path):
+    outside = f"trainer.callbacks.checkpoint.init_args.dirpath={tmp_path}/kept"
+    resolved = tiny(outside, "trainer.max_steps=5")
+    assert build(resolved, tmp_path / "run").trainer.checkpoint_callback.dirpath == f"{tmp_path}/kept"
+    (tmp_path / "again.yaml").write_text(dump(resolved.document()))
+    with pytest.raises(UserError, match=r"checkpoint\.init_args\.dirpath: .* outside the run folder"):
+        resolve(str(tmp_path / "again.yaml"), [], [], ["tiny_lab"])
+    flag, *allowed = resolved.permissions()
+    assert allowed == ["--allow-module", "tiny_lab"]
+    again = resolve(str(tmp_path / "again.yaml"), [], [flag], ["tiny_lab"])
+    assert again.config == resolved.config
+    (tmp_path / "resolved.yaml").write_text(dump(resolved.document()))
+    recorded = load_resolved(tmp_path, ["tiny_lab"])
+    assert recorded.config["trainer"]["callbacks"]["checkpoint"]["init_args"]["dirpath"] == "${run}/kept"
+    assert any("checkpoint.init_args.dirpath" in note for note in recorded.notes)
+
+
+def test_a_recipe_without_a_folder_for_its_files_has_them_in_the_run_folder(tmp_path):
+    assert build(tiny("trainer.default_root_dir=null"), tmp_path / "run").trainer.default_root_dir == f"{tmp_path}/run"
+
+
+def test_the_record_of_a_run_is_no_link_to_a_file_of_its_reader(tmp_path):
+    (tmp_path / "secret").write_text("root:x: [secret\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved.yaml").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link that leads out of its run folder"):
+        load_resolved(tmp_path / "run")
+
+
 def test_the_caller_of_resolve_learns_where_every_value_came_from():
     resolved = tiny("trainer.max_steps=5")
     assert resolved.sources["trainer.max_steps"] == "command line"

@@ -4,13 +4,12 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from audited import nothing_happens
 
 from lightspan.cli import main
 from lightspan.config import allow
@@ -27,38 +26,6 @@ hostile = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(hostile)
 
 ATTEMPTS = hostile.attempts()
-# What Python reports to its auditors when code runs, files change or machines are called.
-ACTS = (
-    *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "subprocess.Popen", "pty.spawn"),
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
-    *("shutil.rmtree", "shutil.move", "shutil.copyfile", "socket.connect", "socket.getaddrinfo"),
-    *("pickle.find_class", "ctypes.dlopen", "code.__new__", "webbrowser.open", "tempfile.mkdtemp"),
-)
-_acts: list[str] | None = None  # None: nobody listens
-
-
-def _listen(event: str, arguments: tuple[Any, ...]) -> None:
-    if _acts is None:
-        return
-    if event == "open":
-        path, mode, flags = arguments
-        writes = any(letter in (mode or "") for letter in "wax+") or bool((flags or 0) & 3)
-        if writes and not str(path).endswith((".pyc", "/dev/null")) and ".pyc." not in str(path):
-            _acts.append(f"open {path} {mode} {flags}")
-    elif event in ACTS and not (event == "ctypes.dlopen" and "libnvidia-ml" in str(arguments)):  # torch looks for GPUs
-        _acts.append(f"{event} {arguments}"[:300])
-
-
-@contextlib.contextmanager
-def nothing_happens() -> Iterator[None]:
-    """Fails if the block starts a process, changes a file, reads a pickle, or calls another machine."""
-    global _acts
-    _acts = []
-    try:
-        yield
-    finally:
-        acts, _acts = _acts, None
-    assert acts == []
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +38,7 @@ def sound(tmp_path_factory) -> Resolved:
     for layer in ({}, hostile.device("cpu"), hostile.callback(inside)):
         with contextlib.suppress(UserError):  # jsonargparse looks for type stubs once, other libraries load on use
             build(unchecked(resolved, layer))
-    _auditor()
     return resolved
-
-
-def _auditor(added: list[bool] = []) -> None:  # noqa: B006 - a hook can be added once and never removed
-    if not added:
-        sys.addaudithook(_listen)
-        added.append(True)
 
 
 @pytest.fixture
@@ -127,7 +87,7 @@ def test_what_happens_is_heard(sound, tmp_path):
 def test_it_is_refused_and_nothing_happens(layer, sound, monkeypatch, tmp_path):
     with nothing_happens():
         with pytest.raises(UserError):
-            with_layer(sound, layer)
+            with_layer(sound, layer, "hostile.yaml:1")  # a layer of the command line may name any place
         with contextlib.suppress(UserError) if inert(layer) else pytest.raises(UserError):
             build(unchecked(sound, layer), tmp_path / "run")
         # The builder alone, as if the gate stood open: it may build what does no harm, and that is all.

@@ -101,6 +101,34 @@ def test_what_is_in_the_place_of_an_overlay_is_named(tmp_path, monkeypatch):
             recipes.load_overlay(f"{name}.yaml")
 
 
+def test_a_link_out_of_its_folder_is_no_recipe_and_its_lines_are_not_shown(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_text("root:x: [secret\n")
+    (tmp_path / "theirs" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "theirs")
+    (tmp_path / "elsewhere").mkdir()
+    for place in ("r.yaml", "sub/r.yaml", "../elsewhere/r.yaml"):
+        Path(place).symlink_to(secret)
+    (tmp_path / "elsewhere" / "plain.yaml").write_text("model: {}\n")
+    Path("out").symlink_to(tmp_path / "elsewhere")
+    Path("whole.yaml").write_text("model: {}\n")
+    Path("inside.yaml").symlink_to("whole.yaml")
+    Path("sub/inside.yaml").symlink_to("../whole.yaml")
+    for load in (recipes.load, recipes.load_overlay):
+        with pytest.raises(UserError, match=r"r\.yaml is a link that leads out of") as error:
+            load("r.yaml")
+        assert "secret" not in str(error.value)
+        load("inside.yaml")
+        load("out/plain.yaml")  # a folder that the user names
+    for base in ("r.yaml", "sub/r.yaml", "out/plain.yaml", "../elsewhere/r.yaml"):
+        Path("over.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(UserError, match="is a link that leads out of"):
+            recipes.load("over.yaml")
+    for base in ("inside.yaml", "sub/inside.yaml", "../elsewhere/plain.yaml"):
+        Path("over.yaml").write_text(f"base: {base}\n")
+        assert len(recipes.load("over.yaml").layers) == 2
+
+
 def test_a_recipe_is_no_overlay(monkeypatch):
     monkeypatch.chdir(recipes.catalogue_folder())
     for name in ("contrastive/simclr", "contrastive/simclr.yaml"):

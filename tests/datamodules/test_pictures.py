@@ -9,6 +9,7 @@ import torch
 from picture_files import pixels, write_every_kind, write_pictures
 from PIL import Image
 
+from lightspan.caches import kept_apart
 from lightspan.datamodules.images.views import TwoViews
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
@@ -211,6 +212,8 @@ def test_a_validation_folder_has_the_training_folders_numbers(tmp_path: Path) ->
 def test_one_picture_is_too_few(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 readable picture is too few"):
         opened(write_pictures(tmp_path / "in", {"": 1}))
+    with pytest.raises(UserError, match="2 readable pictures leave none to validate with"):
+        opened(write_pictures(tmp_path / "two", {"a": 1, "b": 1}))
 
 
 # Damage
@@ -295,13 +298,44 @@ def test_the_cache_keeps_its_limit_by_dropping_what_was_used_longest_ago(tmp_pat
     gib = 2.9 * 4 * 3 * 8 * 8 / 2**30  # two packs and what is noted of one
     for number in range(3):
         opened(write_pictures(tmp_path / f"in{number}", {"": 4}), cache_dir=str(cache), cache_gib=gib)
-        for pack in cache.glob("*/"):
+        for pack in cache.glob("*/*/"):
             if pack.stat().st_mtime > 2000:
                 os.utime(pack, (1000 + number, 1000 + number))
-    assert len(list(cache.glob("*/pixels.npy"))) == 2
-    assert not any(pack.stat().st_mtime == 1000 for pack in cache.glob("*/"))
+    assert len(list(cache.glob("*/*/pixels.npy"))) == 2
+    assert not any(pack.stat().st_mtime == 1000 for pack in cache.glob("*/*/"))
     with pytest.raises(UserError, match=r"4 pictures of 99 x 99 take 0\.0 GiB decoded, above cache_gib="):
         opened(tmp_path / "in0", cache_dir=str(cache), cache_gib=gib, size=99)
+
+
+def test_the_cache_deletes_nothing_that_it_has_not_written(tmp_path: Path) -> None:
+    """Not even what looks like one of its packs, beside them or where a stranger expects them."""
+    cache, gib = tmp_path / "home", 1.1 * 4 * 3 * 8 * 8 / 2**30
+    mine = [cache / "thesis", cache / ("0" * 32), cache / ("a" * 32) / ("b" * 32)]
+    for folder in mine:
+        folder.mkdir(parents=True)
+        (folder / "about.json").write_text("{}")
+        os.utime(folder, (1, 1))
+    for number in range(2):
+        opened(write_pictures(tmp_path / f"in{number}", {"": 4}), cache_dir=str(cache), cache_gib=gib)
+        for pack in cache.glob("*/*/pixels.npy"):
+            os.utime(pack.parent, (1, 1))
+    assert len(list(cache.glob("*/*/pixels.npy"))) == 1
+    assert all((folder / "about.json").exists() for folder in mine)
+
+
+def test_a_dry_run_reads_the_pack_that_is_there_and_writes_others_elsewhere(tmp_path: Path) -> None:
+    first = write_pictures(tmp_path / "in0", {"": 4})
+    opened(first, cache_dir=str(tmp_path / "cache"))
+    (pack,) = (tmp_path / "cache").glob("*/*/")
+    os.utime(pack, (1, 1))
+    before = sorted((tmp_path / "cache").rglob("*"))
+    with kept_apart(tmp_path / "apart"):
+        again = opened(first, cache_dir=str(tmp_path / "cache"))
+        other = opened(write_pictures(tmp_path / "in1", {"": 5}), cache_dir=str(tmp_path / "cache"))
+    assert (len(again.train), len(other.train)) == (3, 4)
+    assert sorted((tmp_path / "cache").rglob("*")) == before
+    assert pack.stat().st_mtime == 1
+    assert len(list((tmp_path / "apart").glob("pictures/*/*/pixels.npy"))) == 1
 
 
 def test_workers_decode_and_fetch_the_same_pictures(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from lightning import Trainer
 from shard_files import damage, write_shard, write_shards
 
+from lightspan.caches import kept_apart
 from lightspan.datamodules.shards import cache as shard_cache
 from lightspan.datamodules.shards import fetch
 from lightspan.datamodules.shards.cache import ShardCache
@@ -35,7 +36,7 @@ def test_a_copy_is_fetched_once_and_anew_where_its_size_is_wrong(https_server: A
     assert cache.local(shard, 1000).read_bytes() == b"x" * 1000
     with pytest.raises(UserError, match=r"a\.tar has 1,000 bytes instead of 2,000"):
         cache.local(shard, 2000)
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".tar", ".lock"}
+    assert kept(tmp_path / "cache") == [".tar"]
 
 
 def test_a_server_that_stumbles_is_asked_again_and_the_address_is_named(
@@ -111,7 +112,8 @@ def test_a_remote_shard_that_is_not_there_may_be_skipped_but_a_silent_server_may
 
 
 def kept(folder: Path) -> list[str]:
-    return [path.suffix for path in folder.iterdir() if path.suffix != ".lock"]
+    (part,) = (path for path in folder.iterdir() if path.is_dir())
+    return [path.suffix for path in part.iterdir() if path.suffix != ".lock"]
 
 
 def test_what_is_not_what_the_index_says_never_becomes_a_copy(https_server: Any, tmp_path: Path) -> None:
@@ -153,10 +155,10 @@ def test_no_server_fills_the_disk(https_server: Any, tmp_path: Path) -> None:
 
 
 def test_room_is_made_before_a_shard_is_fetched_and_counts_what_is_under_way(https_server: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    cache = ShardCache(str(folder), 2500)
+    cache = ShardCache(str(tmp_path / "cache"), 2500)
     https_server.files |= {f"/{name}.tar": b"x" * 1000 for name in "ab"}
     first = cache.local(f"{https_server.address}/a.tar")
+    folder = first.parent
     os.utime(first, (1, 1))
     (folder / f".lightspan-1234-{0:032x}.tar.tmp").write_bytes(b"x" * 1000)  # of another process
     abandoned = folder / f".lightspan-5678-{1:032x}.tar.tmp"
@@ -210,7 +212,7 @@ def test_a_full_disk_is_told_with_the_setting_that_chose_it(
     with pytest.raises(UserError, match=r"the disk is full .* on another disk with data\.init_args\.cache_dir$"):
         ShardCache(str(tmp_path / "cache"), 10**6).local(f"{https_server.address}/a.tar")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .* with data\.init_args\.cache_dir$"):
+    with pytest.raises(UserError, match=r"cannot make folder .* with data\.init_args\.cache_dir$"):
         ShardCache(str(tmp_path / "file"), 10**6).local(f"{https_server.address}/a.tar")
 
 
@@ -274,3 +276,16 @@ def test_a_remote_shard_that_was_scanned_is_not_fetched_to_be_counted_again(http
     assert again.train is not None
     with pytest.raises(UserError, match="has sha256"):
         again.train.sample(0, 0)
+
+
+def test_a_dry_run_reads_the_copy_that_is_there_and_fetches_others_elsewhere(https_server: Any, tmp_path: Path) -> None:
+    https_server.files |= {f"/{name}.tar": b"x" * 1000 for name in "ab"}
+    copy = ShardCache(str(tmp_path / "cache"), 1500).local(f"{https_server.address}/a.tar")
+    os.utime(copy, (1, 1))
+    with kept_apart(tmp_path / "apart"):
+        cache = ShardCache(str(tmp_path / "cache"), 1500)
+        assert cache.local(f"{https_server.address}/a.tar", 1000) == copy
+        assert tmp_path / "apart" in cache.local(f"{https_server.address}/b.tar").parents
+    assert kept(tmp_path / "cache") == [".tar"]
+    assert copy.stat().st_atime == 1
+    assert https_server.asked == ["/a.tar", "/b.tar"]

@@ -127,6 +127,20 @@ def test_a_folder_that_cannot_be_made_is_refused_in_words(run):
         run_folder.run_folder(Path(run), "any")
 
 
+def test_a_run_folder_with_a_link_out_of_it_is_refused_and_nothing_is_written_through_it(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").symlink_to("step=1.ckpt")
+    (run / "checkpoints" / "step=1.ckpt").touch()
+    assert run_folder.run_folder(run, "any") == run
+    (run / "csv").mkdir()
+    for name in ("csv/metrics.csv", "pictures"):
+        (run / name).symlink_to(tmp_path)
+        with pytest.raises(UserError, match=f"{name} is a link that leads out of its run folder"):
+            run_folder.run_folder(run, "any")
+        (run / name).unlink()
+
+
 def test_the_record_keeps_of_earlier_starts_what_was_different(tmp_path, monkeypatch):
     starts = [{"seed": 1, "packages": ["a"] * 99}, {"seed": 2, "packages": ["a"] * 99, "checkpoint": "last"}]
     starts.append(starts[1] | {"seed": 3})

@@ -45,6 +45,8 @@ class Hydra(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -36,6 +36,8 @@ class MixedBarlowTwins(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -38,6 +38,8 @@ class MoCoV3(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     backbone = part("student.0", "The student's, which gives the features.")
     projector = part("student.1", "The student's, which gives the embeddings.")
 

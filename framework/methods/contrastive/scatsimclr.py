@@ -37,6 +37,8 @@ class ScatSimCLR(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -29,6 +29,8 @@ class SimCLR(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.5, **optimization: Any
     ) -> None:

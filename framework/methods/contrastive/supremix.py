@@ -47,6 +47,8 @@ class SupReMix(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -20,6 +20,7 @@ from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
 from lightspan.merging.weights import open_weights, real_finite
+from lightspan.places import ReadPath
 
 
 class AdaMerging(LearnedMerging):
@@ -38,7 +39,7 @@ class AdaMerging(LearnedMerging):
         heads: dict[str, nn.Module],
         wise: Wise = "layer",
         start: float = 0.3,
-        mask: str | None = None,
+        mask: ReadPath | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(backbone, models, heads, **settings)

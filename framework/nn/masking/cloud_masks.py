@@ -14,6 +14,7 @@ from lightspan.array_files import mapped_array
 from lightspan.errors import UserError
 from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.noise import interpolation
+from lightspan.places import ReadPath
 
 COARSE = 4
 """Sides of the noise of which drawn clouds are made."""
@@ -35,7 +36,7 @@ class CloudMasks(MaskSampler):
 
     least: float = 0.2
     most: float = 0.8
-    clouds: str | None = None
+    clouds: ReadPath | None = None
     seed: int = 0
     _real: np.ndarray | None = field(init=False, repr=False, compare=False, default=None)
 

@@ -1,0 +1,35 @@
+"""Batches of a single row: a method whose loss then has no gradient says so, and is not trained on data of such."""
+
+from typing import Any
+
+import pytest
+import torch
+from method_cases import CASES
+
+from lightspan.cli import main
+
+
+def gradient(name: str, rows: int) -> float:
+    """Largest entry of the gradient of a first step."""
+    model: Any = CASES[name].make()
+    model.log = model.log_dict = lambda *_, **__: None
+    found = model.training_step(CASES[name].batch(rows, 0), 0)
+    loss = found if torch.is_tensor(found) else found["loss"]
+    loss.backward()
+    return max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+
+
+def test_methods_without_a_gradient_for_one_row_ask_for_two() -> None:
+    asking = [name for name, case in CASES.items() if case.make().least_rows > 1]
+    others = [name for name, case in CASES.items() if name not in asking and case.refuses_one_row is None]
+    assert "contrastive.simclr" in asking
+    assert [name for name in others if gradient(name, 1) <= 1e-6] == []
+    assert [name for name in asking if gradient(name, 2) <= 1e-6] == []
+
+
+def test_data_of_one_row_are_refused_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["fit", "contrastive/simclr", "--dry-run"]
+    assert main([*line, "data.init_args.batch_size=1"]) == 2
+    assert "data.init_args.batch_size=1 leaves SimCLR nothing to tell apart" in capsys.readouterr().err
+    assert main([*line, "data.init_args.batch_size=4", "trainer.accumulate_grad_batches=4"]) == 2
+    assert "set batch_size to 8 or more" in capsys.readouterr().err
