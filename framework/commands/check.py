@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
     print(printable(said), flush=True)  # what follows takes seconds
     if resolved.kind in TRAINED and not args.fast:
-        print(_parts(resolved))
+        print(printable(_parts(resolved)))
     return 0
 
 
