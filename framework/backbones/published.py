@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from lightspan.backbones.timm_networks import refuse_unknown, timm_network
 from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.errors import UserError
+from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["timm_published", "timm_vit", "torchvision_published"]
@@ -45,7 +46,7 @@ def timm_published(name: str) -> nn.Module:
 
 
 def timm_vit(
-    name: str, path: str | None = None, prefix: str = "", outputs: int = 0, image_size: int | None = None
+    name: str, path: ReadPath | None = None, prefix: str = "", outputs: int = 0, image_size: int | None = None
 ) -> VisionTransformer:
     """A vision transformer of timm with all that its name stands for: activation, epsilon of the norms and the like.
 

@@ -31,8 +31,9 @@ def one_of_each_family() -> dict[str, str]:
     return found
 
 
-def everything_below(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+def everything_beside(scratch: Path) -> dict[Path, tuple[int, int]]:
+    beside = (path for path in scratch.parent.rglob("*") if path != scratch)
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in beside}
 
 
 @pytest.fixture
@@ -54,12 +55,12 @@ def test_a_dry_run_of_a_recipe_of_each_family_leaves_no_trace(
 ) -> None:
     families = one_of_each_family()
     assert len(families) >= 8
-    before = everything_below(scratch.parent)
+    before = everything_beside(scratch)
     for name in families.values():
         with writes_only_below(scratch):
             assert main(["fit", name, "--dry-run"]) == 0, capsys.readouterr().err
         assert "Nothing was written." in capsys.readouterr().out
-    assert everything_below(scratch.parent) == before
+    assert everything_beside(scratch) == before
 
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
@@ -74,7 +75,7 @@ def recipe(file: str, class_path: str, **settings: object) -> str:
         "class_path": "lightspan.methods.supervised.classifier.Classifier",
         "init_args": {"backbone": backbone, "num_classes": 2, "optimizer": optimizer},
     }
-    data = {"class_path": class_path, "init_args": {"size": 8, "batch_size": 4, **settings}}
+    data = {"class_path": class_path, "init_args": {"batch_size": 4, **settings}}
     Path(file).write_text(dump({"base": "defaults", "data": data, "model": model}))
     return file
 
@@ -90,20 +91,22 @@ def test_data_of_ones_own_leave_no_trace_wherever_the_command_line_has_them_kept
     thesis.mkdir(parents=True)
     (thesis / "about.json").write_text("{}")
     os.utime(thesis, (1, 1))
-    own = recipe("own.yaml", FOLDER, folder="in", cache_gib=3e-6)
-    shards = recipe("shards.yaml", SHARDS, shards=["0.tar"], fields={"image": "png", "label": "cls"})
+    own = recipe("own.yaml", FOLDER, folder="in", size=8, cache_gib=3e-6)
+    shards = recipe("shards.yaml", SHARDS, shards=["0.tar"], image_size=8, fields={"image": "png", "label": "cls"})
     lines = [
         [own],
         [own, "data.init_args.cache_dir=proj"],
         [own, "trainer.default_root_dir=.", "trainer.callbacks.finite.init_args.folder=kept"],
         [shards, "data.init_args.batch_size=2"],
     ]
-    hostile = recipe("hostile.yaml", FOLDER, folder="in", cache_gib=3e-6, cache_dir=str(Path("proj").absolute()))
-    before = everything_below(scratch.parent)
+    hostile = recipe(
+        "hostile.yaml", FOLDER, folder="in", size=8, cache_gib=3e-6, cache_dir=str(Path("proj").absolute())
+    )
+    before = everything_beside(scratch)
     for line in lines:
         with writes_only_below(scratch):
             assert main([*verb, *line]) == 0, capsys.readouterr().err
     with writes_only_below(scratch):
         assert main([*verb, hostile]) == 2
     assert "data.init_args.cache_dir" in capsys.readouterr().err
-    assert everything_below(scratch.parent) == before
+    assert everything_beside(scratch) == before

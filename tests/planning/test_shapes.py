@@ -23,7 +23,7 @@ def test_only_what_needs_numbers_is_built_with_them(monkeypatch: pytest.MonkeyPa
             self.layer = nn.Linear(2, 2)
             built.append(is_meta(self))
 
-    monkeypatch.setattr(shapes, "build", lambda _: SimpleNamespace(model=Net()))
+    monkeypatch.setattr(shapes, "build", lambda *_: SimpleNamespace(model=Net()))
     resolved: Any = None
     assert on_shapes_first(resolved, lambda one: is_meta(one.model) and one.model.device == torch.device("cpu"))
     assert built == [True]
@@ -32,7 +32,7 @@ def test_only_what_needs_numbers_is_built_with_them(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_wrong_with_numbers_too_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(_: Any) -> nn.Module:
+    def build(*_: Any) -> nn.Module:
         raise UserError("the width does not fit")
 
     monkeypatch.setattr(shapes, "build", build)
