@@ -45,6 +45,8 @@ class Hydra(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -36,6 +36,8 @@ class MixedBarlowTwins(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "lam is above 0 and the batch (data.init_args.batch_size) large enough for correlations"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -37,6 +37,8 @@ class ScatSimCLR(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -29,6 +29,8 @@ class SimCLR(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
+
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.5, **optimization: Any
     ) -> None:

@@ -29,6 +29,8 @@ class SupCon(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "a batch has several classes (data.init_args.per_class) and temperature fits"
+
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.1, **optimization: Any
     ) -> None:

@@ -47,6 +47,8 @@ class SupReMix(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "a batch has samples of different labels, and temperature fits"
+
     def __init__(
         self,
         backbone: nn.Module,

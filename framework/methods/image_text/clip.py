@@ -49,6 +49,8 @@ class CLIP(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "there are enough negatives (data.init_args.batch_size), and captions differ"
+
     def __init__(
         self, encoders: DualEncoder, chunk: int | None = None, most_scale: float = 100.0, **optimization: Any
     ) -> None:
