@@ -48,12 +48,16 @@ class Method(LightningModule):
         least_rows: how many rows of all ranks the loss has to see at a time to have a gradient at all: 2 for a method
             that does nothing but tell rows apart. Data whose batches are smaller are refused before the first step; a
             smaller batch of them, such as the last, trains nothing.
+        keeps_apart: what holds embeddings of different samples apart in a method that compares them, as a clause with
+            its settings, such as "its negatives are many (batch_size) and its temperature fits"; the collapse
+            sentinel's advice is to see to that. Empty for a method that compares none.
     """
 
     least_rows: int = 1
     num_classes: int | None = None
     num_images: int | None = None
     num_tokens: int | None = None
+    keeps_apart: str = ""
 
     def __init__(
         self,
@@ -128,9 +132,16 @@ class Method(LightningModule):
         overrides this. One with prototypes may also define `assignments(batch)` -> [B, K], rows >= 0: to which
         prototypes its samples belong, without gradients, and before Sinkhorn-Knopp, which hides collapse.
         """
-        projector = getattr(self, "projector", None)
         features_BD = self.features(batch)
-        return projector(features_BD) if isinstance(projector, nn.Module) else features_BD
+        return features_BD if self.compares_features else self.projector(features_BD)  # type: ignore[operator]
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether `embeddings` are the features themselves. The collapse sentinel then takes off what all samples'
+        features share, such as the common part of mean-pooled tokens.
+        """
+        own = type(self).embeddings is not Method.embeddings
+        return not own and not isinstance(getattr(self, "projector", None), nn.Module)
 
     def token_features(self, batch: Any, layers: Sequence[int] = (-1,)) -> list[Tokens]:
         """Features by layer and by token, read off `backbone` while `features` runs; see `lightspan.nn.tokens`.

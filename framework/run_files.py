@@ -42,3 +42,4 @@ TENSORS = "result.safetensors"
 TESTED = "test.json"  # of `lightspan test`
 TRACE = "trace"  # a folder of a proof
 VALIDATED = "validate.json"  # of `lightspan validate`
+WARNING = "warning"  # the key of a line of METRICS that is a warning to people, not figures

@@ -1,5 +1,8 @@
 """Small siamese networks that learn, and the same with what keeps them from collapse left out."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +12,15 @@ from torch.nn import functional as F
 
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.distributed import gather_rows, rank, world_size
+from lightspan.method import Method
+from lightspan.methods.clustering.swav import SwAV
+from lightspan.methods.contrastive.lejepa import LeJEPA
+from lightspan.methods.contrastive.simclr import SimCLR
+from lightspan.methods.contrastive.vicreg import VICReg
+from lightspan.methods.distillation.byol import BYOL
+from lightspan.methods.distillation.dino import DINO
+from lightspan.nn.heads.dino_head import DINOHead
+from lightspan.nn.heads.projector import Projector
 from lightspan.strategies import shard
 
 WIDTH = 16
@@ -97,3 +109,77 @@ class Siamese(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.rate)
+
+
+class Net(nn.Sequential):
+    """A backbone of points."""
+
+    num_features = 32
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+
+
+def made(method: type[Method], rate: float = 1e-3, seed: int = 0, **settings: Any) -> Any:
+    """A shipped method on points, with the settings that its recipe has where none are given."""
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = {"backbone": Net(), "optimizer": partial(torch.optim.Adam, lr=rate)}
+    takes = inspect.signature(method).parameters
+    if "head" in takes:
+        parts["head"] = DINOHead(32, prototypes=32, hidden=(32,), bottleneck=16)
+    if "projector" in takes:
+        parts["projector"] = Projector(32, [32], 24)
+    if "predictor" in takes:
+        parts["predictor"] = Projector(24, [24], 24)
+    return method(**parts | settings)
+
+
+def with_(module: Any, change: Callable[[Any], Any]) -> Any:
+    with torch.no_grad():
+        change(module)
+    return module
+
+
+def dead(module: Any) -> None:
+    """A projector whose last layer is zero and frozen."""
+    last = list(module.projector.modules())[-1]
+    for parameter in last.parameters():
+        parameter.zero_().requires_grad_(False)
+
+
+def constant(module: Any) -> None:
+    """A backbone that does not look at its input."""
+    module.backbone[0].weight.zero_()
+
+
+DINO_HERE = {"momentum": 0.9, "freeze_prototypes": 0.0}
+RATES = {
+    "SimCLR": partial(made, SimCLR),
+    "VICReg": partial(made, VICReg),
+    "BYOL": partial(made, BYOL, momentum=0.9),
+    "DINO": partial(made, DINO, **DINO_HERE),
+    "LeJEPA": partial(made, LeJEPA, directions=64),
+    "SwAV": partial(made, SwAV, prototypes=16, freeze_prototypes=0.0),
+}
+"""Methods that learn at a rate of 1e-3."""
+EQUAL = "same embedding"
+PLANTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "no stop-gradient, no negatives": (lambda: Siamese("cosine", 3e-3), "become one point"),
+    "no variance": (lambda: made(VICReg, 1e-2, variance_weight=0.0), "become one point|few directions"),
+    "no SIGReg": (lambda: made(LeJEPA, 1e-2, lam=0.0, directions=64), "become one point|few directions"),
+    "no predictor": (lambda: made(BYOL, 1e-2, predictor=nn.Identity(), momentum=0.0), "become one point"),
+    "no centring": (lambda: made(DINO, **DINO_HERE | {"centre_momentum": 1.0}), "all samples go to"),
+    "no sharpening": (
+        lambda: made(DINO, **DINO_HERE, teacher_temperature=1.0, final_temperature=1.0),
+        "become one point|told apart",
+    ),
+    "dead projector": (lambda: with_(made(SimCLR), dead), EQUAL),
+    "dead features": (lambda: with_(made(VICReg), constant), EQUAL),
+    **{
+        f"{name} at a rate 10,000 times as high": (partial(make, 10.0), "rate is likely too high")
+        for name, make in RATES.items()
+    },
+    # The others, all but DINO, recover from the first steps at this rate and learn.
+    "DINO at a rate 100 times as high": (partial(RATES["DINO"], 0.1), "rate is likely too high"),
+}
+"""What is wrong -> (the run, what must be said of it)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +21,7 @@ from lightspan.callbacks.training.mask_demands import (
 )
 from lightspan.callbacks.training.mask_files import FILE, announce, save_masks, say_what_stays
 from lightspan.callbacks.training.weights_in_use import WeightsInUse
+from lightspan.callbacks.watching.run_warnings import warn
 from lightspan.devices import wide
 from lightspan.errors import UserError, print_notes
 from lightspan.optim.masks.follow import keep_only, require_entrywise
@@ -232,10 +233,11 @@ class MaskLearning(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.masks:  # the run ended before its time
             self._fix(trainer.optimizers[0])
-            rank_zero_warn(
+            warn(
+                trainer,
                 f"the run ended after step {trainer.global_step}, and MaskLearning would have fixed its masks after "
                 f"step {self._learning_steps}: the weights are masked now, but checkpoints hold all of them, so that "
-                "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks"
+                "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks",
             )
         self._let_go()
         path = self._file(trainer)

@@ -3,31 +3,56 @@
 Shapes: N held samples, Q views of each, P width of embeddings, K prototypes.
 """
 
+import math
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightspan.analysis.collapse import (
     alignment,
     dead_dimensions,
     duplicates,
+    length,
     lidar,
     prototype_use,
     rankme,
     spread,
     uniformity,
 )
-from lightspan.callbacks.watching.collapse_signs import Judge
-from lightspan.callbacks.watching.detached import detached, ends_with_epoch, features_of, log_now
+from lightspan.analysis.spectra import centred
+from lightspan.callbacks.watching.collapse_signs import APART, TARGETS, Judge
+from lightspan.callbacks.watching.detached import (
+    at_full_length,
+    detached,
+    ends_with_epoch,
+    features_of,
+    log_now,
+    steps_of_run,
+)
 from lightspan.callbacks.watching.held_samples import HeldSamples, single_views
+from lightspan.callbacks.watching.run_warnings import record, warn
 from lightspan.callbacks.watching.sound_state import SoundState
 from lightspan.distributed import agreed
 from lightspan.errors import UserError
+
+ONLY_JUDGED = ("width", "equal_samples")
+"""Figures that do not change during a run, and are not logged."""
+LONGEST = 50
+"""Optimiser steps between two measurements of a long run."""
+MEASUREMENTS = 10
+"""The fewest of a run with as many steps, besides the first: enough for a sign to show `patience` times."""
+
+
+STEADY = 20
+"""Optimiser steps over which a sign shows before it counts, where the run's length sets their distance: in its first
+steps a network may narrow before it spreads.
+"""
 
 
 class CollapseSentinel(Callback):
@@ -37,18 +62,26 @@ class CollapseSentinel(Callback):
     with `features(batch)`; and any datamodule. Of batches with `views`, each view of the first one's size is embedded
     by itself, so that views are grouped by sample. Needs no labels.
 
+    Where embeddings are the features themselves, nothing has been made to be compared: features of sound networks may
+    have a large common part, so directions are those of the features minus their mean. That is so if the module's
+    `compares_features` says it (`Method` has it), or if it has no `embeddings`. What a method has to hold samples apart
+    is said by its `keeps_apart`; advice names that.
+
     Logs collapse/rankme, collapse/uniformity, collapse/spread, collapse/dead_dimensions, collapse/duplicates,
     collapse/length (mean length of embeddings); with two views and more collapse/lidar and collapse/alignment; for a
     module with `assignments(batch)` -> [B K], rows >= 0, collapse/prototypes_in_use and collapse/prototypes_a_sample
     (see `lightspan.analysis.collapse`); and collapse/signs, how many signs of collapse have shown `patience` times in
-    succession (see `collapse_signs`). `lightspan report` draws them all.
+    succession (see `collapse_signs`). `lightspan report` draws them all, and shows the warnings, which are also in
+    metrics.jsonl and summary.json.
 
     Training is not affected unless it acts: weights, moments, random states and the order of the data are bit for bit
     what they are without it. With several ranks all measure the same samples, and act by the first rank's figures.
 
     Args:
-        every_n_steps: optimiser steps between two measurements, >= 1; the first is made before the first step. The last
-            figures of a run are those of its end, where it is not judged once more.
+        every_n_steps: optimiser steps between two measurements, >= 1; None is a tenth of the run, at most 50, and then
+            a sign counts once it has also shown for 20 steps, or to the end. The first is made before the first step,
+            and the last at the end of the run. Where a run ends before its planned length, figures are logged and not
+            judged, since it may go on later.
         samples: held over all ranks, >= 2, each with its views, in CPU memory. No rank can exceed their number.
         patience: measurements in succession that must show a sign before it counts, >= 1.
         action: "warn"; "stop" ends the run with an error; "roll_back" returns weights and optimiser state to the last
@@ -65,7 +98,7 @@ class CollapseSentinel(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 50,
+        every_n_steps: int | None = None,
         samples: int = 512,
         patience: int = 2,
         action: Literal["warn", "stop", "roll_back"] = "warn",
@@ -73,7 +106,7 @@ class CollapseSentinel(Callback):
         most_roll_backs: int = 2,
     ) -> None:
         for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
+            ("every_n_steps", 1 if every_n_steps is None else every_n_steps, 1),
             ("samples", samples, 2),
             ("patience", patience, 1),
             ("most_roll_backs", most_roll_backs, 1),
@@ -89,7 +122,8 @@ class CollapseSentinel(Callback):
         self.judge = Judge(patience)
         self.roll_backs = 0
         self.sound_step: int | None = None  # the last one whose measurement showed no sign
-        self._measured: int | None = None
+        self.measured: int | None = None  # the last step that was judged
+        self._steps, self._every, self._equal_samples = math.inf, LONGEST, 0.0
         self._held: HeldSamples | None = None
         self._sound: SoundState | None = None
 
@@ -103,43 +137,51 @@ class CollapseSentinel(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._held = HeldSamples(trainer, pl_module, self.samples)
         self._sound = None
+        self._steps = steps_of_run(trainer)
+        self._every = self.every_n_steps or int(max(1, min(LONGEST * MEASUREMENTS, self._steps) // MEASUREMENTS))
+        with detached(pl_module):
+            complaints, self._equal_samples = self._held.complaints(trainer, pl_module)
         if not self.judge.first:
-            with detached(pl_module):
-                self._say(trainer, self._held.complaints(trainer, pl_module))
-            self._measure(trainer, pl_module)
-        self._measured = trainer.global_step
+            self._say(trainer, complaints)
+            self._measure(trainer, pl_module, partial(log_now, trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps or trainer.global_step == self._measured:
-            return  # the latter inside an accumulation
-        self._measured = trainer.global_step
-        self._measure(trainer, pl_module)
+        # The latter inside an accumulation.
+        if trainer.global_step % self._every == 0 and trainer.global_step != self.measured:
+            self._measure(trainer, pl_module, partial(log_now, trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A measurement out of turn would count among those that `patience` wants, if the run is lengthened. Whether
-        # this step had its turn is not told from `_measured`: the end may be what a killed run still has to do.
-        if ends_with_epoch(trainer) and trainer.global_step % self.every_n_steps:
+        if not ends_with_epoch(trainer) or trainer.global_step == self.measured:
+            return
+        log = partial(pl_module.log_dict, batch_size=1, sync_dist=trainer.world_size > 1)
+        if at_full_length(trainer):
+            self._measure(trainer, pl_module, log)
+        else:  # a measurement out of turn would count among those that `patience` wants, if the run goes on
             with detached(pl_module):
-                logged = self._logged(self._figures(trainer, pl_module))
-            pl_module.log_dict(logged, batch_size=1, sync_dist=trainer.world_size > 1)
+                log(self._logged(self._figures(trainer, pl_module)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._held = self._sound = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"judge": self.judge.state_dict(), "roll_backs": self.roll_backs, "sound_step": self.sound_step}
+        counts = {"roll_backs": self.roll_backs, "sound_step": self.sound_step, "measured": self.measured}
+        return {"judge": self.judge.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.judge.load_state_dict(state_dict["judge"])
         self.roll_backs, self.sound_step = state_dict["roll_backs"], state_dict["sound_step"]
+        self.measured = state_dict["measured"]
 
-    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+    def _measure(self, trainer: Trainer, module: LightningModule, log: Callable[[Mapping[str, float]], None]) -> None:
+        self.measured = trainer.global_step
         with detached(module):
             figures = self._figures(trainer, module)
-        said = self.judge.look(figures)
-        log_now(trainer, self._logged(figures))
+        apart = getattr(module, "keeps_apart", "") or (TARGETS if _of_features(module) else APART)
+        waits = self.every_n_steps is None and trainer.global_step < self._steps  # at the end, what shows will stay
+        said = self.judge.look(figures, apart, least=-(-STEADY // self._every) if waits else 0)
+        log(self._logged(figures))
         if self.judge.sound:
             self.sound_step = trainer.global_step
             if self.action == "roll_back":
@@ -157,10 +199,12 @@ class CollapseSentinel(Callback):
                 trainer, [f"{one}. Roll back {self.roll_backs} of {self.most_roll_backs}: {went}" for one in said]
             )
         else:
+            for one in said:
+                record(trainer, self._text(trainer, one))
             raise UserError(f"step {trainer.global_step}: {said[0]}. {self._way_back(trainer)}")
 
     def _logged(self, figures: dict[str, float]) -> dict[str, float]:
-        named = {f"collapse/{name}": value for name, value in figures.items()}
+        named = {f"collapse/{name}": value for name, value in figures.items() if name not in ONLY_JUDGED}
         return named | {"collapse/signs": float(self.judge.collapsed)}
 
     def _figures(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
@@ -172,14 +216,15 @@ class CollapseSentinel(Callback):
             return torch.stack([features_of(trainer, module, one, name) for one in single_views(batch)], dim=1)
 
         x_NQP = self._held.of_all(trainer, module, embedded)
-        x_NP = x_NQP[:, 0]
-        figures = {
+        figures = {"length": length(x_NQP[:, 0]), "dead_dimensions": dead_dimensions(x_NQP[:, 0])}
+        x_NP = centred(x_NQP[:, 0]) if _of_features(module) else x_NQP[:, 0]
+        figures |= {
             "rankme": rankme(x_NP),
             "uniformity": uniformity(x_NP),
             "spread": spread(x_NP),
-            "dead_dimensions": dead_dimensions(x_NP),
             "duplicates": duplicates(x_NP),
-            "length": x_NP.norm(dim=1).mean().item(),
+            "width": float(x_NP.shape[1]),
+            "equal_samples": self._equal_samples,
         }
         if x_NQP.shape[1] > 1:
             figures |= {"lidar": lidar(x_NQP), "alignment": alignment(x_NQP)}
@@ -193,7 +238,10 @@ class CollapseSentinel(Callback):
 
     def _say(self, trainer: Trainer, said: list[str]) -> None:
         for one in said:
-            rank_zero_warn(f"CollapseSentinel, step {trainer.global_step}: {one}")
+            warn(trainer, self._text(trainer, one))
+
+    def _text(self, trainer: Trainer, said: str) -> str:
+        return f"CollapseSentinel, step {trainer.global_step}: {said}"
 
     def _way_back(self, trainer: Trainer) -> str:
         if self.sound_step is None:
@@ -208,3 +256,8 @@ class CollapseSentinel(Callback):
         newest = max(files, key=lambda path: int(re.search(r"step=(\d+)", path.name)[1]), default=None)  # type: ignore[index]
         from_there = f"; {newest} is from before the fall" if newest else "; no checkpoint is as old"
         return f"The last measurement without a sign was that of step {self.sound_step}{from_there}"
+
+
+def _of_features(module: LightningModule) -> bool:
+    """Whether what is compared are features, with no head that was made for it."""
+    return getattr(module, "compares_features", not hasattr(module, "embeddings"))

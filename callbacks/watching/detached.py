@@ -3,12 +3,14 @@
 Shapes: B rows of this rank's batch, D features, N rows of all ranks.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -75,8 +77,21 @@ def is_logged(trainer: Trainer) -> bool:
 
 def ends_with_epoch(trainer: Trainer) -> bool:
     """At the end of a training epoch, complete or cut: whether none follows."""
-    last = trainer.current_epoch + 1 == trainer.max_epochs
-    return last or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+    return trainer.should_stop or at_full_length(trainer)
+
+
+def at_full_length(trainer: Trainer) -> bool:
+    """At the end of a training epoch, complete or cut: whether the run is as long as it was meant to be."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+
+
+def steps_of_run(trainer: Trainer) -> float:
+    """Optimiser steps that a fit that has begun will have at its end; infinite where nothing bounds it."""
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # a schedule of accumulation has other steps in each epoch
+        steps = trainer.max_steps
+    return steps if steps > 0 else math.inf
 
 
 def log_now(trainer: Trainer, metrics: Mapping[str, float]) -> None:

@@ -67,10 +67,13 @@ class HeldSamples:
         (of_all,) = of_all_ranks(trainer, [torch.cat(rows)], torch.cat(index).to(rows[0].device))
         return of_all[: self.count]
 
-    def complaints(self, trainer: Trainer, module: LightningModule) -> list[str]:
-        """What is wrong with the samples themselves, whatever the network makes of them."""
+    def complaints(self, trainer: Trainer, module: LightningModule) -> tuple[list[str], float]:
+        """What is wrong with the samples themselves, whatever the network makes of them; and the share of samples that
+        equal another. For use inside `detached`.
+        """
         ids_NQ = self.of_all(trainer, module, lambda batch: torch.stack([_ids(v) for v in images_of(batch)], dim=1))
-        found, distinct = [], len(ids_NQ[:, 0].unique())
+        counts = ids_NQ[:, 0].unique(return_counts=True)[1]
+        found, distinct = [], len(counts)
         if distinct <= len(ids_NQ) / 2:
             found.append(
                 f"of {len(ids_NQ)} training samples only {distinct} differ after augmentation; weaken the "
@@ -81,12 +84,12 @@ class HeldSamples:
                 "the views of each sample are all equal, so to make them agree teaches nothing; set "
                 "data.init_args.views to one that draws at random"
             )
-        return found
+        return found, int(counts[counts > 1].sum()) / len(ids_NQ)
 
 
 def single_views(batch: Any) -> Iterator[Any]:
     """The batch once for each view of the size of the first one, which stands in it as "image"; as it is without."""
-    if not isinstance(batch, Mapping) or "views" not in batch:
+    if not _views(batch):
         yield batch
         return
     rest = {name: value for name, value in batch.items() if name != "views"}
@@ -96,13 +99,21 @@ def single_views(batch: Any) -> Iterator[Any]:
 
 def images_of(batch: Any) -> list[Tensor]:
     """Views of the size of the first; without views the first tensor of two axes or more."""
-    if isinstance(batch, Mapping) and "views" in batch:
-        return [view for view in batch["views"] if view.shape == batch["views"][0].shape]
+    if views := _views(batch):
+        return [view for view in views if view.shape == views[0].shape]
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
     if not tensors:
         raise UserError("CollapseSentinel needs batches with a tensor of samples; remove the callback for these data")
     return tensors[:1]
+
+
+def _views(batch: Any) -> list[Tensor]:
+    """The "views" of a batch, a list of tensors or a mapping of names to them; none of a batch without such."""
+    views = batch.get("views", ()) if isinstance(batch, Mapping) else ()
+    views = list(views.values()) if isinstance(views, Mapping) else views
+    sound = isinstance(views, list | tuple) and all(isinstance(view, Tensor) and view.ndim for view in views)
+    return list(views) if sound else []
 
 
 def _held(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

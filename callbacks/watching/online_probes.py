@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from lightspan.analysis.labels import kind_of
 from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.detached import detached, ends_with_epoch, log_now
 from lightspan.callbacks.watching.encoding import Columns, Encoding
+from lightspan.callbacks.watching.run_warnings import warn
 from lightspan.errors import UserError, print_notes
 from lightspan.estimators.probes import KNN, LinearProbe, Probe
 
@@ -88,6 +90,7 @@ class OnlineProbes(Callback):
         )
         self._probed: int | None = None
         self._left_out: set[str] = set()
+        self._diverged: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.encoding.require(trainer, pl_module)
@@ -138,7 +141,15 @@ class OnlineProbes(Callback):
                     if (field := _told_apart_by_none(probe, bank, val)) is not None:
                         self._say_none(name, field)
                         continue
-                    found = probe.fit(bank.of(layer, probe.reads_tokens), val.of(layer, probe.reads_tokens))
+                    try:
+                        found = probe.fit(bank.of(layer, probe.reads_tokens), val.of(layer, probe.reads_tokens))
+                    except UserError as error:
+                        if trainer.state.fn != "fit" or all(
+                            _usual(one.columns[layer, probe.reads_tokens]) for one in (bank, val)
+                        ):
+                            raise
+                        self._say_diverged(trainer, name, str(error))
+                        continue
                     named = found.scores | found.chosen
                     metrics |= {f"probe/{name}_{what}{end}": float(value) for what, value in named.items()}
                 rank = effective_rank(singular_values(val.of(layer).rows(), center=True))
@@ -149,6 +160,17 @@ class OnlineProbes(Callback):
         if name not in self._left_out:
             self._left_out.add(name)
             rank_zero_only(print_notes)([f"all samples have one {field}, so the probe {name} has no score"])
+
+    def _say_diverged(self, trainer: Trainer, name: str, why: str) -> None:
+        """Whether a run ends is not for its watchers to say."""
+        if name not in self._diverged:
+            self._diverged.add(name)
+            warn(trainer, f"OnlineProbes, step {trainer.global_step}: the probe {name} has no score: {why}")
+
+
+def _usual(features: Tensor) -> bool:
+    """Whether float32 holds the features and their squares."""
+    return bool(features.float().square().isfinite().all())
 
 
 def _told_apart_by_none(probe: Probe, bank: Columns, val: Columns) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from lightspan.callbacks.watching.run_warnings import warnings_of
 from lightspan.console import SafeConsole
 from lightspan.errors import printable
 from lightspan.files import write_atomic
@@ -29,7 +30,8 @@ class RunSummary(Callback):
     micro-batches: no waiting for data, no validation, no checkpoint; the first 5 of a process dropped; of the last
     process that took a step; null before the first step);
     peak_rss_mib (this process, without data workers); peak_device_mib (CUDA only); parameters; trainable_parameters;
-    steps; seconds (wall time of fit, summed over resumes); finished. NaN and infinities are written as null.
+    steps; seconds (wall time of fit, summed over resumes); finished; warnings, a list of texts, if there were any and
+    the run has a `JsonlLogger` (`lightspan.callbacks.watching.run_warnings`). NaN and infinities are written as null.
     In a run of several ranks all of this is rank 0's view.
 
     Args:
@@ -118,6 +120,8 @@ class RunSummary(Callback):
             "seconds": round(self._seconds(), 3),
             "finished": finished,
         }
+        if said := warnings_of(trainer):
+            summary["warnings"] = said
         if trainer.is_global_zero:
             flat = {name.replace("/", "_"): value for name, value in summary.items()}
             write_atomic(self.path, json.dumps(flat, indent=2, allow_nan=False) + "\n")
@@ -173,5 +177,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """The summary as two columns, numbers shortened to the digits that matter."""
     table = Table("", "", show_header=False)
     for name, value in summary.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        shown = "\n".join(value) if isinstance(value, list) else value
+        table.add_row(name, f"{shown:.4g}" if isinstance(shown, float) else str(shown))
     return table

@@ -18,7 +18,7 @@ from lightspan.datamodules.images.augment.fields import ImageFields, Place
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
-from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
 from lightspan.errors import UserError
 from lightspan.files import expanded
@@ -216,10 +216,9 @@ class ImageData(SampleSets):
         self.train = ImageSamples(training, mean, std, self.views, self.views_on)
         self.train.fields.attach(self)
         self.bank, self.val, self.test = (ImageSamples(data, mean, std) for data in (training, validation, test))
-        say(
-            f"images: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
-            f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))}"
-        )
+        validated = len(self.val) if self.val_size else None
+        samples = f"images of {' x '.join(map(str, self.image_shape))}"
+        say(f"images: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:

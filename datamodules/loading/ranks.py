@@ -19,6 +19,13 @@ def say(line: str) -> None:
     print(printable(line), flush=True)
 
 
+def sizes(training: int, validation: int | None, test: int, samples: str) -> str:
+    """How many samples each part has, for a line. `validation` is None where it has no samples of its own."""
+    if validation is None:
+        return f"{training} training and {test} test {samples} (validation uses the test set)"
+    return f"{training} training, {validation} validation and {test} test {samples}"
+
+
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:
     """(rank, world_size) among the ranks that see different data; without a trainer, from the process group."""
     if trainer is None:

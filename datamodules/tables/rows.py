@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightspan.datamodules.images.views import seeded
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.errors import UserError
@@ -126,10 +126,9 @@ class TableData(SampleSets):
         parts = [Rows(table[part].astype(np.float32), target[part].astype(np.float32)) for part in (train, val, test)]
         self.train, self.bank = RowSamples(parts[0], self.views), RowSamples(parts[0])
         self.val, self.test = RowSamples(parts[1]), RowSamples(parts[2])
-        say(
-            f"rows: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
-            f"{len(self.test)} test rows of {table.shape[1]} columns"
-        )
+        validated = len(self.val) if self.val_size else None
+        samples = f"rows of {table.shape[1]} columns"
+        say(f"rows: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
 
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)

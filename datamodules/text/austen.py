@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.windows import TextData, Windows
 from lightspan.errors import UserError
@@ -73,9 +73,11 @@ class Austen(TextData):
         ends = [windows[book][cuts[book] :] for book in trained]
         self.val = self._side(ends) if self.val_fraction else self.test
         self.bytes_per_token = sum(len(texts[b].encode()) for b in trained) / sum(len(tokens[b]) for b in trained)
+        validated = len(self.val) if self.val_fraction else None
+        samples = f"windows of {self.context + 1} tokens"
         say(
-            f"text: {len(trained)} books to train on, {self.bytes_per_token:.2f} bytes per token; {len(self.train)} "
-            f"training, {len(self.val)} validation and {len(self.test)} test windows of {self.context + 1} tokens"
+            f"text: {len(trained)} books to train on, {self.bytes_per_token:.2f} bytes per token; "
+            f"{sizes(len(self.train), validated, len(self.test), samples)}"
         )
 
     def test_dataloader(self) -> EvaluationLoader:

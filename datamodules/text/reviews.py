@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -100,8 +100,9 @@ class FoodReviews(SampleSets):
         validation = Tokenized(*(array[held_out] for array in training)) if self.val_size else test
         self.train = self.bank = ReviewSamples(Tokenized(*(array[rest] for array in training)))
         self.val, self.test = ReviewSamples(validation), ReviewSamples(test)
+        validated = len(self.val) if self.val_size else None
         say(
-            f"reviews: {len(self.train)} training, {len(self.val)} validation and {len(self.test)} test reviews, "
+            f"reviews: {sizes(len(self.train), validated, len(self.test), 'reviews')}, "
             f"{self.val.data.labels.mean():.1%} of the validation reviews great"
         )
 

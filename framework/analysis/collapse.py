@@ -1,7 +1,8 @@
 """Signs that features collapse: measures of samples, of their views and of their assignments to prototypes.
 
-Pure functions on any device, in float32 or wider. A constant sample is ordinary here: rows of zeros stay zeros where
-rows are divided by their length. NaN in gives NaN out.
+Pure functions on any device, in float32 or wider. None depends on the scale of its rows but `length`, whose unit is
+theirs. None raises on what a network may give while it trains: a constant sample is ordinary, rows of zeros stay zeros
+where rows are divided by their length, and a number that is not finite gives NaN.
 Sources: Garrido et al., "RankMe" (2210.02885), equations 1 and 2; Thilak et al., "LiDAR" (2312.04000), section 3;
 Wang, Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere"
 (2005.10242), section 4; Chen, He, "Exploring Simple Siamese Representation Learning" (2011.10566), section 4.1.
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lightspan.analysis.rows import unit_rows
+from lightspan.analysis.scale import scaled
 from lightspan.analysis.spectra import singular_values
-from lightspan.devices import wide, widest_float
+from lightspan.devices import wide_type, widest_float
 from lightspan.errors import UserError
 
 
@@ -30,20 +32,26 @@ def rankme(x_ND: Tensor, epsilon: float = 1e-7) -> float:
     Raises: UserError for no row or no feature.
     """
     _require_rows("RankMe", x_ND, 1)
-    return _smooth_rank(singular_values(x_ND), epsilon)
+    _, (near_one_ND,) = scaled(x_ND)
+    return _smooth_rank(singular_values(near_one_ND.to(wide_type(x_ND.dtype))), epsilon)
 
 
 def lidar(x_NQD: Tensor, delta: float = 1e-4, epsilon: float = 1e-7) -> float:
-    """LiDAR: the smooth rank, as of RankMe, of Sigma_w^(-1/2) Sigma_b Sigma_w^(-1/2).
+    """LiDAR: the smooth rank, as of RankMe, of Sigma_w^(-1/2) Sigma_b Sigma_w^(-1/2) (section 3, equations 1 to 3).
 
     Each sample is a class, its views are the class's points: Sigma_b is the covariance of the samples' means, Sigma_w
-    the mean covariance of views around their sample's mean, plus delta I. At most N - 1: the paper takes 1,000 samples
-    of 50 views and more. Covariances are means, not corrected for the mean that was subtracted. Unverified: the values
-    of delta and epsilon, which are those of public implementations.
+    the mean covariance of views around their sample's mean, plus delta m I. At most N - 1: the paper takes 1,000
+    samples of 50 views and more. Covariances are means, not corrected for the mean that was subtracted.
+
+    It differs from the paper in m, which is 1 there: here it is the mean of the variances of all features over all
+    points, the trace of Sigma_b + Sigma_w over D, so that neither figure nor rounding depends on the scale of the
+    features. On features of variance 1 both agree. If no view differs from the others, Sigma_w is a multiple of I, and
+    this is the smooth rank of Sigma_b. Unverified: the values of delta and epsilon, which are those of public
+    implementations.
 
     Args:
         x_NQD: row i holds the views of one sample. N >= 2, Q >= 2.
-        delta: > 0, in squared units of the features: the result depends on their scale.
+        delta: > 0, a share of the mean variance.
     Returns: 0 if all samples have the same mean.
     Raises: UserError for fewer samples or views, no feature, or delta that is not above 0.
     """
@@ -54,16 +62,23 @@ def lidar(x_NQD: Tensor, delta: float = 1e-4, epsilon: float = 1e-7) -> float:
         raise UserError(f"LiDAR delta={delta} must be above 0: without it Sigma_w may have no inverse")
     if not x_NQD.isfinite().all():
         return math.nan
-    x_NQD = _widest(x_NQD)
+    features = x_NQD.shape[2]
+    _, (x_NQD,) = scaled(x_NQD)
     x_NQD = x_NQD - x_NQD[:1, :1]  # equal rows are exactly zero from here on
+    if features > (points := len(x_NQD) * x_NQD.shape[1]):
+        # In a basis of the points' span, which changes no distance, matrices are as small as there are points.
+        x_NQD = torch.linalg.qr(x_NQD.flatten(0, 1).T, mode="r").R.T.reshape(*x_NQD.shape[:2], points)
     mean_N1D = x_NQD.mean(dim=1, keepdim=True)
     apart_ND = (mean_N1D - mean_N1D.mean(dim=0)).squeeze(1)
-    around_MD = (x_NQD - mean_N1D).flatten(0, 1)
-    within_DD = around_MD.T @ around_MD / len(around_MD)
-    within_DD.diagonal().add_(delta)
-    # Sigma_b = A^T A, so the eigenvalues are the squared singular values of A Sigma_w^(-1/2), and any square root of
-    # Sigma_w has the same ones. Of a Gram, small values would be rounding errors.
-    whitened_ND = torch.linalg.solve_triangular(torch.linalg.cholesky(within_DD), apart_ND.T, upper=False).T
+    around_MD = (x_NQD - mean_N1D).flatten(0, 1) / math.sqrt(len(x_NQD) * x_NQD.shape[1])
+    variance = (apart_ND.square().sum() / len(apart_ND) + around_MD.square().sum()) / features
+    if variance == 0:
+        return 0.0
+    # The triangle R of [A; sqrt(delta m) I] has R^T R = Sigma_w. Unlike Cholesky's of Sigma_w it exists whatever the
+    # rounding. Sigma_b is B^T B / N, so the eigenvalues are the squared singular values of B R^(-1), up to a factor.
+    floor_DD = torch.eye(x_NQD.shape[2], dtype=x_NQD.dtype, device=x_NQD.device) * (delta * variance).sqrt()
+    root_DD = torch.linalg.qr(torch.cat([around_MD, floor_DD]), mode="r").R
+    whitened_ND = torch.linalg.solve_triangular(root_DD, apart_ND, upper=True, left=False)
     return _smooth_rank(singular_values(whitened_ND).square(), epsilon)
 
 
@@ -92,6 +107,12 @@ def alignment(x_NQD: Tensor) -> float:
     return (u_NQD[:, one] - u_NQD[:, other]).square().sum(dim=2).mean().item()
 
 
+def length(x_ND: Tensor) -> float:
+    """Mean length of the rows, in their unit. Raises: UserError for no row or no feature."""
+    _require_rows("length", x_ND, 1)
+    return torch.linalg.vector_norm(_widest(x_ND), dim=1).mean().item()
+
+
 def spread(x_ND: Tensor) -> float:
     """Standard deviation of each feature over rows of length one, its mean over features times sqrt(D).
 
@@ -110,14 +131,18 @@ def dead_dimensions(x_ND: Tensor, relative: float = 1e-6) -> float:
     Raises: UserError for no row or no feature.
     """
     _require_rows("dead dimensions", x_ND, 1)
+    if not x_ND.isfinite().all():
+        return math.nan
     x_ND = _widest(x_ND)
     deviation_D = (x_ND - x_ND[:1]).std(dim=0, correction=0)
     return (deviation_D <= relative * x_ND.abs().max()).double().mean().item()
 
 
 def duplicates(x_ND: Tensor, tolerance: float = 1e-3) -> float:
-    """Share of rows with the same direction as another one: |u_i - u_j| <= tolerance; in [0, 1].
+    """Share of rows u of length one that are the same as another one, in [0, 1].
 
+    The same is what is nearer than `tolerance` times the root mean square distance from the mean row, so that rows that
+    differ a little in one direction that all share are different; or nearer than 1e-6, which float32 does not resolve.
     Rows of zeros are duplicates of one another. A chunk of rows at a time, so that memory is N * 1024 numbers.
 
     Raises: UserError for no row or no feature.
@@ -126,32 +151,34 @@ def duplicates(x_ND: Tensor, tolerance: float = 1e-3) -> float:
     if not x_ND.isfinite().all():
         return math.nan
     u_ND = _widest(unit_rows(x_ND))
+    apart = (u_ND - u_ND.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    limit = (tolerance * apart).clamp_min(1e-6)
     found = 0
     for start in range(0, len(u_ND), 1024):
         # Not by the matrix product, whose rounding errors are larger than close distances.
-        near = torch.cdist(u_ND[start : start + 1024], u_ND, compute_mode="donot_use_mm_for_euclid_dist") <= tolerance
+        near = torch.cdist(u_ND[start : start + 1024], u_ND, compute_mode="donot_use_mm_for_euclid_dist") <= limit
         found += int((near.sum(dim=1) > 1).sum())
     return found / len(u_ND)
 
 
 def prototype_use(assignment_NK: Tensor) -> tuple[float, float]:
     """(prototypes in use, prototypes a sample), both in [1, K]: exp of the entropy of the mean assignment, and exp of
-    the mean entropy of assignments.
+    the mean entropy of assignments. Both are 0 if no row has an entry.
 
     Sound are many in use and few a sample. The first is 1 if all samples go to one prototype; they are equal, whatever
     their value, if the assignments tell nothing about the samples.
 
     Args:
         assignment_NK: rows >= 0, which are divided by their sums; a row without any is left out.
-    Raises: UserError for no row with an entry above 0.
+    Raises: UserError for no row, no column, or an entry below 0.
     """
-    p_NK = wide(assignment_NK)
-    p_NK = p_NK[p_NK.sum(dim=1) != 0]
+    p_NK = _widest(assignment_NK)
     if p_NK.ndim != 2 or not p_NK.numel() or (p_NK < 0).any():
-        raise UserError(
-            f"assignments {list(assignment_NK.shape)} must be a row of shares, >= 0, for each sample, not all of them 0"
-        )
-    p_NK = _widest(p_NK / p_NK.sum(dim=1, keepdim=True))
+        raise UserError(f"assignments {list(assignment_NK.shape)} must be a row of shares, >= 0, for each sample")
+    p_NK = p_NK[p_NK.sum(dim=1) != 0]
+    if not len(p_NK):
+        return 0.0, 0.0
+    p_NK = p_NK / p_NK.sum(dim=1, keepdim=True)
     in_use = torch.special.entr(p_NK.mean(dim=0)).sum().exp()
     a_sample = torch.special.entr(p_NK).sum(dim=1).mean().exp()
     return in_use.item(), a_sample.item()

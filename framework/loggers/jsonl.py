@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from lightspan.files import explained_os_errors, write_atomic
 from lightspan.places import RunPath
-from lightspan.run_files import METRICS
+from lightspan.run_files import METRICS, WARNING
 
 
 class JsonlLogger(Logger):
@@ -23,7 +23,8 @@ class JsonlLogger(Logger):
     `step` is Lightning's: the number of optimiser steps finished before the one that the line describes. `time_s` are
     seconds since fit began; a resumed run continues from the last line that it kept. Every line is flushed. JSON has no
     NaN and no infinity: such a value is written as null, so that a diverged run still leaves a readable file.
-    Only rank 0 writes. Hyperparameters are not kept here: the run folder's resolved.yaml has the whole configuration.
+    A warning that `log_warning` gets is a line of its own, with the text as "warning" in place of metrics. Only rank 0
+    writes. Hyperparameters are not kept here: the run folder's resolved.yaml has the whole configuration.
 
     Args:
         save_dir: the run folder; made if missing.
@@ -60,12 +61,17 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        file = self.experiment
-        line: dict[str, Any] = {"step": int(step or 0), "time_s": round(time.monotonic() - self._started_s, 3)}
-        line |= {name: plain_number(value) for name, value in metrics.items()}
-        with explained_os_errors(self._path):
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines += 1
+        self._write({name: plain_number(value) for name, value in metrics.items()}, step)
+
+    @rank_zero_only
+    def log_warning(self, text: str, step: int) -> None:
+        self._write({WARNING: text}, step)
+
+    def warnings(self) -> list[str]:
+        """The texts of all warnings that the file has."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        entries = [_parsed(line) for line in lines if f'"{WARNING}"' in line]
+        return [entry[WARNING] for entry in entries if entry and WARNING in entry]
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -97,6 +103,13 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self._close()
+
+    def _write(self, entries: dict[str, Any], step: int | None) -> None:
+        file = self.experiment
+        line = {"step": int(step or 0), "time_s": round(time.monotonic() - self._started_s, 3), **entries}
+        with explained_os_errors(self._path):
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines += 1
 
     def _open(self) -> None:
         with explained_os_errors(self._path):

@@ -1,8 +1,8 @@
 """Where numbers stop being finite in a forward and a backward pass: the first module, operation or parameter."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.
 _LIBRARIES = re.compile(
     r"/site-packages/(torch|lightning|lightning_fabric|pytorch_lightning)/|/lib/python3[^/]*/[^/]+$"
 )
+MOST_LINES = 4
+"""Lines of code that a finding names, the last ones first."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,29 @@ class NotFinite:
     details: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A module that has been called and has not returned yet.
+
+    Attributes:
+        sources: the operations that its inputs came from.
+        broken: those of its inputs that are not finite, and have not proved harmless.
+        gap: what is said if these are why its output is not finite.
+    """
+
+    name: str
+    sources: set[Node]
+    broken: list[Tensor]
+    gap: NotFinite | None
+
+
 class Findings:
     """What is not finite in one step, in the order in which it happened.
 
-    Use it as a context around the step. Modules are looked at when they return, so that the innermost comes first;
-    those whose inputs are not finite either are left out, since something before them was found.
+    Use it as a context around the step. A module is looked at when it is called and when it returns, so that the
+    innermost one comes first. Finite inputs and a broken output: it is named. A broken output of broken inputs follows
+    from what came before, or, if nothing was found there, from what was computed between modules: that gap is named.
+    Broken inputs of a module whose output is finite are harmless: a mask of minus infinity is none of our business.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,13 +65,17 @@ class Findings:
         self.found: list[NotFinite] = []
         self._handles: list[RemovableHandle] = []
         self._module_of: dict[Node, str] = {}
+        self._calls: list[_Call] = []
+        self._harmless: dict[int, Tensor] = {}  # by storage; kept, so that no other tensor gets the same one
+        self._last = "what the step starts from"
 
     def __enter__(self) -> "Findings":
         for name, part in self.module.named_modules():
             if not name:  # strategies call the whole module for its training_step, whose output is the loss
                 continue
-            hook = partial(self._after_forward, name)
-            self._handles.append(part.register_forward_hook(hook, with_kwargs=True))
+            before, after = partial(self._before_forward, name), partial(self._after_forward, name)
+            self._handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(part.register_forward_hook(after, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,6 +93,7 @@ class Findings:
 
     def look_at_batch(self, batch: Any) -> None:
         """What the loader gave."""
+        self._last = "the batch"
         for name, tensor in tensors_in(batch):
             if broken(tensor):
                 self.found.append(NotFinite(f"the batch{name}", [described(f"batch{name}", tensor)]))
@@ -77,7 +102,7 @@ class Findings:
         """The loss, before its backward pass, whose operations are looked at from now on if all has been well."""
         if broken(loss) and not self.found:
             what = "the loss, though the outputs of all modules are finite,"
-            self.found.append(NotFinite(what, ["look at what training_step does after its last module"]))
+            self.found.append(NotFinite(what, self._between([loss])))
         for node in _graph(loss.grad_fn, set()) if not self.found else ():
             node.register_hook(partial(self._after_backward, node))
 
@@ -93,18 +118,54 @@ class Findings:
                     line = described("gradient", parameter.grad)
                     self.found.append(NotFinite(f"the square of the gradient of {name}", [line]))
 
+    def _before_forward(self, name: str, part: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = list(tensors_in((args, kwargs)))
+        wrong = [tensor for _, tensor in inputs if broken(tensor) and _storage(tensor) not in self._harmless]
+        what = f"the input of {name} ({type(part).__name__})"
+        gap = NotFinite(what, self._between(wrong) + _lines("input", inputs)) if wrong else None
+        sources = {tensor.grad_fn for _, tensor in inputs if tensor.grad_fn is not None}
+        self._calls.append(_Call(name, sources, wrong, gap))
+        if not wrong:
+            self._last = f"the input of {name}"
+
     def _after_forward(self, name: str, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
-        stops = {tensor.grad_fn for _, tensor in inputs}
+        while (call := self._calls.pop()).name != name:
+            pass  # an exception left it
+        outputs = list(tensors_in(output))
         for _, tensor in outputs:
-            for node in _graph(tensor.grad_fn, stops | self._module_of.keys()):
+            for node in _graph(tensor.grad_fn, call.sources | self._module_of.keys()):
                 self._module_of[node] = name
-        if not any(broken(tensor) for _, tensor in outputs) or any(broken(tensor) for _, tensor in inputs):
-            return
-        lines = [described(f"input {where}".rstrip(), tensor) for where, tensor in inputs]
-        lines += [described(f"parameter {where}", tensor) for where, tensor in part.named_parameters(recurse=False)]
-        lines += [described(f"output {where}".rstrip(), tensor) for where, tensor in outputs]
-        self.found.append(NotFinite(f"the output of {name} ({type(part).__name__})", lines))
+        if not any(broken(tensor) for _, tensor in outputs):
+            if any(tensor.is_floating_point() for _, tensor in outputs):  # one that counts says nothing of its inputs
+                self._harmless |= {_storage(tensor): tensor for tensor in call.broken}
+            self._last = f"the output of {name}"
+        elif not self._unexplained(call):
+            lines = _lines("input", tensors_in((args, kwargs)))
+            lines += _lines("parameter", part.named_parameters(recurse=False)) + _lines("output", outputs)
+            self.found.append(NotFinite(f"the output of {name} ({type(part).__name__})", lines))
+        elif not self.found:
+            self.found.append(next(gap for one in (*self._calls, call) if (gap := self._unexplained(one))))
+
+    def _unexplained(self, call: _Call) -> NotFinite | None:
+        """The gap before a call, unless all its broken inputs have proved harmless in the meantime."""
+        return call.gap if any(_storage(tensor) not in self._harmless for tensor in call.broken) else None
+
+    def _between(self, tensors: Iterable[Tensor]) -> list[str]:
+        """Where broken numbers may come from that no module returned: what was finite last, and the lines since."""
+        parent = self._calls[-1] if self._calls else _Call("", set(), [], None)
+        known = self._module_of.keys() | parent.sources
+        nodes = [node for tensor in tensors for node in _graph(tensor.grad_fn, known)]
+        ends = [following for node in nodes for following, _ in node.next_functions]
+        ends += [tensor.grad_fn for tensor in tensors]
+        names = {
+            f"the input of {parent.name}" if node in parent.sources else f"the output of {self._module_of[node]}"
+            for node in ends
+            if node in known
+        }
+        before = sorted(names) or [self._last]
+        said = f"{' and '.join(before)} {'was' if len(before) == 1 else 'were'} finite: look between them"
+        lines = dict.fromkeys(line for node in nodes for line in _origin(node))
+        return [said, *(f"computed at {line}" for line in [*lines][:MOST_LINES])]
 
     def _after_backward(
         self, node: Node, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...]
@@ -118,11 +179,20 @@ class Findings:
         self.found.append(NotFinite(f"the gradient behind {node.name()} {place}", lines))
 
 
-def tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """(place, tensor) of all tensors in a nested value."""
+def tensors_in(value: Any, place: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(place, tensor) of all tensors in a nested value: what pytrees know, dataclasses, and mappings of any class."""
     for path, leaf in tree_flatten_with_path(value)[0]:
+        at = place + "".join(map(str, path))
         if isinstance(leaf, Tensor):
-            yield "".join(map(str, path)), leaf
+            yield at, leaf
+        elif id(leaf) in around:  # it contains itself
+            continue
+        elif is_dataclass(leaf):
+            for one in fields(leaf):
+                yield from tensors_in(getattr(leaf, one.name, None), f"{at}.{one.name}", (*around, id(leaf)))
+        elif isinstance(leaf, Mapping):
+            for key, part in leaf.items():
+                yield from tensors_in(part, f"{at}[{key!r}]", (*around, id(leaf)))
 
 
 def broken(tensor: Tensor) -> bool:
@@ -147,6 +217,15 @@ def described(name: str, tensor: Tensor) -> str:
     nan, inf = int(numbers.isnan().sum()), int(numbers.isinf().sum())
     wrong = " and ".join(f"{count} {kind}" for count, kind in ((nan, "NaN"), (inf, "infinite")) if count)
     return f"{start}{span}" + (f", {wrong} of {numbers.numel()}" if wrong else "")
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor looks at: the same for its views."""
+    return held_numbers(tensor).untyped_storage().data_ptr()
+
+
+def _lines(kind: str, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    return [described(f"{kind} {where}".rstrip(), tensor) for where, tensor in tensors]
 
 
 def _any_broken(tensors: Iterable[Tensor | None]) -> bool:

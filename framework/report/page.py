@@ -27,6 +27,7 @@ CAPTIONS = {
     "forgetting": "Accuracy on each task after each task, and on all classes seen so far",
     "reconstructions": "Validation pictures, what the network sees of them, and its guesses",
 }
+MOST_WARNINGS = 12  # of a run
 MOST_DRAWN = 12  # runs; charts tell no more of them apart
 BEST = COLOURS
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -72,6 +73,7 @@ def render(
         _head(runs, title),
         _left_out(every, runs),
         _too_large(runs),
+        _warnings(runs),
         *([sweep_section(sweep, ranking) for sweep in sweeps if sweep.sweep.keys] if ranking else []),
         ranking_table(ranking) if ranking and len(every) > 2 else "",
         _legend(runs),
@@ -106,6 +108,17 @@ def _too_large(runs: Sequence[Run]) -> str:
     """What the page lacks of each run, since its files are too large."""
     said = [(one.name, remark) for run in runs for one in run.members or (run,) for remark in one.remarks]
     return "".join(f'<p class="note">{escape(name)}: {escape(remark)}.</p>' for name, remark in said)
+
+
+def _warnings(runs: Sequence[Run]) -> str:
+    """What each run was warned of while it trained, the first ones of many."""
+    blocks = []
+    for run in runs:
+        for one in run.members or (run,):
+            said = one.warnings()
+            lines = [*said[:MOST_WARNINGS], *([f"and {len(said) - MOST_WARNINGS} more"] * (len(said) > MOST_WARNINGS))]
+            blocks += [f'<p class="note"><b>{escape(one.name)}:</b> {escape(line)}</p>' for line in lines]
+    return f"<h2>Warnings</h2>{''.join(blocks)}" if blocks else ""
 
 
 def document(title: str, body: str, command: str, script: Script | None = None) -> str:

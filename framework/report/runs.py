@@ -19,7 +19,7 @@ from lightspan.config.tree import plain, read
 from lightspan.errors import UserError
 from lightspan.files import read_small, refuse_link_out
 from lightspan.report.curves import XY
-from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY
+from lightspan.run_files import FAILED, METRICS, PICTURES, PROVENANCE, RESOLVED, RESULT, SAMPLES, SUMMARY, WARNING
 from lightspan.runs.json_lines import json_lines, value_of
 from lightspan.runs.metrics import AXES, is_number, is_value
 from lightspan.runs.status import Status
@@ -100,6 +100,10 @@ class Run:
                 if is_value(value):
                     places.setdefault(name, []).append(at)
         return places
+
+    def warnings(self) -> list[str]:
+        """What the run was warned of, in order."""
+        return [text for row in self.rows if isinstance(text := row.get(WARNING), str)]
 
     def spectra(self) -> dict[str, tuple[int, list[XY]]]:
         """{name: (step, [(index, value)])} of the last spectrum that was logged as spectrum/NAME/INDEX."""

@@ -12,6 +12,7 @@ from lightspan.analysis.collapse import (
     alignment,
     dead_dimensions,
     duplicates,
+    length,
     lidar,
     prototype_use,
     rankme,
@@ -65,8 +66,9 @@ def lidar_by_scipy(x_NQD: Tensor, delta: float, epsilon: float) -> float:
     x = x_NQD.numpy()
     means = x.mean(axis=1)
     between = np.cov(means.T, bias=True)
-    within = np.mean([np.cov(views.T, bias=True) for views in x], axis=0) + delta * np.eye(x.shape[2])
-    values = scipy.linalg.eigh(between, within, eigvals_only=True).clip(0)
+    within = np.mean([np.cov(views.T, bias=True) for views in x], axis=0)
+    within += delta * np.trace(within + between) / x.shape[2] * np.eye(x.shape[2])
+    values = scipy.linalg.eigh(between, within, eigvals_only=True).clip(0)[-len(x) :]  # others are 0 whatever x
     return smooth(list(values / values.sum()), epsilon)
 
 
@@ -74,6 +76,24 @@ def test_lidar_is_the_smooth_rank_of_the_generalised_eigenvalues() -> None:
     x = normal(30, 1, 5) * torch.tensor([3.0, 2.0, 1.0, 1.0, 0.5]) + 0.4 * normal(30, 4, 5, seed=1)
     assert lidar(x) == pytest.approx(lidar_by_scipy(x, 1e-4, 1e-7), rel=1e-9)
     assert lidar(x, delta=0.3, epsilon=0.01) == pytest.approx(lidar_by_scipy(x, 0.3, 0.01), rel=1e-9)
+
+
+@DTYPES
+def test_lidar_is_exact_and_knows_no_scale_where_points_span_fewer_dimensions_than_they_have(dtype) -> None:
+    """As in a run at too high a rate: 24 points of 60 dimensions, or of a plane, at any length."""
+    wide, flat = normal(12, 1, 60) + 0.2 * normal(12, 2, 60, seed=1), normal(12, 2, 2) @ normal(2, 60, seed=1)
+    for x in (wide, flat):
+        figures = [lidar((scale * x.to(dtype).double()).to(dtype)) for scale in (1.0, 2.0**7, 2.0**-7)]
+        assert figures == pytest.approx([lidar_by_scipy(x.to(dtype).double(), 1e-4, 1e-7)] * 3, rel=1e-6)
+    if dtype in (torch.float32, torch.float64):
+        for scale in (1e7, 1e-7, 1e30, 1e-30):
+            assert lidar(scale * wide.to(dtype)) == pytest.approx(lidar(wide), rel=1e-4)
+
+
+def test_lidar_of_views_that_agree_is_the_smooth_rank_of_the_samples_covariance() -> None:
+    x = normal(30, 5)
+    energy = torch.linalg.svdvals(x - x.mean(dim=0)).square()
+    assert lidar(x[:, None].expand(30, 3, 5)) == pytest.approx(smooth((energy / energy.sum()).tolist()), rel=1e-9)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -151,6 +171,7 @@ def test_prototypes_in_use_and_of_a_sample_by_hand() -> None:
 
 def test_a_row_without_any_assignment_is_left_out() -> None:
     assert prototype_use(torch.cat([torch.eye(3), torch.zeros(2, 3)])) == pytest.approx((3, 1))
+    assert prototype_use(torch.zeros(4, 3)) == (0, 0)
 
 
 # Degenerate rows.
@@ -175,20 +196,30 @@ def test_half_precision_gives_the_measures_of_the_same_numbers_in_float32(dtype:
         assert measure(x) == pytest.approx(measure(x.float()), rel=1e-4)
 
 
-def test_tiny_and_huge_numbers_have_directions_too() -> None:
+def test_only_length_depends_on_the_scale_of_rows() -> None:
     x = normal(20, 6).float()
-    for measure in (uniformity, spread, duplicates, rankme):
-        for scale in (1e-30, 1e30):
+    for scale in (1e-38, 1e-30, 1e-7, 1e7, 1e30, 5e37):
+        for measure in (uniformity, spread, duplicates, rankme, dead_dimensions):
             assert measure(scale * x) == pytest.approx(measure(x), rel=1e-4)
+        views = x.unflatten(0, (10, 2))
+        assert alignment(scale * views) == pytest.approx(alignment(views), rel=1e-4)
+        assert length(scale * x) == pytest.approx(scale * length(x), rel=1e-4)
+    assert length(torch.tensor([[3.0, 4.0], [0.0, 1.0]])) == 3
 
 
-@pytest.mark.parametrize("measure", OF_ROWS)
-def test_numbers_that_are_not_finite_are_shown_and_do_not_raise(measure) -> None:
-    x = normal(20, 6)
-    x[3, 2] = math.nan
-    found = measure(x)
-    assert math.isnan(found) or measure is dead_dimensions
-    assert math.isnan(lidar(x.unflatten(0, (10, 2))))
+@DTYPES
+def test_numbers_that_are_not_finite_are_shown_and_do_not_raise(dtype) -> None:
+    for wrong in (math.nan, math.inf, -math.inf):
+        for rows in (slice(3, 4), slice(None)):
+            x = normal(20, 6).to(dtype)
+            x[rows, 2] = wrong
+            for measure in OF_ROWS:
+                assert math.isnan(measure(x)), measure
+            assert not math.isfinite(length(x))
+            for measure in (lidar, alignment):
+                assert math.isnan(measure(x.unflatten(0, (10, 2))))
+            if wrong != -math.inf:
+                assert all(map(math.isnan, prototype_use(x.abs())))
 
 
 @pytest.mark.parametrize("measure", OF_ROWS)
@@ -205,6 +236,6 @@ def test_ungrouped_rows_and_assignments_without_any_are_refused() -> None:
                 measure(torch.zeros(shape))
     with pytest.raises(UserError, match=r"LiDAR delta=0 must be above 0"):
         lidar(torch.zeros(3, 2, 4), delta=0)
-    for wrong in (torch.zeros(4, 3), -torch.ones(4, 3), torch.ones(0, 3)):
+    for wrong in (-torch.ones(4, 3), torch.ones(0, 3), torch.ones(4, 0), torch.ones(3)):
         with pytest.raises(UserError, match="must be a row of shares"):
             prototype_use(wrong)

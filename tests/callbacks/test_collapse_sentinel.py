@@ -1,11 +1,13 @@
 """The sentinel warns of runs that are made to collapse, is silent on healthy ones, and changes nothing."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import random
 import re
-import warnings
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from lightspan.analysis.collapse import lidar, rankme
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.collapse_signs import SIGNS, Judge
+from lightspan.callbacks.watching.held_samples import images_of, single_views
+from lightspan.callbacks.watching.run_summary import RunSummary
 from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.report.page import render
 from lightspan.report.runs import load_run
 from lightspan.report.sections import sections
 from lightspan.strategies import FSDP2
@@ -33,12 +38,12 @@ from lightspan.strategies import FSDP2
 def fit(make_trainer, module, sentinel=None, views="noisy", seed=0, **options) -> tuple[Trainer, list[str]]:
     """The trainer, and what the sentinel said."""
     callbacks = [*([sentinel] if sentinel else []), *options.pop("callbacks", [])]
+    data = options.pop("data", None) or Pairs(views, seed)
     trainer = make_trainer(**{"max_steps": 100, **options}, callbacks=callbacks)
     seed_everything(3, verbose=False)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer.fit(module, datamodule=Pairs(views, seed))
-    return trainer, [str(one.message) for one in said if "CollapseSentinel" in str(one.message)]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        trainer.fit(module, datamodule=data)
+    return trainer, [line for line in said.getvalue().splitlines() if "CollapseSentinel" in line]
 
 
 def sentinel(**settings: Any) -> CollapseSentinel:
@@ -71,7 +76,7 @@ def test_a_collapse_is_warned_of_in_time_with_its_likely_cause(make_trainer, obj
 def test_views_that_teach_nothing_are_told_before_the_first_step(make_trainer, views, finding) -> None:
     _, said = fit(make_trainer, Siamese("contrast"), sentinel(), views, max_steps=1)
     assert len(said) == 1
-    assert f"step 0: {finding}" in said[0]
+    assert said[0].startswith(f"warning: CollapseSentinel, step 0: {finding}")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -108,7 +113,7 @@ def test_figures_are_those_of_the_embeddings_of_the_first_samples(make_trainer, 
     [({"max_steps": 7}, [0, 6]), ({"max_epochs": 1, "max_steps": -1}, [0, 3]), ({"max_steps": 20}, [0, 9, 19])],
     ids=["inside an epoch", "after an epoch", "when one is due"],
 )
-def test_the_last_figures_are_of_the_end_and_judge_nothing(make_trainer, tmp_path, length, steps) -> None:
+def test_the_last_figures_are_of_the_end_and_are_judged(make_trainer, tmp_path, length, steps) -> None:
     watch, logger = sentinel(patience=1, action="stop"), JsonlLogger(str(tmp_path))
     trainer, _ = fit(make_trainer, Siamese("contrast"), watch, logger=logger, **length)
     rows = measured(tmp_path)
@@ -116,7 +121,7 @@ def test_the_last_figures_are_of_the_end_and_judge_nothing(make_trainer, tmp_pat
     module, batch = trainer.lightning_module.eval(), next(iter(Pairs().train_dataloader()))
     last = trainer.callback_metrics["collapse/length"].item()
     assert last == rows[-1]["collapse/length"] != rows[0]["collapse/length"]
-    assert watch.sound_step == trainer.global_step // 10 * 10
+    assert watch.sound_step == watch.measured == trainer.global_step
     assert module.embeddings({"image": batch["views"][0]}).norm(dim=1).mean().item() == pytest.approx(last, rel=0.2)
 
 
@@ -171,6 +176,18 @@ def test_a_module_with_features_alone_and_batches_without_views(make_trainer) ->
     assert not names & {"collapse/lidar", "collapse/alignment", "collapse/prototypes_in_use"}
 
 
+def test_views_by_name_are_views_and_other_entries_of_that_name_are_none() -> None:
+    a, b, small = torch.ones(2, 4), torch.zeros(2, 4), torch.ones(2, 2)
+    for views, expected in (({"x": a, "y": b, "z": small}, [a, b]), ([a, b, small], [a, b])):
+        batch = {"views": views, "index": torch.arange(2)}
+        assert [one["image"] is view for one, view in zip(single_views(batch), expected, strict=True)] == [True, True]
+    for views in ((), {}, None, torch.ones(2, 2, 4), [1, 2]):
+        batch = {"views": views, "image": a}
+        (one,) = single_views(batch)
+        assert one is batch
+        assert images_of(batch)[0].ndim > 1
+
+
 def test_prototypes_are_judged_by_assignments(make_trainer) -> None:
     class OnePrototype(Siamese):
         """Ever more samples go to the first of eight prototypes."""
@@ -191,6 +208,29 @@ def test_figures_go_to_the_log_and_into_the_report(make_trainer, tmp_path: Path)
     assert {"collapse/rankme", "collapse/lidar", "collapse/signs"} <= {chart.title for chart in section.charts}
 
 
+def test_a_warning_is_in_metrics_summary_and_report_once_whatever_the_starts(make_trainer, tmp_path: Path) -> None:
+    def start(steps: int, ckpt_path: Path | None = None) -> list[str]:
+        callbacks = [sentinel(), RunSummary(str(tmp_path / "summary.json"), print_table=False)]
+        trainer = make_trainer(max_steps=steps, logger=JsonlLogger(str(tmp_path)), callbacks=callbacks)
+        seed_everything(3, verbose=False)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            trainer.fit(Siamese("cosine", 1e-2), datamodule=Pairs(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return [line for line in said.getvalue().splitlines() if "CollapseSentinel" in line]
+
+    said = start(40)
+    assert said
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    warned = [(row["step"], row["warning"]) for row in rows if "warning" in row]
+    assert [f"warning: {text}" for _, text in warned] == said
+    step, text = warned[0]
+    assert f"CollapseSentinel, step {step + 1}: embeddings of all samples become one point (spread 0." in text
+    said += start(50, tmp_path / "40.ckpt")
+    assert [f"warning: {text}" for text in json.loads((tmp_path / "summary.json").read_text())["warnings"]] == said
+    page = render([load_run(tmp_path, "run")], "title")
+    assert all(page.count(escape(line.removeprefix("warning: "))) == 1 for line in said)
+
+
 # What it does.
 
 
@@ -208,9 +248,9 @@ def test_a_roll_back_restores_every_bit_of_the_last_sound_measurement_and_slows_
     states: dict[int, Any] = {}
 
     class Watch(CollapseSentinel):
-        def _measure(self, trainer, module) -> None:
+        def _measure(self, trainer, module, log) -> None:
             before, fell = self.roll_backs, {n: v.clone() for n, v in module.state_dict().items()}
-            super()._measure(trainer, module)
+            super()._measure(trainer, module, log)
             after = {n: v.clone() for n, v in module.state_dict().items()}
             if self.roll_backs > before:
                 sound = states[self.sound_step]
@@ -248,16 +288,15 @@ def test_a_resumed_run_goes_on_judging_where_it_was(make_trainer, tmp_path: Path
     trainer, early = fit(make_trainer, Siamese("cosine", 1e-2), first, max_steps=20)
     trainer.save_checkpoint(tmp_path / "20.ckpt")
     trainer = make_trainer(max_steps=60, callbacks=[second])
-    with warnings.catch_warnings(record=True) as late:
-        warnings.simplefilter("always")
+    with contextlib.redirect_stderr(io.StringIO()) as late:
         trainer.fit(Siamese("cosine", 1e-2), datamodule=Pairs(), ckpt_path=tmp_path / "20.ckpt", weights_only=True)
     assert second.judge.state_dict() == straight.judge.state_dict()
-    assert said == early + [str(one.message) for one in late if "CollapseSentinel" in str(one.message)]
+    assert said == early + [line for line in late.getvalue().splitlines() if "CollapseSentinel" in line]
 
 
 # Rules by hand.
 
-SOUND = {"rankme": 10.0, "spread": 0.5, "duplicates": 0.0, "length": 1.0}
+SOUND = {"rankme": 10.0, "spread": 0.5, "duplicates": 0.0, "length": 1.0, "width": 1.0, "equal_samples": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -283,14 +322,61 @@ def test_each_sign_needs_patience_is_told_once_and_again_after_a_recovery(change
     assert [len(judge.look(SOUND | changes)) for _ in range(2)] == [0, 1]
 
 
+def test_a_sign_of_a_short_run_waits_and_is_told_at_the_end() -> None:
+    judge = Judge(patience=2)
+    judge.look(SOUND)
+    assert [len(judge.look(SOUND | {"spread": 0.1}, least=least)) for least in (4, 4, 4, 0, 0)] == [0, 0, 0, 1, 0]
+    assert judge.collapsed == 1
+    restored = Judge(patience=2)
+    restored.load_state_dict(judge.state_dict())
+    assert restored.look(SOUND | {"spread": 0.1}) == []
+
+
 def test_close_embeddings_of_an_untrained_network_are_no_sign() -> None:
     judge = Judge(patience=1)
     for spread in (0.02, 0.03, 0.1, 0.08, 0.4):
         assert judge.look(SOUND | {"spread": spread}) == []
 
 
+def test_the_same_embedding_for_most_samples_is_a_sign_from_the_start_unless_the_samples_are_equal() -> None:
+    for equal_samples, signs in ((0.0, [0, 1]), (0.6, [0, 0])):
+        judge, equal = Judge(patience=2), SOUND | {"duplicates": 0.9, "equal_samples": equal_samples}
+        found = [judge.look(equal) for _ in range(2)]
+        assert [len(one) for one in found] == signs
+    assert judge.look(SOUND | {"duplicates": 1.0}) == []
+
+
+def test_numbers_that_were_never_finite_are_not_laid_to_the_rate() -> None:
+    judge, broken = Judge(patience=1), SOUND | {"rankme": math.nan, "length": math.inf}
+    (said,) = judge.look(broken)
+    assert "in the data and in the weights" in said
+    assert judge.look(SOUND) == []
+
+
+def test_embeddings_that_grow_to_variance_one_have_not_blown_up() -> None:
+    judge = Judge(patience=1)
+    for length in (1e-4, 1.0, 8.0, 90.0):
+        assert judge.look(SOUND | {"length": length, "width": 64.0}) == []
+    (said,) = judge.look(SOUND | {"length": 900.0, "width": 64.0})
+    assert "the learning rate is likely too high" in said
+
+
+def test_many_random_directions_may_be_lost_but_not_all() -> None:
+    judge = Judge(patience=1)
+    for rank, signs in ((25.7, 0), (6.6, 0), (4.9, 1)):
+        assert len(judge.look(SOUND | {"rankme": rank})) == signs
+
+
+def test_advice_names_what_the_method_has() -> None:
+    for apart in ("lam is above 0", "momentum is near 1"):
+        judge = Judge(patience=1)
+        judge.look(SOUND, apart)
+        assert f"tells samples apart: that {apart}" in judge.look(SOUND | {"spread": 0.1}, apart)[0]
+
+
 def test_prototypes_that_no_longer_tell_samples_apart_are_a_sign() -> None:
     judge = Judge(patience=1)
+    assert judge.look(SOUND | {"prototypes_in_use": 0.0, "prototypes_a_sample": 0.0}) == []  # of no sample
     uniform, told = {"prototypes_in_use": 8.0, "prototypes_a_sample": 8.0}, {"prototypes_a_sample": 2.0}
     assert judge.look(SOUND | uniform) == []  # as they begin
     assert judge.look(SOUND | uniform | told) == []
@@ -301,7 +387,7 @@ def test_every_sign_can_be_put_into_words() -> None:
     every = {**SOUND, "prototypes_in_use": 4.0, "prototypes_a_sample": 1.0, "told_apart": 1.0}
     words = {**every, **{f"{when}_{name}": value for name, value in every.items() for when in ("first", "best")}}
     for sign in SIGNS.values():
-        assert not re.search(r"[{}]", sign.finding.format(**words) + sign.advice)
+        assert not re.search(r"[{}]", (sign.finding + sign.advice).format(apart="its negatives are many", **words))
 
 
 # What cannot work is named before the first step.

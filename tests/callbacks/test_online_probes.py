@@ -79,6 +79,17 @@ def test_training_is_bit_identical_with_and_without_it(make_trainer, net):
     assert all(torch.equal(without, with_it) for without, with_it in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("factor", [torch.nan, 1e30])
+def test_features_that_diverge_do_not_end_a_run(make_trainer, net, capsys, factor):
+    module, probes = net(), {"linear": LinearProbe(), "knn": KNN(k=5)}
+    original = module.features
+    module.features = lambda batch: original(batch) * (factor if module.global_step else 1)
+    trainer = fit(make_trainer, module, Data(), OnlineProbes(probes))
+    assert trainer.current_epoch == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "OnlineProbes" in line]
+    assert len(said) == len(set(said)) == (2 if factor != factor else 0)
+
+
 class Watch(Callback):
     """Looks on from inside `features`."""
 

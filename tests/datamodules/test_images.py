@@ -325,3 +325,12 @@ def test_the_shipped_file_is_what_the_tool_makes() -> None:
         chosen = np.sort(np.concatenate([np.flatnonzero(whole.labels == c)[:count] for c in range(10)]))
         assert np.array_equal(whole.images[chosen], part.images)
         assert np.array_equal(whole.labels[chosen], part.labels)
+
+
+def test_the_line_on_sizes_says_where_validation_has_no_samples_of_its_own(capsys):
+    for val_size, said in (
+        (0, "1437 training and 360 test images of 1 x 8 x 8 (validation uses the test set)"),
+        (100, "1337 training, 100 validation and 360 test images of 1 x 8 x 8"),
+    ):
+        Digits(val_size=val_size).setup()
+        assert capsys.readouterr().out == f"images: Digits, {said}\n"

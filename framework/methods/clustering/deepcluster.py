@@ -59,6 +59,7 @@ class DeepCluster(Method):
 
     backbone = part("network.backbone", "The network's, which gives the features.")
     projector = part("network.head", "The network's, which gives the embeddings.")
+    keeps_apart = "prototypes are few enough for the images, and clusters keep their size"
 
     def __init__(
         self,

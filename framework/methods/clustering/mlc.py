@@ -59,6 +59,8 @@ class MLC(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "distortion and similarity fit"
+
     def __init__(
         self,
         backbone: nn.Module,

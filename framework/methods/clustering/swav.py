@@ -55,6 +55,7 @@ class SwAV(Method):
 
     backbone = part("network.backbone", "The network's, which gives the features.")
     projector = part("network.head", "The network's, which gives the embeddings.")
+    keeps_apart = "code_temperature and iterations give codes that use all prototypes alike"
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class Hydra(Method):
     """
 
     least_rows = 2
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 
     def __init__(
         self,

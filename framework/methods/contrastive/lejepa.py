@@ -46,6 +46,8 @@ class LeJEPA(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "lam is above 0, 0.01 to 0.1, and that the projector does not normalise"
+
     def __init__(
         self,
         backbone: nn.Module,

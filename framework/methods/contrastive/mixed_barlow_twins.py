@@ -37,6 +37,7 @@ class MixedBarlowTwins(Method):
     """
 
     least_rows = 2
+    keeps_apart = "lam is above 0 and the batch (data.init_args.batch_size) large enough for correlations"
 
     def __init__(
         self,

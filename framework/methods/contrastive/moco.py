@@ -48,6 +48,7 @@ class MoCo(Method):
 
     backbone = part("student.0", "The student's, which gives the features.")
     projector = part("student.1", "The student's, which gives the embeddings.")
+    keeps_apart = "queue is long enough, momentum near 1, and temperature fits"
 
     def __init__(
         self,

@@ -42,6 +42,9 @@ class MoCoV3(Method):
 
     backbone = part("student.0", "The student's, which gives the features.")
     projector = part("student.1", "The student's, which gives the embeddings.")
+    keeps_apart = (
+        "there are enough negatives (data.init_args.batch_size) and temperature fits, and that momentum is near 1"
+    )
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class ScatSimCLR(Method):
     """
 
     least_rows = 2
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 
     def __init__(
         self,

@@ -49,6 +49,8 @@ class Selfie(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "the other hidden patches differ, and temperature fits"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -30,6 +30,7 @@ class SimCLR(Method):
     """
 
     least_rows = 2
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.5, **optimization: Any

@@ -58,6 +58,7 @@ class SoftCon(Method):
 
     backbone = part("student.0", "The student's, which gives the features.")
     projector = part("student.1", "The student's, which gives the embeddings.")
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 
     def __init__(
         self,

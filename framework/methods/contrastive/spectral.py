@@ -33,6 +33,8 @@ class SpectralContrastive(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "there are enough negatives (data.init_args.batch_size) and length fits"
+
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, length: float | None = None, **optimization: Any
     ) -> None:

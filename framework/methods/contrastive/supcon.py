@@ -30,6 +30,7 @@ class SupCon(Method):
     """
 
     least_rows = 2
+    keeps_apart = "a batch has several classes (data.init_args.per_class) and temperature fits"
 
     def __init__(
         self, backbone: nn.Module, projector: nn.Module, temperature: float = 0.1, **optimization: Any

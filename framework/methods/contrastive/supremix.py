@@ -48,6 +48,7 @@ class SupReMix(Method):
     """
 
     least_rows = 2
+    keeps_apart = "a batch has samples of different labels, and temperature fits"
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class VICReg(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    keeps_apart = "variance_weight is as large as invariance_weight, and covariance_weight above 0"
+
     def __init__(
         self,
         backbone: nn.Module,

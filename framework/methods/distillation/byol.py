@@ -43,6 +43,7 @@ class BYOL(Method):
 
     backbone = part("student.0", "The student's, which gives the features.")
     projector = part("student.1", "The student's, which gives the embeddings.")
+    keeps_apart = "the predictor is the student's alone, and momentum near 1"
 
     def __init__(
         self,

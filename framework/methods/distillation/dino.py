@@ -49,6 +49,7 @@ class DINO(Method):
 
     backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
     projector = part("teacher.module.head.mlp", "The teacher's, to the bottleneck whose direction prototypes score.")
+    keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class MMC(Method):
 
     backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
     projector = part("teacher.module.projector", "The teacher's, which gives the embeddings.")
+    keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class POA(Method):
         "teacher.module.backbone",
         "The teacher's, which gives the features (class tokens of the whole network) and the networks of all sizes.",
     )
+    keeps_apart = "koleo_weight is above 0, and that teacher_temperature is below student_temperature"
 
     def __init__(
         self,

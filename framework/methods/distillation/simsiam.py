@@ -47,6 +47,8 @@ class SimSiam(Method):
     Raises: UserError for parts whose widths do not fit, and in the first step for batches without two views.
     """
 
+    keeps_apart = "the predictor learns as fast as the network, and that heads keep their BatchNorm"
+
     def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module, **optimization: Any) -> None:
         super().__init__(**optimization)
         require_projector(backbone, projector)

@@ -50,6 +50,7 @@ class CLIP(Method):
     """
 
     least_rows = 2
+    keeps_apart = "there are enough negatives (data.init_args.batch_size), and captions differ"
 
     def __init__(
         self, encoders: DualEncoder, chunk: int | None = None, most_scale: float = 100.0, **optimization: Any

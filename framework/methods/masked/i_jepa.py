@@ -47,6 +47,7 @@ class IJEPA(Method):
         "teacher.module.backbone",
         "The teacher's, which gives the features as it pools them; in the paper the mean over patches.",
     )
+    keeps_apart = "momentum is near 1 and the predictor narrower than the network"
 
     def __init__(
         self,
