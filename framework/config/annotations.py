@@ -147,7 +147,9 @@ def use_of(annotation: ast.expr, source: Source, depth: int = 0) -> PathUse | No
         inner = inner[:1]
     elif isinstance(annotation, ast.Name | ast.Attribute) and name not in _NAMES:
         alias = resolve(annotation, source, glance=True)
-        inner = [(alias.node, alias.source)] if isinstance(alias, Definition) and not alias.is_class else []
+        inner = []
+        if isinstance(alias, Definition) and isinstance(alias.node, ast.expr):
+            inner = [(alias.node, alias.source)]
     elif name not in ("Optional", "Union", "Final"):
         return None
     return next((use for part, where in inner if (use := use_of(part, where, depth + 1)) is not None), None)

@@ -54,8 +54,9 @@ class _Kind:
         return self.of(known.parameters.get(str(key)) if known is not None else None)
 
     def of(self, parameter: Parameter | None) -> "_Kind":
-        declared = parameter is not None and parameter.annotation is not None
-        return replace(self, annotation=(parameter.annotation, parameter.source) if declared else None)
+        if parameter is None or parameter.annotation is None:
+            return replace(self, annotation=None)
+        return replace(self, annotation=(parameter.annotation, parameter.source))
 
     def use_under(self, path: KeyPath) -> PathUse | None:
         if self.use is not None:

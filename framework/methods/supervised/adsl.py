@@ -64,6 +64,8 @@ class ADSL(BetweenEpochs):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    least_rows = 2
+
     cluster_M: Tensor
     importance_D: Tensor
     best_nmi: Tensor
