@@ -193,7 +193,11 @@ def require_allowed(sweep: Sweep, place: Path, allowed: Sequence[str]) -> None:
         )
     for point in _points_to_check(sweep):
         fit = fit_arguments([sweep.recipe, *sweep.arguments, *flags_of(point)])
-        if outside := places.as_flags(merged(fit.recipe, fit.overlays, fit.flags)[1], fit.allow_modules):
+        try:
+            tree = merged(fit.recipe, fit.overlays, fit.flags)[1]
+        except UserError:  # such as a recipe that is gone: a run that reads it says so, and the ranking needs none
+            continue
+        if outside := places.as_flags(tree, fit.allow_modules):
             raise UserError(
                 f"{place / SWEEP} has its runs write outside their folders: {shlex.join(outside)}; if you trust it, "
                 f"repeat the command line that began it, with --out {shlex.quote(str(place))}"
