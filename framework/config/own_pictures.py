@@ -161,7 +161,7 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
         notes.append(f"data.init_args.batch_size={batch}, as there are {len(found.classes)} classes to draw it from")
     settings = {"folder": str(training), "size": size, "batch_size": batch, "num_workers": workers()}
     settings |= {"views": views} if views is not None else {}
-    settings |= {"val_folder": str(validation)} if validation is not None else {}
+    settings["val_folder"] = None if validation is None else str(validation)  # a recipe may have its own
     settings |= {"seed": before["seed"]} if "seed" in before else {}
     settings |= ordered
     layer = {

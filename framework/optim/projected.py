@@ -69,10 +69,10 @@ class Selection:
 
 def stacks_in(module: nn.Module) -> set[int]:
     """Ids of a module's parameters [E out in] that are stacks of matrices: all with three axes but the kernels of
-    convolutions.
+    convolutions, and rows, where `out` or `in` is 1.
     """
     kernels = {id(p) for part in module.modules() if isinstance(part, _ConvNd) for p in part.parameters()}
-    return {id(p) for p in module.parameters() if p.ndim == 3} - kernels
+    return {id(p) for p in module.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1} - kernels
 
 
 def says(setting: bool | Sequence[str], name: str) -> bool:
