@@ -199,7 +199,7 @@ def _spec(description: Any, own: tuple[type[AdapterSpec], ...], path: str | Path
             raise UserError(f"{path} describes an adapter without 'class_path' and 'init_args'; it is damaged")
     try:
         return kind(**init_args)
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"{path} describes a {class_path} that cannot be built: {error}") from error
 
 

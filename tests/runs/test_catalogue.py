@@ -246,7 +246,8 @@ def opened_files() -> Iterator[list[str]]:
     watching = [True]
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if watching and event == "open" and isinstance(arguments[0], str):
+        # What os.open opens has no mode, and `files.opened` then opens it as a file, which has one.
+        if watching and event == "open" and isinstance(arguments[0], str) and arguments[1] is not None:
             opened.append(arguments[0])
 
     sys.addaudithook(hook)
