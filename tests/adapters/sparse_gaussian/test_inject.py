@@ -83,7 +83,8 @@ def test_networks_of_timm_train_and_become_plain_again(name: str) -> None:
     model.eval()
     given = model(x)
     plain_means(model)
-    assert torch.equal(model(x), given)
+    # A plain layer adds its bias inside the product, which some processors round otherwise.
+    torch.testing.assert_close(model(x), given, rtol=1e-5, atol=1e-6)
     timm.create_model(name, num_classes=3, **sizes).load_state_dict(model.state_dict())
 
 
