@@ -26,7 +26,9 @@ def fold(runs: Sequence[Run]) -> list[Run]:
     taken: set[tuple[Any, ...]] = set()  # (key, seeds) of the runs so far
     for at, run in enumerate(runs):
         settings, seeds = _divided(run.config)
-        key: tuple[Any, ...] = (settings, run.config.get("about") is None) if run.config and seeds else (at,)
+        key: tuple[Any, ...] = (
+            (frozenset(settings.items()), run.config.get("about") is None) if run.config and seeds else (at,)
+        )
         own = frozenset(seeds.items())
         while (key, own) in taken:
             key = (*key, "again")
@@ -38,7 +40,7 @@ def fold(runs: Sequence[Run]) -> list[Run]:
 
 def without_seeds(config: dict[str, Any]) -> dict[str, str]:
     """The settings of a run by their dotted keys, without its seeds and without `about`."""
-    return dict(_divided(config)[0])
+    return _divided(config)[0]
 
 
 def is_seed(key: str) -> bool:
@@ -46,11 +48,11 @@ def is_seed(key: str) -> bool:
     return key.rpartition(".")[2] in _SEEDS
 
 
-def _divided(config: dict[str, Any]) -> tuple[frozenset[tuple[str, str]], dict[str, str]]:
-    """(all settings but seeds, the seeds), each by its dotted key; `about` describes and sets nothing."""
+def _divided(config: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """(all settings but seeds, the seeds), each by its dotted key, in order; `about` describes and sets nothing."""
     flat = flatten({key: value for key, value in config.items() if key != "about"})
     seeds = {key: value for key, value in flat.items() if is_seed(key)}
-    return frozenset(flat.items() - seeds.items()), seeds
+    return {key: value for key, value in flat.items() if key not in seeds}, seeds
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
