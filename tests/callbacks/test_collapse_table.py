@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from collapsing_runs import PLANTED, RATES, Pairs
 from lightning import seed_everything
+from optional import skip_without_packages
 
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.config.build import build
@@ -101,7 +102,8 @@ def test_a_short_run_of_each_watched_recipe_raises_no_alarm(name: str, tmp_path)
         *("trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false"),
         "trainer.callbacks.collapse.init_args.samples=64", *others, *fewer,
     ]  # fmt: skip
-    built = build(resolve(name, [], flags), tmp_path)
+    with skip_without_packages():
+        built = build(resolve(name, [], flags), tmp_path)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         built.trainer.fit(built.model, datamodule=built.datamodule)
     assert "CollapseSentinel" not in said.getvalue()
