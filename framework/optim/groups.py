@@ -43,7 +43,8 @@ from lightspan.optim.depth import shares_of_layers
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.layout import require_shapes
 from lightspan.optim.projected import stacks_in
-from lightspan.patterns import any_matches, every_name, require_matches, require_patterns
+from lightspan.patterns import any_matches, require_matches, require_patterns
+from lightspan.ties import every_name
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = (

@@ -117,11 +117,6 @@ class LowRank(Optimizer):
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
     """
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "__init__" in vars(cls):
-            cls.__init__ = naming_unknown(cls.__init__)  # type: ignore[method-assign]
-
     @naming_unknown
     def __init__(
         self,
@@ -307,8 +302,7 @@ class LowRank(Optimizer):
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
-        to reset, see `Residual.mend`.
+        Settings that a saved group lacks are kept. The rank is part of the saved groups.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """
