@@ -96,7 +96,7 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def _beside(name: str, path: str) -> str:
-    """The part of a parameter's name that stands beside one of the path: `head` of `net.head.weight`, `net.blocks`."""
+    """The part of a parameter's name next to one of the path: `head` of `net.head.weight`, `net.blocks`."""
     for own, other in zip_longest(name.split("."), path.split(".")):
         if own != other:
             return own or ""

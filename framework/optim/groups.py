@@ -248,7 +248,7 @@ def declared_kinds(module: nn.Module) -> dict[int, Kind]:
 
 def _own(part: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters of a module by the name that its class gave them: a parametrisation, such as weight_norm, puts
-    others of its own in the place of one.
+    others of its own in place of one.
     """
     own = {name: [parameter] for name, parameter in part._parameters.items() if parameter is not None}
     if is_parametrized(part):
