@@ -41,7 +41,7 @@ class DenoisingBatch(TypedDict):
 
     Several texts may share a row; all that belongs to one has its segment, and its parts stand side by side.
 
-    inputs: int64 [B, T], texts with a sentinel in the place of each hidden span.
+    inputs: int64 [B, T], texts with a sentinel in place of each hidden span.
     input_segments: int64 [B, T], the text that a token belongs to, from 1 up in each row; 0 on padding.
     decoder_inputs: int64 [B, U], targets moved on by one token, behind a token that begins each text.
     targets: int64 [B, U], sentinels and hidden spans of each text.

@@ -1,7 +1,7 @@
 """Wrong labels on purpose: classes that flip at a rate, and captions that change places.
 
 As pre-training sets are made noisy in arXiv 2309.17002. Which samples are wrong is a function of the seed and their
-number, and does not hang on how many there are; those of a lower rate are among those of a higher one.
+number, and is independent of how many there are; those of a lower rate are among those of a higher one.
 Shapes: N samples.
 """
 

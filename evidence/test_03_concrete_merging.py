@@ -28,7 +28,7 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
         "Digits under four orders of their pixels; 899 pictures to train on, 449 without labels to adapt on, 449 to "
         "score on, split anew for each seed. The width, the steps of pretraining and the rate of fine-tuning were "
         "chosen on the search seed as ones where task arithmetic gains over the base; where specialists were trained "
-        "at a rate of 0.001, or with turns in the place of orders, every merge was near the base or below it, and "
+        "at a rate of 0.001, or with turns in place of orders, every merge was near the base or below it, and "
         "those by entropy far below."
     )
     measure(evidence, made, CHOSEN)

@@ -7,7 +7,7 @@ and fine-tuned on each task (`evidence/merged_tasks.py` has the split). With 4 p
 - aTLAS: a coefficient for each of the five source vectors and six tensors.
 - one scalar a vector: the same loss, five numbers.
 - fine-tuning of the whole network.
-- random vectors: aTLAS with Gaussian directions, the mean and deviation of each tensor, in the place of the vectors.
+- random vectors: aTLAS with Gaussian directions, the mean and deviation of each tensor, in place of the vectors.
 - aTLAS x 4 and aTLAS with one vector a block (block-wise gradient selection), as figures.
 
 Each arm has 100 steps on all 40 pictures. Addition: all six vectors, learned on the labels of the pictures for

@@ -109,7 +109,7 @@ def refuse_link_out(path: Path, home: Path, whose: str) -> None:
 def opened(path: str | Path, links: bool = True) -> Iterator[BinaryIO | None]:
     """A regular file, or with `links` a link to one, for reading; None for anything else, or if it cannot be opened.
 
-    For files that others may have written: nothing in the place of a file makes the reader wait.
+    For files that others may have written: a pipe or a device in place of a file does not make the reader wait.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if links else getattr(os, "O_NOFOLLOW", 0))
     try:
@@ -128,8 +128,8 @@ def opened(path: str | Path, links: bool = True) -> Iterator[BinaryIO | None]:
 def read_small(path: str | Path, most: int = 2**24, links: bool = True) -> bytes | None:
     """The content of a regular file of at most `most` bytes; None for anything else, or if it cannot be read.
 
-    For files that others may have written: nothing in the place of a file makes the reader wait or fill its memory.
-    Without `links` a link is anything else.
+    For files that others may have written: a pipe or a device in place of a file neither makes the reader wait nor
+    fills its memory. Without `links` a link is anything else.
     """
     with opened(path, links) as file:
         if file is None:

@@ -40,7 +40,7 @@ class Method(LightningModule):
 
     Attributes:
         num_classes: set by a method whose batches have a `label` in [0, num_classes): any other label is refused
-            before its batch goes to the device, where it would end in an error of a kernel. None refuses nothing.
+            before its batch goes to the device, where it would crash a kernel. None refuses nothing.
         num_images: set by a method that has a place for each training image, whose numbers lie in [0, num_images): data
             with more images, and an image with another number, are refused in the same way. None refuses nothing.
         num_tokens: set by a method whose network knows so many tokens: texts with another number are refused in the

@@ -19,7 +19,7 @@ LIMITS_S = {"ranks": 90, "runs": 60, "sweep": 30, "pretrained": 30, "aot": 120}
 UNMARKED_S = 3
 YARDSTICK_S = 0.025
 """What `yardstick` took where the limits were set."""
-PROPERTY = "processor_s"
+PROPERTY, START = "processor_s", pytest.StashKey[float]()
 ROWS = 30
 
 
@@ -87,6 +87,3 @@ class Costs:
             terminalreporter.line(f"{factor:6.1f} x  {spent_s:6.1f} s  {kind:10}  {name}")
         if len(rows) > ROWS:
             terminalreporter.line(f"and {len(rows) - ROWS} more")
-
-
-START = pytest.StashKey[float]()

@@ -16,8 +16,10 @@ def test_letters_without_a_font_are_escaped_and_all_others_stay() -> None:
 def test_a_picture_with_any_names_is_drawn_without_warnings() -> None:
     figure, ((axes,),) = canvas("猫 and 犬")
     axes.plot([0, 1], [0, 1], label="x")
-    axes.legend().get_texts()[0].set_text("고양이 🐈 \U0010fffe")
+    (label,) = axes.legend().get_texts()
+    label.set_text("고양이 🐈 \U0010fffe")
     axes.set_xticks([0, 1], ["बिल्ली", "แมว"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert png(figure).startswith(b"\x89PNG")
+    assert label.get_text().endswith(r"\U0010fffe")

@@ -15,7 +15,7 @@ from import_graph import ROOT, imports, sources, statements, tree
 GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges")},
+    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges", "ties")},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
     **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "places", "run_files", "unit_length")},

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bare.sh HOME PACKAGE... -- COMMAND...: runs the command as on a machine without these Debian packages, with an empty home
-# and on one core. Hiding needs root and unshare; without them it says what stays in sight.
+# and on one core. Hiding needs root and unshare; otherwise it says what stays visible.
 set -euo pipefail
 
 home=$(realpath -m "$1")
@@ -12,8 +12,8 @@ while [[ $1 != -- ]]; do
 done
 shift
 
-# Paths of the packages that no other package has, of a folder with all it holds the folder alone; what `make evidence-data`
-# unpacks without a package; fonts, which a browser brings along.
+# Paths that belong to these packages and to no other, without what is inside a folder that is listed; fonts, which a browser
+# installs, count as theirs. Besides, what `make evidence-data` unpacks, which belongs to no package.
 hidden() {
     local lists=() fonts
     fonts=$(dpkg-query --show --showformat '${Package}\n' 'fonts-*' 2>/dev/null || true)

@@ -13,7 +13,7 @@ from lightspan.callbacks.pictures.in_range import quantiles, shown_in_range
 
 STRETCH = [0.02, 0.98]
 """Shares of a band's valid values at which it is black and white."""
-UNSEEN = 0.5  # grey in the place of what is not valid
+UNSEEN = 0.5  # grey in place of what is not valid
 
 
 def coloured_dates(batch: Any, shown_bands: Sequence[int] | None) -> Tensor | None:

@@ -22,13 +22,13 @@ from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.places import RunPath
 from lightspan.strategies import gathered
 
-GREY = 0.5  # in the place of what is hidden
+GREY = 0.5  # in place of what is hidden
 
 
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
-    the other view that it looks at, if there is one, and its guesses in the place of what was hidden. Of recordings
-    they are spectrograms: clean, with grey in the place of what is to be guessed, as the network sees them, guessed.
+    the other view that it looks at, if there is one, and its guesses in place of what was hidden. Of recordings
+    they are spectrograms: clean, with grey in place of what is to be guessed, as the network sees them, guessed.
 
     For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
     datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images, of pairs and of

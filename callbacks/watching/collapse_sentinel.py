@@ -47,8 +47,6 @@ LONGEST = 50
 """Optimiser steps between two measurements of a long run."""
 MEASUREMENTS = 10
 """The fewest of a run with as many steps, besides the first: enough for a sign to show `patience` times."""
-
-
 STEADY = 20
 """Optimiser steps over which a sign shows before it counts, where the run's length sets their distance: in its first
 steps a network may narrow before it spreads.

@@ -14,7 +14,7 @@ from lightspan.places import ReadPath
 
 @dataclass(frozen=True)
 class PairDecoding(Decoding):
-    """As `Decoding`, with the field `text` as tokens and mask, [T], and one view in the place of the image."""
+    """As `Decoding`, with the field `text` as tokens and mask, [T], and one view in place of the image."""
 
     tokenizer: PreTrainedTokenizerBase
     length: int

@@ -15,7 +15,7 @@ from lightspan.places import ReadPath
 
 @dataclass(frozen=True)
 class PartialDecoding(Decoding):
-    """As `Decoding`, of the image alone, with the class and the text that a sample has; one view in the place of the
+    """As `Decoding`, of the image alone, with the class and the text that a sample has; one view in place of the
     image.
     """
 

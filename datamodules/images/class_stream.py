@@ -88,7 +88,7 @@ class ClassStream(ImageData):
         return places
 
     def val_dataloader(self) -> list[EvaluationLoader]:  # type: ignore[override]
-        """Raises: UserError for a task without validation images: its loader would be left out without a word."""
+        """Raises: UserError for a task without validation images: its loader would be left out silently."""
         assert isinstance(self.val.data, Labelled)
         labels = self.val.data.labels
         parts = [Labelled(*(column[np.isin(labels, task)] for column in self.val.data)) for task in self.tasks]

@@ -245,7 +245,7 @@ class RandomViews(DrawnViews):
         return self.draw_within(shape, (0, 0, *shape[1:]))
 
     def draw_within(self, shape: tuple[int, ...], outer: tuple[int, ...]) -> list[Drawn]:
-        """As `draw`, with crops of a box (top, left, height, width in pixels) in the place of the image.
+        """As `draw`, with crops of a box (top, left, height, width in pixels) in place of the image.
 
         `scale`, and without a `size` also `ratio`, are relative to the box.
         """

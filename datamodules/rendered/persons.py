@@ -156,7 +156,7 @@ def _drawn(seed: int, seen: Sighting, height: int, width: int) -> np.ndarray:
 
 
 class PersonSamples(RenderedSamples):
-    """Samples of `PersonBatch`; with `fields` their views, or what they are made of, in the place of the image."""
+    """Samples of `PersonBatch`; with `fields` their views, or what they are made of, in place of the image."""
 
     def __init__(
         self, crowd: Crowd, draw_seed: int, moments: ChannelMoments, fields: ImageFields | None = None
@@ -202,7 +202,7 @@ class PersonGroups(RenderedSamples):
 class Persons(RenderedSets):
     """Persons in tracklets of several cameras. Training batches are `PersonBatch`, or with `together` `ViewsBatch` of
     as many pictures of each label, whose `parameters` are identity, tracklet, camera and frame; all others are
-    `PersonBatch`. With `views` training pictures have views of their own in the place of the image.
+    `PersonBatch`. With `views` training pictures have views of their own in place of the image.
 
     Labels are confused in training alone. `size`, `val_size` and `test_size` count persons; together there are at most
     16,384. A training person is a function of its place counted from the front, a test or validation person of its

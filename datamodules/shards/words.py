@@ -15,7 +15,7 @@ from lightspan.datamodules.text.spelling import normalised, require_alphabet, sp
 from lightspan.errors import UserError
 from lightspan.places import ReadPath
 
-LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in the place of each such word"
+LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in place of each such word"
 
 
 @dataclass(frozen=True)

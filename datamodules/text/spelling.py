@@ -56,7 +56,7 @@ def spelled(words: Sequence[str], longest: int, alphabet: str) -> np.ndarray:
 
 
 def sentences(words: Sequence[str], sentence: str) -> list[str]:
-    """The sentence with each word in the place of {}. Raises: UserError for one without such a place."""
+    """The sentence with each word in place of {}. Raises: UserError for one without such a place."""
     if sentence.count("{}") != 1:
         raise UserError(f"sentence={sentence!r} needs one {{}} where the word stands")
     return [sentence.replace("{}", word) for word in words]

@@ -126,7 +126,7 @@ class StoredChange:
 
     Attributes:
         layers: names of the layers whose weight gets a sum added.
-        replaced: name -> tensor, of what trained as a whole and stands in the place of the base's.
+        replaced: name -> tensor, of what trained as a whole and stands in place of the base's.
         base: what the folder calls the model it belongs to; may be empty.
 
     Raises: UserError for a folder that is no LoRA or holds more than this can read.

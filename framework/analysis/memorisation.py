@@ -1,4 +1,4 @@
-"""Neurons of feed-forward layers that memorised prompts share, and the weights that hang on them.
+"""Neurons of feed-forward layers that memorised prompts share, and the weights attached to them.
 
 Source: Chavhan et al., "Memorized Images in Diffusion Models share a Subspace that can be Located and Deleted", 2024,
 arXiv 2406.18566, section 3; their scores are those of Sun et al., "A Simple and Effective Pruning Approach for Large

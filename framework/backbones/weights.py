@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.patterns import every_name, require_ties
 from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
+from lightspan.ties import every_name, require_ties
 
 # A recipe may name the functions listed here.
 __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]

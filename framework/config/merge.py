@@ -45,7 +45,7 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
         if missed and any(_settings(high.child(key)) for key in CLASS_SETTINGS):
             more = f" and {len(missed) - SHOWN} more" if missed[SHOWN:] else ""
             names = ", ".join(one.partition("=")[0] for one in missed[:SHOWN])
-            notes.append(f"{new.where} {dotted(path)}: {now} in the place of {before}, without its {names}{more}")
+            notes.append(f"{new.where} {dotted(path)}: {now} in place of {before}, without its {names}{more}")
         elif missed:
             notes.append(
                 Warned(

@@ -191,7 +191,7 @@ def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OwnPictures:
-    """What a network has to know: side in pixels, number of classes, and the patch size in the place of each other."""
+    """What a network has to know: side in pixels, number of classes, and what replaces each patch size."""
 
     size: int
     classes: int

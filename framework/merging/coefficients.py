@@ -25,7 +25,7 @@ class Learned(nn.Module, ABC):
 
     @abstractmethod
     def of(self, name: str, weight: Tensor | None = None) -> Tensor:
-        """c of a tensor: [K], or [K S]; of numbers in the place of `self.weight` where such are given."""
+        """c of a tensor: [K], or [K S]; of numbers in place of `self.weight` where such are given."""
 
 
 class TaskWise(Learned):

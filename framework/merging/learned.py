@@ -24,9 +24,9 @@ from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
 from lightspan.method import Method
 from lightspan.objectives.entropy import prediction_entropy
-from lightspan.patterns import require_ties
 from lightspan.places import RunPath
 from lightspan.tensor_files import Form, write_tensors
+from lightspan.ties import require_ties
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
 COEFFICIENTS, MASK, MERGED = "coefficients.safetensors", "mask.safetensors", "merged.safetensors"

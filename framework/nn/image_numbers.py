@@ -1,4 +1,4 @@
-"""The numbers of a batch's images as the host knows them: what random draws of an image hang on.
+"""Image indices on the host, which seed what is drawn for each image.
 
 A batch's `index` comes from the loader, on the host, and goes to the device with the rest. To read it back there in a
 step would wait for all that the device has yet to do. So `Method` leaves the host's tensor at the device's one.
@@ -90,7 +90,7 @@ def require_room(data: Any, room: int, method: str) -> None:
 
 def require_places(batch: Any, room: int, method: str) -> None:
     """For a batch that is still on the host. Raises: UserError for images whose number is not in [0, room), which would
-    end in an error of a kernel.
+    crash a kernel.
     """
     index_B = batch.get("index") if isinstance(batch, Mapping) else None
     if isinstance(index_B, Tensor) and len(index_B) and has_values(index_B):

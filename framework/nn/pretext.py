@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
+from lightspan.ranges import require_shares
 
 
 class Guess(NamedTuple):
@@ -51,13 +52,14 @@ class QuarterTurn(PretextTask):
     Args:
         in_features: F.
         hidden: widths of the hidden layers.
-        dropout: in [0, 1).
+        dropout: behind both hidden layers, in [0, 1].
     """
 
     views = 4
 
     def __init__(self, in_features: int, hidden: tuple[int, int] = (512, 128), dropout: float = 0.5) -> None:
         super().__init__()
+        require_shares(dropout=dropout)
         self.in_features = in_features
         first, second = hidden
         self.head = nn.Sequential(
@@ -84,7 +86,7 @@ class Jigsaw(PretextTask):
         tile_features: width of each tile's hidden layer.
         hidden: width of the layer over all nine.
         seed: of the table and of the draws.
-        dropout: behind both hidden layers, in [0, 1).
+        dropout: as in `QuarterTurn`.
     """
 
     views = 1
@@ -102,6 +104,7 @@ class Jigsaw(PretextTask):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        require_shares(dropout=dropout)
         if not 2 <= permutations <= 5000:
             raise UserError(f"Jigsaw permutations={permutations} must lie in [2, 5000]; the paper has 35")
         self.in_features, self.seed = in_features, seed

@@ -45,7 +45,7 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
 
 
 def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
-    """The views. Raises: UserError for such as are no floating-point numbers, and for views of different images."""
+    """The views. Raises: UserError for views that are not floating-point, or not of the same images."""
     views = list(views)
     wrong = [view for view in views if not isinstance(view, Tensor) or not view.is_floating_point()]
     if wrong:

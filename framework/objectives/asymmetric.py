@@ -3,7 +3,7 @@
 Source: Ben-Baruch et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, arXiv 2009.14119, equations 4 to
 7: with p = sigmoid(logit) and p_m = max(p - m, 0), a tag that holds costs -(1 - p)^g+ log p, and one that does not
 -p_m^g- log(1 - p_m). Without focus and margin it is the binary cross-entropy.
-Differences: the mean over the tags of an image in the place of their sum, so that its scale does not hang on how many
+Differences: the mean over the tags of an image in place of their sum, so that its scale is independent of how many
 tags there are; tags that are not known have no say; gradients go through the weights (1 - p)^g+ and p_m^g- too, as in
 the equations, where the authors' code lets one choose.
 Shapes: B images of this rank, G tags.

@@ -84,7 +84,7 @@ def soft_info_nce(logits_BN: Tensor, target_BN: Tensor, seen_BN: Tensor | None =
     logits_BN = wide(logits_BN)
     seen = logits_BN
     if seen_BN is not None:
-        # The least number in the place of -inf, which would give the only row of a batch a gradient of NaN.
+        # The least number in place of -inf, which would give the only row of a batch a gradient of NaN.
         seen = logits_BN.masked_fill(~seen_BN, torch.finfo(logits_BN.dtype).min)
     # An anchor that sees no key, as without rows on any rank, has no logsumexp.
     all_B1 = seen.logsumexp(dim=1, keepdim=True) if seen.shape[1] else seen.new_zeros(len(seen), 1)
@@ -201,7 +201,7 @@ def multi_positive_info_nce(logits_BN: Tensor, positive_BN: Tensor, negative_BN:
     Returns: scalar >= 0, the same on all ranks.
     """
     logits_BN = wide(logits_BN)
-    # The least number in the place of -inf, which would give an anchor without negatives a gradient of NaN.
+    # The least number in place of -inf, which would give an anchor without negatives a gradient of NaN.
     negatives_B1 = logits_BN.masked_fill(~negative_BN, torch.finfo(logits_BN.dtype).min).logsumexp(dim=1, keepdim=True)
     terms_BN = -F.logsigmoid(logits_BN - negatives_B1)
     total, pairs = all_reduce_sums(terms_BN.masked_fill(~positive_BN, 0).sum(), positive_BN.sum().to(logits_BN.dtype))

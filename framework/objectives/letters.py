@@ -40,7 +40,7 @@ def permuted_letter_loss(logits_KBSC: Tensor, letters_BT: Tensor) -> Tensor:
 def reading_scores(found_BT: Tensor, letters_BU: Tensor) -> dict[str, Tensor]:
     """How well the words of this rank were read, means over them, each in [0, 1]; 0 without any.
 
-    `letter_accuracy` is the share of places right among those where the word, or what was read in its stead, has a
+    `letter_accuracy` is the share of places right among those where the word, or what was read for it, has a
     letter: one too many is a mistake, as is one too few. `word_accuracy` is the share of words without a mistake. A
     word without letters of which none was read is right.
 

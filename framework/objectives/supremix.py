@@ -80,7 +80,7 @@ def supremix(
         terms.append((mixed_BS, stands_for_BS, stands_for_BS))
     product, count, weight = (torch.cat(parts, dim=1) for parts in zip(*terms, strict=True))
     s = product / temperature
-    # The least number in the place of -inf, which would give the only row of a batch a gradient of NaN.
+    # The least number in place of -inf, which would give the only row of a batch a gradient of NaN.
     seen = torch.where(weight > 0, s + weight.clamp_min(torch.finfo(s.dtype).tiny).log(), torch.finfo(s.dtype).min)
     all_B1 = seen.logsumexp(dim=1, keepdim=True) if seen.shape[1] else seen.new_zeros(len(seen), 1)
     count_B = count.sum(dim=1)

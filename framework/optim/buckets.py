@@ -27,7 +27,7 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.loading import require_same_kind
 from lightspan.optim.offload import Home
-from lightspan.optim.settings import Switches
+from lightspan.optim.settings import UpdateRule
 from lightspan.sharded import local, ranks_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def stacked_bucket(
     stacked: bool,
     phases: list[float],
     layout: Layout,
-    rule: Switches,
+    rule: UpdateRule,
     saved: list[State],
     names: list[str],
     home: Home,
@@ -99,7 +99,7 @@ class Member:
     saved: State
 
 
-def build_buckets(members: Sequence[Member], rule: Switches, seed: int, home: Home) -> list[Bucket]:
+def build_buckets(members: Sequence[Member], rule: UpdateRule, seed: int, home: Home) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
@@ -138,7 +138,7 @@ def build_buckets(members: Sequence[Member], rule: Switches, seed: int, home: Ho
     return buckets
 
 
-def _parts(pairs: list[tuple[Member, int]], rule: Switches, home: Home) -> Iterator[list[tuple[Member, int]]]:
+def _parts(pairs: list[tuple[Member, int]], rule: UpdateRule, home: Home) -> Iterator[list[tuple[Member, int]]]:
     """All that can step together, or as many as rules that project late should widen at once, and as should visit the
     device at once. Ranks cut alike, since they see the same whole shapes.
     """
@@ -152,7 +152,7 @@ def _parts(pairs: list[tuple[Member, int]], rule: Switches, home: Home) -> Itera
     return (pairs[start : start + count] for start in range(0, len(pairs), count))
 
 
-def _size_away(member: Member, rule: Switches, home: Home) -> int:
+def _size_away(member: Member, rule: UpdateRule, home: Home) -> int:
     """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
     slices = slices_of(member.parameter, member.stacked)
     count = len(matrices(member.parameter, member.stacked)) if slices is None else slices.chunk
@@ -217,7 +217,7 @@ def layout_of(
     return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards, heads)
 
 
-def _keys_by_row(rule: Switches, layout: Layout) -> set[str]:
+def _keys_by_row(rule: UpdateRule, layout: Layout) -> set[str]:
     """The state with a part for every row: what grows by one with each row."""
     small, large = (
         rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)

@@ -35,7 +35,7 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.offload import Visit
 from lightspan.optim.residuals import LostMoments, Terms
-from lightspan.optim.settings import Switches
+from lightspan.optim.settings import UpdateRule
 from lightspan.sharded import Ranks, ranks_of
 from lightspan.triton_kernels.backproject_update import operand_type
 
@@ -83,7 +83,7 @@ class Bucket:
             for p, view in zip(self.parameters, self.views, strict=True)
         )
 
-    def due(self, positions: list[int], rule: Switches) -> tuple[list[int], list[int]]:
+    def due(self, positions: list[int], rule: UpdateRule) -> tuple[list[int], list[int]]:
         """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
         indices into `positions`.
         """
@@ -160,7 +160,7 @@ class BucketStep:
     """
 
     bucket: Bucket
-    rule: Switches
+    rule: UpdateRule
     owners: list[int]
     active: list[int]
     index: slice | Tensor | None
@@ -173,7 +173,7 @@ class BucketStep:
     projected: Projected | None = None
 
     @staticmethod
-    def of(bucket: Bucket, rule: Switches) -> "BucketStep | None":
+    def of(bucket: Bucket, rule: UpdateRule) -> "BucketStep | None":
         """The bucket's part in the coming step, by `rule` with its group's settings; None if none of its parameters has
         a gradient.
         """
@@ -350,7 +350,7 @@ def update_weights(
     weights: list[Tensor],
     state: State,
     layout: Layout,
-    rule: Switches,
+    rule: UpdateRule,
     projected: Projected,
     numbers: AdamSettings,
     *,

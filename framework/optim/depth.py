@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from lightspan.layers import list_of_blocks
-from lightspan.patterns import any_matches, every_name, matches
+from lightspan.patterns import any_matches, matches
+from lightspan.ties import every_name
 
 HEADS = ("head", "heads", "head_*", "*_head", "classifier", "fc", "last_linear", "score")
 """Names of what follows the blocks, in timm, torchvision, transformers and here, wherever it is registered. A weight
@@ -95,7 +96,7 @@ def _numbered(module: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def _beside(name: str, path: str) -> str:
-    """The part of a parameter's name that stands beside one of the path: `head` of `net.head.weight`, `net.blocks`."""
+    """The part of a parameter's name next to one of the path: `head` of `net.head.weight`, `net.blocks`."""
     for own, other in zip_longest(name.split("."), path.split(".")):
         if own != other:
             return own or ""

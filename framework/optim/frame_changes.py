@@ -15,7 +15,7 @@ from lightspan.optim.carries import FrameChange
 from lightspan.optim.inner import AdamSettings
 from lightspan.optim.layout import Layout, State, part_of, write_part
 from lightspan.optim.residuals import LostMoments
-from lightspan.optim.settings import Switches
+from lightspan.optim.settings import UpdateRule
 from lightspan.triton_kernels.bias_correction import bias_correction
 
 
@@ -34,7 +34,7 @@ def choose_frames(
     draws: list[int],
     state: State,
     layout: Layout,
-    rule: Switches,
+    rule: UpdateRule,
     beta1: float,
     *,
     first: bool,
@@ -73,7 +73,7 @@ def change_frames(
     changes: Sequence[NewFrames],
     state: State,
     layout: Layout,
-    rule: Switches,
+    rule: UpdateRule,
     coordinates_BMR: Tensor,
     numbers: AdamSettings,
 ) -> tuple[Tensor | None, LostMoments | None]:

@@ -43,7 +43,8 @@ from lightspan.optim.depth import shares_of_layers
 from lightspan.optim.heads import query_key_heads
 from lightspan.optim.layout import require_shapes
 from lightspan.optim.projected import stacks_in
-from lightspan.patterns import any_matches, every_name, require_matches, require_patterns
+from lightspan.patterns import any_matches, require_matches, require_patterns
+from lightspan.ties import every_name
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = (
@@ -247,7 +248,7 @@ def declared_kinds(module: nn.Module) -> dict[int, Kind]:
 
 def _own(part: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The parameters of a module by the name that its class gave them: a parametrisation, such as weight_norm, puts
-    others of its own in the place of one.
+    others of its own in place of one.
     """
     own = {name: [parameter] for name, parameter in part._parameters.items() if parameter is not None}
     if is_parametrized(part):

@@ -1,7 +1,6 @@
 """Loading state that an optimiser keeps in its own form: torch casts what it loads to the parameters' dtype."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +144,7 @@ def _require_state(optimizer: "LowRank", parameter: Tensor, group: dict[str, Any
 
 
 def restore(optimizer: "LowRank", prepared: dict[str, Any]) -> None:
-    """Sets the state, each tensor in its own dtype, and warns of what the residual had to reset."""
+    """Sets the state, each tensor in its own dtype."""
     owners = {number: (parameter, group) for parameter, group, number in numbered(optimizer, prepared)}
     for number, held in prepared["state"].items():  # in the saved order, so that the next save has it too
         if number not in owners:
@@ -158,17 +157,3 @@ def restore(optimizer: "LowRank", prepared: dict[str, Any]) -> None:
             on_host = (projected and key == "step") or optimizer.home.is_away(parameter, key)
             device = torch.device("cpu") if on_host else parameter.device
             optimizer.state[parameter][key] = value.to(device=device, copy=True)
-    _mend(optimizer, [parameter for parameter, _ in owners.values() if parameter in optimizer.state])
-
-
-def _mend(optimizer: "LowRank", parameters: list[Tensor]) -> None:
-    residual, state = optimizer.rule.residual, optimizer.state
-    mended = {p: what for p in parameters if (what := residual.mend(state[p])) is not None}
-    if mended:
-        shown = ", ".join(optimizer.called(p) for p in list(mended)[:3]) + ", ..." * (len(mended) > 3)
-        warnings.warn(
-            f"the loaded optimiser state of {shown} is damaged: {next(iter(mended.values()))} is not finite and "
-            "is reset. Earlier versions wrote that after gradients with rows of zeros; check whether the "
-            "checkpoint's weights are finite, and resume from an older one if they are not",
-            stacklevel=2,
-        )

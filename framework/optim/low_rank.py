@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.offload import Home, OnHost, Visit
 from lightspan.optim.projected import Selection, require_some_projected
 from lightspan.optim.residuals import Fira, NoResidual, Residual
-from lightspan.optim.settings import Switches, naming_unknown, require_fit, require_parts, require_sound
+from lightspan.optim.settings import UpdateRule, naming_unknown, require_fit, require_parts, require_sound
 from lightspan.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 
 KEYS_OF_OTHERS = frozenset((
@@ -29,8 +29,13 @@ KEYS_OF_OTHERS = frozenset((
     "base_momentum",
 ))  # fmt: skip
 """What torch, its schedules and `lightspan.optim.groups` write into groups."""
-Told = tuple[str, tuple[int, ...]]
-"""A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
+
+
+class ParameterInfo(NamedTuple):
+    """A parameter's name, empty if its group has none, and how many of its rows belong to each attention head."""
+
+    name: str = ""
+    heads: tuple[int, ...] = ()
 
 
 class Connection(Protocol):
@@ -101,7 +106,7 @@ class LowRank(Optimizer):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "rule", "backward", "check_finite", "home", "_told", "_built",
+        "rule", "backward", "check_finite", "home", "_info", "_built",
     )  # fmt: skip
     """Own attributes that a copy or a pickle has; a class that adds attributes adds their names."""
     KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
@@ -116,11 +121,6 @@ class LowRank(Optimizer):
     """Euclidean norm of all gradients of the last step before clipping, 0-d on the device, the same on all ranks;
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
     """
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "__init__" in vars(cls):
-            cls.__init__ = naming_unknown(cls.__init__)  # type: ignore[method-assign]
 
     @naming_unknown
     def __init__(
@@ -149,13 +149,13 @@ class LowRank(Optimizer):
         }  # fmt: skip
         require_sound(type(self).__name__, {**defaults, "backward": backward, "offload": offload})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
-        self.rule = Switches(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
+        self.rule = UpdateRule(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.backward, self.check_finite = backward, check_finite
         self.attachment: Connection | None = None
         require_parts(self.rule)
         require_fit(self.rule, backward, offload)
         self.home = OnHost(self.rule.of_frames | {"step"}) if offload else Home()
-        self._told: dict[Tensor, Told] = {}
+        self._info: dict[Tensor, ParameterInfo] = {}
         self._built = False
         self._buckets, self._checked = Buckets(), False
         fixed = {"betas": tuple(betas), "rule": self.rule.fixed()}
@@ -190,7 +190,7 @@ class LowRank(Optimizer):
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name; empty if its group has none."""
-        return self._told_of(parameter)[0]
+        return self._info_of(parameter).name
 
     def selection(self, parameter: Tensor, group: dict[str, Any]) -> Selection:
         """Whether the group lets a parameter be projected, and how."""
@@ -199,18 +199,18 @@ class LowRank(Optimizer):
 
     def heads_of(self, parameter: Tensor) -> tuple[int, ...]:
         """How many of its rows belong to each head, see `Layout`; empty if that is not known, or not wanted."""
-        _, rows = self._told_of(parameter)
+        rows = self._info_of(parameter).heads
         return rows if self.rule.inner.by_heads and parameter.shape[:1] == (sum(rows),) else ()
 
-    def _told_of(self, parameter: Tensor) -> Told:
+    def _info_of(self, parameter: Tensor) -> ParameterInfo:
         """What is known of it. Where it took the place of another in a group, as when accelerate shards a model whose
         optimiser exists already, that is what was known of the other.
         """
-        if parameter not in self._told and len(now := self._parameters()) == len(self._told):
+        if parameter not in self._info and len(now := self._parameters()) == len(self._info):
             kept = set(now)
-            gone = (told for p, told in self._told.items() if p not in kept)
-            self._told = {p: self._told[p] if p in self._told else next(gone) for p in now}
-        return self._told.get(parameter, ("", ()))
+            gone = (info for p, info in self._info.items() if p not in kept)
+            self._info = {p: self._info[p] if p in self._info else next(gone) for p in now}
+        return self._info.get(parameter, ParameterInfo())
 
     def projected(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether this parameter's state lives in a subspace."""
@@ -254,10 +254,11 @@ class LowRank(Optimizer):
         super().add_param_group({**kept, "params": parameters})  # which refuses a set, because it has no order
         group = self.param_groups[-1]
         names = group.get("param_names") or [""] * len(group["params"])
-        self._told.update((p, (name, heads.get(p, ()))) for p, name in zip(group["params"], names, strict=True))
+        infos = (ParameterInfo(name, heads.get(p, ())) for p, name in zip(group["params"], names, strict=True))
+        self._info.update(zip(group["params"], infos, strict=True))
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
         whole = [self.called(p) for p in group["params"] if self.projected(p, group) and not self.heads_of(p)]
-        if self._built and whole and "heads" not in param_group and any(map(self.heads_of, self._told)):
+        if self._built and whole and "heads" not in param_group and any(map(self.heads_of, self._info)):
             warnings.warn(
                 f"{type(self).__name__} orthogonalises {', '.join(whole[:3])}{', ...' * (len(whole) > 3)} whole: the "
                 "group that was added names no attention heads. If it holds queries or keys, give it `heads`, as the "
@@ -307,8 +308,7 @@ class LowRank(Optimizer):
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
         column indices into floats and float32 moments of bfloat16 weights into bfloat16.
 
-        Settings that a saved group lacks are kept. The rank is part of the saved groups. Warns of what the residual had
-        to reset, see `Residual.mend`.
+        Settings that a saved group lacks are kept. The rank is part of the saved groups.
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """

@@ -238,7 +238,7 @@ def _guests(hosted: Sequence[Tensor], slot: Tensor) -> list[Tensor]:
 
 
 def _as_states(visit: Visit, guests: Sequence[Tensor]) -> list[State]:
-    """The states of a visit, with its guests in the place of what is away."""
+    """The states of a visit, with its guests in place of what is away."""
     left = iter(guests)
     return [
         {**state, **{key: next(left) for key in away}} for state, away in zip(visit.states, visit.away, strict=True)

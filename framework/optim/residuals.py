@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightspan.errors import UserError
 from lightspan.optim.layout import Layout, State
-from lightspan.sharded import Total, local
+from lightspan.sharded import Total
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
@@ -70,12 +70,6 @@ class Residual:
     def initial(self, layout: Layout) -> State:
         """State before the first step."""
         return {}
-
-    def mend(self, state: State) -> str | None:
-        """Checks one parameter's part of a loaded state. What no step can have written is reset, in
-        place, and is named; None if all is valid.
-        """
-        return None
 
     def accumulate(self, gradients: list[Tensor], state: State, clip: Tensor) -> list[Tensor]:
         """What is projected instead of the gradients, which are to be multiplied by `clip`, 0-d."""
@@ -152,18 +146,6 @@ def limit_growth(scale_BM: Tensor, rescaled_BM: Tensor, limit: float, state: Sta
     return scale_BM * factor_B[:, None]
 
 
-def mend_limiter(state: State) -> bool:
-    """Resets limiters of a parameter that are not finite or negative, which no step writes. Whether there was any.
-    A stack of matrices has one for each.
-    """
-    if "limiter" not in state or state["limiter"].is_meta:
-        return False
-    limiter = local(state["limiter"])
-    damaged = ~((limiter >= 0) & limiter.isfinite())
-    limiter.masked_fill_(damaged, 0)
-    return bool(damaged.any())
-
-
 def _require_above_one(owner: Residual, **limits: float | None) -> None:
     for name, value in limits.items():
         if value is not None and not value > 1:
@@ -184,9 +166,6 @@ class _Rescaling(Residual):
 
     def initial(self, layout: Layout) -> State:
         return {} if self.limit is None else {"limiter": layout.zeros()}
-
-    def mend(self, state: State) -> str | None:
-        return "the norm-growth limiter" if mend_limiter(state) else None
 
     def _limited(self, scale_BM: Tensor, outside_BM: Tensor, state: State, layout: Layout) -> Tensor:
         if self.limit is None:

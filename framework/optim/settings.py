@@ -1,4 +1,4 @@
-"""The switches of a low-rank optimiser, and which settings it and its parameter groups may have."""
+"""The update rule of a low-rank optimiser, and which settings it and its parameter groups may have."""
 
 import inspect
 import math
@@ -20,7 +20,7 @@ from lightspan.optim.residuals import Residual
 
 
 @dataclass(frozen=True)
-class Switches:
+class UpdateRule:
     """The parts that a low-rank optimiser is made of; each published one is one combination of them."""
 
     basis: Basis
@@ -57,7 +57,7 @@ class Switches:
         """The settings that every parameter group has too, with the values of the parts; see `Inner.of_groups`."""
         return {name: getattr(part, name) for part in (self.inner, self.residual) for name in part.of_groups}
 
-    def of(self, group: Mapping[str, Any]) -> "Switches":
+    def of(self, group: Mapping[str, Any]) -> "UpdateRule":
         """The parts with the settings of a parameter group. Raises: UserError for a value out of range."""
         parts: dict[str, Any] = {"inner": self.inner, "residual": self.residual}
         own = {name: {key: group[key] for key in part.of_groups} for name, part in parts.items() if part.of_groups}
@@ -165,8 +165,8 @@ def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{owner} {name}={settings[name]} must be {limit}")
 
 
-def require_parts(rule: Switches) -> None:
-    """Raises: UserError for a switch that is not an object of its kind, such as the name of one."""
+def require_parts(rule: UpdateRule) -> None:
+    """Raises: UserError for a part that is not an object of its kind, such as the name of one."""
     parts = (
         ("basis", rule.basis, Basis), ("residual", rule.residual, Residual), ("inner", rule.inner, Inner),
         ("moments", rule.moments, MomentStorage), ("refresh", rule.trigger, Trigger),
@@ -176,7 +176,7 @@ def require_parts(rule: Switches) -> None:
             raise UserError(f"{name}={part!r} must be an object of a class in {kind.__module__}, a {kind.__name__}")
 
 
-def require_fit(rule: Switches, backward: str, offload: bool) -> None:
+def require_fit(rule: UpdateRule, backward: str, offload: bool) -> None:
     """Raises: UserError for parts of a rule that do not fit one another, the backward mode or state on the host."""
     if offload and rule.basis.momentum and not rule.projects_late:
         raise UserError(

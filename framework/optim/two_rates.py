@@ -62,7 +62,7 @@ class TwoRates(LowRank):
                 if not wanted and "name" in group and any(projected):  # names distinguish groups, also in logs of rates
                     own["name"] = f"{group['name']}-other"
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
-        self._told = {p: self._told_of(p) for p in self._parameters()}  # in the order of groups
+        self._info = {p: self._info_of(p) for p in self._parameters()}  # in the order of groups
 
     def _require_supported(self) -> None:
         super()._require_supported()

@@ -111,7 +111,7 @@ def put_weights(model: "LightningModule", path: Path) -> None:
     """
     from lightspan.checkpoints.fit import check_fits
     from lightspan.merging.weights import open_weights
-    from lightspan.patterns import require_ties
+    from lightspan.ties import require_ties
 
     weights = open_weights(path)
     state = {name: weights.read(name) for name in weights.forms}

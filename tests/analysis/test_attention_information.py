@@ -1,4 +1,4 @@
-"""Mutual information of queries and keys: its ends, a value by hand, what it does not hang on, and degenerate maps."""
+"""Mutual information of queries and keys: its ends, a value by hand, what it is independent of, and degenerate maps."""
 
 import math
 

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightspan.analysis.collapse import lidar, rankme
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.callbacks.watching import collapse_sentinel
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.collapse_signs import SIGNS, Judge
 from lightspan.callbacks.watching.held_samples import images_of, single_views
@@ -125,6 +126,18 @@ def test_the_last_figures_are_of_the_end_and_are_judged(make_trainer, tmp_path, 
     assert module.embeddings({"image": batch["views"][0]}).norm(dim=1).mean().item() == pytest.approx(last, rel=0.2)
 
 
+def test_a_run_is_measured_ten_times_and_a_long_one_every_fifty_steps(make_trainer, tmp_path, monkeypatch) -> None:
+    def steps(name: str, length: int) -> list[int]:
+        logger = JsonlLogger(str(tmp_path / name))
+        fit(make_trainer, Siamese("contrast"), sentinel(every_n_steps=None, samples=8), logger=logger, max_steps=length)
+        return [row["step"] for row in measured(tmp_path / name)]
+
+    assert steps("short", 5) == [0, 0, 1, 2, 3, 4]
+    assert steps("medium", 23) == [0, *range(1, 23, 2), 22]
+    monkeypatch.setattr(collapse_sentinel, "steps_of_run", lambda trainer: math.inf)
+    assert steps("endless", 101) == [0, 49, 99, 100]
+
+
 @pytest.mark.parametrize("steps", [7, 20])
 def test_a_run_killed_behind_its_last_checkpoint_still_measures_its_end(make_trainer, tmp_path, steps) -> None:
     def start(ckpt_path: Path | None = None) -> list[dict[str, Any]]:
@@ -169,11 +182,16 @@ def test_a_module_with_features_alone_and_batches_without_views(make_trainer) ->
         def train_dataloader(self):
             return torch.utils.data.DataLoader([{"image": x} for x in self.points.x], self.batch_size, shuffle=True)
 
+    module = Plain("cosine")
+    with torch.no_grad():
+        module.encoder[-2].bias.add_(100)  # what all features have in common says nothing
     trainer = make_trainer(max_steps=2, callbacks=[sentinel(every_n_steps=1)])
-    trainer.fit(Plain("cosine"), datamodule=Rows())
+    trainer.fit(module, datamodule=Rows())
     names = {name for name in trainer.callback_metrics if name.startswith("collapse/")}
     assert "collapse/rankme" in names
     assert not names & {"collapse/lidar", "collapse/alignment", "collapse/prototypes_in_use"}
+    assert trainer.callback_metrics["collapse/rankme"] > 2
+    assert trainer.callback_metrics["collapse/spread"] > 0.2
 
 
 def test_views_by_name_are_views_and_other_entries_of_that_name_are_none() -> None:

@@ -137,7 +137,7 @@ def test_features_that_collapsed_have_a_map_and_a_rank(tmp_path: Path) -> None:
 
 @dataclass
 class Tagged:
-    """Samples of a dataset, with two tags in the place of a class."""
+    """Samples of a dataset, with two tags in place of a class."""
 
     dataset: Any
 

@@ -92,7 +92,7 @@ def movement(net: Plain) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
 
 def rigl(net: Plain) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
     """Evci et al. 2020, arXiv 1911.11134, algorithm 1 with the counts of equation 1, from a random mask; an update
-    comes after the step in the place of the step.
+    comes after the step in place of the step.
     """
     w, v = weights(net), {name: torch.zeros_like(p) for name, p in weights(net).items()}
     chance = {name: uniform(0, -1, name, w[name].shape, dtype=torch.float64) for name in WEIGHTS}

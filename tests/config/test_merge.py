@@ -85,7 +85,7 @@ def test_a_changed_class_with_settings_of_its_own_is_one_short_note():
     own = "\nmodel: {class_path: a.ResNet, init_args: {width: 3}}"
     merged, notes = merge_layers([base, layer(own, "over.yaml")])
     assert plain(merged) == {"model": {"class_path": "a.ResNet", "init_args": {"width": 3}}}
-    assert notes == ["over.yaml:2 model: ResNet in the place of Vit, without its depth, act, bias and 1 more"]
+    assert notes == ["over.yaml:2 model: ResNet in place of Vit, without its depth, act, bias and 1 more"]
     assert not isinstance(notes[0], Warned)
 
 

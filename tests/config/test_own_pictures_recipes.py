@@ -73,7 +73,7 @@ STAND_INS = {
     "distillation/sd_fpt_cub": ("scale/stand_ins_sd_fpt",),
     "distillation/unip_infmix": ("scale/stand_ins_unip",),
 }
-"""Overlays in the place of weights of earlier runs, which no machine here has."""
+"""Overlays in place of weights of earlier runs, which no machine here has."""
 
 
 def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:

@@ -1,4 +1,4 @@
-"""Wrong labels on purpose: their share, what they hang on, and what stays right."""
+"""Wrong labels on purpose: their share, what they depend on, and what stays right."""
 
 import numpy as np
 import pytest

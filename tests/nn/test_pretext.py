@@ -93,6 +93,8 @@ def test_both_heads_drop_half_of_both_hidden_layers() -> None:
         layers = [each for each in task.modules() if isinstance(each, nn.Linear | nn.ReLU | nn.Dropout)]
         assert [type(each) for each in layers] == [nn.Linear, nn.ReLU, nn.Dropout] * 2 + [nn.Linear]
         assert [each.p for each in layers if isinstance(each, nn.Dropout)] == [0.5, 0.5]
+        with pytest.raises(UserError, match=r"dropout=1\.5"):
+            type(task)(4, dropout=1.5)
 
 
 def test_draws_are_a_function_of_seed_step_and_index_and_not_of_the_batch() -> None:

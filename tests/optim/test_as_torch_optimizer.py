@@ -194,7 +194,7 @@ def test_hooks_around_loading_see_and_change_what_is_loaded() -> None:
 
 
 def test_after_loading_each_count_of_steps_is_where_its_step_reads_it() -> None:
-    """The meta device in the place of a GPU; Lightning moves all state to it but counts of steps."""
+    """The meta device in place of a GPU; Lightning moves all state to it but counts of steps."""
     model = net()
     optimizer = make(model)
     train(model, optimizer)

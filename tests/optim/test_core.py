@@ -13,7 +13,7 @@ from lightspan.optim.layout import Layout
 from lightspan.optim.moments import Float32Moments
 from lightspan.optim.offload import Home
 from lightspan.optim.residuals import ErrorFeedback, Fira, NoResidual
-from lightspan.optim.settings import Switches
+from lightspan.optim.settings import UpdateRule
 
 GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "scale": 1.0}
 
@@ -45,7 +45,7 @@ def run(rule, bucket, gradients):
 def test_at_full_rank_a_fixed_basis_is_adamw_in_rotated_coordinates(basis, size):
     layout = Layout(9, size, size, False, torch.float64, torch.device("cpu"), (0,))
     weight, *gradients = sequence(9, size, 21)
-    rule = Switches(basis, NoResidual(), Adam(), Float32Moments(), Every(3))
+    rule = UpdateRule(basis, NoResidual(), Adam(), Float32Moments(), Every(3))
     got = run(rule, bucket_of(rule, layout, weight), gradients)
     expected = adamw_rotated(weight, gradients, basis.matrix(layout), lr=0.1, weight_decay=0.1)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
@@ -53,7 +53,7 @@ def test_at_full_rank_a_fixed_basis_is_adamw_in_rotated_coordinates(basis, size)
 
 def test_the_first_half_writes_nothing():
     layout = Layout(9, 6, 3, False, torch.float64, torch.device("cpu"), (0,))
-    rule = Switches(PowerBasis(), Fira(), Adam(), Float32Moments(), Every(2))
+    rule = UpdateRule(PowerBasis(), Fira(), Adam(), Float32Moments(), Every(2))
     weight, *gradients = sequence(9, 6)
     bucket = bucket_of(rule, layout, weight)
     run(rule, bucket, gradients[:4])
@@ -70,6 +70,6 @@ def test_the_first_half_writes_nothing():
 
 def test_the_names_of_the_parts_state_never_meet():
     layout = Layout(9, 6, 3, False, torch.float64, torch.device("cpu"), (0,))
-    rule = Switches(DCTBasis(), ErrorFeedback("int8"), Adam(), Float32Moments(), Every(2))
+    rule = UpdateRule(DCTBasis(), ErrorFeedback("int8"), Adam(), Float32Moments(), Every(2))
     parts = [rule.basis.initial(layout), rule.inner.initial(layout, rule.moments), rule.residual.initial(layout)]
     assert sum(map(len, parts)) == len(rule.initial(layout))

@@ -68,7 +68,7 @@ class Net(nn.Module):
 OPTIMISERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "LowRank": lambda p: LowRank(p, lr=1e-2, rank=RANK, refresh=REFRESH, weight_decay=0.1, max_norm=CLIP),
-    # Errors in float32: whether a code of 8 bits is rounded up hangs on the last bit of a sum, and one code moves later
+    # Errors in float32: the last bit of a sum decides whether a code of 8 bits is rounded up, and one code moves later
     # losses by more than 1e-5, also in one process. Below, int8 is compared in float64.
     "DCTAdamW": lambda p: DCTAdamW(p, lr=1e-2, rank=RANK, weight_decay=0.1, max_norm=CLIP, error_feedback="float32"),
 }

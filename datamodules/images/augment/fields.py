@@ -95,7 +95,7 @@ class _Finish:
         return batch if trainer is None else trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
 
     def _finished(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with views in the place of image, numbers and seed."""
+        """The batch with views in place of image, numbers and seed."""
         rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
         image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
         mean_C11, std_C11 = (_filled(values, image_BCHW.device) for values in (self.means, self.stds))

@@ -50,7 +50,7 @@ class DeepCluster(Method):
         seed: of the rows that k-means starts from.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     Raises: UserError before the first step for data of more images than `images`, or of fewer than prototypes; before a
-        batch of other numbers goes to the device, where they would end in an error of a kernel.
+        batch of other numbers goes to the device, where they would crash a kernel.
     """
 
     memory_GMD: Tensor

@@ -6,7 +6,7 @@ Entropy Minimization", ICCV 2017, arXiv 1704.06327: targets (eq. 7), loss (eq. 9
 2. k-means of the clean embeddings gives hard targets, and the softmax begins at the directions of the centroids.
 3. After `hard_share` targets come from the clean predictions, anew in each epoch.
 The paper's target is power 1 and balance 1/2; the authors' code has DEC's, power 2 and balance 1.
-Differs: shares of the run in the place of stopping early (train/target_change is the paper's criterion for the end, at
+Differs: shares of the run in place of stopping early (train/target_change is the paper's criterion for the end, at
 1e-7); embeddings of an image are those of its last step, under the softmax of the epoch's beginning; the last batch of
 an epoch counts. k-means with 40 starts is the paper's for large sets; AC-PIC, for small ones, is not built. As in the
 equation, the layers that reconstructions are compared with have gradients too. Unverified: the published accuracies.

@@ -29,7 +29,7 @@ from lightspan.ranges import require_shares, require_temperatures
 
 
 class MoCo(Method):
-    """Contrast with a queue, so that the number of negatives does not hang on the batch. The student is what is kept.
+    """Contrast with a queue: the number of negatives is independent of the batch size. The student is what is kept.
 
     The keys of a step enter the queue once the step is taken, those of all ranks and all its micro-batches together, so
     that N ranks and accumulated gradients train as one rank with the whole batch (with sync_batchnorm).

@@ -9,7 +9,7 @@ its gradient through, which pulls the whole embedding towards that of the smalle
 not. That code also masks out the pair of a step by its place in a shuffled list, and has the width 768 written into it;
 both are faults of the code alone.
 A batch larger than memory may be encoded in chunks: all sizes leave the encoder as rows, unlike in the authors' code,
-whose decorated forward passes rule GradCache out. `RandomSizes` in the place of `FixedSizes` makes this 2DMSE.
+whose decorated forward passes rule GradCache out. `RandomSizes` in place of `FixedSizes` makes this 2DMSE.
 What is trained is cut to a size by `lightspan.surgery.cut_encoder`. SMAE, the pre-training, is
 `lightspan.methods.masked.smae`.
 Shapes: B queries of this rank, P documents of each, T tokens, K layers, D width, d coordinates.

@@ -8,7 +8,7 @@ between local and global. Of its logits S_T = q k^T / sqrt(d_T) and the student'
     L = mean over images, heads and queries of KL(softmax(S_T) || softmax(S_S)), class token and registers among them
 
 and nothing else. Values of the student's last layer, what comes after its attention and the last norm learn nothing
-before fine-tuning. Left out: cross-entropy in the place of KL, which has the same gradient, and the fine-tuning for
+before fine-tuning. Left out: cross-entropy in place of KL, which has the same gradient, and the fine-tuning for
 segmentation, whose four scales the paper all takes from the last layer.
 Difference: what learns nothing is frozen, so that weight decay leaves it where it began; only the values, whose weight
 is that of queries and keys too, still decay.

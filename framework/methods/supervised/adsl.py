@@ -46,7 +46,7 @@ class ADSL(BetweenEpochs):
 
     Batches hold labelled images, or one view of each, and their numbers. With `data.init_args.per_class` each batch is
     of one cluster, as in the paper; with other data rows meet those of their own cluster within a batch. Validation
-    logs val/nmi and val/recall_at_1, and splits hang on it: without it there is one, after `patience` epochs.
+    logs val/nmi and val/recall_at_1, on which splits depend: without it there is one, after `patience` epochs.
 
     Args:
         backbone: [B C H W] -> [B F]; what probes read, such as `lightspan.backbones.attended.Attended`.

@@ -63,7 +63,7 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """-log p(y_i | x_i) [B], 0 for images without a say, and which have one, bool [B]."""
     logits_BL = gated_cosine(query_BD, bank.rows_LD.detach()) / temperature
-    # The least number in the place of -inf, with which a row without neighbours would have a gradient of NaN.
+    # The least number in place of -inf, with which a row without neighbours would have a gradient of NaN.
     nothing = torch.finfo(logits_BL.dtype).min
     others_BL = (bank.index_L != index_B[:, None]) & bank.held_L
     right_BL = others_BL & (bank.label_L == label_B[:, None])

@@ -3,7 +3,7 @@
 Source: Sun et al., "Revisiting Unreasonable Effectiveness of Data in Deep Learning Era", ICCV 2017, arXiv 1707.02968,
 section 4.1: each class of JFT-300M has its own sigmoid, since an image has several labels, of which about a fifth is
 wrong and many are missing.
-Differs: the mean over tags in the place of their sum, so that its scale does not hang on how many there are.
+Differs: the mean over tags in place of their sum, so that its scale is independent of how many there are.
 Shapes: B images of this rank, C h w image, F features, G tags.
 """
 

@@ -1,6 +1,6 @@
 """Masks in the shape of clouds over one date of a series: what a network that fills gaps is trained with.
 
-Source: Jakubik et al., "Prithvi", 2023, arXiv 2310.18660, section 4.1: in the place of random patches, those that a
+Source: Jakubik et al., "Prithvi", 2023, arXiv 2310.18660, section 4.1: in place of random patches, those that a
 cloud mask covers are removed from one date.
 """
 

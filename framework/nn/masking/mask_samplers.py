@@ -23,7 +23,7 @@ class MaskSampler(ABC):
     """Draws masks; methods that pick patches by place need one count for all images of a batch.
 
     Attributes:
-        seed: >= 0; what else a method draws for an image may hang on it too.
+        seed: >= 0; what else a method draws for an image may depend on it too.
     """
 
     seed: int
@@ -76,7 +76,7 @@ class RandomMasks(MaskSampler):
     Args:
         ratio: hidden share, in [0, 1); `visible_count` says how many stay.
         seed: >= 0.
-        nearest: round the count of those that stay to the nearest whole number, in the place of down.
+        nearest: round the number that stay to the nearest whole number instead of down.
     """
 
     ratio: float = 0.75

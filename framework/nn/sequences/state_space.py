@@ -84,7 +84,7 @@ def scan(
 
     Within a chunk it is a product with the kernel's triangular matrix; each chunk's last state, from a product with
     powers of lambda, then reaches the later ones by doubling distances (Hillis and Steele, 1986). 4 products and
-    log2(J) sums whatever L is, with J states of a sequence in memory in the place of L.
+    log2(J) sums whatever L is, with J states of a sequence in memory in place of L.
     """
     length, start_BDN = x_BLD.shape[1], _start(x_BLD, lambda_DN) if state_BDN is None else state_BDN
     if not length:

@@ -66,7 +66,7 @@ def require_encoder(backbone: Any, method: str) -> None:
 
 
 def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:
-    """Before a batch goes to the device, where a token without an embedding would end in an error of a kernel.
+    """Before a batch goes to the device, where a token without an embedding would crash a kernel.
 
     Args:
         num_tokens: numbers that the network knows.

@@ -40,7 +40,7 @@ class TokenBackbone(Protocol):
         """Tokens after the last norm, the prefix first: [B P+T D], or [B P+K D] of the kept patches.
 
         Args:
-            mask_BHW: bool; where it is True the network sees a learned mask token in the place of the patch.
+            mask_BHW: bool; where it is True the network sees a learned mask token in place of the patch.
             keep_BK: int64, places of the only patches that the network gets to see, counted row by row; their tokens
                 come in this order.
         """

@@ -1,4 +1,4 @@
-"""Masks of whole words: one inside the other, within their shares, and what stands in the place of hidden words."""
+"""Masks of whole words: one inside the other, within their shares, and what stands in place of hidden words."""
 
 import numpy as np
 import pytest

@@ -68,7 +68,7 @@ def test_moments_in_coordinates_stay_and_those_of_a_vector_follow() -> None:
 
 
 class Blocks(Optimizer):
-    """Of the user's own: keeps integers in the place of moments."""
+    """Of the user's own: keeps integers in place of moments."""
 
     def __init__(self, params, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
