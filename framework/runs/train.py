@@ -128,6 +128,13 @@ def check_at_start(built: Built) -> None:
     built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
 
 
+def check_checkpoints(built: Built) -> None:
+    """Has the checkpoint that a run loads checked, also where the recipe has no `Checkpoint`, which does the same."""
+    from lightspan.checkpoints.io import take_over
+
+    take_over(built.trainer.strategy)
+
+
 def takes_no_step(resolved: Resolved) -> bool:
     """Whether a configuration asks for a run of no steps, which writes the weights before the first one."""
     trainer = resolved.config.get("trainer", {})
