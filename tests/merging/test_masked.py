@@ -28,7 +28,7 @@ def test_masks_of_a_wrapped_network_lose_the_prefix_of_the_wrapper(tmp_path: Pat
     model, keep = {"net.a": torch.randn(4, 5)}, torch.rand(4, 5) > 0.5
     out = masked(tmp_path, model, {"net.net.a": keep}, prefix="net.")
     assert torch.equal(out["net.a"], torch.where(keep, model["net.a"], 0))
-    with pytest.raises(UserError, match=r"masks net\.net\.a, .* prefix, now ''"):
+    with pytest.raises(UserError, match=r"masks net\.net\.a, .*prefix, now ''"):
         masked(tmp_path, model, {"net.net.a": keep})
 
 
