@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from lightspan.devices import wide_type
-from lightspan.objectives.means import squared_error
+from lightspan.objectives.means import mean, squared_error
 
 PIXEL = 1 / 255  # half the distance of two 8-bit values in [-1, 1]
 MOST_NOISE = 0.999  # of one step, as in Nichol and Dhariwal: the cosine would reach 1, from which there is no step back
@@ -90,7 +90,8 @@ def variance_loss(
     predicted: Tensor, share: Tensor, noise: Tensor, clean: Tensor, kept_B: Tensor, ends_2B: Tensor, last_B: Tensor
 ) -> Tensor:
     """Bits per entry by which a step back with this mean and variance misses the true one: the term of its level in the
-    variational bound, whose mean over levels is L_vlb / T. Only the variance gets a gradient, as in eq. 16.
+    variational bound, whose mean over levels is L_vlb / T. Only the variance gets a gradient, as in eq. 16. The mean is
+    over all ranks.
 
     Args:
         predicted, noise: as predicted, and as it was.
@@ -109,7 +110,7 @@ def variance_loss(
     divergence = (variance - least + (least - variance).exp() - 1 + away.square() * (-variance).exp()) / 2
     # Of the last step alone: elsewhere it may be infinite, whose gradient times 0 is NaN.
     surprise = -log_pixel_probability(clean.to(kept.dtype), away, torch.where(last, variance, least))
-    return torch.where(last, surprise, divergence).mean() / math.log(2)
+    return mean(torch.where(last, surprise, divergence)) / math.log(2)
 
 
 def log_pixel_probability(clean: Tensor, away: Tensor, variance: Tensor) -> Tensor:
