@@ -89,7 +89,7 @@ class LatentShards(Shards):
                 "LatentShards takes no image_size and no views: neither means anything for latents; crop and change "
                 "pictures before the autoencoder encodes them"
             )
-        self.decode: LatentDecoding = LatentDecoding(**vars(self.decode), shape=tuple(shape), scale=scale)
+        self.decode: LatentDecoding = LatentDecoding(**vars(self.decode), shape=shape, scale=scale)
 
     @property
     def bounds(self) -> None:  # type: ignore[override]

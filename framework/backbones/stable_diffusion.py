@@ -38,6 +38,8 @@ class CaptionedUNet(nn.Module):
         num_classes: captions besides the empty one, which is the label of no class.
     """
 
+    captions_KTD: Tensor
+
     def __init__(self, unet: nn.Module, captions_KTD: Tensor) -> None:
         super().__init__()
         self.unet, self.num_classes = unet, len(captions_KTD) - 1

@@ -35,7 +35,11 @@ from lightspan.objectives.diffusion import (
     velocity,
 )
 
-KEPT = {"linear": linear_kept, "scaled_linear": scaled_linear_kept, "cosine": cosine_kept}
+KEPT: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear_kept,
+    "scaled_linear": scaled_linear_kept,
+    "cosine": cosine_kept,
+}
 BOUND_WEIGHT = 0.001  # lambda of eq. 16
 VALIDATION_LEVELS, VALIDATION_SEED = 10, 0
 
