@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
+from lightspan.devices import wide
 from lightspan.distributed import gather_rows
 from lightspan.objectives import (
     asymmetric,
@@ -78,6 +79,13 @@ def attention_divergence(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
     """Of maps of two heads, one query and two keys."""
     student, teacher = ((rows.unflatten(1, (2, 2))[:, :, None]) for rows in (x @ weight, x.sin()))
     return distillation.attention_divergence(student, teacher)
+
+
+def variance_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """At levels of which one is the last that is stepped back from."""
+    kept_T = diffusion.linear_kept(10)
+    ends_2B, kept_B = (table[..., label_B].to(wide(x).dtype) for table in (diffusion.variance_ends(kept_T), kept_T))
+    return diffusion.variance_loss(x.cos(), x @ weight, x.sin(), x.tanh(), kept_B, ends_2B, label_B == 1)
 
 
 def class_pair_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -199,6 +207,7 @@ CASES = {
     "diffusion.prediction_loss": Case(
         lambda x, weight, label_B, mixed_B: diffusion.prediction_loss(x @ weight, x.sin())
     ),
+    "diffusion.variance_loss": Case(variance_loss),
     "distillation.mean_squared": Case(
         lambda x, weight, label_B, mixed_B: distillation.mean_squared(x @ weight, x.sin())
     ),
@@ -308,7 +317,8 @@ PARTS = {
     *("asymmetric.require_asymmetry", "mmd.require_widths"),
     *("barlow.standardise", "barlow.cross_correlation"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
-    *("diffusion.noise_of_velocity", "diffusion.step_back"),
+    *("diffusion.noise_of_velocity", "diffusion.step_back", "diffusion.scaled_linear_kept", "diffusion.variance_ends"),
+    *("diffusion.log_variance", "diffusion.log_pixel_probability"),
     *("supremix.mixed_pairs", "text_pairs.pair_scores"),
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 from transformers.utils import cached_file
 
-from lightspan.backbones.timm_networks import refuse_unknown, timm_network
+from lightspan.backbones.timm_networks import require_known, timm_network
 from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.errors import UserError
 from lightspan.places import ReadPath
@@ -29,8 +29,7 @@ def timm_published(name: str) -> nn.Module:
 
     Raises: UserError for an unknown name, or where the cache of Hugging Face does not hold its model.safetensors.
     """
-    if name not in (known_names := [*timm.list_models(), *timm.list_pretrained()]):
-        refuse_unknown(name, known_names, "timm")
+    require_known(name, [*timm.list_models(), *timm.list_pretrained()], "timm")
     known = timm.get_pretrained_cfg(name)
     repository = known.hf_hub_id if known is not None else None
     if not repository:
@@ -65,8 +64,7 @@ def timm_vit(
     Raises: UserError for an unknown name, a size that does not fit, or as `lightspan.backbones.weights.with_weights`.
     """
     known = [name for tags in (False, True) for name in timm.list_models(module="vision_transformer", pretrained=tags)]
-    if name not in known:
-        refuse_unknown(name, known, "timm's vision_transformer")
+    require_known(name, known, "timm's vision_transformer")
     sized: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     network = timm_network(name, num_classes=outputs, **sized)
     sides = *network.patch_embed.patch_size, *(network.patch_embed.img_size)
@@ -82,8 +80,7 @@ def torchvision_published(name: str) -> nn.Module:
 
     Raises: UserError for an unknown name, or where the cache of torch.hub does not hold its file.
     """
-    if name not in (known_names := torchvision.models.list_models()):
-        refuse_unknown(name, known_names, "torchvision")
+    require_known(name, torchvision.models.list_models(), "torchvision")
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not file.is_file():

@@ -21,14 +21,14 @@ def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
         settings: as `timm.create_model` takes them.
     Raises: UserError for a name that timm does not have; what timm raises for settings.
     """
-    known = timm.list_pretrained() if "." in name else timm.list_models()
-    if name not in known:
-        refuse_unknown(name, known, "timm")
+    require_known(name, timm.list_pretrained() if "." in name else timm.list_models(), "timm")
     return timm.create_model(name, pretrained=pretrained, **settings)
 
 
-def refuse_unknown(name: str, known: Sequence[str], library: str) -> None:
-    """Raises: UserError that names what `library` has of nearly this name."""
+def require_known(name: str, known: Sequence[str], library: str) -> None:
+    """Raises: UserError, for a name that is not known, with those of `library` that are nearly the same."""
+    if name in known:
+        return
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"{library}'s list_models() lists all names"
     raise UserError(f"{library} has no network named {one_line(repr(name))[:200]}; {hint}")

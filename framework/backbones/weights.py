@@ -57,20 +57,7 @@ def with_weights(module: nn.Module, path: ReadPath, prefix: str = "backbone.") -
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str) -> None:
     """Loads `module`, all of it, from tensors that a file has behind a prefix. Raises: UserError as `with_weights`."""
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-    wrong += [f"{name} is not in the network" for name in state.keys() - own.keys()]
-    wrong += [
-        f"{name} is {[*state[name].shape]}, not {[*own[name].shape]}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"the tensors named {prefix}* in {path} do not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:3])}"
-            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + ("; lightspan.backbones.published.timm_vit resamples positions" if any(map(POSITIONS, wrong)) else "")
-        )
+    require_fit(module, state, path, prefix)
     require_ties(module, state.__getitem__, path)
     first: dict[int, str] = {}
     for name in every_name(module):
@@ -89,6 +76,26 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str)
             f"{type(module).__name__} another; unless these are weights of your own, make the network with "
             "lightspan.backbones.published.timm_vit, which has CLIP's settings, its activation too",
             stacklevel=3,
+        )
+
+
+def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str = "") -> None:
+    """Raises: UserError as `with_weights`, for tensors behind a prefix of a file that are not all those of `module`,
+    which may be on the meta device.
+    """
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is not in the network" for name in state.keys() - own.keys()]
+    wrong += [
+        f"{name} is {[*state[name].shape]}, not {[*own[name].shape]}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"the tensors named {prefix}* in {path} do not fit {type(module).__name__}: {'; '.join(sorted(wrong)[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + ("; lightspan.backbones.published.timm_vit resamples positions" if any(map(POSITIONS, wrong)) else "")
         )
 
 

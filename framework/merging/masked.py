@@ -23,12 +23,13 @@ class Masked(Merger):
     Args:
         masks: safetensors files with a mask for each tensor that they name, as `lightspan run` writes them
             (`result.safetensors`); booleans, or factors.
+        prefix: of the masks' names, which those of the checkpoint lack: of a network that was wrapped in another.
     """
 
-    def __init__(self, masks: list[ReadPath]) -> None:
+    def __init__(self, masks: list[ReadPath], prefix: str = "") -> None:
         if not masks:
             raise UserError("Masked got no mask; name one or more files under `masks`")
-        self.masks = list(masks)
+        self.masks, self.prefix = list(masks), prefix
         self._of: dict[str, list[tuple[Weights, str]]] = {}  # the masks of each tensor: its file, and its name there
 
     @cached_property
@@ -45,14 +46,16 @@ class Masked(Merger):
         that is not real and finite.
         """
         (checkpoint,) = checkpoints.values()
-        ready = type(self)(self.masks)
+        ready = type(self)(self.masks, self.prefix)
         for path, file in self._files.items():
             for name, form in file.forms.items():
-                kept = checkpoint.aliases.get(name, name)  # several names of one tensor may each have its mask
+                plain = name.removeprefix(self.prefix)
+                kept = checkpoint.aliases.get(plain, plain)  # several names of one tensor may each have its mask
                 if kept not in forms:
                     raise UserError(
-                        f"{path} masks {name}, and the checkpoint has no such tensor of floats; it has "
-                        f"{', '.join(list(forms)[:3]) or 'none'}: take a mask that was made for this network"
+                        f"{path} masks {plain}, and the checkpoint has no such tensor of floats; it has "
+                        f"{', '.join(list(forms)[:3]) or 'none'}: take a mask that was made for this network, and set "
+                        f"merger.init_args.prefix, now {self.prefix!r}, to what only the mask's names begin with"
                     )
                 if forms[kept].shape != form.shape:
                     raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from dit_files import published
 from picture_files import write_pictures
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -113,6 +114,18 @@ def long_range_arena() -> list[str]:
     return ["data.init_args.val_size=20"]
 
 
+def dit_xl() -> list[str]:
+    """One of DiT-XL/2's blocks, and latents of four pictures in each of two shards."""
+    tensors = published(side=32, chans=4, width=1152, depth=1, classes=1000)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, "dit_xl_2_256.safetensors")
+    for shard in range(2):
+        with tarfile.open(f"{shard}.tar", "w") as archive:
+            for number in range(4):
+                moments = np.random.default_rng(number).normal(size=(8, 32, 32)).astype(np.float16)
+                add(archive, f"{number}.npy", moments)
+    return ["model.init_args.backbone.init_args.network.init_args.depth=1", "data.init_args.shards=[0.tar, 1.tar]"]
+
+
 def pets() -> list[str]:
     for part in ("train", "val"):
         write_pictures(Path("oxford_pets", part), {f"breed{number:02}": 1 for number in range(37)})
@@ -121,6 +134,7 @@ def pets() -> list[str]:
 
 ROWS = {
     "contrastive/softcon_ssl4eo": dinov2,
+    "generative/diffscaler_ffhq": dit_xl,
     "language/uda_amazon": t5_1_1,
     "masked/spt_lra_image": long_range_arena,
     "merging/atlas_clip": clip,

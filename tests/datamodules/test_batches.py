@@ -64,6 +64,7 @@ from lightspan.datamodules.sequences.own import OwnSequences
 from lightspan.datamodules.sequences.pixels import PixelSequences
 from lightspan.datamodules.sequences.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
+from lightspan.datamodules.shards.latents import LatentShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.recordings import RecordingShards
@@ -219,6 +220,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PairedShards": (
         lambda folder: PairedShards([posed_shard(folder / "pairs.tar", renders=2)], batch_size=4),
         "PairBatch",
+    ),
+    "LatentShards": (
+        lambda folder: LatentShards(
+            [array_shard(folder / "s.tar", [np.random.rand(2, 3, 3)] * 4)], shape=(1, 3, 3), batch_size=4
+        ),
+        "ImageBatch",
     ),
     "DomainShards": (
         lambda folder: DomainShards(

@@ -1,6 +1,8 @@
 """Memorised neurons of diffusion methods, and of any network with feed-forward layers; and what an attack gets."""
 
+import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from stable_diffusion_files import write_stable_diffusion
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -205,3 +208,34 @@ def test_recipes_locate_prune_and_attack(tmp_path: Path, monkeypatch: pytest.Mon
     prompts = [*(f"inputs.prompts.init_args.{one}" for one in few), "inputs.images.init_args.data.init_args.times=1"]
     assert main(["run", "analysis/extraction_attack", "--run", "runs/attack", "--features", "store", *prompts]) == 0
     assert json.loads(Path("runs/attack/result.json").read_text())["fields"]["prompts"] == 10
+
+
+def test_the_recipes_of_stable_diffusion_locate_and_prune_in_a_folder_of_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTSPAN_RUN", "")
+    folder = write_stable_diffusion(Path("stable-diffusion-v1-5"))
+    letters = itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2)
+    Path("memorised.txt").write_text("\n".join(" ".join(pair) for pair in itertools.islice(letters, 500)))
+    small = [
+        f"inputs.{group}.init_args.{setting}"
+        for group in ("target", "base", "other")
+        for setting in ("shape=[4, 8, 8]", "batch_size=10", "steps=4", "first=2")
+    ]
+    assert main(["run", "analysis/memorised_stable_diffusion", "--run", "runs/sd_neurons", *small]) == 0
+    masks = load_file("runs/sd_neurons/result.safetensors")
+    assert len(masks) == 4  # of blocks down, in the middle, and two up
+    assert main(["run", "merging/prune_stable_diffusion", "--run", "runs/sd_pruned"]) == 0
+    before = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    pruned = load_file("runs/sd_pruned/merged.safetensors")
+    assert pruned.keys() == before.keys()
+    gone = 0
+    for name, tensor in before.items():
+        keep = masks.get(f"backbone.unet.{name}", torch.ones_like(tensor, dtype=torch.bool))
+        gone += int((~keep).sum())
+        assert torch.equal(pruned[name], torch.where(keep, tensor, 0))
+    assert gone > 0
+    shutil.copy("runs/sd_pruned/merged.safetensors", folder / "unet/diffusion_pytorch_model.safetensors")
+    diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")

@@ -15,13 +15,21 @@ from lightspan.merging.weights import open_weights
 from lightspan.tensor_files import Form
 
 
-def masked(folder: Path, model: dict[str, Tensor], *masks: dict[str, Tensor]) -> dict[str, Tensor]:
+def masked(folder: Path, model: dict[str, Tensor], *masks: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     save_file(model, folder / "model.safetensors")
     for i, mask in enumerate(masks):
         save_file(mask, folder / f"{i}.safetensors")
-    merger = Masked([str(folder / f"{i}.safetensors") for i in range(len(masks))])
+    merger = Masked([str(folder / f"{i}.safetensors") for i in range(len(masks))], prefix)
     merge(merger, {"model": open_weights(folder / "model.safetensors")}, folder / "out.safetensors")
     return load_file(folder / "out.safetensors")
+
+
+def test_masks_of_a_wrapped_network_lose_the_prefix_of_the_wrapper(tmp_path: Path) -> None:
+    model, keep = {"net.a": torch.randn(4, 5)}, torch.rand(4, 5) > 0.5
+    out = masked(tmp_path, model, {"net.net.a": keep}, prefix="net.")
+    assert torch.equal(out["net.a"], torch.where(keep, model["net.a"], 0))
+    with pytest.raises(UserError, match=r"masks net\.net\.a, .*prefix, now ''"):
+        masked(tmp_path, model, {"net.net.a": keep})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

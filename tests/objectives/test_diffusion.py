@@ -1,8 +1,10 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from lightspan.objectives.diffusion import (
     add_noise,
@@ -10,7 +12,10 @@ from lightspan.objectives.diffusion import (
     linear_kept,
     noise_of_velocity,
     prediction_loss,
+    scaled_linear_kept,
     step_back,
+    variance_ends,
+    variance_loss,
     velocity,
 )
 
@@ -32,6 +37,8 @@ def test_kept_falls_from_nearly_all_to_nearly_nothing(kept_T: Tensor) -> None:
 def test_schedules_are_the_published_ones() -> None:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert linear_kept(1000)[499].item() == pytest.approx(math.prod((1 - betas[:500]).tolist()))
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    assert scaled_linear_kept(1000)[499].item() == pytest.approx(math.prod((1 - roots[:500] ** 2).tolist()))
     f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
     assert cosine_kept(1000)[499].item() == pytest.approx(f[500] / f[0])
 
@@ -159,3 +166,88 @@ def test_the_clipped_ancestral_step_is_the_posterior_of_ddpm() -> None:
     mean = (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * noisy) / (1 - here)
     stepped = step_back(noisy, predicted, here.expand(5), before.expand(5), 1.0, zero, clip)
     torch.testing.assert_close(stepped, mean, rtol=0, atol=1e-12)
+
+
+def posterior(kept_T: Tensor, level: int, clean: Tensor, noisy: Tensor) -> tuple[Tensor, float, float]:
+    """Mean of the step back that knows this clean image, beta~ and beta: 2006.11239, eq. 6 and 7."""
+    here, before = kept_T[level].item(), kept_T[level - 1].item() if level else 1.0
+    beta = 1 - here / before
+    mean = (before**0.5 * beta * clean + (here / before) ** 0.5 * (1 - before) * noisy) / (1 - here)
+    return mean, beta * (1 - before) / (1 - here), beta
+
+
+@pytest.mark.parametrize("kept_T", [linear_kept(1000), cosine_kept(50)])
+def test_the_variance_loss_is_the_term_of_the_bound_in_bits(kept_T: Tensor) -> None:
+    noise, predicted, share = draw(1, 3, 4, 4), draw(1, 3, 4, 4, seed=1), draw(1, 3, 4, 4, seed=2)
+    clean = draw(1, 3, 4, 4, seed=3).clamp(-1, 1)  # both ends are among them
+    first = posterior(kept_T, 1, clean, clean)[1]
+    for level in (0, 1, len(kept_T) // 2, len(kept_T) - 1):
+        kept_B = kept_T[level : level + 1]
+        noisy = add_noise(clean, noise, kept_B)
+        true, least, greatest = posterior(kept_T, level, clean, noisy)
+        least = least or first
+        implied = (noisy - (1 - kept_B).sqrt() * predicted) / kept_B.sqrt()
+        said = posterior(kept_T, level, implied, noisy)[0]
+        spread = torch.exp((1 + share) / 2 * math.log(greatest) + (1 - share) / 2 * math.log(least)).sqrt()
+        if level:
+            terms = kl_divergence(Normal(true, least**0.5), Normal(said, spread))
+        else:
+            below, above = (Normal(said, spread).cdf(clean + side / 255) for side in (-1, 1))
+            terms = -torch.where(clean == -1, above, torch.where(clean == 1, 1 - below, above - below)).log()
+        ends_2B = variance_ends(kept_T)[:, level : level + 1]
+        bits = variance_loss(predicted, share, noise, clean, kept_B, ends_2B, torch.tensor([level == 0]))
+        assert bits.item() == pytest.approx(terms.mean().item() / math.log(2), rel=1e-7)
+
+
+def test_the_variance_loss_is_least_at_the_variance_of_what_is_missed_and_moves_nothing_else() -> None:
+    kept_T = linear_kept(1000)
+    level = torch.tensor([0, 400])
+    noise = draw(2, 1, 4, 4)
+    predicted, share = (draw(2, 1, 4, 4, seed=seed).requires_grad_() for seed in (1, 2))
+    rest = noise, draw(2, 1, 4, 4, seed=3), kept_T[level], variance_ends(kept_T)[:, level], level == 0
+    variance_loss(predicted, share, *rest).backward()
+    assert predicted.grad is None
+    assert share.grad is not None
+    assert share.grad.all()
+    torch.autograd.gradcheck(lambda share: variance_loss(predicted, share, *rest), [share])
+    # Of a perfect prediction the posterior's variance, and there is nothing to pay.
+    exact = [
+        variance_loss(noise[1:], torch.full_like(noise[1:], v), noise[1:], *one_of(rest)) for v in (-1.1, -1, -0.9)
+    ]
+    assert exact[1] == 0 < min(exact[0], exact[2])
+
+
+def one_of(rest: tuple[Tensor, ...]) -> list[Tensor]:
+    _, clean, kept_B, ends_2B, last_B = rest
+    return [clean[1:], kept_B[1:], ends_2B[:, 1:], last_B[1:]]
+
+
+def test_a_share_that_has_run_away_leaves_the_variance_loss_and_its_gradient_finite() -> None:
+    kept_T = linear_kept(1000).float()
+    for level, far in ((0, 60.0), (0, 1e3), (400, 1e3), (999, -60.0)):
+        for dtype in (torch.float32, torch.bfloat16):
+            noise = draw(1, 1, 2, 2).to(dtype)
+            share = torch.full((1, 1, 2, 2), far, dtype=dtype, requires_grad=True)
+            at = slice(level, level + 1)
+            ends_2B = variance_ends(kept_T).float()[:, at]
+            loss = variance_loss(noise + 1, share, noise, noise, kept_T[at], ends_2B, torch.tensor([level == 0]))
+            loss.backward()
+            assert loss.dtype == torch.float32
+            assert loss.isfinite()
+            assert share.grad is not None
+            assert share.grad.isfinite().all()
+
+
+def test_fresh_noise_is_as_wide_as_a_learned_variance_says() -> None:
+    kept_T, t = linear_kept(1000), 400
+    noisy, predicted, share, zero = draw(5, 2), draw(5, 2, seed=1), draw(5, 2, seed=2), torch.zeros(5, 2).double()
+    here, following = kept_T[t].expand(5), kept_T[t - 1].expand(5)
+    step = partial(step_back, noisy, predicted, here, following, 1.0, share=share)
+    least, greatest = variance_ends(kept_T)[:, t]
+    expected = torch.exp(least + (share + 1) / 2 * (greatest - least))
+    torch.testing.assert_close((step(zero + 1) - step(zero)).square(), expected, rtol=1e-9, atol=0)
+    # The least variance is DDPM's smaller one, and the last step draws nothing.
+    smallest = step_back(noisy, predicted, here, following, 1.0, zero + 1, share=torch.full_like(share, -1))
+    assert torch.equal(smallest, step_back(noisy, predicted, here, following, 1.0, zero + 1))
+    last = step_back(noisy, predicted, kept_T[:1].expand(5), torch.ones(5).double(), 1.0, zero + 1, share=1e4 * share)
+    assert torch.equal(last, step_back(noisy, predicted, kept_T[:1].expand(5), torch.ones(5).double(), 1.0, zero))

@@ -2,9 +2,10 @@
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", 2020, arXiv 2006.11239, algorithms 1 and 2; Song et al.,
 "Denoising Diffusion Implicit Models", 2020, arXiv 2010.02502 (fewer levels when drawing); Ho, Salimans, 2022, arXiv
-2207.12598 (guidance by the same network without its class); Salimans, Ho, 2022, arXiv 2202.00512 (velocity). The
-equations are in `lightspan.objectives.diffusion`. A level is the literature's timestep, `kept` its alpha_bar, and an
-image whose class is hidden from the network belongs to the null class, or is unconditional.
+2207.12598 (guidance by the same network without its class); Salimans, Ho, 2022, arXiv 2202.00512 (velocity); Nichol,
+Dhariwal, 2021, arXiv 2102.09672, eq. 16 (the loss of a network that learns its variance). The equations are in
+`lightspan.objectives.diffusion`. A level is the literature's timestep, `kept` its alpha_bar, and an image whose class
+is hidden from the network belongs to the null class, or is unconditional.
 Shapes: B batch of this rank, C H W image, T noise levels.
 """
 
@@ -27,10 +28,19 @@ from lightspan.objectives.diffusion import (
     linear_kept,
     noise_of_velocity,
     prediction_loss,
+    scaled_linear_kept,
     step_back,
+    variance_ends,
+    variance_loss,
     velocity,
 )
 
+KEPT: dict[str, Callable[[int], Tensor]] = {
+    "linear": linear_kept,
+    "scaled_linear": scaled_linear_kept,
+    "cosine": cosine_kept,
+}
+BOUND_WEIGHT = 0.001  # lambda of eq. 16
 VALIDATION_LEVELS, VALIDATION_SEED = 10, 0
 
 
@@ -38,11 +48,14 @@ class DenoisingDiffusion(Method):
     """Trains `backbone` to predict noise, or velocity.
 
     Args:
-        backbone: noisy [B C H W], level int64 [B], label int64 [B] or None -> what is predicted [B C H W].
-        schedule: how noise grows over the levels; linear as in DDPM, cosine for small images.
+        backbone: noisy [B C H W], level int64 [B], label int64 [B] or None -> what is predicted [B C H W]; with the
+            attribute `learned_variance` it says behind that, [B 2C H W], how wide the step back spreads.
+        schedule: how noise grows over the levels; linear as in DDPM, scaled_linear as in Stable Diffusion, cosine for
+            small images.
         levels: T, >= 2.
         label_dropout: share of training images whose class is hidden from the network, in [0, 1]; 1 trains without
-            classes. Anything above 0 needs a network that takes `num_classes` as no class, as `DiT` does.
+            classes, which batches then need not have. Anything above 0 needs a network that takes `num_classes` as no
+            class, as `DiT` does.
         prediction: what the network is trained to predict. An error in the noise is 1 / sqrt(kept) times as large in
             the image that it implies, and at the noisiest levels, where outlines are decided, that is a hundred times.
             An error in the velocity never grows: it draws better with a small network.
@@ -50,12 +63,13 @@ class DenoisingDiffusion(Method):
     """
 
     kept_T: Tensor
+    ends_2T: Tensor
     features = None  # type: ignore[assignment]  # its backbone gives noise, not [B, D]
 
     def __init__(
         self,
         backbone: nn.Module,
-        schedule: Literal["linear", "cosine"] = "linear",
+        schedule: Literal["linear", "scaled_linear", "cosine"] = "linear",
         levels: int = 1000,
         label_dropout: float = 0.1,
         prediction: Literal["noise", "velocity"] = "noise",
@@ -66,23 +80,50 @@ class DenoisingDiffusion(Method):
             raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} in [0, 1]")
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction
         self.num_classes = getattr(backbone, "num_classes", 0) or None
-        kept_T = linear_kept(levels) if schedule == "linear" else cosine_kept(levels)
+        self.learned_variance = getattr(backbone, "learned_variance", False)
+        kept_T = KEPT[schedule](levels)
         register_replicated(self, "kept_T", kept_T.float(), persistent=False)
+        register_replicated(self, "ends_2T", variance_ends(kept_T).float(), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept_T = self.kept_T
+        kept_T, ends_2T = self.kept_T, self.ends_2T
         super()._apply(fn, recurse)
-        # The table moves with the module and keeps its dtype: in half precision the first levels would have no noise.
-        self.kept_T = kept_T.to(self.kept_T.device)
+        # The tables move with the module and keep their dtype: in half precision the first levels would have no noise.
+        self.kept_T, self.ends_2T = kept_T.to(self.kept_T.device), ends_2T.to(self.ends_2T.device)
         return self
 
     def loss(self, batch: ImageBatch, level_B: Tensor, noise_BCHW: Tensor, told_B: Tensor) -> Tensor:
-        """Mean squared error of what is predicted at these levels; if `told` is false the class is hidden."""
-        kept_B = self.kept_T[level_B]
-        noisy_BCHW = add_noise(batch["image"], noise_BCHW, kept_B)
-        target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(batch["image"], noise_BCHW, kept_B)
-        label_B = self.labels(labels_of(batch, "DenoisingDiffusion"), told_B) if self.num_classes else None
-        return prediction_loss(self.backbone(noisy_BCHW, level_B, label_B), target_BCHW)
+        """Mean squared error of what is predicted at these levels, and the bound's term where the variance is learned;
+        if `told` is false the class is hidden.
+        """
+        image_BCHW, kept_B = batch["image"], self.kept_T[level_B]
+        noisy_BCHW = add_noise(image_BCHW, noise_BCHW, kept_B)
+        target_BCHW = noise_BCHW if self.prediction == "noise" else velocity(image_BCHW, noise_BCHW, kept_B)
+        if self.label_dropout < 1 and self.num_classes:
+            label_B = self.labels(labels_of(batch, "DenoisingDiffusion"), told_B)
+        else:
+            label_B = self.labels(level_B, torch.zeros_like(told_B))
+        predicted_BCHW, share_BCHW = self.predict(noisy_BCHW, level_B, label_B)
+        loss = prediction_loss(predicted_BCHW, target_BCHW)
+        if share_BCHW is None:
+            return loss
+        implied_BCHW = self.implied_noise(predicted_BCHW.detach(), noisy_BCHW, kept_B)
+        ends_2B = self.ends_2T[:, level_B]
+        bits = variance_loss(implied_BCHW, share_BCHW, noise_BCHW, image_BCHW, kept_B, ends_2B, level_B == 0)
+        # A step of all is drawn, so that the bound, a sum over steps, is T times as large.
+        return loss + BOUND_WEIGHT * len(self.kept_T) * bits
+
+    def predict(self, noisy_BCHW: Tensor, level_B: Tensor, label_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the network predicts, and if it learns it, the share of its variance, each [B C H W]."""
+        output = self.backbone(noisy_BCHW, level_B, label_B)
+        if not self.learned_variance:
+            return output, None
+        predicted_BCHW, share_BCHW = output.chunk(2, dim=1)
+        return predicted_BCHW, share_BCHW
+
+    def implied_noise(self, predicted: Tensor, noisy: Tensor, kept_B: Tensor) -> Tensor:
+        """The noise, of what is predicted."""
+        return noise_of_velocity(predicted, noisy, kept_B) if self.prediction == "velocity" else predicted
 
     def labels(self, label_B: Tensor, told_B: Tensor) -> Tensor | None:
         """Classes as the network expects them, None if it takes none."""
@@ -182,12 +223,12 @@ class DenoisingDiffusion(Method):
         for i, level in enumerate(visited):
             level_B = torch.full_like(label_B, level)
             here_B, next_B = (k.expand(len(label_B)) for k in kept[i : i + 2])
-            predicted_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, told_B)).to(x_BCHW.dtype)
+            output, share_BCHW = self.predict(x_BCHW.to(seen), level_B, self.labels(label_B, told_B))
+            predicted_BCHW = output.to(x_BCHW.dtype)
             if guidance != 1:
-                without_BCHW = self.backbone(x_BCHW.to(seen), level_B, self.labels(label_B, ~told_B))
+                without_BCHW, _ = self.predict(x_BCHW.to(seen), level_B, self.labels(label_B, ~told_B))
                 predicted_BCHW = without_BCHW + guidance * (predicted_BCHW - without_BCHW)
-            if self.prediction == "velocity":
-                predicted_BCHW = noise_of_velocity(predicted_BCHW, x_BCHW, here_B)
+            predicted_BCHW = self.implied_noise(predicted_BCHW, x_BCHW, here_B)
             fresh_BCHW = torch.randn(x_BCHW.shape, generator=generator).to(x_BCHW)
-            x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip)
+            x_BCHW = step_back(x_BCHW, predicted_BCHW, here_B, next_B, eta, fresh_BCHW, clip, share_BCHW)
             yield x_BCHW

@@ -15,7 +15,7 @@ from lightspan.config.build import build
 from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
-from lightspan.objectives.diffusion import add_noise, linear_kept, velocity
+from lightspan.objectives.diffusion import add_noise, linear_kept, noise_of_velocity, variance_loss, velocity
 
 ADAM = partial(torch.optim.Adam, lr=3e-3)
 
@@ -190,6 +190,58 @@ def test_drawn_images_lie_in_the_range_they_are_clipped_to(eta: float) -> None:
     assert clipped.min() == least
     assert clipped.max() == greatest
     assert torch.equal(draw(clip=(-torch.inf * greatest, torch.inf * greatest)), free)
+
+
+def learned(**settings: Any) -> DenoisingDiffusion:
+    torch.manual_seed(0)
+    backbone = DiT(4, 2, width=16, depth=1, heads=2, num_classes=10, learned_variance=True)
+    for part in (backbone.head, backbone.modulation):
+        nn.init.normal_(part.weight, std=0.3)
+    return method(backbone, **settings)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_a_learned_variance_adds_its_term_and_leaves_the_prediction_its_gradient(prediction: Any) -> None:
+    model, batch = learned(prediction=prediction), images(6)
+    level, noise = torch.tensor([0, 1, 200, 500, 800, 999]), torch.randn(6, 1, 4, 4)
+    rest = level, noise, torch.ones(6, dtype=torch.bool)
+    kept = model.kept_T[level]
+    noisy = add_noise(batch["image"], noise, kept)
+    said, share = model.predict(noisy, level, batch["label"])
+    assert share is not None
+    implied = noise_of_velocity(said, noisy, kept) if prediction == "velocity" else said
+    bits = variance_loss(implied, share, noise, batch["image"], kept, model.ends_2T[:, level], level == 0)
+    target = velocity(batch["image"], noise, kept) if prediction == "velocity" else noise
+    loss = model.loss(batch, *rest)
+    assert loss.item() == pytest.approx((said - target).square().mean().item() + bits.item(), rel=1e-6)
+    # The rows of the head that predict learn as they would from the squared error alone.
+    of_both, of_error = (
+        torch.autograd.grad(one, model.backbone.head.weight)[0] for one in (loss, (said - target).square().mean())
+    )
+    torch.testing.assert_close(of_both[:4], of_error[:4])
+    assert of_both[4:].all()
+    assert not of_error[4:].any()
+
+
+def test_a_learned_variance_draws_with_it_and_with_eta_0_does_not_need_it() -> None:
+    model, labels = learned(), torch.arange(3)
+    draw = partial(model.sample, labels, (1, 4, 4), steps=5, guidance=1.5)
+    before = [draw(eta=eta) for eta in (0.0, 1.0)]
+    assert all(one.shape == (3, 1, 4, 4) for one in before)
+    with torch.no_grad():
+        model.backbone.head.bias[4:] += 1
+    after = [draw(eta=eta) for eta in (0.0, 1.0)]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_without_classes_no_label_is_asked_for_and_validation_hides_it_too() -> None:
+    spy = Spy()
+    model = method(spy, label_dropout=1.0)
+    unlabelled = {"image": images(4)["image"]}
+    model.training_step(unlabelled, 0)
+    model.held_out_loss(unlabelled, 0)
+    assert all((label == 10).all() for _, _, label in spy.asked)
 
 
 def test_training_lowers_the_held_out_loss() -> None:
