@@ -147,6 +147,11 @@ class PictureData(SampleSets):
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes as they stand in a sentence: with spaces for underscores."""
+        return tuple(name.replace("_", " ") for name in self.classes)
+
     @abstractmethod
     def find(self) -> Found:
         """Finds and splits the pictures; says what is unusual about them."""

@@ -15,6 +15,7 @@ from lightspan.analysis.zero_shot import class_rows
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
+from lightspan.nn.sequences.texts import names_and_tokenizer
 
 
 class ClassTexts(Input):
@@ -40,19 +41,14 @@ class ClassTexts(Input):
         class_names: list[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        held: list[Any] = [
-            getattr(data, name, None) if given is None else given
-            for name, given in (("tokenizer", tokenizer), ("class_names", class_names))
-        ]
-        if not callable(getattr(encoders, "encode_text", None)) or any(each is None for each in held):
+        if not callable(getattr(encoders, "encode_text", None)):
             raise UserError(
-                f"ClassTexts needs encoders with encode_text ({type(encoders).__name__}), and a tokenizer and "
-                f"class_names, its own or those of its data ({type(data).__name__}); take "
-                "lightspan.backbones.dual_encoder.DualEncoder, and pairs of lightspan.datamodules.image_text or both "
-                "settings"
+                f"ClassTexts needs encoders with encode_text, and {type(encoders).__name__} has none; take "
+                "lightspan.backbones.dual_encoder.DualEncoder"
             )
         self.encoders: Any = encoders
-        (self.tokenizer, self.class_names), self.templates = held, tuple(templates)
+        self.class_names, self.tokenizer = names_and_tokenizer(data, class_names, tokenizer, "ClassTexts")
+        self.templates = tuple(templates)
 
     def load(self, store: FeatureStore) -> Features:
         self.encoders.to(store.device).eval()

@@ -74,8 +74,10 @@ def test_sessions_are_the_features_of_one_data_set_after_the_other(tmp_path: Pat
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UserError, match=r"encode_text \(Flatten\), .* class_names, .* \(Digits\)"):
-        ClassTexts(nn.Flatten(), Digits())
+    with pytest.raises(UserError, match="encode_text, and Flatten"):
+        ClassTexts(nn.Flatten(), scenes())
+    with pytest.raises(UserError, match="ClassTexts needs class names and a tokenizer, and Digits"):
+        ClassTexts(encoders(), Digits())
     with pytest.raises(UserError, match=r"EncodedSessions sessions=\[\]"):
         EncodedSessions(nn.Flatten(), [])
 
