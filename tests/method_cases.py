@@ -73,6 +73,7 @@ from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
+from lightspan.methods.image_text.named_classes import NamedClasses
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
@@ -546,6 +547,13 @@ def pre(**optimization: Any) -> PRE:
     return built
 
 
+def named_classes(**optimization: Any) -> NamedClasses:
+    built = NamedClasses(DualEncoder(Pooled(), TextTransformer(64, 8, 1, 2, 12), width=6), "a {}", **optimization)
+    built.tokenizer, built.class_names = HashedWords(64), ["red ring", "blue bar", "large white cross", "disc"]
+    built.name_classes(built.class_names, built.tokenizer)
+    return built
+
+
 def dptr(**optimization: Any) -> DPTR:
     encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.randn(5, 8, 8))
     return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
@@ -724,6 +732,7 @@ CASES: dict[str, Case] = {
     "image_text.m3i, one source": Case(
         partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
     ),
+    "image_text.named_classes": Case(named_classes, images(labels=(1, 3)), halves_differ=AMONG_ROWS),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),

@@ -23,7 +23,7 @@ class ClassStream(ImageData):
         source: the whole set; of its settings those count that say which images it has.
         tasks: how many, of as equal numbers of classes as possible, larger ones first; at most a class each.
         passes: times that each image of a task is seen before the next task begins.
-        order: seed of the order of the classes; None keeps that of their labels.
+        order: seed of the order of the classes, or the labels themselves in their order; None keeps that of the labels.
         settings: those of `ImageData`.
 
     Attributes:
@@ -31,7 +31,12 @@ class ClassStream(ImageData):
     """
 
     def __init__(
-        self, source: ImageData, tasks: int = 5, passes: int = 1, order: int | None = 0, **settings: Any
+        self,
+        source: ImageData,
+        tasks: int = 5,
+        passes: int = 1,
+        order: int | list[int] | None = 0,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
         classes = source.num_classes
@@ -40,10 +45,7 @@ class ClassStream(ImageData):
                 f"ClassStream tasks={tasks} must be in [1, {classes}], the classes of {type(source).__name__}, and "
                 f"passes={passes} at least 1"
             )
-        if order is not None and order < 0:
-            raise UserError(f"ClassStream order={order} must be a seed from 0 up, or null for the order of the labels")
-        drawn = np.arange(classes) if order is None else np.random.default_rng(order).permutation(classes)
-        self.tasks = [part.tolist() for part in np.array_split(drawn, tasks)]
+        self.tasks = [part.tolist() for part in np.array_split(_in_order(order, classes), tasks)]
         self.source, self.passes = source, passes
         self.num_classes, self.image_shape = classes, source.image_shape  # type: ignore[misc]
 
@@ -95,6 +97,17 @@ class ClassStream(ImageData):
         for number, part in enumerate(parts):
             _require_images(number, part.total(), "validation")
         return [self._evaluate(ImageSamples(part, self.val.mean, self.val.std)) for part in parts]
+
+
+def _in_order(order: int | list[int] | None, classes: int) -> np.ndarray:
+    """The labels in the order in which they come, int64 [classes]."""
+    if isinstance(order, list):
+        if sorted(order) != list(range(classes)):
+            raise UserError(f"ClassStream order={order} must name each label from 0 to {classes - 1} once")
+        return np.array(order)
+    if order is not None and order < 0:
+        raise UserError(f"ClassStream order={order} must be a seed from 0 up, or null for the order of the labels")
+    return np.arange(classes) if order is None else np.random.default_rng(order).permutation(classes)
 
 
 def _require_images(task: int, count: int, kind: str) -> None:

@@ -38,6 +38,7 @@ class FewShots(ImageData):
         epochs: times that the bank has each image.
         bank_views: gives one view of an image; None leaves the images as they are, and then epochs is 1.
         chosen_by: seed of the choice of images.
+        train_classes: train and validate on images of these classes alone; None on all. Test images are of all.
         settings: those of `ImageData` but train_size.
     """
 
@@ -48,23 +49,30 @@ class FewShots(ImageData):
         epochs: int = 1,
         bank_views: Views | None = None,
         chosen_by: int = 0,
+        train_classes: list[int] | None = None,
         **settings: Any,
     ) -> None:
+        classes = sorted(set(range(source.num_classes) if train_classes is None else train_classes))
         if shots < 1 or epochs < 1 or (bank_views is None and epochs > 1):
             raise UserError(
                 f"FewShots shots={shots} and epochs={epochs} must be at least 1, and epochs 1 without bank_views"
             )
-        super().__init__(train_size=shots * source.num_classes, **settings)
-        self.source, self.shots, self.epochs = source, shots, epochs
+        if not classes or not 0 <= classes[0] <= classes[-1] < source.num_classes:
+            raise UserError(
+                f"FewShots train_classes={train_classes} must name labels of {type(source).__name__}, from 0 to "
+                f"{source.num_classes - 1}"
+            )
+        super().__init__(train_size=shots * len(classes), **settings)
+        self.source, self.shots, self.epochs, self.classes = source, shots, epochs, classes
         self.bank_views, self.chosen_by = bank_views, chosen_by
         self.num_classes, self.image_shape = source.num_classes, source.image_shape  # type: ignore[misc]
 
     def load(self) -> tuple[Labelled, Labelled]:
         """Raises: UserError for a class with fewer images than are asked for."""
         training, test = self.source.load()
-        each = self.shots + math.ceil(self.val_size / self.num_classes)
+        each = self.shots + math.ceil(self.val_size / len(self.classes))
         generator, chosen = np.random.default_rng(self.chosen_by), []
-        for label in range(self.num_classes):
+        for label in self.classes:
             own = np.flatnonzero(training.labels == label)
             if len(own) < each:
                 raise UserError(

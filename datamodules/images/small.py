@@ -5,8 +5,10 @@ Shapes: N images of a set, C H W image.
 
 import gzip
 import importlib.util
+import math
 import zlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -143,11 +145,29 @@ def channel_moments(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean_C, std_C))  # type: ignore[return-value]
 
 
+def require_moments(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises: UserError unless `mean` and `std` are both left out, or have a number for each of as many channels, with
+    every deviation above 0.
+    """
+    if mean is None and std is None:
+        return
+    if mean is None or std is None or len(mean) != len(std) or not all(0 < each < math.inf for each in std):
+        raise UserError(
+            f"mean={mean} and std={std} belong together, with a number for each channel and every std above 0; leave "
+            "both out to take those of the training images"
+        )
+
+
+def per_channel(values: Sequence[float]) -> torch.Tensor:
+    """float32 [C, 1, 1]."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
+
+
 class ImageData(SampleSets):
     """What image sets share. A subclass names its classes and shape, and loads.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
-    Images are standardised with the mean and deviation of the training images.
+    Images are standardised with `mean` and `std`, or with the mean and deviation of the training images.
 
     Args:
         batch_size: images of one optimiser step over all ranks.
@@ -163,6 +183,8 @@ class ImageData(SampleSets):
             all images.
         groups: images of one class that stand side by side, by epoch, see
             `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
+        mean, std: of each channel of pixels in [0, 1]: those that a pretrained network was trained with. None takes
+            those of the training images.
     """
 
     num_classes: ClassVar[int]
@@ -182,13 +204,16 @@ class ImageData(SampleSets):
         views_on: Place = "workers",
         per_class: int | None = None,
         groups: GroupSizes | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         require_one_order(per_class, groups)
+        require_moments(mean, std)
         require_sizes(train_size, val_size)
         self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
         self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
-        self.groups = groups
+        self.groups, self.mean, self.std = groups, mean, std
         self.train: ImageSamples | None = None
 
     def training_order(self) -> Order | None:
@@ -212,13 +237,24 @@ class ImageData(SampleSets):
         kept = evenly(training.labels, self.train_size or len(training.labels))
         training = Labelled(training.images[kept], training.labels[kept])
 
-        mean, std = channel_moments(training.images.reshape(len(kept), *self.image_shape))
+        mean, std = self._moments(training.images.reshape(len(kept), *self.image_shape))
         self.train = ImageSamples(training, mean, std, self.views, self.views_on)
         self.train.fields.attach(self)
         self.bank, self.val, self.test = (ImageSamples(data, mean, std) for data in (training, validation, test))
         validated = len(self.val) if self.val_size else None
         samples = f"images of {' x '.join(map(str, self.image_shape))}"
         say(f"images: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
+
+    def _moments(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """What images are standardised with, each [C, 1, 1]. images: uint8 [N, C, H, W]."""
+        if self.mean is None or self.std is None:
+            return channel_moments(images)
+        if len(self.mean) != images.shape[1]:
+            raise UserError(
+                f"mean={self.mean} and std={self.std} are of {len(self.mean)} channels, and images "
+                f"of {type(self).__name__} have {images.shape[1]}; give a number for each"
+            )
+        return per_channel(self.mean), per_channel(self.std)
 
     @property
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 
 from lightspan.datamodules.images.augment.fields import Place
-from lightspan.datamodules.images.small import ImageSamples, channel_moments, labelled_order, require_one_order
+from lightspan.datamodules.images.small import (
+    ImageSamples,
+    channel_moments,
+    labelled_order,
+    per_channel,
+    require_moments,
+    require_one_order,
+)
 from lightspan.datamodules.images.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import GroupSizes, Order
@@ -129,10 +136,7 @@ class PictureData(SampleSets):
     ) -> None:
         super().__init__()
         require_one_order(per_class, groups)
-        if (mean is None) != (std is None) or min(std or (1.0,)) <= 0:
-            raise UserError(
-                f"mean={mean} and std={std} belong together, with std above 0; leave both out for the data's"
-            )
+        require_moments(mean, std)
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
@@ -142,6 +146,11 @@ class PictureData(SampleSets):
         self.groups, self.mean, self.std = groups, mean, std
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes as they stand in a sentence: with spaces for underscores."""
+        return tuple(name.replace("_", " ") for name in self.classes)
 
     @abstractmethod
     def find(self) -> Found:
@@ -178,7 +187,7 @@ class PictureData(SampleSets):
     def _moments(self, found: Found) -> tuple[torch.Tensor, torch.Tensor]:
         """What pictures are standardised with, each [3, 1, 1]."""
         if self.mean is not None and self.std is not None:
-            return torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+            return per_channel(self.mean), per_channel(self.std)
         taken = np.linspace(0, len(found.train) - 1, min(len(found.train), self.moment_pictures)).astype(int)
         return channel_moments(np.stack([found.album.read(int(number))[0] for number in found.train[taken]]))
 

@@ -27,12 +27,20 @@ class DualEncoder(nn.Module):
             `lightspan.backbones.text.TextTransformer`.
         width: D.
         temperature: to start with, > 0.
+        image_bias: whether the map of images has a bias, as that of CLIP's ResNets has.
 
     Attributes:
         log_scale: [1], the logarithm of 1 / temperature; not a scalar, which FSDP2 would refuse.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, width: int = 512, temperature: float = 0.07) -> None:
+    def __init__(
+        self,
+        image: nn.Module,
+        text: nn.Module,
+        width: int = 512,
+        temperature: float = 0.07,
+        image_bias: bool = False,
+    ) -> None:
         super().__init__()
         features: list[Any] = [getattr(encoder, "num_features", None) for encoder in (image, text)]
         if not all(isinstance(count, int) for count in features):
@@ -43,7 +51,8 @@ class DualEncoder(nn.Module):
         if width < 1 or not 0 < temperature < math.inf:
             raise UserError(f"DualEncoder width={width} must be at least 1, and temperature={temperature} above 0")
         self.image, self.text = image, text
-        self.image_map, self.text_map = (nn.Linear(count, width, bias=False) for count in features)
+        self.image_map = nn.Linear(features[0], width, bias=image_bias)
+        self.text_map = nn.Linear(features[1], width, bias=False)
         for layer in (self.image_map, self.text_map):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))

@@ -71,7 +71,7 @@ class TextTransformer(nn.Module):
 
         Raises: UserError for more tokens than there are positions.
         """
-        return self.norm(_last(self._states(embedded_BTD), mask_BT))
+        return self.norm(last_states(self._states(embedded_BTD), mask_BT))
 
     def states(self, tokens_BT: Tensor) -> Tensor:
         """[B T D], of every token after the last norm; `forward` gives that of each text's last. Raises: as `read`."""
@@ -121,10 +121,10 @@ class TextMemory(nn.Module):
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         states_BTD = self.text.states(tokens_BT)
-        return torch.cat([self.text_map(_last(states_BTD, mask_BT)).unsqueeze(1), states_BTD], dim=1)
+        return torch.cat([self.text_map(last_states(states_BTD, mask_BT)).unsqueeze(1), states_BTD], dim=1)
 
 
-def _last(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+def last_states(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """That of each text's last token, of a text without any its first: [B D]."""
     end_B = (mask_BT.sum(dim=1) - 1).clamp_min(0)
     return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]

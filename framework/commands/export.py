@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "huggingface", "peft", "timm", "torch-export", "onnx")
 FUNCTIONS = ("torch-export", "onnx")  # formats that hold a function, not weights alone
-_ONLY = {"sizes": ("timm",), "what": FUNCTIONS, "precision": ("onnx",), "shape": ("timm", "huggingface", *FUNCTIONS)}
+_ONLY = {
+    "sizes": ("timm",),
+    "what": FUNCTIONS,
+    "precision": ("onnx",),
+    "shape": ("timm", "huggingface", *FUNCTIONS),
+    "fold": ("safetensors",),
+}
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,39}")
 
 
@@ -46,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "float16", "bfloat16"),
         help="how onnx stores weights, which are widened for use (default: as the model has them)",
+    )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        default=None,
+        help="write the changes of adapters into the weights (safetensors; other formats but peft always do)",
     )
     parser.add_argument(
         "--shape", type=_shape, metavar="C,H,W", help="of a picture, if the run's data are not on this machine"
@@ -95,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         shape=args.shape,
         sizes=args.sizes,
+        fold=bool(args.fold),
     )
     write = {
         "safetensors": formats.to_safetensors,

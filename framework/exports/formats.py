@@ -37,6 +37,7 @@ class Request:
         precision: of stored weights (ONNX); None keeps that of the model.
         shape: C H W of a picture, if the run's data are not to be asked.
         sizes: of the networks to cut out of an elastic one.
+        fold: whether adapters are written into the weights of their layers (safetensors; other formats always do).
     """
 
     built: Built
@@ -45,10 +46,16 @@ class Request:
     precision: Precision | None = None
     shape: tuple[int, int, int] | None = None
     sizes: Sequence[str] | None = None
+    fold: bool = False
 
 
 def to_safetensors(request: Request, folder: Path) -> Product:
-    """All tensors of the method, under the names that it gives them."""
+    """All tensors of the method, under the names that it gives them, or that it has without adapters.
+
+    Raises: UserError as `lightspan.adapters.inject.fold`.
+    """
+    if request.fold:
+        fold(request.built.model)
     return tensors(request.built.model, folder, request.origin)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lightspan.analysis.zero_shot import class_rows
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
+from lightspan.nn.sequences.texts import names_and_tokenizer
 
 
 class ClassTexts(Input):
@@ -23,22 +25,30 @@ class ClassTexts(Input):
     Args:
         encoders: has `encode_text`, as `lightspan.backbones.dual_encoder.DualEncoder`.
         data: has a `tokenizer` and `class_names`, as those of `lightspan.datamodules.image_text`; no image is read.
+            None needs the two below.
         templates: S sentences with {} where the class is named.
-    Raises: UserError if encoders or data lack these, and without a template or for one without {}.
+        class_names, tokenizer: what the classes are called, label by label, and how that is read; None takes those of
+            the data.
+    Raises: UserError if encoders lack this, or a name or tokenizer is missing, and without a template or for one
+        without {}.
     """
 
     def __init__(
-        self, encoders: nn.Module, data: LightningDataModule, templates: Sequence[str] = ("a photo of a {}",)
+        self,
+        encoders: nn.Module,
+        data: LightningDataModule | None = None,
+        templates: Sequence[str] = ("a photo of a {}",),
+        class_names: list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        held: list[Any] = [getattr(data, name, None) for name in ("tokenizer", "class_names")]
-        if not callable(getattr(encoders, "encode_text", None)) or None in held:
+        if not callable(getattr(encoders, "encode_text", None)):
             raise UserError(
-                f"ClassTexts needs encoders with encode_text ({type(encoders).__name__}) and data with a tokenizer and "
-                f"class_names ({type(data).__name__}); take lightspan.backbones.dual_encoder.DualEncoder and pairs of "
-                "lightspan.datamodules.image_text"
+                f"ClassTexts needs encoders with encode_text, and {type(encoders).__name__} has none; take "
+                "lightspan.backbones.dual_encoder.DualEncoder"
             )
         self.encoders: Any = encoders
-        (self.tokenizer, self.class_names), self.templates = held, tuple(templates)
+        self.class_names, self.tokenizer = names_and_tokenizer(data, class_names, tokenizer, "ClassTexts")
+        self.templates = tuple(templates)
 
     def load(self, store: FeatureStore) -> Features:
         self.encoders.to(store.device).eval()

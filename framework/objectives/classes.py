@@ -16,9 +16,12 @@ def label_cross_entropy(logits_RK: Tensor, label_R: Tensor) -> Tensor:
     Without rows it is 0, with gradient 0.
 
     Args:
-        label_R: whole numbers in [0, K).
+        label_R: whole numbers in [0, K), or the shares of all classes, floats [R K]; a row of these counts as the mean
+            over them.
     """
-    return mean_of(F.cross_entropy(wide(logits_RK), label_R.long(), reduction="sum"), len(label_R))
+    logits_RK = wide(logits_RK)
+    target = label_R.to(logits_RK) if label_R.is_floating_point() else label_R.long()
+    return mean_of(F.cross_entropy(logits_RK, target, reduction="sum"), len(label_R))
 
 
 def known_cross_entropy(logits_RK: Tensor, label_R: Tensor, known_R: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import rank_processes
 import torch
 from commands.test_export import CONFIG
 from export_runs import run_export
+from safetensors.torch import load_file
 
 from lightspan.adapters.inject import adapted_layers, remove
 from lightspan.callbacks.training.adaptation import Adaptation
@@ -78,6 +79,13 @@ def test_other_formats_of_an_adapted_run(run_dir: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     assert run_export(run_dir, "--to", "safetensors") == 0
+    assert run_export(run_dir, "--to", "safetensors", "--fold", "--out", str(run_dir / "folded")) == 0
+    plain = load_file(run_dir / "folded" / "model.safetensors")
+    assert plain.keys() == build(load_resolved(run_dir)).model.state_dict().keys()
+    adapted = load_file(run_dir / "export" / "safetensors" / "model.safetensors")
+    assert {name.replace(".base.", ".") for name in adapted if ".adapters." not in name} == plain.keys()
+    with pytest.raises(UserError, match="--fold is an option of --to safetensors"):
+        run_export(run_dir, "--to", "peft", "--fold")
     assert run_export(run_dir, "--to", "huggingface") == 0
     folded = AutoModelForCausalLM.from_pretrained(run_dir / "export" / "huggingface", local_files_only=True)
     ours, tokens = backbone_of(run_dir, run_dir / "checkpoints" / "last.ckpt"), torch.arange(16)[None]

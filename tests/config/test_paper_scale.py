@@ -22,7 +22,6 @@ from lightspan.method import Method
 REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image_text", "supervised"}
 
 WITHOUT = {
-    "lightspan.methods.compression.pela": "none yet; its paper reduces networks for ImageNet-1k",
     "lightspan.methods.language.text_classifier": "no paper of its own: its recipes fine-tune a whole MiniLM",
     "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
     "none": "supervised/linear is the baseline of supervised/grassmann",

@@ -15,6 +15,7 @@ import torch
 from dit_files import published
 from picture_files import write_pictures
 from safetensors.torch import save_file, save_model
+from shard_files import write_shard
 from torch import Tensor, nn
 
 from lightspan.backbones.denoisers import EncoderDecoder
@@ -126,6 +127,18 @@ def dit_xl() -> list[str]:
     return ["model.init_args.backbone.init_args.network.init_args.depth=1", "data.init_args.shards=[0.tar, 1.tar]"]
 
 
+def deit() -> list[str]:
+    """One block of DeiT-B under timm's names."""
+    with torch.device("meta"):
+        shapes = timm.create_model("deit_base_patch16_224.fb_in1k").state_dict()
+    kept = {name: each.shape for name, each in shapes.items() if "blocks." not in name or name.startswith("blocks.0.")}
+    names = {name: name if name.startswith("head.") else f"backbone.{name}" for name in kept}
+    Path("runs").mkdir()
+    save_file({names[name]: torch.randn(shape).mul_(0.02) for name, shape in kept.items()}, "runs/deit_b.safetensors")
+    shard = write_shard(Path("0.tar"), range(4))
+    return [f"data.init_args.shards=[{shard}]", "model.init_args.backbone.init_args.module.init_args.depth=1"]
+
+
 def pets() -> list[str]:
     for part in ("train", "val"):
         write_pictures(Path("oxford_pets", part), {f"breed{number:02}": 1 for number in range(37)})
@@ -133,6 +146,7 @@ def pets() -> list[str]:
 
 
 ROWS = {
+    "compression/pela_imagenet": deit,
     "contrastive/softcon_ssl4eo": dinov2,
     "generative/diffscaler_ffhq": dit_xl,
     "language/uda_amazon": t5_1_1,

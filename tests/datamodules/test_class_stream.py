@@ -22,6 +22,11 @@ def test_tasks_are_disjoint_cover_all_classes_and_follow_a_seed() -> None:
     assert sorted(label for task in one for label in task) == list(range(10))
     assert [len(task) for task in one] == [4, 3, 3]
     assert plain == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    given = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    assert ClassStream(Digits(), 2, order=given).tasks == [given[:5], given[5:]]
+    for wrong in ([*range(9)], [*range(9), 8], [*range(1, 11)]):
+        with pytest.raises(UserError, match="order="):
+            ClassStream(Digits(), 2, order=wrong)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

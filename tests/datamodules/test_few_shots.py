@@ -23,6 +23,16 @@ def test_each_class_has_its_shots_and_validation_has_other_images() -> None:
     assert len(shots().test) == 360
 
 
+def test_classes_that_are_not_trained_on_have_test_images_alone() -> None:
+    data = shots(val_size=4, train_classes=[7, 2])
+    for part, count in ((data.train, 3), (data.bank, 3), (data.val, 2)):
+        assert np.bincount(part.data.labels, minlength=10).tolist() == [0, 0, count, 0, 0, 0, 0, count, 0, 0]
+    assert len(data.test) == 360
+    for classes in ([], [10], [-1, 2]):
+        with pytest.raises(UserError, match="train_classes="):
+            shots(train_classes=classes)
+
+
 def test_a_seed_chooses_the_images() -> None:
     one, same, other = (shots(chosen_by=seed).train.data.images for seed in (4, 4, 5))
     assert np.array_equal(one, same)

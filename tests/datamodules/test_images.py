@@ -83,6 +83,22 @@ def test_training_images_have_zero_mean_and_unit_deviation(kind: type[ImageData]
     assert images.std(correction=0) == pytest.approx(1, abs=1e-5)
 
 
+def test_images_are_standardised_with_given_moments_where_a_network_was_trained_with_them() -> None:
+    told, own = Digits(mean=(0.5,), std=(0.25,)), Digits()
+    for data in (told, own):
+        data.setup()
+    for part in ("train", "bank", "val", "test"):
+        given, pixels = (getattr(data, part).sample(3, 0)["image"] for data in (told, own))
+        torch.testing.assert_close(given, (pixels * own.train.std + own.train.mean - 0.5) / 0.25)
+    assert [bound.item() for bound in told.bounds] == [-2, 2]
+    one, two = (0.5,), (0.5, 0.5)
+    for wrong in ({"mean": one}, {"std": one}, {"mean": one, "std": (0.0,)}, {"mean": one, "std": two}):
+        with pytest.raises(UserError, match="std="):
+            Digits(**wrong)
+    with pytest.raises(UserError, match="of 3 channels, and images of Digits have 1"):
+        Digits(mean=(0.5,) * 3, std=(0.5,) * 3).setup()
+
+
 def test_bounds_are_what_black_and_white_become() -> None:
     data = Digits()
     data.setup()

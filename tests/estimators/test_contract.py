@@ -25,6 +25,7 @@ from lightspan.estimators.merging_statistics import NetworkOnData
 from lightspan.estimators.prompts import DrawnImages, Prompts
 from lightspan.features.features import Features
 from lightspan.features.preprocessing_grid import Grid, GridCell
+from lightspan.features.stages import TextStages
 from lightspan.features.stream import FeatureStream
 from lightspan.merging.models import Held
 from lightspan.merging.weights import Weights
@@ -136,6 +137,11 @@ def stream_of(features: Features) -> FeatureStream:
     return FeatureStream.by_class(features, features, [(label,) for label in labels if not isinstance(label, list)])
 
 
+def stages_of(features: Features) -> TextStages:
+    """Two domains of the same rows, whose classes have as many texts as rows."""
+    return TextStages(("one", "two"), (features, features), ((features, features),) * 2)
+
+
 def all_but_one_class(features: Features) -> Features:
     """Without the last class, which is then new."""
     return features.of_classes(features.classes().unique().tolist()[:-1])
@@ -175,6 +181,7 @@ OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     NetworkOnData: network_on,
     FeatureStream: stream_of,
+    TextStages: stages_of,
     Grid: grid_of,
 }
 """What an estimator takes, made of the same features, by type."""
@@ -396,6 +403,7 @@ COMPUTED = {
     "GDAWithText": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "GDABaseToNew": {"a class of one sample", "classes left out", "constant features", "zeros", "a lattice"},
     "ClassIncremental": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
+    "CrossDomain": {"one row", "two rows", "one class", "a class of one sample", "constant features", "zeros"},
     "KNN": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal", "huge"},
     "ResizeNormalise": {"one class", "a class of one sample", "constant features", "zeros", "a lattice", "denormal"},
     "CompareHead": {"one row", "one class", "a class of one sample", "constant features", "zeros", "a lattice"},

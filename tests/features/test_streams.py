@@ -45,6 +45,15 @@ def test_texts_of_classes_are_rows_whose_mean_is_the_zero_shot_head(tmp_path: Pa
     torch.testing.assert_close(normalize(mean_CD, dim=1), expected)
 
 
+def test_texts_of_classes_may_be_named_beside_data_without_names(tmp_path: Path) -> None:
+    settings = {"class_names": ["cat", "dog"], "tokenizer": HashedWords(512)}
+    texts = ClassTexts(encoders(), templates=TEMPLATES, **settings).load(FeatureStore(tmp_path))
+    assert texts.classes().tolist() == [0, 1, 0, 1]
+    for lacking in settings:
+        with pytest.raises(UserError, match="class_names"):
+            ClassTexts(encoders(), Digits(), **{name: value for name, value in settings.items() if name != lacking})
+
+
 def test_images_of_a_dual_encoder_are_rows_of_the_same_space(tmp_path: Path) -> None:
     network, data = encoders(), scenes()
     images = Encoded(network, data, "test").load(FeatureStore(tmp_path))
@@ -65,8 +74,10 @@ def test_sessions_are_the_features_of_one_data_set_after_the_other(tmp_path: Pat
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(UserError, match=r"needs encoders with encode_text \(Flatten\) and data .* \(Digits\)"):
-        ClassTexts(nn.Flatten(), Digits())
+    with pytest.raises(UserError, match="encode_text, and Flatten"):
+        ClassTexts(nn.Flatten(), scenes())
+    with pytest.raises(UserError, match="ClassTexts needs class names and a tokenizer, and Digits"):
+        ClassTexts(encoders(), Digits())
     with pytest.raises(UserError, match=r"EncodedSessions sessions=\[\]"):
         EncodedSessions(nn.Flatten(), [])
 

@@ -4,7 +4,8 @@ Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with 
 arXiv 2310.10700. The surgery is `lightspan.surgery.factorise`, the terms are `lightspan.objectives.distillation`:
 L = L_task + alpha L_features + beta L_logits + lam L_perturbation.
 The authors' code runs the student twice in a step; here one pass gives features and logits. Their beta is 0, and their
-scripts for image classifiers switch the perturbation off, which the paper does not.
+scripts for image classifiers switch the perturbation off, which the paper does not. As there, teacher and student see
+the same mixed images.
 Shapes: B batch of this rank, C H W image, F features, K classes.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightspan.datamodules.batches import ImageBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
+from lightspan.nn.batch_mix import BatchMix
 from lightspan.nn.copies import copied
 from lightspan.nn.labels import labels_of
 from lightspan.nn.taps import blocks_of, tapped
@@ -42,6 +44,7 @@ class PELA(Method):
             computed nor logged; without features and logits the teacher does not run.
         eps: target for the largest change of a weight.
         task_loss: (logits, label) -> scalar, the loss the network was trained with; None is cross-entropy.
+        mix: MixUp and CutMix of each training batch, whose labels then are shares [B K]; None leaves it as it is.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
@@ -57,6 +60,7 @@ class PELA(Method):
         lam: float = 1.0,
         eps: float = 1e-3,
         task_loss: nn.Module | None = None,
+        mix: BatchMix | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
@@ -68,20 +72,27 @@ class PELA(Method):
         self.backbone, self.head = factorise(backbone, ratio, exclude), head
         self.alpha, self.beta, self.lam, self.eps = alpha, beta, lam, eps
         self.task_loss = task_loss or label_cross_entropy
-        self.num_classes = getattr(head, "out_features", None) if task_loss is None else None
+        self.num_classes = getattr(head, "out_features", None) if task_loss is None or mix is not None else None
+        if mix is not None and self.num_classes is None:
+            raise UserError(
+                f"PELA mix needs a head with out_features, and {type(head).__name__} has none; leave mix out"
+            )
+        self.mix = mix
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits [B K]."""
         return self.head(self.backbone(image_BCHW))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        uncut, image_BCHW = list[Tensor](), image_of(batch, "PELA")
+        uncut, image_BCHW, label = list[Tensor](), image_of(batch, "PELA"), labels_of(batch, "PELA")
+        if self.mix is not None and self.num_classes is not None:
+            image_BCHW, label = self.mix(image_BCHW, label, self.num_classes, self.global_step)
         if self.alpha or self.beta:
             with tapped(blocks_of(self.original, self.hidden)) as uncut:
                 target_BK = self.teacher(image_BCHW)
         with tapped(blocks_of(self.backbone, self.hidden)) as cut:
             logits_BK = self(image_BCHW)
-        weighted = {"task": (1.0, self.task_loss(logits_BK, labels_of(batch, "PELA")))}
+        weighted = {"task": (1.0, self.task_loss(logits_BK, label))}
         if self.alpha:
             weighted["features"] = (self.alpha, feature_distillation(cut, uncut))
         if self.beta:

@@ -23,6 +23,7 @@ from lightspan.distributed import register_replicated
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.labels import labels_of
+from lightspan.nn.sequences.texts import names_and_tokenizer
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
@@ -82,15 +83,7 @@ class PRE(Method):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        tokenizer, names = (
-            getattr(data, name, None) if getattr(self, name) is None else getattr(self, name)
-            for name in ("tokenizer", "class_names")
-        )
-        if tokenizer is None or names is None:
-            raise UserError(
-                f"PRE needs class names and a tokenizer, and {type(data).__name__} has none; set "
-                "model.init_args.class_names and model.init_args.tokenizer"
-            )
+        names, tokenizer = names_and_tokenizer(data, self.class_names, self.tokenizer, "PRE")
         self.name_classes(tokenizer, names)
 
     def name_classes(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
 """The tokens of a batch of texts, as methods of language read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightspan.errors import UserError
 from lightspan.nn.labels import known_rows
@@ -63,6 +64,26 @@ def require_encoder(backbone: Any, method: str) -> None:
             f"{method} needs an encoder of transformers without a head, which gives last_hidden_state, such as "
             f"BertModel, not {type(backbone).__name__}"
         )
+
+
+def names_and_tokenizer(
+    data: Any, names: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase | None, owner: str
+) -> tuple[list[str], PreTrainedTokenizerBase]:
+    """What classes are called, label by label, and how that is read: what is given, or that of the data.
+
+    Args:
+        data: has `class_names` and `tokenizer`, unless both are given.
+        owner: what asks, for messages.
+    Raises: UserError where one of them is missing.
+    """
+    names = getattr(data, "class_names", None) if names is None else names
+    tokenizer = getattr(data, "tokenizer", None) if tokenizer is None else tokenizer
+    if not names or tokenizer is None:
+        raise UserError(
+            f"{owner} needs class names and a tokenizer, and {type(data).__name__} does not have both; set class_names "
+            "and tokenizer"
+        )
+    return list(names), tokenizer
 
 
 def require_known_tokens(batch: Any, num_tokens: int, method: str) -> None:

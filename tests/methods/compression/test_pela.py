@@ -16,6 +16,7 @@ from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
+from lightspan.nn.batch_mix import BatchMix
 from lightspan.surgery.factorise import factorised
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -106,6 +107,24 @@ def test_a_given_task_loss_takes_the_place_of_cross_entropy() -> None:
     model, batch = method(task_loss=nn.CrossEntropyLoss(label_smoothing=0.3), alpha=0.0, lam=0.0), images()
     expected = F.cross_entropy(model(batch["image"]), batch["label"], label_smoothing=0.3)
     assert torch.equal(model.training_step(batch, 0), expected)
+
+
+def test_teacher_and_student_see_the_same_mixed_images_and_the_loss_the_shares_of_their_labels() -> None:
+    mix = BatchMix(seed=3)
+    model, batch, seen = method(mix=mix, lam=0.0), images(), []
+    for network in (model.teacher, model.backbone):
+        network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    loss = model.training_step(batch, 0)
+    mixed, share_BK = mix(batch["image"], batch["label"], 10, 0)
+    assert all(torch.equal(image, mixed) for image in seen)
+    logits = model(mixed)
+    expected = -(share_BK * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(model.logged["train/task"], expected)
+    assert loss > model.logged["train/task"]
+    model.validation_step(batch, 0)
+    torch.testing.assert_close(model.logged["val/loss"], F.cross_entropy(model(batch["image"]), batch["label"]))
+    with pytest.raises(UserError, match="PELA mix needs a head with out_features"):
+        PELA(vit(), nn.Sequential(head()), mix=mix, optimizer=SGD)
 
 
 def test_features_are_what_the_head_reads() -> None:
