@@ -76,6 +76,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "weights of a part": ("a.safetensors", lambda path: with_weights(nn.Linear(1, 1), str(path))),
     "network": ("config.json", lambda path: stored_encoder(str(path.parent))),
     "tokenizer": ("tokenizer.json", lambda path: stored_tokenizer(str(path.parent))),
+    "template": ("chat_template.jinja", lambda path: stored_tokenizer(str(path.parent))),
     "PEFT": ("adapter_config.json", lambda path: StoredChange(path.parent)),
     "adapter": ("a.safetensors", lambda path: load_adapter(nn.Linear(1, 1), path)),
     "subspace": ("a.safetensors", lambda path: apply_subspace(path, nn.Linear(1, 1))),

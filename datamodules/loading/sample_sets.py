@@ -1,7 +1,8 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
@@ -11,6 +12,8 @@ from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.datamodules.loading.workers import Dataset
 from lightspan.errors import UserError
+
+S = TypeVar("S")
 
 
 class SampleSets(LightningDataModule, ABC):
@@ -90,6 +93,20 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
 def held_out_size(val_size: int | None, count: int, most: int) -> int:
     """How many of `count` samples of a user's file are held out: `val_size`, or for None a tenth, in [1, most]."""
     return min(most, max(1, count // 10)) if val_size is None else val_size
+
+
+def held_out(rows: Sequence[S], val_size: int | None, what: str) -> tuple[list[S], list[S]]:
+    """(the rows to train on, those to validate on), of the rows of a user's file.
+
+    Args:
+        val_size: rows to validate on, evenly spaced; None takes a tenth of all, at most 1,000.
+        what: the rows are called, such as "pairs of FILE".
+    Raises: UserError as `require_enough`.
+    """
+    size = held_out_size(val_size, len(rows), most=1000)
+    require_enough(None, size, len(rows), what)
+    held = set(spaced(np.arange(len(rows)), size).tolist())
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
 def spaced(indices: np.ndarray, count: int) -> np.ndarray:

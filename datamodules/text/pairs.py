@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough, spaced
+from lightspan.datamodules.loading.sample_sets import SampleSets, held_out
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -253,11 +253,7 @@ class TextPairs(Pairs):
             return
         training = read_pairs(self.path, self.negatives, self.scored)
         if self.val_path is None:
-            size = held_out_size(self.val_size, len(training), most=1000)
-            require_enough(None, size, len(training), f"pairs of {self.path}")
-            held = set(spaced(np.arange(len(training)), size).tolist())
-            validation = [training[place] for place in sorted(held)]
-            training = [pair for place, pair in enumerate(training) if place not in held]
+            training, validation = held_out(training, self.val_size, f"pairs of {self.path}")
         else:
             validation = read_pairs(self.val_path, 0, self.scored)
         self.train = self.samples(training, self.negatives)

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
-from lightspan.foreign import content_of, settings_object
+from lightspan.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
 from lightspan.tensor_files import safetensors_of, stored_tensors
 
 N = TypeVar("N", bound=PreTrainedModel)
@@ -29,6 +29,8 @@ N = TypeVar("N", bound=PreTrainedModel)
 CONFIG = "config.json"
 _UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
+_TOKENIZER_FILES = {"*.json": BYTES, "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES}
+"""Vocabularies, settings and templates of conversations."""
 _MOST_UNSTORED = 2.0
 """How many times as many numbers a network may have as its files: a tied table is stored once."""
 
@@ -103,8 +105,9 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
     Raises: UserError where transformers has no tokenizer of its own that reads the folder's files.
     """
     try:
-        for file in sorted(folder.glob("*.json")):  # the files that are read whole, before anything is made of them
-            content_of(file)
+        for pattern, limit in _TOKENIZER_FILES.items():  # which are read whole, before anything is made of them
+            for file in sorted(folder.glob(pattern)):
+                content_of(file, limit)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, tokenizers, protobuf and sentencepiece raise
         raise UserError(f"{folder} has no tokenizer that transformers can read: {one_line(error)[:400]}") from error

@@ -73,6 +73,7 @@ from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
+from lightspan.datamodules.text.chat import Chat
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
@@ -156,6 +157,13 @@ def functions(folder: Path) -> str:
         source = f'def f{number}():\n    """Gives back number {number} alone."""\n    return {number}\n'
         (folder / f"file_{number}.py").write_text(source)
     return str(folder)
+
+
+def said(folder: Path) -> str:
+    path = folder / "chat.jsonl"
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
 
 
 def lines(folder: Path) -> str:
@@ -275,6 +283,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "ScoredPairs": (
         lambda folder: ScoredPairs(lines(folder), HashedWords(), val_size=2, batch_size=4),
         "ScoredPairBatch",
+    ),
+    "Chat": (
+        lambda folder: Chat(said(folder), HashedWords(), val_size=2, length=12, batch_size=4),
+        "ChatBatch",
     ),
     "QueryShards": (
         lambda folder: QueryShards(
