@@ -92,6 +92,19 @@ class LabelledTextBatch(TypedDict):
     index: Tensor
 
 
+class LabelledPairBatch(LabelledTextBatch):
+    """A `LabelledTextBatch` with two texts in each row, one behind the other.
+
+    tokens: int64 [B, T].
+    mask: int64 [B, T].
+    label: int64 [B], each in [0, num_classes).
+    index: int64 [B].
+    token_types: int64 [B, T], 1 on the second text where the tokenizer tells them apart, 0 elsewhere.
+    """
+
+    token_types: Tensor
+
+
 class PromptBatch(TypedDict):
     """Texts in a prompt, whose label is the next thing to say, see `lightspan.datamodules.text.domains`.
 

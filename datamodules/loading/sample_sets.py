@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
@@ -39,6 +39,12 @@ class SampleSets(LightningDataModule, ABC):
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Makes the sets, once."""
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """A training batch of the right shapes for a plan where the data are not here; None where they are, or nobody
+        knows the shapes without them.
+        """
+        return None
 
     def training_content(self) -> str:
         """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same

@@ -78,6 +78,7 @@ from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
+from lightspan.datamodules.text.labelled import LabelledTextFiles
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.shards import TextShards
@@ -157,6 +158,13 @@ def functions(folder: Path) -> str:
         source = f'def f{number}():\n    """Gives back number {number} alone."""\n    return {number}\n'
         (folder / f"file_{number}.py").write_text(source)
     return str(folder)
+
+
+def judged(folder: Path) -> str:
+    path = folder / "labelled.jsonl"
+    rows = [{"text": f"text {n}", "other": f"other {n}", "label": n % 3} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
 
 
 def said(folder: Path) -> str:
@@ -385,6 +393,16 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
     "BlankSequences": (lambda folder: BlankSequences(5, 2, batch_size=4), "SequenceBatch"),
     "OwnSequences": (own_sequences, "SequenceBatch"),
+    "LabelledTextFiles": (
+        lambda folder: LabelledTextFiles(judged(folder), HashedWords(), val_size=2, length=9, batch_size=4),
+        "LabelledTextBatch",
+    ),
+    "LabelledTextFiles, pairs": (
+        lambda folder: LabelledTextFiles(
+            judged(folder), HashedWords(), val_size=2, fields=("text", "other"), length=9, batch_size=4
+        ),
+        "LabelledPairBatch",
+    ),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }
 
