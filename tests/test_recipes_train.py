@@ -85,7 +85,9 @@ def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(Path("computed/result.json").read_text())["figures"]
 
 
-PAPER = r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|cion_al|cifar100_pictures|eurosat"
+PAPER = (
+    r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|cion_al|cifar100_pictures|eurosat|mrpc/|chat\.jsonl"
+)
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
 LAYERS = {name: [plain(layer) for layer in load(name).layers] for name in catalogue_names()}
