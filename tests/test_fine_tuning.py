@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_processes
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from lightspan.backbones.trained_tokenizers import trained_tokenizer
 from lightspan.cli import main
 
 SHORT = [
-    *("trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.logger=null"),
+    *("trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.logger.tensorboard=null"),
     *("data.init_args.batch_size=4", "data.init_args.length=64", "data.init_args.val_size=2"),
     "trainer.callbacks.adaptation.init_args.spec.init_args.rank=2",
 ]
@@ -65,6 +66,7 @@ def logits(network: Any) -> torch.Tensor:
     return network.float().eval()(input_ids=WORDS).logits
 
 
+@pytest.mark.runs
 def test_the_three_commands_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,3 +111,21 @@ def test_adapters_of_stored_networks_come_back_as_peft_and_merged(spec: Any, tmp
         fold(tuned)
         tuned.save_pretrained(tmp_path / f"{name}-merged")
         torch.testing.assert_close(logits(stored_causal_lm(str(tmp_path / f"{name}-merged"))), logits(tuned))
+
+
+@pytest.mark.ranks
+def test_two_ranks_under_fsdp2_learn_what_one_process_learns(tmp_path: Path) -> None:
+    """With the recipe's frozen weights in bfloat16 beside adapters in float32."""
+    torch.manual_seed(0)
+    folder_of(small(tied=True), tmp_path / "model")
+    conversations(tmp_path / "chat.jsonl")
+    figures = {}
+    for ranks, overlay in ((1, []), (2, ["-c", "scale/fsdp2", "trainer.devices=2"])):
+        run = tmp_path / f"run-{ranks}"
+        arguments = ["fit", "adaptation/lora_chat", "--run", str(run), *overlay, *SHORT]
+        ended = rank_processes.launch(arguments, ranks, tmp_path / f"said-{ranks}", cwd=tmp_path)
+        assert ended.statuses == [0] * ranks, ended.said
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        figures[ranks] = [line["val/loss_nats"] for line in lines if "val/loss_nats" in line]
+    assert figures[1]
+    assert figures[2] == pytest.approx(figures[1], rel=1e-3)  # products in bfloat16
