@@ -101,14 +101,28 @@ def held_out_size(val_size: int | None, count: int, most: int) -> int:
     return min(most, max(1, count // 10)) if val_size is None else val_size
 
 
-def held_out(rows: Sequence[S], val_size: int | None, what: str) -> tuple[list[S], list[S]]:
-    """(the rows to train on, those to validate on), of the rows of a user's file.
+def require_val_size(val_size: int | None) -> None:
+    """Raises: UserError for fewer than one row of a user's file to validate on; None is a share of them."""
+    if val_size is not None and val_size < 1:
+        raise UserError(f"val_size={val_size} must be at least 1")
+
+
+def split_rows(
+    read: Callable[[str, str], list[S]], path: str, val_path: str | None, val_size: int | None, what: str
+) -> tuple[list[S], list[S]]:
+    """(the rows to train on, those to validate on), of a user's file or of two.
 
     Args:
-        val_size: rows to validate on, evenly spaced; None takes a tenth of all, at most 1,000.
-        what: the rows are called, such as "pairs of FILE".
-    Raises: UserError as `require_enough`.
+        read: (file, setting that names it) -> its rows.
+        path, val_path: the files; without the second, rows of the first are held out.
+        val_size: how many are, evenly spaced; None takes a tenth of all, at most 1,000.
+        what: the rows are called, such as "pairs".
+    Raises: UserError as `read`, and as `require_enough`.
     """
+    rows = read(path, "path")
+    if val_path is not None:
+        return rows, read(val_path, "val_path")
+    what = f"{what} of {path}"
     size = held_out_size(val_size, len(rows), most=1000)
     require_enough(None, size, len(rows), what)
     held = set(spaced(np.arange(len(rows)), size).tolist())

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.documents import Skipped
 from lightspan.datamodules.text.forms import joined_in_training, padded
 from lightspan.datamodules.text.json_lines import json_lines
@@ -252,8 +252,7 @@ class Chat(SampleSets):
     ) -> None:
         super().__init__()
         require_length(length)
-        if val_size is not None and val_size < 1:
-            raise UserError(f"val_size={val_size} must be at least 1")
+        require_val_size(val_size)
         self.path, self.val_path, self.val_size, self.length = path, val_path, val_size, length
         self.renderer, self.pack, self.trim = Renderer(tokenizer, turns), pack, trim
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
@@ -262,11 +261,7 @@ class Chat(SampleSets):
         """Reads and tokenises all conversations, once."""
         if self.train is not None:
             return
-        rows = self._rows(self.path, "path")
-        if self.val_path is None:
-            training, validation = held_out(rows, self.val_size, f"conversations of {self.path}")
-        else:
-            training, validation = rows, self._rows(self.val_path, "val_path")
+        training, validation = split_rows(self._rows, self.path, self.val_path, self.val_size, "conversations")
         skipped = Skipped()
         self.val = self._samples(validation, skipped, "validation")
         self.train = self.bank = self._samples(training, skipped, "training")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized, tokenized_pairs
 from lightspan.errors import UserError
@@ -52,7 +52,8 @@ class LabelledTokens(NamedTuple):
         return cls(tokens.astype(np.int32), mask.sum(axis=1), np.asarray(labels, dtype=np.int64), narrow)
 
     def at(self, places: np.ndarray) -> "LabelledTokens":
-        return LabelledTokens(*(None if column is None else column[places] for column in self))
+        types = None if self.types is None else self.types[places]
+        return LabelledTokens(self.tokens[places], self.lengths[places], self.labels[places], types)
 
 
 class LabelledTextSamples:
@@ -142,8 +143,7 @@ class LabelledTextFiles(SampleSets):
         require_length(length)
         if len(fields) not in (1, 2) or len({*fields, label}) <= len(fields):
             raise UserError(f"fields={[*fields]} must be the names of one text or two, other than label={label}")
-        if val_size is not None and val_size < 1:
-            raise UserError(f"val_size={val_size} must be at least 1")
+        require_val_size(val_size)
         self.path, self.val_path, self.test_path, self.val_size = path, val_path, test_path, val_size
         self.tokenizer, self.fields, self.label, self.length = tokenizer, tuple(fields), label, length
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
@@ -152,11 +152,8 @@ class LabelledTextFiles(SampleSets):
         """Reads and tokenises all files, once."""
         if self.train is not None:
             return
-        rows = self._rows(self.path, "path")
-        if self.val_path is None:
-            training, validation = held_out(rows, self.val_size, f"lines of {self.path}")
-        else:
-            training, validation = rows, self._rows(self.val_path, "val_path")
+        training, validation = split_rows(self._rows, self.path, self.val_path, self.val_size, "lines")
+        rows = training if self.val_path is not None else [*training, *validation]
         test = [] if self.test_path is None else self._rows(self.test_path, "test_path")
         names = sorted({row.label for row in rows if isinstance(row.label, str)})
         numbers = {row.label for row in rows if isinstance(row.label, int)}
@@ -165,7 +162,8 @@ class LabelledTextFiles(SampleSets):
                 f"{self.path} has labels that are names, such as {names[0]!r:.80}, and others that are numbers"
             )
         self.num_classes = len(names) or max(map(int, numbers)) + 1
-        classes: dict[int | str, int] = {name: number for number, name in enumerate(names or range(self.num_classes))}
+        known: Sequence[int | str] = names or range(self.num_classes)
+        classes = {name: number for number, name in enumerate(known)}
         self.train = self.bank = self._samples(training, classes)
         self.val = self._samples(validation, classes)
         if test:

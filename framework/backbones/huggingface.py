@@ -87,7 +87,7 @@ def kind_of(folder: str, causal: bool) -> type[PreTrainedModel]:
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     config_class: Any = CONFIG_MAPPING[model_type] if known else None
     kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_MAPPING).get(config_class, None) if known else None
-    if not isinstance(kind, type) or kind.main_input_name != "input_ids" or config_class.sub_configs:
+    if kind is None or isinstance(kind, tuple) or kind.main_input_name != "input_ids" or config_class.sub_configs:
         raise UserError(
             f"transformers has no {name} for {place}, whose {CONFIG} says model_type={model_type!r:.80}; code in the "
             "folder is never run, so take a network whose class is part of transformers, and reads text alone"

@@ -80,7 +80,7 @@ class CausalLM(Method):
         Positions that begin anew with each conversation of a row also tell networks of transformers to keep their
         attention inside it, where no cache is in use.
         """
-        read = {"input_ids": tokens_of(batch, "CausalLM")[:, :-1]}
+        read: dict[str, Any] = {"input_ids": tokens_of(batch, "CausalLM")[:, :-1]}
         if "learned" in batch and self.takes_places:
             read |= {"position_ids": places_of(texts_of(batch, "CausalLM")[1][:, :-1]), "use_cache": False}
         return read
@@ -88,7 +88,8 @@ class CausalLM(Method):
     def features(self, batch: Texts) -> Tensor:
         """Last hidden states averaged over the positions of text, [B D]."""
         states_BTD = self.backbone.base_model(**self.inputs(batch)).last_hidden_state
-        return masked_mean(states_BTD, batch["mask"][:, :-1]) if "mask" in batch else states_BTD.mean(dim=1)
+        mask_BT1: Any = batch.get("mask")
+        return states_BTD.mean(dim=1) if mask_BT1 is None else masked_mean(states_BTD, mask_BT1[:, :-1])
 
     def training_step(self, batch: Texts, batch_idx: int) -> Tensor:
         loss = self.loss(batch)

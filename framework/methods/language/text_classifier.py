@@ -48,8 +48,8 @@ class TextClassifier(Method):
         tokens_BT, mask_BT = texts_of(batch, "TextClassifier")
         longest = max(1, int(mask_BT.sum(dim=1).max()))  # columns that are padding in every row only cost time
         tokens_BT, mask_BT = tokens_BT[:, :longest], mask_BT[:, :longest]
-        told = self.takes_types and "token_types" in batch
-        types = {"token_type_ids": batch["token_types"][:, :longest]} if told else {}
+        types_BT: Any = batch.get("token_types") if self.takes_types else None
+        types = {} if types_BT is None else {"token_type_ids": types_BT[:, :longest]}
         states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, **types).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
 
