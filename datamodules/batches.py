@@ -36,6 +36,22 @@ class DocumentBatch(TypedDict):
     index: Tensor
 
 
+class ChatBatch(TypedDict):
+    """Conversations, or prompts with their completions, padded to one length.
+
+    tokens: int64 [B, T]; 0 on padding, which is at the end.
+    mask: int64 [B, T], the conversation that a token belongs to, from 1 up in each row; 0 on padding. Several may share
+        a row, side by side.
+    learned: int64 [B, T], 1 where a token is to be predicted from those before it in its conversation.
+    index: int64 [B], the position in its dataset of a row's first conversation.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    learned: Tensor
+    index: Tensor
+
+
 class DenoisingBatch(TypedDict):
     """Corrupted texts and what is missing in them, see `lightspan.datamodules.text.denoising`.
 
@@ -74,6 +90,19 @@ class LabelledTextBatch(TypedDict):
     mask: Tensor
     label: Tensor
     index: Tensor
+
+
+class LabelledPairBatch(LabelledTextBatch):
+    """A `LabelledTextBatch` with two texts in each row, one behind the other.
+
+    tokens: int64 [B, T].
+    mask: int64 [B, T].
+    label: int64 [B], each in [0, num_classes).
+    index: int64 [B].
+    token_types: int64 [B, T], 1 on the second text where the tokenizer tells them apart, 0 elsewhere.
+    """
+
+    token_types: Tensor
 
 
 class PromptBatch(TypedDict):

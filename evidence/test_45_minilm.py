@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import LinearLR
 from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.pretrained import minilm, minilm_tokenizer
 from lightspan.datamodules.batches import LabelledTextBatch
-from lightspan.datamodules.text.reviews import FoodReviews, Tokenized
+from lightspan.datamodules.text.labelled import LabelledTokens
+from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.optim.random_subspace import RandomSubspace
@@ -68,7 +69,7 @@ PENALTIES = {True: 1000.0, False: 1000.0}
 
 
 @cache
-def reviews(held_out: int) -> tuple[Tokenized, Tokenized]:
+def reviews(held_out: int) -> tuple[LabelledTokens, LabelledTokens]:
     """What is trained on, and what judges: the test reviews, or training reviews held out."""
     data = FoodReviews(minilm_tokenizer(), LENGTH, val_size=held_out)
     data.setup()
@@ -76,13 +77,13 @@ def reviews(held_out: int) -> tuple[Tokenized, Tokenized]:
     return data.train.data, data.val.data
 
 
-def batch(data: Tokenized, rows: Tensor) -> LabelledTextBatch:
+def batch(data: LabelledTokens, rows: Tensor) -> LabelledTextBatch:
     tokens, lengths, labels = (torch.from_numpy(array[rows.numpy()]).long() for array in data)
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     return {"tokens": tokens, "mask": mask, "label": labels, "index": rows}
 
 
-def order(data: Tokenized, seed: int) -> Tensor:
+def order(data: LabelledTokens, seed: int) -> Tensor:
     """The training reviews of one run, epoch after epoch."""
     generator, count = torch.Generator().manual_seed(seed), len(data.labels)
     epochs = [torch.randperm(count, generator=generator) for _ in range(math.ceil(STEPS * BATCH / count))]
@@ -102,7 +103,7 @@ class Reached(NamedTuple):
     training: float
 
 
-def judged(model: TextClassifier, data: Tokenized, rows: Tensor) -> tuple[Tensor, Tensor]:
+def judged(model: TextClassifier, data: LabelledTokens, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of one batch; attention in plain products, twice as fast as the fused one for 48 tokens."""
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
         return model.loss_and_accuracy(batch(data, rows))
@@ -138,7 +139,7 @@ def probe(pretrained: bool, penalties: tuple[float, ...], seed: int, held_out: i
     data, judge = reviews(held_out)
     model = model_of(pretrained, seed)
 
-    def features(source: Tokenized, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def features(source: LabelledTokens, rows: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             found = torch.cat([model.features(batch(source, part)) for part in rows.split(100)])
         return found.float(), torch.from_numpy(source.labels)[rows]

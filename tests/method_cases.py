@@ -145,6 +145,7 @@ IMAGES = 4 * ROWS
 """Of the batches of seeds below 4."""
 
 AMONG_TARGETS = "each target token weighs the same: a micro-batch has spans of its own lengths"
+AMONG_ANSWERS = "each token of an answer weighs the same: a micro-batch has answers of its own lengths"
 AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own lengths"
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
@@ -338,6 +339,15 @@ def series(rows: int, seed: int) -> dict[str, Any]:
 
 def windows(rows: int, seed: int) -> dict[str, Any]:
     return {"tokens": torch.randint(16, (rows, 9), generator=torch.Generator().manual_seed(seed))}
+
+
+def conversations(rows: int, seed: int) -> dict[str, Any]:
+    """Two in each row, of which the ends are learned, and padding."""
+    found = texts(rows, seed)
+    mask = torch.cat([found["mask"].new_ones(rows, 4), 2 * found["mask"]], dim=1)
+    learned = ((torch.arange(10) % 3) == 1) & (mask != 0) & (torch.arange(10) != 4)
+    tokens = torch.cat([windows(rows, seed)["tokens"][:, :4], found["tokens"].clamp_max(15)], dim=1)
+    return {"tokens": tokens, "mask": mask, "learned": learned.long(), "index": found["index"]}
 
 
 def gaps(rows: int, seed: int) -> dict[str, Any]:
@@ -736,6 +746,12 @@ CASES: dict[str, Case] = {
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
+    "language.causal_lm, conversations": Case(
+        lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o),
+        conversations,
+        halves_differ=AMONG_ANSWERS,
+        refuses_no_row=NO_TEXT,
+    ),
     "language.prompted_classifier": Case(partial(prompted, None), prompts, refuses_no_row=NO_TEXT),
     "language.prompted_classifier, aligned": Case(
         partial(prompted, Discrepancy()), prompts, halves_differ=AMONG_ROWS, refuses_no_row=NO_TEXT

@@ -21,7 +21,7 @@ from lightspan.adapters.peft import StoredChange
 from lightspan.adapters.state import load_adapter
 from lightspan.analysis.wordnet import read_nouns
 from lightspan.array_files import mapped_array, read_array, read_arrays
-from lightspan.backbones.language import stored_bert
+from lightspan.backbones.language import stored_encoder
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.weights import with_weights
 from lightspan.checkpoints.io import outline, read_checkpoint
@@ -74,8 +74,9 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "index": ("model.safetensors.index.json", lambda path: shards_of(path.parent) or _nothing()),
     "weights": ("a.safetensors", open_weights),
     "weights of a part": ("a.safetensors", lambda path: with_weights(nn.Linear(1, 1), str(path))),
-    "network": ("config.json", lambda path: stored_bert(str(path.parent))),
+    "network": ("config.json", lambda path: stored_encoder(str(path.parent))),
     "tokenizer": ("tokenizer.json", lambda path: stored_tokenizer(str(path.parent))),
+    "template": ("chat_template.jinja", lambda path: stored_tokenizer(str(path.parent))),
     "PEFT": ("adapter_config.json", lambda path: StoredChange(path.parent)),
     "adapter": ("a.safetensors", lambda path: load_adapter(nn.Linear(1, 1), path)),
     "subspace": ("a.safetensors", lambda path: apply_subspace(path, nn.Linear(1, 1))),

@@ -1,7 +1,8 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
@@ -11,6 +12,8 @@ from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.datamodules.loading.workers import Dataset
 from lightspan.errors import UserError
+
+S = TypeVar("S")
 
 
 class SampleSets(LightningDataModule, ABC):
@@ -36,6 +39,12 @@ class SampleSets(LightningDataModule, ABC):
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Makes the sets, once."""
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """A training batch of the right shapes for a plan where the data are not here; None where they are, or nobody
+        knows the shapes without them.
+        """
+        return None
 
     def training_content(self) -> str:
         """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same
@@ -90,6 +99,34 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
 def held_out_size(val_size: int | None, count: int, most: int) -> int:
     """How many of `count` samples of a user's file are held out: `val_size`, or for None a tenth, in [1, most]."""
     return min(most, max(1, count // 10)) if val_size is None else val_size
+
+
+def require_val_size(val_size: int | None) -> None:
+    """Raises: UserError for fewer than one row of a user's file to validate on; None is a share of them."""
+    if val_size is not None and val_size < 1:
+        raise UserError(f"val_size={val_size} must be at least 1")
+
+
+def split_rows(
+    read: Callable[[str, str], list[S]], path: str, val_path: str | None, val_size: int | None, what: str
+) -> tuple[list[S], list[S]]:
+    """(the rows to train on, those to validate on), of a user's file or of two.
+
+    Args:
+        read: (file, setting that names it) -> its rows.
+        path, val_path: the files; without the second, rows of the first are held out.
+        val_size: how many are, evenly spaced; None takes a tenth of all, at most 1,000.
+        what: the rows are called, such as "pairs".
+    Raises: UserError as `read`, and as `require_enough`.
+    """
+    rows = read(path, "path")
+    if val_path is not None:
+        return rows, read(val_path, "val_path")
+    what = f"{what} of {path}"
+    size = held_out_size(val_size, len(rows), most=1000)
+    require_enough(None, size, len(rows), what)
+    held = set(spaced(np.arange(len(rows)), size).tolist())
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
 def spaced(indices: np.ndarray, count: int) -> np.ndarray:

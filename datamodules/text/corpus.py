@@ -148,7 +148,7 @@ class Corpus(SampleSets):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lets `form` join the rows of a batch to train on."""
-        return joined_in_training(self, self.form, batch)
+        return joined_in_training(self, self.form.joined, batch)
 
     def _pieces(self, side: str, documents: Iterable[Document], skipped: Skipped) -> Pieces:
         found, names, short = list[TextTokens](), list[str](), 0

@@ -1,6 +1,7 @@
 """What a piece of a document becomes in a batch. Shapes: T tokens of a row, n of a piece."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def window(document: TextTokens, longest: int, seed: int, stream: int = 0) -> Te
     return TextTokens(*(column[start : start + longest] for column in document))
 
 
-def joined_in_training(data: LightningDataModule, form: TextForm, batch: Any) -> Any:
-    """What `form` makes of a batch that a trainer trains on; any other batch keeps its rows."""
+def joined_in_training(data: LightningDataModule, joined: Callable[[Any], Any], batch: Any) -> Any:
+    """What `joined` makes of a batch that a trainer trains on; any other batch keeps its rows."""
     trainer = data.trainer
-    return form.joined(batch) if trainer is not None and trainer.training else batch
+    return joined(batch) if trainer is not None and trainer.training else batch

@@ -1,43 +1,46 @@
-"""Several texts in a row of a batch: fewer rows, and less padding. Shapes: B texts, R rows, T U tokens of a row."""
+"""Several texts in a row of a batch: fewer rows, and less padding. Shapes: B texts, R rows, T U tokens of a row.
 
-from collections.abc import Mapping
+A batch has one side or several, each with its own length: `sides` tells, for the field that numbers the texts of a row,
+from 1 up and 0 on padding, which other fields have its length.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 SIDES = {"input_segments": ("inputs",), "target_segments": ("decoder_inputs", "targets", "target_bytes", "denoiser")}
-"""Segments of each side of a `DenoisingBatch`, and the fields that have its length."""
+"""Of a `DenoisingBatch`."""
 
 
-def placed(sizes: list[tuple[int, int]], room: tuple[int, int]) -> list[list[int]]:
-    """Rows, each a list of texts, by first fit with the largest first: a row has room for all its texts on both sides.
+def placed(sizes: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
+    """Rows, each a list of texts, by first fit with the largest first: a row has room for all its texts on all sides.
 
     Args:
-        sizes: tokens of each text on both sides, none above `room`.
+        sizes: tokens of each text on each side, none above `room`.
     """
     rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []
+    left: list[list[int]] = []
     for number in sorted(range(len(sizes)), key=lambda i: (-sum(sizes[i]), i)):
-        a, b = sizes[number]
-        row = next((row for row, (c, d) in enumerate(left) if a <= c and b <= d), len(rows))
-        if row == len(rows):
+        size = sizes[number]
+        fits = (row for row, free in enumerate(left) if all(a <= b for a, b in zip(size, free, strict=True)))
+        if (row := next(fits, len(rows))) == len(rows):
             rows.append([])
-            left.append(room)
+            left.append([*room])
         rows[row].append(number)
-        left[row] = left[row][0] - a, left[row][1] - b
+        left[row] = [b - a for a, b in zip(size, left[row], strict=True)]
     return rows
 
 
-def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `DenoisingBatch` of one text a row, on the host, in fewer rows. Segments number the texts of a row from 1.
+def packed(batch: Mapping[str, Tensor], sides: Mapping[str, Sequence[str]] = SIDES) -> dict[str, Tensor]:
+    """A batch of one text a row, on the host, in fewer rows. Segments number the texts of a row from 1.
 
     `index` is that of the first text of each row. Other fields are those of each text, one after the other.
     """
-    sizes = [(batch[segments] > 0).sum(dim=1).tolist() for segments in SIDES]
-    room = tuple(batch[segments].shape[1] for segments in SIDES)
-    rows = placed(list(zip(*sizes, strict=True)), (room[0], room[1]))
+    sizes = [(batch[segments] > 0).sum(dim=1).tolist() for segments in sides]
+    rows = placed(list(zip(*sizes, strict=True)), [batch[segments].shape[1] for segments in sides])
     result = {"index": batch["index"][[row[0] for row in rows]]}
-    for (segments, fields), of in zip(SIDES.items(), sizes, strict=True):
+    for (segments, fields), of in zip(sides.items(), sizes, strict=True):
         for name in (segments, *fields):
             source = batch[name]
             filled = _padding(source, batch[segments]).repeat(len(rows), source.shape[1])
@@ -51,11 +54,11 @@ def packed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: result[name] for name in batch}
 
 
-def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A `DenoisingBatch` on the host without the columns that are padding in every row."""
+def trimmed(batch: Mapping[str, Tensor], sides: Mapping[str, Sequence[str]] = SIDES) -> dict[str, Tensor]:
+    """A batch on the host without the columns that are padding in every row."""
     widths = {
         name: int((batch[segments] > 0).sum(dim=1).max())
-        for segments, fields in SIDES.items()
+        for segments, fields in sides.items()
         for name in (segments, *fields)
     }
     return {name: values[:, : widths[name]] if name in widths else values for name, values in batch.items()}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough, spaced
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -243,26 +243,22 @@ class TextPairs(Pairs):
         **settings: Any,
     ) -> None:
         super().__init__(tokenizer, **settings)
-        if (val_size is not None and val_size < 1) or negatives < 0:
-            raise UserError(f"val_size={val_size} must be at least 1 and negatives={negatives} at least 0")
+        require_val_size(val_size)
+        if negatives < 0:
+            raise UserError(f"negatives={negatives} must be at least 0")
         self.path, self.val_path, self.val_size, self.negatives = path, val_path, val_size, negatives
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all pairs, once."""
         if self.train is not None:
             return
-        training = read_pairs(self.path, self.negatives, self.scored)
-        if self.val_path is None:
-            size = held_out_size(self.val_size, len(training), most=1000)
-            require_enough(None, size, len(training), f"pairs of {self.path}")
-            held = set(spaced(np.arange(len(training)), size).tolist())
-            validation = [training[place] for place in sorted(held)]
-            training = [pair for place, pair in enumerate(training) if place not in held]
-        else:
-            validation = read_pairs(self.val_path, 0, self.scored)
+        training, validation = split_rows(self._read, self.path, self.val_path, self.val_size, "pairs")
         self.train = self.samples(training, self.negatives)
         self.bank, self.val = self.samples(training), self.samples(validation)
         say(f"pairs: {len(training)} to train on, {len(validation)} to validate on")
+
+    def _read(self, path: str, setting: str) -> list[Pair]:
+        return read_pairs(path, 0 if setting == "val_path" else self.negatives, self.scored)
 
 
 class ScoredPairs(TextPairs):

@@ -1,48 +1,15 @@
-"""Food reviews with a verdict, from the R package modeldata. Nothing is downloaded.
-
-Shapes: N reviews, T tokens.
-"""
-
-from typing import NamedTuple
+"""Food reviews with a verdict, from the R package modeldata. Nothing is downloaded. Shapes: T tokens."""
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
-from lightspan.datamodules.text.tokenized import require_length, tokenized
+from lightspan.datamodules.text.labelled import LabelledTextSamples, LabelledTokens
+from lightspan.datamodules.text.tokenized import require_length
 from lightspan.places import ReadPath
-
-
-class Tokenized(NamedTuple):
-    """tokens: int32 [N, T], padded at the end; lengths: int64 [N], tokens that are not padding; labels: int64 [N]."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    labels: np.ndarray
-
-
-class ReviewSamples:
-    """Samples of `LabelledTextBatch`. The seed is not used: a review has nothing random."""
-
-    def __init__(self, data: Tokenized) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
-        tokens = torch.from_numpy(self.data.tokens[index].astype(np.int64))
-        return {
-            "tokens": tokens,
-            "mask": (torch.arange(len(tokens)) < int(self.data.lengths[index])).long(),
-            "label": torch.tensor(int(self.data.labels[index])),
-            "index": torch.tensor(index),
-        }
 
 
 class FoodReviews(SampleSets):
@@ -83,7 +50,6 @@ class FoodReviews(SampleSets):
         require_sizes(train_size, val_size)
         self.tokenizer, self.length, self.batch_size, self.library = tokenizer, length, batch_size, library
         self.train_size, self.val_size, self.seed, self.num_workers = train_size, val_size, seed, num_workers
-        self.train: ReviewSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once."""
@@ -97,9 +63,9 @@ class FoodReviews(SampleSets):
         held_out = spaced(np.arange(count), self.val_size)
         rest = np.setdiff1d(np.arange(count), held_out)
         rest = spaced(rest, self.train_size or len(rest))
-        validation = Tokenized(*(array[held_out] for array in training)) if self.val_size else test
-        self.train = self.bank = ReviewSamples(Tokenized(*(array[rest] for array in training)))
-        self.val, self.test = ReviewSamples(validation), ReviewSamples(test)
+        validation = training.at(held_out) if self.val_size else test
+        self.train = self.bank = LabelledTextSamples(training.at(rest))
+        self.val, self.test = LabelledTextSamples(validation), LabelledTextSamples(test)
         validated = len(self.val) if self.val_size else None
         say(
             f"reviews: {sizes(len(self.train), validated, len(self.test), 'reviews')}, "
@@ -109,7 +75,5 @@ class FoodReviews(SampleSets):
     def test_dataloader(self) -> EvaluationLoader:
         return self._evaluate(self.test)
 
-    def _tokenize(self, texts: list[str], scores: list[str]) -> Tokenized:
-        tokens, mask = tokenized(self.tokenizer, texts, self.length)
-        labels = np.asarray([score == "great" for score in scores], dtype=np.int64)
-        return Tokenized(tokens.astype(np.int32), mask.sum(axis=1), labels)
+    def _tokenize(self, texts: list[str], scores: list[str]) -> LabelledTokens:
+        return LabelledTokens.of(self.tokenizer, texts, [score == "great" for score in scores], self.length)

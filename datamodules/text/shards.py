@@ -71,7 +71,7 @@ class TextShards(Shards):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lets `form` join the rows of a batch to train on."""
-        return joined_in_training(self, self.form, batch)
+        return joined_in_training(self, self.form.joined, batch)
 
     def stand_in(self) -> dict[str, Any] | None:
         """Two documents that fill a row, where no shard is."""

@@ -18,12 +18,28 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: 
     """(tokens, mask), int64 [N, T]: truncated or padded at the end to T = length. Words that look like a special token
     are text.
     """
+    encoded = _encoded(tokenizer, length, list(texts))
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+def tokenized_pairs(
+    tokenizer: PreTrainedTokenizerBase, firsts: Sequence[str], seconds: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, mask, types) of two texts a row, as `tokenized`; the longer one is cut first. Types are 1 on the second
+    where the tokenizer tells them apart, 0 elsewhere.
+    """
+    encoded = _encoded(tokenizer, length, list(firsts), list(seconds))
+    tokens = encoded["input_ids"]
+    return tokens, encoded["attention_mask"], encoded.get("token_type_ids", np.zeros_like(tokens))
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, length: int, *texts: list[str]) -> dict[str, np.ndarray]:
     encoded = tokenizer(
-        list(texts),
+        *texts,
         truncation=True,
         max_length=length,
         padding="max_length",
         padding_side="right",
         split_special_tokens=True,
     )
-    return tuple(np.asarray(encoded[name], dtype=np.int64) for name in ("input_ids", "attention_mask"))  # type: ignore[return-value]
+    return {name: np.asarray(values, dtype=np.int64) for name, values in encoded.items()}

@@ -129,7 +129,8 @@ def plan(model: nn.Module, specs: Mapping[str, AdapterSpec], name: str, train: s
     for layer, base in bases.items():
         if reason := obstacle(base):
             raise UserError(f"{layer} ({_kind(base)}) cannot have an adapter: {reason}")
-        if weight_of(base).is_meta:  # an adapter alone may be counted there, but one in a model would get no numbers
+        # Where all is made on it, nothing is to have numbers: a plan.
+        if weight_of(base).is_meta and torch.get_default_device().type != "meta":
             raise UserError(f"{layer} is on the meta device, which has no numbers; load the weights first")
     for parameter, tensor in plain_tensors(model):
         if parameter in train and not tensor.is_floating_point():

@@ -8,15 +8,20 @@ folder's safetensors files.
 
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
-from lightspan.foreign import content_of, settings_object
+from lightspan.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
 from lightspan.tensor_files import safetensors_of, stored_tensors
 
 N = TypeVar("N", bound=PreTrainedModel)
@@ -24,32 +29,38 @@ N = TypeVar("N", bound=PreTrainedModel)
 CONFIG = "config.json"
 _UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
+_TOKENIZER_FILES = {"*.json": BYTES, "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES}
+"""Vocabularies, settings and templates of conversations."""
 _MOST_UNSTORED = 2.0
 """How many times as many numbers a network may have as its files: a tied table is stored once."""
 
 
-def stored_network(kind: type[N], folder: str, name: str, **settings: object) -> N:
-    """A network in training mode, with its weights as safetensors.
+def stored_network(kind: type[N], folder: str, name: str, dtype: torch.dtype | None = None, **settings: object) -> N:
+    """A network in training mode, with its weights as safetensors. Inside `torch.device("meta")` it has none: of the
+    files only the shapes are read then.
 
     Args:
         kind: the class of transformers.
         name: what it is called in messages.
+        dtype: of the weights; None keeps that of the files.
         settings: for the constructor.
     Raises: UserError if the folder has none, or one whose settings and weights do not belong to each other.
     """
     place = expanded(folder, "the folder of the network")
-    if not (place / CONFIG).is_file():
-        raise UserError(f"there is no {name} in {place}; save one there with transformers' save_pretrained")
+    said = _said(place, name)
     if not (files := safetensors_of(place)):
         raise UserError(f"{place} has no safetensors files; save the network there with transformers' save_pretrained")
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= stored_tensors(file, "save the folder again")[0]
     try:
-        config = _config(kind, settings_object(place / CONFIG), weights)
-        _require_as_large(kind, config, weights, settings)
+        config = _config(kind, said, weights)
+        empty = _as_large(kind, config, weights, settings)
+        if torch.get_default_device().type == "meta":
+            stored = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
+            return empty.to(dtype or stored).train()
         network, found = kind.from_pretrained(
-            None, config=config, state_dict=weights, output_loading_info=True, attn_implementation="sdpa", **settings
+            None, config=config, state_dict=weights, dtype=dtype or "auto", output_loading_info=True, **settings
         )
     except Exception as error:  # whatever transformers and torch raise for settings that they do not know
         raise UserError(f"{place} has no {name} that transformers can read: {one_line(error)[:400]}") from error
@@ -61,23 +72,66 @@ def stored_network(kind: type[N], folder: str, name: str, **settings: object) ->
     return network.train()
 
 
+def kind_of(folder: str, causal: bool) -> type[PreTrainedModel]:
+    """The class of transformers that reads the network of texts in a folder, as its config.json says.
+
+    Args:
+        causal: the class with the head of a language model, whose tokens see only those before them; otherwise the one
+            without a head.
+    Raises: UserError if transformers has no class of its own for it, or none of this kind.
+    """
+    place = expanded(folder, "the folder of the network")
+    name = "causal language model" if causal else "text encoder"
+    said = _said(place, name)
+    model_type = said.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    config_class: Any = CONFIG_MAPPING[model_type] if known else None
+    kind: Any = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_MAPPING).get(config_class, None) if known else None
+    if kind is None or isinstance(kind, tuple) or kind.main_input_name != "input_ids" or config_class.sub_configs:
+        raise UserError(
+            f"transformers has no {name} for {place}, whose {CONFIG} says model_type={model_type!r:.80}; code in the "
+            "folder is never run, so take a network whose class is part of transformers, and reads text alone"
+        )
+    if said.get("is_encoder_decoder", getattr(config_class, "is_encoder_decoder", False)):
+        raise UserError(f"{place} has a {model_type}, an encoder with a decoder, and no {name}")
+    if causal and not said.get("is_decoder") and config_class in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(f"{place} has a {model_type}, whose tokens see those after them: it is no {name}")
+    return kind
+
+
 def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; `settings` are those of `AutoTokenizer.from_pretrained`.
 
     Raises: UserError where transformers has no tokenizer of its own that reads the folder's files.
     """
     try:
-        for file in sorted(folder.glob("*.json")):  # the files that are read whole, before anything is made of them
-            content_of(file)
+        for pattern, limit in _TOKENIZER_FILES.items():  # which are read whole, before anything is made of them
+            for file in sorted(folder.glob(pattern)):
+                content_of(file, limit)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
     except Exception as error:  # whatever transformers, tokenizers, protobuf and sentencepiece raise
         raise UserError(f"{folder} has no tokenizer that transformers can read: {one_line(error)[:400]}") from error
 
 
-def _config(kind: type[N], said: dict[str, object], weights: dict[str, Tensor]) -> object:
-    """The settings that the network's class declares. Raises: ValueError for more layers than there are tensors."""
+def _said(place: Path, name: str) -> dict[str, Any]:
+    """What a folder's config.json says. Raises: UserError if there is none, or it cannot be read."""
+    if not (place / CONFIG).is_file():
+        raise UserError(f"there is no {name} in {place}; save one there with transformers' save_pretrained")
+    try:
+        return settings_object(place / CONFIG)
+    except ValueError as error:
+        raise UserError(f"{place} has no {name} that transformers can read: {one_line(error)[:400]}") from error
+
+
+def _config(kind: type[N], said: dict[str, object], weights: dict[str, Tensor]) -> Any:
+    """The settings that the network's class declares. Those of older versions, such as rope_theta, become what the
+    class makes of them. Raises: ValueError for more layers than there are tensors.
+    """
+    understood = kind.config_class(**said)
     known = {field.name for field in dataclasses.fields(kind.config_class)} | _UNDECLARED
-    config = kind.config_class(**{name: value for name, value in said.items() if name in known})
+    attention = "sdpa" if kind._supports_sdpa else "eager"
+    declared = {name: getattr(understood, name) for name in known if hasattr(understood, name)}
+    config = kind.config_class(**declared, attn_implementation=attention)
     for name in ("num_hidden_layers", "num_decoder_layers"):
         layers = getattr(config, name, 1)
         if not 1 <= layers <= len(weights):
@@ -85,10 +139,12 @@ def _config(kind: type[N], said: dict[str, object], weights: dict[str, Tensor]) 
     return config
 
 
-def _require_as_large(kind: type[N], config: object, weights: dict[str, Tensor], settings: dict[str, object]) -> None:
-    """Builds the network without memory. Raises: ValueError if it would have far more numbers than are stored."""
+def _as_large(kind: type[N], config: object, weights: dict[str, Tensor], settings: dict[str, object]) -> N:
+    """The network without memory. Raises: ValueError if it has far more numbers than are stored."""
     with torch.device("meta"):
-        numbers = sum(weight.numel() for weight in kind(config, **settings).parameters())
+        network = kind(config, **settings)
+    numbers = sum(weight.numel() for weight in network.parameters())
     stored = sum(tensor.numel() for tensor in weights.values())
     if numbers > _MOST_UNSTORED * stored:
         raise ValueError(f"its {CONFIG} describes a network of {numbers:,} numbers, and its files have {stored:,}")
+    return network

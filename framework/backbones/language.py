@@ -1,14 +1,28 @@
 """Language models from transformers, built from a config: no hub, no download."""
 
-from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+import inspect
+from typing import Literal
 
-from lightspan.backbones.huggingface import stored_network
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lightspan.backbones.huggingface import kind_of, stored_network
 from lightspan.errors import UserError
 from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
-__all__ = ["bert", "llama", "stored_bert", "stored_t5", "t5"]
+__all__ = ["bert", "llama", "stored_causal_lm", "stored_encoder", "stored_t5", "t5"]
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def bert(
@@ -76,12 +90,30 @@ def llama(
     return LlamaForCausalLM(config)
 
 
-def stored_bert(folder: ReadPath) -> BertModel:
-    """BERT without pooler from a folder as transformers saves it, with its weights as safetensors.
+def stored_causal_lm(folder: ReadPath, dtype: Precision | None = "float32") -> PreTrainedModel:
+    """A causal language model, such as a Llama, Qwen2 or GPT-2, from a folder as transformers saves it, with its
+    weights as safetensors.
 
-    Raises: UserError as `lightspan.backbones.huggingface.stored_network`.
+    Its class follows from the folder's config.json and is one of transformers' own; no code of the folder runs.
+
+    Args:
+        dtype: of the weights; None keeps that of the files. In half precision a weight that trains loses steps that are
+            small beside it, so take it for weights that adapters leave frozen.
+    Raises: UserError as `lightspan.backbones.huggingface.kind_of` and `stored_network`.
     """
-    return stored_network(BertModel, folder, "BERT", add_pooling_layer=False)
+    kind = kind_of(folder, causal=True)
+    network = stored_network(kind, folder, "causal language model", dtype and getattr(torch, dtype))
+    network.config.use_cache = False  # useful only for generation
+    return network
+
+
+def stored_encoder(folder: ReadPath, dtype: Precision | None = "float32") -> PreTrainedModel:
+    """A text encoder without head and pooler, such as a BERT or RoBERTa, as `stored_causal_lm`. A causal language model
+    without its head is one too: each state then knows only the tokens before it.
+    """
+    kind = kind_of(folder, causal=False)
+    settings = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+    return stored_network(kind, folder, "text encoder", dtype and getattr(torch, dtype), **settings)
 
 
 def t5(

@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.config.build import Built
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 
@@ -35,7 +36,7 @@ def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tu
         return {"image": torch.zeros(1, *shape)}, known
     if data is None:
         raise UserError("this run has no data to learn the inputs from; give the shape of a picture with --shape C,H,W")
-    if isinstance(data, Shards) and (batch := data.stand_in()) is not None:
+    if isinstance(data, Shards | SampleSets) and (batch := data.stand_in()) is not None:
         return batch, known
     try:
         batch = _first_batch(built)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
+from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import rss_bytes
@@ -208,9 +209,9 @@ class _Step:
         self.notes: list[str] = []
         datamodule.trainer = trainer
         batch, whole = None, None
-        if isinstance(datamodule, Shards) and (batch := datamodule.stand_in()) is not None:
+        if isinstance(datamodule, Shards | SampleSets) and (batch := datamodule.stand_in()) is not None:
             whole = datamodule.batch_size
-            self.notes.append("a batch of zeros, black or silent, stands in for the shards, which are not here")
+            self.notes.append("a batch of zeros, black or silent, stands in for the data, which are not here")
         else:
             datamodule.prepare_data()
             datamodule.setup("fit")

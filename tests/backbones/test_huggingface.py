@@ -8,11 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from lightspan.backbones.attended import FeatureMaps
 from lightspan.backbones.dense import PyramidMaps
-from lightspan.backbones.language import bert, stored_bert, stored_t5, t5
+from lightspan.backbones.language import bert, llama, stored_causal_lm, stored_encoder, stored_t5, t5
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.vision import timm_backbone
 from lightspan.errors import UserError
@@ -34,7 +50,7 @@ def equal(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    for network, stored in ((t5(**SIZES), stored_t5), (bert(**SIZES), stored_bert)):
+    for network, stored in ((t5(**SIZES), stored_t5), (bert(**SIZES), stored_encoder)):
         again = stored(str(saved(network, tmp_path / stored.__name__)))
         assert again.training
         assert equal(network, again)
@@ -43,9 +59,11 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_an_encoder_comes_out_of_the_model_that_it_was_pretrained_in(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     whole = BertForMaskedLM(BertConfig(vocab_size=40, **small)).half()
-    encoder = stored_bert(str(saved(whole, tmp_path / "whole")))
+    folder = str(saved(whole, tmp_path / "whole"))
+    encoder = stored_encoder(folder, dtype=None)
     assert encoder.dtype == torch.float16
     assert torch.equal(encoder.embeddings.word_embeddings.weight, whole.bert.embeddings.word_embeddings.weight)
+    assert stored_encoder(folder).dtype == torch.float32  # half precision would lose small steps of training
 
 
 @pytest.mark.parametrize(
@@ -86,10 +104,10 @@ def test_settings_of_another_network_than_the_stored_one_are_refused(said: dict[
         stored_t5(str(saved(t5(**SIZES), tmp_path / "t5", **said)))
 
 
-@pytest.mark.parametrize("stored", [stored_t5, stored_bert])
-def test_an_index_does_not_lead_out_of_its_folder(stored: Callable[[str], Any], tmp_path: Path) -> None:
-    saved(t5(**SIZES), tmp_path / "other")
-    folder = saved(t5(**SIZES), tmp_path / "t5")
+@pytest.mark.parametrize(("stored", "make"), [(stored_t5, t5), (stored_encoder, bert), (stored_causal_lm, llama)])
+def test_an_index_does_not_lead_out_of_its_folder(stored: Any, make: Any, tmp_path: Path) -> None:
+    saved(make(**SIZES), tmp_path / "other")
+    folder = saved(make(**SIZES), tmp_path / "own")
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"shared.weight": "../other/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -99,15 +117,17 @@ def test_an_index_does_not_lead_out_of_its_folder(stored: Callable[[str], Any], 
 
 def test_settings_that_are_none_and_folders_without_weights_are_refused(tmp_path: Path) -> None:
     folder = saved(bert(**SIZES), tmp_path / "bert")
+    config = (folder / "config.json").read_text()
     for text in ("[1]", "[" * 100_000, "{", ""):
         (folder / "config.json").write_text(text)
-        with pytest.raises(UserError, match="has no BERT that transformers can read"):
-            stored_bert(str(folder))
+        with pytest.raises(UserError, match="has no text encoder that transformers can read"):
+            stored_encoder(str(folder))
+    (folder / "config.json").write_text(config)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no safetensors files"):
-        stored_bert(str(folder))
-    with pytest.raises(UserError, match="there is no BERT in"):
-        stored_bert(str(tmp_path / "absent"))
+        stored_encoder(str(folder))
+    with pytest.raises(UserError, match="there is no text encoder in"):
+        stored_encoder(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("place", ["evil.Evil", "stranger/repository--evil.Evil"])
@@ -141,3 +161,104 @@ def test_the_name_of_a_timm_network_is_no_address(kind: Callable[[str], Any], mo
     for name in ("hf-hub:stranger/model", "hf_hub:a/b", "local-dir:/tmp", "resnet18.nosuch", "resnet18/x", ""):
         with pytest.raises(UserError, match="timm has no network named"):
             kind(name)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=40, **SMALL)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(vocab_size=40, tie_word_embeddings=True, **SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=40, **SMALL)),
+}
+"""Small networks of several kinds; of the last a config says is_decoder=False, as of a BERT."""
+WORDS = torch.arange(12).view(2, 6)
+
+
+@torch.no_grad()
+def test_a_folder_is_opened_by_what_its_settings_say_it_is(tmp_path: Path) -> None:
+    for name, make in CAUSAL.items():
+        network = make()
+        folder = saved(network, tmp_path / name)
+        again = stored_causal_lm(str(folder))
+        assert type(again) is type(network)
+        assert again.training
+        assert not again.config.use_cache
+        assert equal(network, again)
+        shared = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+        assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == shared
+        theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+        assert torch.equal(again.eval()(input_ids=WORDS).logits, theirs(input_ids=WORDS).logits)
+        assert type(stored_encoder(str(folder))) is type(network.base_model)
+    roberta = RobertaModel(RobertaConfig(vocab_size=40, **SMALL), add_pooling_layer=True)
+    again = stored_encoder(str(saved(roberta, tmp_path / "roberta")))
+    assert again.pooler is None
+    assert again.state_dict().keys() == {key for key in roberta.state_dict() if not key.startswith("pooler")}
+
+
+@torch.no_grad()
+def test_settings_of_an_older_transformers_become_those_of_today(tmp_path: Path) -> None:
+    """Transformers 4 wrote rope_theta beside the other settings; left out, positions would turn by other angles."""
+    network = CAUSAL["llama"]()
+    folder = saved(network, tmp_path / "llama", rope_theta=100.0, rope_scaling={"type": "linear", "factor": 2.0})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    ours = stored_causal_lm(str(folder)).eval()
+    assert ours.config.rope_parameters["rope_theta"] == 100
+    assert torch.equal(ours(input_ids=WORDS).logits, theirs(input_ids=WORDS).logits)
+    assert not torch.allclose(ours(input_ids=WORDS).logits, network.eval()(input_ids=WORDS).logits)
+
+
+def test_a_trunk_saved_without_its_head_gets_the_tied_one_or_is_refused(tmp_path: Path) -> None:
+    network = CAUSAL["gpt2"]()
+    again = stored_causal_lm(str(saved(network.transformer, tmp_path / "gpt2")))  # as gpt2's files on the hub are named
+    assert equal(network, again)
+    with pytest.raises(UserError, match=r"has no whole causal language model.*lm_head\.weight"):
+        stored_causal_lm(str(saved(LlamaModel(LlamaConfig(vocab_size=40, **SMALL)), tmp_path / "llama")))
+
+
+def test_networks_that_are_no_causal_language_model_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    cases = {
+        "bert": (bert(**SIZES), {}, "whose tokens see those after them"),
+        "t5": (t5(**SIZES), {}, "model_type='t5'"),
+        "own": (
+            llama(40, 16, 1, 2, 24, 16),
+            {"model_type": "stranger", "auto_map": {"AutoModel": "e.E"}},
+            "'stranger'",
+        ),
+        "list": (llama(40, 16, 1, 2, 24, 16), {"model_type": ["llama"]}, "model_type="),
+        "pictures": (llama(40, 16, 1, 2, 24, 16), {"model_type": "vit"}, "'vit'"),
+        "both": (llama(40, 16, 1, 2, 24, 16), {"model_type": "gemma3"}, "reads text alone"),
+    }
+    for name, (network, said, message) in cases.items():
+        with pytest.raises(UserError, match=message):
+            stored_causal_lm(str(saved(network, tmp_path / name, **said)))
+
+
+def test_on_the_meta_device_a_stored_network_has_shapes_and_no_numbers(tmp_path: Path) -> None:
+    folder = str(saved(CAUSAL["qwen2"]().half(), tmp_path / "qwen2"))
+    for dtype in (None, "bfloat16"):
+        with torch.device("meta"):
+            outline = stored_causal_lm(folder, dtype)
+        whole = stored_causal_lm(folder, dtype)
+        assert all(tensor.is_meta for tensor in outline.parameters())
+        for name, tensor in whole.state_dict().items():
+            assert (outline.state_dict()[name].shape, outline.state_dict()[name].dtype) == (tensor.shape, tensor.dtype)
+
+
+def test_training_does_not_write_into_the_folder(tmp_path: Path) -> None:
+    """The weights are the file's own pages, which several processes share until they change them."""
+    folder = saved(CAUSAL["llama"](), tmp_path / "llama")
+    before = (folder / "model.safetensors").read_bytes()
+    network = stored_causal_lm(str(folder))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before

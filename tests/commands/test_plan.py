@@ -527,7 +527,7 @@ def test_a_plan_needs_no_shards_and_one_that_is_there_has_to_be_whole(tmp_path: 
     data = Shards([str(tmp_path / "0.tar")], image_size=8, batch_size=12)
     plan = make_plan(trainer(tmp_path), Pictures(), data, AMPLE, division=Division(ranks=3))
     assert plan.step.rows == 4
-    assert plan.notes == ["a batch of zeros, black or silent, stands in for the shards, which are not here"]
+    assert plan.notes == ["a batch of zeros, black or silent, stands in for the data, which are not here"]
     (tmp_path / "0.tar").write_bytes(b"")
     data = Shards([str(tmp_path / f"{number}.tar") for number in range(2)], image_size=8)
     with pytest.raises(UserError, match=r"0\.tar is not a tar file"):

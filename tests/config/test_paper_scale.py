@@ -22,7 +22,6 @@ from lightspan.method import Method
 REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image_text", "supervised"}
 
 WITHOUT = {
-    "lightspan.methods.language.text_classifier": "no paper of its own: its recipes fine-tune a whole MiniLM",
     "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
     "none": "supervised/linear is the baseline of supervised/grassmann",
 }
@@ -50,7 +49,15 @@ ONE_RANK = [
 
 def at_scale(config: dict[str, Any]) -> bool:
     """A paper's data come as shards, folders of pictures, lists of words, texts or arrays, which no package has."""
-    files = ("'shards': ", ".folder.ImageFolder'", ".spelling.WordList'", ".own.OwnSequences'", ".domains.DomainFiles'")
+    files = (
+        "'shards': ",
+        ".folder.ImageFolder'",
+        ".spelling.WordList'",
+        ".own.OwnSequences'",
+        ".domains.DomainFiles'",
+        ".labelled.LabelledTextFiles'",
+        ".chat.Chat'",
+    )
     return any(part in str(config["data"]) for part in files)
 
 

@@ -17,10 +17,12 @@ from picture_files import write_pictures
 from safetensors.torch import save_file, save_model
 from shard_files import write_shard
 from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from lightspan.backbones.denoisers import EncoderDecoder
-from lightspan.backbones.language import t5
+from lightspan.backbones.language import llama, t5
 from lightspan.backbones.sequence import sequence_transformer
+from lightspan.backbones.trained_tokenizers import trained_tokenizer
 from lightspan.cli import main
 
 SHORT = [
@@ -145,7 +147,40 @@ def pets() -> list[str]:
     return ["data.init_args.cache_dir=cache"]
 
 
+def tokenizer(folder: str, text: str) -> int:
+    """A small one of bytes, as transformers saves it; how many numbers it has."""
+    made = trained_tokenizer([text], 300)
+    made.save_pretrained(folder)
+    return len(made)
+
+
+def lines(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text("\n".join(map(json.dumps, rows)))
+
+
+def mrpc() -> list[str]:
+    """GLUE's MRPC as `datasets` writes it, and small RoBERTas with the head that they were pretrained with."""
+    for part in ("train", "validation"):
+        rows = [{"sentence1": f"{n} is", "sentence2": f"is {n}", "label": n % 2, "idx": n} for n in range(6)]
+        lines(f"mrpc/{part}.jsonl", rows)
+    for folder in ("runs/roberta_base", "runs/roberta_large"):
+        vocab_size = tokenizer(folder, "what is one?")
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        RobertaForMaskedLM(RobertaConfig(vocab_size=vocab_size, **sizes)).save_pretrained(folder)
+    return []
+
+
+def commonsense() -> list[str]:
+    """Questions with answers, and a small Llama."""
+    lines("commonsense/train.jsonl", [{"prompt": f"is {n} even?", "completion": str(n % 2 == 0)} for n in range(9)])
+    llama(tokenizer("runs/llama", "is it?"), 32, 1, 2, 32, 256).save_pretrained("runs/llama")
+    return ["data.init_args.val_size=3"]
+
+
 ROWS = {
+    "adaptation/flora_commonsense": commonsense,
+    "adaptation/svfit_mrpc": mrpc,
     "compression/pela_imagenet": deit,
     "contrastive/softcon_ssl4eo": dinov2,
     "generative/diffscaler_ffhq": dit_xl,
@@ -153,6 +188,7 @@ ROWS = {
     "masked/spt_lra_image": long_range_arena,
     "merging/atlas_clip": clip,
     "robustness/nmtune_pets": pets,
+    "subspace/said_mrpc": mrpc,
     "supervised/sequence_lra_image": long_range_arena,
 }
 

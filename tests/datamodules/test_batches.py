@@ -74,10 +74,12 @@ from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
 from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
+from lightspan.datamodules.text.chat import Chat
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
+from lightspan.datamodules.text.labelled import LabelledTextFiles
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.shards import TextShards
@@ -157,6 +159,20 @@ def functions(folder: Path) -> str:
         source = f'def f{number}():\n    """Gives back number {number} alone."""\n    return {number}\n'
         (folder / f"file_{number}.py").write_text(source)
     return str(folder)
+
+
+def judged(folder: Path) -> str:
+    path = folder / "labelled.jsonl"
+    rows = [{"text": f"text {n}", "other": f"other {n}", "label": n % 3} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def said(folder: Path) -> str:
+    path = folder / "chat.jsonl"
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
 
 
 def lines(folder: Path) -> str:
@@ -283,6 +299,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: ScoredPairs(lines(folder), HashedWords(), val_size=2, batch_size=4),
         "ScoredPairBatch",
     ),
+    "Chat": (
+        lambda folder: Chat(said(folder), HashedWords(), val_size=2, length=12, batch_size=4),
+        "ChatBatch",
+    ),
     "QueryShards": (
         lambda folder: QueryShards(
             [
@@ -380,6 +400,16 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
     "BlankSequences": (lambda folder: BlankSequences(5, 2, batch_size=4), "SequenceBatch"),
     "OwnSequences": (own_sequences, "SequenceBatch"),
+    "LabelledTextFiles": (
+        lambda folder: LabelledTextFiles(judged(folder), HashedWords(), val_size=2, length=9, batch_size=4),
+        "LabelledTextBatch",
+    ),
+    "LabelledTextFiles, pairs": (
+        lambda folder: LabelledTextFiles(
+            judged(folder), HashedWords(), val_size=2, fields=("text", "other"), length=9, batch_size=4
+        ),
+        "LabelledPairBatch",
+    ),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }
 

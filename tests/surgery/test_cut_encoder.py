@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, MPNetConfig, MPNetModel
 
-from lightspan.backbones.language import bert, llama, stored_bert
+from lightspan.backbones.language import bert, llama, stored_encoder
 from lightspan.errors import UserError
 from lightspan.surgery.cut_encoder import cut_encoder
 
@@ -41,7 +41,7 @@ def test_the_folder_of_a_cut_network_is_read_by_transformers_alone(tmp_path: Pat
     small.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, add_pooling_layer=False)
     assert (loaded.config.num_hidden_layers, loaded.config.truncate_dim) == (2, 8)
-    again = stored_bert(str(tmp_path)).eval()
+    again = stored_encoder(str(tmp_path)).eval()
     for one in (loaded, again):
         assert torch.equal(one(input_ids=TOKENS).last_hidden_state, small.eval()(input_ids=TOKENS).last_hidden_state)
 
@@ -60,5 +60,5 @@ def test_sizes_and_networks_that_cannot_be_cut_are_refused(tmp_path: Path) -> No
         cut_encoder(torch.nn.Linear(2, 2), 1)
     with pytest.raises(UserError, match="cannot be cut: the last states of its first 1 blocks differ"):
         cut_encoder(llama(20, 16, 2, 2, 24, 16).model, 1)
-    with pytest.raises(UserError, match="there is no BERT in"):
-        stored_bert(str(tmp_path))
+    with pytest.raises(UserError, match="there is no text encoder in"):
+        stored_encoder(str(tmp_path))

@@ -4,12 +4,13 @@ Source: mean pooling as in Reimers and Gurevych, "Sentence-BERT", 2019, arXiv 19
 positions, D width, K classes.
 """
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightspan.datamodules.batches import LabelledTextBatch
+from lightspan.datamodules.batches import LabelledPairBatch, LabelledTextBatch
 from lightspan.errors import UserError
 from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
@@ -19,7 +20,7 @@ from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
 class TextClassifier(Method):
-    """Trains `backbone`, a transformers encoder, and a new linear head with cross-entropy.
+    """Trains `backbone`, a transformers encoder, and a new linear head with cross-entropy, on single texts or on pairs.
 
     Args:
         backbone: maps input_ids and attention_mask, int64 [B T], to an output with `last_hidden_state` [B T D].
@@ -39,38 +40,41 @@ class TextClassifier(Method):
         require_encoder(backbone, "TextClassifier")
         self.backbone, self.num_classes = backbone, num_classes
         self.num_tokens = getattr(backbone.config, "vocab_size", None)
+        self.takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)
 
-    def features(self, batch: LabelledTextBatch) -> Tensor:
+    def features(self, batch: LabelledTextBatch | LabelledPairBatch) -> Tensor:
         """Mean of the last states over the mask, [B D]."""
         tokens_BT, mask_BT = texts_of(batch, "TextClassifier")
         longest = max(1, int(mask_BT.sum(dim=1).max()))  # columns that are padding in every row only cost time
         tokens_BT, mask_BT = tokens_BT[:, :longest], mask_BT[:, :longest]
-        states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
+        types_BT: Any = batch.get("token_types") if self.takes_types else None
+        types = {} if types_BT is None else {"token_type_ids": types_BT[:, :longest]}
+        states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, **types).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
 
-    def training_step(self, batch: LabelledTextBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: LabelledTextBatch | LabelledPairBatch, batch_idx: int) -> Tensor:
         loss, accuracy = self.loss_and_accuracy(batch)
         self.log_training({"train/loss_nats": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: LabelledTextBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: LabelledTextBatch | LabelledPairBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
 
-    def test_step(self, batch: LabelledTextBatch, batch_idx: int) -> None:
+    def test_step(self, batch: LabelledTextBatch | LabelledPairBatch, batch_idx: int) -> None:
         self.evaluate(batch, "test")
 
-    def predict_step(self, batch: LabelledTextBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: LabelledTextBatch | LabelledPairBatch, batch_idx: int) -> Tensor:
         """Logits [B K]."""
         return self.head(self.features(batch))
 
-    def loss_and_accuracy(self, batch: LabelledTextBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_accuracy(self, batch: LabelledTextBatch | LabelledPairBatch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy in nats, and the share of texts whose largest logit is that of their label."""
         logits_BK = self.head(self.features(batch))
         label_B = labels_of(batch, "TextClassifier")
         return label_cross_entropy(logits_BK, label_B), share_right(logits_BK, label_B)
 
-    def evaluate(self, batch: LabelledTextBatch, stage: str) -> None:
+    def evaluate(self, batch: LabelledTextBatch | LabelledPairBatch, stage: str) -> None:
         loss, accuracy = self.loss_and_accuracy(batch)
         figures = {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}
         self.log_dict(figures, batch_size=len(batch["tokens"]), prog_bar=True, sync_dist=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +54,33 @@ def texts_of(batch: Mapping[str, Any], method: str) -> tuple[Tensor, Tensor]:
         )
     _require_equal(batch, "tokens", "mask", 2, method)
     return tokens_BT, batch["mask"]
+
+
+def learned_of(batch: Mapping[str, Any], method: str) -> Tensor | None:
+    """Which tokens of a batch of texts are to be predicted, bool [B T]: those of `learned`, without it those that are
+    no padding; None if no field tells.
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for fields of another kind or shape.
+    """
+    known = "learned" if "learned" in batch else "mask"
+    if known not in batch:
+        return None
+    _require_equal(batch, "tokens", known, 2, method)
+    return batch[known].bool()
+
+
+def places_of(mask_BT: Tensor) -> Tensor:
+    """How many tokens of its text stand before each token, int64 [B T]. Padding counts on: a row of one text has the
+    numbers from 0 up.
+
+    Args:
+        mask_BT: the number of a token's text, from 1 up, side by side in a row; 0 on padding, at the end.
+    """
+    place_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    begins_BT = (mask_BT.diff(dim=1, prepend=mask_BT[:, :1]) != 0) & (mask_BT != 0)
+    return place_T - place_T.where(begins_BT, 0).cummax(dim=1).values
 
 
 def require_encoder(backbone: Any, method: str) -> None:
