@@ -1,7 +1,7 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
