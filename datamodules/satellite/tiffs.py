@@ -3,11 +3,11 @@
 Shapes: S bands, H W pixels.
 """
 
-import contextlib
 import io
 import lzma
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +53,7 @@ _UNBOUNDED: dict[int, Callable[[], Any]] = {
     32773: _PackBits,
 }
 """How to unpack what tifffile unpacks whole, by the number of the compression."""
-with contextlib.suppress(ImportError):  # Python 3.14
+if sys.version_info >= (3, 14):
     from compression import zstd
 
     _UNBOUNDED |= dict.fromkeys((34926, 50000), zstd.ZstdDecompressor)
