@@ -1,6 +1,7 @@
 """The one exception that means: the user can fix this; and how foreign text is made safe to print."""
 
 import sys
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -12,13 +13,17 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with every control character except line breaks and tabs escaped (`\\x1b`).
+    """The text with every control character except line breaks and tabs escaped (`\\x1b`). Spaces of any width stay.
 
     Names, settings and answers of servers come from others, and a terminal obeys control characters in them.
     """
     if text.isprintable():
         return text
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _is_plain(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_plain(letter: str) -> bool:
+    return letter in "\n\t" or letter.isprintable() or unicodedata.category(letter) == "Zs"
 
 
 def one_line(text: object) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from test_house_rules import ROOT, SOURCES
 
 from lightspan.console import SafeConsole
+from lightspan.runs.numbers import number
 
 # What loads or runs what a file says, by the end of its dotted name, and the settings that make it safe.
 SAFE_WITH: dict[str, dict[str, object]] = {
@@ -130,6 +131,14 @@ def test_a_table_cannot_control_the_terminal() -> None:
         said = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # rich's own styles
         assert not {*said} & {"\x1b", "\x07", "\x9b", "\u202e"}
         assert r"x\x1b]0;pwn\x1b[31m\x9b31m\u202e" in said  # rich leaves out the bell by itself
+
+
+def test_tables_show_our_own_numbers_and_the_spaces_of_all_languages() -> None:
+    shown = number(1_234_567), "20\N{NO-BREAK SPACE}\N{DEGREE SIGN}C", "名\N{IDEOGRAPHIC SPACE}前"
+    table = Table(*shown)
+    console = SafeConsole(file=io.StringIO(), width=60)
+    console.print(table)
+    assert all(text in console.file.getvalue() for text in shown)
 
 
 def test_json_of_others_is_read_within_limits() -> None:

@@ -224,9 +224,34 @@ def test_a_part_of_a_scene_unpacks_to_no_more_than_the_scene(tmp_path: Path) -> 
     assert read_tiff(path, 1).tolist() == np.ones((1, 8, 8)).tolist()
     with tifffile.TiffFile(path) as file:
         tags = file.pages[0].tags
-        places = [tags[name].valueoffset for name in ("StripOffsets", "StripByteCounts")]
-    content, bomb = bytearray(path.read_bytes()), zlib.compress(bytes(2**28))
-    for place, value in zip(places, (len(content), len(bomb)), strict=True):
-        content[place : place + 4] = value.to_bytes(4, "little")
-    with pytest.raises(ValueError, match="unpacks to more than"):
-        read_tiff(bytes(content + bomb), 1)
+        places = [tags[name].valueoffset for name in ("StripOffsets", "StripByteCounts", "Compression")]
+
+    def scene(compression: int, part: bytes) -> bytes:
+        content = bytearray(path.read_bytes())
+        for place, size, value in zip(places, (4, 4, 2), (len(content), len(part), compression), strict=True):
+            content[place : place + size] = value.to_bytes(size, "little")
+        return bytes(content + part)
+
+    deflate, packbits, zstd = 8, 32773, 50000
+    for compression, bomb in ((deflate, zlib.compress(bytes(2**28))), (packbits, b"\x81\x00" * 2**17)):
+        with pytest.raises(ValueError, match="unpacks to more than"):
+            read_tiff(scene(compression, bomb), 1)
+    rows = bytes([2, 7, 7, 7, 128, 252, 9]) * 8  # three bytes as they are, nothing, and one five times
+    assert read_tiff(scene(packbits, rows + b"\x80" * 2**17), 1).tolist() == [[[7] * 3 + [9] * 5] * 8]
+    with pytest.raises(ValueError, match=r"damaged TIFF|requires"):
+        read_tiff(scene(zstd, b"none"), 1)
+
+
+def test_a_scene_is_what_is_in_its_own_file(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "other.tif", np.full((8, 8), 2, np.uint8))
+    os.mkfifo(tmp_path / "pipe")
+    plane = "<TiffData IFD='0' FirstZ='{}' PlaneCount='1'><UUID FileName='{}'>{}</UUID></TiffData>"
+    (tmp_path / "inside").mkdir()
+    for other in ("../other.tif", str(tmp_path / "other.tif"), "../pipe"):
+        pixels = "<Pixels DimensionOrder='XYZCT' SizeC='1' SizeT='1' SizeX='8' SizeY='8' SizeZ='2' Type='uint8'>"
+        planes = plane.format(0, "a.tif", "a") + plane.format(1, other, "b")
+        text = f"<OME xmlns='http://x/OME' UUID='a'><Image>{pixels}{planes}</Pixels></Image></OME>"
+        path = tmp_path / "inside" / "a.tif"
+        tifffile.imwrite(path, np.ones((8, 8), np.uint8), description=f"<?xml version='1.0'?>{text}", metadata=None)
+        assert read_tiff(path, None).tolist() == np.ones((1, 8, 8)).tolist()

@@ -3,6 +3,7 @@
 Shapes: S bands, H W pixels.
 """
 
+import contextlib
 import io
 import lzma
 import math
@@ -19,17 +20,43 @@ from lightspan.foreign import NUMBERS, drained, opened_regular
 
 ENDINGS = (".tif", ".tiff")
 # What tifffile and the decoders of compressed parts raise beside ValueError and OSError; those of imagecodecs are
-# RuntimeErrors.
+# RuntimeErrors, and one that is not installed is an ImportError.
 _DAMAGE = (
-    LookupError, RuntimeError, TypeError, AttributeError, EOFError, MemoryError, struct.error, zlib.error,
+    LookupError, RuntimeError, TypeError, AttributeError, ImportError, EOFError, MemoryError, struct.error, zlib.error,
     lzma.LZMAError,
 )  # fmt: skip
+
+_OF_ONE_FILE = {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
+"""Kinds of microscopes in which a file names others, which tifffile opens too, wherever they are. Without their
+descriptions they are pages.
+"""
+
+
+class _PackBits:
+    """Counts what PackBits unpacks to, and makes zeros of it: it stands for a decompressor in `drained`."""
+
+    eof = True  # nothing in a part tells its end
+
+    def decompress(self, packed: bytes, most: int) -> bytes:
+        """At most `most` zeros; n < 128 is followed by n + 1 bytes as they are, n > 128 by one byte 257 - n times."""
+        at = count = 0
+        while at < len(packed) and count < most:
+            n = packed[at]
+            count += n + 1 if n < 128 else (257 - n) % 129
+            at += n + 2 if n < 128 else 1 + (n > 128)
+        return bytes(min(count, most))
+
 
 _UNBOUNDED: dict[int, Callable[[], Any]] = {
     **dict.fromkeys((8, 32946, 50013), zlib.decompressobj),  # Adobe's deflate, and what it was called before and after
     34925: lzma.LZMADecompressor,
+    32773: _PackBits,
 }
 """How to unpack what tifffile unpacks whole, by the number of the compression."""
+with contextlib.suppress(ImportError):  # Python 3.14
+    from compression import zstd
+
+    _UNBOUNDED |= dict.fromkeys((34926, 50000), zstd.ZstdDecompressor)
 _LARGE_PART = 2**17  # bytes
 
 
@@ -52,7 +79,7 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
     try:
         with (
             io.BytesIO(content) if isinstance(content, bytes) else opened_regular(content) as stream,
-            tifffile.TiffFile(stream) as file,
+            tifffile.TiffFile(stream, **_OF_ONE_FILE) as file,
         ):
             if not file.series:
                 raise ValueError("it has no picture")
@@ -73,7 +100,8 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
 def _require_honest(stream: BinaryIO, page: Any) -> None:
     """tifffile unpacks a part of a page whole, whatever size the page says, before it looks at it.
 
-    Raises: ValueError for a part, packed with deflate or LZMA, that unpacks to more than the page can hold.
+    Raises: ValueError for a part, packed with deflate, LZMA, PackBits or Zstandard, that unpacks to more than the page
+        can hold.
     """
     if page is None or int(page.compression) not in _UNBOUNDED:
         return
