@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from waiting import HANG_S, wait_until
 
 from lightspan.cli import main
@@ -151,6 +152,17 @@ def test_a_checkpoint_of_another_model(alone, capsys, callbacks):
         assert str(alone) in message
         assert "another model" in message
         assert "layer.weight" in message
+
+
+@pytest.mark.parametrize("callbacks", ["trainer.max_steps=8", "trainer.callbacks.checkpoint=null"])
+def test_a_checkpoint_with_code_or_without_memory(alone, capsys, callbacks):
+    content = torch.load(alone, weights_only=True)
+    for entry, said in ((print, "more than tensors"), (torch.zeros(1).expand(2**40), "numbers")):
+        torch.save(content | {"hyper_parameters": {"x": entry}}, alone)
+        for command in (["fit", "--resume"], ["validate", "--ckpt"]):
+            message = refused([*command, str(alone), *TINY, "--run", "r", callbacks], capsys)
+            assert str(alone) in message
+            assert said in message
 
 
 def test_a_truncated_checkpoint(alone, capsys):

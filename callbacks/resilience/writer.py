@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightspan.callbacks.resilience.stamp import KEY, run_ids
 from lightspan.checkpoints.background import Background
 from lightspan.checkpoints.folder import FolderCheckpoints, said
-from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn
+from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, take_over
 from lightspan.checkpoints.manifest import COMPLETE, header, newest_whole, point_latest, seal_folder
 from lightspan.distributed import world_size
 from lightspan.errors import UserError
@@ -43,8 +42,7 @@ class Writer:
             check: refuses the checkpoint of a sharded model, whose folder is read part by part.
         """
         strategy = trainer.strategy
-        if type(strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
-            strategy.checkpoint_io = WholeFileCheckpointIO(self._background, strategy.broadcast)
+        take_over(strategy, self._background)
         if isinstance(strategy, ModelParallelStrategy):
             self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn, outline)
             if strategy._save_distributed_checkpoint:

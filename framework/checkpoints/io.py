@@ -8,7 +8,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from lightspan import __version__
 from lightspan.checkpoints.background import Background, staged
@@ -78,6 +80,12 @@ class WholeFileCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove(Path(path))
+
+
+def take_over(strategy: Strategy, background: Background | None = None) -> None:
+    """From now on a strategy that writes single files reads and writes them as `WholeFileCheckpointIO` does."""
+    if type(strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
+        strategy.checkpoint_io = WholeFileCheckpointIO(background, strategy.broadcast)
 
 
 def chosen(path: Path, broadcast: Callable[[Any], Any]) -> Path:

@@ -8,18 +8,20 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.checkpoints.content import counts_fault, described, state_fault
+from lightspan.checkpoints.names import OwnFiles
 from lightspan.checkpoints.shards import first_line
 from lightspan.errors import UserError
 
@@ -78,7 +80,14 @@ def warn_of_what_cannot_go_on(trainer: Trainer) -> None:
 
 
 def refuse_what_cannot_go_on(trainer: Trainer, loaded: dict[str, Any]) -> None:
-    """Raises: UserError for a checkpoint that cannot be resumed because of the state of its callbacks."""
+    """Raises: UserError for a checkpoint that cannot be resumed because of the state of its callbacks, or with which
+    Lightning's ModelCheckpoint would remove what is not its own.
+    """
+    for entry, path in _removable(trainer, loaded):
+        raise UserError(
+            f"checkpoint {trainer.ckpt_path} cannot be used: its entry {entry} is {path!r:.200}, which is no "
+            "checkpoint in the folder of that callback, and would be removed at the next save"
+        )
     for key in _of_swa(trainer):
         state = (loaded.get("callbacks") or {}).get(key)
         if isinstance(state, dict) and state.get("scheduler_state") is not None:
@@ -104,6 +113,23 @@ def unfreeze(trainer: Trainer, module: LightningModule, trained: list[str] | Non
             part.track_running_stats = True  # as unfreezing does
     for weight, trains in wanted.items():
         weight.requires_grad_(trains)
+
+
+def _removable(trainer: Trainer, loaded: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(entry, path) of what Lightning's ModelCheckpoint would take for its own and is not. It removes, folders too,
+    what begins with the path of its folder, wherever `..` leads from there, and whatever is not local.
+    """
+    states = loaded.get("callbacks") or {}
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key, states.get(callback._legacy_state_key))
+        if not isinstance(callback, ModelCheckpoint) or isinstance(callback, OwnFiles) or not isinstance(state, dict):
+            continue
+        ranked = state.get("best_k_models") or {}
+        paths = [(name, state.get(name)) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+        for name, path in (*paths, *(("best_k_models", path) for path in ranked)):
+            own = isinstance(path, str) and path.endswith(callback.FILE_EXTENSION)
+            if path and not (own and ".." not in Path(path).parts and "://" not in path):
+                yield f"callbacks.{callback.state_key}.{name}", path
 
 
 def _of_swa(trainer: Trainer) -> list[str]:

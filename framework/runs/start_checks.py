@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR
 
+from lightspan.checkpoints.restore import refuse_what_cannot_go_on
 from lightspan.errors import UserError, print_notes
 from lightspan.nn.teachers.frozen import Frozen
 
@@ -21,8 +23,11 @@ class StartChecks(Callback):
     """Warns of training loaders that keep no position, of a run that ends before its first validation, and of one that
     outlasts its schedule. Silences Lightning's warning of a teacher in evaluation mode.
 
-    Raises: UserError for a schedule that ends before the run.
+    Raises: UserError for a schedule that ends before the run, and for a checkpoint that cannot be resumed.
     """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        refuse_what_cannot_go_on(trainer, checkpoint)  # also where the recipe has no `Checkpoint`, which would do so
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         silence_frozen(pl_module)

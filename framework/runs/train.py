@@ -27,10 +27,12 @@ def call(function: Callable[[], Any], built: Built, run_dir: Path, checkpoint: P
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightspan.callbacks.resilience.preemption import Preempted
+    from lightspan.checkpoints.io import take_over
     from lightspan.distributed import leave
     from lightspan.signals import installed
 
     flag = installed()
+    take_over(built.trainer.strategy)  # a checkpoint is checked also where the recipe has no `Checkpoint`
     try:
         result = function()
         leave()

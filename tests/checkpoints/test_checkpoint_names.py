@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.checkpoints.io import WholeFileCheckpointIO
 from lightspan.checkpoints.names import _pattern
 from lightspan.errors import UserError
+from lightspan.runs.start_checks import StartChecks
 
 
 @pytest.fixture
@@ -47,6 +49,46 @@ def test_a_checkpoint_that_names_another_folder_does_not_have_it_removed(fit, tm
     WholeFileCheckpointIO().save_checkpoint(content, last)
     fit(8, Checkpoint(**settings), last)
     assert (path / "thesis.tex").read_text() == "x"
+
+
+def test_a_checkpoint_has_lightnings_own_callback_remove_nothing_else_either(make_trainer, net, batches, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+
+    def fit(steps: int, *first: Callback, ckpt: Path | None = None) -> None:
+        kept = [ModelCheckpoint(tmp_path / "ranked", every_n_train_steps=1, save_last=True), *first]
+        trainer = make_trainer(max_steps=steps, enable_checkpointing=True, callbacks=kept)
+        trainer.fit(net(), batches(5), ckpt_path=ckpt and str(ckpt), weights_only=True)
+
+    fit(1, Checkpoint(every_n_train_steps=1))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    ((key, state),) = [entry for entry in content["callbacks"].items() if entry[0].startswith("ModelCheckpoint")]
+    sound = dict(state)
+    for entry in ("best_model_path", "last_model_path", "kth_best_model_path", "best_k_models"):
+        for path in (
+            f"{tmp_path}/ranked/../victim",
+            f"{tmp_path}/ranked/../victim.ckpt",
+            f"{tmp_path}/ranked",
+            "s3://a.ckpt",
+        ):
+            state |= sound | {entry: {path: torch.tensor(0.0)} if entry == "best_k_models" else path}
+            WholeFileCheckpointIO().save_checkpoint(content, last)
+            for checks in (Checkpoint(every_n_train_steps=1), StartChecks()):
+                with pytest.raises(UserError, match=entry):
+                    fit(3, checks, ckpt=last)
+    state |= sound
+    WholeFileCheckpointIO().save_checkpoint(content, last)
+    fit(3, StartChecks(), ckpt=last)
+    assert victim.is_dir()
+    assert names(tmp_path / "ranked") == ["epoch=0-step=3.ckpt", "last.ckpt"]
+    # Lightning moves what it called so before version 0.10 into the state of the callback.
+    del content["callbacks"][key], content["loops"]
+    content |= {"pytorch-lightning_version": "0.9.0", "checkpoint_callback_best_model_score": None}
+    content["checkpoint_callback_best_model_path"] = f"{tmp_path}/ranked/../victim"
+    WholeFileCheckpointIO().save_checkpoint(content, last)
+    with pytest.raises(UserError, match="best_model_path"):
+        fit(3, StartChecks(), ckpt=last)
 
 
 @pytest.mark.parametrize(
