@@ -20,7 +20,7 @@ from lightspan.errors import UserError, print_notes, printable
 from lightspan.run_files import PREDICTIONS, TESTED, VALIDATED
 from lightspan.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, put_weights
+from lightspan.runs.train import call, check_checkpoints, put_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +59,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     resolved = with_seed(resolved, run_dir, source)
     resolved = with_layer(resolved, {"trainer": {"logger": False}})  # the metrics go to one JSON file
     built = build(resolved, run_dir)
+    check_checkpoints(built)
     alone = source.suffix == ".safetensors"
     if alone:
         Adaptation.act(built.trainer, built.model)  # a callback adds what it adds before weights are loaded

@@ -35,7 +35,15 @@ from lightspan.runs.folder import (
 )
 from lightspan.runs.metrics_csv import write_csv
 from lightspan.runs.seed import with_seed
-from lightspan.runs.train import call, check_at_start, meet_after_restart, obey_signals, stop_at_start, takes_no_step
+from lightspan.runs.train import (
+    call,
+    check_at_start,
+    check_checkpoints,
+    meet_after_restart,
+    obey_signals,
+    stop_at_start,
+    takes_no_step,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -119,6 +127,7 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
         )
     built = build(resolved, run_dir)
     check_at_start(built)
+    check_checkpoints(built)
     if untrained:
         stop_at_start(built, run_dir / LAST_CHECKPOINT)
     obey_signals(built)

@@ -27,12 +27,10 @@ def call(function: Callable[[], Any], built: Built, run_dir: Path, checkpoint: P
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightspan.callbacks.resilience.preemption import Preempted
-    from lightspan.checkpoints.io import take_over
     from lightspan.distributed import leave
     from lightspan.signals import installed
 
     flag = installed()
-    take_over(built.trainer.strategy)  # a checkpoint is checked also where the recipe has no `Checkpoint`
     try:
         result = function()
         leave()
@@ -128,6 +126,13 @@ def check_at_start(built: Built) -> None:
 
     # First, since Lightning wants callbacks that write checkpoints last.
     built.trainer.callbacks.insert(0, StartChecks())  # type: ignore[attr-defined]  # a connector of the trainer sets it
+
+
+def check_checkpoints(built: Built) -> None:
+    """Has the checkpoint that a run loads checked, also where the recipe has no `Checkpoint`, which does the same."""
+    from lightspan.checkpoints.io import take_over
+
+    take_over(built.trainer.strategy)
 
 
 def takes_no_step(resolved: Resolved) -> bool:
