@@ -54,7 +54,7 @@ _UNBOUNDED: dict[int, Callable[[], Any]] = {
 }
 """How to unpack what tifffile unpacks whole, by the number of the compression."""
 with contextlib.suppress(ImportError):  # Python 3.14
-    from compression import zstd
+    from compression import zstd  # type: ignore[import-not-found]
 
     _UNBOUNDED |= dict.fromkeys((34926, 50000), zstd.ZstdDecompressor)
 _LARGE_PART = 2**17  # bytes
