@@ -73,7 +73,7 @@ def divided(
 
 def _end_from(ends: np.ndarray, place: int) -> int:
     """The first end of a block from a place on, or the last of all."""
-    return int(ends[min(np.searchsorted(ends, place), len(ends) - 1)])
+    return int(ends[min(int(np.searchsorted(ends, place)), len(ends) - 1)])
 
 
 def _standardised(table: np.ndarray, train: np.ndarray) -> np.ndarray:

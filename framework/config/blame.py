@@ -102,8 +102,8 @@ def first_user_error(error: BaseException) -> UserError | None:
     """The UserError nearest to the start of a chain of `raise ... from`, whose own cause may be any error; None if the
     chain has none.
     """
-    found = error if isinstance(error, UserError) else None
-    return (error.__cause__ and first_user_error(error.__cause__)) or found
+    deeper = None if error.__cause__ is None else first_user_error(error.__cause__)
+    return deeper or (error if isinstance(error, UserError) else None)
 
 
 def _kind(error: Exception) -> str:
