@@ -729,13 +729,26 @@ class SliceBatch(TypedDict):
 class TableBatch(TypedDict):
     """Rows of a table, with a number to predict from each.
 
-    table: float32 [B, F], columns standardised as those of the training rows.
+    table: float32 [B, F], columns standardised as those of the training rows, 0 where a value is missing.
     target: float32 [B], in the unit that the data module names.
     index: int64 [B], the row's position in its dataset.
     """
 
     table: Tensor
     target: Tensor
+    index: Tensor
+
+
+class LabelledTableBatch(TypedDict):
+    """Rows of a table, with the class of each.
+
+    table: float32 [B, F], standardised as in a TableBatch.
+    label: int64 [B]; all 0 where the data have none.
+    index: int64 [B].
+    """
+
+    table: Tensor
+    label: Tensor
     index: Tensor
 
 
@@ -749,4 +762,17 @@ class TableViewsBatch(TypedDict):
 
     views: list[Tensor]
     target: Tensor
+    index: Tensor
+
+
+class LabelledTableViewsBatch(TypedDict):
+    """Several views of each row of a table, as in a TableViewsBatch, with the class of each.
+
+    views: V tensors, float32 [B, F].
+    label: int64 [B]; all 0 where the data have none.
+    index: int64 [B].
+    """
+
+    views: list[Tensor]
+    label: Tensor
     index: Tensor

@@ -63,6 +63,8 @@ PIXELS = Limit("pixels", 2**26, "LIGHTSPAN_MAX_PIXELS")
 """Of a picture: width times height."""
 NUMBERS = Limit("numbers", 2**28, "LIGHTSPAN_MAX_NUMBERS")
 """Of an array, a recording or a scene, over all bands and channels."""
+CELLS = Limit("cells", 2**26, "LIGHTSPAN_MAX_CELLS")
+"""Of a table: rows times columns, each of which takes about 60 bytes as text."""
 BYTES = Limit("bytes", 2**32, "LIGHTSPAN_MAX_BYTES")
 """Of a file that is read whole, and of what is unpacked from one."""
 SETTINGS_BYTES = Limit("bytes", 2**24, "LIGHTSPAN_MAX_SETTINGS_BYTES")

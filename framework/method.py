@@ -15,6 +15,7 @@ from lightspan.distributed import mean_over_ranks, register_replicated, world_si
 from lightspan.errors import UserError, one_line
 from lightspan.nn.image_numbers import keep_on_host, require_places, require_room
 from lightspan.nn.labels import require_labels
+from lightspan.nn.samples import as_given
 from lightspan.nn.sequences.texts import require_known_tokens
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
@@ -111,18 +112,20 @@ class Method(LightningModule):
         return moved
 
     def features(self, batch: Any) -> Tensor:
-        """What probes read, float [B, D], before any projector: `backbone` of a batch's images, or of its first views.
+        """What probes read, float [B, D], before any projector: `backbone` of a batch's images, rows of a table or
+        first views.
 
         A method whose backbone has another name or reads something else overrides it.
 
         Raises: UserError if it does not, and has no backbone, or a batch has no images.
         """
         backbone, holds = getattr(self, "backbone", None), batch if isinstance(batch, Mapping) else {}
-        if not isinstance(backbone, nn.Module) or not ("image" in holds or len(holds.get("views", ()))):
+        given = as_given(holds)
+        if not isinstance(backbone, nn.Module) or (given is None and not len(holds.get("views", ()))):
             raise UserError(
                 f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
             )
-        return backbone(holds["image"] if "image" in holds else holds["views"][0])
+        return backbone(holds["views"][0] if given is None else given)
 
     def embeddings(self, batch: Any) -> Tensor:
         """What the loss compares, float [B, P], where collapse shows first: the features through `projector` if a

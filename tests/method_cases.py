@@ -100,6 +100,7 @@ from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.tag_classifier import TagClassifier
@@ -328,6 +329,12 @@ def words(rows: int, seed: int) -> dict[str, Any]:
 def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     given = words(rows, seed) | texts(rows, seed)
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
+def measured_rows(rows: int, seed: int) -> dict[str, Any]:
+    """Rows of a table with a number each."""
+    table = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
+    return {"table": table, "target": table[:, 0] * 2 + 1, "index": torch.arange(rows) + ROWS * seed}
 
 
 def series(rows: int, seed: int) -> dict[str, Any]:
@@ -820,6 +827,7 @@ CASES: dict[str, Case] = {
         unsharded="which FSDP2 splits",
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
     "supervised.sequence_classifier": Case(
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),

@@ -34,6 +34,7 @@ from lightspan.datamodules.satellite.tiffs import read_tiff
 from lightspan.datamodules.sequences.own import OwnSequences
 from lightspan.datamodules.shards.index import scan
 from lightspan.datamodules.shards.verify import listed
+from lightspan.datamodules.tables.columns import read_columns
 from lightspan.datamodules.text.documents import Skipped, find_documents
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.spelling import WordList
@@ -60,6 +61,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "array": ("a.npy", read_array),
     "arrays": ("a.npz", read_arrays),
     "array on disk": ("a.npy", mapped_array),
+    "table": ("a.csv", read_columns),
     "idx": ("a.gz", read_idx),
     "words": ("a.txt", lambda path: WordList(str(path), stored_tokenizer).setup()),
     "text in windows": ("a.txt", lambda path: ByteText([str(path)]).setup()),

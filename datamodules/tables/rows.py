@@ -1,10 +1,11 @@
-"""Rows of real tables with a number to predict: scikit-learn's diabetes, and house prices. Nothing is downloaded.
+"""Rows of real tables with a number or a class to predict: scikit-learn's diabetes and breast cancer, and house prices.
+Nothing is downloaded.
 
 Shapes: N rows, F columns.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,9 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
+from lightspan.datamodules.tables.parts import Parts, Rows, divided, shuffled
 from lightspan.errors import UserError
 from lightspan.places import ReadPath
-
-
-class Rows(NamedTuple):
-    """table: float32 [N, F]; target: float32 [N]."""
-
-    table: np.ndarray
-    target: np.ndarray
 
 
 class RowViews:
@@ -48,7 +43,9 @@ class RowViews:
 
 
 class RowSamples:
-    """Samples of `TableBatch`, or, with views, of `TableViewsBatch`."""
+    """Samples of `TableBatch`, or, with views, of `TableViewsBatch`; where targets are classes, of `LabelledTableBatch`
+    or `LabelledTableViewsBatch`.
+    """
 
     def __init__(self, rows: Rows, views: RowViews | None = None) -> None:
         self.rows, self.views = rows, views
@@ -58,7 +55,8 @@ class RowSamples:
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         row_F = torch.from_numpy(self.rows.table[index])
-        rest = {"target": torch.tensor(self.rows.target[index]), "index": torch.tensor(index)}
+        field = "target" if self.rows.target.dtype.kind == "f" else "label"
+        rest = {field: torch.tensor(self.rows.target[index]), "index": torch.tensor(index)}
         if self.views is None:
             return {"table": row_F, **rest}
         with seeded(seed):
@@ -66,10 +64,10 @@ class RowSamples:
 
 
 class TableData(SampleSets):
-    """What tables share. A subclass says how many columns it has, and loads. A fifth of the rows is for testing.
+    """What tables share. A subclass says how many columns it has, and loads. Rows are divided and standardised by
+    `lightspan.datamodules.tables.parts.divided`.
 
-    Training batches are `TableViewsBatch` if `views` is given, else `TableBatch`; all other batches are `TableBatch`.
-    Columns are standardised with the mean and deviation of the training rows; one that is constant there becomes 0.
+    Batches are those of `RowSamples`, of which only training batches have views.
 
     Args:
         batch_size: rows of one optimiser step over all ranks.
@@ -82,7 +80,8 @@ class TableData(SampleSets):
         num_workers: processes that fetch batches.
     """
 
-    columns: ClassVar[int]  # F
+    columns: int
+    """F; known after `setup` where it depends on a file."""
 
     def __init__(
         self,
@@ -104,30 +103,22 @@ class TableData(SampleSets):
 
     @abstractmethod
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """(columns [N, F], targets [N]) of all rows."""
+        """Of all rows (columns [N, F], NaN where a value is missing; targets [N], integers if they are classes)."""
+
+    def parts(self) -> Parts:
+        """Loads, divides and standardises. Raises: UserError if no training row is left."""
+        table, target = self.load()
+        return divided(table, target, shuffled(len(target), self.split_seed), self.val_size, self.leave_out)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardise, once. Raises: UserError if no training row is left."""
+        """Once. Raises: UserError as `parts`."""
         if self.train is not None:
             return
-        table, target = (np.asarray(values, dtype=np.float64) for values in self.load())
-        order = np.random.default_rng(self.split_seed).permutation(len(target))
-        test, rest = order[: len(order) // 5], order[len(order) // 5 :]
-        val, train = (rest[: self.val_size], rest[self.val_size :]) if self.val_size else (test, rest)
-        if self.leave_out is not None:
-            train = train[(target[train] < self.leave_out[0]) | (target[train] >= self.leave_out[1])]
-        if not len(train):
-            raise UserError(
-                f"val_size={self.val_size} and leave_out={self.leave_out} leave no training row of {len(target)}; "
-                "change one of them"
-            )
-        mean, deviation = table[train].mean(axis=0), table[train].std(axis=0)
-        table = np.where(deviation > 0, (table - mean) / np.where(deviation > 0, deviation, 1), 0)
-        parts = [Rows(table[part].astype(np.float32), target[part].astype(np.float32)) for part in (train, val, test)]
-        self.train, self.bank = RowSamples(parts[0], self.views), RowSamples(parts[0])
-        self.val, self.test = RowSamples(parts[1]), RowSamples(parts[2])
-        validated = len(self.val) if self.val_size else None
-        samples = f"rows of {table.shape[1]} columns"
+        parts = self.parts()
+        self.train, self.bank = RowSamples(parts.train, self.views), RowSamples(parts.train)
+        self.val, self.test = RowSamples(parts.val), RowSamples(parts.test)
+        validated = None if parts.val is parts.test else len(self.val)
+        samples = f"rows of {parts.train.table.shape[1]} columns"
         say(f"rows: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
 
     def test_dataloader(self) -> EvaluationLoader:
@@ -145,6 +136,19 @@ class Diabetes(TableData):
         from sklearn.datasets import load_diabetes
 
         return load_diabetes(return_X_y=True)
+
+
+class BreastCancer(TableData):
+    """569 growths, 30 measurements of each, and whether it is malignant (0) or benign (1), from scikit-learn (Street et
+    al. 1993).
+    """
+
+    columns = 30
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_breast_cancer
+
+        return load_breast_cancer(return_X_y=True)
 
 
 class Ames(TableData):

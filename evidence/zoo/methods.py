@@ -332,6 +332,7 @@ LEFT_OUT = {
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "UL2": "learns from text, which these pictures are not",
     "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
+    "Regressor": "predicts numbers, of which these pictures have none",
     "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",

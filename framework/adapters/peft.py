@@ -323,7 +323,9 @@ def _trained_modules(model: nn.Module) -> list[str]:
             )
         if not module or len(mine) < len(list(model.get_submodule(module).parameters())):
             raise UserError(f"{mine[0]} trained by itself, but PEFT saves whole modules; train its whole module")
-        if twins := [name for name, _ in model.named_modules() if name != module and name.endswith(module)]:
+        # PEFT copies what it mistakes for a trained module, which changes nothing of one without numbers (an Identity).
+        mistaken = [name for name, part in model.named_modules() if name != module and part.state_dict()]
+        if twins := [name for name in mistaken if name.endswith(module)]:
             raise UserError(f"PEFT would mistake {twins[0]} for {module}, which trained completely; rename one of them")
     return modules
 

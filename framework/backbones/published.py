@@ -24,9 +24,11 @@ from lightspan.places import ReadPath
 __all__ = ["timm_published", "timm_vit", "torchvision_published"]
 
 
-def timm_published(name: str) -> nn.Module:
-    """A timm network with its head, and the default weights of its name, such as resnet18 or resnet18.a1_in1k.
+def timm_published(name: str, outputs: int | None = None) -> nn.Module:
+    """A timm network with the default weights of its name, such as resnet18 or resnet18.a1_in1k.
 
+    Args:
+        outputs: None keeps the published head, 0 leaves it out, and another number gives a new, random one.
     Raises: UserError for an unknown name, or where the cache of Hugging Face does not hold its model.safetensors.
     """
     require_known(name, [*timm.list_models(), *timm.list_pretrained()], "timm")
@@ -41,7 +43,8 @@ def timm_published(name: str) -> nn.Module:
             f"the weights of {name} are not on this disk: the cache of Hugging Face has no {repository}/"
             f"model.safetensors; where there is a network, `hf download {repository} model.safetensors` fetches them"
         ) from error
-    return timm_network(name, pretrained=True, pretrained_cfg_overlay={"file": file})
+    head = {} if outputs is None else {"num_classes": outputs}
+    return timm_network(name, pretrained=True, pretrained_cfg_overlay={"file": file}, **head)
 
 
 def timm_vit(
@@ -57,8 +60,8 @@ def timm_vit(
         path: safetensors file of its weights under timm's names, or those that DINOv2 and OpenAI's CLIP were published
             under; None leaves random ones.
         prefix: of these names in the file; other names are ignored.
-        outputs: of the head; 0 leaves it out. CLIP's is the map into the space that images share with texts, of 512 or
-            768 dimensions.
+        outputs: of the head; 0 leaves it out, also that of the file. CLIP's is the map into the space that images share
+            with texts, of 512 or 768 dimensions.
         image_size: H = W in pixels, a multiple of the patch's side; None is that of the name. Positions of a file of
             another size are resampled.
     Raises: UserError for an unknown name, a size that does not fit, or as `lightspan.backbones.weights.with_weights`.
@@ -71,7 +74,9 @@ def timm_vit(
     if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
     if path is not None:
-        fill(network, checkpoint_filter_fn(tensors_behind(path, prefix), network), path, prefix)
+        tensors = checkpoint_filter_fn(tensors_behind(path, prefix), network)
+        kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
+        fill(network, kept, path, prefix)
     return network
 
 

@@ -106,6 +106,7 @@ class SmallConvNet(nn.Module):
 
 class MLP(nn.Module):
     """Linear layers with ReLU, on flattened images of one size: [B C H W] -> [B num_features], the last hidden layer.
+    Rows of a table, [B F], are images of 1 x 1 x F.
 
     Weights start He-normal and biases at zero, as in Li et al. 2018 (arXiv 1804.08838). With a classifier of 10 classes
     after it, hidden [200, 200] on 28 x 28 grey images is their network of 199,210 weights.
@@ -122,7 +123,7 @@ class MLP(nn.Module):
             raise UserError(f"MLP: in_shape={tuple(in_shape)} and hidden={tuple(hidden)} must contain numbers above 0")
         layers = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU(inplace=True))]
         self.layers = nn.Sequential(nn.Flatten(), *layers)
-        self.num_features = widths[-1]
+        self.in_shape, self.num_features = tuple(in_shape), widths[-1]
         he_normal_(self)
 
     @property
@@ -131,6 +132,12 @@ class MLP(nn.Module):
         return [*self.layers][2::2]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Raises: UserError for samples of another number of values."""
+        if math.prod(x_BCHW.shape[1:]) != math.prod(self.in_shape):
+            shape = [*[1] * (4 - x_BCHW.ndim), *x_BCHW.shape[1:]]
+            raise UserError(
+                f"MLP: in_shape={list(self.in_shape)}, but a sample of this batch is {shape}; set in_shape to that"
+            )
         return self.layers(x_BCHW)
 
 

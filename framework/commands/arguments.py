@@ -4,11 +4,14 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightspan.config.resolve import TRAINED, Resolved, resolve
 from lightspan.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
+DATA_OPTIONS = ("--images", "--image-size", "--table", "--target")
+"""The user's own data in the place of a recipe's; each has a value."""
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +37,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_images_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images FOLDER and --image-size PIXELS, which `resolved_from` lays over the recipe."""
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """--images FOLDER and --image-size PIXELS, or --table FILE and --target COLUMN, which `resolved_from` lays over the
+    recipe.
+    """
     parser.add_argument(
         "--images",
         type=folder,
@@ -48,19 +53,34 @@ def add_images_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
     )
+    parser.add_argument(
+        "--table",
+        type=file,
+        metavar="FILE",
+        help="the rows of this CSV or Parquet file instead of the recipe's data",
+    )
+    parser.add_argument("--target", metavar="COLUMN", help="the column of --table that is predicted")
 
 
 def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> Resolved:
-    """The recipe of a command line with its overlays, --images and flags, in this order.
+    """The recipe of a command line with its overlays, --images or --table, and flags, in this order.
 
     Args:
         kinds: of recipes that the verb can use.
-    Raises: UserError as `lightspan.config.resolve.resolve`, for pictures that a recipe cannot use, and for an
-        --image-size of no --images.
+    Raises: UserError as `lightspan.config.resolve.resolve`, for pictures or rows that a recipe cannot use, for both of
+        them, and for an --image-size without --images or a --target without --table.
     """
+    if args.images is None and args.image_size is not None:
+        raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
+    if args.table is None and args.target is not None:
+        raise UserError("--target is a column of --table FILE, which is not given")
+    if args.table is not None:
+        if args.images is not None:
+            raise UserError("--images and --table both replace the recipe's data; give one of them")
+        from lightspan.config.own_tables import with_table
+
+        return with_table(args.recipe, args.overlays, args.table, args.target, args.flags, args.allow_modules, kinds)
     if args.images is None:
-        if args.image_size is not None:
-            raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
         return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
     from lightspan.config.own_pictures import with_pictures
 
@@ -71,9 +91,14 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
 def configuration_words(args: argparse.Namespace) -> list[str]:
     """What another command line needs after RECIPE for the same configuration, besides --allow-module."""
     overlays = [word for overlay in args.overlays for word in ("-c", overlay)]
-    images = [] if args.images is None else ["--images", str(args.images)]
-    size = [] if args.image_size is None else ["--image-size", str(args.image_size)]
-    return [*overlays, *images, *size, *args.flags]
+    given = [(option, option_value(args, option)) for option in DATA_OPTIONS]
+    data = [word for option, value in given if value is not None for word in (option, str(value))]
+    return [*overlays, *data, *args.flags]
+
+
+def option_value(args: argparse.Namespace, option: str) -> Any:
+    """What argparse read for an option such as "--image-size"."""
+    return getattr(args, option.removeprefix("--").replace("-", "_"))
 
 
 def add_allow_module_argument(parser: argparse.ArgumentParser) -> None:

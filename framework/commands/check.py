@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, resolved_from
+from lightspan.commands.arguments import add_data_arguments, add_recipe_arguments, resolved_from
 from lightspan.config.estimator_inputs import of_files
 from lightspan.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.config.tree import COMMAND_LINE
@@ -20,7 +20,7 @@ WAY_OUT = "repair or remove them, or train without them with data.init_args.skip
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--fast",
         action="store_true",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.commands.arguments import (
-    add_images_arguments,
+    add_data_arguments,
     add_recipe_arguments,
     add_run_argument,
     file,
@@ -25,7 +25,7 @@ from lightspan.runs.train import call, check_checkpoints, put_weights
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     add_run_argument(parser)
     parser.add_argument(
         "--ckpt",

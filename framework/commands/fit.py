@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightspan.checkpoints.manifest import manifest
 from lightspan.commands.arguments import (
-    add_images_arguments,
+    add_data_arguments,
     add_recipe_arguments,
     add_run_argument,
     add_worker_arguments,
@@ -53,7 +53,7 @@ ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     add_run_argument(parser)
     parser.add_argument(
         "--resume",

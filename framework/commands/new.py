@@ -1,4 +1,5 @@
-"""`lightspan new`: the files of a new method, with content that already runs.
+"""`lightspan new`: the files of a new method, with content that already runs. `templates` has a TOML file with the
+skeleton of each kind of method, and what all kinds share.
 
 In a checkout of lightspan, method, recipe, test and evidence go where such files belong. In any folder outside of one
 they form their own project: a package named after the method, with recipe, test and evidence beside it.
@@ -11,17 +12,22 @@ import importlib.util
 import keyword
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from lightspan.commands.arguments import folder
-from lightspan.errors import UserError, printable
+from lightspan.config.problems import nearest
+from lightspan.errors import UserError, one_line, printable
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 40
 RESERVED = ("scale",)  # contains overlays, not recipes
+TEMPLATES = resources.files("lightspan.commands") / "templates"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where to write: a checkout of lightspan, or your own project (default: the current folder)",
     )
+    parser.add_argument(
+        "--like", metavar="FAMILY", help="begin as methods of this family do (default: the family itself)"
+    )
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,14 @@ class NewFiles:
     """Where the files go, how they name the method, and what to do next.
 
     Attributes:
-        files: template names by path, relative to the folder; an empty name stands for an empty file.
+        files: what `_filled` calls their parts, by path relative to the folder; None stands for an empty file.
         module: where the class is.
         evidence: what the recipe says about its evidence.
         optional: those of `files` that may exist already, and are then kept.
         commands: to type next, in the folder.
     """
 
-    files: dict[str, list[str]]
+    files: dict[str, str | None]
     module: str
     evidence: str
     optional: tuple[str, ...]
@@ -68,13 +77,24 @@ def run(args: argparse.Namespace) -> int:
             f"{root.resolve()} lies inside a checkout of lightspan; add the method to that with --in {around}, or name "
             "a folder outside of it for a project of your own"
         )
+    kind = _kind_of(family, args.like)
     layout = _in_the_house(family, name) if house else _of_ones_own(name)
     there = [path for path in layout.files if (root / path).exists() and path not in layout.optional]
     if there:
         raise UserError(f"{', '.join(str(root / path) for path in there)} exists; choose another name, or remove it")
     if not house and _is_installed(name):
         raise UserError(f"a package named {name} would hide the installed one; choose another name")
-    texts = {path: _text(parts, layout, family, name, house) for path, parts in layout.files.items()}
+    given = {
+        "title": name.replace("_", " ").capitalize(),
+        "cls": _class_of(name),
+        "family": family,
+        "module": layout.module,
+        "class_path": f"{layout.module}.{_class_of(name)}",
+        "evidence": layout.evidence,
+    }
+    tail = (TEMPLATES / f"evidence_{'house' if house else 'own'}.py.txt").read_text(encoding="utf-8")
+    own = "lightspan" if house else name
+    texts = {path: _filled(kind, part, given, tail, own) if part else "" for path, part in layout.files.items()}
     _require_class_of_its_own(args.name, _class_of(name), texts)
     new = {root / path: text for path, text in texts.items() if not (root / path).exists()}
     for path, text in new.items():
@@ -150,11 +170,11 @@ def _in_the_house(family: str, name: str) -> NewFiles:
     package = f"framework/methods/{family}/__init__.py"
     return NewFiles(
         {
-            package: [],
-            f"framework/methods/{family}/{name}.py": ["method.py"],
-            f"recipes/{family}/{name}.yaml": ["recipe.yaml"],
-            test: ["test.py"],
-            evidence: ["evidence.py", "evidence_house.py"],
+            package: None,
+            f"framework/methods/{family}/{name}.py": "method",
+            f"recipes/{family}/{name}.yaml": "recipe.yaml",
+            test: "test",
+            evidence: "evidence.py",
         },
         f"lightspan.methods.{family}.{name}",
         evidence,
@@ -173,11 +193,11 @@ def _of_ones_own(name: str) -> NewFiles:
     test, evidence = f"test_{name}.py", f"evidence_{name}.py"
     return NewFiles(
         {
-            f"{name}/__init__.py": [],
-            f"{name}/method.py": ["method.py"],
-            f"{name}.yaml": ["recipe.yaml"],
-            test: ["test.py"],
-            evidence: ["evidence.py", "evidence_own.py"],
+            f"{name}/__init__.py": None,
+            f"{name}/method.py": "method",
+            f"{name}.yaml": "recipe.yaml",
+            test: "test",
+            evidence: "evidence.py",
         },
         f"{name}.method",
         evidence,
@@ -191,18 +211,47 @@ def _of_ones_own(name: str) -> NewFiles:
     )
 
 
-def _text(parts: list[str], layout: NewFiles, family: str, name: str, house: bool) -> str:
-    templates = resources.files("lightspan.commands") / "templates"
-    cls = _class_of(name)
-    text = Template("".join((templates / f"{part}.txt").read_text(encoding="utf-8") for part in parts)).substitute(
-        title=name.replace("_", " ").capitalize(),
-        cls=cls,
-        family=family,
-        module=layout.module,
-        class_path=f"{layout.module}.{cls}",
-        evidence=layout.evidence,
+def _kinds() -> dict[str, dict[str, Any]]:
+    """Skeletons by family."""
+    kinds = [_toml(file) for file in (TEMPLATES / "kinds").iterdir()]
+    return {family: kind for kind in kinds for family in kind["families"]}
+
+
+def _kind_of(family: str, like: str | None) -> dict[str, Any]:
+    """Raises: UserError for a family without a skeleton, with the nearest one that has one."""
+    kinds = _kinds()
+    if (wanted := like or family) in kinds:
+        return kinds[wanted]
+    other = "" if like else "; for a family of another name, add --like FAMILY with one of these"
+    raise UserError(
+        f"there is no skeleton for the family {one_line(wanted)}; {nearest(wanted, kinds)}there are some for "
+        f"{', '.join(sorted(kinds))}{other}"
     )
-    return _with_sorted_imports(text, "lightspan" if house else name) if parts and parts[0].endswith(".py") else text
+
+
+def _filled(kind: dict[str, Any], part: str, given: dict[str, str], tail: str, own: str) -> str:
+    """The file for a part: "method" and "test" are of the kind, "recipe.yaml" and "evidence.py" are shared.
+
+    Args:
+        tail: what ends the evidence: a test in the house, a script elsewhere.
+        own: the package whose imports come last.
+    """
+    if part in ("method", "test"):
+        return _with_sorted_imports(Template(kind[part]).substitute(given), own)
+    data = _toml(TEMPLATES / "data" / f"{kind['data']}.toml")
+    fragments = data | {key: kind[key] for key in ("model", "build")}
+    fragments["imports"] = kind["imports"] + data["imports"]
+    if kind["views"]:
+        fragments |= {"recipe": data["recipe_views"], "code": data["code_views"]}
+        fragments["imports"] += data["imports_views"]
+    filled = {key: Template(text).substitute(given).rstrip("\n") for key, text in fragments.items()}
+    shared = (TEMPLATES / f"{part}.txt").read_text(encoding="utf-8")
+    text = Template(shared).substitute(given | filled)
+    return text if part == "recipe.yaml" else _with_sorted_imports(text + tail, own)
+
+
+def _toml(file: Traversable) -> dict[str, Any]:
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def _with_sorted_imports(text: str, own: str) -> str:

@@ -20,10 +20,10 @@ _CHECKPOINTING = {"class_path": "lightspan.callbacks.training.activation_checkpo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from lightspan.commands.arguments import add_images_arguments, add_recipe_arguments, folder
+    from lightspan.commands.arguments import add_data_arguments, add_recipe_arguments, folder
 
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--memory",
         type=float,

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightspan.commands.arguments import (
-    add_images_arguments,
+    DATA_OPTIONS,
+    add_data_arguments,
     add_recipe_arguments,
     add_run_queue_arguments,
     configuration_words,
     count,
     folder,
+    option_value,
     resolved_from,
 )
 from lightspan.commands.sweep import fit_arguments, refuse_changed_recipe, require_allowed, require_summary
@@ -52,7 +54,7 @@ SEEDS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--sizes", nargs="+", metavar="N", help="numbers of training samples, 3 or more; of a folder: further ones"
     )
@@ -120,9 +122,9 @@ def _begun(args: argparse.Namespace) -> tuple[Study, Sweep, Path]:
 def _continued(args: argparse.Namespace, place: Path) -> tuple[Study, Sweep, Path]:
     """`lightspan scaling DIR`: the curve of a folder, with more sizes and seeds if some are given."""
     study, before = read(place), files.read(place)
-    for option in ("out", "steps", "classes", "images", "image_size"):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option} belongs to a new curve; {place} is continued as its {SCALING} says")
+    for option in ("--out", "--steps", "--classes", *DATA_OPTIONS):
+        if option_value(args, option) is not None:
+            raise UserError(f"{option} belongs to a new curve; {place} is continued as its {SCALING} says")
     if args.flags or args.overlays or args.seed_keys:
         given = [*args.flags, *args.overlays, *args.seed_keys][0]
         raise UserError(f"{given}: {place} is continued as its {SCALING} says; a changed curve needs another --out")

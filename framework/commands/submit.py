@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightspan.commands.arguments import (
-    add_images_arguments,
+    add_data_arguments,
     add_recipe_arguments,
     configuration_words,
     count,
@@ -41,7 +41,7 @@ _LABEL = re.compile(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--run",
         type=folder,
@@ -302,7 +302,7 @@ def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[s
         time=args.time,
         image=args.image,
         wandb=args.wandb,
-        inputs=() if args.images is None else (str(args.images.absolute()),),
+        inputs=tuple(str(place.absolute()) for place in (args.images, args.table) if place is not None),
         array=subject.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),

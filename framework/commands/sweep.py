@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightspan.commands.arguments import (
-    add_images_arguments,
+    add_data_arguments,
     add_recipe_arguments,
     add_worker_arguments,
     configuration_words,
@@ -46,7 +46,7 @@ _ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    add_images_arguments(parser)
+    add_data_arguments(parser)
     add_worker_arguments(parser)
     parser.add_argument("--method", choices=METHODS, default="grid", help="which points (default grid: all)")
     parser.add_argument("--trials", type=count, metavar="N", help="how many points random or tpe tries")

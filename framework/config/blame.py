@@ -98,11 +98,12 @@ def unfit_batch(error: BaseException) -> str | None:
     return None
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The error that started a chain of `raise ... from`."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def first_user_error(error: BaseException) -> UserError | None:
+    """The UserError nearest to the start of a chain of `raise ... from`, whose own cause may be any error; None if the
+    chain has none.
+    """
+    deeper = None if error.__cause__ is None else first_user_error(error.__cause__)
+    return deeper or (error if isinstance(error, UserError) else None)
 
 
 def _kind(error: Exception) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.config import allow
-from lightspan.config.blame import blame, deepest_cause, first_cause, of_two_of_a_kind, own_line
+from lightspan.config.blame import blame, deepest_cause, first_user_error, of_two_of_a_kind, own_line
 from lightspan.config.places import RUN
 from lightspan.config.resolve import (
     TRAINED,
@@ -213,7 +213,7 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
             raise UserError(f"{resolved.name} does not build: {message}") from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise
-        if isinstance(first := first_cause(error), UserError):  # from a function, which is called without `construct`
+        if (first := first_user_error(error)) is not None:  # from a function, which is called without `construct`
             raise UserError(f"{resolved.name} does not build: {first}") from error
         raise UserError(f"{complaint}: {error}") from error
 

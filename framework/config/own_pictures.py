@@ -1,26 +1,22 @@
-"""`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures.
+"""`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures (`own_data`).
 
-The layer lies above all overlays and below the flags of the command line. It replaces the data, keeps their views and
-batch size, and changes what depends on the pictures' size, channels and classes: views, the network's first layer, and
-the number of classes. Keys that mean this have the same name in every class; what else follows from these, parts take
-from each other. What an overlay says of the folder itself (`val_size`, `links`) would be lost with the data that
-the layer replaces, so it is laid over the layer.
+It replaces the data, keeps their views and batch size, and changes what depends on the pictures' size, channels and
+classes: views, the network's first layer, and the number of classes. Keys that mean this have the same name in every
+class; what else follows from these, parts take from each other.
 """
 
 import ast
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightspan.config.flags import flag_layer
-from lightspan.config.merge import merge_layers
-from lightspan.config.resolve import TRAINED, Resolved, checked, merged, overlay_layers, refuse_kind, with_layers
-from lightspan.config.signatures import Signature, member, signature
+from lightspan.config.own_data import Layer, OwnData, fitted
+from lightspan.config.resolve import TRAINED, Resolved, refuse_kind
+from lightspan.config.signatures import Signature, member
 from lightspan.config.source import Definition
-from lightspan.config.tree import Node, wrap
 from lightspan.errors import UserError
 
 DATA = "lightspan.datamodules.pictures.folder.ImageFolder"
@@ -51,64 +47,11 @@ def with_pictures(
     kinds: Sequence[str] = TRAINED,
 ) -> Resolved:
     """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
-    given = overlay_layers(overlays)
-    found, tree, notes = merged(recipe, (), ())
-    tree, more = merge_layers([tree, *map(_without_settings_of_folder, given)])
-    resolved = checked(found, tree, [*notes, *more], allow_modules, kinds)
-    layer, said = pictures_layer(resolved, folder, size)
-    # That the recipe's data go is what --images asks for, so the merge's own notes on it say nothing new.
-    over = with_layers(resolved, [wrap(layer, "--images"), *filter(None, map(_settings_of_folder, given))], "--images")
-    said += [note for overlay in given for note in _lost(overlay)]
-    pictures = replace(over, notes=[*resolved.notes, *said], about=_described(resolved, folder))
-    return with_layers(pictures, [flag_layer(list(flags))]) if flags else pictures
+    pictures = OwnData("--images", DATA, FITTED, "pictures", folder, lambda found: pictures_layer(found, folder, size))
+    return pictures.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 
-def _settings_of_folder(layer: Node) -> Node | None:
-    """What an overlay says of the data that only the folder's class reads, as a layer; None if it says nothing."""
-    given = layer.at(("data", "init_args"))
-    if given is None:
-        return None
-    kept = {key: given.value[key] for key in _of_folder(given)}
-    if not kept:
-        return None
-    return Node({"data": Node({"init_args": Node(kept, given.where)}, given.where)}, layer.where)
-
-
-def _without_settings_of_folder(layer: Node) -> Node:
-    """The overlay without them, whose names the recipe's own data need not know."""
-    given = layer.at(("data", "init_args"))
-    if given is None or not _of_folder(given):
-        return layer
-    kept = {key: node for key, node in given.value.items() if key not in _of_folder(given)}
-    data = layer.value["data"]
-    return replace(
-        layer, value=layer.value | {"data": replace(data, value=data.value | {"init_args": replace(given, value=kept)})}
-    )
-
-
-def _of_folder(settings: Node) -> set[Any]:
-    return (settings.value.keys() & _taken()) - FITTED if isinstance(settings.value, dict) else set()
-
-
-def _lost(overlay: Node) -> list[str]:
-    """What to say of an overlay's settings that the folder's class does not have."""
-    given = overlay.at(("data", "init_args"))
-    if given is None or not isinstance(given.value, dict):
-        return []
-    return [
-        f"{node.where} data.init_args.{key}: dropped with the recipe's own data; pictures of a folder have no {key}"
-        for key, node in given.value.items()
-        if key not in _taken()
-    ]
-
-
-def _taken() -> set[str]:
-    takes = signature(DATA)
-    assert isinstance(takes, Signature)
-    return {*takes.parameters}
-
-
-def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
+def pictures_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     """(the layer, lines on what it changes).
 
     Args:
@@ -143,7 +86,7 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> tuple[dict[st
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
         )
-    model_layer = {"init_args": _fitted(model, OwnPictures(size, len(found.classes), patches), notes, "model")}
+    model_layer = {"init_args": fitted(model, OwnPictures(size, len(found.classes), patches).wanted, notes)}
     places = (model.get("init_args") or {}).get("images")
     if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
         model_layer["init_args"]["images"] = len(found.names)
@@ -179,14 +122,6 @@ def _of_classes(batch: int, ordered: dict[str, Any], classes: int) -> int:
     unit = math.lcm(*sizes, ordered.get("per_class") or 1)
     fewest = math.ceil(2 * max(sizes, default=0) / unit) * unit
     return max(unit, fewest, most // unit * unit)
-
-
-def _described(resolved: Resolved, folder: Path) -> dict[str, Any]:
-    """The recipe's `about`, without what it says of its own pictures."""
-    if not resolved.about:
-        return {}
-    unknown = dict.fromkeys(resolved.about.keys() & {"expected", "time"}, "not measured on these pictures")
-    return resolved.about | {"title": f"{resolved.name} on the pictures of {folder.resolve().name}"} | unknown
 
 
 @dataclass(frozen=True)
@@ -280,37 +215,6 @@ def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, in
         return {}
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return {patch: min(divisors, key=lambda d: (abs(d - patch * size / side), -d)) for patch in patches}
-
-
-def _fitted(spec: dict[str, Any], pictures: OwnPictures, notes: list[str], where: str) -> dict[str, Any]:
-    """The settings of a class, and of those inside it, that follow from the pictures."""
-    settings = spec.get("init_args") or {}
-    ours = spec["class_path"].startswith("lightspan.")
-    now = pictures.wanted(settings, signature(spec["class_path"]) if ours else None)
-    notes += [f"{where}.init_args.{key}={value}" for key, value in now.items()]
-    for key, child in settings.items():
-        inner = _inside(child, pictures, notes, f"{where}.init_args.{key}")
-        if inner is not None:
-            now[key] = inner
-    return now
-
-
-def _inside(child: Any, pictures: OwnPictures, notes: list[str], where: str) -> Any:
-    if isinstance(child, dict) and "class_path" in child:
-        changed = _fitted(child, pictures, notes, where)
-        return {"init_args": changed} if changed else None
-    if isinstance(child, list) and any(isinstance(one, dict) and "class_path" in one for one in child):
-        # A list is replaced as a whole, so all of its parts are written again.
-        count = len(notes)
-        merged = [_merged(one, _inside(one, pictures, notes, where)) for one in child]
-        return merged if len(notes) > count else None
-    return None
-
-
-def _merged(spec: Any, layer: Any) -> Any:
-    if not (isinstance(spec, dict) and isinstance(layer, dict)):
-        return spec if layer is None else layer
-    return {**spec, **{key: _merged(spec.get(key), value) for key, value in layer.items()}}
 
 
 def _views(views: Any, side: int | None, size: int, patch: int) -> Any:

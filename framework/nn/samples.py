@@ -42,11 +42,18 @@ def require_fields(batch: Any, method: str) -> None:
 
 
 def samples_in(batch: Mapping[str, Any]) -> int | None:
-    """B, by what a network reads: images, first views, texts, sequences, sound. None for a batch of something else."""
+    """B, by what a network reads: images, rows of a table, first views, texts, sequences, sound. None for a batch of
+    something else.
+    """
     views = batch.get("views")
     first = None if views is None or not len(views) else views[0]
-    read = (batch.get("image"), first, *map(batch.get, ("tokens", "sequence", "wave")))
+    read = (as_given(batch), first, *map(batch.get, ("tokens", "sequence", "wave")))
     return next((len(field) for field in read if isinstance(field, Tensor)), None)
+
+
+def as_given(batch: Mapping[str, Any]) -> Any:
+    """The images of a batch, or the rows of a table; None where it has neither, such as a batch of views."""
+    return batch["image"] if "image" in batch else batch.get("table")
 
 
 def require_rows(batch: Mapping[str, Any], field: str, method: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightspan.distributed import rank
 from lightspan.errors import UserError
 from lightspan.nn.labels import labels_of
-from lightspan.nn.samples import require_fields
+from lightspan.nn.samples import as_given, require_fields
 
 TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
@@ -28,7 +28,8 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
         or without named fields.
     """
     require_fields(batch, method)
-    views = list(batch["views"]) if "views" in batch else [batch["image"]] if "image" in batch else []
+    given = as_given(batch)
+    views = list(batch["views"]) if "views" in batch else [] if given is None else [given]
     if len(views) != count if count is not None else not views:
         way_out = "data.init_args.views=null" if count == 1 else f"data.init_args.views.class_path={TWO_VIEWS}"
         raise UserError(
@@ -64,12 +65,14 @@ def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
 
 
 def image_of(batch: Any, method: str) -> Tensor:
-    """The images of a batch, or the one view of each, [B C H W], for a method that trains on images as they are.
+    """The images of a batch, [B C H W], its rows of a table, [B F], or the one view of each, for a method that trains
+    on them as they are.
 
     Raises: UserError for more than one view, and as `views_of`.
     """
     require_fields(batch, method)
-    return (pictures([batch["image"]], method) if "image" in batch else views_of(batch, method, 1))[0]
+    given = as_given(batch)
+    return (views_of(batch, method, 1) if given is None else pictures([given], method))[0]
 
 
 def labelled_views(batch: Mapping[str, Any], method: str) -> tuple[list[Tensor], Tensor]:

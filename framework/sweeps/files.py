@@ -22,7 +22,8 @@ METHODS: tuple[Method, ...] = ("grid", "random", "tpe")
 SEED_KEY = "seed_everything"
 MOST_BYTES = 2**26
 _FOLDER = re.compile(r"[0-9A-Za-z][\w.+-]{0,199}")
-_OPTIONS = ("-c", "--config", "--images", "--image-size", "--allow-module")  # of `arguments`, each with a value
+# Of `arguments`, each with a value.
+_OPTIONS = ("-c", "--config", "--images", "--image-size", "--table", "--target", "--allow-module")
 _SWITCHES = ("--wandb",)
 
 

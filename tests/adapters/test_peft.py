@@ -300,3 +300,33 @@ def test_a_model_that_asks_a_layer_for_what_peft_does_not_have_is_named(tmp_path
         save_peft(perturb(model), tmp_path)
     with pytest.raises(AttributeError, match="stride"):
         peft.PeftModel.from_pretrained(nn.Sequential(Encoder()), str(tmp_path))(torch.randn(1, 3, 9))
+
+
+class Headless(nn.Module):
+    """A backbone that keeps the name of the head that it was made without, as timm's networks do, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict({"qkv": nn.Linear(6, 5), "head": nn.Identity()})
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone["head"](self.backbone["qkv"](x)))
+
+
+def test_a_head_that_trained_goes_to_peft_beside_an_empty_place_of_its_name(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = Headless()
+    plain = copy.deepcopy(model)
+    adapt(model, ["*.qkv"], LoRA(rank=2), train=["head.*"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    save_peft(model, tmp_path / "tuned")
+    x = torch.randn(4, 6)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "tuned"))
+    torch.testing.assert_close(loaded(x), model(x))
+    plain.backbone["head"] = nn.Linear(5, 5)
+    adapt(plain, ["*.qkv"], LoRA(rank=2), train=["head.*"])
+    with pytest.raises(UserError, match=r"mistake backbone\.head for head"):
+        save_peft(plain, tmp_path / "refused")

@@ -11,6 +11,8 @@ from timm.layers import resample_abs_pos_embed
 
 from lightspan.backbones import published
 from lightspan.backbones.published import timm_published, timm_vit, torchvision_published
+from lightspan.config.build import build
+from lightspan.config.resolve import resolve
 from lightspan.errors import UserError
 
 
@@ -27,6 +29,10 @@ def test_what_the_cache_of_hugging_face_holds_is_loaded(tmp_path: Path, monkeypa
         found = timm_published("test_vit")
     for name, tensor in network.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
+    features = timm_published("test_vit", outputs=0).state_dict()
+    assert network.state_dict().keys() - features.keys() == {"head.weight", "head.bias"}
+    assert torch.equal(features["pos_embed"], network.state_dict()["pos_embed"])
+    assert timm_published("test_vit", outputs=3).head.out_features == 3
 
 
 def test_what_the_cache_of_torch_hub_holds_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +64,14 @@ def test_a_vision_transformer_of_timm_takes_weights_of_another_image_size_and_be
         assert torch.equal(smaller[name], positions if name == "pos_embed" else tensor)
     with pytest.raises(UserError, match=r"head\.bias is missing; head\.weight is missing"):
         timm_vit("test_vit", file, "teacher.", outputs=3)
+
+
+def test_without_outputs_the_head_of_a_file_is_left_out_too(tmp_path: Path) -> None:
+    whole = timm.create_model("test_vit", num_classes=5).state_dict()
+    save_file(whole, file := str(tmp_path / "vit.safetensors"))
+    assert torch.equal(timm_vit("test_vit", file).state_dict()["pos_embed"], whole["pos_embed"])
+    with pytest.raises(UserError, match=r"head\.bias is \[5\], not \[3\]"):
+        timm_vit("test_vit", file, outputs=3)
 
 
 def test_a_vision_transformer_of_timm_takes_weights_under_the_names_of_their_authors(
@@ -94,6 +108,16 @@ def test_what_is_no_vision_transformer_of_timm_or_has_no_whole_patches_is_refuse
         timm_vit("resnet18")
     with pytest.raises(UserError, match=r"image_size=100 of test_vit must be a multiple .* 16 pixels"):
         timm_vit("test_vit", image_size=100)
+
+
+def test_a_recipe_whose_weights_are_not_there_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    spec = "{class_path: lightspan.backbones.published.timm_published, init_args: {name: resnet18, outputs: 0}}"
+    resolved = resolve("supervised/linear", [], [f"model.init_args.backbone={spec}"])
+    with pytest.raises(UserError, match=r"^supervised/linear does not build: the weights of resnet18 are not[^\n]*$"):
+        build(resolved)
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from lightspan.config.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 NAME = "brand_new_method"
+SKELETONS = ("contrastive", "distillation", "masked", "clustering", "supervised", "language", "generative")
 FILES = {f"{NAME}/__init__.py", f"{NAME}/method.py", f"{NAME}.yaml", f"test_{NAME}.py", f"evidence_{NAME}.py"}
 
 
@@ -44,23 +45,50 @@ def assert_clean(folder: Path, *options: str) -> None:
 
 
 @pytest.mark.runs
-def test_a_project_of_ones_own_trains_and_passes_its_test(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert written(own) == FILES
-    assert_clean(own, "--isolated", "--config", "line-length = 120")
-    assert main(["check", f"{NAME}.yaml", "--allow-module", NAME]) == 0
+@pytest.mark.parametrize("family", SKELETONS)
+def test_a_skeleton_of_each_family_trains_and_passes_its_test(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"a_{family}_method"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["new", f"{family}/{name}"]) == 0
+    assert written(tmp_path) == {one.replace(NAME, name) for one in FILES}
+    assert_clean(tmp_path, "--isolated", "--config", "line-length = 120")
+    assert main(["check", f"{name}.yaml", "--allow-module", name]) == 0
     assert "no problems" in capsys.readouterr().out
-    short = ["trainer.max_steps=3", "trainer.limit_val_batches=1", "trainer.callbacks.probes=null"]
-    built = build(resolve(f"{NAME}.yaml", [], short, [NAME]), own / "run")
+    short = ["trainer.max_steps=3", "trainer.limit_val_batches=1", "trainer.accelerator=cpu"]
+    built = build(resolve(f"{name}.yaml", [], short, [name]), tmp_path / "run")
     built.trainer.fit(built.model, datamodule=built.datamodule)
     assert built.trainer.global_step == 3
-    tests = importlib.import_module(f"test_{NAME}")
-    names = [name for name in vars(tests) if name.startswith("test_")]
+    tests = importlib.import_module(f"test_{name}")
+    names = [one for one in vars(tests) if one.startswith("test_")]
     assert len(names) == 5
-    for name in names:
-        getattr(tests, name)()
-    before, after = importlib.import_module(f"evidence_{NAME}").train(seed=0, epochs=1)
-    assert 50 < before < 100
-    assert 50 < after < 100
+    for one in names:
+        getattr(tests, one)()
+    before, after = importlib.import_module(f"evidence_{name}").train(seed=0, epochs=1)
+    assert 0 <= before < 100
+    assert 10 < after < 100
+    for module in [module for module in sys.modules if name in module]:
+        del sys.modules[module]
+
+
+def test_each_kind_of_skeleton_is_tried_and_an_unknown_family_learns_of_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = new._kinds()
+    assert {id(kinds[family]) for family in SKELETONS} == {id(kind) for kind in kinds.values()}
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        (["contrastiv/foo"], "the family contrastiv; did you mean contrastive"),
+        (["selection/foo"], "add --like FAMILY"),
+        (["selection/foo", "--like", "maskd"], "the family maskd; did you mean masked"),
+    ):
+        assert main(["new", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["new", "selection/foo", "--like", "masked"]) == 0
+    assert "family: selection" in (tmp_path / "foo.yaml").read_text()
+    assert "HiddenPatches" in (tmp_path / "foo" / "method.py").read_text()
 
 
 def test_in_a_checkout_the_files_join_the_house_and_touch_nothing_else(
@@ -115,9 +143,9 @@ def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -
         ("contrastive/torch", "a package named torch would hide the installed one"),
         ("contrastive/digits", "'contrastive/digits' gives a class Digits, but evidence_digits.py already has one"),
         ("contrastive/trainer", "gives a class Trainer, but evidence_trainer.py already has one"),
-        ("contrastive/user_error", "gives a class UserError, but user_error/method.py already has one"),
+        ("contrastive/user_error", "gives a class UserError, but test_user_error.py already has one"),
         ("contrastive/method", "gives a class Method, but method/method.py already has one"),
-        ("contrastive/f", "gives a class F, but f/method.py already has one"),
+        ("contrastive/tensor", "gives a class Tensor, but tensor/method.py already has one"),
         ("contrastive/m_l_p", "gives a class MLP, but test_m_l_p.py already has one"),
         ("contrastive/s_h_a_p_e", "gives a class SHAPE, but test_s_h_a_p_e.py already has one"),
         ("contrastive/none", "gives a class None, but Python already has one"),
@@ -152,8 +180,8 @@ def test_the_templates_are_part_of_the_package() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = ROOT / "framework/commands"
     shipped = {path for pattern in patterns["lightspan.commands"] for path in folder.glob(pattern)}
-    templates = set((folder / "templates").iterdir())
-    assert len(templates) == 6
+    templates = {path for path in (folder / "templates").rglob("*") if path.is_file()}
+    assert len(templates) == 4 + len(SKELETONS) + 2
     assert templates <= shipped
 
 

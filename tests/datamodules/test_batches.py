@@ -72,7 +72,8 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
-from lightspan.datamodules.tables.rows import Ames, Diabetes, RowViews
+from lightspan.datamodules.tables.file import TableFile
+from lightspan.datamodules.tables.rows import Ames, BreastCancer, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.chat import Chat
 from lightspan.datamodules.text.corpus import Corpus
@@ -371,7 +372,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "StatlogLandsat": (lambda folder: StatlogLandsat(batch_size=4), "MultispectralBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
+    "BreastCancer": (lambda folder: BreastCancer(batch_size=4), "LabelledTableBatch"),
     "Ames": (lambda folder: Ames(batch_size=4), "TableBatch"),
+    "TableFile": (lambda folder: rows_of_my_own(folder), "LabelledTableBatch"),
+    "TableFile, two views": (lambda folder: rows_of_my_own(folder, views=RowViews()), "LabelledTableViewsBatch"),
     "Shards, two views": (lambda folder: shards(folder, views=TwoViews(flip=0.0)), "ViewsBatch"),
     "ImageFolder": (lambda folder: pictures(folder), "ImageBatch"),
     "ImageFolder, two views": (lambda folder: pictures(folder, views=TwoViews()), "ViewsBatch"),
@@ -412,6 +416,11 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "FoodReviews": (lambda folder: FoodReviews(Letters(), length=9, batch_size=4), "LabelledTextBatch"),
 }
+
+
+def rows_of_my_own(folder: Path, **settings: Any) -> TableFile:
+    (folder / "rows.csv").write_text("x,y,z\n" + "1,a,2\n2,b,3\n" * 8)
+    return TableFile(str(folder / "rows.csv"), "y", batch_size=4, **settings)
 
 
 def data_modules() -> set[str]:

@@ -94,10 +94,6 @@ class SupReMix(Method):
             )
         return batch
 
-    def features(self, batch: Any) -> Tensor:
-        (x,) = [batch[name] for name in ("image", "table") if name in batch] or [batch["views"][0]]
-        return self.backbone(x)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "SupReMix")
         require_one_size(views, "SupReMix")

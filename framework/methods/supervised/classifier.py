@@ -18,10 +18,11 @@ from lightspan.objectives.classes import label_cross_entropy, share_right
 
 
 class Classifier(Method):
-    """Trains a backbone and a classifier on labelled images.
+    """Trains a backbone and a classifier on labelled images, or rows of a table.
 
     Args:
-        backbone: [B C H W] -> [B num_features]; what probes read. A batch has images, or one view of each.
+        backbone: [B C H W] -> [B num_features]; what probes read. A batch has images, or one view of each, or rows of
+            a table, [B F].
         num_classes: K, >= 2; labels are in [0, K).
         head: [B num_features] -> logits [B K], such as `lightspan.nn.heads.grassmann_head.GrassmannHead`, which
             needs no K of its own. None makes a linear layer, which starts He-normal, its bias at zero.
@@ -75,7 +76,7 @@ class Classifier(Method):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Logits [B K]."""
-        return self(batch["image"])
+        return self(image_of(batch, "Classifier"))
 
     def _evaluate(self, stage: str, batch: ImageBatch) -> None:
         options: dict[str, Any] = {
