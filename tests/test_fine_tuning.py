@@ -129,3 +129,13 @@ def test_two_ranks_under_fsdp2_learn_what_one_process_learns(tmp_path: Path) -> 
         figures[ranks] = [line["val/loss_nats"] for line in lines if "val/loss_nats" in line]
     assert figures[1]
     assert figures[2] == pytest.approx(figures[1], rel=1e-3)  # products in bfloat16
+
+
+def test_adapters_are_counted_on_shapes_alone_where_everything_is_made_there() -> None:
+    for spec in (LoRA(rank=2), SVFit()):
+        with torch.device("meta"):
+            outline = small(tied=True)
+            counted = adapt(outline, ["*q_proj"], spec, show=False)
+        made = adapt(small(tied=True), ["*q_proj"], spec, show=False)
+        assert all(parameter.is_meta for parameter in outline.parameters())
+        assert counted.rows == made.rows

@@ -287,3 +287,11 @@ def test_rows_and_packing_that_a_network_has_no_positions_for_are_refused(tmp_pa
 
 def test_a_row_has_its_place_for_messages() -> None:
     assert row_of("here", PROMPT) == Conversation("here", (), ("one and one is", " two."))
+
+
+def test_where_the_file_is_not_here_a_plan_has_full_rows(tmp_path: Path) -> None:
+    batch = Chat(str(tmp_path / "none"), tokenizer(), length=8).stand_in()
+    assert batch is not None
+    assert batch["mask"].tolist() == [[1] * 8] * 2
+    assert batch["learned"].sum() == 2 * 8
+    assert opened(tmp_path, [TURNS, PROMPT]).stand_in() is None
