@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 from transformers.utils import cached_file
 
+from lightspan.absent import MissingFile, unless_missing
 from lightspan.backbones.timm_networks import require_known, timm_network
 from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.errors import UserError
@@ -37,7 +38,7 @@ def timm_published(name: str) -> nn.Module:
     try:
         file = cached_file(repository, "model.safetensors", local_files_only=True)
     except OSError as error:
-        raise UserError(
+        raise MissingFile(
             f"the weights of {name} are not on this disk: the cache of Hugging Face has no {repository}/"
             f"model.safetensors; where there is a network, `hf download {repository} model.safetensors` fetches them"
         ) from error
@@ -71,7 +72,8 @@ def timm_vit(
     if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
     if path is not None:
-        fill(network, checkpoint_filter_fn(tensors_behind(path, prefix), network), path, prefix)
+        with unless_missing():
+            fill(network, checkpoint_filter_fn(tensors_behind(path, prefix), network), path, prefix)
     return network
 
 
@@ -84,7 +86,7 @@ def torchvision_published(name: str) -> nn.Module:
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not file.is_file():
-        raise UserError(
+        raise MissingFile(
             f"the weights of {name} are not on this disk: there is no {file}; where there is a network, "
             f"torchvision.models.get_model({name!r}, weights='DEFAULT') fetches it"
         )
