@@ -14,8 +14,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightspan.caches import kept_apart
 from lightspan.callbacks.training.adaptation import Adaptation
@@ -29,8 +31,10 @@ from lightspan.planning.step_memory import faked, in_words
 from lightspan.wiring.report import print_groups
 
 _BEFORE_A_STEP = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
-_SMALL = "lightning.pytorch.demos.boring_classes.BoringModel"
-_SMALL_DATA = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+_SMALL = {
+    "model": "lightning.pytorch.demos.boring_classes.BoringModel",
+    "data": "lightning.pytorch.demos.boring_classes.BoringDataModule",
+}
 
 
 def rehearse(resolved: Resolved) -> list[str]:
@@ -76,8 +80,12 @@ def without_trace(resolved: Resolved) -> Iterator[tuple[Resolved, Path]]:
 
 def _trainer_of_one_process(resolved: Resolved, folder: Path) -> Trainer:
     """Only the trainer: model and data exist already, and may be large."""
-    small = {"model": {"class_path": _SMALL}, "data": {"class_path": _SMALL_DATA}}
-    return build(with_layer(in_one_process(resolved), small), folder).trainer
+    return build(with_small(in_one_process(resolved), *_SMALL), folder).trainer
+
+
+def with_small(resolved: Resolved, *parts: str) -> Resolved:
+    """The configuration with a tiny network of Lightning's as its `model`, or its tiny data as `data`."""
+    return with_layer(resolved, {part: {"class_path": _SMALL[part]} for part in parts})
 
 
 def _start(built: Built, ranks: int) -> list[str]:
@@ -115,8 +123,8 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     real = trainer.strategy.root_device.type == "cpu" and ranks == 1
     trainer.precision_plugin.convert_module(module.train())
     try:
-        with contextlib.nullcontext() if real else _shapes_alone(module), without_logging(module):
-            loss_of(trainer, module, batch)
+        with without_logging(module):
+            (loss_of if real else of_shapes)(trainer, module, batch)
     except Exception as error:
         if real and not _prepared_by_hooks(trainer, module):
             raise
@@ -125,11 +133,13 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _shapes_alone(module: LightningModule) -> Iterator[None]:
+def of_shapes(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """As `loss_of`, of the batch's shapes alone, once the module has read its numbers where a fit would."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with faked(module, mode), mode:
-        yield
+        shapes = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+        return _moved_and_stepped(trainer, module, shapes)
 
 
 def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
@@ -142,7 +152,10 @@ def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
 def loss_of(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """What `training_step` returns for a batch from a loader, transferred to the module by the hooks of a fit."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch)
+    return _moved_and_stepped(trainer, module, module._on_before_batch_transfer(batch))
+
+
+def _moved_and_stepped(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     batch = module._apply_batch_transfer_handler(batch, module.device)
     with trainer.precision_plugin.train_step_context():
         return module.training_step(*([batch, 0] if _takes_index(module) else [batch]))
