@@ -16,6 +16,7 @@ GROUND: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
     **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges", "ties")},
+    "absent": {"errors"},
     "memory": {"sharded"},
     "sharded": {"devices", "errors"},
     **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "places", "run_files", "unit_length")},

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from lightspan.absent import MissingFile
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
 from lightspan.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
@@ -116,7 +117,7 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
 def _said(place: Path, name: str) -> dict[str, Any]:
     """What a folder's config.json says. Raises: UserError if there is none, or it cannot be read."""
     if not (place / CONFIG).is_file():
-        raise UserError(f"there is no {name} in {place}; save one there with transformers' save_pretrained")
+        raise MissingFile(f"there is no {name} in {place}; save one there with transformers' save_pretrained")
     try:
         return settings_object(place / CONFIG)
     except ValueError as error:

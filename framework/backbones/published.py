@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 from transformers.utils import cached_file
 
+from lightspan.absent import MissingFile, unless_missing
 from lightspan.backbones.timm_networks import require_known, timm_network
 from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.errors import UserError
@@ -39,7 +40,7 @@ def timm_published(name: str, outputs: int | None = None) -> nn.Module:
     try:
         file = cached_file(repository, "model.safetensors", local_files_only=True)
     except OSError as error:
-        raise UserError(
+        raise MissingFile(
             f"the weights of {name} are not on this disk: the cache of Hugging Face has no {repository}/"
             f"model.safetensors; where there is a network, `hf download {repository} model.safetensors` fetches them"
         ) from error
@@ -74,9 +75,10 @@ def timm_vit(
     if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
     if path is not None:
-        tensors = checkpoint_filter_fn(tensors_behind(path, prefix), network)
-        kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
-        fill(network, kept, path, prefix)
+        with unless_missing():
+            tensors = checkpoint_filter_fn(tensors_behind(path, prefix), network)
+            kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
+            fill(network, kept, path, prefix)
     return network
 
 
@@ -89,7 +91,7 @@ def torchvision_published(name: str) -> nn.Module:
     url = torchvision.models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not file.is_file():
-        raise UserError(
+        raise MissingFile(
             f"the weights of {name} are not on this disk: there is no {file}; where there is a network, "
             f"torchvision.models.get_model({name!r}, weights='DEFAULT') fetches it"
         )

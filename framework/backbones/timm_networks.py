@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from lightspan.absent import MissingFile
 from lightspan.errors import UserError, one_line
 
 
@@ -19,10 +21,17 @@ def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
     Args:
         name: as in `timm.list_models()`, with or without the tag of its weights.
         settings: as `timm.create_model` takes them.
-    Raises: UserError for a name that timm does not have; what timm raises for settings.
+    Raises: UserError for a name that timm does not have; MissingFile where its weights are not in the cache and cannot
+        be fetched; what timm raises for settings.
     """
     require_known(name, timm.list_pretrained() if "." in name else timm.list_models(), "timm")
-    return timm.create_model(name, pretrained=pretrained, **settings)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **settings)
+    except LocalEntryNotFoundError as error:
+        raise MissingFile(
+            f"the weights of {name} are neither in the cache of Hugging Face nor can they be fetched: "
+            f"{one_line(error)[:200]}"
+        ) from error
 
 
 def require_known(name: str, known: Sequence[str], library: str) -> None:

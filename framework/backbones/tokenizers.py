@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
+from lightspan.absent import MissingFile
 from lightspan.backbones.huggingface import stored_tokenizer_of
 from lightspan.errors import UserError, install_extra
 from lightspan.files import require_regular_file
@@ -101,7 +102,7 @@ def stored_tokenizer(folder: ReadPath) -> PreTrainedTokenizerBase:
     if place.suffix == SENTENCE_PIECE and place.is_file():
         return _of_sentence_piece(place)
     if not place.is_dir():
-        raise UserError(f"there is no tokenizer in {place}; save one there with transformers' save_pretrained")
+        raise MissingFile(f"there is no tokenizer in {place}; save one there with transformers' save_pretrained")
     return stored_tokenizer_of(place)
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from lightspan.absent import may_be_left_out
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.errors import UserError
 from lightspan.nn.init import he_normal_
@@ -35,7 +36,8 @@ def timm_backbone(
     """
     if small_stem and pretrained:
         raise UserError(f"{name}: small_stem=true replaces the first convolution, whose weights pretrained=true loads")
-    network = timm_network(name, pretrained, in_chans=in_chans, num_classes=0)
+    fetched = pretrained and not may_be_left_out()  # `lightspan check` downloads nothing
+    network = timm_network(name, fetched, in_chans=in_chans, num_classes=0)
     # MobileNets and others have a layer between pooling and classifier, which stays; timm's num_features is before it.
     network.num_features = given_features(network)
     if small_stem:

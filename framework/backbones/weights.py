@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lightspan.absent import MissingFile, unless_missing
 from lightspan.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
@@ -49,9 +50,10 @@ def with_weights(module: nn.Module, path: ReadPath, prefix: str = "backbone.") -
     Args:
         path: as `lightspan export RUN --to safetensors` writes it.
         prefix: of the names in the file that belong to `module`; other names are ignored.
-    Raises: UserError for a file that is missing, not of this kind, or belongs to another network.
+    Raises: MissingFile where there is no file; UserError for one that is not of this kind or of another network.
     """
-    fill(module, tensors_behind(path, prefix), path, prefix)
+    with unless_missing():
+        fill(module, tensors_behind(path, prefix), path, prefix)
     return module
 
 
@@ -101,8 +103,9 @@ def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: str, prefi
 
 def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "decoder.") -> MaskDecoder:
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
-    if (head := tensors_behind(path, prefix).get("head.weight")) is not None:
-        decoder.settle(len(head))
+    with unless_missing():
+        if (head := tensors_behind(path, prefix).get("head.weight")) is not None:
+            decoder.settle(len(head))
     with_weights(decoder, path, prefix)
     return decoder
 
@@ -119,10 +122,10 @@ def stored_noise(path: ReadPath, weight: float = 0.1, seed: int = 0) -> BankNois
 
 
 def tensors_behind(path: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with the prefix, without it. Raises: UserError, see `with_weights`."""
+    """The tensors of a file whose names begin with the prefix, without it. Raises: as `with_weights`."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
+        raise MissingFile(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
     state, metadata = stored_tensors(file, "export it again")
     # Of tensors that share memory only one is stored, and the metadata names the others.
     state |= {name: state[kept] for name, kept in metadata.items() if kept in state}

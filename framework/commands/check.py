@@ -1,17 +1,26 @@
 """`lightspan check RECIPE`: every mistake before a run: names, types and ranges without torch, then from shapes alone
-whether the parts fit together.
+whether the parts fit together. Weights and data need not be here yet: what is missing is named, and the rest checked.
 """
 
 import argparse
+import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightspan.absent import MissingFile, weights_left_out
 from lightspan.commands.arguments import add_data_arguments, add_recipe_arguments, resolved_from
+from lightspan.config.blame import first_user_error
 from lightspan.config.estimator_inputs import of_files
+from lightspan.config.places import places
 from lightspan.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
-from lightspan.config.tree import COMMAND_LINE
+from lightspan.config.tree import COMMAND_LINE, dotted
+from lightspan.datamodules.shards.fetch import expand_braces
 from lightspan.errors import one_line, print_notes, printable
+from lightspan.places import PathUse
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 MOST_NAMED = 5
 """Damaged pictures in one message."""
@@ -34,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     data = resolved.config.get("data") or {}
     damage, skipped = _damaged_pictures(data), (data.get("init_args") or {}).get("skip_damaged")
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
-    print_notes([*resolved.notes, *notes, *damage])
+    print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
     said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
     print(printable(said), flush=True)  # what follows takes seconds
@@ -51,10 +60,49 @@ def _parts(resolved: Resolved) -> str:
     from lightspan.planning.rehearsal import without_trace
     from lightspan.planning.shapes import on_shapes_first
 
-    with without_trace(in_one_process(resolved)) as (alone, scratch):
-        model = on_shapes_first(alone, lambda built: built.model, scratch)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return f"its parts fit together: {type(model).__name__} with {total:,} parameters; fit --dry-run also tries a batch"
+    with without_trace(in_one_process(resolved)) as (alone, scratch), weights_left_out():
+        try:
+            model = on_shapes_first(alone, lambda built: built.model, scratch)
+        except MissingFile:
+            return _each_by_itself(alone, scratch)
+    return f"its parts fit together: {_counted(model)}; fit --dry-run also tries a batch"
+
+
+def _each_by_itself(alone: Resolved, scratch: Path) -> str:
+    """Builds model and data without each other, so that a file which one of them lacks does not hide what is wrong
+    with the other. Raises: UserError for whatever is wrong besides missing files.
+    """
+    from lightspan.planning.rehearsal import with_small
+    from lightspan.planning.shapes import on_shapes_first
+
+    said = []
+    for part, other in (("model", "data"), ("data", "model")):
+        try:
+            built = on_shapes_first(with_small(alone, other), lambda built: built, scratch)
+            said.append(_counted(built.model) if part == "model" else type(built.datamodule).__name__)
+        except MissingFile as error:
+            said.append(f"not checked beyond this: {first_user_error(error)}")
+    return "whether its parts fit together is not known yet\n  model: {}\n  data: {}".format(*said)
+
+
+def _counted(model: "LightningModule") -> str:
+    return f"{type(model).__name__} with {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+
+
+def _absent(resolved: Resolved) -> list[str]:
+    """A note on the files and folders that the recipe reads and that are not here, if there are any."""
+    missing: dict[str, str] = {}
+    for path, node, use in places(resolved.located(), resolved.allow_modules):
+        if use is PathUse.READ and "://" not in node.value and not _is_here(node.value):
+            missing.setdefault(node.value, dotted(path))
+    named = [f"{place} ({key})" for place, key in [*missing.items()][:MOST_NAMED]]
+    named += [f"{len(missing) - MOST_NAMED} more"] if len(missing) > MOST_NAMED else []
+    return [f"not here yet, so what they hold is not checked: {', '.join(named)}"] if named else []
+
+
+def _is_here(place: str) -> bool:
+    """Whether something is at the place, or at all those that a pattern such as {000..099} stands for."""
+    return all(os.path.lexists(os.path.expanduser(one)) for one in expand_braces(place))
 
 
 def _damaged_pictures(data: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightspan.absent import MissingFile
 from lightspan.config import allow
 from lightspan.config.blame import blame, deepest_cause, first_user_error, of_two_of_a_kind, own_line
 from lightspan.config.places import RUN
@@ -207,14 +208,15 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
         said = f"{deepest_cause(str(error), resolved)}{own_line(error)}"
         raise UserError(f"{resolved.name} does not build: {said}") from error
     except Exception as error:
+        kind = MissingFile if isinstance(first_user_error(error), MissingFile) else UserError
         if refused:
-            raise UserError(blame(*refused[0], resolved)) from error
+            raise kind(blame(*refused[0], resolved)) from error
         if message := of_two_of_a_kind(error, resolved):
             raise UserError(f"{resolved.name} does not build: {message}") from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise
         if (first := first_user_error(error)) is not None:  # from a function, which is called without `construct`
-            raise UserError(f"{resolved.name} does not build: {first}") from error
+            raise kind(f"{resolved.name} does not build: {first}") from error
         raise UserError(f"{complaint}: {error}") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightspan.absent import unless_missing
 from lightspan.errors import UserError
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.merger import require_alike
@@ -49,11 +50,13 @@ class StoredModels(Models):
         self.base, self.paths, self.tasks = base, dict(tasks), list(tasks)
 
     def open(self, own: Weights) -> dict[str, Weights]:
-        base = open_weights(self.base)
-        found = {BASE: base}
+        found = dict.fromkeys((BASE, *self.paths), own)
+        with unless_missing():
+            found[BASE] = open_weights(self.base)
         for task, path in self.paths.items():
-            place = place_of(path)
-            found[task] = AdaptedWeights(place, base) if is_adapter(place) else open_weights(place)
+            with unless_missing():
+                place = place_of(path)
+                found[task] = AdaptedWeights(place, found[BASE]) if is_adapter(place) else open_weights(place)
         parts: dict[str, Weights] = {name: Part(weights, own.forms) for name, weights in found.items()}
         require_alike({"the network": own, **parts})
         return parts

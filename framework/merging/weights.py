@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.absent import MissingFile
 from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
 from lightspan.checkpoints.manifest import COMPLETE, newest_whole
 from lightspan.errors import UserError, one_line
@@ -86,7 +87,7 @@ def place_of(path: str | Path) -> Path:
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"checkpoint {one_line(str(place))[:200]} cannot be read ({error.strerror})") from error
     if not there:
-        raise UserError(f"checkpoint {place} does not exist; name a run folder, a .ckpt or a safetensors file")
+        raise MissingFile(f"checkpoint {place} does not exist; name a run folder, a .ckpt or a safetensors file")
     return place
 
 

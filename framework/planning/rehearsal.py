@@ -29,8 +29,10 @@ from lightspan.planning.step_memory import faked, in_words
 from lightspan.wiring.report import print_groups
 
 _BEFORE_A_STEP = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
-_SMALL = "lightning.pytorch.demos.boring_classes.BoringModel"
-_SMALL_DATA = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+_SMALL = {
+    "model": "lightning.pytorch.demos.boring_classes.BoringModel",
+    "data": "lightning.pytorch.demos.boring_classes.BoringDataModule",
+}
 
 
 def rehearse(resolved: Resolved) -> list[str]:
@@ -76,8 +78,12 @@ def without_trace(resolved: Resolved) -> Iterator[tuple[Resolved, Path]]:
 
 def _trainer_of_one_process(resolved: Resolved, folder: Path) -> Trainer:
     """Only the trainer: model and data exist already, and may be large."""
-    small = {"model": {"class_path": _SMALL}, "data": {"class_path": _SMALL_DATA}}
-    return build(with_layer(in_one_process(resolved), small), folder).trainer
+    return build(with_small(in_one_process(resolved), *_SMALL), folder).trainer
+
+
+def with_small(resolved: Resolved, *parts: str) -> Resolved:
+    """The configuration with a tiny network of Lightning's as its `model`, or its tiny data as `data`."""
+    return with_layer(resolved, {part: {"class_path": _SMALL[part]} for part in parts})
 
 
 def _start(built: Built, ranks: int) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from lightspan.absent import MissingFile
 from lightspan.config.build import Built, Resolved, build
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T], folder: Pat
             if "_device" in vars(part):  # where Lightning and torchmetrics believe to be, and send batches
                 vars(part)["_device"] = torch.device("cpu")
         return judge(built)
+    except MissingFile:  # which numbers do not mend
+        raise
     except Exception:  # from any library; unless numbers are what it lacked, it is raised again below
         pass
     return judge(build(resolved, folder))

@@ -35,7 +35,7 @@ def test_the_recipes_at_the_papers_scale_compute_clip() -> None:
 @pytest.mark.runs
 @pytest.mark.parametrize("name", SCALE)
 def test_a_recipe_at_the_papers_scale_is_planned_with_stand_ins(name: str, capsys: Any) -> None:
-    assert main(["check", name, "--fast"]) == 0
+    assert main(["check", name]) == 0
     assert main(["plan", name, "-c", "scale/stand_ins_clip", "data.init_args.batch_size=2", SMALL]) == 0
     said = capsys.readouterr().out
     assert "optimiser state" in said
