@@ -77,7 +77,7 @@ def write_tensors(
     """
     assert sys.byteorder == "little", "safetensors are little-endian"
     with path.open("wb") as file:
-        file.write(_header(forms, metadata))
+        file.write(header(forms, metadata))
         left = {name: form.nbytes for name, form in forms.items()}
         names = iter(forms)
         name = next(names, None)
@@ -91,15 +91,20 @@ def write_tensors(
         assert not any(left.values()), f"tensors came short: {[name for name, bytes in left.items() if bytes]}"
 
 
-def _header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def header(forms: Mapping[str, Form], metadata: Mapping[str, str]) -> bytes:
+    """All of a safetensors file before its numbers. Raises: UserError for a dtype that the format does not have."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, form in forms.items():
         if form.dtype not in DTYPES:
             raise UserError(f"tensor {name} is {form.dtype}, which safetensors files cannot contain")
-        header[name] = {"dtype": DTYPES[form.dtype], "shape": list(form.shape), "data_offsets": [at, at + form.nbytes]}
+        described[name] = {
+            "dtype": DTYPES[form.dtype],
+            "shape": list(form.shape),
+            "data_offsets": [at, at + form.nbytes],
+        }
         at += form.nbytes
-    text = json.dumps(header).encode()
+    text = json.dumps(described).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
     return struct.pack("<Q", len(text)) + text
 

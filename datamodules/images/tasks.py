@@ -27,8 +27,8 @@ class TaskSamples:
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         samples = [task.sample(index % len(task), seed) for task in self.tasks]
-        joined = {field: torch.stack([sample[field] for sample in samples]) for field in ("image", "label")}
-        return {**joined, "index": torch.tensor(index)}
+        images, labels = ([torch.as_tensor(each[field]) for each in samples] for field in ("image", "label"))
+        return {"image": torch.stack(images), "label": torch.stack(labels), "index": torch.tensor(index)}
 
 
 class TaskImages(LightningDataModule):

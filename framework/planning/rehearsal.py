@@ -14,8 +14,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightspan.caches import kept_apart
 from lightspan.callbacks.training.adaptation import Adaptation
@@ -121,8 +123,8 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     real = trainer.strategy.root_device.type == "cpu" and ranks == 1
     trainer.precision_plugin.convert_module(module.train())
     try:
-        with contextlib.nullcontext() if real else _shapes_alone(module), without_logging(module):
-            loss_of(trainer, module, batch)
+        with without_logging(module):
+            (loss_of if real else of_shapes)(trainer, module, batch)
     except Exception as error:
         if real and not _prepared_by_hooks(trainer, module):
             raise
@@ -131,11 +133,13 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _shapes_alone(module: LightningModule) -> Iterator[None]:
+def of_shapes(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """As `loss_of`, of the batch's shapes alone, once the module has read its numbers where a fit would."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with faked(module, mode), mode:
-        yield
+        shapes = tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+        return _moved_and_stepped(trainer, module, shapes)
 
 
 def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
@@ -148,7 +152,10 @@ def _prepared_by_hooks(trainer: Trainer, module: LightningModule) -> bool:
 def loss_of(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """What `training_step` returns for a batch from a loader, transferred to the module by the hooks of a fit."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch)
+    return _moved_and_stepped(trainer, module, module._on_before_batch_transfer(batch))
+
+
+def _moved_and_stepped(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     batch = module._apply_batch_transfer_handler(batch, module.device)
     with trainer.precision_plugin.train_step_context():
         return module.training_step(*([batch, 0] if _takes_index(module) else [batch]))

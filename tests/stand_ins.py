@@ -1,0 +1,459 @@
+"""Stand-ins for what a recipe at the scale of its paper reads: tiny data in the real formats, and weights that are all
+zero under the real names and with the real shapes.
+
+What a recipe asks for is found in its merged configuration: every setting that names a place to read
+(`lightspan.places.ReadPath`) gets something at that place, relative to the current folder. A new recipe needs nothing
+here unless it reads what no other one has read:
+
+- `runs/NAME/export/safetensors/model.safetensors` is what `lightspan export` writes of a run of the recipe that is
+  called NAME, or that some header trains with `--run runs/NAME`: names and shapes are those of that recipe's model.
+- Every other file or folder of weights, and every tokenizer, has a row in `PUBLISHED`: the place, and a function that
+  writes there what the world has under that name. It is never derived from the recipe that reads it, or nothing would
+  be tested; the names come from timm, transformers or the header of the recipe that says how to make the file.
+- Data have a row in `DATA`: the class that reads them, and a function that writes a few samples of its format.
+"""
+
+import dataclasses
+import fnmatch
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import transformers
+from picture_files import pixels, write_pictures
+from shard_files import add_members, png_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+from lightspan.absent import weights_left_out
+from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.backbones.text import TextTransformer
+from lightspan.config.places import places
+from lightspan.config.recipes import catalogue_folder, catalogue_names
+from lightspan.config.resolve import Resolved, merged, resolve
+from lightspan.config.tree import dotted, plain
+from lightspan.datamodules.satellite.bands import SENSORS
+from lightspan.datamodules.shards.fetch import expand_braces
+from lightspan.places import PathUse
+from lightspan.planning.shapes import on_shapes_first
+from lightspan.tensor_files import Form, header
+
+OF_A_RUN = re.compile(r"runs/([\w.-]+)/export/safetensors/model\.safetensors")
+ONE_PROCESS = [
+    *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
+    *("trainer.precision=null", "trainer.logger=null", "trainer.callbacks=null", "trainer.enable_progress_bar=false"),
+    *("trainer.accumulate_grad_batches=1", "trainer.max_steps=1", "trainer.limit_val_batches=0"),
+]
+SAMPLES = 12
+"""In each shard, folder of a class or file."""
+BATCH = ["data.init_args.batch_size=4", "data.init_args.num_workers=0"]
+
+
+FEWER = {
+    ".deepcluster.": ["model.init_args.prototypes=[4]"],
+    ".merging.": [f"model.init_args.backbone.init_args.{flag}" for flag in ("name=test_vit", "image_size=224")],
+    ".smae.": ["data.init_args.length=16"],
+}
+"""Part of a method's class path -> flags: it needs as many samples as it has clusters, reads nine large networks, or
+takes a real step whatever its size.
+"""
+
+
+class NoStandIn(Exception):
+    """A recipe reads what nothing here can write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A place that a recipe reads.
+
+    Attributes:
+        path: keys of the setting.
+        place: as the recipe names it.
+        owner: class or builder whose setting it is.
+        settings: all of these.
+        classes: those that the model tells apart.
+    """
+
+    path: tuple[Any, ...]
+    place: str
+    owner: str
+    settings: Mapping[str, Any]
+    classes: int = 2
+
+    @property
+    def setting(self) -> str:
+        """The name of the setting among those of the owner."""
+        return str(self.path[max(at for at, key in enumerate(self.path) if key == "init_args") + 1])
+
+    @property
+    def run(self) -> str | None:
+        """The run whose export this is."""
+        found = OF_A_RUN.fullmatch(self.place)
+        return found[1] if found else None
+
+
+def asked(name: str) -> list[Asked]:
+    """What a recipe of the catalogue reads, in the order in which it says so."""
+    _, tree, _ = merged(name, [], [])
+    model = plain(tree).get("model", {})
+    classes = model.get("init_args", {}).get("num_classes")
+    found = []
+    for path, node, use in places(tree):
+        if use is PathUse.READ:
+            owner = tree
+            for key in path[: max(at for at, key in enumerate(path) if key == "init_args")]:
+                owner = owner.value[key]
+            given = plain(owner)
+            found.append(Asked(path, node.value, given["class_path"], given["init_args"], classes or 2))
+    return found
+
+
+def at_scale() -> dict[str, list[Asked]]:
+    """The recipes that train on, or start from, what neither a package nor another run brings; and what they read."""
+    read = {name: asked(name) for name in catalogue_names() if "model" in merged(name, [], [])[1].value}
+    return {name: found for name, found in read.items() if any(each.run is None for each in found)}
+
+
+def stand_in(name: str) -> list[str]:
+    """Writes all that a recipe reads below the current folder.
+
+    Returns: flags for a batch of few samples and the shards that were written.
+    Raises: NoStandIn for what nothing here knows.
+    """
+    lists: dict[tuple[Any, ...], list[str]] = {}
+    found = asked(name)
+    for each in sorted(found, key=lambda each: each.run is not None):  # runs may have begun from published weights
+        first = expand_braces(each.place)[0]
+        if isinstance(each.path[-1], int):
+            lists.setdefault(each.path[:-1], []).append(first)
+        if not Path(first).exists():
+            Path(first).parent.mkdir(parents=True, exist_ok=True)
+            write_at(name, each, Path(first))
+    return [
+        *(f"{dotted(path)}={json.dumps(shards)}" for path, shards in lists.items()),
+        *flags_of(resolve(name)),
+    ]
+
+
+def write_at(name: str, each: Asked, place: Path) -> None:
+    if (write := published(each.place)) is not None:
+        write(place)
+    elif each.run is not None:
+        write_weights(place, model_of(recipe_of(each.run)))
+    elif each.owner in DATA:
+        DATA[each.owner](place, each)
+    else:
+        raise NoStandIn(
+            f"{name} reads {each.place} ({dotted(each.path)}), for which tests/stand_ins.py has no stand-in: "
+            f"add a row to PUBLISHED for weights or a tokenizer, {each.place!r}, or to DATA for data, {each.owner!r}"
+        )
+
+
+def published(place: str) -> "Write | None":
+    return next((PUBLISHED[row] for row in PUBLISHED if fnmatch.fnmatch(place, row)), None)
+
+
+def flags_of(resolved: Resolved) -> list[str]:
+    """Few samples, and no download: what timm or transformers publish under their own names needs no stand-in."""
+    given = resolved.config["data"]["init_args"]
+    flags = [*ONE_PROCESS, *BATCH]
+    flags += ["data.init_args.per_class=2"] if "per_class" in given else []
+    flags += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if given.get("groups") else []
+    flags += next((less for kind, less in FEWER.items() if kind in resolved.config["model"]["class_path"]), [])
+    flags += ["data.init_args.val_size=4"] if "val_size" in given else []
+    return flags + [f"{path}.pretrained=false" for path in pretrained(resolved.config["model"], "model")]
+
+
+def pretrained(config: Any, path: str) -> Iterator[str]:
+    """Where a configuration has weights fetched by name."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key == "pretrained" and value is True:
+            yield path
+        else:
+            yield from pretrained(value, f"{path}.{key}")
+
+
+def recipe_of(run: str) -> str:
+    """The recipe whose run a header calls so, or that has the same name. Raises: NoStandIn if there is none."""
+    for path in sorted(catalogue_folder().glob("*/*.yaml")):
+        if found := re.search(rf"lightspan fit (\S+)[^\n]* --run runs/{re.escape(run)}\b", path.read_text()):
+            return found[1]
+    try:
+        return next(name for name in catalogue_names() if name.split("/")[1] == run)
+    except StopIteration:
+        raise NoStandIn(
+            f"runs/{run} is the run of no recipe; say in a header how to train it, with --run runs/{run}"
+        ) from None
+
+
+def model_of(name: str) -> nn.Module:
+    """The model of a recipe, without numbers, whether what it starts from is here or not."""
+    for each in asked(name):
+        place = Path(each.place)
+        if (write := published(each.place)) is not None and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write(place)  # a folder says what its network is like
+    with weights_left_out():
+        return on_shapes_first(resolve(name, [], [*ONE_PROCESS, "data=null"]), lambda built: built.model)
+
+
+def write_weights(path: Path, module: nn.Module, prefix: str = "") -> None:
+    """A safetensors file of zeros, which take no room on the disk; tensors that are tied are stored once."""
+    first: dict[int, str] = {}
+    forms, aliases = {}, {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if (kept := first.setdefault(id(tensor), name)) != name:
+            aliases[prefix + name] = prefix + kept
+        else:
+            forms[prefix + name] = Form(tuple(tensor.shape), tensor.dtype)
+    write_forms(path, forms, aliases)
+
+
+def write_forms(path: Path, forms: Mapping[str, Form], aliases: Mapping[str, str]) -> None:
+    begins = header(forms, aliases)
+    with path.open("wb") as file:
+        file.write(begins)
+        file.truncate(len(begins) + sum(form.nbytes for form in forms.values()))
+
+
+Write = Callable[[Path], None]
+
+
+def of_module(make: Callable[[], nn.Module], prefix: str = "", **more: tuple[int, ...]) -> Write:
+    """Writes the tensors of a module under its own names behind a prefix, and some more."""
+
+    def write(path: Path) -> None:
+        with torch.device("meta"):
+            forms = {prefix + name: Form(tuple(x.shape), x.dtype) for name, x in make().state_dict().items()}
+        write_forms(path, forms | {name: Form(shape, torch.float32) for name, shape in more.items()}, {})
+
+    return write
+
+
+def of_transformers(kind: str, **settings: Any) -> Callable[[], nn.Module]:
+    """A network of transformers with the settings of its config."""
+    return lambda: getattr(transformers, kind)(getattr(transformers, kind).config_class(**settings))
+
+
+def folder(kind: str, tokenizer: Write, **settings: Any) -> Write:
+    """A folder as transformers writes it: settings, weights and tokenizer."""
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        config = getattr(transformers, kind).config_class(**settings)
+        config.architectures = [kind]
+        config.save_pretrained(place)
+        with torch.device("meta"):
+            write_weights(place / "model.safetensors", getattr(transformers, kind)(config))
+        tokenizer(place)
+
+    return write
+
+
+def words(size: int, sentinels: int = 0, **special: int) -> Write:
+    """A fast tokenizer with `size` numbers: any word has one of them, and special tokens have their published ones;
+    sentinels are the last ones.
+    """
+    more = {f"<extra_id_{number}>": size - 1 - number for number in range(sentinels)}
+
+    def write(place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        named = {number: token for token, number in (special | more | {"negative": 3, "positive": 4}).items()}
+        vocabulary = {named.get(number, f"word{number}"): number for number in range(size)}
+        made = Tokenizer(WordLevel(vocabulary, unk_token=f"word{size // 2}"))
+        made.pre_tokenizer = Whitespace()
+        first, last = (next((t for t in names if t in special), None) for names in (FIRST, LAST))
+        around = [*([first] if first else []), "$A", *([last] if last else [])]
+        made.post_processor = TemplateProcessing(
+            single=" ".join(around), special_tokens=[(token, special[token]) for token in {first, last} - {None}]
+        )
+        roles = {"pad_token": PAD, "bos_token": FIRST, "eos_token": LAST, "mask_token": ("[MASK]",)}
+        known = {role: next((t for t in names if t in special), None) for role, names in roles.items()}
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made,
+            additional_special_tokens=list(more),
+            **{role: token for role, token in known.items() if token},
+        ).save_pretrained(place)
+
+    return write
+
+
+PAD, FIRST, LAST = ("[PAD]", "<pad>"), ("[CLS]", "<|startoftext|>"), ("[SEP]", "<|endoftext|>", "</s>")
+CLIP_TOKENS = words(49408, **{"<|startoftext|>": 49406, "<|endoftext|>": 49407, "<pad>": 0})
+BERT_TOKENS = words(30522, **{"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103})
+T5_TOKENS = words(32100, 100, **{"<pad>": 0, "</s>": 1})
+
+
+def clip_b16() -> nn.Module:
+    return DualEncoder(timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=0), TextTransformer())
+
+
+def clip_b32() -> nn.Module:
+    """A small network of timm's in the place of ViT-B/32: nine of these are 3 GB."""
+    return timm.create_model("test_vit", num_classes=512, img_size=224)
+
+
+def heads_of_clip(path: Path) -> None:
+    write_forms(path, {"head.weight": Form((CLASSES[path.stem], 512), torch.float32)}, {})
+
+
+CLASSES = {"sun397": 397, "cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47}
+
+PUBLISHED: dict[str, Write] = {
+    "dinov2_vits14.safetensors": of_module(
+        lambda: timm.create_model("vit_small_patch14_dinov2", num_classes=0), mask_token=(1, 384)
+    ),
+    "flava-image-codebook/model.safetensors": of_module(of_transformers("FlavaImageCodebook")),
+    "runs/mit_b5/model.safetensors": of_module(
+        of_transformers("SegformerModel", depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512]), "network."
+    ),
+    "runs/mae_vit_l/export/*": of_module(
+        lambda: timm.create_model("vit_large_patch16_224", num_classes=0), "backbone.network."
+    ),
+    "runs/bert": folder("BertForPreTraining", BERT_TOKENS),
+    "runs/t5": folder(
+        *("T5ForConditionalGeneration", T5_TOKENS),
+        vocab_size=32128,
+        d_model=768,
+        d_ff=2048,
+        d_kv=64,
+        num_heads=12,
+        num_layers=12,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ),
+    "runs/clip/vit_b16.safetensors": of_module(clip_b16, "encoders."),
+    "runs/clip/bank.safetensors": lambda path: write_forms(path, {"bank": Form((8, 197, 512), torch.float32)}, {}),
+    "runs/clip/tokenizer": CLIP_TOKENS,
+    "pairs/tokenizer": CLIP_TOKENS,
+    "c4/tokenizer": words(32000, **{"<pad>": 0, "</s>": 1}),
+    "runs/clip/heads/*.safetensors": heads_of_clip,
+    "runs/clip/*.safetensors": of_module(clip_b32, "backbone."),
+}
+"""Place -> what the world has there. The first row that matches counts."""
+
+
+TEXT = " ".join(f"word{number}" for number in range(200)).encode()
+
+
+def array(values: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+def said(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def shard(sample: Callable[[int, Asked], dict[str, bytes]]) -> Callable[[Path, Asked], None]:
+    """Writes a tar file of a few samples, each as ending -> content."""
+
+    def write(path: Path, each: Asked) -> None:
+        with tarfile.open(path, "w") as archive:
+            for number in range(SAMPLES):
+                add_members(archive, f"{number:04}", sample(number, each))
+
+    return write
+
+
+def by_fields(number: int, each: Asked) -> dict[str, bytes]:
+    """Of `Shards`, whose setting `fields` says which members a sample has."""
+    endings = each.settings.get("fields", {"image": "png", "label": "cls"}).values()
+    known = {"png": png_of(pixels(number, 48, 64)), "cls": str(number % 2).encode(), "txt": TEXT, "json": said({})}
+    return {ending: known[ending] for field in endings for ending in [pick(field, known)]}
+
+
+def pick(field: str, known: Mapping[str, bytes]) -> str:
+    return next(ending for ending in field.split("|") if ending in known)
+
+
+def spectral(number: int, each: Asked) -> dict[str, bytes]:
+    stored = each.settings["bands"]["stored"]
+    bands = len(SENSORS[stored] if isinstance(stored, str) else stored)
+    dates = each.settings.get("dates")
+    shape = (bands, 40, 40) if dates is None else (dates, bands, 40, 40)
+    return {"npy": array(np.random.default_rng(number).integers(1, 9000, shape).astype(np.uint16))}
+
+
+def seasons(number: int, each: Asked) -> dict[str, bytes]:
+    return spectral(number, dataclasses.replace(each, settings={**each.settings, "dates": 2})) | {
+        "json": said({"present": [number % each.settings["num_tags"]]})
+    }
+
+
+def renders(number: int, each: Asked) -> dict[str, bytes]:
+    table = np.random.default_rng(number).normal(size=(2, each.settings.get("columns", 4))).astype(np.float32)
+    pictures = {f"{at:03}.png": png_of(pixels(2 * number + at, 48, 48)) for at in range(2)}
+    return {**pictures, "npy": array(table), "cls": str(number).encode()}
+
+
+def sound(number: int, each: Asked) -> dict[str, bytes]:
+    from sound_files import encoded, tone  # which needs a package
+
+    return {"wav": encoded(tone(1.0, hz=300 + number))}
+
+
+def picture_and(**others: Callable[[int], bytes]) -> Callable[[int, Asked], dict[str, bytes]]:
+    """A picture, and members that come with it, by ending."""
+    return lambda number, _: {
+        "png": png_of(pixels(number, 48, 64)),
+        **{ending.replace("_", "."): content(number) for ending, content in others.items()},
+    }
+
+
+def folder_of_pictures(place: Path, each: Asked) -> None:
+    write_pictures(place, {f"class{number:02}": SAMPLES for number in range(each.classes)})
+
+
+def reviews(place: Path, each: Asked) -> None:
+    place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
+
+
+def sequences(place: Path, each: Asked) -> None:
+    values = np.random.default_rng(len(place.name)).integers(256, size=(40, 1024)).astype(np.uint8)
+    np.savez(place, sequences=values, labels=np.arange(40) % 10)
+
+
+DATAMODULES = "lightspan.datamodules."
+DATA: dict[str, Callable[[Path, Asked], None]] = {
+    f"{DATAMODULES}{name}": write
+    for name, write in {
+        "shards.stream.Shards": shard(by_fields),
+        "shards.posed.PosedShards": shard(renders),
+        "shards.paired.PairedShards": shard(
+            lambda n, _: {f"{at}.png": png_of(pixels(2 * n + at, 48, 48)) for at in (1, 2)}
+        ),
+        "shards.tagged.TaggedShards": shard(picture_and(json=lambda n: said({"present": [n], "absent": [n + 4]}))),
+        "shards.words.WordShards": shard(picture_and(txt=lambda n: b"word")),
+        "shards.domains.DomainShards": shard(
+            picture_and(mask_png=lambda n: png_of((pixels(n, 48, 64)[..., 0] % 19).astype(np.uint8)))
+        ),
+        "shards.texts.WholeWordShards": shard(lambda n, _: {"txt": TEXT}),
+        "shards.texts.QueryShards": shard(
+            lambda n, _: {"json": said({"query": "word1 word2", "document": "word3", "negatives": ["word4"] * 7})}
+        ),
+        "shards.recordings.RecordingShards": shard(sound),
+        "text.shards.TextShards": shard(lambda n, _: {"txt": TEXT}),
+        "image_text.pairs.ImageTextShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
+        "image_text.partial.PartlyLabelledShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
+        "satellite.shards.MultispectralShards": shard(spectral),
+        "satellite.seasons.SeasonShards": shard(seasons),
+        "pictures.folder.ImageFolder": folder_of_pictures,
+        "text.domains.DomainFiles": reviews,
+        "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
+        "sequences.own.OwnSequences": sequences,
+    }.items()
+}
+"""Class that reads data -> what writes them: it gets the place, and all settings of the class."""
