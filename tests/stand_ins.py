@@ -27,6 +27,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from dit_files import published as dit_names
 from picture_files import pixels, write_pictures
 from shard_files import add_members, png_of
 from tokenizers import Tokenizer
@@ -34,6 +35,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from lightspan.absent import weights_left_out
 from lightspan.backbones.dual_encoder import DualEncoder
@@ -62,10 +64,11 @@ BATCH = ["data.init_args.batch_size=4", "data.init_args.num_workers=0"]
 FEWER = {
     ".deepcluster.": ["model.init_args.prototypes=[4]"],
     ".merging.": [f"model.init_args.backbone.init_args.{flag}" for flag in ("name=test_vit", "image_size=224")],
+    ".pela.": ["model.init_args.backbone.init_args.module.init_args.depth=1"],
     ".smae.": ["data.init_args.length=16"],
 }
-"""Part of a method's class path -> flags: it needs as many samples as it has clusters, reads nine large networks, or
-takes a real step whatever its size.
+"""Part of a method's class path -> flags: it needs as many samples as it has clusters, reads nine large networks,
+computes the SVD of one, or takes a real step whatever its size.
 """
 
 
@@ -134,12 +137,13 @@ def stand_in(name: str) -> list[str]:
     lists: dict[tuple[Any, ...], list[str]] = {}
     found = asked(name)
     for each in sorted(found, key=lambda each: each.run is not None):  # runs may have begun from published weights
-        first = expand_braces(each.place)[0]
+        few = expand_braces(each.place)[: 1 + each.settings.get("hold_out", 0)]
         if isinstance(each.path[-1], int):
-            lists.setdefault(each.path[:-1], []).append(first)
-        if not Path(first).exists():
-            Path(first).parent.mkdir(parents=True, exist_ok=True)
-            write_at(name, each, Path(first))
+            lists.setdefault(each.path[:-1], []).extend(few)
+        for place in (Path(one) for one in few):
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_at(name, each, place)
     return [
         *(f"{dotted(path)}={json.dumps(shards)}" for path, shards in lists.items()),
         *flags_of(resolve(name)),
@@ -304,11 +308,36 @@ def clip_b32() -> nn.Module:
     return timm.create_model("test_vit", num_classes=512, img_size=224)
 
 
+def dit(path: Path) -> None:
+    with FakeTensorMode():
+        tensors = dit_names(side=32, chans=4, width=1152, depth=28, classes=1000)
+    write_forms(path, {name: Form(tuple(x.shape), torch.float16) for name, x in tensors.items()}, {})
+
+
+def deit(path: Path) -> None:
+    """As the header of compression/pela_imagenet has it, of one block, whose SVD takes a second."""
+    with torch.device("meta"):
+        tensors = timm.create_model("deit_base_patch16_224.fb_in1k").state_dict()
+    kept = (name for name in tensors if "blocks." not in name or name.startswith("blocks.0."))
+    forms = {name: Form(tuple(tensors[name].shape), tensors[name].dtype) for name in kept}
+    write_forms(path, {n if n.startswith("head.") else f"backbone.{n}": form for n, form in forms.items()}, {})
+
+
 def heads_of_clip(path: Path) -> None:
     write_forms(path, {"head.weight": Form((CLASSES[path.stem], 512), torch.float32)}, {})
 
 
 CLASSES = {"sun397": 397, "cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47}
+
+SMALL = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+"""Of a folder that alone says how large its network is; the recipe names none of its sizes."""
+LLAMA = folder("LlamaForCausalLM", words(2048, **{"<pad>": 0, "</s>": 1}), **SMALL)
 
 PUBLISHED: dict[str, Write] = {
     "dinov2_vits14.safetensors": of_module(
@@ -335,6 +364,12 @@ PUBLISHED: dict[str, Write] = {
     ),
     "runs/clip/vit_b16.safetensors": of_module(clip_b16, "encoders."),
     "runs/clip/bank.safetensors": lambda path: write_forms(path, {"bank": Form((8, 197, 512), torch.float32)}, {}),
+    "runs/deit_b.safetensors": deit,
+    "dit_xl_2_256.safetensors": dit,
+    "runs/llama": LLAMA,
+    "model": LLAMA,
+    "runs/roberta_*": folder("RobertaForMaskedLM", words(2048, **{"<pad>": 1, "</s>": 2}), **SMALL),
+    "runs/clip/vit_b16": folder("CLIPModel", CLIP_TOKENS, vision_config={"patch_size": 16}),
     "runs/clip/tokenizer": CLIP_TOKENS,
     "pairs/tokenizer": CLIP_TOKENS,
     "c4/tokenizer": words(32000, **{"<pad>": 0, "</s>": 1}),
@@ -421,6 +456,16 @@ def reviews(place: Path, each: Asked) -> None:
     place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
 
 
+def labelled(place: Path, each: Asked) -> None:
+    rows = [{**dict.fromkeys(each.settings["fields"], f"word{n} word9"), "label": n % 2} for n in range(SAMPLES)]
+    place.write_text("\n".join(map(json.dumps, rows)))
+
+
+def conversations(place: Path, each: Asked) -> None:
+    rows = [{"prompt": f"word{n}", "completion": "word8 word9"} for n in range(SAMPLES)]
+    place.write_text("\n".join(map(json.dumps, rows)))
+
+
 def sequences(place: Path, each: Asked) -> None:
     values = np.random.default_rng(len(place.name)).integers(256, size=(40, 1024)).astype(np.uint8)
     np.savez(place, sequences=values, labels=np.arange(40) % 10)
@@ -445,6 +490,11 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
             lambda n, _: {"json": said({"query": "word1 word2", "document": "word3", "negatives": ["word4"] * 7})}
         ),
         "shards.recordings.RecordingShards": shard(sound),
+        "shards.latents.LatentShards": shard(
+            lambda n, _: {"npy": array(np.random.default_rng(n).normal(size=(8, 32, 32)).astype(np.float16))}
+        ),
+        "text.chat.Chat": conversations,
+        "text.labelled.LabelledTextFiles": labelled,
         "text.shards.TextShards": shard(lambda n, _: {"txt": TEXT}),
         "image_text.pairs.ImageTextShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
         "image_text.partial.PartlyLabelledShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
