@@ -38,8 +38,9 @@ from lightspan.errors import UserError
 from lightspan.files import write_atomic
 from lightspan.memory import MIB, state_bytes
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.moments import Int8Moments
-from lightspan.optim.presets import FactoredMuon
+from lightspan.optim.muon import FactoredMuon
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "torch AdamW fused"
@@ -91,7 +92,7 @@ def torchao(**options: Any) -> Build:
 def cases(sizes: Sizes) -> dict[str, Build]:
     """How each optimiser is built, by its name in tables."""
 
-    def ours(kind: type[LowRank], **options: Any) -> Build:
+    def ours(kind: type[MatrixOptimizer], **options: Any) -> Build:
         return lambda parameters: kind(parameters, lr=LR, **options)
 
     found: dict[str, Build] = {REFERENCE: lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True)}
@@ -128,7 +129,7 @@ def measured(build: Build, sizes: Sizes, steps: int, device: torch.device) -> Ro
     row: Row = {"ms": median(times[WARMUP:]), "peak_mib": torch.cuda.max_memory_allocated() / MIB if on_gpu else None}
     if isinstance(optimizer, Optimizer):
         row["state_mib"] = state_bytes(optimizer) / MIB
-    if isinstance(optimizer, LowRank):
+    if isinstance(optimizer, MatrixOptimizer):
         row["away_mib"] = optimizer.home.sizes(optimizer.state)[0] / MIB
     return row
 

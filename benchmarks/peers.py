@@ -15,9 +15,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightspan.memory import MIB
-from lightspan.optim import presets
+from lightspan.optim import muon, presets
 from lightspan.optim.bases import Every, PowerBasis
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.moments import Int8Moments
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
 
@@ -38,13 +39,13 @@ PRESETS: dict[str, type[LowRank]] = {
     "apollo_mini": presets.APOLLOMini,
 }
 """By their names in tables and result files."""
-WHOLE: dict[str, type[LowRank]] = {
-    "muon": presets.Muon,
-    "nor_muon": presets.NorMuon,
-    "factored_muon": presets.FactoredMuon,
-    "dion2": presets.Dion2,
+WHOLE: dict[str, type[MatrixOptimizer]] = {
+    "muon": muon.Muon,
+    "nor_muon": muon.NorMuon,
+    "factored_muon": muon.FactoredMuon,
+    "dion2": muon.Dion2,
 }
-"""Presets of whole matrices, which have no rank and no frames; of bfloat16 weights their products are in bfloat16."""
+"""Those of whole matrices, which have no rank and no frames; of bfloat16 weights their products are in bfloat16."""
 PAPER_GAP = 200  # optimiser steps between two refreshes in the scripts of GaLore, Fira and APOLLO
 
 Build = Callable[[list[Parameter], list[Parameter], int | None], Optimizer]
@@ -245,7 +246,7 @@ def _groups(matrices: list[Parameter], others: list[Parameter]) -> list[dict[str
     return [{"params": matrices}, {"params": others, "project": False}]
 
 
-def _whole(kind: type[LowRank], dtype: torch.dtype) -> Build:
+def _whole(kind: type[MatrixOptimizer], dtype: torch.dtype) -> Build:
     precision = str(dtype).removeprefix("torch.")
     return lambda matrices, others, gap: kind(_groups(matrices, others), lr=LR, precision=precision)
 

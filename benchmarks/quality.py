@@ -67,18 +67,8 @@ from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import TABLES, ParameterGroups
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.presets import (
-    APOLLO,
-    APOLLOMini,
-    DCTAdamW,
-    FactoredMuon,
-    FiraAdam,
-    GaLore,
-    LDAdam,
-    Muon,
-    NorMuon,
-    Trion,
-)
+from lightspan.optim.muon import FactoredMuon, Muon, NorMuon
+from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.sweeps.descent import neighbour, to_better_neighbours
 

@@ -3,24 +3,38 @@
 import importlib
 import inspect
 import pkgutil
+from types import ModuleType
 
 from torch.optim import Optimizer
 
 from lightspan import optim
-from lightspan.optim import presets
-from lightspan.optim.low_rank import LowRank
-
-PRESETS: list[type[LowRank]] = [
-    kind for kind in vars(presets).values() if isinstance(kind, type) and kind.__module__ == presets.__name__
-]
+from lightspan.optim import muon, presets
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
     """Every optimiser that a module of `lightspan.optim` defines, by name."""
     found: dict[str, type[Optimizer]] = {}
     for info in pkgutil.iter_modules(optim.__path__):
-        module = importlib.import_module(f"lightspan.optim.{info.name}")
-        for name, kind in vars(module).items():
-            if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind.__module__ == module.__name__:
-                found[name] = kind
+        found |= defined_in(importlib.import_module(f"lightspan.optim.{info.name}"))
     return found
+
+
+def defined_in(module: ModuleType) -> dict[str, type[Optimizer]]:
+    """The optimisers that a module defines and that can be built, by name."""
+    kinds = {name: kind for name, kind in vars(module).items() if inspect.isclass(kind) and issubclass(kind, Optimizer)}
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if kind.__module__ == module.__name__ and not inspect.isabstract(kind)
+    }
+
+
+WHOLE: list[type[MatrixOptimizer]] = [*defined_in(muon).values()]
+"""Those of whole matrices, which have no rank."""
+PRESETS: list[type[MatrixOptimizer]] = [*defined_in(presets).values(), *WHOLE]
+
+
+def of_rank(kind: type[Optimizer], rank: int) -> dict[str, int]:
+    """The argument that gives an optimiser this rank, if it can have it."""
+    return {} if kind in (*WHOLE, presets.APOLLOMini) else {"rank": rank}

@@ -10,7 +10,7 @@ import torch
 
 from lightspan.backbones.language import llama
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.presets import FactoredMuon
+from lightspan.optim.muon import FactoredMuon
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "from-hf-trainer.md").read_text(encoding="utf-8")
 

@@ -106,7 +106,7 @@ def test_every_document_module_and_method_has_its_place(pages: dict[str, str]) -
     assert "LowRank" in pages["reference/optim/low_rank.html"]
     assert "step size, &gt;= 0, a float or a 0-d tensor" in pages["reference/optim/low_rank.html"]  # from its docstring
     source = unescape(re.sub(r"<[^>]+>", "", pages["reference/optim/low_rank.html"].split('id="source"')[1]))
-    assert "def selection(self, parameter: Tensor, group: dict[str, Any]) -> Selection:" in source
+    assert "def initial(self, layout: Layout) -> State:" in source
     recipes = {path.stem for path in (ROOT / "recipes" / "clustering").glob("*.yaml")}
     assert {f"project/recipes/clustering/{name}.yaml.html" for name in recipes} <= pages.keys()
     assert all(f">clustering/{name}</a>" in pages["gallery.html"] for name in recipes)

@@ -178,3 +178,17 @@ def _(
 
 if triton is not None:
     backproject_update.register_kernel("cuda")(backproject_update_triton)
+
+
+def update(
+    weights: Sequence[Tensor], steps: Sequence[Tensor], lr: Tensor, keep: Tensor, seed: Tensor | None
+) -> None:  # fmt: skip
+    """W <- keep W - lr S in every weight, in place: `backproject_update` without coordinates.
+
+    Args:
+        steps: S [M N] of every weight.
+        lr, keep, seed: as there.
+    """
+    (M, N), B = steps[0].shape, len(steps)
+    none_BM0, none_BN0, one_BM = (steps[0].new_ones(B, *shape) for shape in ((M, 0), (N, 0), (M,)))
+    backproject_update(weights, none_BM0, none_BN0, steps, one_BM, lr, keep, seed)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightspan.callbacks.resilience.step_capture import StepCapture
 from lightspan.distributed import rank, world_size
 from lightspan.errors import UserError, printable
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.places import RunPath
 from lightspan.sharded import held_numbers, square_norms
 
@@ -33,7 +33,8 @@ class FiniteLoss(Callback):
     Skipping cannot fix a network that is not finite itself, such as running means that include the batch: then, and
     after `most_skips` steps, it stops too.
 
-    `LowRank` checks its gradients itself. If this callback sees them, it switches that second check off until the
+    A `MatrixOptimizer`, such as `LowRank`, checks its gradients itself. If this callback sees them, it switches that
+    second check off until the
     fit ends, and with it a second synchronisation; with backward="hooks" or "projected" gradients are kept in
     coordinates, which the optimiser alone sees, and it stops the run under either policy. With gradient scaling
     (16-mixed) infinite gradients are part of the method, and with DeepSpeed they are out of reach: only the loss is
@@ -75,7 +76,7 @@ class FiniteLoss(Callback):
         self._batch: str | Tensor = "a batch"  # the current one
         self._losses: list[tuple[Tensor, str | Tensor]] = []  # of this step, each with its batch
         self._sees_gradients = True
-        self._relieved: list[LowRank] = []
+        self._relieved: list[MatrixOptimizer] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -87,7 +88,7 @@ class FiniteLoss(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers if self._sees_gradients else ():
-            if isinstance(optimizer, LowRank) and optimizer.backward == "whole" and optimizer.check_finite:
+            if isinstance(optimizer, MatrixOptimizer) and optimizer.backward == "whole" and optimizer.check_finite:
                 optimizer.check_finite = False
                 self._relieved.append(optimizer)
 
@@ -149,7 +150,7 @@ class FiniteLoss(Callback):
         self.skipped = state_dict["skipped"]
 
     def _largest_gradient(self, optimizer: Optimizer, module: LightningModule) -> Tensor:
-        """Largest norm among this rank's gradients, 0-d on the device; not finite if `LowRank` finds one that is
+        """Largest norm among this rank's gradients, 0-d on the device; not finite if an optimiser finds one that is
         not.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -7,10 +7,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightspan.optim.bases import Basis, Trigger
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.inner import Adam, Inner
+from lightspan.optim.limits import require_sound
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, MomentStorage
 from lightspan.optim.residuals import Fira, Residual
-from lightspan.optim.settings import require_sound
 from lightspan.patterns import require_patterns
 from lightspan.wiring.optimizers import refuse_flat_partitions, wire
 

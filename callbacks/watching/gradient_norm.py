@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.callbacks.watching.detached import is_logged
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.sharded import gradient_norm
 
@@ -17,7 +17,8 @@ class GradientNorm(Callback):
 
     With `trainer.gradient_clip_val` the norm after clipping is the smaller of the two. Several optimisers, of manual
     optimisation, are numbered in the trainer's order: train/gradient_norm_0. Mean over ranks, sum over micro-batches
-    and unscaling of 16-mixed have been done by then, and gradients that FSDP2 shards count as a whole. `LowRank` has
+    and unscaling of 16-mixed have been done by then, and gradients that FSDP2 shards count as a whole. This
+    project's optimisers of matrices have
     the norm of its gradients from the projection, so that they are not read again; of those that it keeps in
     coordinates (backward="hooks" or "projected") it is the norm inside the frames.
 
@@ -31,7 +32,7 @@ class GradientNorm(Callback):
     alters_training = False  # see config.identity
 
     def __init__(self) -> None:
-        self._norms: dict[int, Tensor | LowRank] = {}  # of this step, by the optimiser's number
+        self._norms: dict[int, Tensor | MatrixOptimizer] = {}  # of this step, by the optimiser's number
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not is_logged(trainer) or trainer.strategy.handles_gradient_accumulation:
@@ -39,7 +40,7 @@ class GradientNorm(Callback):
         if isinstance(optimizer, RandomSubspace) and optimizer.averages:
             return
         number = next((n for n, one in enumerate(trainer.optimizers) if one is optimizer), 0)
-        if isinstance(optimizer, LowRank):
+        if isinstance(optimizer, MatrixOptimizer):
             optimizer.measures_norm = True
             self._norms[number] = optimizer
         else:
@@ -51,6 +52,6 @@ class GradientNorm(Callback):
         norms, self._norms = self._norms, {}
         for number, norm in norms.items():
             name = "train/gradient_norm" if len(trainer.optimizers) == 1 else f"train/gradient_norm_{number}"
-            figure = norm.gradient_norm if isinstance(norm, LowRank) else norm
+            figure = norm.gradient_norm if isinstance(norm, MatrixOptimizer) else norm
             if figure is not None:
                 pl_module.log(name, figure.float(), on_step=True, on_epoch=False, batch_size=1)

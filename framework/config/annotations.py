@@ -37,7 +37,12 @@ _UNTYPED = ("Any", "object")
 _BOUND = {"OptimizerCallable": 1, "LRSchedulerCallable": 1}  # of lightning.pytorch.cli
 _MODULE = "torch.nn.modules.module.Module"
 _FURTHER = {  # modules with classes of a kind, beside the one that defines the kind
-    "torch.optim.optimizer.Optimizer": ("torch.optim", "lightspan.optim.low_rank", "lightspan.optim.presets"),
+    "torch.optim.optimizer.Optimizer": (
+        "torch.optim",
+        "lightspan.optim.low_rank",
+        "lightspan.optim.presets",
+        "lightspan.optim.muon",
+    ),
     "torch.optim.lr_scheduler.LRScheduler": ("lightspan.optim.schedules",),
 }
 _USE = "lightspan.places.PathUse"

@@ -7,7 +7,6 @@ projector, and choosing it again (`refresh`) is what GaLore's code does every up
 | SVDBasis        | top singular directions, recomputed                              | N R numbers      |
 | GaussianBasis   | independent normal entries of variance 1 / R, drawn anew         | N R numbers      |
 | DCTBasis        | the R best columns of one fixed orthonormal matrix               | R integers       |
-| WholeBasis      | the whole space, R = N: coordinates are the gradient itself      | none             |
 
 Shapes: B matrices of one shape, M rows (kept), N columns (projected, N <= M), R rank.
 """
@@ -41,9 +40,6 @@ class Basis(ABC):
     """
 
     orthonormal = True
-    whole = False
-    """Whether coordinates are as large as gradients, so that those of one bucket exist at a time, and no backward pass
-    saves memory by making them."""
     momentum = 0.0
     """Share of the lifted first moment in what `refresh` follows, in [0, 1); the rest is the gradient. The state that
     it gets then has, as `mean`, Adam's bias-corrected first moment [B M R] in the old frame.
@@ -51,10 +47,6 @@ class Basis(ABC):
 
     def __init__(self, carry: Carry) -> None:
         self.carry = carry
-
-    def width(self, side: int, rank: int) -> int:
-        """R for a matrix whose shorter side is `side`, in a group of this `rank`; 0 for one that is not projected."""
-        return rank if rank < side else 0
 
     @abstractmethod
     def initial(self, layout: Layout) -> State:
@@ -288,56 +280,6 @@ class DCTBasis(ColumnSelection):
         return dct_energies(gradients) if self.fast else super().energies(gradients, layout)
 
 
-class WholeBasis(Basis):
-    """The whole space, for rules that need no smaller one, such as Muon: coordinates are the gradient itself. There is
-    no state, nothing is multiplied by an identity, and every matrix is taken, whatever the rank.
-    """
-
-    whole = True
-
-    def __init__(self) -> None:
-        super().__init__(Keep())
-
-    def width(self, side: int, rank: int) -> int:
-        return side
-
-    def initial(self, layout: Layout) -> State:
-        return {}
-
-    def refresh(self, gradients: Sequence[Tensor], state: State, layout: Layout, *, first: bool) -> State:
-        return {}
-
-    def frame(self, state: State, layout: Layout) -> Tensor:
-        return torch.eye(layout.size, dtype=layout.dtype, device=layout.device).expand(layout.batch, -1, -1)
-
-    def project(
-        self, gradients: Sequence[Tensor], state: State, layout: Layout, *, energy: bool
-    ) -> tuple[Tensor, Tensor]:
-        coordinates_BMN = torch.stack(list(gradients)).to(layout.dtype)
-        squares_BM = coordinates_BMN.square().sum(dim=-1) if energy else layout.zeros(layout.rows)[:0]
-        return coordinates_BMN, squares_BM
-
-    def update(
-        self,
-        weights: Sequence[Tensor],
-        coefficients_BMR: Tensor,
-        state: State,
-        layout: Layout,
-        gradients: Sequence[Tensor],
-        scale_BM: Tensor,
-        lr: Tensor,
-        keep: Tensor,
-        seed: Tensor | None,
-        /,
-    ) -> None:
-        if coefficients_BMR.shape[-1]:  # the step itself takes the place of what other bases add to theirs
-            if gradients:
-                coefficients_BMR = torch.addcmul(coefficients_BMR, torch.stack(list(gradients)), scale_BM[..., None])
-            gradients, scale_BM = list(coefficients_BMR), torch.ones_like(coefficients_BMR[..., 0])
-        direction_BM0, frame_BN0 = layout.zeros(layout.rows, 0), layout.zeros(layout.size, 0)
-        backproject_update(weights, direction_BM0, frame_BN0, gradients, scale_BM, lr, keep, seed)
-
-
 class Trigger(ABC):
     """Decides on the host which matrices' frames are chosen again."""
 
@@ -372,11 +314,3 @@ class Every(Trigger):
     def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float]) -> list[int]:
         shift = self.steps if self.staggered else 0
         return [i for i in asked if (steps[i] - int(phases[i] * shift)) % self.steps == 0]
-
-
-@dataclass(frozen=True)
-class Never(Trigger):
-    """The first frame stays."""
-
-    def due(self, asked: Sequence[int], steps: Sequence[int], phases: Sequence[float]) -> list[int]:
-        return []

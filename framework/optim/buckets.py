@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.devices import wide_type
 from lightspan.errors import UserError
-from lightspan.optim.core import Bucket, Buckets, built_for
 from lightspan.optim.layout import (
     SEED_STRIDE,
     SHARD_STRIDE,
@@ -27,15 +26,26 @@ from lightspan.optim.layout import (
 )
 from lightspan.optim.loading import require_same_kind
 from lightspan.optim.offload import Home
-from lightspan.optim.settings import UpdateRule
+from lightspan.optim.stacks import FIXED, Bucket, Buckets, built_for
 from lightspan.sharded import local, ranks_of
 
 if TYPE_CHECKING:
-    from lightspan.optim.low_rank import LowRank
+    from lightspan.optim.matrix_optimizer import MatrixOptimizer
 
 LARGEST_STACK = 1 << 24
 """How many numbers of whole matrices a rule that projects late widens at once, unless a single parameter, or one matrix
 for each rank, has more: 64 MiB of float32."""
+
+
+class StateMaker(Protocol):
+    """What buckets ask of a rule in matrices."""
+
+    @property
+    def projects_late(self) -> bool:
+        """Whether it widens whole matrices, those of one bucket at a time."""
+
+    def initial(self, layout: Layout) -> State:
+        """State before the first step."""
 
 
 def stacked_bucket(
@@ -44,7 +54,7 @@ def stacked_bucket(
     stacked: bool,
     phases: list[float],
     layout: Layout,
-    rule: UpdateRule,
+    rule: StateMaker,
     saved: list[State],
     names: list[str],
     home: Home,
@@ -99,7 +109,7 @@ class Member:
     saved: State
 
 
-def build_buckets(members: Sequence[Member], rule: UpdateRule, seed: int, home: Home) -> list[Bucket]:
+def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, home: Home) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
@@ -138,7 +148,7 @@ def build_buckets(members: Sequence[Member], rule: UpdateRule, seed: int, home: 
     return buckets
 
 
-def _parts(pairs: list[tuple[Member, int]], rule: UpdateRule, home: Home) -> Iterator[list[tuple[Member, int]]]:
+def _parts(pairs: list[tuple[Member, int]], rule: StateMaker, home: Home) -> Iterator[list[tuple[Member, int]]]:
     """All that can step together, or as many as rules that project late should widen at once, and as should visit the
     device at once. Ranks cut alike, since they see the same whole shapes.
     """
@@ -152,7 +162,7 @@ def _parts(pairs: list[tuple[Member, int]], rule: UpdateRule, home: Home) -> Ite
     return (pairs[start : start + count] for start in range(0, len(pairs), count))
 
 
-def _size_away(member: Member, rule: UpdateRule, home: Home) -> int:
+def _size_away(member: Member, rule: StateMaker, home: Home) -> int:
     """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
     slices = slices_of(member.parameter, member.stacked)
     count = len(matrices(member.parameter, member.stacked)) if slices is None else slices.chunk
@@ -163,7 +173,7 @@ def _size_away(member: Member, rule: UpdateRule, home: Home) -> int:
     return sum(value.nbytes for key, value in state.items() if home.is_away(member.parameter, key))
 
 
-def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:
+def built_again(optimizer: "MatrixOptimizer", before: Buckets) -> Buckets:
     """The optimiser's buckets, after something replaced what earlier ones were built for; its state consists of their
     views when this returns.
 
@@ -172,14 +182,14 @@ def built_again(optimizer: "LowRank", before: Buckets) -> Buckets:
     now = built_for(optimizer.param_groups)
     if before.built_for is not None and before.built_for[1] != now[1]:
         _forget_unstepped(optimizer.state, before.built_for[1], now[1])
-    buckets = Buckets(build_buckets(_members(optimizer), optimizer.rule, optimizer.seed, optimizer.home), now)
+    buckets = Buckets(build_buckets(_members(optimizer), optimizer, optimizer.seed, optimizer.home), now)
     for bucket in buckets.every:
         views = zip(bucket.parameters, bucket.views, strict=True)
         optimizer.state.update((parameter, dict(view)) for parameter, view in views)
     return buckets
 
 
-def _members(optimizer: "LowRank") -> list[Member]:
+def _members(optimizer: "MatrixOptimizer") -> list[Member]:
     return [
         Member(
             parameter,
@@ -201,7 +211,7 @@ def _forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any
     if any(int(held["step"]) for held in state.values() if "step" in held):
         changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
         raise UserError(
-            f"(rank, project, stacks) of a parameter group changed in the middle of training: {', '.join(changes)}. "
+            f"({', '.join(FIXED)}) of a parameter group changed in the middle of training: {', '.join(changes)}. "
             "State cannot follow; restore the value, or build a new optimiser"
         )
     state.clear()
@@ -217,7 +227,7 @@ def layout_of(
     return Layout(held, size, rank, is_wide(first), dtype, device, tuple(seeds), shards, heads)
 
 
-def _keys_by_row(rule: UpdateRule, layout: Layout) -> set[str]:
+def _keys_by_row(rule: StateMaker, layout: Layout) -> set[str]:
     """The state with a part for every row: what grows by one with each row."""
     small, large = (
         rule.initial(replace(layout, rows=rows, device=torch.device("meta"))) for rows in (layout.rows, layout.rows + 1)

@@ -1,7 +1,7 @@
 """Replaces Adam-type optimisers by low-rank ones with the same parameters, groups, rates and schedulers."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from glob import escape
 from typing import Any
 
@@ -10,7 +10,6 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Basis, PowerBasis
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.projected import Selection, says, stacks_in
@@ -18,11 +17,11 @@ from lightspan.patterns import require_matches
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 """Settings of torch's Adam without a counterpart in LowRank."""
-FIXED = ("params", "project", "stacks", "rank", "heads")
+FIXED = ("params", "project", "stacks", "rank")
 """What a group must say when a `LowRank` is built."""
-OF_THE_KERNEL = ("foreach", "fused", "capturable", "decoupled_weight_decay")
-"""Settings of torch's Adam that only say how it computes what LowRank computes anyway. In a group they would also move
-state to other devices when a checkpoint is loaded."""
+WITHOUT_EFFECT = ("foreach", "fused", "capturable", "decoupled_weight_decay", "param_names", "heads")
+"""What a group has that LowRank does not need: how torch's Adam computes what LowRank computes anyway, which would also
+move state to other devices when a checkpoint is loaded, the names by which the group was built, and attention heads."""
 
 
 def to_low_rank(optimizer: Optimizer, module: nn.Module, match: list[str], **options: Any) -> LowRank:
@@ -110,11 +109,8 @@ def _converted(optimizer: Optimizer, module: nn.Module, match: list[str], option
                 f"Adam with weight_decay={group['weight_decay']} adds the decay to the gradient, which no subspace "
                 "can represent; use AdamW"
             )
-        own = {key: value for key, value in group.items() if key not in (*REFUSED, *OF_THE_KERNEL, "param_names")}
+        own = {key: value for key, value in group.items() if key not in (*REFUSED, *WITHOUT_EFFECT)}
         names = _names_in(group, module)
-        if isinstance(heads := group.get("heads"), Mapping):  # by the group's names, perhaps those of a submodule
-            pairs = zip(names, group.get("param_names", names), strict=True)
-            own["heads"] = {name: heads[known] for name, known in pairs if name and known in heads}
         named = list(zip(names, group["params"], strict=True))
         groups.append({**own, "params": named, "project": _project(group, match), "stacks": _stacks(group, module)})
     converted = LowRank([{key: group[key] for key in group if key in FIXED} for group in groups], **options)
@@ -141,10 +137,9 @@ def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options
     """Whether `LowRank` could project any parameter of this optimiser."""
     asked = inspect.signature(LowRank).bind([], **options)
     asked.apply_defaults()
-    rank, backward, basis = (asked.arguments[name] for name in ("rank", "backward", "basis"))
-    basis = basis if isinstance(basis, Basis) else PowerBasis()  # what is none, LowRank refuses
+    rank, backward = asked.arguments["rank"], asked.arguments["backward"]
     for group in optimizer.param_groups:
-        own = _project(group, match), _stacks(group, module), group.get("rank", rank), backward, basis
+        own = _project(group, match), _stacks(group, module), group.get("rank", rank), backward
         pairs = zip(group["params"], _names_in(group, module), strict=True)
         if any(Selection(parameter, name, *own).projected for parameter, name in pairs):
             return True

@@ -11,119 +11,31 @@ Shapes: B matrices, M rows (the kept, longer side), N columns (the projected sid
 transposed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightspan.devices import widest_float
 from lightspan.optim.frame_changes import NewFrames, change_frames, choose_frames, with_frames
 from lightspan.optim.inner import AdamSettings, InnerContext
-from lightspan.optim.layout import (
-    WEIGHT_STREAM,
-    Layout,
-    State,
-    canonical,
-    canonical_gradient,
-    matrices,
-    part_of,
-    put,
-    write_part,
-)
-from lightspan.optim.offload import Visit
+from lightspan.optim.layout import WEIGHT_STREAM, Layout, State
 from lightspan.optim.residuals import LostMoments, Terms
 from lightspan.optim.settings import UpdateRule
-from lightspan.sharded import Ranks, ranks_of
+from lightspan.optim.stacks import Bucket, StackStep
 from lightspan.triton_kernels.backproject_update import operand_type
 
 
-@dataclass
-class Bucket:
-    """Projected parameters of one group, shape and layout; `Optimizer.state` contains views of their stacked state.
-
-    Args:
-        phases: in [0, 1), spread over all matrices of the optimiser; see `lightspan.optim.bases.Trigger`.
-        views: the state of each parameter.
-        done: steps that each matrix has taken; the state has them as tensors, which the host need not read.
-        draws: frames that each matrix has drawn, likewise; zeros for a basis that does not count them.
-        noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
-            matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
-        stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
-        away: names of the state that lives on the host, while the parameters do not; see `lightspan.optim.offload`.
-        pending: coordinates [M R] of gradients that no longer exist, by position; see `lightspan.optim.gradients`.
+def due(bucket: Bucket, positions: list[int], rule: UpdateRule) -> tuple[list[int], list[int]]:
+    """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
+    indices into `positions`.
     """
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    phases: list[float]
-    layout: Layout
-    state: State
-    views: list[State]
-    done: list[int]
-    draws: list[int]
-    noise: Tensor
-    stacked: bool = False
-    away: frozenset[str] = frozenset()
-    pending: dict[int, Tensor] = field(default_factory=dict)
-
-    def places(self, number: int) -> range:
-        """Positions of the matrices that parameter `number` holds."""
-        count = len(self.done) // len(self.parameters)
-        return range(number * count, (number + 1) * count)
-
-    def is_shown_in(self, state: Mapping[Tensor, State]) -> bool:
-        """Whether an optimiser's `state` still shows the bucket's tensors: Lightning puts other tensors into the same
-        dictionaries, and so does loading a checkpoint.
-        """
-        return all(
-            state[p].keys() == view.keys() and all(state[p][key] is view[key] for key in view)
-            for p, view in zip(self.parameters, self.views, strict=True)
-        )
-
-    def due(self, positions: list[int], rule: UpdateRule) -> tuple[list[int], list[int]]:
-        """Those of `positions` whose frame the coming step chooses for the first time, and those it chooses again; as
-        indices into `positions`.
-        """
-        first = [place for place, i in enumerate(positions) if self.done[i] == 0]
-        later = [place for place, i in enumerate(positions) if self.done[i] > 0]
-        if not later:
-            return first, []
-        due = set(rule.trigger.due([positions[place] for place in later], self.done, self.phases))
-        return first, [place for place in later if positions[place] in due]
-
-
-@dataclass
-class Buckets:
-    """All of an optimiser's buckets.
-
-    Args:
-        built_for: parameters and settings of the groups that they were built for, as `built_for` gives them; None if
-            there are none yet.
-    """
-
-    every: list[Bucket] = field(default_factory=list)
-    built_for: tuple[list[Any], list[Any]] | None = None
-    places: dict[Tensor, tuple[Bucket, int]] = field(init=False)
-    """The bucket of each projected parameter, and its position there."""
-
-    def __post_init__(self) -> None:
-        self.places = {p: (bucket, i) for bucket in self.every for i, p in enumerate(bucket.parameters)}
-
-    def are_current(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
-        """Whether nothing, such as a checkpoint or a move to another device, has replaced what they were built for, or
-        the state that consists of their views.
-        """
-        return self.built_for == built_for(groups) and all(bucket.is_shown_in(state) for bucket in self.every)
-
-
-def built_for(groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What buckets depend on: (parameters, settings) of an optimiser's groups."""
-    # Buckets keep groups and parameters alive, so nothing else can get their ids.
-    look = [(id(g), id(p), p.device, p.dtype, p.stride()) for g in groups for p in g["params"]]
-    return look, [tuple(group[key] for key in ("rank", "project", "stacks")) for group in groups]
+    first = [place for place, i in enumerate(positions) if bucket.done[i] == 0]
+    later = [place for place, i in enumerate(positions) if bucket.done[i] > 0]
+    if not later:
+        return first, []
+    chosen = set(rule.trigger.due([positions[place] for place in later], bucket.done, bucket.phases))
+    return first, [place for place in later if positions[place] in chosen]
 
 
 @dataclass
@@ -144,134 +56,63 @@ class Projected:
     seen: State | None
 
 
-@dataclass
-class BucketStep:
-    """One step of a bucket's matrices that have a gradient.
+class BucketStep(StackStep):
+    """One step of a bucket's matrices inside their frames.
 
     Args:
-        owners: which of the bucket's parameters take part; `active`: which of its matrices. A rank may have none of a
-            stack; it counts the step with the others.
-        index: selects the active matrices from the bucket's stacks; None if all take part.
-        layout, state: those of the active matrices. What lives on the host joins the state in the second half.
-        gradients: [M N] by active matrix, in any float dtype; None if only coordinates are left.
+        rule: the optimiser's; its settings are replaced by those of the bucket's group.
+
+    Attributes:
         pending: coordinates [M R] that came without their gradient, by position; such matrices are not due.
         first, due: positions whose frame is chosen for the first time, or again.
         projected: result of the first half; None before it.
     """
 
-    bucket: Bucket
-    rule: UpdateRule
-    owners: list[int]
-    active: list[int]
-    index: slice | Tensor | None
-    layout: Layout
-    state: State
-    gradients: list[Tensor | None]
-    pending: dict[int, Tensor]
-    first: list[int]
-    due: list[int]
-    projected: Projected | None = None
+    def __init__(self, bucket: Bucket, rule: UpdateRule) -> None:
+        super().__init__(bucket)
+        self.first, self.due = due(bucket, self.active, rule)
+        self.rule = rule.of(bucket.group)
+        self.pending = {place: bucket.pending[i] for place, i in enumerate(self.active) if i in bucket.pending}
+        self.projected: Projected | None = None
 
-    @staticmethod
-    def of(bucket: Bucket, rule: UpdateRule) -> "BucketStep | None":
-        """The bucket's part in the coming step, by `rule` with its group's settings; None if none of its parameters has
-        a gradient.
+    def prepare(self, energy: bool) -> list[Tensor]:
+        """The first half: coordinates of the gradients, in new frames where due, and row norms if `energy`. Rules that
+        project late do so in `act`, after clipping.
         """
-        owners = [i for i, p in enumerate(bucket.parameters) if p.grad is not None or i in bucket.pending]
-        if not owners:
-            return None
-        active = [place for i in owners for place in bucket.places(i)]
-        first, due = bucket.due(active, rule)
-        layout, index = bucket.layout, None
-        state = {key: value for key, value in bucket.state.items() if key not in bucket.away}
-        if len(active) < layout.batch:
-            index = layout.select(active)
-            layout, state = layout.part(active), part_of(state, index)
-        gradients: list[Tensor | None] = []
-        for parameter in (bucket.parameters[i] for i in owners):
-            held = matrices(parameter, bucket.stacked)
-            own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
-            gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
-        pending = {place: bucket.pending[i] for place, i in enumerate(active) if i in bucket.pending}
-        rule = rule.of(bucket.group)
-        return BucketStep(bucket, rule, owners, active, index, layout, state, gradients, pending, first, due)
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """The ranks among which the matrices, or stacks of them, are split."""
-        return ranks_of(self.bucket.parameters[0])
-
-    def gradients_that_choose_frames(self) -> list[Tensor]:
-        """The gradients from which the first half chooses frames."""
-        return [] if self.rule.projects_late else _given(self.gradients[i] for i in (*self.first, *self.due))
+        if not self.active or self.rule.projects_late:
+            return []
+        choosing = _given(self.gradients[i] for i in (*self.first, *self.due))
+        self.projected = self._projected(self.gradients, energy)
+        return choosing
 
     def not_projected(self) -> list[Tensor]:
-        """The gradients, as long as their norms follow from nothing else."""
         return _given(self.gradients) if self.projected is None else []
 
     def squares(self, in_frames: bool) -> list[Tensor]:
-        """The squared norm of all gradients, 0-d, once they are projected.
-
-        Args:
-            in_frames: whether gradients no longer exist, so that it is that of their coordinates.
-        """
-        if not self.active:
-            return [self.layout.zeros().sum()]
-        if self.projected is None:
-            return []
+        if not self.active or self.projected is None:
+            return super().squares(in_frames)
         if in_frames:
             return [torch.linalg.vector_norm(self.projected.coordinates_BMR).square()]
         return [self.projected.energy_BM.sum()]
 
-    def project(self, energy: bool) -> None:
-        """The first half: coordinates of the gradients, in new frames where due. Writes no state. Rules that project
-        late do so in `update`, after clipping.
-
-        Args:
-            energy: whether row norms are wanted.
-        """
-        if self.active and not self.rule.projects_late:
-            self.projected = self._projected(self.gradients, energy)
-
-    def second_half(self, clip: Tensor | None) -> Visit:
-        """`update` as a visit of the bucket's state to the device."""
-        state, away = self.bucket.state, self.bucket.away
-        return Visit(self.bucket.layout.device, [state], [away], partial(self.update, clip))
-
-    def update(self, clip: Tensor | None, states: Sequence[State]) -> None:
-        """The second half: weights and state, in place.
-
-        Args:
-            clip: 0-d factor by which the gradients must still be multiplied; None for none.
-            states: the bucket's, all of it on the device.
-        """
-        if not self.active:
-            self._count_step()
-            return
-        (stacks,) = states
-        arrived = {key: value for key, value in stacks.items() if key not in self.state}
-        self.state = {**self.state, **(arrived if self.index is None else part_of(arrived, self.index))}
-        if self.rule.residual.feeds_back:
+    def act(self, weights: list[Tensor], clip: Tensor | None) -> None:
+        """The second half."""
+        if self.rule.projects_late:
             self.projected, clip = self._projected_with_error(clip), None
-        elif self.rule.projects_late:
-            self.projected = self._projected(self.gradients, self.rule.residual.rescales)
         assert self.projected is not None, "a step has two halves"
-        self._count_step()
-        group, noise = self.bucket.group, self.bucket.noise
-        numbers = AdamSettings(group["betas"], group["eps"], noise)
-        owned = [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
-        weights = [canonical(matrix) for matrix in owned]
-        lr, keep = self._rates()
+        group = self.bucket.group
+        numbers = AdamSettings(group["betas"], group["eps"], self.bucket.noise)
+        lr, keep = self.rates()
         update_weights(
             weights, self.state, self.layout, self.rule, self.projected, numbers, lr=lr, keep=keep, clip=clip
         )
-        put(weights, owned)
-        self.gradients, self.projected = [], None
-        noise.add_(len(self.active))
+
+    def count(self) -> None:
+        for i in (*self.first, *self.due) if "draws" in self.state else ():
+            self.bucket.draws[self.active[i]] += 1
+        super().count()
         self.bucket.pending.clear()
-        if isinstance(self.index, Tensor):  # a slice was stepped in place
-            write_part(stacks, self.index, self.state, {})
-        self.state = {}  # visitors leave
+        self.projected = None
 
     def _projected(self, gradients: list[Tensor | None], energy: bool) -> Projected:
         changes = [
@@ -317,25 +158,6 @@ class BucketStep:
         if not whole:
             return layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0], seen
         return *self.rule.basis.project(whole, seen, layout, energy=energy), seen
-
-    def _count_step(self) -> None:
-        for i in self.active:
-            self.bucket.done[i] += 1
-        for i in (*self.first, *self.due) if "draws" in self.state else ():
-            self.bucket.draws[self.active[i]] += 1
-        for i in self.owners:
-            self.bucket.views[i]["step"].add_(1)
-
-    def _rates(self) -> tuple[Tensor, Tensor]:
-        """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
-        rate, scale, decay = (self.bucket.group[name] for name in ("lr", "scale", "weight_decay"))
-        device = self.layout.device
-        wide = widest_float(device)
-        if isinstance(rate, Tensor):
-            rate = rate.to(device, wide).reshape(())
-            return rate * scale, 1 - rate * decay
-        lr, keep = (torch.full((), value, dtype=wide, device=device) for value in (rate * scale, 1 - rate * decay))
-        return lr, keep
 
 
 def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:

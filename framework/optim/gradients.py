@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightspan.distributed import world_size
 from lightspan.errors import UserError
+from lightspan.optim.core import due
 from lightspan.optim.layout import canonical_gradient
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.reduction import Reduction
@@ -83,7 +84,7 @@ class Sink:
 
     def _takes_whole(self) -> bool:
         bucket, position = self.optimizer.place(self.parameter)
-        return any(bucket.due([position], self.optimizer.rule))
+        return any(due(bucket, [position], self.optimizer.rule))
 
 
 class _ProjectedProduct(torch.autograd.Function):

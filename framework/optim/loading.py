@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightspan.errors import UserError
 
 if TYPE_CHECKING:
-    from lightspan.optim.low_rank import LowRank
+    from lightspan.optim.matrix_optimizer import MatrixOptimizer
 
 
 def load_between_hooks(
@@ -115,8 +115,8 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
             )
 
 
-def prepared(optimizer: "LowRank", given: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of a `LowRank` as `restore` takes it: numbers as tensors, and groups with what they lacked.
+def prepared(optimizer: "MatrixOptimizer", given: dict[str, Any]) -> dict[str, Any]:
+    """The state dict as `restore` takes it: numbers as tensors, and groups with what they lacked.
 
     Raises: UserError for state of other groups, another rule or another rank, and for settings out of range; nothing is
         changed.
@@ -134,7 +134,9 @@ def prepared(optimizer: "LowRank", given: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _require_state(optimizer: "LowRank", parameter: Tensor, group: dict[str, Any], known: dict[str, Tensor]) -> None:
+def _require_state(
+    optimizer: "MatrixOptimizer", parameter: Tensor, group: dict[str, Any], known: dict[str, Tensor]
+) -> None:
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     expected = optimizer.initial_state(parameter, group, whole)
     if isinstance(parameter, DTensor) and not optimizer.projected(parameter, group):
@@ -143,7 +145,7 @@ def _require_state(optimizer: "LowRank", parameter: Tensor, group: dict[str, Any
     require_same_kind(optimizer.name_of(parameter), known, expected)
 
 
-def restore(optimizer: "LowRank", prepared: dict[str, Any]) -> None:
+def restore(optimizer: "MatrixOptimizer", prepared: dict[str, Any]) -> None:
     """Sets the state, each tensor in its own dtype."""
     owners = {number: (parameter, group) for parameter, group, number in numbered(optimizer, prepared)}
     for number, held in prepared["state"].items():  # in the saved order, so that the next save has it too

@@ -13,14 +13,50 @@ Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices t
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightspan.optim.layout import Layout
 from lightspan.sharded import RowShards, Total, alone
 from lightspan.triton_kernels.project import dot_precision
 
 Coefficients = tuple[float, float, float]
+COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+Convention = Literal["kj", "kimi", "dion", "none"]
+"""Names of factors by the shape of the matrix; see `shape_factor`."""
+Precision = Literal["float32", "bfloat16"]
+"""Of products. "bfloat16", as in published code, is what tensor cores are made for, and halves what travels between
+ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights."""
+
+
+def shape_factor(convention: Convention, layout: Layout) -> float:
+    """What a direction of unit singular values is multiplied by, from the shape out x in of the whole matrix, or of its
+    part with the most rows if heads are apart: "kj" sqrt(max(1, out / in)), as in Jordan's code and torch's "original";
+    "kimi" 0.2 sqrt(max(out, in)), as in Moonlight and torch's "match_rms_adamw"; "dion" sqrt(out / in); "none" 1.
+    """
+    rows, columns = layout.shape
+    rows = max(layout.heads, default=rows)
+    factors = {
+        "kj": max(1.0, rows / columns) ** 0.5,
+        "kimi": 0.2 * max(rows, columns) ** 0.5,
+        "dion": (rows / columns) ** 0.5,
+        "none": 1.0,
+    }
+    return factors[convention]
+
+
+def direction_of(x_BmN: Tensor, layout: Layout, precision: Precision, steps: int = STEPS) -> Tensor:
+    """This rank's rows of the orthogonalised matrices, or of each of their heads, a new tensor of the same dtype."""
+    given_BmN = x_BmN.to(torch.bfloat16) if precision == "bfloat16" else x_BmN
+    if layout.heads:
+        axis = -1 if layout.wide else -2
+        found_BmN = orthogonalised_parts(given_BmN, layout.heads, axis, layout.shards, steps, COEFFICIENTS)
+    else:
+        found_BmN = orthogonalised(given_BmN, layout.shards, steps, COEFFICIENTS)
+    return found_BmN.to(x_BmN.dtype)
 
 
 def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = alone) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Basis
 from lightspan.optim.layout import is_matrix, matrix_shape
 from lightspan.patterns import matches
 from lightspan.sharded import ranks_of, split_axis
@@ -20,18 +19,16 @@ class Selection:
     Args:
         name: of the parameter; empty if its group has no names.
         project, stacks: those of the group, True, False, or patterns of names; see `LowRank`.
-        rank: that of the group.
+        rank: that of the group; None of an optimiser that steps whole matrices.
         backward: "whole", "hooks" or "projected", see `LowRank`.
-        basis: that of the optimiser, which says what it takes.
     """
 
     parameter: Tensor
     name: str
     project: bool | Sequence[str]
     stacks: bool | Sequence[str]
-    rank: int
+    rank: int | None
     backward: str
-    basis: Basis
 
     @property
     def allowed(self) -> bool:
@@ -50,8 +47,10 @@ class Selection:
 
     @property
     def width(self) -> int:
-        """Coordinates per row of the parameter's matrix, or of each in its stack; 0 if the basis does not take it."""
-        return self.basis.width(self.side, self.rank)
+        """Coordinates per row of the parameter's matrix, or of each in its stack; 0 without room for a subspace."""
+        if self.rank is None:
+            return self.side
+        return self.rank if self.rank < self.side else 0
 
     @property
     def whole(self) -> bool:
@@ -87,7 +86,7 @@ def require_some_projected(owner: str, selections: Sequence[Selection]) -> None:
         owner: the optimiser's class.
         selections: those of all parameters.
     """
-    candidates = [one for one in selections if is_matrix(one.parameter) and one.allowed]
+    candidates = [one for one in selections if is_matrix(one.parameter) and one.allowed and one.side]
     if any(one.projected for one in candidates):
         return
     if not candidates:
@@ -95,7 +94,7 @@ def require_some_projected(owner: str, selections: Sequence[Selection]) -> None:
             f"{owner} got no matrix to project: pass real parameters with two or more axes in a group with "
             "project=True, or set project=False in all groups to use AdamW"
         )
-    sides = [(one.side, one.rank) for one in candidates if one.whole]
+    sides = [(one.side, one.rank) for one in candidates if one.whole and one.rank is not None]
     if not sides:
         raise UserError(
             f"{owner} got no matrix to project except stacks [experts out in], which need gradients of whole matrices; "

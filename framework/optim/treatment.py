@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.devices import wide_type
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.sharded import local
 
 
@@ -26,8 +26,8 @@ class Treatment:
     adamw_bytes: int
 
 
-def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> Treatment:
-    """How `LowRank` treats a parameter, and why."""
+def treatment(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, Any]) -> Treatment:
+    """How the optimiser treats a parameter, and why."""
     selection = optimizer.selection(parameter, group)
     if selection.projected:
         width, side = selection.width, selection.side
@@ -41,6 +41,8 @@ def treatment(optimizer: LowRank, parameter: Tensor, group: dict[str, Any]) -> T
         how = "AdamW: not to be projected" if isinstance(selection.project, bool) else "AdamW: not matched"
     elif parameter.is_complex():
         how = "AdamW: complex"
+    elif not selection.side:
+        how = "AdamW: empty"
     elif not selection.whole:
         how = "AdamW: a stack of matrices, whose projection needs gradients of whole ones"
     else:

@@ -1,4 +1,4 @@
-"""`TwoRates`: a `LowRank` whose rule in matrices needs a rate that is far too high for the AdamW of the rest."""
+"""`TwoRates`: an optimiser whose rule in matrices needs a rate that is far too high for the AdamW of the rest."""
 
 from collections.abc import Iterable
 from copy import deepcopy
@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.settings import require_sound
+from lightspan.optim.limits import require_sound
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 
 
-class TwoRates(LowRank):
-    """What is not projected (vectors, matrices that the basis does not take, and groups with project=False) is stepped
+class TwoRates(MatrixOptimizer):
+    """What is not projected (vectors, matrices that the rule does not take, and groups with project=False) is stepped
     at a rate of its own: if a group has no `lr` of its own, it gets `other_lr`, in a separate group after it, which
     keeps that rate under this name. A schedule that takes one rate for all groups, such as OneCycleLR(max_lr=0.02),
     would give both the same: unless the two are equal, the first step with rates above 0 refuses it, even if a group
@@ -25,11 +25,11 @@ class TwoRates(LowRank):
     Args:
         lr: of the projected matrices.
         other_lr: of everything else, unless a group has `lr`; >= 0.
-        options: of `LowRank`.
+        options: of the next class in the order of resolution: `MatrixOptimizer`, or a `LowRank` that is mixed in.
     """
 
-    KEPT_IN_COPIES = (*LowRank.KEPT_IN_COPIES, "other_lr", "_rates_seen")
-    KEYS_OF_GROUPS = LowRank.KEYS_OF_GROUPS | {"other_lr"}
+    KEPT_IN_COPIES: tuple[str, ...] = ("other_lr", "_rates_seen")
+    KEYS_OF_GROUPS = MatrixOptimizer.KEYS_OF_GROUPS | {"other_lr"}
 
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
@@ -71,7 +71,7 @@ class TwoRates(LowRank):
             self._rates_seen = self._has_rates()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `LowRank.load_state_dict`. What has stepped at these rates before has them by choice."""
+        """As `MatrixOptimizer.load_state_dict`. What has stepped at these rates before has them by choice."""
         super().load_state_dict(state_dict)
         self._rates_seen |= bool(self.state) and self._has_rates()
 

@@ -20,6 +20,7 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.errors import UserError
 from lightspan.memory import rss_bytes
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.planning.division import Division
 from lightspan.planning.outcome import in_mib
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
@@ -315,7 +316,7 @@ class _Step:
         """
         if not self.on_device:
             return found
-        sizes = [optimizer.home.sizes(optimizer.state) for optimizer in made if isinstance(optimizer, LowRank)]
+        sizes = [each.home.sizes(each.state) for each in made if isinstance(each, MatrixOptimizer)]
         away, visiting = (sum(size) for size in zip((0, 0), *sizes, strict=True))
         state, peak = found.optimizer_state - away, found.peak - away + visiting
         return dataclasses.replace(found, optimizer_state=state, peak=peak, host_state=away)
@@ -339,7 +340,7 @@ class _Step:
         """As trained, but none reads whether gradients are finite, which fake ones cannot tell."""
         found = self._optimizers()
         for optimizer in found:
-            if isinstance(optimizer, LowRank):
+            if isinstance(optimizer, MatrixOptimizer):
                 optimizer.check_finite = False
         return found
 

@@ -25,7 +25,7 @@ from lightspan.config.blame import own_line, unfit_batch
 from lightspan.config.build import Built, Resolved, build, with_layer
 from lightspan.config.resolve import inside_run
 from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.planning.one_process import in_one_process
 from lightspan.planning.step_memory import faked, in_words
 from lightspan.wiring.report import print_groups
@@ -98,9 +98,9 @@ def _start(built: Built, ranks: int) -> list[str]:
             data.setup("fit")
         prepare_model(built.trainer, built.model, data)
         batch = next(iter(data.train_dataloader())) if data is not None and not untried else None
-    made, left_out = optimizers(built.trainer, built.model)  # a LowRank says what each parameter gets, as in a run
+    made, left_out = optimizers(built.trainer, built.model)  # some say what each parameter gets, as in a run
     for optimizer in made:
-        if not isinstance(optimizer, LowRank):
+        if not isinstance(optimizer, MatrixOptimizer):
             print_groups(optimizer)
     with silent():
         if batch is None:

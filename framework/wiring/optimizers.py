@@ -15,20 +15,21 @@ from lightspan.distributed import world_size
 from lightspan.errors import UserError
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.reduction import leave_out_of_ddp, nothing_left_for_ddp
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.wiring.report import print_report
 
-MATRIX_OPTIMIZERS = (LowRank, Muon, Adafactor, RiemannianSGD)
+MATRIX_OPTIMIZERS = (MatrixOptimizer, Muon, Adafactor, RiemannianSGD)
 """Optimisers for which a matrix is more than the numbers in it."""
 
 
 def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer]) -> None:
     """Prints what each parameter gets, lets the optimisers clip instead of the Trainer, and attaches backward passes.
 
-    What Lightning clips by norm, for `trainer.gradient_clip_val` or a module's `clip_gradients`, a `LowRank` clips
-    inside its next step: that costs no extra pass over the gradients, and works for gradients that exist only in
+    What Lightning clips by norm, for `trainer.gradient_clip_val` or a module's `clip_gradients`, a `MatrixOptimizer`
+    clips inside its next step: that costs no extra pass over the gradients, and works for gradients that exist only in
     coordinates.
 
     Raises: UserError for settings of the Trainer that coordinates cannot honour.
@@ -36,12 +37,11 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
     refuse_flat_partitions(trainer.strategy, [type(optimizer) for optimizer in optimizers])
     for optimizer in optimizers:
         _require_frames_kept(optimizer)
-    low_rank = [optimizer for optimizer in optimizers if isinstance(optimizer, LowRank)]
-    for optimizer in low_rank:
+    for optimizer in optimizers:
         print_report(optimizer)
-    if low_rank:
+    if any(isinstance(optimizer, MatrixOptimizer) for optimizer in optimizers):
         _clip_in_the_step(trainer)
-    kept = [optimizer for optimizer in low_rank if optimizer.backward != "whole"]
+    kept = [each for each in optimizers if isinstance(each, LowRank) and each.backward != "whole"]
     if kept and trainer.precision == "16-mixed":
         raise UserError(
             f"backward={kept[0].backward!r} cannot unscale the loss scaling of trainer.precision=16-mixed; use "
@@ -114,7 +114,7 @@ def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
 
 
 def _clip_in_the_step(trainer: Trainer) -> None:
-    """From now on, instead of Lightning clipping the gradients of a `LowRank` by norm, its next step does.
+    """From now on, instead of Lightning clipping the gradients of a `MatrixOptimizer` by norm, its next step does.
 
     The change is in what Lightning calls to clip, which checks the kind of each optimiser. None of the Trainer's own
     settings is changed: a module's `configure_gradient_clipping` sees them, other optimisers are clipped as usual, and
@@ -136,7 +136,7 @@ class _Clip:
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | None = "norm"
     ) -> None:
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if not isinstance(optimizer, LowRank) or clip_val <= 0:
+        if not isinstance(optimizer, MatrixOptimizer) or clip_val <= 0:
             self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm == "norm":
             optimizer.clips_next_at = min(float(clip_val), optimizer.clips_next_at or math.inf)
@@ -145,7 +145,7 @@ class _Clip:
             self.otherwise(optimizer, clip_val, gradient_clip_algorithm)
 
 
-def _require_whole(optimizer: LowRank) -> None:
+def _require_whole(optimizer: MatrixOptimizer) -> None:
     if optimizer.backward != "whole":
         raise UserError(
             f"backward={optimizer.backward!r} keeps only coordinates of the gradient, which can only be clipped by "

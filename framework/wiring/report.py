@@ -7,7 +7,7 @@ from rich.table import Table
 from torch.optim import Optimizer
 
 from lightspan.console import SafeConsole
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.treatment import Treatment, treatment
 
 
@@ -16,7 +16,7 @@ def print_report(optimizer: Optimizer) -> None:
     """Prints one line per kind of parameter, and the state saved compared with AdamW. Does nothing for optimisers that
     project nothing. Where heads are to be taken by themselves but no group names any, it says so.
     """
-    if not isinstance(optimizer, LowRank):
+    if not isinstance(optimizer, MatrixOptimizer):
         return
     treatments = [treatment(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
     # Without lines between columns, typical rows fit into 80 characters.
@@ -37,7 +37,7 @@ def print_report(optimizer: Optimizer) -> None:
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if optimizer.rule.inner.by_heads and not any(map(optimizer.heads_of, parameters)):
+    if optimizer.by_heads and not any(map(optimizer.heads_of, parameters)):
         table.caption += "\nby_heads=True, but no group names attention heads: matrices are taken whole"
     SafeConsole().print(table)
 

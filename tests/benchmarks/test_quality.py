@@ -141,12 +141,11 @@ def test_every_candidate_of_whole_matrices_has_the_rule_that_the_page_names(tiny
     assert (group["adjust_lr_fn"], group["momentum"], group["nesterov"]) == ("match_rms_adamw", 0.8, True)
     for name, by_heads in (("muon_by_heads", True), ("nor_muon", False), ("factored_muon", True)):
         optimizer = matrices(name)
-        rule = optimizer.rule.inner
-        assert (rule.convention, rule.by_heads, rule.momentum, rule.precision) == ("kimi", by_heads, 0.8, "float32"), (
-            name
-        )
-        assert rule.nu == (0.6 if name == "factored_muon" else None)
-        assert isinstance(optimizer.rule.moments, Int8Moments) == (name == "factored_muon")
+        group = optimizer.param_groups[0]
+        assert (group["convention"], group["momentum"], group["precision"]) == ("kimi", 0.8, "float32"), name
+        assert optimizer.by_heads == by_heads
+        assert group["nu"] == (0.6 if name == "factored_muon" else None)
+        assert isinstance(optimizer.moments, Int8Moments) == (name == "factored_muon")
         parts = [optimizer.heads_of(p) for group in optimizer.param_groups for p in group["params"]]
         assert [rows for rows in parts if rows] == [(16, 16)] * (2 if by_heads else 0)  # queries and keys of a block
 

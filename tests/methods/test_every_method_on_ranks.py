@@ -14,19 +14,18 @@ import pytest
 import rank_processes
 import torch
 import torch.distributed as dist
+from every_preset import PRESETS, of_rank
 from method_cases import CASES, ROWS
 from method_runs import differences, in_float64, in_halves, rows_of
 
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.errors import UserError
-from lightspan.optim import presets
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.strategies import FSDP2
 
-OPTIMIZERS: dict[str, type[LowRank]] = {
-    name: kind for name, kind in vars(presets).items() if isinstance(kind, type) and issubclass(kind, LowRank)
-}
-"""Every low-rank optimiser: `LowRank` itself, and its presets."""
+OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {kind.__name__: kind for kind in (LowRank, *PRESETS)}
+"""Every optimiser of matrices: `LowRank` itself, its presets, and those of whole matrices."""
 
 
 PARTS = (slice(0, 2), slice(2, ROWS))
@@ -111,7 +110,7 @@ def _low_rank(rank: int, pairs: list[tuple[str, str]], folder: str, port: int) -
     wrong = []
     for name, optimizer in pairs:
         case = CASES[name]
-        model = case.make(partial(OPTIMIZERS[optimizer], lr=1e-2, rank=1))
+        model = case.make(partial(OPTIMIZERS[optimizer], lr=1e-2, **of_rank(OPTIMIZERS[optimizer], 1)))
         before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
         batches = [in_halves(case.batch(ROWS, seed))[rank] for seed in range(2)]
         options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}

@@ -258,7 +258,7 @@ def test_settings_out_of_range_are_refused_wherever_they_are_given(options, mess
 
 
 def test_a_pattern_that_is_no_list_is_refused() -> None:
-    with pytest.raises(UserError, match=r"project=first\* must be True, False or a list of patterns"):
+    with pytest.raises(UserError, match=r"project='first\*' must be True, False or a list of patterns"):
         LowRank([{"params": list(net().named_parameters()), "project": "first*"}], rank=3)
 
 

@@ -5,7 +5,7 @@ import torch
 from optim.plain_bases import IdentityBasis, RandomBasis
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis, WholeBasis
+from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.layout import Layout
 
 FIXED = [DCTBasis(), DCTBasis(fast=False), IdentityBasis()]
@@ -131,31 +131,3 @@ def test_gaussian_frames_keep_norms_in_the_mean():
 def test_a_norm_that_is_neither_one_nor_two_is_refused():
     with pytest.raises(UserError, match="norm=3 must be 1 or 2"):
         DCTBasis(norm=3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("terms", ["direction", "both", "residual"])
-def test_the_whole_space_projects_and_steps_as_the_identity_does(terms, dtype):
-    basis, like, given = WholeBasis(), layout(rank=6, dtype=dtype), gradients(dtype=dtype)
-    whole, energy = basis.project(given, {}, like, energy=True)
-    for ours, theirs in zip((whole, energy), Basis.project(basis, given, {}, like, energy=True), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert basis.project(given, {}, like, energy=False)[1].shape == (0, 9)
-    whole.zero_()  # what the step changes in place is not the gradient
-    assert all(gradient.any() for gradient in given)
-    direction = torch.stack(gradients(seed=2, dtype=dtype))[..., : 0 if terms == "residual" else None]
-    scale = torch.stack(gradients(seed=3, dtype=dtype))[..., 0] if terms != "direction" else like.zeros(9)[:, :0]
-    residual = given if terms != "direction" else []
-    results = []
-    for update in (basis.update, lambda *args: Basis.update(basis, *args)):
-        weights = gradients(seed=4, dtype=dtype)
-        rates = torch.tensor(0.1, dtype=dtype), torch.tensor(0.9, dtype=dtype)
-        update(weights, direction, {}, like, residual, scale, *rates, None)
-        results.append(weights)
-    torch.testing.assert_close(*results)
-
-
-def test_every_basis_but_the_whole_space_takes_what_is_wider_than_the_rank():
-    for basis in (*ORTHONORMAL, GaussianBasis()):
-        assert [basis.width(side, 4) for side in (0, 3, 4, 5, 9)] == [0, 0, 0, 4, 4]
-    assert [WholeBasis().width(side, 4) for side in (0, 3, 4, 5, 9)] == [0, 3, 4, 5, 9]

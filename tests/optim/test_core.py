@@ -34,8 +34,8 @@ def run(rule, bucket, gradients):
     """Steps as the optimiser makes them."""
     for gradient in gradients:
         bucket.parameters[0].grad = gradient
-        step = BucketStep.of(bucket, rule)
-        step.project(energy=rule.residual.rescales)
+        step = BucketStep(bucket, rule)
+        step.prepare(energy=rule.residual.rescales)
         step.update(None, [bucket.state])
     return bucket.parameters[0].data
 
@@ -59,10 +59,10 @@ def test_the_first_half_writes_nothing():
     run(rule, bucket, gradients[:4])
     before = {key: value.clone() for key, value in bucket.state.items()}
     bucket.parameters[0].grad = gradients[4].clone()
-    step = BucketStep.of(bucket, rule)
+    step = BucketStep(bucket, rule)
     assert step.due == [0]
     with torch.no_grad():
-        step.project(energy=True)
+        step.prepare(energy=True)
     assert step.projected.changes
     assert all(torch.equal(bucket.state[key], before[key]) for key in before)
     assert torch.equal(bucket.parameters[0].grad, gradients[4])

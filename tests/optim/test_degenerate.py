@@ -28,6 +28,7 @@ from lightspan.optim import bases, carries, inner, moments, residuals
 from lightspan.optim.gradients import attach
 from lightspan.optim.lars import LARS
 from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Projection
 
@@ -233,8 +234,10 @@ def is_tall(weight: Tensor) -> bool:
     return weight.shape[0] >= weight.shape[1]
 
 
-def frame_of(optimizer: LowRank, weight: Tensor) -> Tensor:
-    """The present frame [N R]; before there is one, some columns."""
+def frame_of(optimizer: MatrixOptimizer, weight: Tensor) -> Tensor:
+    """The present frame [N R]; before there is one, some columns, and of a rule without frames all."""
+    if not isinstance(optimizer, LowRank):
+        return torch.eye(COLUMNS)
     if weight not in optimizer.state or not any(weight is p for b in optimizer.buckets() for p in b.parameters):
         return torch.eye(COLUMNS)[:, :RANK]
     bucket, position = optimizer.place(weight)
@@ -265,26 +268,28 @@ def run(make: Make, dtype: torch.dtype, strict: bool = False) -> None:
             assert moved <= longest, f"{name} at step {step} moved {moved / LR:.3g} lr, more than {longest / LR:.3g} lr"
 
 
-def movement(optimizer: LowRank, weight: Tensor, before: Tensor, strict: bool) -> tuple[float, float]:
+def movement(optimizer: MatrixOptimizer, weight: Tensor, before: Tensor, strict: bool) -> tuple[float, float]:
     """How far a row moved a number, root mean square, and how far it may. Nothing bounds SGD, as long as its gradients,
     nor, unless `strict`, a residual without a bound. Rules that look at whole matrices are held to whole matrices.
     """
-    rule, (beta1, beta2) = optimizer.rule, optimizer.param_groups[0]["betas"]
+    whole, (beta1, beta2) = not isinstance(optimizer, LowRank), optimizer.param_groups[0]["betas"]
+    residual, rule = (None, None) if whole else (optimizer.rule.residual, optimizer.rule.inner)
     longest = (
         LR
         * optimizer.param_groups[0]["scale"]
         * farthest((beta1, beta2))
-        * (1 + (getattr(rule.residual, "bound", 0) or 0))
+        * (1 + (getattr(residual, "bound", 0) or 0))
         * 1.001
     )
-    if isinstance(rule.moments, moments.Int8Moments):
+    if isinstance(optimizer.moments, moments.Int8Moments):
         longest *= 2  # its levels lie up to that far apart
     if weight.dtype == torch.bfloat16:
         longest += 2**-7 * float(weight.abs().max())
-    if isinstance(rule.inner, inner.SGD) or (getattr(rule.residual, "bound", 0) is None and not strict):
+    if isinstance(rule, inner.SGD) or (getattr(residual, "bound", 0) is None and not strict):
         longest = torch.inf
     moved = (weight.double() - before.double()).square()
-    if weight.ndim < 2 or isinstance(rule.inner, inner.NewtonSchulz) or getattr(rule.residual, "per", "") == "tensor":
+    matrices = whole or isinstance(rule, inner.NewtonSchulz) or getattr(residual, "per", "") == "tensor"
+    if weight.ndim < 2 or matrices:
         return float(moved.mean().sqrt()), longest
     return float(moved.mean(dim=1 if is_tall(weight) else 0).max().sqrt()), longest
 

@@ -9,9 +9,9 @@ from math import inf, sqrt
 from pathlib import Path
 
 import torch
-from every_preset import PRESETS
+from every_preset import PRESETS, of_rank
 
-from lightspan.optim import presets, reference
+from lightspan.optim import muon, reference
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
 
@@ -55,7 +55,7 @@ def test_the_advised_rates_are_the_measured_ones():
     adamw = {name: float(lr) for name, lr, *_ in rows}["AdamW"]
     for name, lr, times, *_, default in rows:
         assert float(lr) / adamw == float(times)
-        kind = {"LowRank": LowRank, "AdamW": torch.optim.AdamW}.get(name) or getattr(presets, name)
+        kind = {"LowRank": LowRank, "AdamW": torch.optim.AdamW, **{each.__name__: each for each in PRESETS}}[name]
         assert inspect.signature(kind).parameters["lr"].default == float(default)
 
 
@@ -73,7 +73,7 @@ def test_the_default_rates_of_factored_muon_are_the_safest_of_the_searches():
         )
         for rate in {run["lr"] for tried in searches.values() for run in tried}
     }
-    defaults = {name: each.default for name, each in inspect.signature(presets.FactoredMuon).parameters.items()}
+    defaults = {name: each.default for name, each in inspect.signature(muon.FactoredMuon).parameters.items()}
     assert defaults["lr"] == min(worst, key=worst.__getitem__)
     assert worst[defaults["lr"]] <= 0.006
     others = [run["other_lr"] for run in best.values()]
@@ -95,6 +95,4 @@ def test_the_table_of_bytes_has_every_preset_and_what_its_state_takes():
 
     assert rows[0] == ("AdamW of `LowRank`", *taken(LowRank, project=False))
     shown = {name: tuple(numbers) for names, *numbers in rows[1:] for name in re.findall(r"`(\w+)`", names)}
-    assert shown == {
-        kind.__name__: taken(kind, rank=1 if kind is presets.APOLLOMini else 128) for kind in [LowRank, *PRESETS]
-    }
+    assert shown == {kind.__name__: taken(kind, **of_rank(kind, 128)) for kind in [LowRank, *PRESETS]}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_preset import PRESETS, optimizers
+from every_preset import PRESETS, of_rank, optimizers
 from masked_net import WEIGHTS, Plain, fit
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -20,15 +20,17 @@ from torch.optim import Optimizer
 from lightspan.callbacks.training.mask_learning import MaskLearning
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.errors import UserError
-from lightspan.optim import presets, reference
+from lightspan.optim import reference
 from lightspan.optim.bases import SVDBasis
 from lightspan.optim.convert import to_low_rank
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.inner import SGD
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.masks.by_score import ByScore
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.moments import BFloat16Moments, Float32Moments
-from lightspan.optim.presets import FactoredMuon, Muon, Trion
+from lightspan.optim.muon import FactoredMuon, Muon
+from lightspan.optim.presets import Trion
 from lightspan.optim.residuals import ErrorFeedback
 from lightspan.optim.steps import steps_taken
 from lightspan.optim.treatment import treatment
@@ -79,8 +81,8 @@ def made(kind: type[Optimizer], parameters: list[nn.Parameter], **options: Any) 
         return kind(groups, **{"rest": partial(torch.optim.AdamW, lr=0.01), **options})
     elif kind.__name__ == "LARS":
         options = {"lr": 0.1, **options}
-    elif kind.__name__ != "APOLLOMini":
-        options = {"rank": 2, **options}
+    else:
+        options = {**of_rank(kind, 2), **options}
     names = (f"w{i}" for i in range(len(parameters)))
     return kind([{"params": list(zip(names, parameters, strict=True))}], **options)
 
@@ -166,6 +168,17 @@ def test_momentum_follows_a_schedule() -> None:
     torch.testing.assert_close(ours, slow, atol=1e-12, rtol=0)
 
 
+def test_a_schedule_that_takes_momentum_out_of_its_range_is_refused_before_anything_changes() -> None:
+    for kind in (Muon, SGD):
+        weight, vector = (nn.Parameter(torch.ones(shape)) for shape in ((8, 6), (8,)))
+        optimizer = Muon([weight, vector]) if kind is Muon else LowRank([weight, vector], rank=2, inner=SGD())
+        optimizer.param_groups[0]["momentum"] = 1.5
+        with pytest.raises(UserError, match=r"momentum=1\.5"):
+            train(optimizer, [weight, vector], range(1))
+        assert torch.equal(weight, torch.ones(8, 6))
+        assert torch.equal(vector, torch.ones(8))
+
+
 def test_each_group_is_stepped_with_its_own_settings() -> None:
     settings: list[dict[str, Any]] = [{"momentum": 0.5, "convention": "none"}, {"nu": 1.0, "scale": 0.3}]
     together = weights()[:2]
@@ -206,7 +219,7 @@ def test_a_setting_that_no_group_has_is_refused_and_changes_nothing(key) -> None
 @pytest.fixture
 def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes as they are before the first optimiser is built: torch then wraps `step` of its class in hooks."""
-    for kind in (*PRESETS, TwoRates, LowRank):
+    for kind in (*PRESETS, TwoRates, LowRank, MatrixOptimizer):
         step = vars(kind).get("step")
         if step is None or not getattr(step, "hooked", False):
             continue
@@ -222,7 +235,7 @@ def test_hooks_of_a_step_fire_once_whatever_was_built_before(first) -> None:
     def built(kind: type[LowRank]) -> tuple[LowRank, list[str]]:
         weight, fired = nn.Parameter(torch.ones(8, 6)), list[str]()
         weight.grad = torch.ones(8, 6)
-        optimizer = kind([weight], **({"rank": 2} if kind is not presets.APOLLOMini else {}))
+        optimizer = kind([weight], **of_rank(kind, 2))
         optimizer.register_step_pre_hook(lambda *_: fired.append("before"))
         optimizer.register_step_post_hook(lambda *_: fired.append("after"))
         return optimizer, fired
@@ -295,7 +308,7 @@ def test_sparse_and_dense_projections_do_not_take_each_others_states() -> None:
 def test_unknown_settings_are_refused_in_the_name_of_the_class_that_was_asked_for() -> None:
     for kind in (LowRank, *PRESETS):
         for name in ("learning_rate", "maximize", "foreach", "capturable"):
-            with pytest.raises(UserError, match=rf"{kind.__name__} has no setting {name}; it takes params, lr, .*rank"):
+            with pytest.raises(UserError, match=rf"{kind.__name__} has no setting {name}; it takes params, lr, .*seed"):
                 kind(weights(), **{name: True})
 
 
@@ -332,7 +345,7 @@ def test_groups_and_conversions_find_stacks_by_the_type_of_their_module() -> Non
         assert how["up"] == "rank 4 of 12, each of 8"
         assert how["plain.weight"] == "rank 4 of 9"
         assert how["kernels.parametrizations.weight.original1"] == "rank 4 of 12"
-    with pytest.raises(UserError, match="stacks=up"):
+    with pytest.raises(UserError, match="stacks='up'"):
         LowRank([{"params": list(module.named_parameters()), "stacks": "up"}])
 
 

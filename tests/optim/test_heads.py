@@ -43,13 +43,11 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention
 
 from lightspan.backbones.language import llama
-from lightspan.errors import UserError
 from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.heads import query_key_heads
-from lightspan.optim.inner import MomentumNewtonSchulz
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.presets import FactoredMuon, Muon
+from lightspan.optim.muon import FactoredMuon, Muon
 from lightspan.optim.treatment import treatment
 from lightspan.wiring.report import print_report
 
@@ -389,8 +387,8 @@ def test_a_parameter_of_other_rows_has_no_heads_in_the_place_of_one_that_had() -
         assert optimizer.heads_of(pruned) == ((4, 4) if shape == (8, 4) else ())
 
 
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
-def test_heads_are_refused_where_coordinates_are_no_rows_of_the_parameter(shape) -> None:
-    group = {"params": [("q", nn.Parameter(torch.zeros(shape)))], "heads": {"q": [4] * (shape[0] // 4)}}
-    with pytest.raises(UserError, match=r"MomentumNewtonSchulz by_heads=True .* PowerBasis .* basis=WholeBasis\(\)"):
-        LowRank([group], rank=4, inner=MomentumNewtonSchulz(by_heads=True))
+def test_low_rank_takes_groups_with_heads_and_treats_them_as_any_other() -> None:
+    """Coordinates are no rows of the parameter."""
+    weight = nn.Parameter(torch.ones(12, 40))
+    optimizer = LowRank([{"params": [("q", weight)], "heads": {"q": [4] * 3}}], rank=4)
+    assert optimizer.heads_of(weight) == ()

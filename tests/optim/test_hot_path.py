@@ -4,46 +4,27 @@ No GPU is needed to see a synchronisation: tensors on the meta device have shape
 value raises.
 """
 
-import inspect
 import weakref
 from dataclasses import dataclass
 
 import pytest
 import torch
-from every_preset import PRESETS
+from every_preset import PRESETS, WHOLE, of_rank
 from pairwise import pairwise
 from step_costs import kept_in, step_costs
 from torch import nn
 
-from lightspan.optim import bases, buckets, presets
-from lightspan.optim.bases import DCTBasis, Every, Trigger, WholeBasis
+from lightspan.optim import bases, buckets
+from lightspan.optim.bases import DCTBasis, Every, Trigger
 from lightspan.optim.core import Projected, update_weights
 from lightspan.optim.elementwise import SMALLEST_QUANTISED
 from lightspan.optim.gradients import attach
-from lightspan.optim.inner import (
-    SGD,
-    AdamSettings,
-    FactoredNewtonSchulz,
-    MomentumNewtonSchulz,
-    NeuronNewtonSchulz,
-    NewtonSchulz,
-    SelectiveNewtonSchulz,
-)
+from lightspan.optim.inner import SGD, AdamSettings, NewtonSchulz
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.presets import (
-    APOLLO,
-    APOLLOMini,
-    DCTAdamW,
-    Dion2,
-    FactoredMuon,
-    GaLore,
-    LDAdam,
-    Muon,
-    NorMuon,
-    Trion,
-)
+from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.muon import Dion2, Muon
+from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, GaLore, LDAdam, Trion
 from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.subspaces import frames
 from lightspan.triton_kernels import backproject_update, error_feedback, tiles
@@ -56,22 +37,20 @@ RULES = {
     "feedback": {"residual": ErrorFeedback("int8"), "basis": DCTBasis()},
     "orthogonalised": {"inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.9)},
     "momentum": {"inner": SGD()},
-    "muon": {"inner": MomentumNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
-    "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
-    "factored": {"inner": FactoredNewtonSchulz(), "basis": WholeBasis(), "residual": None, "moments": Int8Moments()},
-    "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
     "int8": {"moments": Int8Moments()},
     "bfloat16 moments": {"moments": BFloat16Moments()},
 }
 
 
-@pairwise(rule=RULES, dtype=[torch.float32, torch.bfloat16], refresh=[10**6, 1])
+@pairwise(rule=[*RULES, *WHOLE], dtype=[torch.float32, torch.bfloat16], refresh=[10**6, 1])
 def test_a_step_never_waits_for_the_device(rule, dtype, refresh):
     weights = [nn.Parameter(torch.empty(32, 16, dtype=dtype, device="meta")) for _ in range(3)]
     weights += [nn.Parameter(torch.empty(16, 32, dtype=dtype, device="meta"))]  # vectors are torch.optim.AdamW's
-    optimizer = LowRank(
-        weights, lr=1e-3, rank=4, refresh=refresh, max_norm=1.0, weight_decay=0.1, check_finite=False, **RULES[rule]
-    )
+    options = {"lr": 1e-3, "max_norm": 1.0, "weight_decay": 0.1, "check_finite": False}
+    if rule in WHOLE:
+        optimizer = rule(weights, moments=Int8Moments(), **options)
+    else:
+        optimizer = LowRank(weights, rank=4, refresh=refresh, **options, **RULES[rule])
     optimizer.param_groups[0]["lr"] = torch.full(
         (), 1e-3, device="meta"
     )  # as a scheduler for captured graphs leaves it
@@ -93,9 +72,6 @@ def test_the_check_for_finite_gradients_is_what_waits():
 COMPILED = {
     "adam": {"rank": 3, "residual": Fira()},
     "newton-schulz": {"rank": 3, "inner": NewtonSchulz(), "residual": ErrorFeedback(kept=0.5)},
-    "normuon": {"inner": NeuronNewtonSchulz(), "basis": WholeBasis(), "residual": None},
-    "factored": {"inner": FactoredNewtonSchulz(), "basis": WholeBasis(), "residual": None},
-    "dion2": {"inner": SelectiveNewtonSchulz(), "basis": WholeBasis(), "residual": None},
 }
 
 
@@ -122,6 +98,26 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(rule):
         results.append([*moved, *state.values()])
     for straight, compiled in zip(*results, strict=True):
         torch.testing.assert_close(straight, compiled)
+
+
+@pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.__name__)
+def test_a_step_of_whole_matrices_compiles_as_one_graph(kind):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(8, 6)) for _ in range(2)]
+        optimizer = kind(weights, lr=0.1, weight_decay=0.1, moments=Float32Moments())
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        (bucket,) = optimizer.buckets()
+        act = optimizer.step_of(bucket).act
+        act = torch.compile(act, fullgraph=True, backend="aot_eager") if compiled else act
+        with torch.no_grad():
+            act([weight.detach() for weight in weights], torch.tensor(0.5))
+        results.append([*weights, *bucket.state.values()])
+    for straight, traced in zip(*results, strict=True):
+        torch.testing.assert_close(straight, traced)
 
 
 @pytest.mark.sweep  # tracing a step takes seconds
@@ -188,7 +184,6 @@ def test_asking_whether_a_frame_is_due_copies_no_state(backward):
     assert costs.copied_state == 0
 
 
-WHOLE = (Muon, NorMuon, FactoredMuon, Dion2)
 OWN_SCHEDULE = (LDAdam, Trion, *WHOLE)
 SHAPES = [(64, 48), (48, 64), (80, 48), (96, 32), (40, 72), (56, 56)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -203,7 +198,7 @@ def costs_of(kind, dtype, device, refresh=10**6, matrices=SHAPES[:2], vectors=1,
     """What the second step of two matrices of each shape and some vectors costs."""
     shapes = [*matrices * 2, *[(size,) for size in sizes] * vectors]
     weights = [nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in shapes]
-    options |= {"rank": 4} if "rank" in inspect.signature(kind).parameters and kind is not presets.APOLLOMini else {}
+    options |= of_rank(kind, 4)
     options |= {} if kind in OWN_SCHEDULE else {"refresh": Every(refresh, staggered=False)}
     optimizer = kind(weights, lr=1e-3, weight_decay=0.1, **options)
     generator = torch.Generator().manual_seed(0)
@@ -338,7 +333,7 @@ def test_stacks_of_rules_that_project_late_are_cut_and_step_as_one(kind, monkeyp
     def trained():
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(12, 8)) for _ in range(5)]
-        optimizer = kind(weights, lr=0.1, **({"rank": 4} if kind is not Muon else {}))
+        optimizer = kind(weights, lr=0.1, **of_rank(kind, 4))
         for _ in range(3):
             for weight in weights:
                 weight.grad = torch.randn(12, 8)

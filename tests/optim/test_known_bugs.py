@@ -9,11 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed
+from every_preset import of_rank
 from optim.plain_bases import IdentityBasis
 from torch import Tensor, nn
 
 from lightspan.errors import UserError
-from lightspan.optim import presets
+from lightspan.optim import muon, presets
 from lightspan.optim.bases import DCTBasis, PowerBasis, SVDBasis
 from lightspan.optim.carries import Gather, Keep, Rotate
 from lightspan.optim.inner import SGD
@@ -32,10 +33,10 @@ PRESETS = {
     "ldadam": presets.LDAdam,
     "dct_adamw": presets.DCTAdamW,
     "trion": presets.Trion,
-    "muon": presets.Muon,
-    "normuon": presets.NorMuon,
-    "factored_muon": presets.FactoredMuon,
-    "dion2": presets.Dion2,
+    "muon": muon.Muon,
+    "normuon": muon.NorMuon,
+    "factored_muon": muon.FactoredMuon,
+    "dion2": muon.Dion2,
 }
 every_preset = pytest.mark.parametrize("preset", PRESETS)
 STORAGES = [Float32Moments(), BFloat16Moments(), Int8Moments()]
@@ -67,7 +68,7 @@ def train(optimizer: LowRank, weights: list[nn.Parameter], steps: range) -> None
 
 def make(preset: str, weights: list, **options) -> LowRank:
     """Of rank 2, with a refresh every third step where the preset leaves a choice."""
-    options = {"lr": 0.05, "rank": 1 if preset == "apollo_mini" else 2, **options}
+    options = {"lr": 0.05, **of_rank(PRESETS[preset], 2), **options}
     refresh = options.pop("refresh", 3)
     leaves_a_choice = "refresh" in inspect.signature(PRESETS[preset]).parameters
     return PRESETS[preset](weights, **options, **({"refresh": refresh} if leaves_a_choice else {}))

@@ -11,7 +11,7 @@ from lightspan.optim.bases import DCTBasis
 from lightspan.optim.layout import Layout
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
-from lightspan.optim.presets import FactoredMuon, Muon
+from lightspan.optim.muon import FactoredMuon, Muon
 
 FORMATS = [Float32Moments(), BFloat16Moments(), Int8Moments()]
 

@@ -6,7 +6,6 @@ device as well, with streams that only record who knows of what.
 
 import copy
 import dataclasses
-import inspect
 import io
 from pathlib import Path
 from unittest import mock
@@ -16,7 +15,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from every_preset import PRESETS
+from every_preset import PRESETS, of_rank
 from pairwise import pairwise
 from step_costs import kept_in, step_costs
 from stream_races import Streams, Watch
@@ -28,12 +27,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightspan.distributed import leave
 from lightspan.errors import UserError
-from lightspan.optim import offload, presets
+from lightspan.optim import offload
 from lightspan.optim.bases import Every, PowerBasis
 from lightspan.optim.gradients import attach
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.optim.presets import DCTAdamW, FactoredMuon, GaLore, LDAdam, Muon
+from lightspan.optim.muon import FactoredMuon, Muon
+from lightspan.optim.presets import DCTAdamW, GaLore, LDAdam
 from lightspan.sharded import local, with_part
 from lightspan.strategies import shard_blocks
 
@@ -55,7 +55,7 @@ def parameters(dtype=torch.float32, device="cpu", shapes=SHAPES):
 
 
 def made(kind, weights, **options):
-    options |= {"rank": 4} if "rank" in inspect.signature(kind).parameters and kind is not presets.APOLLOMini else {}
+    options |= of_rank(kind, 4)
     return kind([{"params": weights[:-1]}, {"params": weights[-1:]}], weight_decay=0.1, **options)
 
 
@@ -413,7 +413,7 @@ def test_a_part_of_a_sharded_tensor_may_be_on_another_device_than_its_mesh(tmp_p
 
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_the_switch_is_a_switch(value):
-    with pytest.raises(UserError, match=f"LowRank offload={value} must be True or False"):
+    with pytest.raises(UserError, match=f"LowRank offload={value!r} must be True or False"):
         LowRank(parameters(), rank=4, offload=value)
 
 

@@ -12,13 +12,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from every_preset import PRESETS
+from every_preset import PRESETS, WHOLE, of_rank
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
 from lightspan.errors import UserError
-from lightspan.optim import presets, reference
+from lightspan.optim import muon, presets, reference
 from lightspan.optim.bases import Every
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments
@@ -216,7 +216,6 @@ def named(kind, **options):
 
 def test_presets_are_found_and_go_by_one_name_each():
     assert len(PRESETS) >= 10
-    assert all(getattr(presets, kind.__name__) is kind for kind in PRESETS)
     assert len({id(kind) for kind in PRESETS}) == len(PRESETS)
 
 
@@ -276,7 +275,7 @@ def test_a_net_trains_as_its_reference_does(kind):
                 generator = torch.Generator().manual_seed(step)
                 weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         fast.step()
-        for bucket in fast.buckets():
+        for bucket in fast.buckets() if kind not in WHOLE else ():
             frames = fast.rule.basis.frame(bucket.state, bucket.layout)
             given |= {tuple(p.flatten(1).shape): q.clone() for p, q in zip(bucket.parameters, frames, strict=True)}
         slow.step()
@@ -290,7 +289,7 @@ def test_a_net_trains_as_its_reference_does(kind):
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
     model = nn.ModuleList([nn.Linear(5, 9), nn.Linear(9, 5)])
-    optimizer = preset(model[0].parameters(), rank=1 if preset is presets.APOLLOMini else 2)
+    optimizer = preset(model[0].parameters(), **of_rank(preset, 2))
     pairs = [way((model, optimizer)), (model, optimizer)]
     of_torch = vars(torch.optim.SGD(model.parameters(), 0.1)).keys()
     assert vars(pairs[0][1]).keys() >= vars(optimizer).keys() - of_torch
@@ -312,7 +311,7 @@ def test_k_steps_saved_and_loaded_and_k_more_equal_2k_across_refreshes(preset, d
     schedule = named(preset, refresh=3)
 
     def make(weights):
-        return preset(weights, lr=0.05, rank=1 if preset is presets.APOLLOMini else 2, weight_decay=0.1, **schedule)
+        return preset(weights, lr=0.05, **of_rank(preset, 2), weight_decay=0.1, **schedule)
 
     def steps(optimizer, weights, numbers):
         for number in numbers:
@@ -380,11 +379,11 @@ def test_so_it_is_when_the_group_of_adamw_comes_first():
 def test_so_it_is_when_the_group_of_adamw_has_a_rate_of_its_own(own_first):
     matrix, vector = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6))
     groups = [{"params": [vector], "lr": 0.05}, {"params": [matrix]}]
-    optimizer = presets.FactoredMuon(groups if own_first else groups[::-1], lr=0.004)
+    optimizer = muon.FactoredMuon(groups if own_first else groups[::-1], lr=0.004)
     one_cycle(optimizer, 0.02)
     with pytest.raises(UserError, match=r"the rate of Newton-Schulz, 0\.02, instead of other_lr=0\.05; give .* list"):
         stepped(optimizer, [matrix, vector])
-    optimizer = presets.FactoredMuon(groups, lr=0.004)
+    optimizer = muon.FactoredMuon(groups, lr=0.004)
     one_cycle(optimizer, [group["lr"] for group in optimizer.param_groups])
     stepped(optimizer, [matrix, vector])
 
@@ -442,7 +441,7 @@ def test_rates_that_are_alike_by_hand_are_taken_among_groups_of_adamw_at_zero_an
 @pytest.mark.parametrize("number", [float, torch.tensor])
 def test_one_rate_for_both_is_taken_where_both_are_equal_and_so_it_is_in_a_copy(number):
     parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6, 4), (6,))]
-    optimizer = presets.FactoredMuon(parameters, lr=number(4e-3), other_lr=4e-3)
+    optimizer = muon.FactoredMuon(parameters, lr=number(4e-3), other_lr=4e-3)
     one_cycle(optimizer, 0.01)
     for together in ((optimizer, parameters), copy.deepcopy((optimizer, parameters))):
         stepped(*together)

@@ -24,7 +24,8 @@ from lightspan.optim.bases import DCTBasis, SVDBasis
 from lightspan.optim.inner import SGD, NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Int8Moments
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam, NorMuon
+from lightspan.optim.muon import NorMuon
+from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam
 from lightspan.optim.residuals import Apollo, ErrorFeedback
 from lightspan.strategies import shard_blocks
 

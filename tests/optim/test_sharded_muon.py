@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightspan.distributed import leave
-from lightspan.optim.inner import NewtonSchulz
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments, Int8Moments
-from lightspan.optim.newton_schulz import bytes_of_grams, bytes_of_rows, orthogonalised
-from lightspan.optim.presets import Dion2, FactoredMuon, Muon, NorMuon, Trion
+from lightspan.optim.muon import Dion2, FactoredMuon, Muon, NorMuon
+from lightspan.optim.newton_schulz import COEFFICIENTS, bytes_of_grams, bytes_of_rows, orthogonalised
+from lightspan.optim.presets import Trion
 from lightspan.sharded import Ranks, RowShards, from_local, whole
 
 pytestmark = pytest.mark.ranks
@@ -109,10 +109,10 @@ def traffic(mesh: DeviceMesh) -> dict[tuple[int, int, int], tuple[int, int, int,
     for batch, rows, columns in CASES:
         shards = RowShards(ranks, rows, moved=False)
         x_BMN = draw(batch, rows, columns, seed=batch)
-        one = orthogonalised(x_BMN, None, 5, NewtonSchulz.COEFFICIENTS)
+        one = orthogonalised(x_BMN, None, 5, COEFFICIENTS)
         with pytest.MonkeyPatch.context() as patch:
             counted = Traffic(patch, ranks)
-            got = orthogonalised(shards.own(x_BMN, axis=1), shards, 5, NewtonSchulz.COEFFICIENTS)
+            got = orthogonalised(shards.own(x_BMN, axis=1), shards, 5, COEFFICIENTS)
         error = float((got - shards.own(one, axis=1)).abs().max())
         grams = bytes_of_grams(batch, columns, 1 if rows >= 2 * columns else 5, shards)
         found[batch, rows, columns] = counted.sent, grams, bytes_of_rows(batch, columns, shards), error

@@ -17,7 +17,8 @@ from lightspan.distributed import leave
 from lightspan.errors import UserError
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.moments import Float32Moments
-from lightspan.optim.presets import APOLLO, FactoredMuon, LDAdam
+from lightspan.optim.muon import FactoredMuon
+from lightspan.optim.presets import APOLLO, LDAdam
 from lightspan.optim.treatment import treatment
 from lightspan.sharded import Ranks, RowShards, from_local, whole
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lightspan.errors import UserError
-from lightspan.optim.bases import Every, Never
+from lightspan.optim.bases import Every
 
 
 def test_by_the_clock_every_matrix_is_due_once_in_the_gap_and_not_all_at_once():
@@ -17,10 +17,6 @@ def test_without_turns_all_frames_change_in_the_same_step():
     trigger, phases = Every(5, staggered=False), [i / 10 for i in range(10)]
     asked = {step: trigger.due(range(10), [step] * 10, phases) for step in range(1, 11)}
     assert asked == {step: list(range(10)) if step % 5 == 0 else [] for step in range(1, 11)}
-
-
-def test_never_is_never():
-    assert not any(Never().due([0, 1], [step] * 2, [0.0, 0.5]) for step in range(1, 400))
 
 
 def test_bad_settings_are_refused():

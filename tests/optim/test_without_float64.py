@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from every_preset import of_rank
 from optim.plain_bases import RandomBasis
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightspan import devices
 from lightspan.devices import widest_float
-from lightspan.optim import presets
+from lightspan.optim import muon, presets
 from lightspan.optim.low_rank import LowRank
 
 
@@ -49,10 +50,10 @@ RULES = {
     "ldadam": presets.LDAdam,
     "dct": presets.DCTAdamW,
     "trion": presets.Trion,
-    "muon": presets.Muon,
-    "normuon": presets.NorMuon,
-    "factored_muon": presets.FactoredMuon,
-    "dion2": presets.Dion2,
+    "muon": muon.Muon,
+    "normuon": muon.NorMuon,
+    "factored_muon": muon.FactoredMuon,
+    "dion2": muon.Dion2,
     "random": lambda params, **options: LowRank(params, basis=RandomBasis(), **options),
 }
 
@@ -66,9 +67,7 @@ META_KEEPS_ONE = torch.linalg.vector_norm(torch.empty(2, 1, device="meta"), dim=
 @pytest.mark.usefixtures("no_float64")
 def test_no_step_makes_float64_on_a_device_that_has_none(rule, dtype) -> None:
     weights = [nn.Parameter(torch.empty(s, dtype=dtype, device="meta")) for s in ((24, 12), (12, 24), (9, 3, 2, 2))]
-    optimizer = RULES[rule](
-        weights, rank=1 if rule == "apollo mini" else 2, max_norm=1.0, check_finite=False, weight_decay=0.1
-    )
+    optimizer = RULES[rule](weights, **of_rank(RULES[rule], 2), max_norm=1.0, check_finite=False, weight_decay=0.1)
     for _ in range(3):
         for weight in weights:
             weight.grad = torch.empty_like(weight)

@@ -135,7 +135,7 @@ def test_a_ranking_puts_the_best_first_and_what_diverged_last(make_run: MakeRun)
 
 
 def test_a_ranking_names_classes_briefly_and_shows_the_value_before_what_differs(make_run: MakeRun) -> None:
-    paths = ("lightspan.optim.presets.Muon", "lightspan.optim.presets.Fira", "torch.optim.Muon")
+    paths = ("lightspan.optim.muon.Muon", "lightspan.optim.presets.Fira", "torch.optim.Muon")
     optimizers = ({"class_path": path, "init_args": {"lr": at / 2}} for at, path in enumerate(paths))
     resolved = ({"model": {"init_args": {"optimizer": one}}} for one in optimizers)
     runs = made(make_run, *({"rows": values(9.0, at), "resolved": one} for at, one in enumerate(resolved)))
@@ -145,7 +145,7 @@ def test_a_ranking_names_classes_briefly_and_shows_the_value_before_what_differs
     heads = ["", "run", "val/loss", "optimizer", "lr", "steps", "seconds"]
     assert re.findall(r'<th scope="col">(.*?)</th>', table) == heads
     shown = re.findall(r'<td class="setting"( title="[\w.]+")?>(.*?)</td>', table)
-    assert [text for _, text in shown] == ["presets.Muon", "0.0", "Fira", "0.5", "optim.Muon", "1.0"]
+    assert [text for _, text in shown] == ["muon.Muon", "0.0", "Fira", "0.5", "optim.Muon", "1.0"]
     assert [title for title, _ in shown[::2]] == [f' title="{path}"' for path in paths]
 
 

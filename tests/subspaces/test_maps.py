@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lightspan
 from lightspan.merging.span import TaskSpan
-from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis, WholeBasis
+from lightspan.optim.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis
 from lightspan.optim.layout import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.grassmann import Horizontal
@@ -74,7 +74,6 @@ BASES: dict[type[Basis], Basis] = {
     SVDBasis: SVDBasis(),
     GaussianBasis: GaussianBasis(),
     DCTBasis: DCTBasis(),
-    WholeBasis: WholeBasis(),
 }
 
 
@@ -101,7 +100,7 @@ def test_every_map_and_every_basis_has_a_case() -> None:
     maps = {kind for kind in concrete(classes()) if hasattr(kind, "push") and hasattr(kind, "pull")} - {SubspaceMap}
     bases = {kind for kind in concrete(classes()) if issubclass(kind, Basis)}
     assert len(maps) >= 7
-    assert len(bases) >= 5
+    assert len(bases) >= 4
     assert maps == CASES.keys()
     assert bases == BASES.keys()
 
@@ -132,7 +131,7 @@ def test_what_a_basis_projects_and_updates_is_the_pull_and_push_of_its_frames(
 ) -> None:
     """The fused forms that a step uses, in float64, after a refresh from a gradient."""
     basis, rows = BASES[kind], max(rows, size)
-    rank = size if basis.whole else data.draw(st.integers(1, size))
+    rank = data.draw(st.integers(1, size))
     layout = Layout(rows, size, rank, False, torch.float64, torch.device("cpu"), (seed, seed + 1))
     gradients = list(normal(2, rows, size, seed=seed))
     state = basis.refresh(gradients, basis.initial(layout), layout, first=True)

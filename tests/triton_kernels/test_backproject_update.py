@@ -22,6 +22,7 @@ from lightspan.triton_kernels.backproject_update import (
     backproject_update_reference,
     backproject_update_triton,
     blocks,
+    update,
 )
 from lightspan.triton_kernels.rounding import WINDOW
 
@@ -143,6 +144,18 @@ def test_rows_beyond_a_window_and_several_tiles_have_noise_of_their_own(shape):
     backproject_update([weight], *nothing, torch.tensor(0.0), between, torch.tensor(3))
     first, second = weight.flatten()[: 2 * (weight.numel() // 2)].chunk(2)
     assert (first != second).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_an_update_by_whole_steps_decays_and_subtracts_them(layout):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        given = problem((5, 4, 0), dtype, True, layout)
+        expected = [
+            0.9 * w.double() - 0.25 * s.double() for w, s in zip(given["weights"], given["gradients"], strict=True)
+        ]
+        update(given["weights"], given["gradients"], given["lr"], given["keep"], None)
+        for weight, right in zip(given["weights"], expected, strict=True):
+            torch.testing.assert_close(weight.double(), right, rtol=TOLERANCE.get(dtype, 1e-14), atol=1e-6)
 
 
 @pytest.mark.parametrize("residual", [False, True])

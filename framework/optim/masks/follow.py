@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.sharded import local
 
@@ -18,8 +18,8 @@ def keep_only(optimizer: Optimizer, parameter: Tensor, open_S: Tensor) -> None:
     """Sets the state of closed entries to zero: moments of any optimiser that keeps a number for each entry.
 
     Counters of steps are the tensor's, and stay: bias correction treats an entry that opens as one whose gradient was
-    zero so far. A matrix that a `LowRank` projects keeps its state: there moments belong to coordinates, each of which
-    moves all entries, so none is that of a closed one. Its steps are taken in the subspace and then cut to the mask.
+    zero so far. A matrix that a `MatrixOptimizer` steps keeps its state: there each moment moves all entries of the
+    matrix, so none is that of a closed one. Its steps are taken in the subspace and then cut to the mask.
 
     Args:
         open_S: bool, what this rank holds of the mask.
@@ -39,7 +39,7 @@ def require_entrywise(optimizer: Optimizer) -> None:
             "a RandomSubspace writes all weights anew from its coordinates in each step, so none of them stays closed; "
             "train with IntrinsicDimension or with MaskLearning, not both"
         )
-    if isinstance(optimizer, LowRank):
+    if isinstance(optimizer, MatrixOptimizer):
         if optimizer.backward != "whole":
             raise UserError(
                 f"masks are learned from whole gradients, and LowRank(backward={optimizer.backward!r}) keeps their "
@@ -82,7 +82,7 @@ def tried_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _projected(optimizer: Optimizer, parameter: Tensor) -> bool:
-    if not isinstance(optimizer, LowRank):
+    if not isinstance(optimizer, MatrixOptimizer):
         return False
     groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     return any(optimizer.projected(parameter, group) for group in groups)
