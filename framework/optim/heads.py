@@ -1,5 +1,5 @@
 """Which rows of a weight belong to the queries and keys of one attention head. To rules that orthogonalise, each of
-these can be a matrix of its own, see `lightspan.optim.inner.MomentumNewtonSchulz`.
+these can be a matrix of its own, see `lightspan.optim.muon.Muon`.
 
 Heads are found by the names that timm, transformers, diffusers, torch and lightspan give to a layer's parts and to the
 number or size of its heads. What is named otherwise, interleaves queries with keys, or has transposed weights (GPT-2 of

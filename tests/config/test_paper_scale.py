@@ -23,6 +23,7 @@ REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image
 
 WITHOUT = {
     "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
+    "lightspan.methods.supervised.regressor": "no paper of its own: least squares on tables",
     "none": "supervised/linear is the baseline of supervised/grassmann",
 }
 """Methods and papers without a recipe at a paper's scale, and why."""
