@@ -169,8 +169,6 @@ def _read(request: Request) -> Reading:
     batch, moments = example_batch(request.built, request.shape)
     try:
         return reading_of(request.built.model, batch, moments, request.what)
-    except UserError:
-        raise
     except Exception as error:  # whatever a network says of pictures that are not for it
         if request.shape is None:
             raise
