@@ -4,6 +4,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,8 @@ STARTED_S = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="skip the tests that have not begun after so many minutes")
+    passed = "leave out the tests that passed by this report of --junitxml; may be given again"
+    parser.addoption("--except-passed", action="append", default=[], type=Path, metavar="REPORT", help=passed)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,9 +89,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in group:
             if item not in sample:
                 item.add_marker("long")
+    if reports := config.getoption("--except-passed"):
+        passed = set().union(*map(passed_in, reports))
+        config.hook.pytest_deselected(items=[item for item in items if in_report(item) in passed])
+        items[:] = [item for item in items if in_report(item) not in passed]
     if config.getoption("--minutes") is None:
         long = {item.path for group in groups.values() for item in group}
         items.sort(key=lambda item: item.path not in long)
+
+
+def passed_in(report: Path) -> set[tuple[str, str]]:
+    """(class, name) of the tests of a JUnit report that neither failed nor were skipped."""
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {(case.attrib["classname"], case.attrib["name"]) for case in cases if {child.tag for child in case} <= TOLD}
+
+
+TOLD = {"properties", "system-out", "system-err"}
+"""What a JUnit report holds of a test besides a verdict that it did not pass."""
+
+
+def in_report(item: pytest.Item) -> tuple[str, str]:
+    """(class, name) of a test in a JUnit report."""
+    file, _, name = item.nodeid.partition("::")
+    return file.removesuffix(".py").replace("/", "."), name
 
 
 def floor_of(item: pytest.Item) -> str:

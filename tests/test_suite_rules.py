@@ -116,6 +116,17 @@ def test_of_each_long_kind_a_sample_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.runs
+def test_what_passed_in_another_run_is_left_out(tmp_path: Path) -> None:
+    verdicts(tmp_path, "--junitxml=report.xml", "-k", "quick or first or lacks")
+    found, said = verdicts(tmp_path, "--except-passed", "report.xml", "-k", "quick or first or lacks or fixture")
+    assert found == {
+        "test_has_a_dear_fixture": "PASSED",
+        "test_lacks_a_browser": "FAILED",
+        "test_lacks_shellcheck": "ERROR",
+    }, said
+
+
+@pytest.mark.runs
 def test_after_the_minutes_nothing_begins(tmp_path: Path) -> None:
     found, said = verdicts(tmp_path, "--minutes", "0", "-k", "quick")
     assert found == {"test_is_quick": "ERROR"}, said
