@@ -7,6 +7,7 @@ folder's safetensors files.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ _TOKENIZER_FILES = {
 }  # fmt: skip
 """Vocabularies, settings and templates of conversations."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_MOST_GROWTH = 2**12
 _MOST_LAYERS = 2**16
 _MOST_UNSTORED = 2.0
 """How many times as many numbers a network may have as its files: a tied table is stored once."""
@@ -116,6 +118,7 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
             for file in sorted(folder.glob(pattern)):
                 content_of(file, limit)
         _require_own_files(folder / _TOKENIZER_CONFIG)
+        _require_no_growth(folder / "tokenizer.json")
         config = {"config": _outline(folder)} if (folder / CONFIG).exists() else {}
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **config, **settings
@@ -131,6 +134,21 @@ def _require_own_files(file: Path) -> None:
     named += [said[key] for key in ("vocab", "merges") if isinstance(said.get(key), str)]
     if named:
         raise ValueError(f"its {file.name} names {str(named[0])!r:.80}, which may be outside the folder")
+
+
+def _require_no_growth(file: Path) -> None:
+    """Raises: ValueError for replacements in a row that make a text much longer, each that of the one before: outside
+    of Python, nothing stops them.
+    """
+    said = json.loads(content_of(file)) if file.exists() else {}
+    steps, growth = [said.get("normalizer")], 1
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += [step.get("normalizer"), *(step.get("normalizers") or ())]
+            growth *= max(1, len(step.get("content") or ""))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"{file.name} makes texts more than {_MOST_GROWTH:,} times as long")
 
 
 def _outline(folder: Path) -> PreTrainedConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
@@ -317,3 +317,15 @@ def test_a_vocabulary_that_is_a_pipe_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="it is a named pipe"):
             stored_tokenizer(str(tmp_path))
         (tmp_path / name).unlink()
+
+
+def test_a_tokenizer_that_makes_texts_very_long_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    for times in (4, 40):
+        backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * times)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        if times == 4:
+            assert len(stored_tokenizer(str(tmp_path)).backend_tokenizer.normalizer.normalize_str("a")) == 2**4
+        else:
+            with pytest.raises(UserError, match="times as long"):
+                stored_tokenizer(str(tmp_path))
