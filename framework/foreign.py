@@ -10,6 +10,10 @@ import bz2
 import json
 import lzma
 import os
+import resource
+import signal
+import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +73,43 @@ BYTES = Limit("bytes", 2**32, "LIGHTSPAN_MAX_BYTES")
 """Of a file that is read whole, and of what is unpacked from one."""
 SETTINGS_BYTES = Limit("bytes", 2**24, "LIGHTSPAN_MAX_SETTINGS_BYTES")
 """Of settings and lists of files as JSON, which take twenty times as much memory once read."""
+
+
+SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
+"""Of processor time, for a program that is part of a file, each time that it runs."""
+
+
+@contextmanager
+def bounded_program() -> Iterator[None]:
+    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
+    not how long it runs. On the main thread of Linux, where alone both can be limited; elsewhere it runs on.
+
+    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seconds, way_out = SECONDS.most, "; if you trust it, raise the limit with {} in the environment"
+
+    def stop(*_: object) -> None:
+        raise TooMuchError(f"it runs for more than {seconds:,} seconds{way_out.format(SECONDS.setting)}")
+
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = taken + BYTES.most
+    handler = signal.signal(signal.SIGPROF, stop)
+    try:
+        if all(limit == resource.RLIM_INFINITY or most < limit for limit in (soft, hard)):
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
+        yield
+    except MemoryError as error:
+        raise TooMuchError(f"it needs more than {BYTES.most:,} bytes{way_out.format(BYTES.setting)}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every reader says so in one ValueError, and neither waits nor fills the memory.
 """
 
 import io
+import lzma
 import os
 import signal
 import zipfile
@@ -237,6 +238,10 @@ def test_a_part_of_a_scene_unpacks_to_no_more_than_the_scene(tmp_path: Path) -> 
 
     deflate, packbits, zstd = 8, 32773, 50000
     for compression, bomb in ((deflate, zlib.compress(bytes(2**28))), (packbits, b"\x81\x00" * 2**17)):
+        with pytest.raises(ValueError, match="unpacks to more than"):
+            read_tiff(scene(compression, bomb), 1)
+    for compression, bomb in ((deflate, zlib.compress(bytes(2**23))), (34925, lzma.compress(bytes(2**23)))):
+        assert len(bomb) < 2**14  # several such parts are unpacked at once
         with pytest.raises(ValueError, match="unpacks to more than"):
             read_tiff(scene(compression, bomb), 1)
     rows = bytes([2, 7, 7, 7, 128, 252, 9]) * 8  # three bytes as they are, nothing, and one five times

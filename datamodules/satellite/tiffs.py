@@ -47,17 +47,18 @@ class _PackBits:
         return bytes(min(count, most))
 
 
-_UNBOUNDED: dict[int, Callable[[], Any]] = {
-    **dict.fromkeys((8, 32946, 50013), zlib.decompressobj),  # Adobe's deflate, and what it was called before and after
-    34925: lzma.LZMADecompressor,
-    32773: _PackBits,
+_UNBOUNDED: dict[int, tuple[Callable[[], Any], int]] = {
+    # Adobe's deflate, and what it was called before and after.
+    **dict.fromkeys((8, 32946, 50013), (zlib.decompressobj, 1032)),
+    34925: (lzma.LZMADecompressor, 2**13),
+    32773: (_PackBits, 64),
 }
-"""How to unpack what tifffile unpacks whole, by the number of the compression."""
+"""How to unpack what tifffile unpacks whole, by the number of the compression, and to how many bytes a byte at most."""
 if sys.version_info >= (3, 14):
     from compression import zstd
 
-    _UNBOUNDED |= dict.fromkeys((34926, 50000), zstd.ZstdDecompressor)
-_LARGE_PART = 2**17  # bytes
+    _UNBOUNDED |= dict.fromkeys((34926, 50000), (zstd.ZstdDecompressor, 2**16))
+_MARGIN = 2**17  # bytes
 
 
 def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
@@ -98,17 +99,23 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
 
 
 def _require_honest(stream: BinaryIO, page: Any) -> None:
-    """tifffile unpacks a part of a page whole, whatever size the page says, before it looks at it.
+    """tifffile unpacks the parts of a page whole, several at once, whatever size they should have, before it looks at
+    them.
 
-    Raises: ValueError for a part, packed with deflate, LZMA, PackBits or Zstandard, that unpacks to more than the page
-        can hold.
+    Raises: ValueError for a part, packed with deflate, LZMA, PackBits or Zstandard, that unpacks to more than it
+        should, or not at all.
     """
     if page is None or int(page.compression) not in _UNBOUNDED:
         return
+    decompressor, growth = _UNBOUNDED[int(page.compression)]
+    most = math.prod(page.chunks) * page.dtype.itemsize + _MARGIN
     for at, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-        if count > _LARGE_PART:  # a smaller one unpacks to a gigabyte at most
+        if count * growth > most:
             stream.seek(at)
-            drained(_UNBOUNDED[int(page.compression)](), stream.read(count), page.nbytes + _LARGE_PART)
+            try:
+                drained(decompressor(), stream.read(count), most)
+            except ValueError as error:
+                raise ValueError(f"it is a damaged TIFF: {error}") from error
 
 
 def bands_first(pixels: np.ndarray, bands: int | None, interleaved: bool | None = None) -> np.ndarray:

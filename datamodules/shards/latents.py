@@ -50,9 +50,10 @@ class LatentDecoding(Decoding):
                 f"its array is {stored.dtype} {[*stored.shape]}, and data.init_args.shape={[*self.shape]} asks for "
                 f"floats of that shape, or of {[2 * channels, *sides]}, mean and log-variance"
             )
-        mean, *rest = stored.float().split(channels)
+        stored = stored.float()  # in which a number of float64 may be infinite
         if not stored.isfinite().all():
             raise ValueError("its array has NaN or infinite numbers; encode the picture again, in float32")
+        mean, *rest = stored.split(channels)
         if not rest:
             return mean
         fresh = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))

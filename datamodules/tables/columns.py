@@ -25,7 +25,7 @@ Encoding = Literal["one_hot", "index"]
 DELIMITERS = ",;\t|"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 LARGEST = float(np.finfo(np.float32).max)
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def read_columns(path: Path, delimiter: str | None = None, missing: Collection[str] = MISSING) -> Columns:
@@ -178,26 +178,49 @@ def _parquet(path: Path, missing: Collection[str]) -> Columns:
             said = stored.metadata
             CELLS.require(said.num_rows * said.num_columns)
             BYTES.require(sum(said.row_group(number).total_byte_size for number in range(said.num_row_groups)))
-            table = stored.read()
+            kinds = [(field.name, field.type) for field in stored.schema_arrow]
+            for name, kind in kinds:
+                _require_readable(name, kind)
+            # A text is stored once however many cells have it, and stays so in memory.
+            texts = [name for name, kind in kinds if _is_text(kind)]
+            table = parquet.ParquetFile(file, read_dictionary=texts).read()
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"it is no Parquet file: {one_line(error)[:200]}") from error
-    return {name: _arrow(name, table.column(place), missing) for name, place in _places(table.column_names).items()}
+    return {name: _arrow(table.column(place), missing) for name, place in _places(table.column_names).items()}
 
 
-def _arrow(name: str, column: Any, missing: Collection[str]) -> Cells:
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _require_readable(name: str, kind: Any) -> None:
+    """Before anything is read: a cell that is a list may have any number of entries. Raises: ValueError."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal, types.is_null)
+    if not (_is_text(kind) or any(is_number(kind) for is_number in number)):
+        raise ValueError(f"{one_line(name)!r} is a column of {kind}; leave it out of the file")
+
+
+def _arrow(column: Any, missing: Collection[str]) -> Cells:
     """Dates and times become numbers that grow with them, in the unit in which they are stored."""
     import pyarrow
     from pyarrow import types
 
     kind = column.type
+    if types.is_dictionary(kind) and _is_text(kind.value_type):
+        cells: list[str | None] = []
+        for chunk in column.chunks:
+            texts = [None if text is None else _cell(text, missing) for text in chunk.dictionary.to_pylist()]
+            cells += [None if place is None else texts[place] for place in chunk.indices.to_pylist()]
+        return _texts(cells)
     if types.is_dictionary(kind):
-        return _arrow(name, column.cast(kind.value_type), missing)
-    if types.is_string(kind) or types.is_large_string(kind):
-        return _texts([None if cell is None else _cell(cell, missing) for cell in column.to_pylist()])
+        return _arrow(column.cast(kind.value_type), missing)
     if types.is_temporal(kind):
         column = column.cast(pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64())
     elif types.is_boolean(kind):
         column = column.cast(pyarrow.int8())
-    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_null(kind)):
-        raise ValueError(f"{one_line(name)!r} is a column of {kind}; leave it out of the file")
     return column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)

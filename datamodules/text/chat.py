@@ -7,7 +7,6 @@ Shapes: N conversations, T tokens.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +24,8 @@ from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.packing import packed, trimmed
 from lightspan.datamodules.text.tokenized import require_length
 from lightspan.errors import UserError, one_line
+from lightspan.files import expanded
+from lightspan.foreign import TooMuchError, bounded_program
 from lightspan.places import ReadPath
 
 LEARNER = "assistant"
@@ -103,8 +104,16 @@ class Renderer:
         The template of the tokenizer writes conversations. Without one, a message is `role: content` on a line, and the
         tokenizer's end of text follows an answer. It also follows a completion.
 
-        Raises: UserError for a conversation that the template refuses, or writes differently once more follows.
+        Raises: UserError for a conversation that the template refuses, or writes differently once more follows, and
+            for a template that takes too much time or memory.
         """
+        try:
+            with bounded_program():
+                return self._parts(row)
+        except TooMuchError as error:
+            raise UserError(f"{row.where}: the tokenizer's template cannot write this conversation: {error}") from error
+
+    def _parts(self, row: Conversation) -> list[RenderedPart]:
         start, end = self._start(), self.tokenizer.eos_token or ""
         if not row.messages:
             return [RenderedPart(start + row.texts[0], False), RenderedPart(row.texts[1] + end, True)]
@@ -177,6 +186,8 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 [*row.messages[:count]], tokenize=False, add_generation_prompt=add_generation_prompt
             )
+        except (TooMuchError, MemoryError):
+            raise
         except Exception as error:  # whatever Jinja raises, and what templates raise by themselves
             raise UserError(
                 f"{row.where}: the tokenizer's template cannot write this conversation: {one_line(error)[:200]}"
@@ -273,7 +284,7 @@ class Chat(SampleSets):
 
     def stand_in(self) -> dict[str, Any] | None:
         """Two rows full of what is learned, where the file is not here."""
-        if Path(self.path).expanduser().exists():
+        if expanded(self.path, "data.init_args.path").exists():
             return None
         row = np.zeros(self.length, np.int32), np.ones(self.length, bool)
         samples = ChatSamples([row, row], self.length)

@@ -4,7 +4,6 @@ Shapes: N samples, T tokens.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,11 @@ from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_si
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized, tokenized_pairs
 from lightspan.errors import UserError
+from lightspan.files import expanded
 from lightspan.places import ReadPath
+
+MOST_CLASSES = 2**20
+"""A number of a class beyond it is a mistake, and would fill the memory with classes that no line has."""
 
 
 class LabelledTokens(NamedTuple):
@@ -92,8 +95,9 @@ def labelled_row(where: str, found: Any, fields: Sequence[str], label: str) -> L
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {field}, or an empty one; it must be a text")
     own = found.get(label)
-    if isinstance(own, bool) or not isinstance(own, int | str) or own == "" or (isinstance(own, int) and own < 0):
-        raise UserError(f"{where} has no {label} that is a whole number from 0 up, or the name of a class")
+    is_number = isinstance(own, int) and not isinstance(own, bool) and 0 <= own < MOST_CLASSES
+    if not (is_number or (isinstance(own, str) and own)):
+        raise UserError(f"{where} has no {label} that is a whole number in [0, {MOST_CLASSES:,}), or a class's name")
     return LabelledRow(where, tuple(map(str, texts)), own)
 
 
@@ -176,7 +180,7 @@ class LabelledTextFiles(SampleSets):
 
     def stand_in(self) -> dict[str, Any] | None:
         """Two texts that fill their rows, of class 0, where the file is not here."""
-        if Path(self.path).expanduser().exists():
+        if expanded(self.path, "data.init_args.path").exists():
             return None
         words = ["to be or not to be " * self.length] * 2
         samples = LabelledTextSamples(

@@ -18,7 +18,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.huggingface import stored_network
 from lightspan.backbones.text import TextTransformer, last_states
 from lightspan.backbones.vision import timm_backbone
-from lightspan.backbones.weights import fill, tensors_behind, with_weights
+from lightspan.backbones.weights import fill, require_fit, tensors_behind, with_weights
 from lightspan.errors import UserError
 from lightspan.places import ReadPath
 
@@ -38,8 +38,8 @@ TEXT_NAMES = {
     r"mlp\.c_proj": "linear2",
 }
 """OpenAI's names of the text encoder -> those of `TextTransformer`."""
-OF_BOTH = ("text_projection", "token_embedding.weight", "positional_embedding", "logit_scale")
-"""What a file of both encoders has beside those of images."""
+OF_BOTH = {"text_projection": 2, "token_embedding.weight": 2, "positional_embedding": 2, "logit_scale": 0}
+"""What a file of both encoders has beside those of images, and with how many axes."""
 
 
 def openai_clip(name: str, path: ReadPath) -> DualEncoder:
@@ -53,10 +53,11 @@ def openai_clip(name: str, path: ReadPath) -> DualEncoder:
     Raises: UserError for an unknown name, or a file that is missing, of another network or of one encoder alone.
     """
     tensors = tensors_behind(path, "")
-    if lacking := [each for each in OF_BOTH if each not in tensors]:
+    if lacking := [each for each, ndim in OF_BOTH.items() if each not in tensors or tensors[each].ndim != ndim]:
         raise UserError(
-            f"{path} has no {lacking[0]}, so it is not the file of both encoders of CLIP under OpenAI's names; take "
-            "open_clip_model.safetensors of a repository such as timm/resnet50_clip.openai"
+            f"{path} has no {lacking[0]} with {OF_BOTH[lacking[0]]} axes, so it is not the file of both encoders of "
+            "CLIP under OpenAI's names; take open_clip_model.safetensors of a repository such as "
+            "timm/resnet50_clip.openai"
         )
     image = timm_backbone(name)
     state = {f"image.{key}": tensor for key, tensor in _image_state(tensors, image).items()}
@@ -73,8 +74,15 @@ def openai_clip(name: str, path: ReadPath) -> DualEncoder:
     vocabulary, width = tensors["token_embedding.weight"].shape
     depth = len({key.split(".")[1] for key in text_state if key.startswith("blocks.")})
     context = len(tensors["positional_embedding"])
-    text = TextTransformer(vocabulary, width, depth, max(1, width // HEAD_WIDTH), context)
-    encoders = DualEncoder(image, text, tensors["text_projection"].shape[1], image_bias=is_resnet)
+
+    def made() -> DualEncoder:
+        text = TextTransformer(vocabulary, width, depth, max(1, width // HEAD_WIDTH), context)
+        return DualEncoder(image, text, tensors["text_projection"].shape[1], image_bias=is_resnet)
+
+    with torch.device("meta"):  # a narrow table may say any width: no text encoder is made before all tensors fit
+        outline = made()
+    require_fit(outline, state, path)
+    encoders = made()
     fill(encoders, state, path, "")
     return encoders
 

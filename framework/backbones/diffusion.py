@@ -152,7 +152,7 @@ def published_dit(network: DiT, path: ReadPath | None = None) -> DiT:
     if (places := state.get("place_ND")) is not None and places.ndim == 3:
         state["place_ND"] = places[0]
     for name in ("head.weight", "head.bias"):  # numbers of a patch: there by place and then channel, here the reverse
-        if (rows := state.get(name)) is not None and len(rows) % network.patch_size**2 == 0:
+        if (rows := state.get(name)) is not None and rows.ndim and len(rows) % network.patch_size**2 == 0:
             state[name] = rows.unflatten(0, (network.patch_size**2, -1)).transpose(0, 1).flatten(0, 1)
     fill(network, state, path, "")
     return network

@@ -7,12 +7,13 @@ folder's safetensors files.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lightspan.absent import MissingFile
+from lightspan.backbones.weights import no_larger_than
 from lightspan.errors import UserError, one_line
 from lightspan.files import expanded
 from lightspan.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
@@ -30,8 +32,14 @@ N = TypeVar("N", bound=PreTrainedModel)
 CONFIG = "config.json"
 _UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
-_TOKENIZER_FILES = {"*.json": BYTES, "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES}
+_TOKENIZER_FILES = {
+    "*.json": BYTES, "*.txt": BYTES, "*.model": BYTES,
+    "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES,
+}  # fmt: skip
 """Vocabularies, settings and templates of conversations."""
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_MOST_GROWTH = 2**12
+_MOST_LAYERS = 2**16
 _MOST_UNSTORED = 2.0
 """How many times as many numbers a network may have as its files: a tied table is stored once."""
 
@@ -109,9 +117,48 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
         for pattern, limit in _TOKENIZER_FILES.items():  # which are read whole, before anything is made of them
             for file in sorted(folder.glob(pattern)):
                 content_of(file, limit)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
+        _require_own_files(folder / _TOKENIZER_CONFIG)
+        _require_no_growth(folder / "tokenizer.json")
+        config = {"config": _outline(folder)} if (folder / CONFIG).exists() else {}
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **config, **settings
+        )
     except Exception as error:  # whatever transformers, tokenizers, protobuf and sentencepiece raise
         raise UserError(f"{folder} has no tokenizer that transformers can read: {one_line(error)[:400]}") from error
+
+
+def _require_own_files(file: Path) -> None:
+    """Raises: ValueError for settings of a tokenizer that name a file elsewhere, which transformers would open."""
+    said = settings_object(file) if file.exists() else {}
+    named = [name for name in said.get("fast_tokenizer_files") or () if Path(str(name)).name != name]
+    named += [said[key] for key in ("vocab", "merges") if isinstance(said.get(key), str)]
+    if named:
+        raise ValueError(f"its {file.name} names {str(named[0])!r:.80}, which may be outside the folder")
+
+
+def _require_no_growth(file: Path) -> None:
+    """Raises: ValueError for replacements in a row that make a text much longer, each that of the one before: outside
+    of Python, nothing stops them.
+    """
+    said = json.loads(content_of(file)) if file.exists() else {}
+    steps, growth = [said.get("normalizer")], 1
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += [step.get("normalizer"), *(step.get("normalizers") or ())]
+            growth *= max(1, len(step.get("content") or ""))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"{file.name} makes texts more than {_MOST_GROWTH:,} times as long")
+
+
+def _outline(folder: Path) -> PreTrainedConfig:
+    """What a folder says of its network, as far as it tells which tokenizer that has: no sizes, which may be any."""
+    said = settings_object(folder / CONFIG)
+    kind, tokenizer = said.get("model_type"), said.get("tokenizer_class")
+    is_known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    config: PreTrainedConfig = CONFIG_MAPPING[kind]() if is_known else PreTrainedConfig()
+    config.name_or_path, config.tokenizer_class = str(folder), tokenizer if isinstance(tokenizer, str) else None
+    return config
 
 
 def _said(place: Path, name: str) -> dict[str, Any]:
@@ -126,23 +173,37 @@ def _said(place: Path, name: str) -> dict[str, Any]:
 
 def _config(kind: type[N], said: dict[str, object], weights: dict[str, Tensor]) -> Any:
     """The settings that the network's class declares. Those of older versions, such as rope_theta, become what the
-    class makes of them. Raises: ValueError for more layers than there are tensors.
+    class makes of them. Raises: ValueError for no layers, or more than any network has.
     """
-    understood = kind.config_class(**said)
+    understood = kind.config_class(**_modest(said))
     known = {field.name for field in dataclasses.fields(kind.config_class)} | _UNDECLARED
     attention = "sdpa" if kind._supports_sdpa else "eager"
     declared = {name: getattr(understood, name) for name in known if hasattr(understood, name)}
     config = kind.config_class(**declared, attn_implementation=attention)
     for name in ("num_hidden_layers", "num_decoder_layers"):
         layers = getattr(config, name, 1)
-        if not 1 <= layers <= len(weights):
-            raise ValueError(f"its {CONFIG} says {name}={layers:,}, and its files have {len(weights):,} tensors")
+        if layers < 1:
+            raise ValueError(f"its {CONFIG} says {name}={layers:,}")
     return config
+
+
+def _modest(said: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the number of labels, for which a config makes a name each and no network here has a head.
+
+    Raises: ValueError for more layers than any network has: a config lists of what kind each is.
+    """
+    kept = {}
+    for name, value in said.items():
+        if isinstance(value, int) and "layer" in name and value > _MOST_LAYERS:
+            raise ValueError(f"its {CONFIG} says {name}={value:,}, and no network has more than {_MOST_LAYERS:,}")
+        if name != "num_labels":
+            kept[name] = _modest(value) if isinstance(value, dict) else value
+    return kept
 
 
 def _as_large(kind: type[N], config: object, weights: dict[str, Tensor], settings: dict[str, object]) -> N:
     """The network without memory. Raises: ValueError if it has far more numbers than are stored."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_larger_than(len(weights)):
         network = kind(config, **settings)
     numbers = sum(weight.numel() for weight in network.parameters())
     stored = sum(tensor.numel() for tensor in weights.values())

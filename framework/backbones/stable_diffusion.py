@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from lightspan.backbones.huggingface import CONFIG, stored_network, stored_tokenizer_of
-from lightspan.backbones.weights import require_fit
+from lightspan.backbones.weights import no_larger_than, require_fit
 from lightspan.errors import UserError, install_extra, one_line
 from lightspan.files import expanded
-from lightspan.foreign import settings_object, whole_text
+from lightspan.foreign import NUMBERS, settings_object, whole_text
 from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
 
@@ -79,6 +79,10 @@ def encoded(place: Path, texts: list[str]) -> Tensor:
     encoder = stored_network(CLIPTextModel, str(place / "text_encoder"), "text encoder of CLIP").float().eval()
     tokenizer = stored_tokenizer_of(place / "tokenizer")
     length = encoder.config.max_position_embeddings
+    try:
+        NUMBERS.require(len(texts) * length * encoder.config.hidden_size)
+    except ValueError as error:
+        raise UserError(f"the states of {len(texts):,} captions cannot be kept: {error}") from error
     tokens_KT = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     chunks = tokens_KT.input_ids.split(CAPTIONS_AT_ONCE)
     return torch.cat([encoder(input_ids=some_BT).last_hidden_state for some_BT in chunks])
@@ -97,7 +101,10 @@ def stored_unet(place: Path, text_width: int) -> nn.Module:
             )
     weights, _ = stored_tensors(place / UNET, "save the folder again")
     try:
-        with torch.device("meta"):  # settings may describe a network of any size: none is made before its tensors fit
+        with (
+            torch.device("meta"),
+            no_larger_than(len(weights)),
+        ):  # settings may describe a network of any size: none is made before its tensors fit
             unet = UNet2DConditionModel.from_config(settings_object(place / CONFIG))
     except Exception as error:  # whatever diffusers and torch raise for settings that they do not know
         raise UserError(f"{place} has no U-Net that diffusers can read: {one_line(error)[:400]}") from error

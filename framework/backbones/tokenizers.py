@@ -1,7 +1,6 @@
 """Tokenizers that need no file, and those of transformers that are in a folder. Nothing is downloaded."""
 
 import re
-import shutil
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 from lightspan.absent import MissingFile
 from lightspan.backbones.huggingface import stored_tokenizer_of
 from lightspan.errors import UserError, install_extra
-from lightspan.files import require_regular_file
+from lightspan.files import expanded
+from lightspan.foreign import content_of
 from lightspan.places import ReadPath
 
 # A recipe may name the functions listed here.
@@ -98,7 +98,7 @@ def stored_tokenizer(folder: ReadPath) -> PreTrainedTokenizerBase:
 
     Raises: UserError if there is none, or a file of SentencePiece cannot be read.
     """
-    place = Path(folder).expanduser()
+    place = expanded(folder, "the folder of the tokenizer")
     if place.suffix == SENTENCE_PIECE and place.is_file():
         return _of_sentence_piece(place)
     if not place.is_dir():
@@ -110,9 +110,12 @@ def _of_sentence_piece(file: Path) -> PreTrainedTokenizerBase:
     """That of transformers with the same pieces: it reads a folder, in which the file has a fixed name."""
     if find_spec("sentencepiece") is None:
         raise UserError(f"{file} is read with the package sentencepiece; {install_extra('text')}")
-    require_regular_file(file, "tokenizer")
+    try:
+        content = content_of(file)
+    except ValueError as error:
+        raise UserError(f"{file} is no model of SentencePiece: {error}") from error
     with TemporaryDirectory() as folder:
-        shutil.copyfile(file, Path(folder, "tokenizer.model"))
+        Path(folder, "tokenizer.model").write_bytes(content)
         try:
             return stored_tokenizer_of(Path(folder))
         except UserError as error:

@@ -2,13 +2,17 @@
 
 import re
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightspan.absent import MissingFile, unless_missing
 from lightspan.errors import UserError
+from lightspan.files import expanded
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.places import ReadPath
@@ -20,6 +24,8 @@ __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weight
 
 CLIP_EPSILON = 1e-5  # of all image towers that timm has with a norm before the blocks
 POSITIONS = re.compile(r"\bpos_embed is \[").search
+_MOST_UNSTORED = 8
+"""How many times as many parameters a network may make as its files have tensors: tied ones are stored once."""
 
 
 def stored_linear(path: ReadPath, prefix: str = "head.") -> nn.Linear:
@@ -35,8 +41,11 @@ def stored_linear(path: ReadPath, prefix: str = "head.") -> nn.Linear:
         raise UserError(
             f"{path} has no linear layer {prefix.removesuffix('.')}: its tensor {prefix}weight is no matrix"
         )
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
-    with_weights(layer, path, prefix)
+    with torch.device("meta"):  # a matrix without columns may have any number of rows: none is made before all fit
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state)
+    require_fit(layer, state, path, prefix)
+    layer.to_empty(device=torch.get_default_device())
+    fill(layer, state, path, prefix)
     return layer
 
 
@@ -55,6 +64,26 @@ def with_weights(module: nn.Module, path: ReadPath, prefix: str = "backbone.") -
     with unless_missing():
         fill(module, tensors_behind(path, prefix), path, prefix)
     return module
+
+
+@contextmanager
+def no_larger_than(tensors: int) -> Iterator[None]:
+    """Inside, settings of others make a network on the meta device, which costs no memory but time: they may say any
+    number of layers, whatever the name of that setting.
+
+    Raises: ValueError once it makes far more parameters than the files have tensors.
+    """
+    made = count(1)
+
+    def require(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(made) > _MOST_UNSTORED * tensors:
+            raise ValueError(f"its settings describe more than {_MOST_UNSTORED} times the {tensors:,} tensors it has")
+
+    handle = register_module_parameter_registration_hook(require)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: str, prefix: str) -> None:
@@ -104,7 +133,8 @@ def require_fit(module: nn.Module, state: Mapping[str, Tensor], path: str, prefi
 def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "decoder.") -> MaskDecoder:
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
     with unless_missing():
-        if (head := tensors_behind(path, prefix).get("head.weight")) is not None:
+        head = tensors_behind(path, prefix).get("head.weight")
+        if head is not None and head.ndim and head.numel():
             decoder.settle(len(head))
     with_weights(decoder, path, prefix)
     return decoder
@@ -123,7 +153,7 @@ def stored_noise(path: ReadPath, weight: float = 0.1, seed: int = 0) -> BankNois
 
 def tensors_behind(path: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of a file whose names begin with the prefix, without it. Raises: as `with_weights`."""
-    file = Path(path).expanduser()
+    file = expanded(path, "the file of weights")
     if not file.is_file():
         raise MissingFile(f"there are no weights at {file}; write them with `lightspan export RUN --to safetensors`")
     state, metadata = stored_tensors(file, "export it again")

@@ -17,6 +17,7 @@ from lightspan.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.config.tree import COMMAND_LINE, dotted
 from lightspan.datamodules.shards.fetch import expand_braces
 from lightspan.errors import one_line, print_notes, printable
+from lightspan.files import expanded
 from lightspan.places import PathUse
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ def _damaged_pictures(data: dict[str, Any]) -> list[str]:
 
     settings, said = data.get("init_args") or {}, []
     for key in ("folder", "val_folder"):
-        if not (isinstance(settings.get(key), str) and (folder := Path(settings[key]).expanduser()).is_dir()):
+        if not isinstance(given := settings.get(key), str):
+            continue
+        if not (folder := expanded(given, f"data.init_args.{key}")).is_dir():
             continue
         names = find_pictures(folder, settings.get("links", "skip"), "none").names
         seen = [names[number] for number in looked_at(len(names))]

@@ -12,6 +12,7 @@ from lightspan.checkpoints.manifest import COMPLETE, WEIGHTS_ALONE
 from lightspan.commands.arguments import add_allow_module_argument, file, folder
 from lightspan.errors import UserError, printable
 from lightspan.exports.folder import refuse_occupied, whole_folder
+from lightspan.files import refuse_link_out
 from lightspan.planning.one_process import in_one_process
 from lightspan.run_files import EXPORT, RESOLVED
 from lightspan.runs.folder import newest_checkpoint, weights_alone
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if alone := checkpoint.suffix == ".safetensors":
         _require_whole_task(args, checkpoint)
     resolved = _resolved(args, checkpoint)
-    out = args.out or _run_folder(args, checkpoint) / "export" / args.to
+    out = args.out or _own_place(_run_folder(args, checkpoint), args.to)
     built = build(in_one_process(resolved))
     Adaptation.act(built.trainer, built.model)
     built.model.configure_model()
@@ -224,6 +225,12 @@ def _run_folder(args: argparse.Namespace, checkpoint: Path) -> Path:
         f"{str(folder)!r} has no resolved.yaml, so the model of {checkpoint.name} is not known; "
         "name its run folder with --run, or its recipe with --recipe"
     )
+
+
+def _own_place(run: Path, to: str) -> Path:
+    """In the run folder, which another may have written. Raises: UserError if its exports are a link that leads out."""
+    refuse_link_out(run / "export", run, "its run folder")
+    return run / "export" / to
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from typing import Any
 from lightspan.commands.arguments import folder
 from lightspan.config.problems import nearest
 from lightspan.errors import UserError, one_line, printable
+from lightspan.files import read_small
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 40
@@ -111,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
 def is_checkout(root: Path) -> bool:
     """Whether a folder is the root of a checkout of lightspan."""
     project = root / "pyproject.toml"
-    named = project.is_file() and re.search(r'(?m)^name = "lightspan"$', project.read_text(encoding="utf-8"))
-    return bool(named) and (root / "framework" / "method.py").is_file()
+    named = re.search(rb'(?m)^name = "lightspan"$', read_small(project) or b"")
+    return named is not None and (root / "framework" / "method.py").is_file()
 
 
 def _is_imported(root: Path) -> bool:

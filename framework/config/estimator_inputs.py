@@ -12,6 +12,7 @@ from lightspan.config.problems import Problem, nearest
 from lightspan.config.signatures import base_definitions, descends
 from lightspan.config.source import Definition, Source, locate
 from lightspan.config.tree import Node, dotted, plain
+from lightspan.files import expanded
 
 FEATURE_FILE = "lightspan.features.encoded.FeatureFile"
 _LONGEST_HEADER = 2**26  # bytes; a header describes each tensor in about a hundred
@@ -68,12 +69,12 @@ def of_files(root: Node) -> tuple[list[Problem], list[str]]:
     problems, notes, widths = [], [], {}
     for path, node, file, is_features in _files(root):
         if is_features:
-            reason, width = _judged(Path(file).expanduser())
+            reason, width = _judged(expanded(file, path))
             if reason:
                 problems.append(Problem(node.where, path, reason))
             elif width is not None:
                 widths[path.split(".")[1]] = width
-        elif not Path(file).expanduser().exists():
+        elif not expanded(file, path).exists():
             notes.append(f"{node.where} {path}: {file} does not exist; it has to before `lightspan run`")
     if len(set(widths.values())) > 1:
         sizes = ", ".join(f"{name} has {width}" for name, width in widths.items())

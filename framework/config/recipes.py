@@ -13,7 +13,7 @@ from typing import Any
 
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
-from lightspan.files import irregular, refuse_link_out
+from lightspan.files import expanded, irregular, refuse_link_out
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # says where to run, not what
@@ -61,7 +61,7 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
     """
     try:
         if name.endswith(SUFFIXES):
-            path = (folder or Path()) / Path(name).expanduser()
+            path = (folder or Path()) / expanded(name, f"the name of the {what}")
             if path.is_file():
                 _refuse_links_out(path, folder)
                 return path

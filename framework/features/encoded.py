@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from lightspan.features.features import Features, Input
 from lightspan.features.identity import data_identity, module_identity
 from lightspan.features.preprocessing import stated
 from lightspan.features.store import FeatureStore, Rows
+from lightspan.files import expanded
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features
 from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
@@ -206,7 +206,7 @@ class FeatureFile(Input):
 
     def load(self, store: FeatureStore) -> Features:
         """Raises: UserError for a file that is missing or not of this kind."""
-        file = Path(self.path).expanduser()
+        file = expanded(self.path, "path")
         if not file.is_file():
             raise UserError(f"there are no features at {file}; write them with safetensors, as `features` [N, D]")
         columns, metadata = stored_tensors(file)

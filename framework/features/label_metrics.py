@@ -4,7 +4,6 @@ The classes of the data are the first labels, in the order of their numbers.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from lightspan.analysis.wordnet import read_nouns, wordnet_tree
 from lightspan.errors import UserError
 from lightspan.features.features import Features, Input
 from lightspan.features.store import FeatureStore
+from lightspan.files import expanded
 from lightspan.places import ReadPath
 from lightspan.tensor_files import stored_tensors
 
@@ -144,7 +144,7 @@ class LabelDistances(Input):
 
     def load(self, store: FeatureStore) -> LabelMetric:
         """Raises: UserError for a file that is missing or of another kind, or a matrix that is no metric."""
-        file = Path(self.path).expanduser()
+        file = expanded(self.path, "path")
         if not file.is_file():
             raise UserError(
                 f"there are no label distances at {file}; write them with safetensors, as `distance` [N, N]"

@@ -125,6 +125,11 @@ def test_files_of_something_else_are_named(tmp_path: Path) -> None:
     for held, said in (
         ({"visual.proj": torch.zeros(1)}, "has no text_projection"),
         (tensors, r"image\.\S+ is missing"),
+        (tensors | {"token_embedding.weight": torch.zeros(5)}, r"no token_embedding\.weight with 2 axes"),
+        (tensors | {"positional_embedding": torch.zeros(())}, "no positional_embedding with 2 axes"),
+        (tensors | {"logit_scale": torch.zeros(3)}, "no logit_scale with 0 axes"),
+        # A network of that width would take 12 TB.
+        (tensors | {"token_embedding.weight": torch.zeros(1, 2**19)}, r"image\.\S+ is missing"),
     ):
         save_file(held, tmp_path / "weights.safetensors")
         with pytest.raises(UserError, match=said):

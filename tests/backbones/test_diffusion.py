@@ -148,6 +148,9 @@ def test_published_weights_of_another_network_are_refused(tmp_path: Path) -> Non
         save_file(published(), path)
         with pytest.raises(UserError, match=wrong):
             published_dit(dit(**{"num_classes": 10, "learned_variance": True, "heads": 4, **change}), str(path))
+    save_file(published() | {"final_layer.linear.weight": torch.zeros(())}, path)
+    with pytest.raises(UserError, match=r"head\.weight is \[\]"):
+        published_dit(dit(num_classes=10, learned_variance=True, heads=4), str(path))
 
 
 def test_dit_xl_2_has_as_many_numbers_as_it_was_published_with() -> None:

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -27,6 +31,7 @@ from transformers import (
 )
 
 from lightspan.backbones.attended import FeatureMaps
+from lightspan.backbones.clip import stored_clip
 from lightspan.backbones.dense import PyramidMaps
 from lightspan.backbones.language import bert, llama, stored_causal_lm, stored_encoder, stored_t5, t5
 from lightspan.backbones.tokenizers import stored_tokenizer
@@ -262,3 +267,65 @@ def test_training_does_not_write_into_the_folder(tmp_path: Path) -> None:
         for parameter in network.parameters():
             parameter.zero_()
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_sizes_that_settings_say_cost_nothing_before_the_weights_fit_them(tmp_path: Path) -> None:
+    """A config makes a list of all layers and a name for each label, and so did that of a tokenizer's folder."""
+    words = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    for name in ("num_labels", "num_hidden_layers"):
+        folder = saved(CAUSAL["qwen2"](), tmp_path / name, **{name: 10**9})
+        if name == "num_labels":
+            stored_causal_lm(str(folder))
+        else:
+            with pytest.raises(UserError, match="num_hidden_layers=1,000,000,000"):
+                stored_causal_lm(str(folder))
+        words.save(str(folder / "tokenizer.json"))
+        assert stored_tokenizer(str(folder)).get_vocab().items() >= {("a", 0), ("[UNK]", 1)}
+
+
+def test_parts_of_a_network_have_modest_sizes_too(tmp_path: Path) -> None:
+    small = {**SMALL, "projection_dim": 16}
+    network = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 9}, vision_config={**small, "image_size": 32}))
+    folder = saved(network, tmp_path)
+    said = json.loads((folder / "config.json").read_text())
+    for layers in (10**9, 999):
+        said["text_config"]["num_hidden_layers"] = layers
+        (folder / "config.json").write_text(json.dumps(said))
+        with pytest.raises(UserError, match=r"num_hidden_layers=1,000,000,000|more than 8 times"):
+            stored_clip(str(folder))
+
+
+def test_a_tokenizer_opens_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({"secret": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.4.0.json"))
+    (tmp_path / "vocab.txt").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for said in (
+        {"fast_tokenizer_files": ["../tokenizer.4.0.json"]},
+        {"tokenizer_class": "BertTokenizer", "vocab": str(tmp_path / "vocab.txt")},
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+        with pytest.raises(UserError, match=r"tokenizer_config\.json names"):
+            stored_tokenizer(str(folder))
+
+
+def test_a_vocabulary_that_is_a_pipe_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    for name in ("vocab.txt", "spiece.model"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="it is a named pipe"):
+            stored_tokenizer(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_a_tokenizer_that_makes_texts_very_long_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    for times in (4, 40):
+        backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * times)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        if times == 4:
+            assert len(stored_tokenizer(str(tmp_path)).backend_tokenizer.normalizer.normalize_str("a")) == 2**4
+        else:
+            with pytest.raises(UserError, match="times as long"):
+                stored_tokenizer(str(tmp_path))

@@ -138,3 +138,12 @@ def test_what_is_no_stable_diffusion_is_refused(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"needs the package diffusers: .*\[diffusion\]"):
         stable_diffusion(str(folder), captions)
+
+
+def test_captions_without_end_are_refused_before_they_are_read(
+    folder: Path, captions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state takes a hundred thousand times as much memory as its letter."""
+    monkeypatch.setenv("LIGHTSPAN_MAX_NUMBERS", str(3 * 77 * 32 - 1))
+    with pytest.raises(UserError, match=r"states of 3 captions .* LIGHTSPAN_MAX_NUMBERS"):
+        stable_diffusion(str(folder), captions)

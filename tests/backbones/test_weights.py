@@ -9,7 +9,9 @@ from safetensors.torch import save_file, save_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.weights import decoder_with_weights, stored_linear, with_weights
+from lightspan.config.recipes import find
 from lightspan.errors import UserError
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 
@@ -102,3 +104,20 @@ def test_a_decoder_gets_as_many_outputs_as_the_file_has(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in trained.state_dict().items())
     with pytest.raises(UserError, match=r"the tensors named decoder\.\* in .* do not fit MaskDecoder"):
         decoder_with_weights(MaskDecoder(8, 7, width=4, depth=1, heads=1), str(tmp_path / "m.safetensors"))
+
+
+def test_tensors_without_numbers_make_no_layer_of_their_size(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    save_file({"head.weight": torch.zeros(2**40, 0), "head.bias": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="do not fit Linear: bias is"):
+        stored_linear(path)
+    for head in (torch.zeros(()), torch.zeros(2**40, 0)):
+        save_file({"decoder.head.weight": head}, path)
+        with pytest.raises(UserError, match="do not fit MaskDecoder"):
+            decoder_with_weights(MaskDecoder(8, 5, width=4, depth=1, heads=1), path)
+
+
+def test_the_home_of_nobody_is_named() -> None:
+    for read in (stored_linear, stored_tokenizer, find):
+        with pytest.raises(UserError, match="~nobody-of-that-name"):
+            read("~nobody-of-that-name/a.yaml")

@@ -187,6 +187,14 @@ def test_a_folder_that_is_no_export_is_never_replaced(run_dir: Path, tmp_path: P
     assert (mine / "thesis.tex").read_text() == "x"
 
 
+def test_a_link_in_a_run_folder_does_not_lead_an_export_out_of_it(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (run_dir / "export").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="export is a link that leads out of its run folder"):
+        run_export(run_dir, "--to", "safetensors")
+    assert not any((tmp_path / "mine").iterdir())
+
+
 def test_a_checkpoint_elsewhere_needs_its_run_folder_or_recipe(run_dir: Path, tmp_path: Path) -> None:
     away = tmp_path / "away" / "model.ckpt"
     away.parent.mkdir()

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -198,3 +199,13 @@ def test_a_folder_inside_a_checkout_is_neither_the_checkout_nor_a_project_of_one
     said = capsys.readouterr().err
     assert f"{inner} lies inside a checkout of lightspan; add the method to that with --in {tmp_path}, or name" in said
     assert written(tmp_path) == before
+
+
+def test_a_project_of_any_bytes_is_no_checkout(tmp_path: Path) -> None:
+    project = tmp_path / "pyproject.toml"
+    project.write_bytes(b'\xff\xfe name = "x"')
+    assert not new.is_checkout(tmp_path)
+    project.unlink()
+    os.mkfifo(project)
+    assert not new.is_checkout(tmp_path)
+    assert new.is_checkout(ROOT)

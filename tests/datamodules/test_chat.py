@@ -2,6 +2,8 @@
 
 import functools
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +297,21 @@ def test_where_the_file_is_not_here_a_plan_has_full_rows(tmp_path: Path) -> None
     assert batch["mask"].tolist() == [[1] * 8] * 2
     assert batch["learned"].sum() == 2 * 8
     assert opened(tmp_path, [TURNS, PROMPT]).stand_in() is None
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_templates_without_end_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTSPAN_MAX_SECONDS", "1")
+    row = row_of("line 1", TURNS)
+    before = (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF))
+    for template, message in {
+        ENDLESS: "runs for more than 1 seconds.*LIGHTSPAN_MAX_SECONDS",
+        "{{ 'a' * 10 ** 12 }}": "needs more than .* bytes.*LIGHTSPAN_MAX_BYTES",
+    }.items():
+        with pytest.raises(UserError, match=f"line 1.*{message}"):
+            Renderer(tokenizer(template)).tokens(row)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)) == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    Renderer(tokenizer()).tokens(row)

@@ -109,6 +109,9 @@ def test_lines_that_are_no_labelled_texts_are_refused_by_number(tmp_path: Path) 
     for line, settings, message in BAD:
         with pytest.raises(UserError, match=message):
             opened(write(tmp_path, [first, line]), **settings)
+    for label in (2**20, 10**12, 2**70):  # for whose classes alone there is no memory
+        with pytest.raises(UserError, match=r"has no label that is a whole number in \[0, 1,048,576\)"):
+            opened(write(tmp_path, [first, {"text": "a", "label": label}]))
     with pytest.raises(UserError, match="has no text"):
         opened(write(tmp_path, []))
     with pytest.raises(UserError, match=r"v\.jsonl, line 1 is of the class 3"):

@@ -72,3 +72,8 @@ def test_a_plan_without_shards_has_a_batch() -> None:
     batch = LatentShards(["none.tar"]).stand_in()
     assert batch is not None
     assert batch["image"].shape == (2, 4, 32, 32)
+
+
+def test_a_latent_beyond_float32_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="NaN or infinite"):
+        images(data(tmp_path, [MEAN.astype(np.float64) + 1e300]))

@@ -228,3 +228,23 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pyarrow; install it: pip install '\.\[tables\]'"):
         TableFile(str(tmp_path / "rows.parquet")).setup()
+
+
+def test_long_numbers_that_are_none_take_no_longer_than_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n" + "1" * 120_000 + "x,2\n")  # whose square is hours of looking for where a number may end
+    assert read_columns(path)["a"].dtype == object
+
+
+def test_a_parquet_file_takes_no_more_memory_than_its_texts_and_cells(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, count = tmp_path / "a.parquet", 2**15
+    long = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(count, np.int32)), ["x" * 2**16])
+    parquet.write_table(arrow.table({"a": long}), path)  # 2 GiB of text, written out
+    cells = read_columns(path)["a"]
+    assert len(cells) == count
+    assert all(cell is cells[0] for cell in cells)
+    entries = arrow.array(np.zeros(2**20, np.int64))
+    parquet.write_table(arrow.table({"a": arrow.ListArray.from_arrays([0, 2**20], entries)}), path)
+    with pytest.raises(ValueError, match="'a' is a column of list"):
+        read_columns(path)

@@ -6,12 +6,12 @@ cloud mask covers are removed from one date.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from lightspan.array_files import mapped_array
 from lightspan.errors import UserError
+from lightspan.files import expanded
 from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.noise import interpolation
 from lightspan.places import ReadPath
@@ -75,7 +75,7 @@ class CloudMasks(MaskSampler):
 
 def _read(path: str) -> np.ndarray:
     try:
-        clouds = mapped_array(Path(path).expanduser())
+        clouds = mapped_array(expanded(path, "the path of the clouds"))
     except ValueError as error:
         raise UserError(f"CloudMasks: clouds={path} cannot be read: {error}; give a .npy file of masks") from error
     if clouds.ndim != 3 or not clouds.size or clouds.dtype.kind not in "buif":
