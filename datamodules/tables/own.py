@@ -157,7 +157,7 @@ def _without_gaps(columns: Columns, settings: TableSettings) -> tuple[Columns, l
     if settings.missing == "refuse":
         raise UserError(
             f"{settings.path}: of {total:,} rows values are missing in {shown}, first in row {first + 1}; set "
-            "data.init_args.missing to impute or drop, or leave columns out (without)"
+            "data.init_args.missing to impute or drop, or leave columns out with data.init_args.without"
         )
     dropping = [gap_N for name, gap_N in lacking.items() if settings.missing == "drop" or name in needed]
     kept = ~np.logical_or.reduce([np.zeros(total, dtype=bool), *dropping])

@@ -14,6 +14,7 @@ from typing import Any
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
 from lightspan.files import irregular, refuse_link_out
+from lightspan.run_files import RESOLVED
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # says where to run, not what
@@ -123,8 +124,13 @@ def load(name: str) -> Recipe:
         raise UserError(f"{about.where} about: must be a mapping with the keys {', '.join(ABOUT_KEYS)}")
     catalogue = catalogue_folder()
     inside = catalogue.resolve() in path.resolve().parents
-    shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else path.stem
+    shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else _own_name(path)
     return Recipe(shown, path, plain(about) if about is not None else {}, tuple(_with_bases(own, path, (), [])))
+
+
+def _own_name(path: Path) -> str:
+    """What a recipe outside of the catalogue is called: like its file, or its folder if it is the record of a run."""
+    return path.resolve().parent.name if path.name == RESOLVED else path.stem
 
 
 def load_overlay(name: str) -> list[Node]:

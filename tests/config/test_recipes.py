@@ -157,6 +157,13 @@ def test_bases_end_somewhere_in_depth_and_in_number(tmp_path):
         assert recipes.load(str(tmp_path / f"{name}98.yaml"))
 
 
+def test_the_record_of_a_run_is_called_like_the_run(tmp_path, monkeypatch):
+    write(tmp_path, resolved="x: 1\n", mine="x: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load("resolved.yaml").name == tmp_path.name
+    assert recipes.load("mine.yaml").name == "mine"
+
+
 def test_a_missing_base_is_placed(tmp_path):
     write(tmp_path, a="x: 1\nbase: nowhere.yaml\n")
     with pytest.raises(UserError, match=r"a\.yaml:2 base: recipe file .*nowhere\.yaml does not exist"):
