@@ -6,6 +6,7 @@ The catalogue is the folder of the installed package `lightspan.recipes`: `langu
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -131,6 +132,17 @@ def load(name: str) -> Recipe:
 def _own_name(path: Path) -> str:
     """What a recipe outside of the catalogue is called: like its file, or its folder if it is the record of a run."""
     return path.resolve().parent.name if path.name == RESOLVED else path.stem
+
+
+def stand_ins(name: str) -> str:
+    """`-c scale/NAME ...`, the overlays with which a recipe is planned without the files that it reads, as its own
+    header or theirs says; "" if neither names any.
+    """
+    said = re.compile(rf"lightspan plan {re.escape(name)}((?: -c scale/stand_ins_\w+)+)")
+    overlays = (overlay for overlay in catalogue_names(overlays=True) if "/stand_ins_" in overlay)
+    files = (catalogue_folder() / f"{each}.yaml" for each in (name, *overlays))
+    found = (said.search(file.read_text(encoding="utf-8")) for file in files if file.is_file())
+    return next((match[1].strip() for match in found if match), "")
 
 
 def load_overlay(name: str) -> list[Node]:
