@@ -172,13 +172,14 @@ def test_columns_that_do_not_fit_are_named(made: Any) -> None:
         ({"target": "payed"}, "target: the file has no column 'payed'; did you mean 'paid'"),
         ({"without": ["zzz"]}, "without: the file has no column 'zzz'; it has name, age, city, paid"),
         ({"target": "paid", "features": ["paid"]}, "features has the target"),
-        ({"target": "city", "target_kind": "number"}, "target=city has text; set target_kind=class"),
+        ({"target": "city", "target_kind": "number"}, "target=city has text.* train a classifier"),
         (
             {"max_categories": 9},
             "column 'name' has 10 categories, such as 'p0', and max_categories=9; .*data.init_args.without",
         ),
         ({"without": ["name", "age", "city", "paid"]}, "no column is left"),
         ({"max_categories": 0}, "max_categories=0"),
+        ({"target": "name", "max_categories": 9}, "target=name has 10 different values in .* max_categories=9"),
         ({"group": "name", "time": "age"}, "group=name or by time=age"),
         ({"delimiter": ", "}, "delimiter=', '"),
     ):
