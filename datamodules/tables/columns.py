@@ -71,8 +71,8 @@ def encoded(
         if len(categories) > most:
             raise UserError(
                 f"column {one_line(name)!r} has {len(categories):,} categories, such as "
-                f"{one_line(categories[0])[:40]!r}, and max_categories={most}; leave it out (without), raise "
-                "max_categories, or set categories=index"
+                f"{one_line(categories[0])[:40]!r}, and max_categories={most}; leave it out with "
+                "data.init_args.without, raise data.init_args.max_categories, or set data.init_args.categories=index"
             )
         gap_N = place_N < 0
         if encoding == "index":

@@ -33,7 +33,8 @@ class TableFile(TableData):
         categorical: columns of numbers that are categories.
         categories: "one_hot" has a column of 0 and 1 for each category, and "index" one with its place in sorted order,
             which says that the order means something.
-        max_categories: that a column may have in features, at least 1; a column of names or comments has more.
+        max_categories: that a column may have in features, or as a target of classes, at least 1; a column of names,
+            comments or measurements has more.
         missing: what happens where a value is missing. "refuse" names the columns, "drop" leaves out the rows, "impute"
             takes the column's mean over the training rows, of a category its share. A row without its target, group or
             time is left out in both.

@@ -157,7 +157,7 @@ def _without_gaps(columns: Columns, settings: TableSettings) -> tuple[Columns, l
     if settings.missing == "refuse":
         raise UserError(
             f"{settings.path}: of {total:,} rows values are missing in {shown}, first in row {first + 1}; set "
-            "data.init_args.missing to impute or drop, or leave columns out (without)"
+            "data.init_args.missing to impute or drop, or leave columns out with data.init_args.without"
         )
     dropping = [gap_N for name, gap_N in lacking.items() if settings.missing == "drop" or name in needed]
     kept = ~np.logical_or.reduce([np.zeros(total, dtype=bool), *dropping])
@@ -175,10 +175,19 @@ def _answers(columns: Columns, settings: TableSettings, count: int) -> tuple[np.
     cells = columns[settings.target]
     is_number = cells.dtype.kind == "f"
     if settings.target_kind == "number" and not is_number:
-        raise UserError(f"target={one_line(settings.target)} has text; set target_kind=class, or mend the column")
+        raise UserError(
+            f"target={one_line(settings.target)} has text, so it cannot be predicted as a number; train a classifier, "
+            "such as supervised/table_classification, or write the column as numbers"
+        )
     if is_number and settings.target_kind != "class":
         return cells, ()
     categories, place_N = categories_of(cells)
+    if len(categories) > settings.max_categories:
+        raise UserError(
+            f"target={one_line(settings.target)} has {len(categories):,} different values in {len(cells):,} rows, and "
+            f"max_categories={settings.max_categories}; predict numbers by regression, such as with "
+            "supervised/table_regression, or raise data.init_args.max_categories if each value is a class"
+        )
     return place_N, tuple(categories)
 
 

@@ -54,7 +54,8 @@ class Injection:
 
         table = Table(title=f"adapter {self.name!r}: what is trained", title_justify="left")
         for column in ("count", "module", "shape", "trainable", "share"):
-            table.add_column(column, justify="left" if column in ("module", "shape") else "right")
+            left = column in ("module", "shape")
+            table.add_column(column, justify="left" if left else "right", overflow="fold")  # a name's end tells which
         kinds = Counter(row.kind for row in self.rows)
         for (module, shape, numbers), count in kinds.items():
             size = next(torch.Size(row.shape).numel() for row in self.rows if row.kind == (module, shape, numbers))

@@ -13,6 +13,7 @@ from lightspan.commands.arguments import add_data_arguments, add_recipe_argument
 from lightspan.config.blame import first_user_error
 from lightspan.config.estimator_inputs import of_files
 from lightspan.config.places import places
+from lightspan.config.recipes import stand_ins
 from lightspan.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.config.tree import COMMAND_LINE, dotted
 from lightspan.datamodules.shards.fetch import expand_braces
@@ -83,7 +84,9 @@ def _each_by_itself(alone: Resolved, scratch: Path) -> str:
             said.append(_counted(built.model) if part == "model" else type(built.datamodule).__name__)
         except MissingFile as error:
             said.append(f"not checked beyond this: {first_user_error(error)}")
-    return "whether its parts fit together is not known yet\n  model: {}\n  data: {}".format(*said)
+    overlays = stand_ins(alone.name)
+    way = f"\n  with stand-ins for what is missing: add {overlays}" if overlays else ""
+    return "whether its parts fit together is not known yet\n  model: {}\n  data: {}".format(*said) + way
 
 
 def _counted(model: "LightningModule") -> str:

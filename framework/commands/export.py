@@ -177,7 +177,8 @@ def find_checkpoint(given: Path) -> Path:
         return given
     found = newest_checkpoint(given) if given.is_dir() else None
     if found is None:
-        raise UserError(f"checkpoint {str(given)!r} does not exist; name RUN/checkpoints/NAME.ckpt or a run folder")
+        what = "is a folder without a checkpoint" if given.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {str(given)!r} {what}; name RUN/checkpoints/NAME.ckpt or a run folder")
     return found
 
 

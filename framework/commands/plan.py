@@ -7,6 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightspan.absent import MissingFile
 from lightspan.errors import UserError, printable
 from lightspan.planning.outcome import MIB, as_json, in_mib, measured_peak, shares, verdict
 from lightspan.run_files import PLAN
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises: UserError for a recipe that cannot be built or planned."""
     from lightspan.commands.arguments import resolved_from
     from lightspan.config.build import Built, build, with_layer
+    from lightspan.config.recipes import stand_ins
     from lightspan.planning.division import division, strategy_of
     from lightspan.planning.one_process import in_one_process
     from lightspan.planning.planned_step import make_plan
@@ -81,7 +83,12 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     _say(started, f"building {resolved.name}")
     with without_trace(in_one_process(resolved)) as (alone, scratch):
-        plan = planned(build(alone, scratch)) if args.real else on_shapes_first(alone, planned, scratch)
+        try:
+            plan = planned(build(alone, scratch)) if args.real else on_shapes_first(alone, planned, scratch)
+        except MissingFile as error:
+            if not (overlays := stand_ins(resolved.name)):
+                raise
+            raise UserError(f"{error}; or plan with stand-ins for what is missing: add {overlays}") from error
     measured = measured_peak(args.run) if args.run else None
     _print(plan, resolved.name, measured, str(resolved.config.get("trainer", {}).get("precision", "32-true")))
     if args.run:

@@ -6,6 +6,7 @@ The catalogue is the folder of the installed package `lightspan.recipes`: `langu
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
 from lightspan.files import expanded, irregular, refuse_link_out
+from lightspan.run_files import RESOLVED
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
 OVERLAY_FOLDER = "scale"  # says where to run, not what
@@ -123,8 +125,24 @@ def load(name: str) -> Recipe:
         raise UserError(f"{about.where} about: must be a mapping with the keys {', '.join(ABOUT_KEYS)}")
     catalogue = catalogue_folder()
     inside = catalogue.resolve() in path.resolve().parents
-    shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else path.stem
+    shown = path.resolve().relative_to(catalogue.resolve()).with_suffix("").as_posix() if inside else _own_name(path)
     return Recipe(shown, path, plain(about) if about is not None else {}, tuple(_with_bases(own, path, (), [])))
+
+
+def _own_name(path: Path) -> str:
+    """What a recipe outside of the catalogue is called: like its file, or its folder if it is the record of a run."""
+    return path.resolve().parent.name if path.name == RESOLVED else path.stem
+
+
+def stand_ins(name: str) -> str:
+    """`-c scale/NAME ...`, the overlays with which a recipe is planned without the files that it reads, as its own
+    header or theirs says; "" if neither names any.
+    """
+    said = re.compile(rf"lightspan plan {re.escape(name)}((?: -c scale/stand_ins_\w+)+)")
+    overlays = (overlay for overlay in catalogue_names(overlays=True) if "/stand_ins_" in overlay)
+    files = (catalogue_folder() / f"{each}.yaml" for each in (name, *overlays))
+    found = (said.search(file.read_text(encoding="utf-8")) for file in files if file.is_file())
+    return next((match[1].strip() for match in found if match), "")
 
 
 def load_overlay(name: str) -> list[Node]:

@@ -38,7 +38,7 @@ def treatment(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, An
     elif parameter.ndim < 2:
         how = "AdamW: a vector"
     elif not selection.allowed:
-        how = "AdamW: not to be projected" if isinstance(selection.project, bool) else "AdamW: not matched"
+        how = "AdamW: not selected"  # by its group's `project`, or by a callback's `match`
     elif parameter.is_complex():
         how = "AdamW: complex"
     elif not selection.side:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ class SquaredUpdate(Adapter):
 
     def delta(self) -> torch.Tensor:
         raise UserError("a square is no change of the weight")
+
+
+def test_the_table_shows_whole_names_on_a_narrow_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = f"a_{'long' * 20}_projection"
+    adapt(nn.ModuleDict({name: nn.Linear(4, 4)}), ["*"], LoRA(rank=2))
+    said = capsys.readouterr().out
+    assert "projection" in re.sub(r"\W", "", said)
+    assert "…" not in said
 
 
 def test_the_table_counts_numbers_and_shares(capsys):

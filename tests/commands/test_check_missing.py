@@ -44,6 +44,18 @@ def test_what_takes_its_form_from_a_missing_file_is_said_to_be_unchecked(capsys:
     assert said.err.count("runs/vit/export") == 1
 
 
+def test_overlays_of_stand_ins_for_what_is_missing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "adaptation/flora_commonsense"]) == 0
+    assert capsys.readouterr().out.endswith("with stand-ins for what is missing: add -c scale/stand_ins_chat\n")
+    assert main(["plan", "adaptation/flora_commonsense"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no causal language model in runs/llama" in said
+    assert said.endswith("or plan with stand-ins for what is missing: add -c scale/stand_ins_chat\n")
+    for command in ("check", "plan"):  # whose files nothing stands in for
+        main([command, "compression/svd"])
+        assert "stand-ins" not in "".join(capsys.readouterr())
+
+
 def test_a_file_that_is_here_is_still_compared(capsys: pytest.CaptureFixture[str]) -> None:
     Path(WEIGHTS).parent.mkdir(parents=True)
     save_file({"backbone.weight": torch.zeros(3)}, WEIGHTS)

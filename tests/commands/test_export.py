@@ -252,10 +252,9 @@ def test_weights_of_another_kind_of_number_are_refused(run_dir: Path, dtype: tor
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"checkpoint '.*' does not exist; name RUN/checkpoints/NAME.ckpt or a run folder"
-    ):
-        run_export(tmp_path, "--to", "safetensors")
+    for place, message in ((tmp_path, "is a folder without a checkpoint"), (tmp_path / "gone", "does not exist")):
+        with pytest.raises(UserError, match=rf"'{place}' {message}; name RUN/checkpoints/NAME.ckpt or a run folder"):
+            run_export(place, "--to", "safetensors")
 
 
 def test_a_truncated_checkpoint_is_named(run_dir: Path) -> None:

@@ -157,6 +157,23 @@ def test_bases_end_somewhere_in_depth_and_in_number(tmp_path):
         assert recipes.load(str(tmp_path / f"{name}98.yaml"))
 
 
+def test_overlays_of_stand_ins_are_found_by_the_headers_that_name_the_recipe():
+    found = {name: recipes.stand_ins(name) for name in recipes.catalogue_names()}
+    assert found["supervised/sequence_lra_image"] == "-c scale/stand_ins_sequence -c scale/stand_ins_sequence_data"
+    assert found["merging/adamerging_clip"] == "-c scale/stand_ins_clip"  # by its own header
+    assert found["distillation/unip_infmix"] == "-c scale/stand_ins_unip"  # by the overlay's
+    assert found["language/quickstart"] == recipes.stand_ins("mine") == ""
+    named = {word for line in found.values() for word in line.split() if word != "-c"}
+    assert named <= set(recipes.catalogue_names(overlays=True))
+
+
+def test_the_record_of_a_run_is_called_like_the_run(tmp_path, monkeypatch):
+    write(tmp_path, resolved="x: 1\n", mine="x: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load("resolved.yaml").name == tmp_path.name
+    assert recipes.load("mine.yaml").name == "mine"
+
+
 def test_a_missing_base_is_placed(tmp_path):
     write(tmp_path, a="x: 1\nbase: nowhere.yaml\n")
     with pytest.raises(UserError, match=r"a\.yaml:2 base: recipe file .*nowhere\.yaml does not exist"):

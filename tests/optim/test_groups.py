@@ -187,7 +187,7 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     for t, parameter in zip(planned, [p for g in optimizer.param_groups for p in g["params"]], strict=True):
         assert t.state_bytes == sum(v.nbytes for v in optimizer.state[parameter].values())
     print_report(optimizer)
-    assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not to be projected"}
+    assert {t.how for t in planned} == {"rank 4 of 8", "rank 4 of 9", "AdamW: a vector", "AdamW: not selected"}
     printed = capsys.readouterr().out
     assert "of AdamW's" in printed
     rows = [line for line in printed.splitlines() if "rank 4 of" in line or "AdamW: " in line]
