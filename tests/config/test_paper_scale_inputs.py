@@ -5,7 +5,9 @@ of input needs. No number of a large network is computed: shapes alone pass thro
 """
 
 import contextlib
+import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,10 @@ FIRST = {name.split("/")[0]: name for name in reversed(RECIPES)}
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    yield
+    gc.collect()  # trainers and models refer to one another, and dozens of large networks would wait for it
 
 
 def takes_a_batch(built: Built) -> bool:
