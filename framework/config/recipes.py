@@ -14,7 +14,7 @@ from typing import Any
 
 from lightspan.config.tree import Node, plain, read
 from lightspan.errors import UserError
-from lightspan.files import expanded, irregular, refuse_link_out
+from lightspan.files import irregular, refuse_link_out
 from lightspan.run_files import RESOLVED
 
 ABOUT_KEYS = ("title", "paper", "family", "modality", "needs", "expected", "time", "evidence")
@@ -63,7 +63,7 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
     """
     try:
         if name.endswith(SUFFIXES):
-            path = (folder or Path()) / expanded(name, f"the name of the {what}")
+            path = (folder or Path()) / Path(name).expanduser()
             if path.is_file():
                 _refuse_links_out(path, folder)
                 return path
