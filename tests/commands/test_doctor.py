@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from waiting import HANG_S
 
 from lightspan.commands import doctor
 from lightspan.commands.doctor import Finding
@@ -111,7 +112,7 @@ def test_the_wandb_key_is_noticed_and_never_shown(
 
 @pytest.mark.ranks
 def test_two_processes_sum_over_loopback() -> None:
-    assert doctor.network_finding() == Finding("all-reduce", "ok", "gloo, 2 processes over loopback")
+    assert doctor.network_finding(timeout_s=HANG_S) == Finding("all-reduce", "ok", "gloo, 2 processes over loopback")
 
 
 def test_a_network_that_does_not_answer_is_bad() -> None:
