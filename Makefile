@@ -35,7 +35,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme quick test test-all test-long test-bare test-lowest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme quick test test-all test-bare test-lowest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -62,9 +62,6 @@ test: $(DEV) ## run the tests (10 minutes on 2 cores); ARGS="-k resume -x" goes 
 
 test-all: $(DEV) ## run all tests, also those that start many processes or try every recipe (half an hour on 2 cores)
 	$(PYTEST) -m 'not (docker or slurm)' $(ARGS)
-
-test-long: $(DEV) ## run what `make test` leaves out of all tests
-	$(PYTEST) -m 'long and not (docker or slurm)' $(ARGS)
 
 # What a newcomer has: nothing but the extra dev, no package of `make test-packages`, and half a machine. Tests that need
 # more are skipped; none may fail.

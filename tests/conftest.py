@@ -37,8 +37,7 @@ STARTED_S = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="skip the tests that have not begun after so many minutes")
-    passed = "leave out the tests that passed by this report of --junitxml; may be given again"
-    parser.addoption("--except-passed", action="append", default=[], type=Path, metavar="REPORT", help=passed)
+    parser.addoption("--except-passed", type=Path, metavar="REPORT", help="leave out what passed by this --junitxml")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,8 +88,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in group:
             if item not in sample:
                 item.add_marker("long")
-    if reports := config.getoption("--except-passed"):
-        passed = set().union(*map(passed_in, reports))
+    if report := config.getoption("--except-passed"):
+        passed = passed_in(report)
         config.hook.pytest_deselected(items=[item for item in items if in_report(item) in passed])
         items[:] = [item for item in items if in_report(item) not in passed]
     if config.getoption("--minutes") is None:
