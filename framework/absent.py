@@ -1,4 +1,4 @@
-"""Files that a recipe reads and that are not here. A run refuses to start; `lightspan check` goes on without them."""
+"""Missing input files: a run refuses to start, whereas `lightspan check` notes them and checks the rest."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -11,7 +11,7 @@ from lightspan.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
 DATA_OPTIONS = ("--images", "--image-size", "--table", "--target")
-"""The user's own data in the place of a recipe's; each has a value."""
+"""Options that replace a recipe's data with the user's own; each takes a value."""
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
