@@ -90,10 +90,9 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
         samples: what they are called, such as "training images of Digits".
     """
     if val_size + (train_size or 1) > count:
-        raise UserError(
-            f"train_size={train_size} and val_size={val_size} ask for more than the {count} {samples}; lower one of "
-            "them"
-        )
+        asked = "one to train on" if train_size is None else f"train_size={train_size}"
+        way_out = "lower val_size, or give more" if train_size is None else "lower one of them"
+        raise UserError(f"{asked} and val_size={val_size} ask for more than the {count} {samples}; {way_out}")
 
 
 def held_out_size(val_size: int | None, count: int, most: int) -> int:

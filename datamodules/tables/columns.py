@@ -25,6 +25,8 @@ Encoding = Literal["one_hot", "index"]
 DELIMITERS = ",;\t|"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 LARGEST = float(np.finfo(np.float32).max)
+NUMBERS_AGAIN = "if its text stands for missing values, add that to data.init_args.missing_values"
+"""What makes a column of numbers out of `text_among_numbers`."""
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -69,10 +71,13 @@ def encoded(
             continue
         categories, place_N = categories_of(cells)
         if len(categories) > most:
+            text = text_among_numbers(cells)
             raise UserError(
                 f"column {one_line(name)!r} has {len(categories):,} categories, such as "
-                f"{one_line(categories[0])[:40]!r}, and max_categories={most}; leave it out with "
-                "data.init_args.without, raise data.init_args.max_categories, or set data.init_args.categories=index"
+                f"{text or repr(one_line(categories[0])[:40])}, and max_categories={most}; "
+                + (f"{NUMBERS_AGAIN}, " if text else "")
+                + "leave it out with data.init_args.without, raise data.init_args.max_categories, or set "
+                "data.init_args.categories=index"
             )
         gap_N = place_N < 0
         if encoding == "index":
@@ -98,6 +103,20 @@ def categories_of(cells: Cells) -> tuple[list[str], np.ndarray]:
     kept = sorted({cell for cell in cells if cell is not None})
     places = {value: place for place, value in enumerate(kept)}
     return kept, np.array([places.get(cell, -1) for cell in cells], dtype=np.int64)
+
+
+def text_among_numbers(cells: Cells) -> str:
+    """The first cell that is no number and its row, in words, if it makes a column of numbers one of text: if more than
+    half of the cells that are not missing are numbers. Else empty.
+    """
+    if cells.dtype.kind == "f":
+        return ""
+    known = [(row, cell) for row, cell in enumerate(cells, start=1) if cell is not None]
+    others = [(row, cell) for row, cell in known if not _NUMBER.fullmatch(cell)]
+    if not others or 2 * len(others) >= len(known):
+        return ""
+    row, cell = others[0]
+    return f"{one_line(cell)[:40]!r} in row {row}"
 
 
 def gaps(cells: Cells) -> np.ndarray:

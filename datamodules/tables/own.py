@@ -14,6 +14,7 @@ import numpy as np
 
 from lightspan.datamodules.tables.columns import (
     MISSING,
+    NUMBERS_AGAIN,
     Cells,
     Columns,
     Encoding,
@@ -21,6 +22,7 @@ from lightspan.datamodules.tables.columns import (
     encoded,
     gaps,
     read_columns,
+    text_among_numbers,
 )
 from lightspan.datamodules.tables.parts import Parts, RowOrder, divided, shuffled
 from lightspan.errors import UserError, one_line
@@ -128,6 +130,7 @@ def read_table(settings: TableSettings) -> OwnTable:
     if classes:
         shown = ", ".join(classes[:MOST_NAMED]) + (", ..." if len(classes) > MOST_NAMED else "")
         remarks.append(f"{len(classes)} classes of {settings.target}: {shown}")
+    remarks += _mixed(columns, [*learned], settings)
     key = settings.group if settings.group is not None else settings.time
     return OwnTable(
         settings, tuple(names), table, target, classes, None if key is None else columns[key], tuple(remarks)
@@ -168,6 +171,17 @@ def _without_gaps(columns: Columns, settings: TableSettings) -> tuple[Columns, l
     return {name: cells[kept] for name, cells in columns.items()}, [said]
 
 
+def _mixed(columns: Columns, learned: Sequence[str], settings: TableSettings) -> list[str]:
+    """A line on columns of numbers that text has made categories, unless the settings say that these are."""
+    answers = [] if settings.target is None or settings.target_kind == "class" else [settings.target]
+    looked = [name for name in (*learned, *answers) if name not in settings.categorical]
+    found = {name: text for name in looked if (text := text_among_numbers(columns[name]))}
+    shown = ", ".join(f"{one_line(name)!r} ({text})" for name, text in [*found.items()][:MOST_NAMED])
+    shown += f" and {len(found) - MOST_NAMED} more columns" if len(found) > MOST_NAMED else ""
+    why = "numbers become categories, one for each, where a column has text too"
+    return [f"{why}: {shown}; {NUMBERS_AGAIN}"] if found else []
+
+
 def _answers(columns: Columns, settings: TableSettings, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """(targets [N], names of classes)."""
     if settings.target is None:
@@ -175,9 +189,11 @@ def _answers(columns: Columns, settings: TableSettings, count: int) -> tuple[np.
     cells = columns[settings.target]
     is_number = cells.dtype.kind == "f"
     if settings.target_kind == "number" and not is_number:
+        text = text_among_numbers(cells)
         raise UserError(
-            f"target={one_line(settings.target)} has text, so it cannot be predicted as a number; train a classifier, "
-            "such as supervised/table_classification, or write the column as numbers"
+            f"target={one_line(settings.target)} has text{text and f', such as {text}'}, so it cannot be predicted as "
+            f"a number; {text and f'{NUMBERS_AGAIN}; otherwise '}train a classifier, such as "
+            "supervised/table_classification, or write the column as numbers"
         )
     if is_number and settings.target_kind != "class":
         return cells, ()

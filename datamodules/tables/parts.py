@@ -61,9 +61,10 @@ def divided(
     if leave_out is not None:
         train = train[(target[train] < leave_out[0]) | (target[train] >= leave_out[1])]
     if not len(train):
+        kept = f", of which {len(ends)} groups each stay together" if len(ends) < len(target) else ""
         raise UserError(
-            f"val_size={val_size} and leave_out={leave_out} leave no training row of {len(target)}; change one of "
-            "them, or give more rows"
+            f"val_size={val_size} and leave_out={leave_out} leave no training row of {len(target)}{kept}; change one "
+            "of them, or give more rows"
         )
     answers = target.astype(np.float32 if target.dtype.kind == "f" else np.int64)
     scaled = _standardised(np.asarray(table, dtype=np.float64), train).astype(np.float32)
@@ -82,5 +83,7 @@ def _standardised(table: np.ndarray, train: np.ndarray) -> np.ndarray:
     count = np.maximum(known.sum(axis=0), 1)
     mean = np.where(known, table[train], 0).sum(axis=0) / count
     deviation = np.sqrt(np.where(known, (table[train] - mean) ** 2, 0).sum(axis=0) / count)
-    usable = (deviation > 0) & ~np.isnan(table)
-    return np.where(usable, (table - mean) / np.where(deviation > 0, deviation, 1), 0)
+    # The rounded mean of equal numbers need not be that number, so that their deviation can be above 0.
+    low, high = np.where(known, table[train], np.inf).min(axis=0), np.where(known, table[train], -np.inf).max(axis=0)
+    varies = (low < high) & (deviation > 0)
+    return np.where(varies & ~np.isnan(table), (table - mean) / np.where(varies, deviation, 1), 0)

@@ -103,6 +103,7 @@ class Renderer:
 
         The template of the tokenizer writes conversations. Without one, a message is `role: content` on a line, and the
         tokenizer's end of text follows an answer. It also follows a completion.
+        A first message of the assistant answers nothing and is only read.
 
         Raises: UserError for a conversation that the template refuses, or writes differently once more follows, and
             for a template that takes too much time or memory.
@@ -117,12 +118,9 @@ class Renderer:
         start, end = self._start(), self.tokenizer.eos_token or ""
         if not row.messages:
             return [RenderedPart(start + row.texts[0], False), RenderedPart(row.texts[1] + end, True)]
-        last = max(number for number, message in enumerate(row.messages) if message["role"] == LEARNER)
-        chosen = [
-            number
-            for number, message in enumerate(row.messages)
-            if message["role"] == LEARNER and (number == last or self.turns == "all")
-        ]
+        # transformers renders no prompt for a first message, so none can be asked for later.
+        answers = [number for number, message in enumerate(row.messages) if number and message["role"] == LEARNER]
+        chosen = answers if self.turns == "all" else answers[-1:]
         if self.tokenizer.chat_template is None:
             parts = [RenderedPart(start, False)]
             for number, message in enumerate(row.messages):
@@ -321,7 +319,7 @@ class Chat(SampleSets):
             if learned.any():
                 kept.append((tokens, learned))
             else:
-                skipped.reasons[f"whose prompts fill {self.length} tokens"] += 1
+                skipped.reasons[f"with nothing to learn in their first {self.length} tokens"] += 1
         if not kept:
             raise UserError(
                 f"no conversation to use for {what} is left{skipped}; raise data.init_args.length={self.length}, or "

@@ -66,8 +66,9 @@ def _model_layer(resolved: Resolved) -> Layer:
     targets = parts.train.target
     found: dict[str, Any] = {"in_shape": [1, 1, len(own.names)], "num_classes": len(own.classes)}
     if targets.dtype.kind == "f":
-        # A column of one number has none, and any unit will do.
-        found |= {"target_mean": float(targets.mean()), "target_deviation": float(targets.std()) or 1.0}
+        # A column of one number has none, which float32 would round to some, and any unit will do.
+        mean, deviation = float(targets.mean(dtype=float)), float(targets.std(dtype=float))
+        found |= {"target_mean": mean, "target_deviation": deviation or 1.0}
 
     def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
         known = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}

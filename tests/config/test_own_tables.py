@@ -43,6 +43,11 @@ def test_widths_classes_and_moments_follow_from_the_rows_and_the_flags(file: Pat
     assert mixed.config["data"]["init_args"]["views"]["class_path"].endswith("RowViews")
 
 
+def test_a_target_that_is_one_number_still_has_a_unit(file: Path) -> None:
+    file.write_text("x,price\n" + "".join(f"{number},1000000.1\n" for number in range(10)))
+    assert model(with_table(REGRESSION, (), file, "price", []))["target_deviation"] == 1
+
+
 def test_an_overlay_reaches_the_rows_and_a_flag_wins(file: Path) -> None:
     overlay = file.parent / "mine.yaml"
     overlay.write_text("data: {init_args: {without: [id], categories: index, batch_size: 8}}\n")

@@ -92,6 +92,15 @@ def test_the_answers_are_learned_with_their_end_and_nothing_else() -> None:
     assert learned_text(Renderer(tokenizer(), "last"), trailing)[1] == "two.<end>\n"
 
 
+def test_a_first_message_of_the_assistant_answers_nothing_and_is_read() -> None:
+    opening = {"messages": [{"role": "assistant", "content": "hello."}, *said("one?", "two.")["messages"]]}
+    for template, answer in ((CHATML, "two.<end>\n"), (None, " two.<end>")):
+        for turns in ("all", "last"):
+            whole, learned = learned_text(Renderer(tokenizer(template), turns), opening)
+            assert "hello." in whole
+            assert learned == answer
+
+
 def test_tokens_are_those_with_which_the_network_is_asked_later() -> None:
     """As transformers cuts a conversation, the prompt being those before what is learned."""
     tokens, learned = Renderer(tokenizer(), "last").tokens(row_of("here", TURNS))
@@ -158,7 +167,7 @@ def test_lines_that_are_no_conversations_are_refused_by_number(tmp_path: Path) -
         opened(tmp_path, [TURNS, PROMPT, "{'a'}"])
     with pytest.raises(UserError, match="has no conversation"):
         opened(tmp_path, [])
-    with pytest.raises(UserError, match="ask for more than the 1 conversations"):
+    with pytest.raises(UserError, match="one to train on and val_size=1 ask for more than the 1 conversations"):
         opened(tmp_path, [TURNS])
     for settings, message in (({"length": 2}, "length=2"), ({"val_size": 0}, "val_size=0")):
         with pytest.raises(UserError, match=message):
@@ -169,13 +178,14 @@ def test_rows_without_anything_to_learn_are_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     val = write(tmp_path, [PROMPT], "val.jsonl")
+    alone = {"messages": [{"role": "assistant", "content": "hello."}]}
     rows = [TURNS, said("one?", " "), {"prompt": "a", "completion": ""}, said("one?" * 99, "two."), said("a<end>", "b")]
-    data = opened(tmp_path, [*rows, PROMPT], val_path=val)
+    data = opened(tmp_path, [*rows, alone, PROMPT], val_path=val)
     assert len(data.train) == 2  # type: ignore[arg-type]
     said_ = capsys.readouterr().out
     assert "conversations: 2 to train on, 1 to validate on" in said_
     assert "2 with an empty answer skipped" in said_
-    assert "1 whose prompts fill 96 tokens skipped" in said_
+    assert "2 with nothing to learn in their first 96 tokens skipped" in said_
     assert "1 in which someone says a special token skipped" in said_
     with pytest.raises(UserError, match=r"no conversation to use for training is left; 1 with an empty answer"):
         opened(tmp_path, [rows[1]], val_path=val)

@@ -1,5 +1,6 @@
 """Tables of one's own: what becomes of columns, gaps, groups and times, and how files that are none are refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,31 @@ def test_gaps_are_refused_counted_dropped_or_filled(made: Any, capsys: pytest.Ca
     with pytest.raises(UserError, match="missing=drop leaves no row"):
         made("x,y\n,1\n2,\n", target="y", missing="drop").setup()
     assert everything(made("x,y\n?,1\n2,2\n", missing="impute", missing_values=["?"]))[0].shape == (2, 2)
+
+
+def test_groups_that_leave_no_row_to_train_on_are_counted(made: Any) -> None:
+    with pytest.raises(UserError, match="of 10, of which 2 groups each stay together"):
+        made(target="paid", group="city").setup()
+
+
+def test_text_among_numbers_is_named_since_each_number_becomes_a_category(
+    made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = "x,y\n" + "".join(f"{number},{number}\n" if number != 4 else '"1,5",4\n' for number in range(9))
+    warning = "categories.*'x' \\('1,5' in row 5\\).*missing_values"
+    for settings, is_said in (({}, True), ({"categorical": ["x"]}, False), ({"missing_values": ["1,5"]}, False)):
+        data = made(mixed, target="y", missing="impute", **settings)
+        data.setup()
+        assert bool(re.search(warning, capsys.readouterr().out)) == is_said, settings
+        assert len(data.own.names) == (1 if "missing_values" in settings else 9)
+    with pytest.raises(UserError, match=r"'x' has 9 .*'1,5' in row 5.*missing_values"):
+        made(mixed, target="y", max_categories=8).setup()
+    with pytest.raises(UserError, match=r"target=x .*'1,5' in row 5.*missing_values"):
+        made(mixed, target="x", target_kind="number").setup()
+    made(mixed, target="x").setup()
+    assert "'1,5' in row 5" in capsys.readouterr().out
+    made("x,y\n" + "0,1\na,2\n1,3\nb,4\n", target="y", val_size=1).setup()  # as many words as numbers are meant
+    assert "in row" not in capsys.readouterr().out
 
 
 def test_groups_and_equal_times_are_never_separated_and_the_latest_rows_test(made: Any) -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.datamodules.tables.parts import divided, shuffled
 from lightspan.datamodules.tables.rows import Diabetes, RowViews, TableData
 from lightspan.errors import UserError
 
@@ -56,6 +57,16 @@ def test_a_constant_column_is_zero() -> None:
     data.setup()
     assert not data.train.rows.table[:, 0].any()
     assert np.isfinite(data.test.rows.table).all()
+
+
+def test_a_column_that_is_constant_in_the_training_rows_is_zero_in_all_whatever_their_rounded_mean() -> None:
+    for number in (0.1, 152.3, 1e6 + 0.1, 3.3e8 + 0.3):
+        for count in (3, 7, 17, 100, 999):
+            table = np.full((2 * count, 1), number)
+            order = shuffled(2 * count, 0)
+            table[order.row[0]] = 5  # a row to test with
+            parts = divided(table, np.arange(2.0 * count), order, 1, None)
+            assert not any(part.table.any() for part in parts), (number, count)
 
 
 def test_settings_out_of_range_are_refused() -> None:
