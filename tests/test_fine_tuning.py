@@ -70,7 +70,7 @@ def logits(network: Any) -> torch.Tensor:
 def test_the_three_commands_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     folder_of(small(tied=True), Path("model"))
@@ -78,8 +78,10 @@ def test_the_three_commands_of_the_page(
     assert main(["check", "adaptation/lora_chat"]) == 0
     assert main(["plan", "adaptation/lora_chat", *SHORT]) == 0
     assert main(["fit", "adaptation/lora_chat", "--run", "runs/chat", *SHORT]) == 0
+    assert "last.ckpt --to peft" in capsys.readouterr().out
     for form in ("peft", "huggingface"):
         assert main(["export", "runs/chat", "--to", form]) == 0, capsys.readouterr().err
+        assert "pipeline_tag: text-generation" in Path(f"runs/chat/export/{form}/README.md").read_text()
     before, merged = stored_causal_lm("model"), stored_causal_lm("runs/chat/export/huggingface")
     adapted = stored_causal_lm("model")
     load_peft(adapted, "runs/chat/export/peft", show=False)
@@ -87,6 +89,9 @@ def test_the_three_commands_of_the_page(
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=0, atol=2e-3)  # merged in bfloat16
     theirs = AutoModelForCausalLM.from_pretrained("runs/chat/export/huggingface", trust_remote_code=False)
     assert torch.equal(logits(theirs), logits(merged))
+    # The folder names its base and its task, so PEFT opens it by itself.
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained("runs/chat/export/peft")
+    assert torch.equal(logits(alone), logits(adapted))
 
 
 @pytest.mark.parametrize("spec", [LoRA(rank=2), SVFit()], ids=lambda spec: type(spec).__name__)

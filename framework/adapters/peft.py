@@ -330,6 +330,13 @@ def _trained_modules(model: nn.Module) -> list[str]:
     return modules
 
 
+def _task(model: Any) -> str | None:
+    """What PEFT's AutoPeftModelForCausalLM asks for; None for networks that do not write text from left to right."""
+    can_generate = getattr(model, "can_generate", None)
+    writes = callable(can_generate) and can_generate() and not model.config.is_encoder_decoder
+    return "CAUSAL_LM" if writes else None
+
+
 def _config(model: nn.Module, ranks: dict[str, int], saved: list[str]) -> dict[str, Any]:
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # Patterns match at the end of a name; anchored, they mean exactly one layer.
@@ -337,7 +344,7 @@ def _config(model: nn.Module, ranks: dict[str, int], saved: list[str]) -> dict[s
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": _task(model),
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "r": usual,

@@ -78,6 +78,7 @@ def stored_network(kind: type[N], folder: str, name: str, dtype: torch.dtype | N
             f"{place} has no whole {name}: its files lack {len(missing)} weights, such as {missing[0]}; save the "
             "folder again"
         )
+    network.name_or_path = network.config.name_or_path = str(place)  # PEFT's folders name their base by it
     return network.train()
 
 

@@ -57,7 +57,9 @@ def smollm2(weights: bool = True, seed: int = 0) -> LlamaForCausalLM:
     # A model that transformers loads from GGUF counts as quantized and refuses .float(): copy it to a plain model.
     del stored.config.quantization_config
     stored.config.use_cache = False  # useful only for generation
-    return LlamaForCausalLM.from_pretrained(None, config=stored.config, state_dict=stored.state_dict()).train()
+    plain = LlamaForCausalLM.from_pretrained(None, config=stored.config, state_dict=stored.state_dict()).train()
+    plain.name_or_path = plain.config.name_or_path = ""  # transformers takes None for a name; no folder has this copy
+    return plain
 
 
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:

@@ -158,7 +158,7 @@ def _write_cards(
     if args.to in FUNCTIONS:
         wrote = "the predictions, as a program," if args.what == "predict" else "the features, as a program,"
     check = f"When it was written it was {_said(product)} (accepted: {product.limit:.3g})."
-    told = Told(wrote, product.loading, check, product.library, product.record, args.licence)
+    told = Told(wrote, product.loading, check, product.library, product.record, args.licence, product.task)
     run = None if args.recipe else _run_folder(args, checkpoint)
     card = model_card(resolved, run, told)
     for name in product.cards:

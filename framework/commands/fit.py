@@ -162,6 +162,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         raise
     if is_first_rank():
         write_csv(run_dir)
+    form = _format_for(built.model) if status == 0 else ""  # of every rank: a sharded adapter is asked together
     if status == 0 and is_first_rank():
         if checkpoint is not None and step == built.trainer.global_step:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
@@ -169,9 +170,25 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             _show_features(resolved, built, run_dir)
         print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():
-            words = [str(run_dir / LAST_CHECKPOINT), "--to", "safetensors", *allow_options(resolved.allow_modules)]
+            words = [str(run_dir / LAST_CHECKPOINT), "--to", form, *allow_options(resolved.allow_modules)]
             print(printable(f"      lightspan export {shlex.join(words)}"))
     return status
+
+
+def _format_for(model: Any) -> str:
+    """The format of `lightspan export` that other libraries load: adapters for PEFT, causal language models of
+    transformers as its folder, and the weights of all others.
+    """
+    from lightspan.adapters.inject import adapted_layers
+
+    if adapters := [adapter for layer in adapted_layers(model).values() for adapter in layer.adapters.values()]:
+        return "peft" if all(adapter.mergeable for adapter in adapters) else "safetensors"
+    backbone: Any = getattr(model, "backbone", None)
+    if callable(getattr(backbone, "save_pretrained", None)):
+        from lightspan.exports.huggingface import is_causal
+
+        return "huggingface" if is_causal(backbone) else "safetensors"
+    return "safetensors"
 
 
 def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lightspan.commands.arguments import add_recipe_arguments, folder
-from lightspan.config.resolve import Resolved, resolve
+from lightspan.commands.arguments import add_data_arguments, add_recipe_arguments, folder, resolved_from
+from lightspan.config.resolve import Resolved
 from lightspan.drawing import canvas, png, tidy
-from lightspan.errors import UserError
+from lightspan.errors import UserError, print_notes
 from lightspan.files import write_atomic
 from lightspan.intrinsic.curve import Curve, Point
 from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, train
@@ -25,6 +25,7 @@ NOT_REACHED = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument(
         "--grid", required=True, metavar="0,10,50", help="dimensions in ascending order; 0 is the untrained network"
     )
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     and if every learning rate of the baseline fails.
     """
     settings = _settings(args)
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolved_from(args)
+    print_notes(resolved.notes)
     if settings.lrs != [None]:
         require_rate(resolved, settings.lr_key)
     recipe_of(resolved, settings, Fit(settings.grid[-1], settings.lrs[0], 0))  # complains before anything starts

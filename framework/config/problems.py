@@ -20,7 +20,8 @@ class Problem:
 def nearest(name: object, known: Iterable[object]) -> str:
     """`did you mean x?`, or nothing if no known name is similar, nor the other's initials (`learning_rate`, `lr`)."""
     names = [str(item) for item in known]
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    near = [one for one in names if one.casefold() == str(name).casefold()]  # `Lora`, LoRA
+    near = near or difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     near = near or [one for one in names if str(name) == _initials(one) or _initials(str(name)) == one]
     return f"did you mean {near[0]}? " if near else ""
 

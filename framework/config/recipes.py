@@ -71,7 +71,10 @@ def find(name: str, folder: Path | None = None, what: str = "recipe") -> Path:
             if inside.is_file():
                 return inside
             fault = irregular(path) if os.path.lexists(path) else "does not exist"
-            raise UserError(f"{what} file {path} {fault}; {_listed(what)}")
+            beside = [] if folder is not None else sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES)
+            near = difflib.get_close_matches(path.name, beside, n=1)
+            hint = f"did you mean {path.with_name(near[0])}?" if near else _listed(what)
+            raise UserError(f"{what} file {path} {fault}; {hint}")
         inside = catalogue_folder() / f"{name}.yaml"
         if inside.is_file() and catalogue_folder() in inside.resolve().parents:
             return inside

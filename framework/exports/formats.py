@@ -68,6 +68,7 @@ def to_huggingface(request: Request, folder: Path) -> Product:
         is_causal,
         largest_output_difference,
         require_pretrained,
+        task_of,
         timm_wrapper,
     )
 
@@ -84,13 +85,14 @@ def to_huggingface(request: Request, folder: Path) -> Product:
     model.backbone.save_pretrained(folder)
     loader = "AutoModelForCausalLM" if is_causal(model.backbone) else "AutoModel"
     loading = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("FOLDER")'
-    difference = largest_output_difference(model.backbone, folder)
-    return Product("transformers", difference, EXACT, loading, "transformers")
+    difference, task = largest_output_difference(model.backbone, folder), task_of(model.backbone)
+    return Product("transformers", difference, EXACT, loading, "transformers", task=task)
 
 
 def to_peft(request: Request, folder: Path) -> Product:
     """The adapters alone, as a LoRA of Hugging Face PEFT."""
     from lightspan.adapters.peft import save_peft
+    from lightspan.exports.huggingface import task_of
     from lightspan.exports.peft_check import adapted_part, largest_difference, require_changes
 
     part = adapted_part(request.built.model)
@@ -99,7 +101,7 @@ def to_peft(request: Request, folder: Path) -> Product:
     loading = (
         'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "FOLDER")  # base: the frozen network'
     )
-    return Product("peft", largest_difference(part, folder), EXACT, loading, "peft")
+    return Product("peft", largest_difference(part, folder), EXACT, loading, "peft", task=task_of(part))
 
 
 def to_timm(request: Request, folder: Path) -> Product:

@@ -44,9 +44,14 @@ def timm_wrapper(folder: Path) -> Any:
     return AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 
 
-def is_causal(backbone: PreTrainedModel) -> bool:
-    """Whether it is a language model with logits."""
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether it is a language model of transformers with logits."""
     return type(backbone) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+
+
+def task_of(network: nn.Module) -> str | None:
+    """What the Hub calls the use of a network; None where the network does not say."""
+    return "text-generation" if is_causal(network) else None
 
 
 def output(model: Any, inputs: dict[str, Tensor], causal: bool) -> Tensor:

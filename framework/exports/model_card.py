@@ -40,6 +40,7 @@ class Told:
         library: the Hub's name of the library that loads it, if it has one.
         inputs: form of the inputs, if the folder holds a function.
         licence: of the weights, as the Hub names it; None if nobody stated it.
+        task: what the Hub calls its use; None for that of the recipe's modality.
     """
 
     wrote: str
@@ -48,6 +49,7 @@ class Told:
     library: str | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    task: str | None = None
 
 
 def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
@@ -60,15 +62,15 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
     about, provenance = resolved.about, _read(run, PROVENANCE)
     measured = _over_seeds(run)
     scores, costs = _figures(measured)
-    kind = about.get("modality")
+    task = told.task or _TASKS.get(str(about.get("modality")))
     metrics = list(dict.fromkeys(_metric(key) for key in scores))
     head = {
         "license": told.licence or "unknown",
         "library_name": told.library,
-        "pipeline_tag": _TASKS.get(str(kind)),
+        "pipeline_tag": task,
         "tags": ["lightspan", *(str(about[key]) for key in ("family", "modality") if key in about)],
         "metrics": metrics or None,
-        "model-index": _model_index(resolved, scores),
+        "model-index": _model_index(resolved, scores, task),
     }
     card = Card(str(about.get("title", resolved.name)), head)
     card.body += [
@@ -77,7 +79,7 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
         + f". {told.check}"
     ]
     card.section("How to load it", fence(told.loading, "python"), _inputs(told.inputs))
-    card.section("Intended use", _use(about, resolved.config, bool(scores)))
+    card.section("Intended use", _use(about, resolved.config, task, bool(scores)))
     card.section(
         "Training", _method(about), _recipe(resolved, provenance), table(("budget", ""), _budget(resolved, costs))
     )
@@ -152,14 +154,13 @@ def _metric(key: str) -> str:
     return next((name for name in _METRICS if name in key), key)
 
 
-def _model_index(resolved: Resolved, scores: Mapping[str, _Figure]) -> list[dict[str, Any]] | None:
+def _model_index(resolved: Resolved, scores: Mapping[str, _Figure], task: str | None) -> list[dict[str, Any]] | None:
     """The Hub's list of results; None without any."""
     if not scores:
         return None
     data = _name(_section(resolved.config, "data").get("class_path", "data"))
     metrics = [{"type": _metric(key), "name": key, "value": figure.value} for key, figure in scores.items()]
-    task = _TASKS.get(str(resolved.about.get("modality")), "other")
-    results = {"task": {"type": task}, "dataset": {"type": data, "name": data}, "metrics": metrics}
+    results = {"task": {"type": task or "other"}, "dataset": {"type": data, "name": data}, "metrics": metrics}
     return [{"name": resolved.name, "results": [results]}]
 
 
@@ -179,13 +180,14 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
     return bullets(lines)
 
 
-def _use(about: Mapping[str, Any], config: Mapping[str, Any], measured: bool) -> str:
+def _use(about: Mapping[str, Any], config: Mapping[str, Any], task: str | None, measured: bool) -> str:
     data = _name(_section(config, "data").get("class_path", ""))
     kind = {"image": "pictures", "text": "texts"}.get(str(about.get("modality")), "data")
     of = f" of the kind in {code(data)}" if data else ""
+    gives = "texts that it writes" if task == "text-generation" else "features"
     shown = "The figures below were measured on such data only" if measured else "No figure of it is recorded"
     return (
-        f"Research with {kind}{of}: features, or a start for further training. {shown}; nothing is known about other "
+        f"Research with {kind}{of}: {gives}, or a start for further training. {shown}; nothing is known about other "
         f"{kind}, about biases in the data, or about use where a mistake does harm."
     )
 

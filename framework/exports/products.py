@@ -34,6 +34,7 @@ class Product:
         library: the Hub's name of the library that loads it, if it has one.
         record: plain values for export.json: form of the inputs and the like.
         cards: the folders that others may publish, inside that of the export.
+        task: what the Hub calls its use; None for that of the recipe's modality.
     """
 
     reader: str
@@ -43,6 +44,7 @@ class Product:
     library: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
     cards: tuple[str, ...] = (".",)
+    task: str | None = None
 
 
 def tensors(module: nn.Module, folder: Path, origin: Mapping[str, str]) -> Product:

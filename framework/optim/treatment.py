@@ -13,8 +13,8 @@ from lightspan.sharded import local
 
 @dataclass(frozen=True)
 class Treatment:
-    """How one parameter is treated: at `rate`, times `scale` if it is projected. `state_bytes` is this rank's part of
-    its state, `adamw_bytes` that of AdamW.
+    """How one parameter is treated: at `rate`, before a schedule changes it, times `scale` if it is projected.
+    `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW.
     """
 
     group: str
@@ -50,6 +50,7 @@ def treatment(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, An
     state = optimizer.initial_state(parameter, group, torch.empty_like(parameter, device="meta"))
     kept = sum(local(tensor).nbytes for tensor in state.values())
     wide = wide_type(parameter.dtype).itemsize
-    name, shape, rate = group.get("name", "parameters"), tuple(parameter.shape), float(group["lr"])
+    name, shape = group.get("name", "parameters"), tuple(parameter.shape)
+    rate = float(group.get("initial_lr", group["lr"]))
     scale = float(group["scale"]) if selection.projected else 1.0
     return Treatment(name, shape, rate, scale, how, kept, 2 * wide * local(parameter).numel())

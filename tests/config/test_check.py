@@ -56,6 +56,10 @@ def test_each_mistake_is_named_with_place_and_way_out(text, expected):
     ("spec", "expected"),
     [
         ("{class_path: torch.nn.Linaer}", "m.class_path: module torch.nn has no Linaer; did you mean Linear?"),
+        (
+            "{class_path: lightspan.adapters.lora.Lora}",
+            "module lightspan.adapters.lora has no Lora; did you mean LoRA?",
+        ),
         ("{class_path: torch.nn.Linear}", "m.init_args.in_features: missing, Linear requires it (a whole number)"),
         (
             "{class_path: torch.nn.Linear, init_args: {in_features: 1, out_feature: 2, out_features: 2}}",

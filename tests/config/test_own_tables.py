@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lightspan.cli import main
+from lightspan.commands import intrinsic_dimension
 from lightspan.config.own_tables import with_table
 from lightspan.config.resolve import Resolved
 from lightspan.errors import UserError
@@ -95,3 +96,20 @@ def test_one_line_trains_on_rows_of_ones_own(file: Path, capsys: pytest.CaptureF
         assert "--table: 60 rows" in said.err
         assert "42 training, 6 validation and 12 test rows" in said.out
         assert figure.replace("/", "_") in (file.parent / target / "summary.json").read_text()
+
+
+def test_intrinsic_dimension_searches_on_the_rows(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched: list[Resolved] = []
+
+    def references_of(resolved: Resolved, settings: Any) -> None:
+        searched.append(resolved)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(intrinsic_dimension, "references_of", references_of)
+    asked = ["--table", str(file), "--target", "price", "--grid", "0,10", "--out", str(tmp_path / "d90")]
+    assert main(["intrinsic-dimension", REGRESSION, *asked]) == 2
+    assert "far enough" in capsys.readouterr().err
+    assert searched[0].config["data"]["init_args"]["path"] == str(file)
+    assert model(searched[0])["backbone"]["init_args"]["in_shape"] == [1, 1, 5]

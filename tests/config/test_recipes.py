@@ -87,6 +87,17 @@ def test_a_missing_overlay_is_called_one(name, message):
     assert message in str(error.value)
 
 
+def test_a_missing_file_is_compared_with_the_files_beside_it(tmp_path, monkeypatch):
+    write(tmp_path, mine="trainer: {}\n", unlike="base: mein.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    for find in (recipes.find, recipes.load_overlay):
+        with pytest.raises(UserError, match=r"mein\.yaml does not exist; did you mean mine\.yaml\?"):
+            find("mein.yaml")
+    with pytest.raises(UserError, match=r"mein\.yaml does not exist") as error:
+        recipes.load("unlike.yaml")
+    assert "did you mean" not in str(error.value)  # what lies beside another's file is not told
+
+
 def test_what_is_in_the_place_of_an_overlay_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder.yaml").mkdir()

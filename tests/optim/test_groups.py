@@ -195,6 +195,12 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     assert max(map(len, printed.splitlines())) <= 80
 
 
+def test_the_report_names_the_rate_that_was_asked_for_and_not_that_of_a_warm_up():
+    optimizer = LowRank(ParameterGroups().build(Model()), lr=0.25, rank=4)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    assert {treatment(optimizer, p, g).rate for g in optimizer.param_groups for p in g["params"]} == {0.25}
+
+
 class Declared(nn.Linear):
     parameter_kinds = {"weight": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
 
