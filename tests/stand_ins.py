@@ -304,7 +304,7 @@ def clip_b16() -> nn.Module:
 
 
 def clip_b32() -> nn.Module:
-    """A small network of timm's in the place of ViT-B/32: nine of these are 3 GB."""
+    """A small network of timm's in place of ViT-B/32: nine of these are 3 GB."""
     return timm.create_model("test_vit", num_classes=512, img_size=224)
 
 

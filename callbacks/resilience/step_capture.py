@@ -65,8 +65,8 @@ class StepCapture:
 
         Args:
             broken: whether this rank's own loss is not finite.
-        Returns: what to tell the user, empty if nothing is to be captured; the same on all ranks. A full disk is told,
-            not raised: there is an error already.
+        Returns: what to tell the user, empty if nothing is to be captured; the same on all ranks. It reports a
+            full disk and does not raise: there is an error already.
         """
         if self.folder is None or trainer.strategy.handles_gradient_accumulation:
             return ""

@@ -57,7 +57,7 @@ def encoded(
     """(names [F], numbers float64 [N F] with NaN where a value is missing). Text becomes categories in sorted order.
 
     Args:
-        categorical: columns of numbers that are categories all the same, such as postcodes.
+        categorical: columns of numbers that stand for categories, such as postcodes.
         encoding: "one_hot" makes a column of 0 and 1 of each category; "index" one column of their places.
         most: categories that a column may have.
     Raises: UserError for more; ValueError beyond the limit of numbers.

@@ -1,7 +1,7 @@
 """The image tokenizer of DALL-E, whose codes BEiT and CAE predict.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, arXiv 2102.12092; its encoder as transformers has it,
-in FLAVA. Nothing is fetched: where its weights lie is told.
+in FLAVA. Nothing is fetched: the user says where its weights are.
 Shapes: B images, H W grid of codes.
 """
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion, from a folder as diffusers writes it, as a network that is told a caption by its number.
+"""Stable Diffusion, from a folder as diffusers writes it, as a network that gets a caption by its number.
 
 Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2021, arXiv 2112.10752, section
 3.3. The U-Net is that of diffusers, an optional package, which gets no folder: it sees settings and tensors. The text
@@ -111,7 +111,7 @@ def stored_unet(place: Path, text_width: int) -> nn.Module:
     read, given = unet.config.cross_attention_dim, (unet.config.in_channels, unet.config.addition_embed_type)
     if given != (unet.config.out_channels, None) or read != text_width:
         raise UserError(
-            f"the U-Net in {place} is told more than a noisy latent and a caption, or reads captions of width {read} "
+            f"the U-Net in {place} takes more than a noisy latent and a caption, or reads captions of width {read} "
             f"where the text encoder has {text_width}; take Stable Diffusion 1 or 2, not SDXL, and no network that "
             "fills holes"
         )

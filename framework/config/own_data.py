@@ -11,9 +11,10 @@ from typing import Any
 
 from lightspan.config.flags import flag_layer
 from lightspan.config.merge import merge_layers
-from lightspan.config.resolve import Resolved, checked, merged, overlay_layers, with_layers
+from lightspan.config.resolve import TRAINED, Resolved, checked, merged, overlay_layers, refuse_kind, with_layers
 from lightspan.config.signatures import Signature, signature
 from lightspan.config.tree import Node, wrap
+from lightspan.errors import UserError
 
 Layer = tuple[dict[str, Any], list[str]]
 """A layer, and lines on what it changes."""
@@ -29,6 +30,8 @@ class OwnData:
 
     Attributes:
         option: of the command line, such as "--images".
+        modality: of the data.
+        hint: for a recipe of another modality, what to do instead.
         data: class path of the data module.
         fitted: settings of the data that follow from the command line, or from the recipe and the user's data.
         name: what the data are, in the plural.
@@ -38,6 +41,8 @@ class OwnData:
     """
 
     option: str
+    modality: str
+    hint: str
     data: str
     fitted: set[str]
     name: str
@@ -53,11 +58,16 @@ class OwnData:
         allow_modules: Sequence[str],
         kinds: Sequence[str],
     ) -> Resolved:
-        """The recipe with its overlays, then the layer, then the flags. Raises: as the layers and `resolve` do."""
+        """The recipe with its overlays, then the layer, then the flags.
+
+        Raises: UserError for a recipe that does not train or is for data of another modality, and as the layers and
+            `resolve` do.
+        """
         given = overlay_layers(overlays)
         found, tree, notes = merged(recipe, (), ())
         tree, more = merge_layers([tree, *map(self._without_settings_of_data, given)])
         resolved = checked(found, tree, [*notes, *more], allow_modules, kinds)
+        self._require_modality(resolved)
         layer, said = self.layer(resolved)
         said += [note for overlay in given for note in self._lost(overlay)]
         # That the recipe's data go is what the option asks for, so the merge's own notes on it say nothing new.
@@ -70,6 +80,15 @@ class OwnData:
         over = with_layers(resolved, layers, self.option)
         own = replace(over, notes=[*resolved.notes, *said], about=self._described(resolved))
         return with_layers(own, flagged) if flagged else own
+
+    def _require_modality(self, resolved: Resolved) -> None:
+        refuse_kind(resolved.kind, TRAINED, resolved.name)
+        modality = resolved.about.get("modality", self.modality)
+        if modality != self.modality:
+            raise UserError(
+                f"{self.option} gives {self.name}, but {resolved.name} is a recipe for data of modality {modality}; "
+                f"{self.hint}"
+            )
 
     def _described(self, resolved: Resolved) -> dict[str, Any]:
         """The recipe's `about`, without what it says of its own data."""

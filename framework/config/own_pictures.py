@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.config.own_data import Layer, OwnData, fitted
-from lightspan.config.resolve import TRAINED, Resolved, refuse_kind
+from lightspan.config.resolve import TRAINED, Resolved
 from lightspan.config.signatures import Signature, member
 from lightspan.config.source import Definition
 from lightspan.errors import UserError
@@ -47,7 +47,11 @@ def with_pictures(
     kinds: Sequence[str] = TRAINED,
 ) -> Resolved:
     """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
-    pictures = OwnData("--images", DATA, FITTED, "pictures", folder, lambda found: pictures_layer(found, folder, size))
+    hint = "name data of yours in an overlay, as docs/own-images.md, 'Data of other kinds', shows"
+    pictures = OwnData(
+        *("--images", "image", hint, DATA, FITTED, "pictures", folder),
+        lambda found: pictures_layer(found, folder, size),
+    )
     return pictures.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 
@@ -57,16 +61,8 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     Args:
         folder: of pictures, or with the folders `train` and `val` (or `validation`, `test`) and nothing else.
         size: height and width in pixels at which pictures are read.
-    Raises: UserError for a recipe of other data or of several tasks, one that does not train, and a folder without
-        pictures.
+    Raises: UserError for a recipe of several tasks, and a folder without pictures.
     """
-    refuse_kind(resolved.kind, TRAINED, resolved.name)
-    modality = resolved.about.get("modality", "image")
-    if modality != "image":
-        raise UserError(
-            f"--images gives pictures, but {resolved.name} is a recipe for data of modality {modality}; name data of "
-            "yours in an overlay, as docs/own-images.md, 'Data of other kinds', shows"
-        )
     if size < 1:
         raise UserError(f"--image-size {size} must be at least 1 pixel")
     training, validation = _folders(folder.absolute())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.config.own_data import Layer, OwnData, fitted
-from lightspan.config.resolve import TRAINED, Resolved, refuse_kind
+from lightspan.config.resolve import TRAINED, Resolved
 from lightspan.config.signatures import Signature, signature
 from lightspan.errors import UserError
 
@@ -31,18 +31,13 @@ def with_table(
     """The recipe with its overlays, then the rows, then the flags. Raises: UserError for a recipe of other data, a file
     that cannot be read, and as `resolve`.
     """
-    rows = OwnData("--table", DATA, FITTED, "rows", file, lambda found: _data_layer(found, file, target), _model_layer)
+    hint = "`lightspan recipes --modality table` lists those for rows"
+    layers = (lambda found: _data_layer(found, file, target)), _model_layer
+    rows = OwnData("--table", "table", hint, DATA, FITTED, "rows", file, *layers)
     return rows.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 
 def _data_layer(resolved: Resolved, file: Path, target: str | None) -> Layer:
-    refuse_kind(resolved.kind, TRAINED, resolved.name)
-    modality = resolved.about.get("modality", "table")
-    if modality != "table":
-        raise UserError(
-            f"--table gives rows, but {resolved.name} is a recipe for data of modality {modality}; "
-            "`lightspan recipes --modality table` lists those for rows"
-        )
     own = signature(resolved.config["model"]["class_path"])
     takes = own.parameters if isinstance(own, Signature) else {}
     before = (resolved.config.get("data") or {}).get("init_args") or {}

@@ -45,7 +45,7 @@ class Tokens:
         return wide(self.tokens_BTD).mean(dim=1)
 
     def first(self) -> Tensor:
-        """The first prefix token, of timm's networks the class token; where no prefix is told, the first token: [B D].
+        """The first prefix token, of timm's networks the class token; where no prefix is given, the first token: [B D].
 
         Raises: UserError where no token stands for the whole: all lie in an image.
         """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from lightspan.errors import UserError
 from lightspan.sharded import Ranks, local, own_part, ranks_of, whole_of
@@ -127,8 +128,10 @@ class AffineSlice:
 
     def start_sha256(self) -> Tensor:
         """uint8 [32]: of the shapes, dtypes and bytes of theta_0, the same on any number of ranks, all of which must
-        call it.
+        call it. Zeros for fake tensors, which have no bytes.
         """
+        if any(map(is_fake, self.start)):
+            return torch.zeros(32, dtype=torch.uint8)
         digest = hashlib.sha256()
         for part, parameter in zip(self.start, self.parameters, strict=True):
             digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())

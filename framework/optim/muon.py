@@ -137,9 +137,7 @@ class Muon(_WholeMatrices):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = {
-            "momentum": momentum, "nu": None if nesterov else 1.0, "convention": convention, "precision": precision,
-        }  # fmt: skip
+        self.settings = _settings(momentum, None if nesterov else 1.0, convention, precision)
         self.by_heads = by_heads
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -177,10 +175,7 @@ class NorMuon(_WholeMatrices):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = {
-            "momentum": momentum, "nu": None if nesterov else 1.0, "beta2": beta2, "convention": convention,
-            "precision": precision,
-        }  # fmt: skip
+        self.settings = {**_settings(momentum, None if nesterov else 1.0, convention, precision), "beta2": beta2}
         self.by_heads = by_heads
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -250,9 +245,7 @@ class FactoredMuon(_WholeMatrices):
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = {
-            "momentum": momentum, "nu": nu, "beta2": beta2, "convention": convention, "precision": precision,
-        }  # fmt: skip
+        self.settings = {**_settings(momentum, nu, convention, precision), "beta2": beta2}
         self.by_heads = by_heads
         super().__init__(params, lr, moments=moments, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -321,6 +314,11 @@ class Dion2(_WholeMatrices):
         self.moments.save(sum_BMN, state, "exp_avg", step.bucket.noise)
         found_BMK = direction_of(chosen_BMK, layout, group["precision"])
         return torch.zeros_like(gradient_BMN).scatter_(2, index_BMK, found_BMK)
+
+
+def _settings(momentum: float, nu: float | None, convention: Convention, precision: Precision) -> dict[str, Any]:
+    """The settings of a group that steps along `orthogonalised_momentum`."""
+    return {"momentum": momentum, "nu": nu, "convention": convention, "precision": precision}
 
 
 def _brought_to(norm_B: Tensor, direction_BMN: Tensor, layout: Layout) -> Tensor:

@@ -21,6 +21,7 @@ from lightspan.errors import UserError
 from lightspan.memory import rss_bytes
 from lightspan.optim.low_rank import LowRank
 from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.planning.division import Division
 from lightspan.planning.outcome import in_mib
 from lightspan.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
@@ -340,7 +341,7 @@ class _Step:
         """As trained, but none reads whether gradients are finite, which fake ones cannot tell."""
         found = self._optimizers()
         for optimizer in found:
-            if isinstance(optimizer, MatrixOptimizer):
+            if isinstance(optimizer, MatrixOptimizer | RandomSubspace):
                 optimizer.check_finite = False
         return found
 

@@ -131,7 +131,7 @@ class _Step(Callback):
 
     @contextlib.contextmanager
     def blames_batch(self) -> Iterator[None]:
-        """An error inside the training step is told as that of the micro-batch on which it was to be taken."""
+        """An error inside the training step is reported as that of the micro-batch on which it was to be taken."""
         try:
             yield
         except (UserError, _Done):

@@ -168,7 +168,7 @@ class Fastfood(Projection):
     scatter.
 
     Coordinates beyond L have no effect: a tensor with fewer weights than that sees the first L of them, which matters
-    for only for `PerTensor`. A slice costs as much as all rows.
+    only for `PerTensor`. A slice costs as much as all rows.
     """
 
     def __init__(self, size: int, dim: int, seed: int = 0) -> None:
@@ -181,12 +181,12 @@ class Fastfood(Projection):
         index = torch.int32 if self.length < 2**31 else torch.int64
         self.order_L = torch.randperm(self.length, generator=generator).to(index)
         self.normal_L = torch.empty(self.length)
-        squares = 0.0
+        squares = torch.zeros((), dtype=torch.float64)  # no number of Python's, so that a plan can pass shapes alone
         for part in self.normal_L.split(_DRAWN_AT_ONCE):
             part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
-            squares += float(part.double().square().sum())
+            squares += part.double().square().sum()
         # `walsh_hadamard` is orthonormal: H is sqrt(L) times it, and sqrt(M) of the first H is in the short transform.
-        self.scale_d = signs_d * (self.length * self.short / (size * squares)) ** 0.5
+        self.scale_d = signs_d * (self.length * self.short / (size * squares)).sqrt()
 
     def _push(self, z_d: Tensor, start: int, stop: int) -> Tensor:
         padded_M = z_d.new_zeros(self.short)

@@ -88,7 +88,7 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
 
 
 def stand_ins() -> dict[str, list[str]]:
-    """Recipe -> overlays in the place of weights and data that are not here: each names the recipe that it is for."""
+    """Recipe -> overlays that replace weights and data that are not here: each names the recipe that it is for."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in Path(lightspan.recipes.__file__).parent.glob("scale/stand_ins_*.yaml"):
         for name in re.findall(r"lightspan plan (\S+) -c", path.read_text()):

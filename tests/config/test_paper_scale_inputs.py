@@ -39,8 +39,10 @@ FIRST = {name.split("/")[0]: name for name in reversed(RECIPES)}
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    gc.freeze()  # the collection below searches what the test made, not all modules and caches
     yield
     gc.collect()  # trainers and models refer to one another, and dozens of large networks would wait for it
+    gc.unfreeze()
 
 
 def takes_a_batch(built: Built) -> bool:

@@ -40,4 +40,4 @@ def test_what_is_hidden_on_the_command_line_is_refused_in_a_configuration(text):
 def test_a_commit_is_no_secret():
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert find_secrets_and_placeholders(wrap({"revision": commit}, "r.yaml:1")) == []
-    assert redacted([f"revision={commit}"]) == ["revision=***"]  # it may be an old key all the same
+    assert redacted([f"revision={commit}"]) == ["revision=***"]  # it may still be an old key

@@ -1,4 +1,4 @@
-"""Data workers: they end with the process they work for, and their death is told in one sentence."""
+"""Data workers: they end with the process they work for, and their death is reported in one sentence."""
 
 import gc
 import multiprocessing

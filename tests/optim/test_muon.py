@@ -109,7 +109,7 @@ def test_torchs_muon(theirs, convention, nesterov) -> None:
 
 @every_rule
 def test_in_bfloat16_directions_err_no_more_than_torchs(kind) -> None:
-    """Apart from the momentum, which is in float32 all the same."""
+    """Apart from the momentum, which stays in float32."""
     shapes = [(64, 32), (32, 64), (48, 48)]
     moved = []
     for precision, dtype in (("float32", torch.float64), ("bfloat16", torch.float32)):

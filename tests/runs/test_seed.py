@@ -1,4 +1,4 @@
-"""A run whose recipe names no seed has one all the same, and says which."""
+"""A run whose recipe names no seed still has one, and says which."""
 
 import json
 import shutil

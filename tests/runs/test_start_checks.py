@@ -1,4 +1,4 @@
-"""What is told before the first step, and not in mid-run: schedules that end early, data without a place."""
+"""What is reported before the first step, and not in mid-run: schedules that end early, data without a place."""
 
 import warnings
 from pathlib import Path

@@ -64,7 +64,7 @@ class SIE(Method):
             the loss is VICReg's.
         predictor: (embedding [B E], relation [B K]) -> [B E]; `lightspan.nn.heads.hyper_linear.HyperLinear` in the
             paper.
-        relation: what of the views' parameters the predictor is told.
+        relation: what of the views' parameters the predictor gets.
         invariance_weight, variance_weight, covariance_weight: s, sd and c, >= 0.
         equivariance_factor: of the equivariance, times s; >= 0.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.

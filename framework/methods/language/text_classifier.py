@@ -18,6 +18,9 @@ from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import require_encoder, texts_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 
+COLUMNS = ("tokens", "mask", "token_types")
+"""Fields of a batch with a column for each position."""
+
 
 class TextClassifier(Method):
     """Trains `backbone`, a transformers encoder, and a new linear head with cross-entropy, on single texts or on pairs.
@@ -43,13 +46,18 @@ class TextClassifier(Method):
         self.takes_types = "token_type_ids" in inspect.signature(backbone.forward).parameters
         self.head = nn.Linear(backbone.config.hidden_size, num_classes)
 
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """In a run, leaves out the columns that are padding in every row, which only cost time."""
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        # A plan counts full rows, and its batches have no numbers.
+        running = self._trainer is not None and self._trainer.state.stage is not None
+        return _trimmed(batch) if running else batch
+
     def features(self, batch: LabelledTextBatch | LabelledPairBatch) -> Tensor:
         """Mean of the last states over the mask, [B D]."""
         tokens_BT, mask_BT = texts_of(batch, "TextClassifier")
-        longest = max(1, int(mask_BT.sum(dim=1).max()))  # columns that are padding in every row only cost time
-        tokens_BT, mask_BT = tokens_BT[:, :longest], mask_BT[:, :longest]
         types_BT: Any = batch.get("token_types") if self.takes_types else None
-        types = {} if types_BT is None else {"token_type_ids": types_BT[:, :longest]}
+        types = {} if types_BT is None else {"token_type_ids": types_BT}
         states_BTD = self.backbone(input_ids=tokens_BT, attention_mask=mask_BT, **types).last_hidden_state
         return masked_mean(states_BTD, mask_BT)
 
@@ -78,3 +86,8 @@ class TextClassifier(Method):
         loss, accuracy = self.loss_and_accuracy(batch)
         figures = {f"{stage}/loss_nats": loss, f"{stage}/accuracy": accuracy}
         self.log_dict(figures, batch_size=len(batch["tokens"]), prog_bar=True, sync_dist=True)
+
+
+def _trimmed(batch: LabelledTextBatch | LabelledPairBatch) -> dict[str, Any]:
+    longest = max(1, int(texts_of(batch, "TextClassifier")[1].sum(dim=1).max()))
+    return {name: value[:, :longest] if name in COLUMNS else value for name, value in batch.items()}

@@ -41,7 +41,7 @@ class CAE(Method):
         regressor, decoder: of the backbone's width; the decoder's outputs are V, or the numbers of a patch, and
             out_features=None takes what is needed.
         tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. One
-            with `settle` is told the height, width and channels of the backbone's patches. None: pixels.
+            with `settle` is given the height, width and channels of the backbone's patches. None: pixels.
         masks: hides equally many patches of each image; None hides half of them by blocks of 16 and more.
         alignment_weight: >= 0; at 0 the second pass of the encoder is left out.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.

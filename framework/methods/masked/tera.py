@@ -5,7 +5,7 @@ Source: Liu, Li, Lee, "TERA: Self-Supervised Learning of Transformer Encoder Rep
 cells, so that wide bands weigh more than blocks of frames; what is labelled says
 `lightspan.nn.masking.spectrogram_alterations`.
 Differences: a step without any labelled cell has loss 0 and leaves the weights to the optimiser, where the code ends
-with an error; the end of a recording is told by its length, where the code ends it at the first frames whose features
+with an error; a recording ends where its length says, where the code ends it at the first frames whose features
 add up to zero; draws are functions of seed, step and recording.
 Unverified: that the head's hidden layer is as wide as the encoder, as in BERT.
 Shapes: B recordings of this rank, S samples, T frames, F mel bands, D width of the encoder.

@@ -50,7 +50,7 @@ def test_sub_folders_are_classes_and_a_share_of_each_validates(
     assert "recordings: 9 for training and 3 for validation, at 16,000 Hz, of at most 0.3 s, 2 classes" in printed
     again = folder(tmp_path, seed=7)
     again.setup()
-    assert again.train.files == data.train.files  # the split hangs on names alone
+    assert again.train.files == data.train.files  # the split depends on names alone
 
 
 def test_files_in_no_sub_folder_have_no_labels_and_every_format_is_read(tmp_path: Path) -> None:

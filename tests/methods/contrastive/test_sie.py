@@ -1,4 +1,4 @@
-"""SIE: its terms by hand and against VICReg's, what the predictor is told, ranks, and what it refuses."""
+"""SIE: its terms by hand and against VICReg's, what the predictor gets, ranks, and what it refuses."""
 
 from functools import partial
 from pathlib import Path

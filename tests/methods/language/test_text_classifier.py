@@ -7,12 +7,15 @@ import warnings
 import pytest
 import torch
 from lightning import Trainer
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
 from lightspan.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.planning.rehearsal import prepare_model
+from lightspan.planning.step_memory import faked
 
 
 def model(num_classes: int = 3) -> TextClassifier:
@@ -49,13 +52,25 @@ def test_features_are_the_mean_over_a_texts_own_tokens_whatever_padding_holds() 
     torch.testing.assert_close(method.features(scribbled), features)
 
 
-def test_columns_of_padding_alone_are_not_computed() -> None:
+def test_a_run_does_not_compute_columns_of_padding_alone_and_a_plan_counts_full_rows() -> None:
     method, given, widths = model(), batch(), []
     method.backbone.register_forward_pre_hook(
         lambda _, __, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
     )
-    method.features(given)
-    assert widths == [8]
+    rows = [{name: tensor[row] for name, tensor in given.items()} for row in range(4)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(enable_checkpointing=False, max_steps=1, **quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(method, DataLoader(rows, batch_size=4))
+        trainer.predict(method, DataLoader(rows, batch_size=2))
+    assert widths == [8, 5, 8]
+
+    planned = model()
+    prepare_model(Trainer(enable_checkpointing=False, **quiet), planned, None)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, faked(planned, mode):
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+        assert planned.features(planned._on_before_batch_transfer(zeros)).shape == (4, 16)
 
 
 def test_an_untrained_head_of_zeros_costs_the_logarithm_of_the_classes() -> None:

@@ -63,7 +63,7 @@ def test_guesses_depend_on_the_second_view_and_not_on_hidden_pixels() -> None:
     blind = torch.where(is_hidden, 7.0, first.view(6, 1, 4, 3, 4, 3)).view_as(first)
     torch.testing.assert_close(model.guess(blind, second, seen, hidden), guess, rtol=0, atol=1e-6)
     assert not torch.allclose(model.guess(first, second.flip(0), seen, hidden), guess, atol=1e-3)
-    # Each patch of the second view counts, by its place: it is seen whole, and its order is told.
+    # Each patch of the second view counts, by its place: it is seen whole, and in its order.
     for y, x in ((0, 0), (9, 9)):
         changed = second.clone()
         changed[:, :, y : y + 3, x : x + 3] += 1

@@ -92,7 +92,7 @@ def test_one_date_is_mae_with_the_same_weights() -> None:
     theirs.decoder.sequence = At(theirs.decoder.sequence, table)  # type: ignore[assignment]
     given = batch(1, (12, 12))
     views = {"views": [given["image"].squeeze(2)], "index": given["index"]}
-    # A draw hangs on the number of patches alone, so both hide the same.
+    # A draw depends on the number of patches alone, so both hide the same.
     torch.testing.assert_close(ours.training_step(given, 0), theirs.training_step(views, 0), rtol=1e-5, atol=1e-6)
 
 

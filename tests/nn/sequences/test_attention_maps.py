@@ -1,4 +1,4 @@
-"""Attention that is read while a network runs: it is the network's own, layer by layer, and knows what it hangs on."""
+"""Attention that is read while a network runs: it is the network's own, layer by layer, with all that it depends on."""
 
 import pytest
 import timm
