@@ -77,7 +77,9 @@ class Capture:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / CAPTURE} cannot be read: {one_line(error)[:200]}") from error
         counts = (capture.step, capture.epoch, capture.ranks, capture.accumulate)
-        sound = all(type(count) is int and count >= 0 for count in counts) and isinstance(capture.broken, list)
+        sound = all(type(count) is int and count >= 0 for count in counts)
+        sound = sound and isinstance(capture.broken, list) and isinstance(capture.remarks, list)
+        sound = sound and all(type(rank) is int and 0 <= rank < capture.ranks for rank in capture.broken)
         if not sound or capture.ranks < 1 or capture.accumulate < 1:
             raise UserError(f"{folder / CAPTURE} has numbers that no run has; it is damaged")
         return capture

@@ -45,12 +45,20 @@ def tidy(axes: Any) -> None:
 def png(figure: Any) -> bytes:
     """The figure as PNG bytes. Software and date are left out, so that equal pictures are equal bytes.
 
+    Every text is shown as it is: a name with two dollars is no formula, which only numbers on logarithmic axes are.
     Letters that matplotlib's own font lacks, such as those of a class called 猫, are drawn with a font of this machine
     that has them, and escaped where none has: \\u732b.
     """
     from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
 
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if not isinstance(axis.get_major_formatter(), LogFormatter):
+            for label in axis.get_ticklabels():
+                label.set_parse_math(False)
     for text in figure.findobj(Text):
+        if text.get_parse_math():
+            text.set_text(text.get_text().replace("$", r"\$"))
         if not text.get_text().isascii():
             shown, families = with_letters(text.get_text())
             text.set(text=shown, fontfamily=families)

@@ -150,7 +150,19 @@ def test_the_record_comes_back(tmp_path):
     assert Capture.read(tmp_path) == WHOLE
 
 
-@pytest.mark.parametrize("change", [{"step": -1}, {"ranks": 0}, {"accumulate": "2"}, {"broken": 1}, {"step": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1},
+        {"ranks": 0},
+        {"accumulate": "2"},
+        {"broken": 1},
+        {"broken": [9]},
+        {"broken": [[]]},
+        {"step": None},
+        {"remarks": 5},
+    ],
+)
 def test_a_record_with_numbers_that_no_run_has_is_refused(tmp_path, change):
     dataclasses.replace(WHOLE, **change).write(tmp_path)
     with pytest.raises(UserError, match="damaged"):

@@ -23,3 +23,15 @@ def test_a_picture_with_any_names_is_drawn_without_warnings() -> None:
         warnings.simplefilter("error")
         assert png(figure).startswith(b"\x89PNG")
     assert label.get_text().endswith(r"\U0010fffe")
+
+
+def test_a_name_with_dollars_is_no_formula_and_the_numbers_of_a_logarithmic_axis_are() -> None:
+    name = r"$\frac$"
+    figure, ((left, middle, right),) = canvas(name, panels=(1, 3))
+    left.plot([1, 1000], [0, 1], label=name)
+    left.set(xscale="log", ylabel=name)
+    left.legend()
+    middle.barh([name, "b"], [1, 2])
+    right.set_xticks([0, 1], [name, "b"])
+    assert png(figure).startswith(b"\x89PNG")
+    assert left.get_xticklabels()[2].get_parse_math()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightspan.array_files import read_array
 from lightspan.datamodules.audio.sound import SOUNDS, header, read
 from lightspan.datamodules.satellite.tiffs import read_tiff
-from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
+from lightspan.datamodules.shards.headers import UNDECODABLE, open_image, require_all_rows
 from lightspan.errors import UserError, one_line
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -32,6 +32,7 @@ def decode_image(content: bytes, background: int | None = None, least: int | Non
     with open_image(content) as image:
         if least is not None:
             image.draft("RGB", (least, least))  # leaves all but JPEGs as they are
+        require_all_rows(image, content)
         return rgb(image, background)
 
 
@@ -68,6 +69,7 @@ def decode_mask(content: bytes) -> Tensor:
                 f"it has {len(image.getbands())} channels ({image.mode}), and a mask has one; save it as grey, or with "
                 "a palette"
             )
+        require_all_rows(image, content)
         numbers_HW = np.asarray(image)
     return torch.from_numpy(numbers_HW.astype(np.uint8 if numbers_HW.dtype.itemsize == 1 else np.int32))
 

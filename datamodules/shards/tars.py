@@ -21,6 +21,17 @@ MOST_PADDING = 2**26
 """Bytes of zeros after the end mark; writers fill up blocks of some kilobytes."""
 
 
+MOST_EXTENDED = 2**16
+"""Bytes of a header that extends the next one: a long name, or attributes, which tarfile searches in quadratic time."""
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
 class TarMember(NamedTuple):
     """A regular file of a tar. Its headers and padded content are bytes [start, end) of the tar."""
 
@@ -60,6 +71,11 @@ def read_members(
             Header.end_seen = Header.end_seen or (len(buf) == tarfile.BLOCKSIZE and not any(buf))
             header = super().frombuf(buf, encoding, errors)
             check_size(header)
+            if header.type in _EXTENDED and header.size > MOST_EXTENDED:
+                raise UserError(
+                    f"shard {shard} has a name or attributes of {header.size:,} bytes, above the limit of "
+                    f"{MOST_EXTENDED:,}; write it again with shorter names and without extended attributes"
+                )
             return header
 
     end = 0
@@ -92,7 +108,7 @@ def read_members(
                         f"shard {shard} continues after the end mark at byte {end}, like tars that were joined without "
                         "`tar --concatenate`; no reader sees what is there, so write it as separate shards"
                     )
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(

@@ -16,7 +16,7 @@ from lightspan.checkpoints.manifest import (
 )
 from lightspan.commands.arguments import folder
 from lightspan.errors import UserError, printable
-from lightspan.files import explained_os_errors, irregular, leftovers, put_back, remove
+from lightspan.files import explained_os_errors, irregular, leftovers, put_back, refuse_link_out, remove
 from lightspan.run_files import CHECKPOINTS
 
 QUARANTINE = "quarantine"
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.run_folder / CHECKPOINTS
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} does not exist; name a run folder, which contains {CHECKPOINTS}/")
+    for inside in (folder, folder / QUARANTINE):
+        refuse_link_out(inside, args.run_folder, "its run folder")  # files would be moved there
     if not args.dry_run:
         put_back(folder)
     found = {path: fault(path) or _unusable(path) for path in checkpoints(folder)}

@@ -19,6 +19,7 @@ from lightspan.intrinsic.fits import recipe_of, references_of, require_rate, tra
 from lightspan.intrinsic.search import Fit, SearchSettings, search
 from lightspan.run_files import CURVE, RESULT
 from lightspan.runs.fits import exits_on_sigterm
+from lightspan.runs.folder import run_folder
 
 NOT_REACHED = 1
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.lrs != [None]:
         require_rate(resolved, settings.lr_key)
     recipe_of(resolved, settings, Fit(settings.grid[-1], settings.lrs[0], 0))  # complains before anything starts
+    run_folder(settings.out, resolved.name)  # refuses links out of it
     with exits_on_sigterm():
         references = references_of(resolved, settings)
         curve = search(settings, references, lambda fits: train(resolved, settings, fits))

@@ -1,6 +1,8 @@
 """`lightspan replay RUN`: takes a step again whose numbers were not finite, and names where that begins."""
 
 import argparse
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,9 +87,10 @@ def _chosen(captured: Path, step: int | None) -> Path:
     return found[step]
 
 
-def _order(capture: "Capture") -> list[int]:
+def _order(capture: "Capture") -> Iterator[int]:
     """Ranks whose own loss was not finite first."""
-    return sorted(range(capture.ranks), key=lambda rank: rank not in capture.broken)
+    others = (rank for rank in range(capture.ranks) if rank not in capture.broken)  # a file may claim any number
+    return chain(dict.fromkeys(capture.broken), others)
 
 
 def _report(by_rank: "dict[int, list[NotFinite]]", capture: "Capture") -> list[str]:

@@ -36,6 +36,7 @@ from lightspan.scaling.study import (
     Study,
     joined,
     read,
+    read_sweep,
     refuse_seed_flags,
     sizes_of,
     sweep_of,
@@ -109,7 +110,7 @@ def _begun(args: argparse.Namespace) -> tuple[Study, Sweep, Path]:
     words += [*length_flags(resolved, study), *allow_options(args.allow_modules)]
     sweep = sweep_of(args.recipe, words, sizes, seeds, args.seed_keys)
     if args.out is not None and (args.out / SCALING).is_file():
-        before = files.read(args.out)
+        before = read_sweep(args.out)
         sweep = joined(before, replace(sweep, metric=before.metric, mode=before.mode), args.out)
         if (found := read(args.out)) != study:
             raise UserError(f"{args.out} contains another curve ({found.text()}; {found.samples:,} samples in all)")
@@ -121,7 +122,7 @@ def _begun(args: argparse.Namespace) -> tuple[Study, Sweep, Path]:
 
 def _continued(args: argparse.Namespace, place: Path) -> tuple[Study, Sweep, Path]:
     """`lightspan scaling DIR`: the curve of a folder, with more sizes and seeds if some are given."""
-    study, before = read(place), files.read(place)
+    study, before = read(place), read_sweep(place)
     for option in ("--out", "--steps", "--classes", *DATA_OPTIONS):
         if option_value(args, option) is not None:
             raise UserError(f"{option} belongs to a new curve; {place} is continued as its {SCALING} says")
@@ -139,7 +140,7 @@ def _continued(args: argparse.Namespace, place: Path) -> tuple[Study, Sweep, Pat
 
         own = [word for word in before.arguments if not word.startswith(ENTRY)]
         _require(whole_of(resolved_from(fit_arguments([before.recipe, *own]))), sweep, study)
-    return study, sweep, place.absolute()
+    return study, sweep, run_folder(place, sweep.recipe)
 
 
 def _require(whole: "Whole", sweep: Sweep, study: Study) -> None:

@@ -28,6 +28,7 @@ from lightspan.config.flags import allow_options
 from lightspan.config.resolve import Resolved, merged, recorded
 from lightspan.config.secrets import redacted
 from lightspan.errors import UserError, print_notes, printable
+from lightspan.files import refuse_link_out
 from lightspan.launch.job import Array
 from lightspan.run_files import RESOLVED, SWEEP
 from lightspan.runs.direction import Mode, mode_of
@@ -314,6 +315,7 @@ def _one_task(args: argparse.Namespace, sweep: Sweep, out: Path | None) -> int:
     if not number < len(sweep.trials):
         raise UserError(f"--task {number}: this sweep has {len(sweep.trials)} runs, numbered from 0")
     trial = sweep.trials[number]
+    refuse_link_out(out / trial.run, out, "its sweep")
     if is_first_rank() and not (out / SWEEP).exists():
         write(out, sweep)
     if status_of(out / trial.run) is Status.DONE:

@@ -28,6 +28,7 @@ from lightspan.config.annotations import (
     takes_class_itself,
     takes_only_plain,
 )
+from lightspan.config.flags import NAME
 from lightspan.config.merge import CLASS_SETTINGS, KEYED
 from lightspan.config.parts import TRAINER
 from lightspan.config.problems import Problem, nearest
@@ -198,6 +199,8 @@ class _Checker:
             self.say(node, path, "give the entry a name: {my_name: {class_path: ..., init_args: ...}}")
             return
         for name, child in node.value.items():
+            if not NAME.fullmatch(str(name)):  # in a flag of a job, more would be a value of the command line
+                self.say(child, path, f"{str(name)[:80]!r} is no name that a flag can have: letters, digits, _ and -")
             if not isinstance(child.value, dict) or "class_path" not in child.value:
                 others = [other for other, spec in node.value.items() if spec.child("class_path") is not None]
                 self.incomplete(child, (*path, name), nearest(name, others))

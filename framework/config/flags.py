@@ -6,7 +6,10 @@ from collections.abc import Collection, Sequence
 from lightspan.config.tree import COMMAND_LINE, MAX_DEPTH, Key, Node, parse
 from lightspan.errors import UserError
 
-_KEY = r"[A-Za-z_][\w-]*(?:\.[\w-]+)*"
+_NAME = r"[A-Za-z_][\w-]*"
+NAME = re.compile(_NAME)
+"""What a flag can name as one part of a key."""
+_KEY = rf"{_NAME}(?:\.[\w-]+)*"
 _ASSIGNMENT = re.compile(rf"^({_KEY})=(.*)$", re.DOTALL)
 _OPTION_WITH_VALUE = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)=(.*)$", re.DOTALL)
 _OPTION = re.compile(r"^--([A-Za-z_]\w*(?:\.[\w-]+)+|seed_everything)$")

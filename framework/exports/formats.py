@@ -3,7 +3,8 @@
 Shapes: B samples, C H W picture, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,17 @@ def _prepared(request: Request) -> Request:
 
 def _read(request: Request) -> Reading:
     batch, moments = example_batch(request.built, request.shape)
+    return reading_of(request.built.model, batch, moments, request.what, _blames_shape(request))
+
+
+@contextmanager
+def _blames_shape(request: Request) -> Iterator[None]:
+    """For the call of the method: whatever a network says of pictures that are not for it names --shape."""
     try:
-        return reading_of(request.built.model, batch, moments, request.what)
-    except Exception as error:  # whatever a network says of pictures that are not for it
+        yield
+    except NotImplementedError:  # there is nothing to call, whatever the shape is
+        raise
+    except Exception as error:
         if request.shape is None:
             raise
         raise UserError(

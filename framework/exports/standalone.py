@@ -4,6 +4,7 @@ Shapes: B samples, C H W picture, D features.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -142,7 +143,11 @@ class _Noting(dict[str, Any]):
 
 
 def reading_of(
-    method: nn.Module, batch: Any, moments: tuple[Tensor, Tensor] | None, what: What = "features"
+    method: nn.Module,
+    batch: Any,
+    moments: tuple[Tensor, Tensor] | None,
+    what: What = "features",
+    calling: AbstractContextManager[None] | None = None,
 ) -> Reading:
     """Runs the method on a batch once and finds which fields it reads.
 
@@ -153,6 +158,7 @@ def reading_of(
         method: on the CPU, in float32 and in evaluation mode.
         batch: as the data give it. Of views, the first one is the picture.
         moments: mean and deviation of its pictures, each [C 1 1], if they are known.
+        calling: surrounds the call of the method, and may explain its errors.
     Raises: UserError for a method that does not give one tensor with a row for each sample, or reads no tensor.
     """
     if not isinstance(batch, Mapping):
@@ -164,7 +170,7 @@ def reading_of(
     if "image" not in fields and (views := fields.pop("views", None)):
         fields["image"] = views[0]
     noting = _Noting(fields)
-    found = _tried(method, noting, what)
+    found = _tried(method, noting, what, calling or nullcontext())
     read = {name: value for name, value in noting.read.items() if isinstance(value, Tensor) and value.dim()}
     if not read or not isinstance(found, Tensor) or len(found) != len(next(iter(read.values()))):
         raise UserError(
@@ -180,11 +186,11 @@ def reading_of(
     return Reading(examples, moments)
 
 
-def _tried(method: nn.Module, batch: _Noting, what: What) -> Any:
+def _tried(method: nn.Module, batch: _Noting, what: What, calling: AbstractContextManager[None]) -> Any:
     if what == "features" and not callable(getattr(method, "features", None)):
         raise UserError(f"{type(method).__name__} has no features(batch); add it, or export --what predict")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), calling:
             return answer(method, batch, what)
     except NotImplementedError as error:  # torch's forward, which Lightning's predict_step calls
         raise UserError(

@@ -39,16 +39,14 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
 
     Args:
         make: also make it, on the first rank.
-    Raises: UserError if it cannot be made, contains a link that leads out of it, or if ranks started by another program
-        would each choose their own.
+    Raises: UserError if it cannot be made, contains a link that leads out of it, a pipe or a device, or if ranks
+        started by another program would each choose their own.
     """
     if given is not None:
         folder = given.absolute()
         if make and is_first_rank():
             _make(folder, exist_ok=True)
-            for inside, folders, files in os.walk(folder):
-                for name in (*folders, *files):
-                    refuse_link_out(Path(inside, name), folder, "its run folder")  # it would be written through
+            _refuse_what_leads_out(folder)
         return folder
     if _RUN_VARIABLE in os.environ and not is_first_rank():
         return Path(os.environ[_RUN_VARIABLE])
@@ -65,6 +63,18 @@ def run_folder(given: Path | None, name: str, make: bool = True) -> Path:
             break
     os.environ[_RUN_VARIABLE] = str(folder)
     return folder
+
+
+def _refuse_what_leads_out(folder: Path) -> None:
+    """Raises: UserError for a link out of the folder, through which a run would write, and for a pipe or a device, on
+    which it would wait.
+    """
+    for inside, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            refuse_link_out(Path(inside, name), folder, "its run folder")
+        for path in (Path(inside, name) for name in files):
+            if (reason := irregular(path)) and os.path.lexists(path):  # one that is not there by now was temporary
+                raise UserError(f"{path} {reason}; remove it, or give another --run DIR")
 
 
 def _make(folder: Path, exist_ok: bool) -> None:
@@ -167,9 +177,10 @@ def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, None if the run never had one; torn ones are named on stderr.
 
-    Raises: UserError if there are checkpoints but none of them is whole.
+    Raises: UserError if there are checkpoints but none of them is whole, and for a link out of the run folder.
     """
     folder = run_dir / CHECKPOINTS
+    refuse_link_out(folder, run_dir, "its run folder")  # files in it may be renamed
     put_back(folder)
     found, passed = newest_whole(folder, contents=is_first_rank())
     reasons = [f"{path} {fault.text}" for path, fault in passed.items()]

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import mmap
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lightspan.files import opened
+from lightspan.foreign import BYTES
 from lightspan.runs.direction import Better
-from lightspan.runs.json_lines import json_lines, value_of
+from lightspan.runs.json_lines import LONGEST, json_lines, value_of
 
 AXES = ("step", "time_s", "epoch")
 """Keys of a line that are no metrics."""
@@ -105,12 +107,13 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap | None]:
-    """The content of a regular file that is not empty; None for any other."""
+    """The content of a regular file that is neither empty nor above the limit of `BYTES`; None for any other."""
     with opened(path) as file:
-        try:
-            content = None if file is None else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):  # an empty file cannot be mapped
-            content = None
+        content = None
+        with contextlib.suppress(OSError, ValueError):  # an empty file cannot be mapped
+            if file is not None:
+                BYTES.require(os.fstat(file.fileno()).st_size)
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             yield content
         finally:
@@ -135,6 +138,8 @@ def _begin(content: mmap.mmap, end: int) -> int:
 
 
 def _object(content: mmap.mmap, begin: int, end: int) -> dict[str, Any] | None:
+    if end - begin > LONGEST:
+        return None
     try:
         found = value_of(content[begin:end].decode(errors="replace"))
     except ValueError:

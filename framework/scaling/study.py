@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from lightspan.errors import UserError
 from lightspan.files import write_atomic
-from lightspan.run_files import SCALING
+from lightspan.run_files import SCALING, SWEEP
 from lightspan.runs.direction import Mode
-from lightspan.sweeps.files import MOST_BYTES, SEED_KEY, Sweep, Trial, differences
+from lightspan.sweeps import files
+from lightspan.sweeps.files import SEED_KEY, Sweep, Trial, differences, record_in
 from lightspan.sweeps.points import Choices
 
 SUBSET = "lightspan.datamodules.loading.subset.TrainingSubset"
@@ -70,6 +71,20 @@ def sweep_of(
     )  # fmt: skip
 
 
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep of a folder of a curve. Raises: UserError as `files.read`, and for a sweep over anything but sizes."""
+    sweep = files.read(folder)
+    axis = sweep.keys.get(SIZE_KEY)
+    sizes = axis.values if isinstance(axis, Choices) and len(sweep.keys) == 1 else ()
+    if (
+        not sizes
+        or not all(type(size) is int and size >= 1 for size in sizes)
+        or SUBSET_SEED_KEY not in sweep.seed_keys
+    ):
+        raise UserError(f"{folder / SWEEP} is not a sweep over {SIZE_KEY} and its seed, which a curve is")
+    return sweep
+
+
 def sizes_of(sweep: Sweep) -> tuple[int, ...]:
     return tuple(sweep.keys[SIZE_KEY].grid())
 
@@ -113,10 +128,7 @@ def read(folder: Path) -> Study:
     """Raises: UserError if there is no scaling.json, or it is not one that `write` writes."""
     path = folder / SCALING
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES:,} bytes")
-        found = json.loads(path.read_bytes())["study"]
-        study = Study(**found)
+        study = Study(**record_in(path)["study"])
         numbers = (study.length, study.samples, study.batch_size, 1 if study.classes is None else study.classes)
         if study.policy not in POLICIES or not all(type(number) is int and number >= 1 for number in numbers):
             raise ValueError("a value is out of its range")

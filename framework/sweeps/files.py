@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lightspan.config.key_names import short_names
 from lightspan.errors import UserError
-from lightspan.files import write_atomic
+from lightspan.files import irregular, read_small, write_atomic
 from lightspan.run_files import SWEEP
 from lightspan.runs.direction import Mode
 from lightspan.sweeps.points import Axis, Choices, Settings, axis_from, drawn, flags_of, grid, written
@@ -134,14 +134,23 @@ def read(folder: Path) -> Sweep:
     """Reads a sweep folder. Raises: UserError if there is no sweep.json, or it is not one that `write` writes."""
     path = folder / SWEEP
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES:,} bytes")
-        return _sweep(json.loads(path.read_bytes()))
+        return _sweep(record_in(path))
     except OSError as error:
         raise UserError(f"{folder} is not the folder of a sweep: {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is not what `lightspan sweep` writes: {said}") from error
+
+
+def record_in(path: Path) -> Any:
+    """The JSON of a record of this folder or of one beside it, which others may have written.
+
+    Raises: OSError if nothing is there; ValueError for what is no regular file, is too large, or is no JSON.
+    """
+    path.stat()
+    if (content := read_small(path, MOST_BYTES)) is None:
+        raise ValueError(f"it {irregular(path) or f'has more than {MOST_BYTES:,} bytes, or cannot be opened'}")
+    return json.loads(content)
 
 
 def differences(before: Sweep, now: Sweep) -> list[str]:

@@ -255,10 +255,11 @@ def _choices(shown: str, values: tuple[Any, ...]) -> Choices:
         raise UserError(f"{shown}: a sweep runs through finite values only")
     if json.loads(json.dumps(values)) != list(values):
         raise UserError(f"{shown}: the keys of a mapping must be text here; put them into quotes")
-    texts = [json.dumps(value) for value in values]
-    twice = next((value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1), values)
-    if twice is not values:
-        raise UserError(f"{shown}: {written(twice)} is given twice")
+    seen: set[str] = set()
+    for value in values:
+        if (text := json.dumps(value)) in seen:
+            raise UserError(f"{shown}: {written(value)} is given twice")
+        seen.add(text)
     if len(values) < 2:
         raise UserError(f"{shown}: a list needs at least two values")
     return Choices(values)

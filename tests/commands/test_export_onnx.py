@@ -119,6 +119,10 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(run_dir: Path, tmp_pa
         UserError, match=r"--shape 3,8,9: .* cannot read such pictures \(.*the shape that it was trained"
     ):
         run_export(run_dir, "--to", "torch-export", "--shape", "3,8,9")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightspan.methods.supervised.classifier.Classifier.features", lambda *_: "no tensor")
+        with pytest.raises(UserError, match=r"^Classifier.features .* gives a str"):  # not the fault of --shape
+            run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8")
     assert run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8") == 0
     images = torch.randn(2, 1, 8, 8)
     program = torch.export.load(run_dir / "export" / "torch-export" / "model.pt2").module()

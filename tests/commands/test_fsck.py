@@ -216,3 +216,18 @@ def test_leftovers_with_odd_names_are_moved_too(checkpoints, tmp_path):
     (checkpoints / ".lightspan-.tmp").write_text("")
     assert main(["fsck", str(tmp_path)]) == 1
     assert names(checkpoints / "quarantine") == {"lightspan-x.old", "lightspan-.tmp"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/quarantine"])
+def test_a_link_out_of_the_run_is_refused_and_nothing_moves_through_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, link = tmp_path / "theirs", tmp_path / "run" / name
+    theirs.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(theirs)
+    (tmp_path / "run" / "checkpoints" / "torn.ckpt").write_text("torn")
+    before = names(theirs)
+    assert main(["fsck", str(tmp_path / "run")]) == 2
+    assert f"{name} is a link" in capsys.readouterr().err
+    assert names(theirs) == before

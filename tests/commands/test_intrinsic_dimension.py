@@ -194,6 +194,17 @@ def test_what_cannot_be_searched_is_told_before_any_run(stubbed, capsys, argumen
 
 @pytest.mark.runs
 @pytest.mark.usefixtures("_project")
+def test_a_folder_with_a_link_out_of_it_is_refused_before_anything_in_it_is_removed(stubbed, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").symlink_to(theirs)
+    assert intrinsic_dimension("--grid", "0,1", "--out", str(tmp_path / "out")) == 2
+    assert "runs is a link" in capsys.readouterr().err
+    assert not [*theirs.iterdir()]
+
+
+@pytest.mark.usefixtures("_project")
 def test_a_real_search_of_a_tiny_recipe(monkeypatch, tmp_path, capsys):
     """15 weights whose loss 40 steps of Adam bring down, in as many dimensions too."""
 

@@ -105,6 +105,15 @@ def test_a_damaged_file_of_a_rank_is_refused_with_the_field(broken, tmp_path, ca
     assert re.search(rf"rank-0\.safetensors:? {message}", capsys.readouterr().err)
 
 
+def test_a_capture_that_claims_any_number_of_ranks_is_replayed_until_one_is_missing(broken, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(broken, run)
+    (record,) = run.glob("captures/*/capture.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"ranks": 10**12, "broken": [10**12 - 1]}))
+    assert replay(run) == 2
+    assert f"rank-{10**12 - 1}.safetensors is missing" in capsys.readouterr().err
+
+
 def test_a_run_that_names_code_needs_the_leave_that_fit_needed(broken, capsys):
     assert main(["replay", str(broken)]) == 2
     assert "add --allow-module tiny_lab" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -17,10 +18,10 @@ from lightspan.cli import main
 from lightspan.commands import scaling as command
 from lightspan.datamodules.images.small import Digits
 from lightspan.errors import UserError
-from lightspan.run_files import SCALING, SCALING_PICTURE
+from lightspan.run_files import SCALING, SCALING_PICTURE, SWEEP
 from lightspan.runs.fits import Task
 from lightspan.scaling.data import Whole
-from lightspan.scaling.study import SUBSET
+from lightspan.scaling.study import SUBSET, SUBSET_SEED_KEY, read_sweep
 from lightspan.scaling.study import read as study_of
 from lightspan.sweeps import display
 
@@ -303,3 +304,57 @@ def ledger(run: Path) -> Any:
 
 def weights(run: Path) -> list[torch.Tensor]:
     return [*torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].values()]
+
+
+STUDY = {"policy": "equal", "length": 1, "samples": 99, "batch_size": 1}
+
+
+def foreign(keys: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """The folder of a curve that somebody else wrote."""
+    keys = {SUBSET_SIZE: {"values": [1, 2]}} if keys is None else keys
+    trials = [{"run": f"r{size}", "values": {SUBSET_SIZE: size}, "seed": 0} for size in (1, 2) if SUBSET_SIZE in keys]
+    record = {"recipe": "language/quickstart", "arguments": [], "method": "grid", "metric": None, "mode": "min"}
+    record |= {"keys": keys, "seeds": [0], "seed_keys": [SUBSET_SEED_KEY], "trials": trials, **changes}
+    folder = Path("foreign")
+    folder.mkdir(exist_ok=True)
+    (folder / SCALING).write_text(json.dumps({"study": STUDY, "outcome": None}))
+    (folder / SWEEP).write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": {"trainer.max_steps": {"values": [1, 2]}}},
+        {"keys": {SUBSET_SIZE: {"values": ["a", "b"]}}, "trials": []},
+        {"keys": {SUBSET_SIZE: {"log": [1, 9], "points": 2}}, "trials": []},
+        {"seed_keys": []},
+    ],
+)
+def test_a_folder_whose_sweep_is_no_curve_is_refused(changes: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", str(foreign(**changes))]) == 2
+    assert f"{SWEEP} is not a sweep over {SUBSET_SIZE}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [SCALING, SWEEP])
+def test_records_that_are_pipes_are_not_waited_for(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = foreign()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert main(["scaling", str(folder)]) == 2
+    capsys.readouterr()
+    with pytest.raises(UserError, match="a named pipe"):
+        (study_of if name == SCALING else read_sweep)(folder)
+
+
+@pytest.mark.parametrize("name", ["r1", "r1/output.txt"])
+def test_no_run_of_a_folder_writes_through_a_link_out_of_it(
+    name: str, stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, theirs = foreign(), tmp_path / "theirs"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(theirs)
+    theirs.mkdir() if name == "r1" else theirs.touch()
+    assert main(["scaling", str(folder)]) == 2
+    assert f"{name} is a link" in capsys.readouterr().err
+    assert not stub.started

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -406,6 +407,19 @@ def test_a_task_of_an_array_becomes_the_fit_of_its_trial(tmp_path: Path, straigh
     assert rows_of(second) == rows_of(straight / second.name)
     done = subprocess.run([sys.executable, "-m", "lightspan", *words], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"done before: {second}\n")
+
+
+def test_a_task_whose_run_is_a_link_out_of_the_sweep_is_refused(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*EXACT, f"{LR}=0.01,0.1", "--out", "out"]) == 0
+    run = Path("out", read(Path("out")).trials[0].run)
+    shutil.rmtree(run)
+    (tmp_path / "theirs").mkdir()
+    run.symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr(os, "execv", lambda *command: pytest.fail(f"started {command}"))
+    assert main(["sweep", "out", "--task", "0", "--allow-module", "tiny_lab"]) == 2
+    assert f"{run.name} is a link" in capsys.readouterr().err
 
 
 # --- arrays of jobs

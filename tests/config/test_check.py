@@ -29,6 +29,8 @@ def test_a_sound_configuration_has_no_problems():
         ("trainer: 3\n", "trainer: must be a mapping of Trainer settings, got 3"),
         ("seed_everything: abc\n", "seed_everything: must be a whole number, got 'abc'"),
         ("trainer: {callbacks: [{class_path: x.Y}]}\n", "must map a name of your choice to class_path"),
+        ("trainer: {callbacks: {'x={a: b} #': {class_path: x.Y}}}\n", "is no name that a flag can have"),
+        ("trainer: {logger: {'a.b': {class_path: x.Y}}}\n", "is no name that a flag can have"),
         ("trainer: {callbacks: {class_path: torch.nn.ReLU}}\n", "give the entry a name"),
         (
             "trainer: {logger: {a: {init_args: {x: 1}}}}\n",

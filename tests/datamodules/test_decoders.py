@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -175,6 +177,35 @@ def test_a_png_with_a_wrong_checksum_is_damaged_although_it_decodes() -> None:
             decode_image(bytes(flipped))
     with Image.open(io.BytesIO(flipped)) as image:
         image.load()  # and raises nothing
+
+
+def grey_png(size: int, pixels: bytes, interlaced: int) -> bytes:
+    """A square PNG of 8 bits, whose checksums are right whatever its pixels are."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, interlaced))]
+    parts += [(b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    joined = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(joined)
+
+
+def test_a_png_whose_pixels_end_before_its_last_row_is_damaged_and_a_black_one_is_not() -> None:
+    row = bytes([0, 1, 2, 3, 4, 5])  # how it is filtered, and five pixels
+    # The passes of 5 x 5 pixels have 2 + 2 + 3 + 4 + 4 + 9 + 12 bytes.
+    for whole, interlaced, cut in ((5 * row, 0, 3 * 6), (bytes(5 * 6), 0, 6), (bytes(36), 1, 24)):
+        assert decode_image(grey_png(5, whole, interlaced)).shape == (3, 5, 5)
+        for ending in ("png", "mask.png"):
+            with pytest.raises(UserError, match=f"cut short: it has {cut} of {len(whole)} bytes"):
+                decode_fields(sample(**{ending: grey_png(5, whole[:cut], interlaced)}), {"image": ending})
+    for mode, size in (
+        ("1", (7, 13)),
+        ("P", (3, 3)),
+        ("LA", (2, 2)),
+        ("RGBA", (1, 4)),
+        ("I;16", (5, 1)),
+        ("RGB", (1, 1)),
+    ):
+        assert decode_image(encoded(Image.new(mode, size))).shape[1:] == (size[1], size[0])
 
 
 def test_a_tiff_of_floats_has_no_shades() -> None:

@@ -149,6 +149,27 @@ def test_a_member_above_the_limit_is_refused_before_it_is_read(shard: Path, kind
         list(read_members(str(shard), MIB))
 
 
+def block(content: bytes = b"", **changes: object) -> bytes:
+    """A header with these fields, whatever they are, and its padded content."""
+    header = tarfile.TarInfo("x.txt")
+    header.size = len(content)
+    for name, value in changes.items():
+        setattr(header, name, value)
+    return header.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+def test_headers_that_extend_others_are_small_and_those_that_break_tarfile_are_named(shard: Path) -> None:
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        shard.write_bytes(block(b"x" * (tars.MOST_EXTENDED + 1), type=kind) + block() + bytes(1024))
+        with pytest.raises(UserError, match="a name or attributes of 65,537 bytes"):
+            list(read_members(str(shard), MIB))
+    endless = block(b"99999999999999999999 path=x\n", type=tarfile.XHDTYPE)
+    for damaged in (endless, 3000 * block(b"x", type=tarfile.GNUTYPE_LONGNAME)):
+        shard.write_bytes(damaged + block() + bytes(1024))
+        with pytest.raises(UserError, match="is not a tar file"):
+            list(read_members(str(shard), MIB))
+
+
 def test_two_members_of_one_name_are_refused(shard: Path) -> None:
     shard.write_bytes(tar_bytes({"a.txt": b"1", "a.TXT": b"2"}))
     with pytest.raises(UserError, match=r"a\.tar: a\.TXT occurs twice; give .*its own ending"):

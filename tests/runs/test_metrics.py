@@ -50,6 +50,18 @@ def test_the_last_step_is_read_from_the_end_of_the_file_alone(tmp_path: Path) ->
     assert last_step(tmp_path / "metrics.jsonl") == 5
 
 
+def test_a_file_above_the_limit_and_a_line_without_end_give_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for size in (2**24 + 2**20, 2**40):  # without bytes on the disk
+        with path.open("wb") as file:
+            file.truncate(size)
+        tracemalloc.start()
+        assert read_logged(path, ["a"]).values == {}
+        assert last_step(path) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+        tracemalloc.stop()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.dictionaries(st.sampled_from(NAMES), NUMBERS), max_size=6),

@@ -141,6 +141,23 @@ def test_a_run_folder_with_a_link_out_of_it_is_refused_and_nothing_is_written_th
         (run / name).unlink()
 
 
+def test_a_run_folder_with_a_pipe_is_refused_since_a_run_would_wait_for_it(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl is a named pipe"):
+        run_folder.run_folder(tmp_path, "any")
+
+
+def test_checkpoints_that_are_a_link_out_of_a_run_are_neither_read_nor_put_back(tmp_path):
+    aside = tmp_path / "theirs" / ".lightspan-ab12-thesis.old"
+    aside.parent.mkdir()
+    aside.touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(aside.parent)
+    with pytest.raises(UserError, match="checkpoints is a link"):
+        run_folder.newest_checkpoint(tmp_path / "run")
+    assert aside.exists()
+
+
 def test_the_record_keeps_of_earlier_starts_what_was_different(tmp_path, monkeypatch):
     starts = [{"seed": 1, "packages": ["a"] * 99}, {"seed": 2, "packages": ["a"] * 99, "checkpoint": "last"}]
     starts.append(starts[1] | {"seed": 3})
