@@ -11,7 +11,6 @@ import difflib
 import json
 from collections.abc import Iterable
 
-from lightspan.config.moved import followed
 from lightspan.config.tree import Key, KeyPath, Node, dotted, plain
 from lightspan.errors import Warned
 
@@ -26,7 +25,7 @@ def merge_layers(layers: Iterable[Node]) -> tuple[Node, list[str]]:
     notes: list[str] = []
     result = Node({}, "")
     for layer in layers:
-        result = merge(result, followed(layer), notes)
+        result = merge(result, layer, notes)
     return result, notes
 
 

@@ -13,7 +13,6 @@ from lightspan.config import allow, places, recipes
 from lightspan.config.check import RECIPES, ROOT_KEYS, find_problems, kind_of
 from lightspan.config.flags import allow_options, flag_layer
 from lightspan.config.merge import merge_layers, without_removed
-from lightspan.config.moved import followed
 from lightspan.config.problems import Problem
 from lightspan.config.tree import COMMAND_LINE, Node, dotted, plain, read, walk, wrap
 from lightspan.errors import UserError
@@ -237,7 +236,7 @@ def _read_record(run_dir: Path) -> Node:
             f"{run_dir} is not a run folder: it has no {RESOLVED}; give the folder that `lightspan fit` named"
         )
     refuse_link_out(path, run_dir, "its run folder")  # its lines would be shown in messages
-    return followed(read(path, recipes.label(path)))
+    return read(path, recipes.label(path))
 
 
 def _recorded_name(run_dir: Path) -> str:
