@@ -148,7 +148,7 @@ d90: $(BASE) ## intrinsic dimension of 784-200-200-10 on all of Fashion-MNIST (3
 	$(BIN)/lightspan intrinsic-dimension subspace/direct_mnist --out build/d90 --workers $(WORKERS) --lrs 1e-3,1e-2,1e-1 \
 	  --grid 0,10,50,100,200,300,350,375,400,425,450,475,500,525,550,575,600,625,650,675,700,725,750,775,800,850,900,950,1000,1250,1500,2000 \
 	  trainer.max_epochs=100 trainer.check_val_every_n_epoch=10 model.init_args.optimizer.init_args.weight_decay=1e-5 \
-	  data.class_path=lightspan.datamodules.images.small.FashionMNIST data.init_args.source=full data.init_args.val_size=10000 \
+	  data.class_path=lightspan.datamodules.image.sets.small.FashionMNIST data.init_args.source=full data.init_args.val_size=10000 \
 	  data.init_args.batch_size=128 $(ARGS)
 
 lock: ## write docker/requirements.lock from a resolution in a new environment

@@ -24,7 +24,7 @@ from lightspan.adapters.flora import FLoRA
 from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.svfit import SVFit
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 RANK, LIMIT = 16, 1.15
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

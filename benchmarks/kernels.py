@@ -41,11 +41,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.optim.bases import PowerBasis
-from lightspan.optim.layout import Layout, State
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.optim.low_rank.bases import PowerBasis
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.layout import Layout, State
 from lightspan.triton_kernels import (
     backproject_update,
     dct_energies,

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.memory import MIB, state_bytes
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.optim.moments import Int8Moments
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.memory import MIB, state_bytes
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.matrices.moments import Int8Moments
 from lightspan.optim.muon import FactoredMuon
 
 RESULTS = Path(__file__).parent / "results"

@@ -49,10 +49,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightspan.backbones.language import llama
-from lightspan.files import write_atomic
-from lightspan.optim.gradients import attach
+from lightspan.core.files.atomic import write_atomic
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "torch AdamW fused"

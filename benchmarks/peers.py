@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightspan.memory import MIB
-from lightspan.optim import muon, presets
-from lightspan.optim.bases import Every, PowerBasis
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.optim.moments import Int8Moments
+from lightspan.core.memory import MIB
+from lightspan.optim import muon
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.bases import Every, PowerBasis
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.matrices.moments import Int8Moments
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
 
 LR = 1e-5  # all optimisers move the same weights in turn, so they had better not move them far

@@ -21,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightspan.files import write_atomic
-from lightspan.runs.fits import ranks_of
+from lightspan.cli.runs.fits import ranks_of
+from lightspan.core.files.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_error.json"
@@ -58,7 +58,7 @@ STRATEGIES: dict[str, tuple[int, tuple[str, ...]]] = {  # ranks, flags
     LARGE: (1, ()),
     TIGHT: (1, ()),
     "ddp": (2, _by("lightning.pytorch.strategies.DDPStrategy")),
-    "fsdp2": (2, _by("lightspan.strategies.FSDP2")),
+    "fsdp2": (2, _by("lightspan.training.strategies.FSDP2")),
     **{f"zero{stage}": (2, _by("tiny_lab.zero.OnCPU", stage=stage)) for stage in (1, 2, 3)},
 }
 

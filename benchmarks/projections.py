@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 from lightspan.subspaces.projections import DENSE_LIMIT, Dense, Fastfood, Projection, Sparse
 
 RESULTS = Path(__file__).parent / "results" / "projections.json"

@@ -56,21 +56,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightspan.backbones.language import llama
-from lightspan.datamodules.images.small import FashionMNIST
+from lightspan.cli.studies.sweeps.descent import neighbour, to_better_neighbours
+from lightspan.core.drawing import COLOURS, canvas, png, tidy
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.memory import MIB, state_bytes
+from lightspan.datamodules.image.sets.small import FashionMNIST
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.windows import ByteText, TextData
-from lightspan.drawing import COLOURS, canvas, png, tidy
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.memory import MIB, state_bytes
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import TABLES, ParameterGroups
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
 from lightspan.optim.muon import FactoredMuon, Muon, NorMuon
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.sweeps.descent import neighbour, to_better_neighbours
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SWEEP_SEED, FINAL_SEEDS = 100, (0, 1, 2)

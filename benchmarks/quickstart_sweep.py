@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.run_files import METRICS, OUTPUT
-from lightspan.runs.fits import Task, exits_on_sigterm, fit_command, last_lines
-from lightspan.sweeps.descent import to_better_neighbours
-from lightspan.sweeps.display import run_shown
+from lightspan.cli.runs.fits import Task, exits_on_sigterm, fit_command, last_lines
+from lightspan.cli.studies.sweeps.descent import to_better_neighbours
+from lightspan.cli.studies.sweeps.display import run_shown
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.runs import METRICS, OUTPUT
 
 RESULTS = Path(__file__).parent / "results" / "quickstart_sweep.json"
 RUNS = Path(__file__).parents[1] / "build" / "quickstart_sweep"

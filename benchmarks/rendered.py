@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.files.atomic import write_atomic
 from lightspan.datamodules.rendered.data import RenderedSets
 from lightspan.datamodules.rendered.land import LandScenes
 from lightspan.datamodules.rendered.pairs import ScenePairs
@@ -31,7 +32,6 @@ from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.words import PrintedWords
-from lightspan.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "rendered.json"
 BATCH = 64

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.optim import presets
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.optimizer import LowRank
 
 RESULTS = Path(__file__).parent / "results" / "robustness.json"
 STEPS, BATCH, RANK, SEED = 1500, 32, 16, 0

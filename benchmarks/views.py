@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from lightspan.core.files.atomic import write_atomic
 from lightspan.datamodules.batches import ViewParameters
-from lightspan.datamodules.images.augment.rendering import unit_float
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.files import write_atomic
+from lightspan.datamodules.image.augment.rendering import unit_float
+from lightspan.datamodules.image.augment.views import RandomViews
 
 RESULTS = Path(__file__).parent / "results" / "views.json"
 BASELINE = "torchvision on bytes"

@@ -280,8 +280,8 @@ class ViewsBatch(TypedDict):
 
     views: V tensors, float32 [B, C, H, W], standardised as in `ImageBatch`; H and W may differ between views.
     parameters: float32 [B, V, P], what made each view. `ViewParameters(*batch["parameters"].unbind(2))` names those of
-        `lightspan.datamodules.images.views`, each [B, V]; data that know more of their views (a pose, a light) have
-        columns of their own. Absent where views are made without them.
+        `lightspan.datamodules.image.augment.views`, each [B, V]; data that know more of their views (a pose, a light)
+        have columns of their own. Absent where views are made without them.
     label: int64 [B].
     index: int64 [B].
     """

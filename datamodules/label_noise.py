@@ -7,7 +7,7 @@ Shapes: N samples.
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def require_rate(owner: object, rate: float) -> None:

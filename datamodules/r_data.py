@@ -12,9 +12,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.foreign import BYTES, content_of, drained, unpacked
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import BYTES, content_of, drained, unpacked
 
 LIBRARIES = (
     Path("/usr/lib/R/site-library"),

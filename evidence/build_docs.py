@@ -12,7 +12,7 @@ from catalogue import read_entries, read_records, read_systems
 from claims import Record, asks, by_kind, counted, figure, held, margin, middle, number, quantity
 from methods_page import methods_page
 
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 INDEX = """# Evidence
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from claims import Record, held
 
-from lightspan.config.recipes import OVERLAY_FOLDER, load
-from lightspan.config.tree import plain
+from lightspan.cli.config.recipes import OVERLAY_FOLDER, load
+from lightspan.cli.config.tree import plain
 
 FOLDERS = {"callbacks": "lightspan.callbacks", "datamodules": "lightspan.datamodules", "framework": "lightspan"}
 KINDS = {  # by the folder that holds the code

@@ -34,14 +34,14 @@ from torchvision.utils import make_grid
 from lightspan.adapters.diffscaler import DiffScaler
 from lightspan.adapters.full import Full
 from lightspan.adapters.inject import activate, adapt
-from lightspan.analysis.frechet import frechet_distance, principal_directions
 from lightspan.backbones.diffusion import DiT
-from lightspan.datamodules.images.classes import ClassSubset
-from lightspan.datamodules.images.small import ImageData
-from lightspan.files import write_atomic
-from lightspan.method import Method
+from lightspan.core.files.atomic import write_atomic
+from lightspan.datamodules.image.sets.classes import ClassSubset
+from lightspan.datamodules.image.sets.small import ImageData
+from lightspan.evaluation.geometry.frechet import frechet_distance, principal_directions
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 OLD, NEW = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.datamodules.images.views import Views, seeded
-from lightspan.method import Method
+from lightspan.datamodules.image.augment.views import Views, seeded
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 BATCH = 32
 

@@ -19,8 +19,8 @@ from statistics import mean
 
 from intrinsic_dimension import FASHION, MNIST, PROJECTIONS, SHARE, Task, record, record_baseline, spread, trace
 
-from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
-from lightspan.files import write_atomic
+from lightspan.core.drawing import COLOURS, SOFT, canvas, png, tidy
+from lightspan.core.files.atomic import write_atomic
 
 SETS = {"MNIST-5k": MNIST, "Fashion-MNIST, 5,000 images": FASHION}
 PAPER = {MNIST["FC"]: 750, MNIST["LeNet"]: 290}  # d90 on all of MNIST

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP, LeNet
-from lightspan.datamodules.images.small import Digits, FashionMNIST, ImageData, ImageSamples, MNIST5k
+from lightspan.datamodules.image.sets.small import Digits, FashionMNIST, ImageData, ImageSamples, MNIST5k
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import DENSE_LIMIT, Dense, Fastfood, ProjectionCallable, Sparse

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lightspan.datamodules.images.small import Labelled
+from lightspan.datamodules.image.sets.small import Labelled
 
 SIDE, NOISE = 28, 12.0
 FONTS = (

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.method import Method
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
@@ -21,6 +20,7 @@ from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 WIDTH, DEPTH, HEADS, PATCH = 64, 4, 4, 4
 RATES = (1e-3, 3e-3, 1e-2)

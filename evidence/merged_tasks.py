@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.tasks import TaskImages
+from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.datamodules.image.variants.tasks import TaskImages
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.merger import Merger
 from lightspan.merging.models import BASE, Held, Models

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.analysis.label_propagation import propagated_labels
-from lightspan.analysis.prompt_masks import iou
+from lightspan.evaluation.dense.label_propagation import propagated_labels
+from lightspan.evaluation.dense.prompt_masks import iou
 
 SIDE = 48
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 PACKAGES = ("lightspan", "torch", "lightning", "numpy", "timm", "transformers", "scikit-learn")
 OWN_OUTPUT = ("evidence/results", "docs/evidence.md", "docs/evidence", "docs/methods.md")  # a run changes these itself

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
-from lightspan.estimators.dense_probes import DepthOrder, LinearSegmentation
-from lightspan.estimators.probes import LinearProbe
-from lightspan.features.features import Features
+from lightspan.evaluation.dense.dense_probes import DepthOrder, LinearSegmentation
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.probes.probes import LinearProbe
 from lightspan.optim.schedules import WarmupCosine
 
 PENALTIES = (1.0, 10.0, 100.0)

@@ -27,7 +27,7 @@ from merged_arms import SEARCH_SEED, SIX, by_labels, measure, search, single
 from merged_tasks import Task, World, as_they_are, digits, turned, world
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.small import FashionMNIST, ImageData, Labelled, MNIST5k
+from lightspan.datamodules.image.sets.small import FashionMNIST, ImageData, Labelled, MNIST5k
 from lightspan.nn.heads.dino_head import Prototypes
 
 WORLDS = {"pretraining": (20, 50, 200), "lr": (3e-4, 1e-3)}

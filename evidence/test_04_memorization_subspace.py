@@ -23,13 +23,19 @@ from quiet import quiet_trainer
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.analysis.memorisation import largest_control, prune, random_control
 from lightspan.backbones.diffusion import level_waves
-from lightspan.datamodules.images.repeated import RepeatedImages
-from lightspan.datamodules.images.small import Digits
-from lightspan.estimators.memorisation import ExtractionAttack, MemorisedNeurons, MemorisedWeights
-from lightspan.estimators.prompts import DrawnImages
-from lightspan.features.features import Features
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.repeated import RepeatedImages
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.weights.memorisation import (
+    ExtractionAttack,
+    MemorisedNeurons,
+    MemorisedWeights,
+    largest_control,
+    prune,
+    random_control,
+)
+from lightspan.evaluation.weights.prompts import DrawnImages
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.optim.schedules import WarmupCosine
 

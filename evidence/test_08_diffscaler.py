@@ -9,7 +9,7 @@ from functools import partial
 from diffscaler import Task, measure, search
 
 from lightspan.backbones.diffusion import DiT
-from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.image.sets.small import Digits
 
 DIGITS = Task(
     data=Digits,

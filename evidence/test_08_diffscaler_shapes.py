@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.vision import LeNet
-from lightspan.datamodules.images.shapes import SIDE, Shapes
+from lightspan.datamodules.image.sets.shapes import SIDE, Shapes
 from lightspan.methods.supervised.classifier import Classifier
 
 PLAIN = partial(Shapes, size=2400, noise=0.0, variety=0.1)

@@ -17,7 +17,7 @@ from digits import parted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.riemannian import RiemannianSGD

@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 
 from lightspan.backbones.image_statistics import ImageStatistics, PatchConvolutions, RandomConvolutions
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.shapes import draw
-from lightspan.estimators.resize_normalise import ResizeNormalise
-from lightspan.features.preprocessing import BandStatistics, Divided, Given, Preprocess, Standardised
-from lightspan.features.preprocessing_grid import PreprocessingGrid
-from lightspan.features.store import FeatureStore
+from lightspan.datamodules.image.sets.shapes import draw
+from lightspan.evaluation.features.preprocessing import BandStatistics, Divided, Given, Preprocess, Standardised
+from lightspan.evaluation.features.preprocessing_grid import PreprocessingGrid
+from lightspan.evaluation.features.store import FeatureStore
+from lightspan.evaluation.probes.resize_normalise import ResizeNormalise
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 LEARNED, OTHER, SIDES = range(5), range(5, 10), (16, 8)

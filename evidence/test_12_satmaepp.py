@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import fit_linear_probe
 from lightspan.backbones.placed_vit import GroupedViT
+from lightspan.datamodules.multispectral.scene import LandsatScene
 from lightspan.datamodules.rendered.land import LandScenes
 from lightspan.datamodules.rendered.spectra import MATERIALS
-from lightspan.datamodules.satellite.scene import LandsatScene
+from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid

@@ -18,12 +18,12 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.analysis.clustering import agreement, kmeans
-from lightspan.analysis.knn import recall_at_one
 from lightspan.backbones.attended import Attended
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.coloured_shapes import draw_with_masks
-from lightspan.datamodules.images.small import ImageData, Labelled
+from lightspan.datamodules.image.sets.coloured_shapes import draw_with_masks
+from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.evaluation.geometry.clustering import agreement, kmeans
+from lightspan.evaluation.probes.knn import recall_at_one
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.heads.subspace_learners import SubspaceLearners

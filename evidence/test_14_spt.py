@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.backbones.sequence import SequenceNetwork, sequence_state_space, sequence_transformer
-from lightspan.datamodules.images.small import Digits, Labelled
-from lightspan.datamodules.sequences.pixels import PixelSequences
+from lightspan.datamodules.image.sets.small import Digits, Labelled
+from lightspan.datamodules.sequence.pixels import PixelSequences
 from lightspan.methods.masked.spt import SPT, LevelGuess, MaskedSteps
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.nn.masking.step_masks import StepMasks

@@ -21,16 +21,16 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.method import Method
+from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
+from lightspan.evaluation.probes.knn import knn_accuracy
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.look import LOOK
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 STEPS, BATCH, QUEUE = 600, 128, 512

@@ -11,10 +11,10 @@ from digits import parted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.closed_form import NearestMean
-from lightspan.analysis.moments import Moments
-from lightspan.analysis.rows import unit_rows
 from lightspan.backbones.pretrained import efficientnet_lite0
+from lightspan.evaluation.gaussians.closed_form import NearestMean
+from lightspan.evaluation.geometry.moments import Moments
+from lightspan.evaluation.rows import unit_rows
 
 SEEDS, SEARCHED = (0, 1, 2), (100, 101, 102)
 TASKS, EPOCHS, BATCH = 5, 30, 32

@@ -18,8 +18,8 @@ from digits import shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.clustering import kmeans, matched_accuracy, spectral, spectral_of_neighbours
-from lightspan.analysis.spectra import energy_shares, singular_values
+from lightspan.evaluation.geometry.clustering import kmeans, matched_accuracy, spectral, spectral_of_neighbours
+from lightspan.evaluation.geometry.spectra import energy_shares, singular_values
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.coding_rate import cluster_coding_rate, total_coding_rate_loss

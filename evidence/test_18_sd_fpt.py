@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.method import Method
 from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 WIDTH, DEPTH, HEADS, BATCH = 32, 3, 4, 64

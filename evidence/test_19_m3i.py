@@ -26,11 +26,11 @@ from lightspan.datamodules.rendered.scene_data import Known, RenderedScenes
 from lightspan.datamodules.rendered.scenes import COLOURS, SceneSpace, Style
 from lightspan.datamodules.rendered.textures import TEXTURES
 from lightspan.datamodules.text.tokenized import tokenized
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.patch_mix import PatchMix
-from lightspan.targets import MomentumFeatures
+from lightspan.objectives.moving_targets import MomentumFeatures
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDE, PATCH, WIDTH, SHAPES, LENGTH = 24, 4, 48, 4, 4

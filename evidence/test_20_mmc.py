@@ -21,17 +21,17 @@ from lightning import seed_everything
 from quiet import quiet_trainer
 from torch import Tensor, nn
 
-from lightspan.analysis.prompt_masks import (
+from lightspan.backbones.vit import vit
+from lightspan.datamodules.image.augment.views import TwoViews
+from lightspan.datamodules.image.sets.textured_scenes import TexturedScenes, draw
+from lightspan.evaluation.dense.dense_probes import PromptIoU
+from lightspan.evaluation.dense.prompt_masks import (
     Similarities,
     best_iou_of_grid,
     object_similarities,
     objects_of_patches,
 )
-from lightspan.backbones.vit import vit
-from lightspan.datamodules.images.textured_scenes import TexturedScenes, draw
-from lightspan.datamodules.images.views import TwoViews
-from lightspan.estimators.dense_probes import PromptIoU
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.projector import Projector

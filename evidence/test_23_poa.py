@@ -27,10 +27,10 @@ import torch
 from lightning import seed_everything
 from quiet import quiet_trainer
 
-from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.elastic import ElasticViT
-from lightspan.datamodules.images.shapes import Shapes
-from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.sets.shapes import Shapes
+from lightspan.evaluation.probes.knn import knn_accuracy
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
 from lightspan.nn.heads.dino_head import DINOHead

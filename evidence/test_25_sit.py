@@ -15,7 +15,7 @@ from lightning import seed_everything
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.methods.masked.sit import SiT
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector

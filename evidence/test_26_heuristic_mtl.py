@@ -18,10 +18,10 @@ from scene_probes import adamw, depth_order, kept, linear, seen, segmentation, s
 from torch import nn
 
 from lightspan.backbones.vit import vit
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.rendered.scene_data import Known, RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace, Style
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.nn.heads.projector import Projector
 

@@ -31,11 +31,11 @@ from quiet import quiet_trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lightspan.datamodules.images.small import Digits, ImageData, Labelled
+from lightspan.adapters.factorise import factorise
+from lightspan.datamodules.image.sets.small import Digits, ImageData, Labelled
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.surgery.factorise import factorise
 
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2), 100, 400
 WIDTH, CLASSES, RATIO = 64, 10, 4.0

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from image_text import WORDS, Pairs, clip, image_rows, pairs, quiet, train
 
-from lightspan.analysis.zero_shot import class_rows
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.datamodules.image_text.scenes import THINGS, draw, factors
+from lightspan.evaluation.probes.zero_shot import class_rows
 from lightspan.methods.image_text.pre import PRE
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 

@@ -27,7 +27,6 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightspan.analysis.bits_per_byte import BitsPerByte
 from lightspan.backbones.denoisers import PrefixDecoder
 from lightspan.backbones.language import llama
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
@@ -37,6 +36,7 @@ from lightspan.datamodules.text.denoising import Denoising, continuation
 from lightspan.datamodules.text.documents import Skipped, TextTokens, encoded, find_documents
 from lightspan.datamodules.text.spans import MIXTURE, Denoiser, Ending, Mode, Spans
 from lightspan.datamodules.text.windows import in_validation
+from lightspan.evaluation.scores.bits_per_byte import BitsPerByte
 from lightspan.methods.masked.ul2 import UL2
 from lightspan.optim.schedules import WarmupCosine
 

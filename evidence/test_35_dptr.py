@@ -28,7 +28,6 @@ from lightspan.backbones.tokenizers import Letters
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace
 from lightspan.datamodules.rendered.words import PrintedWords, font_files
-from lightspan.method import Method
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.supervised.word_reader import WordReader
@@ -37,6 +36,7 @@ from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.heads.attention_pool import FeatureMerge
 from lightspan.objectives.letters import reading_scores
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 HEIGHT, WIDTH_OF_PICTURE, COLUMN, LONGEST, WIDTH, HEADS = 20, 64, 4, 5, 64, 4

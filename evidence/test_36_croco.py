@@ -18,11 +18,10 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.depth_order import depth_of_patches
 from lightspan.datamodules.rendered.pairs import ScenePairs
-from lightspan.estimators.probes import LinearProbe
-from lightspan.features.features import Features
-from lightspan.method import Method
+from lightspan.evaluation.dense.depth_order import depth_of_patches
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.probes.probes import LinearProbe
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, SelfFirst
@@ -30,6 +29,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.masked import patch_regression
+from lightspan.training.method import Method
 
 SIDE, PATCH, GRID = 48, 6, (8, 8)
 STEPS, BATCH, TRAINING, BANK, TEST, LOOKED_AT = 900, 32, 2000, 800, 400, 200

@@ -21,8 +21,8 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import SmallConvNet
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.reweighting import ReweightingHead

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from lightspan.backbones.bands import other_bands
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.rendered.land import LandSeasons
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace
-from lightspan.estimators.probes import LinearProbe
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.probes.probes import LinearProbe
 from lightspan.methods.contrastive.softcon import SoftCon
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.soft_contrast import tag_similarity

@@ -21,10 +21,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from quiet import quiet_trainer
 
-from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.image.augment.views import TwoViews
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.evaluation.probes.knn import knn_accuracy
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine

@@ -23,7 +23,6 @@ from lightning import seed_everything
 from quiet import quiet_trainer
 from torch import Tensor, nn
 
-from lightspan.analysis.recall_at_k import RecallAtK
 from lightspan.backbones.language import bert
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules.loading.loader import ExactLoader
@@ -31,6 +30,7 @@ from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.pairs import TextPairSamples, Texts
 from lightspan.datamodules.text.whole_words import WholeWordSamples, WordCutter
 from lightspan.datamodules.text.windows import in_validation
+from lightspan.evaluation.scores.recall_at_k import RecallAtK
 from lightspan.methods.contrastive.starbucks import SentenceRanking, Starbucks
 from lightspan.methods.masked.smae import SMAE
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, NestedSizes, RandomSizes

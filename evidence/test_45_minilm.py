@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LinearLR
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.pretrained import minilm, minilm_tokenizer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import LabelledTextBatch
 from lightspan.datamodules.text.labelled import LabelledTokens
 from lightspan.datamodules.text.reviews import FoodReviews
-from lightspan.errors import UserError
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Sparse

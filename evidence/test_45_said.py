@@ -28,9 +28,9 @@ from scipy.ndimage import rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import MLP, he_normal_
-from lightspan.datamodules.images.small import Digits
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.optim.random_subspace import RandomSubspace
 

@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from masked_arms import RATES, SEEDS, attentive_accuracy, cae, encoded, i_jepa, mae, train
 
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.datamodules.images.small import FashionMNIST
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.method import Method
+from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.sets.small import FashionMNIST
+from lightspan.evaluation.probes.knn import knn_accuracy
 from lightspan.methods.masked.cae import CAE
 from lightspan.nn.masking.mask_samplers import seen_and_hidden
+from lightspan.training.method import Method
 
 STEPS, BATCH = 300, 128
 ARMS: dict[str, Callable[[float], Method]] = {

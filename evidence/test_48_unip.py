@@ -29,13 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.attention_information import information_of_layers
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.datamodules.images.augment.steps import blurred
-from lightspan.datamodules.images.small import FashionMNIST, Labelled
-from lightspan.estimators.dense_probes import LinearSegmentation
-from lightspan.features.features import Features
-from lightspan.method import Method
+from lightspan.datamodules.image.augment.steps import blurred
+from lightspan.datamodules.image.sets.small import FashionMNIST, Labelled
+from lightspan.evaluation.dense.dense_probes import LinearSegmentation
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.scores.attention_information import information_of_layers
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
@@ -44,6 +43,7 @@ from lightspan.nn.teachers.frozen import Frozen
 from lightspan.nn.tokens import token_features
 from lightspan.objectives.distillation import mean_squared
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 28, 4, 64, 8, 4

@@ -23,12 +23,12 @@ import torch
 from lightning import Callback, seed_everything
 from torch import Tensor
 
-from lightspan.config.build import build, resolve, with_layer
-from lightspan.optim.bases import DCTBasis
-from lightspan.optim.carries import Gather, Keep
-from lightspan.optim.layout import Layout, State
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.presets import DCTAdamW, GaLore
+from lightspan.cli.config.build import build, resolve, with_layer
+from lightspan.optim.low_rank.bases import DCTBasis
+from lightspan.optim.low_rank.carries import Gather, Keep
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import DCTAdamW, GaLore
+from lightspan.optim.matrices.layout import Layout, State
 
 RECIPE, RANK, WIDTH = "language/dct_adamw", 16, 64
 SEEDS = (0, 1, 2)

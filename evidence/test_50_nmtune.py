@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.small import MNIST5k
+from lightspan.datamodules.image.sets.small import MNIST5k
 from lightspan.datamodules.label_noise import flipped
-from lightspan.estimators.feature_spread import SpectrumSpread
-from lightspan.features.features import Features
-from lightspan.method import Method
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.geometry.feature_spread import SpectrumSpread
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.robustness.nmtune import NMTune
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 NOISES, SOURCE, EACH, SET_ASIDE = (0.0, 0.3), 5, 15, 150

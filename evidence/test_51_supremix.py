@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.tables.rows import Ames, RowViews
+from lightspan.datamodules.table.rows import Ames, RowViews
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine

@@ -21,15 +21,14 @@ from lightning import seed_everything
 from quiet import quiet_trainer
 from torch import nn
 
-from lightspan.analysis.closed_form import NearestMean
-from lightspan.analysis.moments import Moments
-from lightspan.analysis.rows import unit_rows
 from lightspan.backbones.vision import MLP
 from lightspan.callbacks.pictures.forgetting import Forgetting
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.tasks import Derived
-from lightspan.estimators.closed_form import IncrementalAccuracy
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.class_stream import ClassStream
+from lightspan.datamodules.image.variants.tasks import Derived
+from lightspan.evaluation.gaussians.closed_form import IncrementalAccuracy, NearestMean
+from lightspan.evaluation.geometry.moments import Moments
+from lightspan.evaluation.rows import unit_rows
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.optim.schedules import Staircase, WarmupCosine

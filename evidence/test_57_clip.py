@@ -13,10 +13,10 @@ import torch
 from image_text import LENGTH, WORDS, Pairs, clip, image_rows, pairs, text_rows, train
 from sklearn.datasets import load_digits
 
-from lightspan.analysis.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
+from lightspan.datamodules.image.sets.small import evenly
 from lightspan.datamodules.image_text.scenes import THINGS, draw, unseen_things
 from lightspan.datamodules.image_text.stamps import Stamps
-from lightspan.datamodules.images.small import evenly
+from lightspan.evaluation.probes.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.methods.image_text.clip import CLIP
 
 SEEDS = (0, 1, 2)

@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightspan.analysis.label_metrics import LabelMetric, MatrixMetric, ring
-from lightspan.analysis.wordnet import read_nouns, wordnet_tree
 from lightspan.backbones.pretrained import efficientnet_lite0
 from lightspan.datamodules.image_text.stamps import FOLDER
-from lightspan.estimators.loki import Loki, LokiScores
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.label_spaces.label_metrics import LabelMetric, MatrixMetric, ring
+from lightspan.evaluation.label_spaces.loki import Loki, LokiScores
+from lightspan.evaluation.label_spaces.wordnet import read_nouns, wordnet_tree
 
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 DIRECTIONS, SIDE, EACH, NOISE = 36, 16, 30, 0.1

@@ -40,7 +40,7 @@ from lightspan.adapters.sparse_gaussian.inject import Start, drawing, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.images.small import Digits, FashionMNIST
+from lightspan.datamodules.image.sets.small import Digits, FashionMNIST
 from lightspan.methods.bayesian.ssvi import entropy, kl_weight
 from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.reindex import reindex

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.scattering import Scattering, ScatteringNet
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.turns import QuarterTurns
-from lightspan.datamodules.images.views import MultiCrop, RandomViews, Views, seeded
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews, Views, seeded
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.turns import QuarterTurns
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.pretext import QuarterTurn

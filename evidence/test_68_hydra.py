@@ -15,9 +15,9 @@ import torch
 from hydra_arms import ARMS, BATCH, RATES, SEEDS, Arm, Data, built, features, train
 from scipy.stats import spearmanr
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.analysis.spectra import effective_rank, singular_values
-from lightspan.datamodules.images.coloured_shapes import CLASSES, draw, factors
+from lightspan.datamodules.image.sets.coloured_shapes import CLASSES, draw, factors
+from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.contrastive.hydra import Hydra
 from lightspan.methods.contrastive.supcon import SupCon
 

@@ -10,7 +10,7 @@ import torch
 from digits import shuffled
 from hydra_arms import ARMS, BATCH, RATES, SEEDS, Arm, Data, built, features, train
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 
 STEPS = 600
 CHOSEN = {"Hydra": 3e-3, "no gate": 3e-2, "identical pairs": 3e-2, "SupCon": 1e-2}

@@ -16,8 +16,8 @@ from lightning import seed_everything
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.devices import wide
+from lightspan.core.devices import wide
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden

@@ -19,8 +19,7 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspan.datamodules.images.views import NestedCrops, RandomViews, Views, seeded
-from lightspan.method import Method
+from lightspan.datamodules.image.augment.views import NestedCrops, RandomViews, Views, seeded
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
@@ -28,6 +27,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.masked import patch_regression
+from lightspan.training.method import Method
 
 PATCH, STEPS, BATCH = 6, 300, 64
 TRAINING, CLIPS = 2000, 40

@@ -16,9 +16,9 @@ from digits import parted
 from lightning import Callback
 from quiet import quiet_trainer
 
-from lightspan.analysis.clustering import agreement, kmeans
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
-from lightspan.datamodules.images.small import ImageData, Labelled
+from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.evaluation.geometry.clustering import agreement, kmeans
 from lightspan.methods.clustering.depict import DEPICT, PRETRAINING, STARTS
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100

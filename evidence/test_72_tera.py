@@ -22,13 +22,13 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.linear_probe import fit_linear_probe, linear_accuracy, linear_probe_accuracy
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.datamodules.audio.data import Recordings
 from lightspan.datamodules.audio.spoken import KEYWORDS, SpokenCaptions
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.rendered.data import PARTS
 from lightspan.datamodules.rendered.speech import SpeechSamples
+from lightspan.evaluation.probes.linear_probe import fit_linear_probe, linear_accuracy, linear_probe_accuracy
 from lightspan.methods.masked.tera import TERA
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations

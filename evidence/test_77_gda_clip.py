@@ -13,13 +13,12 @@ from digits import shuffled
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.analysis.closed_form import PseudoInverse
 from lightspan.backbones.pretrained import efficientnet_lite0
-from lightspan.datamodules.images.few_shots import FewShots
-from lightspan.datamodules.images.small import FashionMNIST
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.estimators.closed_form import GDA, NMC, GDAWithText
-from lightspan.features.features import Features
+from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.sets.small import FashionMNIST
+from lightspan.datamodules.image.variants.few_shots import FewShots
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.gaussians.closed_form import GDA, NMC, GDAWithText, PseudoInverse
 
 DRAWS, ENSEMBLE_DRAWS, SEEDS = range(5), range(10), (0, 1, 2)
 ARMS = {"NMC": NMC, "no shrinkage": partial(GDA, PseudoInverse()), "GDA": GDA}

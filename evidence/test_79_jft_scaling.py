@@ -26,7 +26,6 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.scaling_laws import scaling_curve
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.ranks import train_loader
@@ -34,8 +33,9 @@ from lightspan.datamodules.loading.subset import TrainingSubset
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scene_data import Known, RenderedObjects, RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace, Style
-from lightspan.estimators.probes import LinearProbe
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.probes.probes import LinearProbe
+from lightspan.evaluation.scaling_laws import scaling_curve
 from lightspan.methods.supervised.tag_classifier import TagClassifier
 from lightspan.optim.schedules import WarmupCosine
 

@@ -38,12 +38,12 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews
 from lightspan.datamodules.loading.order import GroupSizes
 from lightspan.datamodules.rendered.persons import Persons, PersonSamples
-from lightspan.estimators.dense_probes import CrossCameraRetrieval
-from lightspan.estimators.identities import MinedIdentities, MineIdentities
-from lightspan.features.features import Features
+from lightspan.evaluation.dense.dense_probes import CrossCameraRetrieval
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.geometry.identities import MinedIdentities, MineIdentities
 from lightspan.methods.distillation.cion import CION
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.optim.schedules import WarmupCosineDecay

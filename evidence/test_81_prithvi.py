@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from lightspan.analysis.gap_filling import between_dates
 from lightspan.backbones.placed_vit import SeriesViT, series_widths
 from lightspan.datamodules.rendered.land import LandSeries
 from lightspan.datamodules.rendered.spectra import MATERIALS
+from lightspan.evaluation.scores.gap_filling import between_dates
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.series_neck import SeriesNeck

@@ -25,10 +25,10 @@ from quiet import quiet_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.small import FashionMNIST
-from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.sets.small import FashionMNIST
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.entropy import entropy

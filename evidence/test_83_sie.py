@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.linear_probe import linear_probe_accuracy
 from lightspan.backbones.vision import SmallConvNet
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.contrastive.sie import SIE
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector

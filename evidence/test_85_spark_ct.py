@@ -22,15 +22,15 @@ from sklearn.metrics import roc_auc_score
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.rendered.data import MOST
 from lightspan.datamodules.rendered.slices import KINDS, CutSlices, Ward
-from lightspan.method import Method
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.methods.masked.spark import SparK
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.masking.sparse_convs import ActiveCells
+from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 WARD, SMALLEST, POOL = Ward(side=64, cuts=16, diseased=1.0, noise=0.04), 3.0, 6144

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lightspan.backbones.pretrained import efficientnet_lite0, mobilenet_v2
-from lightspan.estimators.filters import FEWEST, FilterReport, FilterStatistics
+from lightspan.evaluation.geometry.filters import FEWEST, FilterReport, FilterStatistics
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 WIDTHS, WIDTH = (4, 8, 16, 32, 64), 32

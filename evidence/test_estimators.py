@@ -9,12 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
-from lightspan.estimators.dimension import Spectrum, TwoNN
-from lightspan.estimators.dimension_scales import DecimatedTwoNN, Gride
-from lightspan.estimators.distance import FrechetDistance
-from lightspan.estimators.probes import KNN, LinearProbe
-from lightspan.estimators.similarity import CKA, InformationImbalance
-from lightspan.features.features import Features
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.geometry.dimension import Spectrum, TwoNN
+from lightspan.evaluation.geometry.dimension_scales import DecimatedTwoNN, Gride
+from lightspan.evaluation.geometry.distance import FrechetDistance
+from lightspan.evaluation.geometry.similarity import CKA, InformationImbalance
+from lightspan.evaluation.probes.probes import KNN, LinearProbe
 
 SEEDS = (0, 1, 2)
 DIMENSION, WIDTH, POINTS = 5, 64, 2000

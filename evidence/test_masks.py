@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.images.small import FashionMNIST, ImageSamples
-from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
-from lightspan.files import write_atomic
+from lightspan.core.drawing import COLOURS, SOFT, canvas, png, tidy
+from lightspan.core.files.atomic import write_atomic
+from lightspan.datamodules.image.sets.small import FashionMNIST, ImageSamples
 
 # Planted: 100 correlated inputs, 20 units, a tenth of 2,000 weights is not zero; 400 noisy samples.
 INPUTS, UNITS, SHARE, SAMPLES, NOISE = 100, 20, 0.1, 400, 0.5

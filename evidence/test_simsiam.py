@@ -17,10 +17,10 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.knn import knn_accuracy
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.datamodules.images.small import FashionMNIST
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.datamodules.image.augment.views import TwoViews
+from lightspan.datamodules.image.sets.small import FashionMNIST
+from lightspan.evaluation.probes.knn import knn_accuracy
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine

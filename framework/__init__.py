@@ -9,17 +9,17 @@ __version__ = "0.1.0"
 __all__ = ["Method", "UserError", "__version__"]
 
 if TYPE_CHECKING:
-    from lightspan.errors import UserError as UserError
-    from lightspan.method import Method as Method
+    from lightspan.core.errors import UserError as UserError
+    from lightspan.training.method import Method as Method
 
 
 def __getattr__(name: str) -> Any:
     if name == "Method":
-        from lightspan.method import Method
+        from lightspan.training.method import Method
 
         return Method
     if name == "UserError":
-        from lightspan.errors import UserError
+        from lightspan.core.errors import UserError
 
         return UserError
     raise AttributeError(f"module 'lightspan' has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 sys.exit(main())

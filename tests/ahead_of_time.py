@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}

@@ -10,9 +10,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.core.distributed import gather_rows, rank, world_size
 from lightspan.datamodules.loading.loader import ExactLoader
-from lightspan.distributed import gather_rows, rank, world_size
-from lightspan.method import Method
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.simclr import SimCLR
@@ -21,7 +20,8 @@ from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.dino import DINO
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.projector import Projector
-from lightspan.strategies import shard
+from lightspan.training.method import Method
+from lightspan.training.strategies import shard
 
 WIDTH = 16
 

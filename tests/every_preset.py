@@ -8,8 +8,9 @@ from types import ModuleType
 from torch.optim import Optimizer
 
 from lightspan import optim
-from lightspan.optim import muon, presets
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.optim import muon
+from lightspan.optim.low_rank import presets
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 def optimizers() -> dict[str, type[Optimizer]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightspan.commands import export
-from lightspan.config.build import build, load_resolved
+from lightspan.cli.commands import export
+from lightspan.cli.config.build import build, load_resolved
 
 
 def run_with_checkpoint(folder: Path, config: dict[str, Any], recipe: str) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import rank_processes
 
-from lightspan.launch.parent import PARENT_VARIABLE
-from lightspan.runs import fits
+from lightspan.cli.launch.parent import PARENT_VARIABLE
+from lightspan.cli.runs import fits
 
 
 class Forked:
@@ -36,7 +36,7 @@ class Forked:
 
 
 def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = None) -> Forked:
-    """Stands in for `lightspan.runs.fits.start`."""
+    """Stands in for `lightspan.cli.runs.fits.start`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
     sys.stdout.flush()
@@ -51,7 +51,7 @@ def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.pop("LIGHTSPAN_RUN", None)
             os.environ |= {PARENT_VARIABLE: str(parent), **(variables or {}), "OMP_NUM_THREADS": "1"}
-            from lightspan.cli import main
+            from lightspan.cli.main import main
 
             status = main(list(command[3:]))
         except SystemExit as leaving:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import rank_processes
 
-from lightspan.runs.differences import trace_of
+from lightspan.cli.runs.differences import trace_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CURVES = {
     # Momentum in 8 bits is rounded at random, and ranks with shards draw other numbers than one process.
-    "quickstart": ("model.init_args.optimizer.init_args.moments.class_path=lightspan.optim.moments.Float32Moments",),
+    "quickstart": (
+        "model.init_args.optimizer.init_args.moments.class_path=lightspan.optim.matrices.moments.Float32Moments",
+    ),
     # New frames every three steps, so that a refresh lies on each side of a resume.
     "quickstart_lowrank": (
         "model.init_args.optimizer.init_args.rank=8",

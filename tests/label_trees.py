@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightspan.analysis.label_metrics import GraphMetric, LabelMetric
+from lightspan.evaluation.label_spaces.label_metrics import GraphMetric, LabelMetric
 
 
 def random_tree(count: int, seed: int = 0) -> GraphMetric:

@@ -37,7 +37,6 @@ from lightspan.backbones.vit import vit
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.merging.models import GaussianModels
-from lightspan.method import Method
 from lightspan.methods.bayesian.ssvi import SSVI
 from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.methods.clustering.depict import DEPICT
@@ -136,8 +135,9 @@ from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
+from lightspan.objectives.moving_targets import MomentumFeatures
 from lightspan.optim.riemannian import RiemannianSGD
-from lightspan.targets import MomentumFeatures
+from lightspan.training.method import Method
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 ROWS = 8

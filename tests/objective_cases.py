@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan import objectives
-from lightspan.devices import wide
-from lightspan.distributed import gather_rows
+from lightspan.core.devices import wide
+from lightspan.core.distributed import gather_rows
 from lightspan.objectives import (
     asymmetric,
     barlow,

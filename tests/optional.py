@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 INSTALLS = "install"
 """Stands in every message of lightspan that says how to get a missing package, extra or system package."""

@@ -170,7 +170,7 @@ def _rank(
     if ranks > 1:
         join(rank, port, ranks)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as under the command itself
-    from lightspan.cli import main
+    from lightspan.cli.main import main
 
     torch.set_num_threads(1)
     if prepare is not None:

@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from lightspan.config.recipes import catalogue_names
-from lightspan.errors import UserError
+from lightspan.cli.config.recipes import catalogue_names
+from lightspan.core.errors import UserError
 
 
 def after_runs_before(make: Callable[[], Any], untrained: Callable[[str], nn.Module]) -> Any:

@@ -2,7 +2,7 @@
 zero under the real names and with the real shapes.
 
 What a recipe asks for is found in its merged configuration: every setting that names a place to read
-(`lightspan.places.ReadPath`) gets something at that place, relative to the current folder. A new recipe needs nothing
+(`lightspan.core.files.places.ReadPath`) gets something at that place, relative to the current folder. A new recipe needs nothing
 here unless it reads what no other one has read:
 
 - `runs/NAME/export/safetensors/model.safetensors` is what `lightspan export` writes of a run of the recipe that is
@@ -37,18 +37,18 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from lightspan.absent import weights_left_out
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
-from lightspan.config.places import places
-from lightspan.config.recipes import catalogue_folder, catalogue_names
-from lightspan.config.resolve import Resolved, merged, resolve
-from lightspan.config.tree import dotted, plain
-from lightspan.datamodules.satellite.bands import SENSORS
+from lightspan.cli.config.places import places
+from lightspan.cli.config.recipes import catalogue_folder, catalogue_names
+from lightspan.cli.config.resolve import Resolved, merged, resolve
+from lightspan.cli.config.tree import dotted, plain
+from lightspan.cli.planning.shapes import on_shapes_first
+from lightspan.core.absent import weights_left_out
+from lightspan.core.files.places import PathUse
+from lightspan.core.files.tensors import Form, header
+from lightspan.datamodules.multispectral.bands import SENSORS
 from lightspan.datamodules.shards.fetch import expand_braces
-from lightspan.places import PathUse
-from lightspan.planning.shapes import on_shapes_first
-from lightspan.tensor_files import Form, header
 
 OF_A_RUN = re.compile(r"runs/([\w.-]+)/export/safetensors/model\.safetensors")
 ONE_PROCESS = [

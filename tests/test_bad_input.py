@@ -12,7 +12,7 @@ import pytest
 import torch
 from waiting import HANG_S, wait_until
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 PROJECT = Path(__file__).parent / "tiny_project"
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
@@ -233,7 +233,7 @@ def test_a_full_disk_in_mid_run_leaves_the_last_checkpoint_whole(tmp_path):
     """A limit on the size of files stands for the full disk: two checkpoints fit, the third does not."""
     code = (
         "import resource, signal, sys\n"
-        "from lightspan.cli import main\n"
+        "from lightspan.cli.main import main\n"
         "from lightspan.callbacks.resilience.checkpoint import Checkpoint\n"
         "saved = []\n"
         "before = Checkpoint._save_checkpoint\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "diagnosis.md").read_text()
 

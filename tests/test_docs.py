@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightspan.cli import parser_of
-from lightspan.commands.verbs import VERBS, verb_of
-from lightspan.config.resolve import ANY_KIND, resolve
+from lightspan.cli.commands.verbs import VERBS, verb_of
+from lightspan.cli.config.resolve import ANY_KIND, resolve
+from lightspan.cli.main import parser_of
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / folder / "README.md" for folder in ("docker", "evidence")]

@@ -11,10 +11,10 @@ from torch import nn
 from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import facts_of
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import apply_subspace, save_subspace
-from lightspan.tensor_files import facts_of
 
 FOREIGN = '{"0": {"class_path": "os.system", "init_args": {}}}'
 

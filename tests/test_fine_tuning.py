@@ -22,7 +22,7 @@ from lightspan.adapters.peft import load_peft, save_peft
 from lightspan.adapters.svfit import SVFit
 from lightspan.backbones.language import stored_causal_lm
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 SHORT = [
     *("trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.logger.tensorboard=null"),

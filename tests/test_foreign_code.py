@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from test_house_rules import ROOT, SOURCES
 
-from lightspan.console import SafeConsole
-from lightspan.runs.numbers import number
+from lightspan.cli.runs.numbers import number
+from lightspan.core.console import SafeConsole
 
 # What loads or runs what a file says, by the end of its dotted name, and the settings that make it safe.
 SAFE_WITH: dict[str, dict[str, object]] = {
@@ -27,24 +27,24 @@ FORBIDDEN = (
 )
 # Each has one place, which checks what it is given; its own folder, just written, may be read back beside it.
 ONE_PLACE = {
-    "safe_open": {"framework/tensor_files.py", "framework/exports/safetensors.py"},
-    "timm.create_model": {"framework/backbones/timm_networks.py", "framework/exports/timm_folder.py"},
-    "tifffile.TiffFile": {"datamodules/satellite/tiffs.py"},
+    "safe_open": {"framework/core/files/tensors.py", "framework/cli/exports/safetensors.py"},
+    "timm.create_model": {"framework/backbones/timm_networks.py", "framework/cli/exports/timm_folder.py"},
+    "tifffile.TiffFile": {"datamodules/multispectral/tiffs.py"},
     "soundfile.SoundFile": {"datamodules/audio/sound.py"},
     "Image.open": {"datamodules/shards/headers.py"},
-    "format.read_array": {"framework/array_files.py"},
-    "open_memmap": {"framework/array_files.py"},
+    "format.read_array": {"framework/core/files/arrays.py"},
+    "open_memmap": {"framework/core/files/arrays.py"},
     # The project's own: an asset, and a cache.
-    "np.load": {"datamodules/images/small.py", "datamodules/pictures/packed.py"},
+    "np.load": {"datamodules/image/sets/small.py", "datamodules/image/packed.py"},
 }
 
 OWN_JSON = {
-    "datamodules/pictures/packed.py",  # the cache of this user
-    "framework/exports/timm_folder.py",  # just written
-    "framework/features/description.py",  # of an installed package
+    "datamodules/image/packed.py",  # the cache of this user
+    "framework/cli/exports/timm_folder.py",  # just written
+    "framework/evaluation/features/description.py",  # of an installed package
     "callbacks/resilience/watchdog.py",  # of this run
-    "framework/scaling/study.py",  # after a look at its size
-    "framework/sweeps/files.py",
+    "framework/cli/studies/scaling/study.py",  # after a look at its size
+    "framework/cli/studies/sweeps/files.py",
 }
 
 
@@ -116,7 +116,7 @@ def test_what_is_printed_has_no_control_characters_of_others() -> None:
     assert len(printed) > 60
     assert not [at for at, word in printed if not is_safe(word)], "wrap it in printable()"
     consoles = [at for at, name, _ in CALLS if ends(name, "Console")]
-    assert not consoles, f"lightspan.console has one that escapes: {consoles}"
+    assert not consoles, f"lightspan.core.console has one that escapes: {consoles}"
 
 
 def test_a_table_cannot_control_the_terminal() -> None:
@@ -145,4 +145,4 @@ def test_json_of_others_is_read_within_limits() -> None:
     read = [(at, ast.unparse(call)) for at, name, call in CALLS if name in ("json.load", "json.loads")]
     whole = [at for at, text in read if ".read_text(" in text or ".read_bytes(" in text]
     unbounded = [at for at in whole if at.partition(":")[0] not in OWN_JSON]
-    assert not unbounded, f"lightspan.foreign.settings_object reads it: {unbounded}"
+    assert not unbounded, f"lightspan.core.files.foreign.settings_object reads it: {unbounded}"

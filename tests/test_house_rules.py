@@ -138,10 +138,10 @@ def test_tensor_code_never_imports_lightning() -> None:
 def test_pictures_have_one_look() -> None:
     files = [file for _, file in SOURCES] + sorted([*ROOT.glob("evidence/*.py"), *ROOT.glob("benchmarks/*.py")])
     wrong = [
-        f"{place} imports {name}; draw on a canvas of lightspan.drawing"
+        f"{place} imports {name}; draw on a canvas of lightspan.core.drawing"
         for file in files
         for place, name in imports(file)
-        if name.startswith("matplotlib.figure") and file != ROOT / "framework/drawing.py"
+        if name.startswith("matplotlib.figure") and file != ROOT / "framework/core/drawing.py"
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -14,9 +14,9 @@ import torchvision
 from PIL import Image
 from torchvision.models.resnet import BasicBlock
 
-from lightspan.cli import main
-from lightspan.optim import presets
-from lightspan.optim.low_rank import LowRank
+from lightspan.cli.main import main
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.subspace_file import apply_subspace
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,12 +17,12 @@ from runs_before import after_runs_before
 from safetensors.torch import save_file
 from torch import nn
 
-from lightspan.cli import main
-from lightspan.config.build import build, build_parts, resolve
-from lightspan.config.recipes import catalogue_names, load
-from lightspan.config.resolve import ANY_KIND, Resolved
-from lightspan.config.tree import plain
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build, build_parts, resolve
+from lightspan.cli.config.recipes import catalogue_names, load
+from lightspan.cli.config.resolve import ANY_KIND, Resolved
+from lightspan.cli.config.tree import plain
+from lightspan.cli.main import main
+from lightspan.core.errors import UserError
 
 SHORT = [
     *("trainer.max_steps=3", "trainer.limit_val_batches=0", "trainer.accelerator=cpu", "data.init_args.batch_size=4"),

@@ -34,7 +34,7 @@ def test_the_distributions_are_whole_and_work_in_an_empty_environment(tmp_path: 
 
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*BESIDE, "framework/cli.py", "recipes/language/quickstart.yaml"} <= inside
+    assert {*BESIDE, "framework/cli/main.py", "recipes/language/quickstart.yaml"} <= inside
     assert not [name for name in inside if name.startswith(("tests", "build"))]
     with zipfile.ZipFile(wheel) as archive:  # made from the sdist
         members = {*archive.namelist()}

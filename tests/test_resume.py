@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from lightspan.checkpoints.io import WholeFileCheckpointIO
-from lightspan.checkpoints.manifest import point_latest
-from lightspan.cli import main
-from lightspan.errors import UserError
-from lightspan.runs.folder import checkpoint_to_resume, run_ids
+from lightspan.cli.main import main
+from lightspan.cli.runs.folder import checkpoint_to_resume, run_ids
+from lightspan.core.errors import UserError
+from lightspan.training.checkpoints.io import WholeFileCheckpointIO
+from lightspan.training.checkpoints.manifest import point_latest
 
 LANGUAGE = [
     "language/quickstart_lowrank",

@@ -9,12 +9,12 @@ from lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspan.blocks import innermost_blocks, recompute_activations
 from lightspan.callbacks.training.activation_checkpointing import ActivationCheckpointing
 from lightspan.callbacks.training.compilation import Compilation
-from lightspan.config.resolve import resolve
-from lightspan.distributed import leave, rank, world_size
-from lightspan.strategies import FSDP2, shard
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.blocks import innermost_blocks, recompute_activations
+from lightspan.core.distributed import leave, rank, world_size
+from lightspan.training.strategies import FSDP2, shard
 
 OVERLAYS = ("scale/bf16", "scale/compile", "scale/checkpointing")
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from rank_processes import PROJECT
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 PLANTED = {
     "WANDB_API_KEY": "feedc0de00112233445566778899aabbccddeeff",

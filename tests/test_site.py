@@ -22,7 +22,11 @@ pytestmark = pytest.mark.runs
 ROOT = Path(__file__).parents[1]
 
 
-WITH_API = {"framework/optim/low_rank.py", "framework/optim/reference/__init__.py", "framework/method.py"}
+WITH_API = {
+    "framework/optim/low_rank/optimizer.py",
+    "framework/optim/reference/__init__.py",
+    "framework/training/method.py",
+}
 WITH_API |= {"callbacks/training/subspace_projection.py", "framework/__init__.py"}
 
 
@@ -69,7 +73,7 @@ def linked_files(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("page", "link", "leads_to"),
     [
-        ("running.md", "../framework/optim/low_rank.py", "reference/optim/low_rank.md"),
+        ("running.md", "../framework/optim/low_rank/optimizer.py", "reference/optim/low_rank.md"),
         ("evidence/02_svfit.md", "../../recipes/clustering/swav.yaml", "../project/recipes/clustering/swav.yaml.md"),
         ("running.md", "../docker/README.md#building", "project/docker/README.md#building"),
         ("project/README.md", "docs/index.md#where-the-code-is", "../index.md#where-the-code-is"),

@@ -8,9 +8,9 @@ from lightning import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.runs.train import put_weights
-from lightspan.ties import every_name, require_ties
+from lightspan.cli.runs.train import put_weights
+from lightspan.core.errors import UserError
+from lightspan.core.ties import every_name, require_ties
 
 
 class Tied(LightningModule):

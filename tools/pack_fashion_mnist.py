@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lightspan.datamodules.images.small import DEBIAN_FASHION_MNIST, FashionMNIST, Labelled
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
+from lightspan.datamodules.image.sets.small import DEBIAN_FASHION_MNIST, FashionMNIST, Labelled
 
 TARGET = Path(__file__).resolve().parents[1] / "datamodules" / "assets" / "fashion_mnist_4k.npz"
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "build" / "quickstart"

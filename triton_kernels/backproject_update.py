@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide_type
+from lightspan.core.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 from lightspan.triton_kernels.project import dot_precision
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_

@@ -17,8 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide_type, widest_float
-from lightspan.errors import UserError
+from lightspan.core.devices import wide_type, widest_float
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
 from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
 

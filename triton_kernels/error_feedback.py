@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 from lightspan.triton_kernels.rounding import WINDOW
 

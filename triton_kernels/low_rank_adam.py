@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels.bias_correction import bias_correction
 from lightspan.triton_kernels.launch import tl, triton
 from lightspan.triton_kernels.quantised_moments import (

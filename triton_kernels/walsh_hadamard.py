@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide_type
-from lightspan.errors import UserError
+from lightspan.core.devices import wide_type
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels.launch import INTERPRETED, element_type, tl, triton
 
 # On one core of an EPYC, 2^16 numbers take 0.14 ms in blocks up to 32, 0.19 up to 128, 0.57 by log2(N) sums.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
-from lightspan.drawing import SOFT, canvas
-from lightspan.errors import printable
+from lightspan.core.drawing import SOFT, canvas
+from lightspan.core.errors import printable
 
 LINE, MOST_LINES = 90, 4
 """Letters of a line of text, and lines of a sample."""

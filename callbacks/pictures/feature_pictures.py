@@ -14,14 +14,14 @@ from torch.nn.functional import normalize, pad
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
-from lightspan.analysis.collapse import rankme
 from lightspan.callbacks.pictures.first_batch import enlarged
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached, features_of, of_all_ranks
-from lightspan.drawing import canvas, png
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
+from lightspan.core.drawing import canvas, png
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
+from lightspan.evaluation.geometry.collapse import rankme
 
 FRAME = 4  # pixels around a query
 LEAST_FOR_TSNE = 10  # points; fewer are mapped by their principal components

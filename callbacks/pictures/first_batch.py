@@ -16,10 +16,10 @@ from torchvision.utils import make_grid
 from lightspan.callbacks.pictures.band_colours import coloured_dates
 from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
-from lightspan.drawing import png
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
+from lightspan.core.drawing import png
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
 
 MOST_COLUMNS = 16
 LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that their pixels can be seen

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.analysis.task_accuracy import TaskAccuracy
 from lightspan.callbacks.watching.detached import detached, log_now
-from lightspan.errors import UserError
-from lightspan.estimators.closed_form import IncrementalAccuracy
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
+from lightspan.evaluation.gaussians.closed_form import IncrementalAccuracy
+from lightspan.evaluation.scores.task_accuracy import TaskAccuracy
 
 
 class Forgetting(Callback):
@@ -27,7 +27,7 @@ class Forgetting(Callback):
     share ever minus that now) and tasks/accuracy_of_T of each task T, and writes FOLDER/forgetting.png.
 
     For data with `tasks`, `task_steps()` and a validation loader for each task, as
-    `lightspan.datamodules.images.class_stream.ClassStream`, and any LightningModule that is called with images
+    `lightspan.datamodules.image.variants.class_stream.ClassStream`, and any LightningModule that is called with images
     [B C H W] and gives logits [B C]. Detached like `OnlineProbes`: nothing of the run changes. Rows of all ranks count,
     each once. The counts are in the checkpoint.
 
@@ -48,7 +48,7 @@ class Forgetting(Callback):
         if not all(hasattr(data, name) for name in ("tasks", "task_steps", "val_dataloader")):
             raise UserError(
                 f"Forgetting needs data that come task by task, and {type(data).__name__} do not; take "
-                "lightspan.datamodules.images.class_stream.ClassStream, or remove the callback"
+                "lightspan.datamodules.image.variants.class_stream.ClassStream, or remove the callback"
             )
 
     def on_train_batch_end(

@@ -17,10 +17,10 @@ from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
 from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
 from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_in_range
 from lightspan.callbacks.watching.detached import detached
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import RunPath
 from lightspan.nn.masking.hidden_patches import Reconstruction
-from lightspan.places import RunPath
-from lightspan.strategies import gathered
+from lightspan.training.strategies import gathered
 
 GREY = 0.5  # in place of what is hidden
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached
-from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
-from lightspan.errors import UserError, one_line
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
-from lightspan.strategies import gathered
+from lightspan.core.drawing import COLOURS, SOFT, canvas, png, tidy
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
+from lightspan.training.strategies import gathered
 
 COLUMNS = 8
 RIGHT, WRONG = COLOURS[2], COLOURS[1]

@@ -19,21 +19,21 @@ from torch.utils.hooks import RemovableHandle
 
 from lightspan.callbacks.resilience.stamp import KEY, go_on_drawing, refuse_other_optimizers, stamp
 from lightspan.callbacks.resilience.writer import Writer
-from lightspan.checkpoints.fit import check_fits
-from lightspan.checkpoints.io import WholeFileCheckpointIO
-from lightspan.checkpoints.names import OwnFiles
-from lightspan.checkpoints.rest_of_step import RestOfStep, load_positions, rewind_logs
-from lightspan.checkpoints.restore import (
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import remove_leftovers
+from lightspan.core.files.places import PathName, RunPath
+from lightspan.core.files.runs import CHECKPOINTS
+from lightspan.training.checkpoints.fit import check_fits
+from lightspan.training.checkpoints.io import WholeFileCheckpointIO
+from lightspan.training.checkpoints.names import OwnFiles
+from lightspan.training.checkpoints.rest_of_step import RestOfStep, load_positions, rewind_logs
+from lightspan.training.checkpoints.restore import (
     explained_restoring,
     guard,
     refuse_what_cannot_go_on,
     unfreeze,
     warn_of_what_cannot_go_on,
 )
-from lightspan.errors import UserError
-from lightspan.files import remove_leftovers
-from lightspan.places import PathName, RunPath
-from lightspan.run_files import CHECKPOINTS
 
 
 class Checkpoint(OwnFiles):

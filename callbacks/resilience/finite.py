@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightspan.callbacks.resilience.step_capture import StepCapture
-from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError, printable
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.places import RunPath
-from lightspan.sharded import held_numbers, square_norms
+from lightspan.core.distributed import rank, world_size
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.places import RunPath
+from lightspan.core.sharded import held_numbers, square_norms
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 class FiniteLoss(Callback):

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
-from lightspan.checkpoints.manifest import LAST, standing
-from lightspan.checkpoints.rest_of_step import before_validation
-from lightspan.errors import UserError, printable
-from lightspan.run_files import CHECKPOINTS
-from lightspan.signals import BUDGET_S, SignalFlag, installed, main_thread
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.runs import CHECKPOINTS
+from lightspan.training.checkpoints.manifest import LAST, standing
+from lightspan.training.checkpoints.rest_of_step import before_validation
+from lightspan.training.signals import BUDGET_S, SignalFlag, installed, main_thread
 
 PREEMPTED = 143
 """Default exit status: 128 + SIGTERM, which tells a scheduler that the job ended because it was asked to."""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.places import RunPath
+from lightspan.core.files.places import RunPath
 
 
 class Trace(Callback):

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightspan import __version__
 from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
-from lightspan.checkpoints.fit import class_path
-from lightspan.checkpoints.manifest import FORMAT
-from lightspan.checkpoints.rest_of_step import log_position
-from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError
+from lightspan.core.distributed import rank, world_size
+from lightspan.core.errors import UserError
+from lightspan.training.checkpoints.fit import class_path
+from lightspan.training.checkpoints.manifest import FORMAT
+from lightspan.training.checkpoints.rest_of_step import log_position
 
 KEY = "lightspan"
 """Where it lies in a checkpoint."""

@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.resilience.random_state import random_states
-from lightspan.captures import Capture, capture_folder, captures, nbytes, write_rank, write_weights
-from lightspan.distributed import world_size
-from lightspan.errors import UserError, one_line
-from lightspan.files import make_folder, remove
-from lightspan.memory import MIB
-from lightspan.places import RunPath
-from lightspan.sharded import local, whole
-from lightspan.tensor_files import Form
+from lightspan.core.distributed import world_size
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import make_folder, remove
+from lightspan.core.files.places import RunPath
+from lightspan.core.files.tensors import Form
+from lightspan.core.memory import MIB
+from lightspan.core.sharded import local, whole
+from lightspan.training.captures import Capture, capture_folder, captures, nbytes, write_rank, write_weights
 
 MOST_BUFFER_MIB = 64
 """Buffers are copied at the start of every step if all of them are at most this large."""

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lightspan.errors import UserError, printable
-from lightspan.places import RunPath
-from lightspan.run_files import HEARTBEATS, STACKS
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.places import RunPath
+from lightspan.core.files.runs import HEARTBEATS, STACKS
 
 MOST_S = 30 * 86_400.0
 """The longest time without a hook that can be set: a month."""

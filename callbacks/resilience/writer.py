@@ -10,14 +10,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightspan.callbacks.resilience.stamp import KEY, run_ids
-from lightspan.checkpoints.background import Background
-from lightspan.checkpoints.folder import FolderCheckpoints, said
-from lightspan.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, take_over
-from lightspan.checkpoints.manifest import COMPLETE, header, newest_whole, point_latest, seal_folder
-from lightspan.distributed import world_size
-from lightspan.errors import UserError
-from lightspan.files import link_atomic
-from lightspan.places import PathUse
+from lightspan.core.distributed import world_size
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import link_atomic
+from lightspan.core.files.places import PathUse
+from lightspan.training.checkpoints.background import Background
+from lightspan.training.checkpoints.folder import FolderCheckpoints, said
+from lightspan.training.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, take_over
+from lightspan.training.checkpoints.manifest import COMPLETE, header, newest_whole, point_latest, seal_folder
 
 
 class Writer:

@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightspan.blocks import innermost_blocks, recompute_activations
+from lightspan.core.blocks import innermost_blocks, recompute_activations
 
 
 class ActivationCheckpointing(Callback):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightspan.blocks import compile_in_place, innermost_blocks
+from lightspan.core.blocks import compile_in_place, innermost_blocks
 
 
 class Compilation(Callback):

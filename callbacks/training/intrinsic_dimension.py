@@ -10,15 +10,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.distributed import copy_of_first_rank, world_size
-from lightspan.errors import UserError, printable
+from lightspan.core.distributed import copy_of_first_rank, world_size
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.places import RunPath
+from lightspan.core.files.runs import SUBSPACE
 from lightspan.optim.convert import hand_over
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import save_subspace
-from lightspan.places import RunPath
-from lightspan.run_files import SUBSPACE
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
-from lightspan.wiring.optimizers import average_in_coordinates
+from lightspan.training.wiring.optimizers import average_in_coordinates
 
 
 class IntrinsicDimension(Callback):

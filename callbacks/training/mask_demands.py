@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
-from lightspan.files import expanded, make_folder
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded, make_folder
 
 
 def require_maskable(module: LightningModule, names: Iterable[str]) -> None:

@@ -8,10 +8,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Size, Tensor, nn
 
 from lightspan.callbacks.training.weights_in_use import first_names
-from lightspan.errors import printable
-from lightspan.files import atomic_path
+from lightspan.core.errors import printable
+from lightspan.core.files.atomic import atomic_path
+from lightspan.core.files.tensors import Form, write_tensors
 from lightspan.subspaces.masks.allocation import Allocation
-from lightspan.tensor_files import Form, write_tensors
 
 FILE = "masks.safetensors"
 
@@ -43,7 +43,7 @@ def announce(path: Path, masks: Mapping[str, Tensor]) -> None:
     """A table of what stayed, and where it went."""
     from rich.table import Table
 
-    from lightspan.console import SafeConsole
+    from lightspan.core.console import SafeConsole
 
     table = Table(title="MaskLearning: entries that stay", title_justify="left")
     table.add_column("parameter")

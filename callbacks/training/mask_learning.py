@@ -22,15 +22,15 @@ from lightspan.callbacks.training.mask_demands import (
 from lightspan.callbacks.training.mask_files import FILE, announce, save_masks, say_what_stays
 from lightspan.callbacks.training.weights_in_use import WeightsInUse
 from lightspan.callbacks.watching.run_warnings import warn
-from lightspan.devices import wide
-from lightspan.errors import UserError, print_notes
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError, print_notes
+from lightspan.core.files.places import RunPath
+from lightspan.core.patterns import matches, require_matches, require_patterns
+from lightspan.core.sharded import local
 from lightspan.optim.masks.follow import keep_only, require_entrywise
 from lightspan.optim.masks.learner import Fixed, MaskLearner, on_cpu
 from lightspan.optim.masks.place import Place
 from lightspan.optim.steps import steps_taken
-from lightspan.patterns import matches, require_matches, require_patterns
-from lightspan.places import RunPath
-from lightspan.sharded import local
 from lightspan.subspaces.masks.allocation import Allocation, Uniform
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of
 from lightspan.subspaces.masks.top_k import require_density

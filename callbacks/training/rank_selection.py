@@ -10,8 +10,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightspan.adapters.codyra import GatedLoRAUpdate, shrink_then_cut, soft_threshold
 from lightspan.adapters.inject import adapted_layers
-from lightspan.distributed import rank
-from lightspan.errors import UserError
+from lightspan.core.distributed import rank
+from lightspan.core.errors import UserError
 from lightspan.optim.steps import steps_taken
 
 OPERATORS = {"soft": soft_threshold, "cut": shrink_then_cut}
@@ -119,7 +119,7 @@ class RankSelection(Callback):
     def _print(self, before: dict[str, int]) -> None:
         from rich.table import Table
 
-        from lightspan.console import SafeConsole
+        from lightspan.core.console import SafeConsole
 
         table = Table(title="RankSelection: components kept", title_justify="left")
         table.add_column("layer")

@@ -4,15 +4,15 @@ from typing import Literal
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightspan.optim.bases import Basis, Trigger
+from lightspan.core.patterns import require_patterns
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
-from lightspan.optim.inner import Adam, Inner
-from lightspan.optim.limits import require_sound
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Float32Moments, MomentStorage
-from lightspan.optim.residuals import Fira, Residual
-from lightspan.patterns import require_patterns
-from lightspan.wiring.optimizers import refuse_flat_partitions, wire
+from lightspan.optim.low_rank.bases import Basis, Trigger
+from lightspan.optim.low_rank.inner import Adam, Inner
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.residuals import Fira, Residual
+from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
+from lightspan.training.wiring.optimizers import refuse_flat_partitions, wire
 
 
 class SubspaceProjection(Callback):
@@ -34,7 +34,7 @@ class SubspaceProjection(Callback):
             the printed table says. None: the weights that `lightspan.optim.groups` counts as matrices, so neither
             embeddings nor the output head of a language model.
         basis, residual, inner, moments, refresh, scale, backward, seed, offload: see
-            `lightspan.optim.low_rank.LowRank`.
+            `lightspan.optim.low_rank.optimizer.LowRank`.
     Raises: UserError for a setting out of range; when fitting starts, for a pattern that matches nothing in any
         optimiser, a rank too large for all of them, or a matched optimiser other than Adam and AdamW.
     """

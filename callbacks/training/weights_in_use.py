@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
+from lightspan.core.sharded import local
 from lightspan.optim.masks.place import Place
-from lightspan.sharded import local
 from lightspan.subspaces.masks.maps import SoftMask
 
 

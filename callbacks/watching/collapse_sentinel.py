@@ -14,18 +14,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.analysis.collapse import (
-    alignment,
-    dead_dimensions,
-    duplicates,
-    length,
-    lidar,
-    prototype_use,
-    rankme,
-    spread,
-    uniformity,
-)
-from lightspan.analysis.spectra import centred
 from lightspan.callbacks.watching.collapse_signs import APART, TARGETS, Judge
 from lightspan.callbacks.watching.detached import (
     at_full_length,
@@ -38,8 +26,20 @@ from lightspan.callbacks.watching.detached import (
 from lightspan.callbacks.watching.held_samples import HeldSamples, single_views
 from lightspan.callbacks.watching.run_warnings import record, warn
 from lightspan.callbacks.watching.sound_state import SoundState
-from lightspan.distributed import agreed
-from lightspan.errors import UserError
+from lightspan.core.distributed import agreed
+from lightspan.core.errors import UserError
+from lightspan.evaluation.geometry.collapse import (
+    alignment,
+    dead_dimensions,
+    duplicates,
+    length,
+    lidar,
+    prototype_use,
+    rankme,
+    spread,
+    uniformity,
+)
+from lightspan.evaluation.geometry.spectra import centred
 
 ONLY_JUDGED = ("width", "equal_samples")
 """Figures that do not change during a run, and are not logged."""
@@ -68,9 +68,9 @@ class CollapseSentinel(Callback):
     Logs collapse/rankme, collapse/uniformity, collapse/spread, collapse/dead_dimensions, collapse/duplicates,
     collapse/length (mean length of embeddings); with two views and more collapse/lidar and collapse/alignment; for a
     module with `assignments(batch)` -> [B K], rows >= 0, collapse/prototypes_in_use and collapse/prototypes_a_sample
-    (see `lightspan.analysis.collapse`); and collapse/signs, how many signs of collapse have shown `patience` times in
-    succession (see `collapse_signs`). `lightspan report` draws them all, and shows the warnings, which are also in
-    metrics.jsonl and summary.json.
+    (see `lightspan.evaluation.geometry.collapse`); and collapse/signs, how many signs of collapse have shown `patience`
+    times in succession (see `collapse_signs`). `lightspan report` draws them all, and shows the warnings, which are
+    also in metrics.jsonl and summary.json.
 
     Training is not affected unless it acts: weights, moments, random states and the order of the data are bit for bit
     what they are without it. With several ranks all measure the same samples, and act by the first rank's figures.

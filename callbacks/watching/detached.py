@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @contextmanager

@@ -13,8 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lightspan.analysis.dimension import two_nn_fit
-from lightspan.analysis.spectra import (
+from lightspan.callbacks.watching.detached import detached, features_of, index_of, of_all_ranks
+from lightspan.core.errors import UserError
+from lightspan.core.patterns import matches, require_matches
+from lightspan.core.sharded import Ranks
+from lightspan.evaluation.geometry.dimension import two_nn_fit
+from lightspan.evaluation.geometry.spectra import (
     centred,
     effective_rank,
     energy_shares,
@@ -23,12 +27,8 @@ from lightspan.analysis.spectra import (
     participation_ratio,
     stable_rank,
 )
-from lightspan.callbacks.watching.detached import detached, features_of, index_of, of_all_ranks
-from lightspan.errors import UserError
-from lightspan.optim.layout import canonical, canonical_gradient, shards_of
-from lightspan.optim.low_rank import LowRank
-from lightspan.patterns import matches, require_matches
-from lightspan.sharded import Ranks
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.layout import canonical, canonical_gradient, shards_of
 
 MEASURES = ("effective_rank", "stable_rank", "top_energy")
 GRAM_NUMBERS = 2**25

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.watching.detached import features_of, of_all_ranks
-from lightspan.errors import UserError
-from lightspan.features.features import Features
+from lightspan.core.errors import UserError
+from lightspan.evaluation.features.features import Features
 from lightspan.nn.tokens import Tokens
 
 Read = tuple[int | None, bool]

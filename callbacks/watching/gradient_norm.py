@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightspan.callbacks.watching.detached import is_logged
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.core.sharded import gradient_norm
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
-from lightspan.sharded import gradient_norm
 
 
 class GradientNorm(Callback):

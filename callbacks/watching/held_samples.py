@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.watching.detached import detached, index_of, of_all_ranks
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class HeldSamples:

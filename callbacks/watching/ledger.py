@@ -9,9 +9,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightspan.distributed import world_size
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
+from lightspan.core.distributed import world_size
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
 
 FORMAT = 1  # runs/ledger.py reads it without the imports of this module
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightspan.distributed import world_size
-from lightspan.errors import UserError, print_notes
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.distributed import world_size
+from lightspan.core.errors import UserError, print_notes
+from lightspan.optim.low_rank.optimizer import LowRank
 
 MOST_NAMED = 8
 

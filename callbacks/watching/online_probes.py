@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightspan.analysis.labels import kind_of
-from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.detached import detached, ends_with_epoch, log_now
 from lightspan.callbacks.watching.encoding import Columns, Encoding
 from lightspan.callbacks.watching.run_warnings import warn
-from lightspan.errors import UserError, print_notes
-from lightspan.estimators.probes import KNN, LinearProbe, Probe
+from lightspan.core.errors import UserError, print_notes
+from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
+from lightspan.evaluation.labels import kind_of
+from lightspan.evaluation.probes.probes import KNN, LinearProbe, Probe
 
 
 class OnlineProbes(Callback):
@@ -23,13 +23,13 @@ class OnlineProbes(Callback):
 
     For any LightningModule with `features(batch)` -> float [B D] and any datamodule whose `bank_dataloader()` and
     `val_dataloader()` yield mappings with "index" and what the probes read: "label" (`ImageBatch`), or fields that a
-    probe names (`lightspan.estimators.dense_probes`). Probes are fitted on the bank (training samples, no augmentation)
-    and scored on the validation samples. Labels are classes, tags or numbers by their dtype
-    (`lightspan.analysis.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
+    probe names (`lightspan.evaluation.dense.dense_probes`). Probes are fitted on the bank (training samples, no
+    augmentation) and scored on the validation samples. Labels are classes, tags or numbers by their dtype
+    (`lightspan.evaluation.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
     that is given several settings chooses on the bank, mostly on a fifth of it, never by what it reports, and what it
     chose is logged as probe/NAME_SETTING. Where all samples have one class, as recordings without labels do, a probe of
-    it has no score, and a note says so. The effective rank is that of the centred validation features, in
-    [1, min(M - 1, D)] for M of them.
+    it has no score, and a note says so. The effective rank is that of the centred validation features, in [1, min(M -
+    1, D)] for M of them.
 
     Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
     submodule and the state of every random generator are restored. Weights, buffers, optimiser and the order of the

@@ -11,10 +11,10 @@ from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.callbacks.watching.detached import detached
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.places import RunPath
-from lightspan.strategies import gathered
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
+from lightspan.training.strategies import gathered
 
 MOST_CLASSES, COLUMNS = 10, 8
 

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from lightspan.errors import UserError, printable
-from lightspan.files import atomic_path, make_folder, write_atomic
-from lightspan.places import RunPath
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.atomic import atomic_path, make_folder, write_atomic
+from lightspan.core.files.places import RunPath
 
 ROWS = 40
 MOST_EVENTS = 100_000

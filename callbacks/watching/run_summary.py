@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from lightspan.callbacks.watching.run_warnings import warnings_of
-from lightspan.console import SafeConsole
-from lightspan.errors import printable
-from lightspan.files import write_atomic
-from lightspan.loggers.jsonl import plain_number
-from lightspan.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
-from lightspan.places import RunPath
+from lightspan.core.console import SafeConsole
+from lightspan.core.errors import printable
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import RunPath
+from lightspan.core.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
+from lightspan.training.loggers.jsonl import plain_number
 
 WARM_UP_STEPS = 5
 

@@ -2,8 +2,8 @@
 
 from lightning.pytorch import Trainer
 
-from lightspan.errors import Warned, print_notes
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.core.errors import Warned, print_notes
+from lightspan.training.loggers.jsonl import JsonlLogger
 
 
 def warn(trainer: Trainer, text: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from lightspan.sharded import local
+from lightspan.core.sharded import local
 
 
 class SoundState:

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightspan.callbacks.watching.detached import detached
-from lightspan.errors import UserError
-from lightspan.places import RunPath
-from lightspan.strategies import gathered
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import RunPath
+from lightspan.training.strategies import gathered
 
 
 class TextSamples(Callback):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightspan.callbacks.watching.detached import log_now
 from lightspan.callbacks.watching.flops import FlopCount, peak_flops
-from lightspan.errors import UserError
-from lightspan.memory import MIB, rss_bytes
+from lightspan.core.errors import UserError
+from lightspan.core.memory import MIB, rss_bytes
 
 
 class Throughput(Callback):

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightspan.analysis.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.callbacks.watching.detached import detached, of_all_ranks
-from lightspan.errors import UserError
-from lightspan.strategies import gathered
+from lightspan.core.errors import UserError
+from lightspan.evaluation.probes.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
+from lightspan.training.strategies import gathered
 
 NEEDED = ("encode_image", "encode_text")
 

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.loading.workers import Damaged
-from lightspan.errors import UserError, one_line
-from lightspan.places import PathUse
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.audio.data import AudioData
 from lightspan.datamodules.audio.sound import SOUNDS
+from lightspan.datamodules.image.data import held_out
+from lightspan.datamodules.image.picture_files import Kind, Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.pictures.data import held_out
-from lightspan.datamodules.pictures.files import Kind, Labels, Links, PictureFiles, find_labelled
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.places import ReadPath
 
 RECORDINGS = Kind("recording", "WAV, FLAC, OGG or MP3", tuple(f".{ending}" for ending in SOUNDS))
 
@@ -26,8 +26,8 @@ class AudioFolder(AudioData):
         val_folder: recordings for validation, with sub-folders of the same names, as for speakers who do not train;
             None holds out `val_share` of `folder`.
         val_share: share of each class held out, in (0, 1), by a hash of the files' names, see
-            `lightspan.datamodules.pictures.data.held_out`.
-        labels, links: as in `lightspan.datamodules.pictures.files.find_labelled`.
+            `lightspan.datamodules.image.data.held_out`.
+        labels, links: as in `lightspan.datamodules.image.picture_files.find_labelled`.
         settings: those of `AudioData`.
     Raises: UserError before the first step for no recording, damaged ones (all that are found are named), and classes
         of `val_folder` that `folder` does not have.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
-from lightspan.foreign import BYTES, NUMBERS, opened_regular
+from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES, NUMBERS, opened_regular
 
 if TYPE_CHECKING:
     from soundfile import SoundFile

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import content_of
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.audio.data import AudioData
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.foreign import content_of
-from lightspan.places import ReadPath
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 LANGUAGES = ("be", "bg", "ca", "da", "el", "es", "fr", "nn", "ro", "ru")

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.images.small import ImageSamples, Labelled, channel_moments, evenly
-from lightspan.datamodules.images.views import Views, view_as_image
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Views, view_as_image
+from lightspan.datamodules.image.sets.small import ImageSamples, Labelled, channel_moments, evenly
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.text.tokenized import require_length, tokenized
-from lightspan.errors import UserError
 
 
 class Captioned(NamedTuple):

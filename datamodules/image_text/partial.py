@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.images.views import Views, view_as_image
+from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

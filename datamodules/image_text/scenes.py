@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.shapes import SIDE
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
-from lightspan.datamodules.images.shapes import SIDE
 from lightspan.datamodules.rendered.outlines import cover, frames
-from lightspan.errors import UserError
 
 SIZES = {"small": (2.8, 3.4), "large": (5.2, 6.2)}  # radius in pixels, least and most
 COLOURS = {

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import content_of
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.foreign import content_of
-from lightspan.places import ReadPath
 
 FOLDER = Path("/usr/share/tuxpaint/stamps")
 SIDE = 32

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.order import Order, sample_seeds
 from lightspan.datamodules.loading.workers import Dataset, Fetcher, Key, Replacement
-from lightspan.errors import UserError
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def sample_seeds(seed: int, epoch: int, length: int) -> np.ndarray:

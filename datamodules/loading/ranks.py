@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightspan.core.distributed import rank, world_size
+from lightspan.core.errors import UserError, printable
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
-from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError, printable
 
 
 @rank_zero_only

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import numpy as np
 from lightning import LightningDataModule
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 from lightspan.datamodules.loading.workers import Dataset
-from lightspan.errors import UserError
 
 S = TypeVar("S")
 

@@ -11,9 +11,9 @@ import numpy as np
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lightspan.core.errors import UserError, printable
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import BatchDataset, Dataset
-from lightspan.errors import UserError, printable
 
 _STREAM = 2  # of random numbers; those of orders are 0 and 1
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 Key = tuple[int, int]  # (index, seed) of one sample
 DYING_S = 1.0  # a process may take this long to end after it broke its connection

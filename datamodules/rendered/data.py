@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.datamodules.images.small import channel_moments
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import channel_moments
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
-from lightspan.errors import UserError
 
 MOST = 2**32  # samples of a set
 SEEDS = 2**63

@@ -1,8 +1,8 @@
 """Random numbers of many samples at once, each a function of (seed, index, place) alone.
 
 A sample's numbers are therefore the same in any batch, on any worker and on any rank. No generator is made for it,
-which would take as long as half a small picture. The hash is that of `lightspan.noise`, which a test holds it to; for
-so many small arrays on a CPU, NumPy is eight times as fast as torch.
+which would take as long as half a small picture. The hash is that of `lightspan.core.noise`, which a test holds it to;
+for so many small arrays on a CPU, NumPy is eight times as fast as torch.
 Shapes: B samples.
 """
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightspan.core.errors import UserError
+from lightspan.core.noise import interpolation
+from lightspan.datamodules.multispectral.bands import Bands, wavelengths
+from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
+from lightspan.datamodules.multispectral.resampling import SpectralCrops
 from lightspan.datamodules.rendered.data import SEEDS, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.spectra import MATERIALS, YEAR, season, spectra
-from lightspan.datamodules.satellite.bands import Bands, wavelengths
-from lightspan.datamodules.satellite.moments import BandMoments, band_moments
-from lightspan.datamodules.satellite.resampling import SpectralCrops
-from lightspan.errors import UserError
-from lightspan.noise import interpolation
 
 AT_ONCE = 32
 FIELDS = 9
@@ -267,7 +267,7 @@ class LandScenes(RenderedSets):
     Args:
         side: of a scene in pixels, at least 8. Settlements and roads have widths in pixels, all else is as large as the
             scene is.
-        bands: names of one sensor's bands, see `lightspan.datamodules.satellite.bands.SENSORS`; None takes all.
+        bands: names of one sensor's bands, see `lightspan.datamodules.multispectral.bands.SENSORS`; None takes all.
         sensor: that sensor.
         materials: names of those that there may be, of `MATERIALS`; None takes all nine.
         clouds: share of the scenes that have some, in [0, 1]; they hide from a fifth to three fifths of one.

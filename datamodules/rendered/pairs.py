@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
-from lightspan.errors import UserError
 
 ROOM_CENTRE, ROOM_HALF = (0.0, 0.0, 0.6), (2.6, 1.9, 3.6)
 TAN_HALF_VIEW = 3**-0.5  # of half the field of view of 60 degrees, across the picture

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from lightspan.datamodules.images.augment.fields import ImageFields, Place
-from lightspan.datamodules.images.small import class_groups
-from lightspan.datamodules.images.views import Views
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.fields import ImageFields, Place
+from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.sets.small import class_groups
 from lightspan.datamodules.loading.order import GroupSizes, Order
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
 from lightspan.datamodules.rendered.textures import PALETTE
-from lightspan.errors import UserError
 
 HAIR = ((0.1, 0.08, 0.06), (0.45, 0.28, 0.12), (0.85, 0.7, 0.35), (0.6, 0.6, 0.62))
 CLOTHES = tuple(PALETTE.values())
@@ -216,7 +216,7 @@ class Persons(RenderedSets):
         wrong, mixed: shares of confused tracklets and pictures, as in `Crowd`.
         height, width: of a picture in pixels.
         views: makes the views of a training picture; not with `together`.
-        views_on: "workers" or "device", as in `lightspan.datamodules.images.small.ImageData`.
+        views_on: "workers" or "device", as in `lightspan.datamodules.image.sets.small.ImageData`.
         groups: training pictures of one label that stand side by side, by epoch, see
             `lightspan.datamodules.loading.order.ClassGroups`; None mixes all. Not with `together`.
         settings: those of `RenderedSets`.

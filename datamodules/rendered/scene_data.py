@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.datamodules.images.augment.fields import ImageFields
-from lightspan.datamodules.images.small import ImageData, Labelled
-from lightspan.datamodules.images.views import Views
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.fields import ImageFields
+from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.sets.small import ImageData, Labelled
 from lightspan.datamodules.rendered.data import MOST, PARTS, SEEDS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import (
@@ -33,7 +34,6 @@ from lightspan.datamodules.rendered.scenes import (
 )
 from lightspan.datamodules.rendered.textures import TEXTURES
 from lightspan.datamodules.text.tokenized import require_length, tokenized
-from lightspan.errors import UserError
 
 FACTORS = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": tuple(SIZES)}
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lightspan.datamodules.images.augment.steps import LUMA, blurred
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.steps import LUMA, blurred
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.outlines import REACH, cover
 from lightspan.datamodules.rendered.textures import PALETTE, TEXTURES, hue_turned, woven
-from lightspan.errors import UserError
 
 SHAPES = ("disc", "ring", "half disc", "square", "triangle", "cross", "bar", "flower")
 COLOURS = tuple(PALETTE)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
-from lightspan.errors import UserError
 
 # Of each ellipsoid: grey in [0, 1], then x, y, z of its middle and its three radii, in halves of the picture; later
 # ones lie over earlier ones. What is outside of the patient is black, and z runs from -1 to 1.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.data import DrawnSets, RenderedSamples
 from lightspan.datamodules.rendered.draws import Draws
-from lightspan.errors import UserError
 
 RATE = 16_000
 WINDOW, HOP = RATE * 25 // 1000, RATE // 100

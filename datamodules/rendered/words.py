@@ -15,13 +15,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
 from lightspan.datamodules.text.spelling import SENTENCE, sentences, spelled
 from lightspan.datamodules.text.tokenized import require_length, tokenized
-from lightspan.errors import UserError
-from lightspan.files import expanded
 
 MODULES: tuple[str, ...] = (
     "argparse",

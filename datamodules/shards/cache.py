@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from lightspan.caches import CacheFolder
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import atomic_path, explained_os_errors, temporary_path
+from lightspan.core.files.caches import CacheFolder
+from lightspan.core.files.places import CachePath
 from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
 from lightspan.datamodules.shards.index import sha256_of
-from lightspan.errors import UserError
-from lightspan.files import atomic_path, explained_os_errors, temporary_path
-from lightspan.places import CachePath
 
 COPY = "[0-9a-f]" * 32 + ".tar"
 # How long after its last use a file counts as in use: copies, and downloads, which grow all the time.

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lightspan.array_files import read_array
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.arrays import read_array
 from lightspan.datamodules.audio.sound import SOUNDS, header, read
-from lightspan.datamodules.satellite.tiffs import read_tiff
+from lightspan.datamodules.multispectral.tiffs import read_tiff
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image, require_all_rows
-from lightspan.errors import UserError, one_line
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MASK = "mask.png"

@@ -13,17 +13,17 @@ from torch.utils.data import default_collate
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.augment.fields import ImageFields
-from lightspan.datamodules.images.augment.rendering import NO_LABEL, nearest
-from lightspan.datamodules.images.views import Views, seeded
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.augment.fields import ImageFields
+from lightspan.datamodules.image.augment.rendering import NO_LABEL, nearest
+from lightspan.datamodules.image.augment.views import Views, seeded
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say, train_loader
 from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields, place_of
 from lightspan.datamodules.shards.samples import ShardSamples
 from lightspan.datamodules.shards.stream import Decoding, Shards, tell, written_out
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
-from lightspan.errors import UserError, one_line, printable
-from lightspan.files import expanded, require_regular_file
+from lightspan.core.errors import UserError, one_line, printable
+from lightspan.core.files.atomic import expanded, require_regular_file
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
 TIMEOUT_S = 60.0  # without a byte from the server

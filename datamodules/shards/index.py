@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import require_regular_file
+from lightspan.core.files.foreign import BYTES
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.tars import group_members, read_members, split_name
-from lightspan.errors import UserError, one_line
-from lightspan.files import require_regular_file
-from lightspan.foreign import BYTES
-from lightspan.places import ReadPath
 
 FORMAT = 1
 SUFFIX = ".index.json"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_array, decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 LOG_VARIANCES = (-30.0, 20.0)  # to which the autoencoder of Stable Diffusion clips its logarithms of variances
 

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import explained_os_errors, remove, replace_folder, temporary_path
+from lightspan.core.files.foreign import content_of
 from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, MASK, SOUNDS, damage_of
 from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 from lightspan.datamodules.shards.index import SUFFIX, scan, sha256_of
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.tars import split_name
-from lightspan.errors import UserError
-from lightspan.files import explained_os_errors, remove, replace_folder, temporary_path
-from lightspan.foreign import content_of
 
 SUMS_FILE = "SHA256SUMS"  # in the format of sha256sum, which can check it too
 CLASSES_FILE = "classes.json"

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards.decoders import DECODERS, IMAGES, SOUNDS, decodable
 from lightspan.datamodules.shards.tars import META, split_name
-from lightspan.errors import UserError
 
 Members = dict[str, Path | bytes]  # one sample: {name in the shard: its content, or the file that contains it}
 

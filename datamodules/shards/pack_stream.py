@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from typing import BinaryIO
 
+from lightspan.core.errors import UserError, one_line
 from lightspan.datamodules.shards.fetch import open_shard
 from lightspan.datamodules.shards.index import COMPRESSED, passed_over_remark
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.tars import TarMember, group_members, read_members, split_name
-from lightspan.errors import UserError, one_line
 
 STANDARD_INPUT = "-"
 LIMIT = "--max-member"

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.io import encode_png
 
-from lightspan.datamodules.images.views import seeded
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.augment.views import seeded
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.audio.sound import SOUNDS, WaveReader
 from lightspan.datamodules.shards.decoders import decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from urllib.error import HTTPError
 
 import numpy as np
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import require_regular_file, write_atomic
+from lightspan.core.files.places import PathUse
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
 from lightspan.datamodules.shards.index import SUFFIX, ShardIndex, from_json, read_sample, scan
-from lightspan.errors import UserError
-from lightspan.files import require_regular_file, write_atomic
-from lightspan.places import PathUse
 
 MAX_INDEX_BYTES = 2**30  # of one shard's index file
 

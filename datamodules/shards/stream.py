@@ -16,17 +16,17 @@ from torch.utils.data import default_collate
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.augment.fields import ImageFields, Place
-from lightspan.datamodules.images.views import Views
+from lightspan.core.distributed import rank, world_size
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import CachePath, ReadPath
+from lightspan.datamodules.image.augment.fields import ImageFields, Place
+from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.decoders import IMAGES, check_fields, decode_fields
 from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_braces, local_path
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
-from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError
-from lightspan.places import CachePath, ReadPath
 
 GIB = 2**30
 OPENED_BETWEEN_MEETINGS = 4  # how many shards a rank opens before all ranks exchange what they found

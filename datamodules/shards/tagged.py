@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from lightspan.datamodules.images.views import Views
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.shards.decoders import IMAGES, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
-from lightspan.errors import UserError, one_line
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from lightspan.errors import UserError, one_line
+from lightspan.core.errors import UserError, one_line
 
 META = re.compile(r"__[^/]*__($|/)")  # members that describe the shard, by WebDataset's convention
 

@@ -8,13 +8,13 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.pairs import pair_of
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.whole_words import WordCutter
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 
 @dataclass(frozen=True)

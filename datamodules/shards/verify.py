@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import irregular, write_atomic
+from lightspan.core.files.foreign import content_of, whole_text
 from lightspan.datamodules.shards.index import SUFFIX, from_json, read_sample, scan, sha256_of
 from lightspan.datamodules.shards.pack import SUMS_FILE
-from lightspan.errors import UserError
-from lightspan.files import irregular, write_atomic
-from lightspan.foreign import content_of, whole_text
 
 NO_LIMIT = 2**63  # of a member's size: these are the user's own shards
 

@@ -8,12 +8,12 @@ from torch.utils.data import default_collate
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.views import Views, view_as_image
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 LEFT_OUT = "data.init_args.skip_damaged=true takes another sample in place of each such word"
 

@@ -5,12 +5,12 @@ from typing import Literal, get_args
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.windows import TextData, Windows
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 Book = Literal["emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility"]
 BOOKS: tuple[Book, ...] = get_args(Book)

@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import TooMuchError, bounded_program
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
@@ -23,10 +27,6 @@ from lightspan.datamodules.text.forms import joined_in_training, padded
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.packing import packed, trimmed
 from lightspan.datamodules.text.tokenized import require_length
-from lightspan.errors import UserError, one_line
-from lightspan.files import expanded
-from lightspan.foreign import TooMuchError, bounded_program
-from lightspan.places import ReadPath
 
 LEARNER = "assistant"
 SIDES = {"mask": ("tokens", "learned")}

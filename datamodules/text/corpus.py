@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import evaluation_loader, say
@@ -27,8 +29,6 @@ from lightspan.datamodules.text.documents import (
 )
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training
 from lightspan.datamodules.text.windows import in_validation, require_paths
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 SIDES = {"training": False, "validation": True}
 """Of a split: whether documents are held out."""

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.forms import TextForm, padded, window
 from lightspan.datamodules.text.packing import packed, trimmed
 from lightspan.datamodules.text.spans import MIXTURE, SHORTEST, Denoiser, Mode
-from lightspan.errors import UserError
 
 MODES: tuple[Mode, ...] = ("R", "S", "X")
 OWN = 2 + len(MODES)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lightspan.core.errors import UserError, one_line
 from lightspan.datamodules.text.windows import SEPARATOR, text_content, text_files
-from lightspan.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

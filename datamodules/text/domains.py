@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
@@ -24,8 +26,6 @@ from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 SIDES = {
     "input_segments": ("inputs", "input_segments"),

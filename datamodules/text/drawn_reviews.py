@@ -8,8 +8,8 @@ the raw texts.
 
 import numpy as np
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.domains import Domains, LabelledTexts, UnlabelledTexts
-from lightspan.errors import UserError
 
 DOMAINS = ("books", "kitchen")
 THINGS = {

@@ -10,8 +10,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.documents import TextTokens
-from lightspan.errors import UserError
 
 
 class TextForm(ABC):

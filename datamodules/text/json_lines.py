@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.foreign import whole_text
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import whole_text
 
 
 def json_lines(path: str, setting: str) -> list[tuple[str, Any]]:

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized, tokenized_pairs
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.places import ReadPath
 
 MOST_CLASSES = 2**20
 """A number of a class beyond it is a mistake, and would fill the memory with classes that no line has."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
@@ -18,8 +20,6 @@ from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 

@@ -3,13 +3,13 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.labelled import LabelledTextSamples, LabelledTokens
 from lightspan.datamodules.text.tokenized import require_length
-from lightspan.places import ReadPath
 
 
 class FoodReviews(SampleSets):

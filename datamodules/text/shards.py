@@ -7,12 +7,12 @@ import torch
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.documents import FIELD, encoded, numbers_of
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training, window
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
 
 LEFT_OUT = "data.init_args.skip_damaged=true takes another document in its place"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 Mode = Literal["R", "S", "X"]
 SHORTEST = 2

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import whole_text
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, spaced
 from lightspan.datamodules.text.tokenized import require_length, tokenized
-from lightspan.errors import UserError
-from lightspan.files import expanded
-from lightspan.foreign import whole_text
-from lightspan.places import ReadPath
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
 """The 94 characters of ASCII that can be seen: PARSeq's alphabet."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def require_length(length: int) -> None:

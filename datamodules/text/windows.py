@@ -14,12 +14,12 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded, require_regular_file
+from lightspan.core.files.foreign import BYTES, TooMuchError, content_of
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
-from lightspan.errors import UserError
-from lightspan.files import expanded, require_regular_file
-from lightspan.foreign import BYTES, TooMuchError, content_of
-from lightspan.places import ReadPath
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.

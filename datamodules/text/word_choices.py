@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 _BORDER = re.compile(r"^\W+|\W+$")
 

@@ -22,7 +22,7 @@ from evidence.recorder import surroundings
 from evidence.zoo import closer, lightly_views, page, pictures, records, training
 from evidence.zoo.methods import ENCODERS, ENTRIES
 from evidence.zoo.records import OURS, SEEDS, UNTRAINED, Cell, Row
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 STEPS = {"fashion": 200, "openclipart": 200, "full": 1600}
 TIMED = 30

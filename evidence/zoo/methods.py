@@ -13,7 +13,6 @@ from torch import nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.method import Method
 from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.methods.clustering.swav import SwAV
@@ -56,6 +55,7 @@ from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.relations import Difference, PlaneTurn, Relations
+from lightspan.training.method import Method
 
 ENCODERS = ("ViT", "conv net")
 WIDTH, DEPTH, HEADS, GRID = 48, 3, 4, 4

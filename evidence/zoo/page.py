@@ -8,8 +8,8 @@ from evidence.zoo import closer, records
 from evidence.zoo.methods import ENCODERS, ENTRIES, LEFT_OUT, OTHER_FAMILIES, SELF_SUPERVISED, SUPERVISED
 from evidence.zoo.records import OURS, PEER_ARMS, SEEDS, THEIRS, UNTRAINED, Row
 from evidence.zoo.table import DATA, PROBES, Key, Table, listed, markdown, shown, verdict
-from lightspan.drawing import COLOURS, SOFT, canvas, png, tidy
-from lightspan.files import write_atomic
+from lightspan.core.drawing import COLOURS, SOFT, canvas, png, tidy
+from lightspan.core.files.atomic import write_atomic
 
 ROOT = Path(__file__).parents[2]
 PAGE, FIGURE = ROOT / "docs" / "representation.md", records.RESULTS.with_suffix(".png")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightspan.datamodules.images.small import FashionMNIST, ImageSamples, Labelled, channel_moments
-from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, Views
-from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.datamodules.image.augment.views import MultiCrop, NestedCrops, RandomViews, Views
+from lightspan.datamodules.image.folder import ImageFolder
+from lightspan.datamodules.image.sets.small import FashionMNIST, ImageSamples, Labelled, channel_moments
 
 DRAWINGS = Path("/usr/share/openclipart/png")
 TRAINING, DRAWING_SIDE = 2500, 32

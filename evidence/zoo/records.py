@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evidence.zoo.methods import ENCODERS, ENTRIES, Entry
-from lightspan.files import write_atomic
+from lightspan.core.files.atomic import write_atomic
 
 RESULTS = Path(__file__).parents[1] / "results" / "zoo.jsonl"
 SEARCH_SEED, SEEDS = 100, (0, 1, 2)

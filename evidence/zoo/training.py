@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from evidence.quiet import quiet_trainer
 from evidence.zoo.methods import ENTRIES, Task
 from evidence.zoo.pictures import Batch, Passes, Split
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.method import Method
+from lightspan.evaluation.probes.knn import knn_accuracy
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.distillation.dino import DINO
 from lightspan.optim.schedules import WarmupCosine
+from lightspan.training.method import Method
 
 BATCH, NEIGHBOURS = 64, 20
 DECAY, CLIP, WARMUP = 0.05, 3.0, 0.1

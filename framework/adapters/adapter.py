@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightspan.adapters.layers import LayerShape, is_open
-from lightspan.errors import UserError
-from lightspan.sharded import whole
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import whole
 
 
 class Adapter(nn.Module, ABC):

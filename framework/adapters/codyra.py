@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import fitting_rank, like
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def soft_threshold(gates: Tensor, kappa: float) -> Tensor:

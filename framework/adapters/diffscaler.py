@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import like, readable_weight
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, like
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.tucker import TuckerFrame, compose
 
 

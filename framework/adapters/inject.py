@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightspan.adapters.adapter import Adapted, Adapter, AdapterSpec
 from lightspan.adapters.layers import TAKEN, is_open, known_kind, obstacle, weight_of
 from lightspan.adapters.report import AdaptedLayer, Injection
-from lightspan.errors import UserError
-from lightspan.patterns import matches, require_matches, suggestions
-from lightspan.sharded import whole
+from lightspan.core.errors import UserError
+from lightspan.core.patterns import matches, require_matches, suggestions
+from lightspan.core.sharded import whole
 
 # Their fast paths read the weights of their parts, so the forward of a part may not run.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

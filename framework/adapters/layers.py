@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide_type
-from lightspan.errors import UserError
+from lightspan.core.devices import wide_type
+from lightspan.core.errors import UserError
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

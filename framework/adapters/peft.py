@@ -25,13 +25,13 @@ from lightspan.adapters.layers import LayerShape
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.report import Injection
 from lightspan.adapters.state import carry_out_loaded, destinations, trained_names, untying, write_tensors
-from lightspan.distributed import rank
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.foreign import settings_object
-from lightspan.places import PathUse
-from lightspan.sharded import whole
-from lightspan.tensor_files import stored_tensors
+from lightspan.core.distributed import rank
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.places import PathUse
+from lightspan.core.files.tensors import stored_tensors
+from lightspan.core.sharded import whole
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 LARGEST = 2**24

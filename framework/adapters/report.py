@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightspan.distributed import rank
+from lightspan.core.distributed import rank
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Injection:
             return
         from rich.table import Table
 
-        from lightspan.console import SafeConsole
+        from lightspan.core.console import SafeConsole
 
         table = Table(title=f"adapter {self.name!r}: what is trained", title_justify="left")
         for column in ("count", "module", "shape", "trainable", "share"):

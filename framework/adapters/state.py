@@ -21,11 +21,11 @@ from lightspan.adapters.adapter import Adapted, AdapterSpec
 from lightspan.adapters.inject import AdapterPlan, adapted_layers, digest, plain_tensors, plan
 from lightspan.adapters.layers import weight_of
 from lightspan.adapters.report import Injection
-from lightspan.distributed import rank
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
-from lightspan.sharded import whole
-from lightspan.tensor_files import facts_of, stored_tensors
+from lightspan.core.distributed import rank
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.tensors import facts_of, stored_tensors
+from lightspan.core.sharded import whole
 
 FORMAT = "lightspan adapter 1"
 _ADAPTER, _TRAINED = "adapter.", "trained."

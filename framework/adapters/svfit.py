@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, fitting_rank, readable_weight, weight_of
-from lightspan.errors import UserError
-from lightspan.sharded import whole
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import whole
 from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.svd import thin_svd
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.spatial_attention import SpatialAttention
 
 

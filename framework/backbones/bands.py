@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.bands import first_convolution, of_bands
 
 # A recipe may name the function listed here.

@@ -19,8 +19,8 @@ from lightspan.backbones.huggingface import stored_network
 from lightspan.backbones.text import TextTransformer, last_states
 from lightspan.backbones.vision import timm_backbone
 from lightspan.backbones.weights import fill, require_fit, tensors_behind, with_weights
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["openai_clip", "stored_clip"]

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightspan.backbones.vit import TokenViT
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import grid_of
 
 # A recipe may name the function listed here.

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from lightspan.backbones.weights import with_weights
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the class listed here.
 __all__ = ["DalleCodes"]

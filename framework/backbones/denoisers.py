@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 # A recipe may name the classes listed here.
 __all__ = ["EncoderDecoder", "PrefixDecoder"]

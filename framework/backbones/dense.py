@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 # A recipe may name the classes listed here.
 __all__ = ["EncodedMaps", "PyramidMaps", "UNet"]

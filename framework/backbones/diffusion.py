@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.weights import fill, tensors_behind
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the class and the function listed here.
 __all__ = ["DiT", "published_dit"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.unit_length import unit_length
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 
 # A recipe may name the class listed here.
 __all__ = ["DualEncoder"]

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import grid_of, kept
 from lightspan.nn.slices import first, sub_weights
 from lightspan.nn.subnets import Size

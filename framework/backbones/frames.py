@@ -8,8 +8,8 @@ Shapes: B sequences, T frames, F numbers of a frame, w width.
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.nn.init import bert_normal_
 from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.nn.sequences.positions import sincos

@@ -20,12 +20,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from lightspan.absent import MissingFile
 from lightspan.backbones.weights import no_larger_than
-from lightspan.errors import UserError, one_line
-from lightspan.files import expanded
-from lightspan.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
-from lightspan.tensor_files import safetensors_of, stored_tensors
+from lightspan.core.absent import MissingFile
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
+from lightspan.core.files.tensors import safetensors_of, stored_tensors
 
 N = TypeVar("N", bound=PreTrainedModel)
 

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from lightspan.backbones.huggingface import kind_of, stored_network
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["bert", "llama", "stored_causal_lm", "stored_encoder", "stored_t5", "t5"]

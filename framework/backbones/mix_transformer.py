@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 # A recipe may name the class listed here.
 __all__ = ["MixTransformer"]

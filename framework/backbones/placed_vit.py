@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.grouped_mask_decoder import axis_widths
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.patches import at_places, grid_of

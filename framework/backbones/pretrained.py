@@ -16,10 +16,10 @@ from transformers import AutoConfig, BertConfig, BertModel, LlamaForCausalLM, Pr
 
 from lightspan.backbones.huggingface import stored_tokenizer_of
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError, install_extra
-from lightspan.foreign import settings_object
-from lightspan.run_files import MODEL
-from lightspan.tensor_files import stored_tensors
+from lightspan.core.errors import UserError, install_extra
+from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.runs import MODEL
+from lightspan.core.files.tensors import stored_tensors
 
 # A recipe may name the functions listed here.
 __all__ = ["efficientnet_lite0", "minilm", "minilm_tokenizer", "mobilenet_v2", "smollm2", "smollm2_tokenizer"]

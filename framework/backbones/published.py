@@ -15,11 +15,11 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 from transformers.utils import cached_file
 
-from lightspan.absent import MissingFile, unless_missing
 from lightspan.backbones.timm_networks import require_known, timm_network
 from lightspan.backbones.weights import fill, tensors_behind
-from lightspan.errors import UserError
-from lightspan.places import ReadPath
+from lightspan.core.absent import MissingFile, unless_missing
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["timm_published", "timm_vit", "torchvision_published"]

@@ -1,4 +1,5 @@
-"""Encoders of recordings for estimators, which ask for features of a batch: `lightspan.features.encoded.Encoded`.
+"""Encoders of recordings for estimators, which ask for features of a batch:
+`lightspan.evaluation.features.encoded.Encoded`.
 
 Shapes: B recordings, T frames, D features.
 """
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.audio.waves import waves_of
 from lightspan.nn.tokens import Tokens, token_features, valid_mean

@@ -10,8 +10,8 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 
 
 class Scattering(nn.Module):

@@ -12,12 +12,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.sequences.positions import sincos
 from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.nn.sequences.state_space import StateSpace
-from lightspan.ranges import require_shares
 
 # A recipe may name the functions listed here.
 __all__ = ["sequence_state_space", "sequence_transformer"]

@@ -14,11 +14,11 @@ from transformers import CLIPTextModel
 
 from lightspan.backbones.huggingface import CONFIG, stored_network, stored_tokenizer_of
 from lightspan.backbones.weights import no_larger_than, require_fit
-from lightspan.errors import UserError, install_extra, one_line
-from lightspan.files import expanded
-from lightspan.foreign import NUMBERS, settings_object, whole_text
-from lightspan.places import ReadPath
-from lightspan.tensor_files import stored_tensors
+from lightspan.core.errors import UserError, install_extra, one_line
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import NUMBERS, settings_object, whole_text
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import stored_tensors
 
 # A recipe may name the function listed here.
 __all__ = ["stable_diffusion"]

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import grid_of
 
 # A recipe may name the class and the function listed here.

@@ -10,7 +10,7 @@ import torch
 from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 # A recipe may name the classes listed here.
 __all__ = ["TextMemory", "TextTransformer"]

@@ -11,8 +11,8 @@ from typing import Any
 import timm
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lightspan.absent import MissingFile
-from lightspan.errors import UserError, one_line
+from lightspan.core.absent import MissingFile
+from lightspan.core.errors import UserError, one_line
 
 
 def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
 
-from lightspan.absent import MissingFile
 from lightspan.backbones.huggingface import stored_tokenizer_of
-from lightspan.errors import UserError, install_extra
-from lightspan.files import expanded
-from lightspan.foreign import content_of
-from lightspan.places import ReadPath
+from lightspan.core.absent import MissingFile
+from lightspan.core.errors import UserError, install_extra
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import content_of
+from lightspan.core.files.places import ReadPath
 
 # A recipe may name the functions listed here.
 __all__ = ["HashedWords", "Letters", "stored_tokenizer"]

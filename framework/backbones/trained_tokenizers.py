@@ -15,7 +15,7 @@ from typing import Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightspan.errors import UserError, install_extra
+from lightspan.core.errors import UserError, install_extra
 
 Kind = Literal["bpe", "unigram"]
 SPECIAL = ("<pad>", "<start>", "<end>", "<mask>")

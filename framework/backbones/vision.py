@@ -9,9 +9,9 @@ from itertools import pairwise
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from lightspan.absent import may_be_left_out
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.errors import UserError
+from lightspan.core.absent import may_be_left_out
+from lightspan.core.errors import UserError
 from lightspan.nn.init import he_normal_
 from lightspan.nn.widths import given_features
 

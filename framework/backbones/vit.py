@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.patches import grid_of, kept
 from lightspan.nn.sequences.positions import sincos as sincos_table

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lightspan.absent import MissingFile, unless_missing
-from lightspan.errors import UserError
-from lightspan.files import expanded
+from lightspan.core.absent import MissingFile, unless_missing
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import stored_tensors
+from lightspan.core.ties import every_name, require_ties
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
-from lightspan.places import ReadPath
-from lightspan.tensor_files import stored_tensors
-from lightspan.ties import every_name, require_ties
 
 # A recipe may name the functions listed here.
 __all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]

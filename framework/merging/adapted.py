@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lightspan.adapters.peft import WEIGHTS, StoredChange
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import PathUse
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of, sha256_of
-from lightspan.places import PathUse
-from lightspan.tensor_files import Form
 
 
 class AdaptedWeights(Weights):

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import Form
 from lightspan.merging.arithmetic import Coefficients, Scales
 from lightspan.subspaces.masks.draws import uniform
-from lightspan.tensor_files import Form
 
 
 class Dropped(Coefficients):

@@ -5,10 +5,10 @@ Source: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS
     theta = sum_i w_i F_i theta_i / sum_i w_i F_i        entry by entry,
 
 with F_i the diagonal of the i-th model's Fisher matrix on its own data, which
-`lightspan.estimators.merging_statistics.DiagonalFisher` writes. Entries that no F_i speaks for (sum_i w_i F_i at or
-below `floor` times the tensor's largest) and tensors without one, such as running statistics, take the plain average;
-the paper gives the former the numbers of one model that is named as the target.
-The scale of all F_i together cancels.
+`lightspan.evaluation.weights.merging_statistics.DiagonalFisher` writes. Entries that no F_i speaks for (sum_i w_i F_i
+at or below `floor` times the tensor's largest) and tensors without one, such as running statistics, take the plain
+average; the paper gives the former the numbers of one model that is named as the target. The scale of all F_i together
+cancels.
 """
 
 import math
@@ -18,12 +18,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_span_as
 from lightspan.merging.weights import StatisticsFiles, Weights
-from lightspan.places import ReadPath
-from lightspan.tensor_files import Form
 
 
 class FisherAverage(Merger):

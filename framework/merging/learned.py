@@ -14,19 +14,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightspan.devices import wide_type
-from lightspan.distributed import all_reduce_sums, rank, register_replicated
-from lightspan.errors import UserError
-from lightspan.files import atomic_path, make_folder
+from lightspan.core.devices import wide_type
+from lightspan.core.distributed import all_reduce_sums, rank, register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import atomic_path, make_folder
+from lightspan.core.files.places import RunPath
+from lightspan.core.files.tensors import Form, write_tensors
+from lightspan.core.ties import require_ties
 from lightspan.merging.arithmetic import StoredCoefficients, StoredMask, TaskArithmetic
 from lightspan.merging.merger import merge
 from lightspan.merging.models import BASE, Held, Models
 from lightspan.merging.span import TaskSpan, difference
-from lightspan.method import Method
 from lightspan.objectives.entropy import prediction_entropy
-from lightspan.places import RunPath
-from lightspan.tensor_files import Form, write_tensors
-from lightspan.ties import require_ties
+from lightspan.training.method import Method
 
 MERGED_FROM = "merged_from"  # of a training checkpoint: the sha256 of each model
 COEFFICIENTS, MASK, MERGED = "coefficients.safetensors", "mask.safetensors", "merged.safetensors"
@@ -134,9 +134,9 @@ class LearnedMerging(Method):
     """A network whose weights are theta_0 + m sum_i c_i tau_i; a subclass says what c and m are, and its loss.
 
     It trains on `TasksBatch`, whose tasks are those of `heads`, in that order, and is validated on one loader a task,
-    as `lightspan.datamodules.images.tasks.TaskImages` has them: val/accuracy/TASK, and val/accuracy, their mean. Text
-    or another modality takes a subclass that overrides `encoded`, and batches of the same form with its own fields
-    [B K ...], beside `label` where labels are used and `index`.
+    as `lightspan.datamodules.image.variants.tasks.TaskImages` has them: val/accuracy/TASK, and val/accuracy, their
+    mean. Text or another modality takes a subclass that overrides `encoded`, and batches of the same form with its own
+    fields [B K ...], beside `label` where labels are used and `index`.
 
     Args:
         backbone: [B C H W] -> features, as the checkpoints have it; all its parameters are merged.

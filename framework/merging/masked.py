@@ -7,12 +7,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import in_pieces, widest
 from lightspan.merging.weights import Weights, open_weights, real_finite
-from lightspan.places import ReadPath
-from lightspan.tensor_files import Form
 
 
 class Masked(Merger):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lightspan import __version__
-from lightspan.errors import UserError
-from lightspan.files import atomic_path
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import atomic_path
+from lightspan.core.files.tensors import Form, write_tensors
+from lightspan.core.results import Figure, Result
 from lightspan.merging import span
 from lightspan.merging.weights import Weights
-from lightspan.results import Figure, Result
-from lightspan.tensor_files import Form, write_tensors
 
 
 class Merger(ABC):

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightspan.absent import unless_missing
-from lightspan.errors import UserError
+from lightspan.core.absent import unless_missing
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import Form
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.merger import require_alike
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of
-from lightspan.places import ReadPath
 from lightspan.subspaces.masks.draws import uniform
-from lightspan.tensor_files import Form
 
 BASE = "base"
 """What theta_0 is called beside the tasks."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from lightspan.cards import CARD, Card, code, fence, plain, table
-from lightspan.errors import UserError, one_line
-from lightspan.files import atomic_path, refuse_link_out
-from lightspan.foreign import settings_object
+from lightspan.core.cards import CARD, Card, code, fence, plain, table
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import atomic_path, refuse_link_out
+from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.runs import MODEL
+from lightspan.core.files.tensors import INDEX, shards_of
 from lightspan.merging.merger import Merged, MergePlan, Merger
 from lightspan.merging.weights import Weights
-from lightspan.run_files import MODEL
-from lightspan.tensor_files import INDEX, shards_of
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*")
 """What is copied from a Hugging Face folder: configuration, tokenizer, preprocessor. Neither code nor other weights."""

@@ -5,7 +5,8 @@ arXiv 2212.09849. With G_i = X_i' X_i of a layer's inputs, and its off-diagonal 
 
     W = (sum_i W_i G_i) (sum_i G_i)^-1,     W [O I], G [I I]        (its equation 2, transposed)
 
-`lightspan.estimators.merging_statistics.InputGrams` writes the G_i. It is computed as the average W_a plus the least
+`lightspan.evaluation.weights.merging_statistics.InputGrams` writes the G_i. It is computed as the average W_a plus the
+least
 change: W = W_a + (sum_i (W_i - W_a) G_i) (sum_i G_i)^+, which is the same where the sum has an inverse, and in
 directions that no input has leaves the average. Those are the eigenvectors of sum_i G_i whose eigenvalue is at most I
 times the precision of the stored G's of the largest one, since rounding alone makes as much. Tensors without G, such as
@@ -18,12 +19,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import difference, in_span, in_span_as
 from lightspan.merging.weights import StatisticsFiles, Weights
-from lightspan.places import ReadPath
-from lightspan.tensor_files import Form
 
 
 class RegMean(Merger):

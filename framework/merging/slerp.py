@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import CHUNK, in_pieces, in_span_as, widest
-from lightspan.tensor_files import Form
 
 PARALLEL = 0.9995
 """|cos w| from which on the line is taken, as in mergekit."""

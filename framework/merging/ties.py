@@ -19,12 +19,12 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import Form
 from lightspan.merging.arithmetic import Coefficients, Scales, require_base
 from lightspan.merging.merger import Merger
 from lightspan.merging.span import CHUNK, difference, in_pieces
 from lightspan.merging.weights import Weights
-from lightspan.tensor_files import Form
 
 
 class Ties(Merger):

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.absent import MissingFile
-from lightspan.checkpoints.io import outline, read_checkpoint, refuse_torn
-from lightspan.checkpoints.manifest import COMPLETE, newest_whole
-from lightspan.errors import UserError, one_line
-from lightspan.files import expanded
-from lightspan.places import ReadPath
-from lightspan.run_files import CHECKPOINTS
-from lightspan.tensor_files import DTYPES, INDEX, Form, opened_tensors, safetensors_of, shards_of
+from lightspan.core.absent import MissingFile
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
+from lightspan.core.files.runs import CHECKPOINTS
+from lightspan.core.files.tensors import DTYPES, INDEX, Form, opened_tensors, safetensors_of, shards_of
+from lightspan.training.checkpoints.io import outline, read_checkpoint, refuse_torn
+from lightspan.training.checkpoints.manifest import COMPLETE, newest_whole
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d] | None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
 
 
 class BankNoise(nn.Module):

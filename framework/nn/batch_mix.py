@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
-from lightspan.ranges import require_shares
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.noise import hashed_noise, mixed_seed
+from lightspan.core.noise import hashed_noise, mixed_seed
 
 
 def pasted_pixels(label_BHW: Tensor, num_classes: int, index_B: Tensor, *seeds: int) -> Tensor:

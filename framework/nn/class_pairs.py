@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.array_files import read_array
-from lightspan.devices import widest_float
-from lightspan.errors import UserError
-from lightspan.files import expanded
+from lightspan.core.devices import widest_float
+from lightspan.core.errors import UserError
+from lightspan.core.files.arrays import read_array
+from lightspan.core.files.atomic import expanded
 from lightspan.nn.labels import require_labels
 
 

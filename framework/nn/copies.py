@@ -6,7 +6,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightspan.errors import UserError, one_line
+from lightspan.core.errors import UserError, one_line
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightspan.devices import has_values
-from lightspan.errors import UserError
+from lightspan.core.devices import has_values
+from lightspan.core.errors import UserError
 from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 _HOST = "_lightspan_on_host"

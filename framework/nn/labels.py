@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.samples import described, range_on_host, require_fields, samples_in
 
 

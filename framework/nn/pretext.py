@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares
 from lightspan.nn.image_numbers import image_numbers
-from lightspan.ranges import require_shares
 
 
 class Guess(NamedTuple):

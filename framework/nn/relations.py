@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ViewParameters
-from lightspan.devices import wide
-from lightspan.errors import UserError
 
 Column = str | int
 """Of a view's parameters: a name of `ViewParameters`, or a place from 0 for data with columns of their own."""
@@ -31,7 +31,7 @@ def parameters_of(batch: Mapping[str, Any], method: str) -> Tensor:
         raise UserError(
             f"{method} needs the parameters of two views of each sample, float [B, 2, P], and this batch has {got} (it "
             f"holds {', '.join(sorted(batch))}); give data.init_args.views that are drawn, such as "
-            "lightspan.datamodules.images.views.TwoViews, or data that know how each view was made"
+            "lightspan.datamodules.image.augment.views.TwoViews, or data that know how each view was made"
         )
     return wide(parameters.detach())
 

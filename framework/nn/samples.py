@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values
-from lightspan.errors import UserError
+from lightspan.core.devices import has_values
+from lightspan.core.errors import UserError
 
 WHOLE = (torch.int64, torch.int32)
 """Types of numbers that index a table; of smaller ones torch takes some for a mask."""
@@ -37,7 +37,7 @@ def require_fields(batch: Any, method: str) -> None:
         raise UserError(
             f"{method} reads batches by the names of their fields, and this one is a {type(batch).__name__}; let the "
             'dataset give {"image": ..., "label": ..., "index": ...}, or put it into '
-            "lightspan.datamodules.pictures.dataset.PictureDataset"
+            "lightspan.datamodules.image.dataset.PictureDataset"
         )
 
 

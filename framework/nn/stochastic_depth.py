@@ -6,7 +6,7 @@ Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, arXiv 1603.09
 from timm.layers import DropPath
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 Rates = float | tuple[float, float]
 """Share of dropped branches in the last block, rising evenly from 0 in the first; or in the first and in the last."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class Size(NamedTuple):

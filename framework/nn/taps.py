@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def blocks_of(model: nn.Module, containers: Sequence[str]) -> list[nn.Module]:

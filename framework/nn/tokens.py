@@ -3,7 +3,7 @@
 Layers are counted from the input. They are given by the first of these that a network has:
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
 - timm's `feature_info`: blocks of transformers, stages of convolutional networks;
-- its list of equal blocks (`lightspan.layers`), as networks of transformers and torchvision's ViT have one.
+- its list of equal blocks (`lightspan.core.layers`), as networks of transformers and torchvision's ViT have one.
 Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width, H W grid.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.layers import list_of_blocks
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.layers import list_of_blocks
 from lightspan.nn.taps import tapped
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def valid_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightspan.distributed import rank
-from lightspan.errors import UserError
+from lightspan.core.distributed import rank
+from lightspan.core.errors import UserError
 from lightspan.nn.labels import labels_of
 from lightspan.nn.samples import as_given, require_fields
 
-TWO_VIEWS = "lightspan.datamodules.images.views.TwoViews"
-MULTI_CROP = "lightspan.datamodules.images.views.MultiCrop"
+TWO_VIEWS = "lightspan.datamodules.image.augment.views.TwoViews"
+MULTI_CROP = "lightspan.datamodules.image.augment.views.MultiCrop"
 
 
 def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> list[Tensor]:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def require_width(giver: nn.Module, name: str, taken: int | None) -> None:

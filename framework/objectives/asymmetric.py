@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.objectives.means import known_mean
 
 

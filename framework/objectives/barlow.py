@@ -4,17 +4,17 @@ Source: Zbontar et al., "Barlow Twins", 2021, arXiv 2103.03230, eq. 1-2 (standar
 "Guarding Barlow Twins Against Overfitting with Mixed Samples", 2023, arXiv 2312.02151, and the formula in the README of
 the authors' code (targets and L_reg). That code's ImageNet script has a Z2^T Z2 in the second target, for which L_reg
 is not zero at a = 1; here the formula holds. Its factor 0.5 and its warm-up of the weight are left out.
-Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (scale: see `lightspan.distributed`).
-Half precision is widened to float32, also under autocast: a correlation of bfloat16 numbers has two digits.
-Deviations are biased, as in eq. 2, whose C_ij is a cosine, and in the BatchNorm of the authors' code; the unbiased ones
-of the paper's pseudo-code leave equal views a loss of D / B^2.
+Shapes: B rows of this rank, D embedding width. Sums over B run over all ranks (scale: see
+`lightspan.core.distributed`). Half precision is widened to float32, also under autocast: a correlation of bfloat16
+numbers has two digits. Deviations are biased, as in eq. 2, whose C_ij is a cosine, and in the BatchNorm of the authors'
+code; the unbiased ones of the paper's pseudo-code leave equal views a loss of D / B^2.
 """
 
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sum
 from lightspan.objectives.means import sum_over_rows
 
 # Added to the variance, so that a feature that is constant over the batch gives 0 with a finite gradient, not NaN.

@@ -6,7 +6,7 @@ Shapes: R rows of this rank, K classes.
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 from lightspan.objectives.means import known_mean, mean_of, own_mean
 
 

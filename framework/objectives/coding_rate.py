@@ -14,11 +14,11 @@ import math
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, all_reduce_sums, gather_rows
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sum, all_reduce_sums, gather_rows
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.objectives.prototypes import column_potentials
-from lightspan.unit_length import unit_length
 
 
 def require_distortion(distortion: float) -> None:

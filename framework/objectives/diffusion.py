@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from lightspan.devices import wide_type
+from lightspan.core.devices import wide_type
 from lightspan.objectives.means import mean, squared_error
 
 PIXEL = 1 / 255  # half the distance of two 8-bit values in [-1, 1]

@@ -6,7 +6,7 @@ Shapes: B batch of this rank, C classes.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 from lightspan.objectives.means import mean
 
 

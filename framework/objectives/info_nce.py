@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums, gather_rows
-from lightspan.ranges import require_temperatures
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums, gather_rows
+from lightspan.core.ranges import require_temperatures
 
 LEAST_NORM = 1e-12
 """A shorter row counts as zero: its cosine with any row is 0, without a gradient."""
@@ -57,7 +57,7 @@ def gated_cosine(z_BD: Tensor, key_ND: Tensor, gate_BD: Tensor | None = None) ->
 def unit(x_BD: Tensor) -> Tensor:
     """Rows at length 1, in float32 or wider, for a loss: a row shorter than `LEAST_NORM` becomes zero and has no
     gradient, where torch's `normalize` multiplies it by 1 / `LEAST_NORM`. What is measured and not trained takes
-    `lightspan.analysis.rows.unit_rows`.
+    `lightspan.evaluation.rows.unit_rows`.
     """
     x_BD = wide(x_BD)
     return x_BD * _inverse_root(x_BD.square().sum(dim=1, keepdim=True))

@@ -8,9 +8,9 @@ Shapes: B rows of this rank, N rows of all ranks, D width.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, gather_rows
-from lightspan.unit_length import unit_length
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sum, gather_rows
+from lightspan.core.unit_length import unit_length
 
 LEAST = 1e-8
 """Distances below it count as it, without a gradient: equal rows would have an infinite one."""

@@ -9,8 +9,8 @@ Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums, gather_rows
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums, gather_rows
 from lightspan.objectives.info_nce import own_rows
 
 LEAST_SQUARE = 1e-8

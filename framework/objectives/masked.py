@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 from lightspan.objectives.means import known_mean, mean, mean_of, squared_error
 
 LEAST_VARIANCE = 1e-6

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums
 
 
 def sum_over_rows(local: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import gather_rows
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.distributed import gather_rows
+from lightspan.core.errors import UserError
 
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_max, all_reduce_sum
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_max, all_reduce_sum
 from lightspan.objectives.means import mean_of
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 from lightspan.objectives.means import known_mean, mean
 
 UNTRUSTED = -1

@@ -12,8 +12,8 @@ widened to float32, also under autocast.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.objectives.means import sum_over_rows
 
 SEED_STRIDE = 1_000_003

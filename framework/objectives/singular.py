@@ -6,8 +6,8 @@ Shapes: B rows of this rank, N of all ranks, D features, S singular values.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import gather_rows
+from lightspan.core.devices import wide
+from lightspan.core.distributed import gather_rows
 
 
 def leading_singular_share(z_BD: Tensor, leading: int = 5) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.distributed import gather_rows
+from lightspan.core.distributed import gather_rows
+from lightspan.core.ranges import require_temperatures
 from lightspan.objectives.info_nce import gated_cosine, own_rows, soft_info_nce, unit
 from lightspan.objectives.means import known_mean
-from lightspan.ranges import require_temperatures
 
 
 class SoftContrast(NamedTuple):

@@ -9,8 +9,8 @@ Shapes: B rows of this rank, N rows of all ranks, D embedding width.
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums
 
 
 def spectral_contrastive(z1_BD: Tensor, z2_BD: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 
 from torch import Tensor
 
-from lightspan.distributed import gather_rows
+from lightspan.core.distributed import gather_rows
+from lightspan.core.ranges import require_temperatures
 from lightspan.objectives.info_nce import gated_cosine, own_rows, soft_info_nce
-from lightspan.ranges import require_temperatures
 
 
 def supcon(z_BD: Tensor, label_B: Tensor, temperature: float | Tensor = 0.1) -> Tensor:

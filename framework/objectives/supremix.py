@@ -11,11 +11,11 @@ Shapes: B anchors of this rank, N rows of all ranks, S mixed pairs of an anchor,
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values, wide
-from lightspan.distributed import all_reduce_sums, gather_rows
-from lightspan.errors import UserError
+from lightspan.core.devices import has_values, wide
+from lightspan.core.distributed import all_reduce_sums, gather_rows
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
 from lightspan.objectives.info_nce import own_rows, unit
-from lightspan.ranges import require_temperatures
 
 
 def supremix(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide
-from lightspan.distributed import gather_rows
+from lightspan.core.devices import wide
+from lightspan.core.distributed import gather_rows
+from lightspan.core.ranges import require_temperatures
 from lightspan.objectives.info_nce import gated_cosine, own_rows, soft_info_nce, unit
 from lightspan.objectives.means import mean, sum_over_rows
-from lightspan.ranges import require_temperatures
 
 
 def pair_scores(query_BD: Tensor, document_BPD: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 from lightspan.objectives.means import sum_over_rows
 
 VARIANCE_EPS = 1e-4

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from lightspan.errors import UserError
-from lightspan.sharded import Ranks, local, own_part, ranks_of, whole_of
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import Ranks, local, own_part, ranks_of, whole_of
 from lightspan.subspaces.projections import PerTensor, Projection, ProjectionCallable
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.patterns import require_matches
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.projected import Selection, says, stacks_in
-from lightspan.patterns import require_matches
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.projected import Selection, says, stacks_in
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 """Settings of torch's Adam without a counterpart in LowRank."""

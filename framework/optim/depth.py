@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from lightspan.layers import list_of_blocks
-from lightspan.patterns import any_matches, matches
-from lightspan.ties import every_name
+from lightspan.core.layers import list_of_blocks
+from lightspan.core.patterns import any_matches, matches
+from lightspan.core.ties import every_name
 
 HEADS = ("head", "heads", "head_*", "*_head", "classifier", "fc", "last_linear", "score")
 """Names of what follows the blocks, in timm, torchvision, transformers and here, wherever it is registered. A weight

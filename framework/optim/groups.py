@@ -24,9 +24,9 @@ and one decay, whose names include these: `matrices-lr0.75`, `vectors-lr0.1-wd0.
 its kind (the optimiser's `lr`, or `other_lr`) times `lr_scale` of the first rule that sets one, times the share of its
 layer; its decay is that of the first rule that sets one, else that of its kind.
 
-Groups of matrices also say which rows are the queries and keys of which attention head, where `lightspan.optim.heads`
-finds them (`heads`), and which parameters with three axes are stacks of matrices, such as experts, and not the kernels
-of convolutions (`stacks`).
+Groups of matrices also say which rows are the queries and keys of which attention head, where
+`lightspan.optim.matrices.heads` finds them (`heads`), and which parameters with three axes are stacks of matrices, such
+as experts, and not the kernels of convolutions (`stacks`).
 """
 
 import math
@@ -38,13 +38,13 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.patterns import any_matches, require_matches, require_patterns
+from lightspan.core.ties import every_name
 from lightspan.optim.depth import shares_of_layers
-from lightspan.optim.heads import query_key_heads
-from lightspan.optim.layout import require_shapes
-from lightspan.optim.projected import stacks_in
-from lightspan.patterns import any_matches, require_matches, require_patterns
-from lightspan.ties import every_name
+from lightspan.optim.matrices.heads import query_key_heads
+from lightspan.optim.matrices.layout import require_shapes
+from lightspan.optim.matrices.projected import stacks_in
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = (

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.devices import wide, wide_type, widest_float
-from lightspan.errors import UserError
-from lightspan.optim.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
-from lightspan.sharded import Ranks, local, ranks_of
+from lightspan.core.devices import wide, wide_type, widest_float
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import Ranks, local, ranks_of
+from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 
 VELOCITY = "momentum_buffer"
 """As torch.optim.SGD calls it."""

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.optim.layout import WEIGHT_STREAM, Layout, State
-from lightspan.optim.limits import require_sound
-from lightspan.optim.loading import described
-from lightspan.optim.moments import Int8Moments, MomentStorage
-from lightspan.optim.newton_schulz import Convention, Precision, direction_of, shape_factor
-from lightspan.optim.stacks import Bucket, StackStep
+from lightspan.optim.matrices.layout import WEIGHT_STREAM, Layout, State
+from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.loading import described
+from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
+from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, shape_factor
+from lightspan.optim.matrices.stacks import Bucket, StackStep
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
 
@@ -116,11 +116,12 @@ class Muon(_WholeMatrices):
         by_heads: whether the queries and the keys of each attention head are orthogonalised by themselves, where the
             groups say which rows these are, as those of `lightspan.optim.groups.ParameterGroups` do. GLM-5 calls it
             Muon Split (arXiv 2602.15763).
-        convention: factor by shape, see `lightspan.optim.newton_schulz.shape_factor`.
-        precision: of products, see `lightspan.optim.newton_schulz.Precision`; published code has "bfloat16", which is
+        convention: factor by shape, see `lightspan.optim.matrices.newton_schulz.shape_factor`.
+        precision: of products, see `lightspan.optim.matrices.newton_schulz.Precision`; published code has "bfloat16",
+        which is
             for large models on GPUs.
         other_lr, betas, eps: of the AdamW for everything else.
-        options: of `lightspan.optim.matrix_optimizer.MatrixOptimizer`.
+        options: of `lightspan.optim.matrices.matrix_optimizer.MatrixOptimizer`.
     """
 
     def __init__(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Adafactor, Optimizer, SparseAdam
 
-from lightspan.distributed import mean_over_ranks
-from lightspan.errors import UserError
+from lightspan.core.distributed import mean_over_ranks
+from lightspan.core.errors import UserError
 from lightspan.optim.affine import AffineSlice
-from lightspan.optim.loading import described, load_between_hooks, numbered, with_own_groups
+from lightspan.optim.matrices.loading import described, load_between_hooks, numbered, with_own_groups
 from lightspan.subspaces.projections import Fastfood, ProjectionCallable
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -41,8 +41,8 @@ class RandomSubspace(Optimizer):
     The state is that of the coordinates: d numbers and what `inner` keeps for them, plus the sha256 of theta_0. theta_0
     is only in memory, so a state is loaded into an optimiser that was built on the same initial weights. Sharded
     parameters (FSDP2) are written where they are; ranks sum d numbers. With `averages` set, gradients are each rank's
-    own and their mean is computed in the coordinates: `lightspan.wiring.optimizers.average_in_coordinates` does so for
-    DDP.
+    own and their mean is computed in the coordinates: `lightspan.training.wiring.optimizers.average_in_coordinates`
+    does so for DDP.
 
     Args:
         params: parameters, named parameters, or groups of either. Frozen ones are not in the subspace.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.devices import has_values
-from lightspan.errors import UserError
-from lightspan.optim.loading import with_own_groups
+from lightspan.core.devices import has_values
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import local, ranks_of, split_axis, total_over
+from lightspan.optim.matrices.loading import with_own_groups
 from lightspan.optim.random_subspace import OptimizerCallable
-from lightspan.sharded import local, ranks_of, split_axis, total_over
 from lightspan.subspaces.grassmann import Horizontal, geodesic, orthonormalised
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from lightspan.errors import UserError
-from lightspan.ranges import require_shares, require_temperatures
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_temperatures
 
 ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 """What a Method expects: called with the optimiser and the run's number of optimiser steps.

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lightspan.errors import UserError
-from lightspan.files import write_atomic
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.tensors import facts_of, stored_tensors
 from lightspan.optim.affine import AffineSlice
 from lightspan.optim.random_subspace import COORDINATES, SCALES, START, RandomSubspace
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, ProjectionCallable, Sparse
-from lightspan.tensor_files import facts_of, stored_tensors
 
 FORMAT = "lightspan random subspace 1"
 KINDS: tuple[type[Dense] | type[Sparse] | type[Fastfood], ...] = (Dense, Sparse, Fastfood)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide_type
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.sharded import local
+from lightspan.core.devices import wide_type
+from lightspan.core.sharded import local
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightspan.errors import UserError
-from lightspan.optim.limits import require_sound
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.core.errors import UserError
+from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 class TwoRates(MatrixOptimizer):

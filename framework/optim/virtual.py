@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.distributed import mean_over_ranks, world_size
+from lightspan.core.distributed import mean_over_ranks, world_size
 from lightspan.optim.steps import uncounted
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.devices import widest_float
+from lightspan.core.devices import widest_float
 from lightspan.triton_kernels.project import project
 
 

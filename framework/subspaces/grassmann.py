@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide, widest_float
+from lightspan.core.devices import wide, widest_float
 
 
 @dataclass(frozen=True)

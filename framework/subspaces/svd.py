@@ -6,7 +6,7 @@ Shapes: M rows, N columns, K = min(M, N).
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 from lightspan.adapters.codyra import GatedLoRA, shrink_then_cut, soft_threshold
 from lightspan.adapters.inject import adapt, adapted_layers, merge
 from lightspan.adapters.state import load_adapter, save_adapter
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def layer_and_adapter(rank: int = 5) -> tuple[nn.Linear, nn.Module, torch.Tensor]:

@@ -30,8 +30,8 @@ from lightspan.adapters.inject import (
 )
 from lightspan.adapters.state import load_adapter, save_adapter
 from lightspan.adapters.svfit import SVFit
-from lightspan.errors import UserError
-from lightspan.strategies import shard_blocks
+from lightspan.core.errors import UserError
+from lightspan.training.strategies import shard_blocks
 
 EVERY = pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 STEPS, ROWS = 3, 8

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lightspan.adapters.diffscaler import Affiner, DiffScaler
 from lightspan.adapters.inject import activate, adapt, adapted_layers, fold
 from lightspan.adapters.state import load_adapter, save_adapter
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightspan.adapters.flora import FLoRA, FLoRAUpdate
 from lightspan.adapters.lora import LoRA
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.tucker import compose
 
 LAYERS = {

@@ -27,8 +27,8 @@ from lightspan.adapters.inject import (
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
 from lightspan.adapters.svfit import SVFit
-from lightspan.config.signatures import Signature, signature
-from lightspan.errors import UserError
+from lightspan.cli.config.signatures import Signature, signature
+from lightspan.core.errors import UserError
 
 
 class Squared(AdapterSpec):

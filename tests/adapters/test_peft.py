@@ -13,7 +13,7 @@ from torch import nn
 from lightspan.adapters.inject import adapt, adapted_layers, freeze_statistics
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.peft import WEIGHTS, StoredChange, load_peft, save_peft
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 peft = pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ from lightspan.adapters.inject import adapt, adapted_layers
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.state import load_adapter, save_adapter
 from lightspan.adapters.svfit import SVFit, SVFitUpdate, frames
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def linear(out: int = 6, inputs: int = 9) -> nn.Linear:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightspan.backbones.attended import Attended, FeatureMaps
 from lightspan.backbones.vision import MLP, SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.spatial_attention import SpatialAttention
 
 

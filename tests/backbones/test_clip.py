@@ -21,7 +21,7 @@ from lightspan.backbones import clip
 from lightspan.backbones.clip import openai_clip, stored_clip
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.tokenizers import stored_tokenizer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 TEXTS = ["a cat.", "a much longer sentence about a dog", ""]
 BLOCK = {

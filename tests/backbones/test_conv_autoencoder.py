@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @pytest.mark.parametrize(

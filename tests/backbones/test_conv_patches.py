@@ -5,7 +5,7 @@ import torch
 
 from lightspan.backbones.conv_patches import ConvPatches, column_vit
 from lightspan.backbones.vit import TokenViT
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def backbone() -> TokenViT:

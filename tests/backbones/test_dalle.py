@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightspan.backbones.dalle import DalleCodes
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @pytest.mark.sweep  # for the time that the import takes

@@ -17,10 +17,10 @@ from lightspan.backbones.denoisers import (
     require_room,
 )
 from lightspan.backbones.language import bert, llama, t5
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.packing import packed
-from lightspan.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.methods.masked.ul2 import UL2
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightspan.backbones.dense import EncodedMaps, PyramidMaps, UNet
 from lightspan.backbones.mix_transformer import MixTransformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])

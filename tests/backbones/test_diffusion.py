@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightspan.backbones.diffusion import DiT, level_waves, published_dit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def dit(**settings: int) -> DiT:

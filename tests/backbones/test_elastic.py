@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.backbones.elastic import ElasticViT, chosen_blocks
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.subnets import Size
 from lightspan.optim.groups import ParameterGroups
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightspan.backbones.frames import FrameTransformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.positions import sincos
 from lightspan.nn.tokens import token_features
 

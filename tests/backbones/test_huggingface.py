@@ -36,7 +36,7 @@ from lightspan.backbones.dense import PyramidMaps
 from lightspan.backbones.language import bert, llama, stored_causal_lm, stored_encoder, stored_t5, t5
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.vision import timm_backbone
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 SIZES = {"vocab_size": 40, "width": 16, "depth": 2, "heads": 2, "mlp_width": 32}
 

@@ -26,7 +26,7 @@ from lightspan.backbones.pretrained import (
     smollm2,
     smollm2_tokenizer,
 )
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.pooling import masked_mean
 
 

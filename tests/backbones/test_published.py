@@ -11,9 +11,9 @@ from timm.layers import resample_abs_pos_embed
 
 from lightspan.backbones import published
 from lightspan.backbones.published import timm_published, timm_vit, torchvision_published
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 
 
 def test_what_the_cache_of_hugging_face_holds_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.recordings import RecordingEncoder
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.audio.log_mel import LogMel
 
 BATCH = {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.backbones.scattering import Scattering, ScatteringNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.tokens import token_features
 
 pytest.importorskip("kymatio", reason="the extra `scattering` is not installed")

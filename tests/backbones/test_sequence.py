@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightspan.backbones.sequence import SequenceNetwork, sequence_state_space, sequence_transformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.tokens import token_features
 
 KINDS: dict[str, Callable[..., SequenceNetwork]] = {

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from stable_diffusion_files import write_stable_diffusion
 
 from lightspan.backbones.stable_diffusion import stable_diffusion
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.patterns import matches
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.objectives.diffusion import scaled_linear_kept
-from lightspan.patterns import matches
 
 diffusers: Any = pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 

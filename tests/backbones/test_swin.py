@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from lightspan.backbones.swin import TokenSwin, swin
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.token_backbone import require_tokens
 from lightspan.nn.tokens import token_features
 

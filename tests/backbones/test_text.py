@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 TEXT = {"hidden_size": 12, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 30}
 VISION = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

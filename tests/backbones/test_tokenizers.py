@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lightspan.backbones.tokenizers import HashedWords, stored_tokenizer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def test_a_text_is_start_words_end_whatever_its_case_and_punctuation() -> None:

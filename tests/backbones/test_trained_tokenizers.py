@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.trained_tokenizers import SPECIAL, Kind, trained_tokenizer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 TEXTS = [
     "".join(f"{verb}{end} " for verb in ("walk", "talk", "look", "paint", "train") for end in ("", "s", "ed", "ing"))

@@ -5,7 +5,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from lightspan.backbones.vision import MLP, LeNet, SmallConvNet, timm_backbone
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "vgg11", "convnext_atto"])

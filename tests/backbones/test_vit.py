@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.token_backbone import TokenBackbone, require_tokens
 from lightspan.nn.tokens import token_features

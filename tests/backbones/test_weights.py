@@ -11,8 +11,8 @@ from torch import nn
 
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.weights import decoder_with_weights, stored_linear, with_weights
-from lightspan.config.recipes import find
-from lightspan.errors import UserError
+from lightspan.cli.config.recipes import find
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightspan.memory import MIB, state_bytes
+from lightspan.core.memory import MIB, state_bytes
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PEER_PACKAGES = ("galore_torch", "apollo_torch", "fira", "pytorch_optimizer", "bitsandbytes", "torchao")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.windows import ByteText
-from lightspan.errors import UserError
-from lightspan.optim.moments import Int8Moments
+from lightspan.optim.matrices.moments import Int8Moments
 from lightspan.optim.schedules import WarmupCosine
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "quality.py"

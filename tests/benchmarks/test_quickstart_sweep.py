@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightspan.config.resolve import resolve
-from lightspan.sweeps import display
+from lightspan.cli.config.resolve import resolve
+from lightspan.cli.studies.sweeps import display
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "quickstart_sweep.py"
 spec = importlib.util.spec_from_file_location("quickstart_sweep", FILE)

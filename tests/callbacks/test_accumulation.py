@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightspan.callbacks.resilience.accumulation import Accumulation
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import train_loader
-from lightspan.errors import UserError
 
 
 class Numbers:

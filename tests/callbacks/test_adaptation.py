@@ -11,7 +11,7 @@ from lightspan.adapters.inject import adapted_layers, frozen_hash
 from lightspan.adapters.lora import LoRA
 from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.callbacks.training.rank_selection import RankSelection, threshold
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 STEPS = 20
 

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging, Wei
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 AN_EPOCH, STEPS = 3, 9
 

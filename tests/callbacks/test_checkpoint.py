@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-import lightspan.files
+import lightspan.core.files.atomic
 from lightspan.callbacks.resilience import writer
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
-from lightspan.checkpoints.fit import check_fits
-from lightspan.checkpoints.io import WholeFileCheckpointIO
-from lightspan.checkpoints.manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
-from lightspan.errors import UserError
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.core.errors import UserError
+from lightspan.training.checkpoints.fit import check_fits
+from lightspan.training.checkpoints.io import WholeFileCheckpointIO
+from lightspan.training.checkpoints.manifest import FORMAT, LATEST, fault, manifest, newest_whole, seal_folder
+from lightspan.training.loggers.jsonl import JsonlLogger
 
 
 def ckpt(tmp_path: Path, name: str = "last.ckpt") -> Path:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 
 
 class Odd(Callback):

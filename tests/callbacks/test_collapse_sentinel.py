@@ -20,20 +20,20 @@ from collapsing_runs import Pairs, Siamese
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightspan.analysis.collapse import lidar, rankme
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching import collapse_sentinel
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.collapse_signs import SIGNS, Judge
 from lightspan.callbacks.watching.held_samples import images_of, single_views
 from lightspan.callbacks.watching.run_summary import RunSummary
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.report.page import render
-from lightspan.report.runs import load_run
-from lightspan.report.sections import sections
-from lightspan.strategies import FSDP2
+from lightspan.cli.report.page import render
+from lightspan.cli.report.runs import load_run
+from lightspan.cli.report.sections import sections
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.evaluation.geometry.collapse import lidar, rankme
+from lightspan.training.loggers.jsonl import JsonlLogger
+from lightspan.training.strategies import FSDP2
 
 
 def fit(make_trainer, module, sentinel=None, views="noisy", seed=0, **options) -> tuple[Trainer, list[str]]:

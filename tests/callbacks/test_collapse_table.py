@@ -13,9 +13,9 @@ from lightning import seed_everything
 from optional import skip_without_packages
 
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
-from lightspan.config.build import build
-from lightspan.config.resolve import ANY_KIND, resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import ANY_KIND, resolve
+from lightspan.core.errors import UserError
 
 STEPS = 60
 KINDS = ("no stop-gradient, no negatives", "dead projector", "SimCLR at a rate 10,000 times as high")

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.watching.online_probes import OnlineProbes
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.estimators.dense_probes import CrossCameraRetrieval, DepthOrder, LinearSegmentation, PromptIoU
-from lightspan.features.features import Features
+from lightspan.evaluation.dense.dense_probes import CrossCameraRetrieval, DepthOrder, LinearSegmentation, PromptIoU
+from lightspan.evaluation.features.features import Features
 from lightspan.nn.tokens import token_features
-from lightspan.strategies import FSDP2, shard
+from lightspan.training.strategies import FSDP2, shard
 
 SIDE = 8
 

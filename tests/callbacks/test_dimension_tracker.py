@@ -12,8 +12,11 @@ from rank_processes import free_port
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.dimension import two_nn_fit
-from lightspan.analysis.spectra import (
+from lightspan.callbacks.watching.dimension_tracker import DimensionTracker
+from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.errors import UserError
+from lightspan.evaluation.geometry.dimension import two_nn_fit
+from lightspan.evaluation.geometry.spectra import (
     effective_rank,
     energy_shares,
     leading_energy,
@@ -21,12 +24,9 @@ from lightspan.analysis.spectra import (
     singular_values,
     stable_rank,
 )
-from lightspan.callbacks.watching.dimension_tracker import DimensionTracker
-from lightspan.distributed import leave, rank, world_size
-from lightspan.errors import UserError
-from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.optim.low_rank import LowRank
-from lightspan.strategies import FSDP2, shard
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.training.loggers.jsonl import JsonlLogger
+from lightspan.training.strategies import FSDP2, shard
 
 BATCH, SAMPLES = 16, 40
 SHAPES = {"stem.weight": (12, 7), "body.0.weight": (12, 12), "body.1.weight": (12, 12), "conv.weight": (4, 9)}

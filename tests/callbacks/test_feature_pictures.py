@@ -16,16 +16,16 @@ from picture_files import write_pictures
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_image
 
-from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.pictures import feature_pictures
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenly_spaced, nearest, plane
 from lightspan.callbacks.pictures.first_batch import FirstBatch
-from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews
+from lightspan.core.distributed import leave
+from lightspan.core.drawing import png
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import MultiCrop, Plain, RandomViews
+from lightspan.datamodules.image.folder import ImageFolder
 from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.pictures.folder import ImageFolder
-from lightspan.distributed import leave
-from lightspan.drawing import png
-from lightspan.errors import UserError
+from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
 
 SPLITS = ("bank", "val")
 

@@ -9,8 +9,8 @@ from rank_processes import callback
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.finite import FiniteLoss
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.optimizer import LowRank
 
 
 class Poison(Callback):

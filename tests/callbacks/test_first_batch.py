@@ -8,7 +8,7 @@ import torch
 
 from lightspan.callbacks.pictures.batch_panels import panels, text_of
 from lightspan.callbacks.pictures.first_batch import FirstBatch
-from lightspan.drawing import png
+from lightspan.core.drawing import png
 
 
 class Words:

@@ -13,13 +13,13 @@ from method_runs import SILENT
 from torch import Tensor
 from torchmetrics.functional import accuracy
 
-from lightspan.analysis.task_accuracy import TaskAccuracy
 from lightspan.backbones.vision import MLP
 from lightspan.callbacks.pictures.forgetting import Forgetting
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.class_stream import ClassStream
+from lightspan.evaluation.scores.task_accuracy import TaskAccuracy
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.slca import SLCA
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.callbacks.watching.gradient_norm import GradientNorm
-from lightspan.distributed import leave, rank, world_size
-from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.optim.residuals import ErrorFeedback
-from lightspan.strategies import FSDP2, shard
+from lightspan.core.distributed import leave, rank, world_size
+from lightspan.optim.low_rank.residuals import ErrorFeedback
+from lightspan.training.loggers.jsonl import JsonlLogger
+from lightspan.training.strategies import FSDP2, shard
 
 
 class TorchsNorm(Callback):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.subspace_file import apply_subspace
 from lightspan.subspaces.projections import Sparse

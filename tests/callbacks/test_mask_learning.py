@@ -14,21 +14,21 @@ from lightspan.adapters.lora import LoRA
 from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.callbacks.training.mask_learning import FILE, MaskLearning
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.cli.report.runs import load_run
+from lightspan.cli.report.sections import sections
+from lightspan.core.files.tensors import Form
 from lightspan.merging.arithmetic import StoredMask
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.masks.by_gradient import ByGradient
 from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.masks.drop_and_grow import DropAndGrow
 from lightspan.optim.masks.learner import MaskLearner
-from lightspan.report.runs import load_run
-from lightspan.report.sections import sections
 from lightspan.subspaces.masks.allocation import ErdosRenyi
 from lightspan.subspaces.masks.distributions import concrete
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.schedules import Cubic, Linear
 from lightspan.subspaces.masks.scores import Score
-from lightspan.tensor_files import Form
+from lightspan.training.loggers.jsonl import JsonlLogger
 
 
 @pytest.mark.parametrize("kind", LEARNERS)

@@ -12,9 +12,9 @@ from masked_net import LEARNERS, WEIGHTS, Plain, loader
 from torch import Tensor
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
-from lightspan.distributed import leave
-from lightspan.sharded import whole
-from lightspan.strategies import FSDP2, shard
+from lightspan.core.distributed import leave
+from lightspan.core.sharded import whole
+from lightspan.training.strategies import FSDP2, shard
 
 
 class Evaluated(Plain):

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
-from lightspan.distributed import leave, rank, world_size
+from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.sharded import whole
 from lightspan.optim.masks.by_gradient import ByGradient
 from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.masks.drop_and_grow import DropAndGrow
 from lightspan.optim.masks.learner import MaskLearner
-from lightspan.sharded import whole
-from lightspan.strategies import FSDP2, shard
 from lightspan.subspaces.masks.allocation import Allocation, AllTogether, ErdosRenyi
 from lightspan.subspaces.masks.schedules import Cubic
 from lightspan.subspaces.masks.scores import Movement
+from lightspan.training.strategies import FSDP2, shard
 
 BATCH, STEPS = 16, 10
 ADAM = partial(torch.optim.Adam, lr=0.1)

@@ -19,7 +19,7 @@ from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
 from lightspan.callbacks.training.mask_learning import MaskLearning
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.masks.by_gradient import ByGradient
 from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.masks.drop_and_grow import DropAndGrow

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.callbacks.watching.missing_gradients import MissingGradients
-from lightspan.distributed import leave
+from lightspan.core.distributed import leave
 
 
 class Branches(LightningModule):

@@ -13,19 +13,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 from trainer_fixtures import Net
 
-from lightspan.analysis.knn import knn_accuracy
-from lightspan.analysis.linear_probe import linear_probe_accuracy
-from lightspan.analysis.spectra import effective_rank, singular_values
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.online_probes import OnlineProbes
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import local
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.estimators.probes import KNN, AttentiveProbe, LinearProbe
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
+from lightspan.evaluation.probes.knn import knn_accuracy
+from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
+from lightspan.evaluation.probes.probes import KNN, AttentiveProbe, LinearProbe
 from lightspan.nn.tokens import token_features
-from lightspan.sharded import local
-from lightspan.strategies import FSDP2, shard
+from lightspan.training.loggers.jsonl import JsonlLogger
+from lightspan.training.strategies import FSDP2, shard
 
 PROBES = {"knn": KNN(k=5), "linear": LinearProbe()}
 

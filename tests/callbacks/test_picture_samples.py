@@ -9,7 +9,7 @@ from torchvision.io import read_image
 
 from lightspan.callbacks.pictures.in_range import quantiles
 from lightspan.callbacks.watching.picture_samples import PictureSamples
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class Draws(LightningModule):

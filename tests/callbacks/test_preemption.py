@@ -19,8 +19,8 @@ from waiting import HANG_S
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.preemption import PREEMPTED, Preempted, Preemption
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.errors import UserError
-from lightspan.signals import WARNINGS, SignalFlag, installed, remembered
+from lightspan.core.errors import UserError
+from lightspan.training.signals import WARNINGS, SignalFlag, installed, remembered
 
 
 class Send(Callback):
@@ -169,7 +169,7 @@ def test_forked_children_have_the_signals_blocked_and_the_parent_does_not():
 def test_a_process_whose_main_thread_never_comes_back_to_python_ends_all_the_same(name, status):
     code = f"""
 import ctypes, os, signal, threading
-from lightspan import signals as signal_flag
+from lightspan.training import signals as signal_flag
 signal_flag.INTERRUPT_S = 0.2
 with signal_flag.remembered((signal.SIGTERM, signal.SIGINT)) as flag:
     flag.budget_s = 0.2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightspan.callbacks.watching.profile import Profile
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def fit(make_trainer, module, batches, *callbacks, steps=4, **options):

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.proof import StopAfter, Trace
-from lightspan.method import Method
+from lightspan.cli.runs.kill_at import KillAt
 from lightspan.optim.schedules import WarmupCosine
-from lightspan.runs.kill_at import KillAt
+from lightspan.training.method import Method
 
 
 class Scheduled(Method):

@@ -16,13 +16,12 @@ from torchvision.io import ImageReadMode, decode_image
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.vit import TokenViT, vit
 from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, shown
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.datamodules.pictures.folder import ImageFolder
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.folder import ImageFolder
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.speech import RenderedSpeech
 from lightspan.datamodules.shards.paired import PairedShards
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE, middle
@@ -36,6 +35,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.sequences.patches import at_places, patchify
+from lightspan.training.method import Method
 
 STEP = partial(SGD, lr=0.1)
 BATCH = {"image": torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1)), "index": torch.arange(5)}

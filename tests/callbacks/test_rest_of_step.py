@@ -18,7 +18,7 @@ from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.preemption import Preempted, Preemption
 from lightspan.callbacks.resilience.random_state import RandomState
 from lightspan.callbacks.watching.run_summary import RunSummary
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.training.loggers.jsonl import JsonlLogger
 
 HOOKS = (
     *("on_train_batch_end", "on_validation_start", "on_validation_batch_end", "on_validation_end"),

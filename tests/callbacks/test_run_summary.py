@@ -8,8 +8,8 @@ from lightning.pytorch import Callback
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.run_summary import RunSummary, StepTimer
 from lightspan.callbacks.watching.throughput import Throughput
-from lightspan.loggers.jsonl import JsonlLogger
-from lightspan.memory import MIB
+from lightspan.core.memory import MIB
+from lightspan.training.loggers.jsonl import JsonlLogger
 
 
 def fit(make_trainer, module, batches, folder: Path, steps=4, ckpt_path=None, callbacks=(), **options) -> dict:

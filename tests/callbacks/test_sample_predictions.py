@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.pictures import sample_predictions
 from lightspan.callbacks.pictures.sample_predictions import RIGHT, WRONG, SamplePredictions
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class Guesses(LightningModule):

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from lightspan.callbacks.resilience import step_capture
 from lightspan.callbacks.resilience.finite import FiniteLoss
 from lightspan.callbacks.resilience.random_state import restore_random_states
-from lightspan.captures import Capture, captures, read_rank, read_weights
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.training.captures import Capture, captures, read_rank, read_weights
 
 
 def anything(name: str) -> None:

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.optimizer import LowRank
 
 
 class Plain(lightning.LightningModule):

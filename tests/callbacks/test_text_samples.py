@@ -8,7 +8,7 @@ import torch
 from lightning import LightningModule
 
 from lightspan.callbacks.watching.text_samples import TextSamples
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class AlwaysNext(LightningModule):

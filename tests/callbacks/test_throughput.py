@@ -6,8 +6,8 @@ from trainer_fixtures import FEATURES
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.throughput import Throughput, batch_counts
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import ExactLoader
-from lightspan.errors import UserError
 
 
 @pytest.mark.parametrize(

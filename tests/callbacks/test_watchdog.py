@@ -9,7 +9,7 @@ import rank_processes
 from rank_processes import callback
 
 from lightspan.callbacks.resilience.watchdog import HUNG, Watchdog, _heartbeat_path, _Others
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 pytestmark = pytest.mark.ranks
 

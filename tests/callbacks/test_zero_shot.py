@@ -11,17 +11,17 @@ import rank_processes
 import torch
 from lightning import Trainer
 
-from lightspan.analysis.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.callbacks.watching.zero_shot import ZeroShot
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.image_text.scenes import THINGS, Scenes
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.evaluation.probes.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.methods.image_text.clip import CLIP
-from lightspan.strategies import FSDP2
+from lightspan.training.strategies import FSDP2
 
 
 def model() -> CLIP:

@@ -9,7 +9,7 @@ import torch
 from slurm_cluster import Cluster, catches, command_of
 from waiting import wait_until
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 pytestmark = pytest.mark.slurm
 PROJECT = Path(__file__).parents[1] / "tiny_project"

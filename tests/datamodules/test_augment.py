@@ -9,10 +9,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.datamodules.batches import ViewParameters
-from lightspan.datamodules.images.augment import steps
-from lightspan.datamodules.images.augment.rendering import NO_LABEL, WHOLE, Drawn, Rendering, unit_float
-from lightspan.datamodules.images.shifts import Shifted
-from lightspan.datamodules.images.views import (
+from lightspan.datamodules.image.augment import steps
+from lightspan.datamodules.image.augment.rendering import NO_LABEL, WHOLE, Drawn, Rendering, unit_float
+from lightspan.datamodules.image.augment.views import (
     DrawnViews,
     MultiCrop,
     NestedCrops,
@@ -22,6 +21,7 @@ from lightspan.datamodules.images.views import (
     Views,
     seeded,
 )
+from lightspan.datamodules.image.variants.shifts import Shifted
 
 EVERYTHING = {
     "degrees": 30.0,

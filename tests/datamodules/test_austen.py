@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.r_data import LIBRARIES
 from lightspan.datamodules.text import austen
 from lightspan.datamodules.text.austen import BOOKS, Austen, encode
-from lightspan.errors import UserError
 
 
 @pytest.fixture

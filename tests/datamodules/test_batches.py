@@ -24,26 +24,33 @@ from lightspan.backbones.tokenizers import HashedWords
 from lightspan.datamodules import batches
 from lightspan.datamodules.audio.folder import AudioFolder
 from lightspan.datamodules.audio.spoken import SpokenCaptions
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews, TwoViews
+from lightspan.datamodules.image.dataset import PictureDataset
+from lightspan.datamodules.image.folder import ImageFolder
+from lightspan.datamodules.image.in_memory import PicturesInMemory
+from lightspan.datamodules.image.sets.blank import Blank
+from lightspan.datamodules.image.sets.classes import ClassSubset
+from lightspan.datamodules.image.sets.coloured_shapes import ColouredShapes
+from lightspan.datamodules.image.sets.shapes import Shapes
+from lightspan.datamodules.image.sets.small import Digits, FashionMNIST, MNIST5k
+from lightspan.datamodules.image.sets.textured_scenes import TexturedScenes
+from lightspan.datamodules.image.variants.class_stream import ClassStream
+from lightspan.datamodules.image.variants.few_shots import FewShots
+from lightspan.datamodules.image.variants.noisy_labels import NoisyLabels
+from lightspan.datamodules.image.variants.repeated import RepeatedImages
+from lightspan.datamodules.image.variants.tasks import Derived, TaskImages
 from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.partial import PartlyLabelledShards
 from lightspan.datamodules.image_text.scenes import Scenes
 from lightspan.datamodules.image_text.stamps import Stamps
 from lightspan.datamodules.image_text.swapped_captions import SwappedCaptions
-from lightspan.datamodules.images.blank import Blank
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.classes import ClassSubset
-from lightspan.datamodules.images.coloured_shapes import ColouredShapes
-from lightspan.datamodules.images.few_shots import FewShots
-from lightspan.datamodules.images.noisy_labels import NoisyLabels
-from lightspan.datamodules.images.repeated import RepeatedImages
-from lightspan.datamodules.images.shapes import Shapes
-from lightspan.datamodules.images.small import Digits, FashionMNIST, MNIST5k
-from lightspan.datamodules.images.tasks import Derived, TaskImages
-from lightspan.datamodules.images.textured_scenes import TexturedScenes
-from lightspan.datamodules.images.views import MultiCrop, RandomViews, TwoViews
-from lightspan.datamodules.pictures.dataset import PictureDataset
-from lightspan.datamodules.pictures.folder import ImageFolder
-from lightspan.datamodules.pictures.in_memory import PicturesInMemory
+from lightspan.datamodules.multispectral.bands import Bands
+from lightspan.datamodules.multispectral.folder import TiffFolder
+from lightspan.datamodules.multispectral.resampling import SpectralCrops
+from lightspan.datamodules.multispectral.scene import LandsatScene, SceneBlocks
+from lightspan.datamodules.multispectral.seasons import SeasonShards
+from lightspan.datamodules.multispectral.shards import MultispectralShards
+from lightspan.datamodules.multispectral.statlog import StatlogLandsat
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -51,18 +58,11 @@ from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObject
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.speech import RenderedSpeech
 from lightspan.datamodules.rendered.words import PrintedWords
-from lightspan.datamodules.satellite.bands import Bands
-from lightspan.datamodules.satellite.folder import TiffFolder
-from lightspan.datamodules.satellite.resampling import SpectralCrops
-from lightspan.datamodules.satellite.scene import LandsatScene, SceneBlocks
-from lightspan.datamodules.satellite.seasons import SeasonShards
-from lightspan.datamodules.satellite.shards import MultispectralShards
-from lightspan.datamodules.satellite.statlog import StatlogLandsat
-from lightspan.datamodules.sequences.blank import BlankSequences
-from lightspan.datamodules.sequences.listops import ListOps
-from lightspan.datamodules.sequences.own import OwnSequences
-from lightspan.datamodules.sequences.pixels import PixelSequences
-from lightspan.datamodules.sequences.python_bytes import PythonBytes
+from lightspan.datamodules.sequence.blank import BlankSequences
+from lightspan.datamodules.sequence.listops import ListOps
+from lightspan.datamodules.sequence.own import OwnSequences
+from lightspan.datamodules.sequence.pixels import PixelSequences
+from lightspan.datamodules.sequence.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.latents import LatentShards
 from lightspan.datamodules.shards.paired import PairedShards
@@ -72,8 +72,8 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.shards.tagged import TaggedShards
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.shards.words import WordShards
-from lightspan.datamodules.tables.file import TableFile
-from lightspan.datamodules.tables.rows import Ames, BreastCancer, Diabetes, RowViews
+from lightspan.datamodules.table.file import TableFile
+from lightspan.datamodules.table.rows import Ames, BreastCancer, Diabetes, RowViews
 from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.chat import Chat
 from lightspan.datamodules.text.corpus import Corpus

@@ -23,8 +23,8 @@ from transformers import (
 from lightspan.backbones.language import llama
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.chat import Chat, Conversation, Renderer, row_of
-from lightspan.errors import UserError
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.nn.sequences.texts import places_of
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.shapes import Shapes
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.shapes import Shapes
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassBalanced
-from lightspan.errors import UserError
 
 LABELS = np.array([0] * 20 + [1] * 9 + [2] * 3 + [3])
 CLUSTERS = np.arange(33) % 2

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.images.shapes import Shapes
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.sets.shapes import Shapes
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassGroups, GroupSizes
 from lightspan.datamodules.rendered.persons import Persons
-from lightspan.errors import UserError
 
 LABELS = np.repeat(np.arange(9), [8, 8, 8, 8, 8, 8, 8, 3, 1])
 GROWING = GroupSizes((2, 4), (0, 3))

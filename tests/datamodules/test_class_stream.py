@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.class_stream import ClassStream
 
 
 def stream(**settings: object) -> ClassStream:

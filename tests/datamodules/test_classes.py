@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.classes import ClassSubset
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.classes import ClassSubset
+from lightspan.datamodules.image.sets.small import Digits
 
 
 def test_a_subset_has_the_images_of_its_classes_with_their_labels_and_no_others() -> None:

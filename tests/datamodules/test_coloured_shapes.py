@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.coloured_shapes import CLASSES, COLOURS, ColouredShapes, draw, factors
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.coloured_shapes import CLASSES, COLOURS, ColouredShapes, draw, factors
 
 
 def test_pictures_are_a_function_of_the_seed_and_the_two_parts_share_none() -> None:

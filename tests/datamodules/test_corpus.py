@@ -15,13 +15,13 @@ from shard_files import add_members
 
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.text.corpus import Corpus, Pieces
 from lightspan.datamodules.text.documents import Skipped, TextTokens, _widths, encoded, find_documents, text_of
 from lightspan.datamodules.text.forms import Padded, window
 from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.windows import in_validation
-from lightspan.errors import UserError
 
 BPE = trained_tokenizer(["to be or not to be, that is the question; naïve 日本語 🙂\r\n\t"] * 5, 300)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards.decoders import check_fields, damage_of, decode_fields, decode_image
-from lightspan.errors import UserError
 
 
 def encoded(value: object) -> bytes:

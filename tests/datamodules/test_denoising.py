@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from torch.utils.data import default_collate
 
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.denoising import (
     Denoising,
@@ -28,7 +29,6 @@ from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.forms import window
 from lightspan.datamodules.text.packing import packed, placed
 from lightspan.datamodules.text.spans import MIXTURE, Denoiser, Ending, Mode, Spans, partition
-from lightspan.errors import UserError
 
 TOKENS = appended(256, 100)
 NAMES = ("R3_15", "R8_15", "S_25", "X3_50", "X8_50", "X64_15", "X64_50")

@@ -15,11 +15,11 @@ from PIL import Image
 from shard_files import add_members, damage, mask_of, masked_shard, png_of
 from torch import Tensor
 
-from lightspan.datamodules.images.views import MultiCrop, RandomViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.shards.domains import DomainPairs, DomainShards
 from lightspan.datamodules.shards.index import scan
-from lightspan.errors import UserError
 
 PLAIN: dict[str, Any] = {"num_classes": 5, "batch_size": 4, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 CROP = RandomViews(count=1, size=8, scale=(1 / 3, 1 / 3), ratio=(1.0, 1.0), brightness=0.0, contrast=0.0)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards import fetch
 from lightspan.datamodules.shards.fetch import check_shard, expand_braces, open_shard
-from lightspan.errors import UserError
 
 # Patterns
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.images.few_shots import FewShots
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.views import RandomViews
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.few_shots import FewShots
 
 
 def shots(**settings: object) -> FewShots:

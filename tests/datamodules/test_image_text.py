@@ -9,6 +9,8 @@ from PIL import Image
 from shard_files import pair_shard
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews, TwoViews
 from lightspan.datamodules.image_text.pairs import ImageTextShards
 from lightspan.datamodules.image_text.scenes import (
     COLOURS,
@@ -23,9 +25,7 @@ from lightspan.datamodules.image_text.scenes import (
     unseen_things,
 )
 from lightspan.datamodules.image_text.stamps import Stamps, caption_of
-from lightspan.datamodules.images.views import RandomViews, TwoViews
 from lightspan.datamodules.text.tokenized import tokenized
-from lightspan.errors import UserError
 
 WORDS = HashedWords()
 

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from sklearn.datasets import load_digits
 
-from lightspan.datamodules.images import small as images_module
-from lightspan.datamodules.images.small import (
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Plain, TwoViews
+from lightspan.datamodules.image.sets import small as images_module
+from lightspan.datamodules.image.sets.small import (
     Digits,
     FashionMNIST,
     ImageData,
@@ -23,8 +25,6 @@ from lightspan.datamodules.images.small import (
     evenly,
     read_idx,
 )
-from lightspan.datamodules.images.views import Plain, TwoViews
-from lightspan.errors import UserError
 
 ASSETS = files("lightspan.datamodules").joinpath("assets")
 
@@ -320,10 +320,13 @@ def test_a_recipe_can_name_set_and_views() -> None:
     parser = LightningArgumentParser()
     parser.add_subclass_arguments(ImageData, "data")
     views = {
-        "class_path": "lightspan.datamodules.images.views.TwoViews",
+        "class_path": "lightspan.datamodules.image.augment.views.TwoViews",
         "init_args": {"scale": [0.5, 1.0], "flip": 0.0},
     }
-    spec = {"class_path": "lightspan.datamodules.images.small.Digits", "init_args": {"batch_size": 64, "views": views}}
+    spec = {
+        "class_path": "lightspan.datamodules.image.sets.small.Digits",
+        "init_args": {"batch_size": 64, "views": views},
+    }
     data = parser.instantiate_classes(parser.parse_object({"data": spec})).data
     assert isinstance(data, Digits)
     assert data.batch_size == 64

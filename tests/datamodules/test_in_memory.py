@@ -6,10 +6,10 @@ import pytest
 import torch
 from picture_files import write_pictures
 
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.pictures.folder import ImageFolder
-from lightspan.datamodules.pictures.in_memory import PicturesInMemory
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.folder import ImageFolder
+from lightspan.datamodules.image.in_memory import PicturesInMemory
+from lightspan.datamodules.image.variants.class_stream import ClassStream
 
 
 def folder(tmp_path: Path, **classes: int) -> ImageFolder:

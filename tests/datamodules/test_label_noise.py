@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.noisy_labels import NoisyLabels
 from lightspan.datamodules.image_text.scenes import Scenes
 from lightspan.datamodules.image_text.swapped_captions import SwappedCaptions
-from lightspan.datamodules.images.noisy_labels import NoisyLabels
-from lightspan.datamodules.images.small import Digits
 from lightspan.datamodules.label_noise import flipped, swapped
-from lightspan.errors import UserError
 
 COUNT = 20_000
 RATES = (0.05, 0.1, 0.3, 0.9)

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.labelled import LabelledTextFiles
-from lightspan.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
 
 WORDS = HashedWords()

@@ -10,9 +10,9 @@ import torch
 from shard_files import sound_shard
 from torch import Tensor
 
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import TwoViews
 from lightspan.datamodules.shards.latents import LatentShards
-from lightspan.errors import UserError
 
 MEAN = np.random.default_rng(0).normal(size=(2, 3, 3)).astype(np.float16)
 

@@ -13,10 +13,10 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order, sample_seeds
 from lightspan.datamodules.loading.ranks import data_rank, evaluation_loader, micro_batch_size, train_loader
-from lightspan.errors import UserError
 
 
 class Numbers:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from waiting import HANG_S
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Fetcher
-from lightspan.errors import UserError
 
 LEAVES = """
 import torch

@@ -14,7 +14,7 @@ import pytest
 from shard_files import write_shard
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 from lightspan.datamodules.shards import pack_stream
 from lightspan.datamodules.shards.pack import pattern
 from lightspan.datamodules.shards.stream import Shards

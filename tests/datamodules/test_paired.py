@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from shard_files import posed_shard
 
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.shards.paired import PairedShards
-from lightspan.errors import UserError
 
 
 def test_a_sample_has_both_photographs_in_the_order_of_their_names(tmp_path: Path) -> None:

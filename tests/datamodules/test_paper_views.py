@@ -7,12 +7,12 @@ import pytest
 import torch
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from lightspan.config.recipes import catalogue_names, load
-from lightspan.config.resolve import resolve
-from lightspan.config.tree import plain
-from lightspan.datamodules.images.augment.rendering import pixel_box
-from lightspan.datamodules.images.turns import QuarterTurns
-from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, Views
+from lightspan.cli.config.recipes import catalogue_names, load
+from lightspan.cli.config.resolve import resolve
+from lightspan.cli.config.tree import plain
+from lightspan.datamodules.image.augment.rendering import pixel_box
+from lightspan.datamodules.image.augment.views import MultiCrop, NestedCrops, RandomViews, Views
+from lightspan.datamodules.image.variants.turns import QuarterTurns
 
 HEIGHT, WIDTH, DRAWS = 375, 500, 300  # the most frequent size of ImageNet-1k
 RATIO = (3 / 4, 4 / 3)

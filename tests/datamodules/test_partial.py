@@ -8,10 +8,10 @@ import torch
 from shard_files import partial_shard
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.image_text.partial import PartlyLabelledShards
-from lightspan.datamodules.images.views import RandomViews
 from lightspan.datamodules.text.tokenized import tokenized
-from lightspan.errors import UserError
 
 SAID = [{"cls": "4"}, {"txt": "a red ring"}, {"cls": "2", "txt": "blue"}, {}]
 

@@ -9,16 +9,16 @@ import torch
 from picture_files import pixels, write_every_kind, write_pictures
 from PIL import Image
 
-from lightspan.caches import kept_apart
-from lightspan.datamodules.images.views import TwoViews
+from lightspan.core.errors import UserError
+from lightspan.core.files.caches import kept_apart
+from lightspan.datamodules.image.augment.views import TwoViews
+from lightspan.datamodules.image.data import held_out
+from lightspan.datamodules.image.dataset import PictureDataset
+from lightspan.datamodules.image.folder import ImageFolder
+from lightspan.datamodules.image.packed import Decoder, fitted
+from lightspan.datamodules.image.picture_files import find_pictures
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
-from lightspan.datamodules.pictures.data import held_out
-from lightspan.datamodules.pictures.dataset import PictureDataset
-from lightspan.datamodules.pictures.files import find_pictures
-from lightspan.datamodules.pictures.folder import ImageFolder
-from lightspan.datamodules.pictures.packed import Decoder, fitted
-from lightspan.errors import UserError
 
 
 def opened(folder: Path, **settings: object) -> ImageFolder:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from shard_files import posed_shard
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards.posed import PosedShards
-from lightspan.errors import UserError
 
 
 def data(folder: Path, **settings: Any) -> PosedShards:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.r_data import LIBRARIES, find_package, read_r_data, unpack
-from lightspan.errors import UserError
 
 XDR = b"X\n" + struct.pack(">iii", 3, 0x40300, 0x30500) + struct.pack(">i5s", 5, b"UTF-8")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6}]

@@ -14,9 +14,9 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightspan.core.distributed import leave
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
-from lightspan.distributed import leave
 
 pytestmark = pytest.mark.ranks
 

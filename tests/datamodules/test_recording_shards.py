@@ -8,12 +8,12 @@ import torch
 from shard_files import sound_shard
 from sound_files import BAD, encoded, tone, write_recordings
 
-from lightspan.cli import main
+from lightspan.cli.main import main
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.shards import pack as packing
 from lightspan.datamodules.shards.pack_sources import sources
 from lightspan.datamodules.shards.recordings import RecordingShards
-from lightspan.errors import UserError
 
 
 def opened(shards: list[str], **settings: Any) -> RecordingShards:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.repeated import RepeatedImages
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.repeated import RepeatedImages
 
 
 def test_repeated_images_have_captions_of_their_own_and_the_rest_stands_once() -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import spaced
 from lightspan.datamodules.r_data import LIBRARIES
 from lightspan.datamodules.text import reviews
 from lightspan.datamodules.text.reviews import FoodReviews
-from lightspan.errors import UserError
 
 
 class Letters:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.sequences.blank import BlankSequences
-from lightspan.datamodules.sequences.listops import SYMBOLS, Expressions, ListOps, draw, values_of
-from lightspan.datamodules.sequences.own import OwnSequences
-from lightspan.datamodules.sequences.pixels import PixelSequences
-from lightspan.datamodules.sequences.python_bytes import PythonBytes
-from lightspan.datamodules.sequences.sets import SequenceSets
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.sequence.blank import BlankSequences
+from lightspan.datamodules.sequence.listops import SYMBOLS, Expressions, ListOps, draw, values_of
+from lightspan.datamodules.sequence.own import OwnSequences
+from lightspan.datamodules.sequence.pixels import PixelSequences
+from lightspan.datamodules.sequence.python_bytes import PythonBytes
+from lightspan.datamodules.sequence.sets import SequenceSets
 
 
 def ready(data: Any) -> Any:

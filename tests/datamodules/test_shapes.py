@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.shapes import NAMES, Shapes, draw
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.shapes import NAMES, Shapes, draw
 
 
 def test_pictures_are_a_function_of_the_seed_and_the_two_parts_share_none() -> None:

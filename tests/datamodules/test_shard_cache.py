@@ -11,13 +11,13 @@ import pytest
 from lightning import Trainer
 from shard_files import damage, write_shard, write_shards
 
-from lightspan.caches import kept_apart
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import temporary_path
+from lightspan.core.files.caches import kept_apart
 from lightspan.datamodules.shards import cache as shard_cache
 from lightspan.datamodules.shards import fetch
 from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.stream import Shards
-from lightspan.errors import UserError
-from lightspan.files import temporary_path
 
 
 def test_local_shards_stay_where_they_are(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from shard_files import damage, write_shard
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards.index import from_json, read_sample, scan
-from lightspan.errors import UserError
 
 MIB = 2**20
 

@@ -15,9 +15,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightspan.callbacks.watching.ledger import Ledger
+from lightspan.cli.runs.ledger import balance
+from lightspan.core.distributed import leave
 from lightspan.datamodules.shards.stream import Shards
-from lightspan.distributed import leave
-from lightspan.runs.ledger import balance
 
 pytestmark = pytest.mark.ranks
 

@@ -27,16 +27,16 @@ from waiting import HANG_S
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.callbacks.watching.online_probes import OnlineProbes
-from lightspan.config.build import calm
-from lightspan.datamodules.images.views import MultiCrop, Plain, RandomViews, TwoViews
+from lightspan.cli.config.build import calm
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.workers import Replacement
 from lightspan.datamodules.shards import samples as shard_samples
 from lightspan.datamodules.shards import stream as shards_module
 from lightspan.datamodules.shards.index import SUFFIX, scan
 from lightspan.datamodules.shards.stream import Shards
-from lightspan.errors import UserError
-from lightspan.estimators.probes import KNN, LinearProbe
+from lightspan.evaluation.probes.probes import KNN, LinearProbe
 
 
 @pytest.fixture

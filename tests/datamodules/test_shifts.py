@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightspan.datamodules.images.shifts import Shifted
-from lightspan.datamodules.images.views import seeded
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import seeded
+from lightspan.datamodules.image.variants.shifts import Shifted
 
 
 def views(transform: Shifted, image: torch.Tensor, number: int = 300) -> list[torch.Tensor]:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lightspan.backbones.tokenizers import Letters
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.words import ALPHABET, PrintedWords
 from lightspan.datamodules.text.spelling import PRINTABLE, WordList, sentences, spelled
-from lightspan.errors import UserError
 
 
 def words_of(folder: Path, text: str, **settings: Any) -> WordList:

@@ -16,19 +16,19 @@ from shard_files import write_shards
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.small import Digits
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.folder import ImageFolder
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.class_stream import ClassStream
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.datamodules.loading.subset import SubsetOfBatches, SubsetSamples, TrainingSubset, nested_order, subset_of
-from lightspan.datamodules.pictures.folder import ImageFolder
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
 from lightspan.datamodules.rendered.scenes import SceneSpace
 from lightspan.datamodules.shards.stream import Shards
-from lightspan.datamodules.tables.rows import Diabetes
+from lightspan.datamodules.table.rows import Diabetes
 from lightspan.datamodules.text.windows import ByteText
-from lightspan.errors import UserError
 
 SIZES = (16, 24, 40)
 

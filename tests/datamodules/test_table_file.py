@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightspan.datamodules.tables.columns import read_columns
-from lightspan.datamodules.tables.file import TableFile
-from lightspan.datamodules.tables.rows import RowViews
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.table.columns import read_columns
+from lightspan.datamodules.table.file import TableFile
+from lightspan.datamodules.table.rows import RowViews
 
 PEOPLE = "name,age,city,paid\n" + "".join(
     f"p{number},{20 + number},{('Rome', 'Oslo')[number % 2]},{number / 2}\n" for number in range(10)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.datamodules.tables.parts import divided, shuffled
-from lightspan.datamodules.tables.rows import Diabetes, RowViews, TableData
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.table.parts import divided, shuffled
+from lightspan.datamodules.table.rows import Diabetes, RowViews, TableData
 
 
 def test_rows_are_in_one_part_and_columns_standardised_by_the_training_rows() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from shard_files import partial_shard
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards.tagged import TaggedShards
-from lightspan.errors import UserError
 
 SAID = ['{"present": [0, 2], "absent": [3]}', '{"absent": [0, 1]}', "{}", "null", '{"present": [1], "absent": [1]}']
 HOLD = [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.shards import tars
 from lightspan.datamodules.shards.fetch import open_shard
 from lightspan.datamodules.shards.tars import META, group_members
-from lightspan.errors import UserError
 
 MIB = 2**20
 

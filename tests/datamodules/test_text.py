@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.windows import ByteText, Windows, find_files, in_validation, text_files
-from lightspan.errors import UserError
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.domains import DomainDenoising, DomainFiles, DomainPrompts
 from lightspan.datamodules.text.pairs import ScoredPairs, TextPairs
 from lightspan.datamodules.text.whole_words import WholeWords
-from lightspan.errors import UserError
 
 Row = dict[str, Any]
 TOKENIZER = HashedWords(4096)

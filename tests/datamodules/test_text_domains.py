@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.denoising import appended, restored
 from lightspan.datamodules.text.domains import (
     DomainDenoising,
@@ -27,7 +28,6 @@ from lightspan.datamodules.text.word_choices import (
     label_information,
     plain_word,
 )
-from lightspan.errors import UserError
 
 TOKENIZER = HashedWords(4096)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.trained_tokenizers import trained_tokenizer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.shards.texts import QueryShards, WholeWordShards
 from lightspan.datamodules.text.functions import library_functions, split_names
@@ -20,7 +21,6 @@ from lightspan.datamodules.text.pairs import LibraryPairs, Pair, Pairs, ScoredPa
 from lightspan.datamodules.text.tokenized import tokenized
 from lightspan.datamodules.text.whole_words import WholeWords, WholeWordSamples, WordCutter
 from lightspan.datamodules.text.windows import in_validation
-from lightspan.errors import UserError
 
 SOURCE = '''
 class Reader:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lightspan.datamodules.images.textured_scenes import MOST, SIDE, TexturedScenes, draw
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.textured_scenes import MOST, SIDE, TexturedScenes, draw
 
 
 def test_objects_are_numbered_and_each_pixel_belongs_to_one() -> None:

@@ -13,13 +13,13 @@ from shard_files import write_shards
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ViewParameters
-from lightspan.datamodules.images.augment.fields import ImageFields, Place
-from lightspan.datamodules.images.augment.rendering import Drawn
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.views import MultiCrop, NestedCrops, RandomViews, Repeated, TwoViews, Views
+from lightspan.datamodules.image.augment.fields import ImageFields, Place
+from lightspan.datamodules.image.augment.rendering import Drawn
+from lightspan.datamodules.image.augment.views import MultiCrop, NestedCrops, RandomViews, Repeated, TwoViews, Views
+from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.shards.stream import Shards
-from lightspan.errors import UserError
 
 CROPS = MultiCrop([RandomViews(size=6, scale=(0.3, 0.9), blur=0.5), RandomViews(count=1, size=3, flip=0.0)])
 

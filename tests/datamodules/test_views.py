@@ -8,8 +8,9 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.images.augment.rendering import Drawn
-from lightspan.datamodules.images.views import (
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.rendering import Drawn
+from lightspan.datamodules.image.augment.views import (
     MultiCrop,
     NestedCrops,
     Plain,
@@ -19,7 +20,6 @@ from lightspan.datamodules.images.views import (
     Views,
     seeded,
 )
-from lightspan.errors import UserError
 
 # Nothing random at all: each test switches on one thing.
 STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": 0.0}

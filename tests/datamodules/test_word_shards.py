@@ -7,9 +7,9 @@ import pytest
 import torch
 from shard_files import partial_shard
 
-from lightspan.datamodules.images.views import RandomViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.shards.words import WordShards
-from lightspan.errors import UserError
 
 
 def opened(folder: Path, words: list[str], **settings: Any) -> WordShards:

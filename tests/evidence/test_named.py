@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lightspan.config.merge import merge_layers
-from lightspan.config.recipes import catalogue_names, load
-from lightspan.config.tree import plain
+from lightspan.cli.config.merge import merge_layers
+from lightspan.cli.config.recipes import catalogue_names, load
+from lightspan.cli.config.tree import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIERS = {"Classifier", "CausalLM", "TextClassifier"}

@@ -51,7 +51,7 @@ model: {class_path: lightspan.methods.toys.toy.Toy}
 """
 COUNT = """\
 about: {title: A count, paper: none, family: toys, evidence: none}
-estimator: {class_path: lightspan.estimators.count.Count}
+estimator: {class_path: lightspan.evaluation.count.Count}
 """
 SYSTEMS = """\
 2: {name: Toy, arxiv: "1234.56789", baseline: nothing, figure: c}

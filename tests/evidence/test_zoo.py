@@ -15,9 +15,9 @@ import torch
 from evidence.zoo import __main__ as command
 from evidence.zoo import closer, methods, page, pictures, records, table, training
 from evidence.zoo.records import OURS, SEARCH_SEED, SEEDS, THEIRS, UNTRAINED, Cell, Row
-from lightspan.datamodules.images.small import Labelled
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Labelled
+from lightspan.training.method import Method
 
 ROOT = Path(__file__).parents[2]
 STEPS, SIZE = 2, 12

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightspan.core.files.tensors import Form
 from lightspan.merging.merger import Merger, merge
 from lightspan.merging.weights import Weights
-from lightspan.tensor_files import Form
 
 
 class InMemory(Weights):

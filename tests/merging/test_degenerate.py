@@ -13,7 +13,7 @@ from merging.models import InMemory, merged, net
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.arithmetic import StoredCoefficients, StoredMask, TaskArithmetic, WeightedAverage
 from lightspan.merging.fisher import FisherAverage

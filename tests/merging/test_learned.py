@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightspan.adapters.inject import adapt, fold
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.peft import save_peft
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.merging.coefficients import LayerWise, Partitioned, TaskWise
 from lightspan.merging.concrete import ConcreteMask, rescaled
 from lightspan.merging.learned import NetworkSpan

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import Form
 from lightspan.merging.arithmetic import StoredMask
 from lightspan.merging.masked import Masked
 from lightspan.merging.merger import merge
 from lightspan.merging.weights import open_weights
-from lightspan.tensor_files import Form
 
 
 def masked(folder: Path, model: dict[str, Tensor], *masks: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

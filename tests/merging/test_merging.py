@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightspan.checkpoints.bytes import torch_save
-from lightspan.checkpoints.manifest import header, seal_file
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.merging import span
 from lightspan.merging.arithmetic import Scales, StoredCoefficients, StoredMask, TaskArithmetic, WeightedAverage
 from lightspan.merging.merger import merge, outlook
 from lightspan.merging.span import in_span, in_span_as
 from lightspan.merging.weights import open_weights
+from lightspan.training.checkpoints.bytes import torch_save
+from lightspan.training.checkpoints.manifest import header, seal_file
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

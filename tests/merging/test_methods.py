@@ -11,7 +11,8 @@ from merging.models import InMemory, Live, merged, net
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.files.tensors import Form
 from lightspan.merging import span, ties
 from lightspan.merging.arithmetic import Scales, TaskArithmetic
 from lightspan.merging.dare import Dropped
@@ -20,7 +21,6 @@ from lightspan.merging.merger import Merger, merge
 from lightspan.merging.regmean import RegMean
 from lightspan.merging.slerp import Slerp
 from lightspan.merging.ties import Ties, least_kept
-from lightspan.tensor_files import Form
 
 FLOATS = ("a.weight", "a.bias", "scale")
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lightspan.cli import main
-from lightspan.errors import UserError
+from lightspan.cli.main import main
+from lightspan.core.errors import UserError
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.arithmetic import WeightedAverage
 from lightspan.merging.product import write_product

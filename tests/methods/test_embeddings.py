@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightspan.callbacks.watching.detached import detached
 from lightspan.callbacks.watching.held_samples import single_views
-from lightspan.strategies import FSDP2
+from lightspan.training.strategies import FSDP2
 
 METHODS = {
     name: method

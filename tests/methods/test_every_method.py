@@ -16,7 +16,7 @@ from method_runs import differences, in_halves, mapped, rows_of
 from torch import Tensor
 
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 SAMPLE = {name.split(".")[0]: name for name in reversed(CASES)}.values()
 """One method of each family: `make test` tries these, `make test-all` every one."""

@@ -19,10 +19,10 @@ from method_cases import CASES, ROWS
 from method_runs import differences, in_float64, in_halves, rows_of
 
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.strategies import FSDP2
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.training.strategies import FSDP2
 
 OPTIMIZERS: dict[str, type[MatrixOptimizer]] = {kind.__name__: kind for kind in (LowRank, *PRESETS)}
 """Every optimiser of matrices: `LowRank` itself, its presets, and those of whole matrices."""

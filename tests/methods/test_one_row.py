@@ -7,7 +7,7 @@ import torch
 from method_cases import CASES, ROWS
 from method_runs import rows_of
 
-from lightspan.cli import main
+from lightspan.cli.main import main
 
 
 def gradient(name: str, *rows: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightspan.backbones.weights import stored_noise
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.bank_noise import BankNoise
 
 BANK = torch.arange(7.0)[:, None, None] * 100 + torch.arange(9.0)[None, :, None] + torch.zeros(7, 9, 2)

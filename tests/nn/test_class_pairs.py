@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.class_pairs import Arbitrary, ByDistance, ClassPairs, Distinct, Identical
 
 LABEL_N = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 2])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.copies import copied
 from lightspan.nn.teachers.ema import EMATeacher
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.masked_sequence import MaskedSequence

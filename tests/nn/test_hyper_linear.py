@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.hyper_linear import HyperLinear
 
 

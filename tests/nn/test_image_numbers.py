@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.method import Method
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.pretext import Jigsaw
+from lightspan.training.method import Method
 
 META = torch.device("meta")
 DRAWING: dict[str, dict[str, Any]] = {

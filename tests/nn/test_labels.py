@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.labels import labels_of, targets_of
 
 

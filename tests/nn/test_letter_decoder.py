@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of, seen_in_order
 from lightspan.nn.heads.attention_pool import FeatureMerge
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.patch_mix import Mixtures, PatchMix
 from lightspan.nn.sequences.patches import at_places, patchify
 

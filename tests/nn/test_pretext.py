@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.datamodules.images.turns import QuarterTurns
-from lightspan.datamodules.images.views import Plain, RandomViews, seeded
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Plain, RandomViews, seeded
+from lightspan.datamodules.image.variants.turns import QuarterTurns
 from lightspan.nn.pretext import Jigsaw, QuarterTurn, far_permutations, tiles_of
 
 

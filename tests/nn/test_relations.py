@@ -5,8 +5,8 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ViewParameters
-from lightspan.errors import UserError
 from lightspan.nn.relations import Difference, PlaneTurn, Relations, SpaceTurn, parameters_of
 
 

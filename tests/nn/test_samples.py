@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, letters_of
 from lightspan.nn.samples import samples_in
 from lightspan.nn.sequences.texts import captions_of

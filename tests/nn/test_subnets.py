@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.subnets import Size, SubNetSampler
 
 WIDTHS, DEPTHS = [32, 64, 96], [2, 4, 6]

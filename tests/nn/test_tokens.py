@@ -16,7 +16,7 @@ from torch.optim import SGD
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.language import llama
 from lightspan.backbones.vision import MLP, LeNet, SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.tokens import Tokens, token_features

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.labels import labels_of, require_labels
 from lightspan.nn.views import global_first, image_of, labelled_views, views_of

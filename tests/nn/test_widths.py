@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.asymmetric import asymmetric_loss
 from lightspan.objectives.means import known_mean
 

@@ -7,7 +7,7 @@ import torch
 from objective_cases import CASES, PARTS, public_functions
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 LABEL_B, MIXED_B = torch.tensor([1, 3, 3, 1, 3, 4, 1]), torch.arange(7).flip(0)
 

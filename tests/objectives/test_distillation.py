@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
 
 

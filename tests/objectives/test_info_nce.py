@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.info_nce import class_pair_loss, class_pair_masks, gated_cosine, multi_positive_info_nce
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightspan.core.unit_length import unit_length
 from lightspan.objectives.margin import LEAST_SQUARE, margin_loss
-from lightspan.unit_length import unit_length
 
 LABELS, CLUSTERS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2, 1]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0])
 

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 from torch import Tensor
 
-from lightspan.distributed import leave
+from lightspan.core.distributed import leave
 from lightspan.nn.teachers.centring import Centre
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, prototype_cross_entropy, sinkhorn
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from objective_cases import CASES
 from torch import Tensor
 
-from lightspan.distributed import leave
+from lightspan.core.distributed import leave
 from lightspan.objectives.barlow import standardise
 
 pytestmark = pytest.mark.ranks

@@ -6,7 +6,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.sigreg import epps_pulley, random_directions, sigreg
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics.pairwise import cosine_similarity
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.soft_contrast import soft_contrast, tag_similarity
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.objectives.info_nce import nt_xent
 from lightspan.objectives.supcon import supcon
 from lightspan.objectives.supremix import mixed_pairs, supremix

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightspan.optim.bases import ColumnSelection, DrawnBasis
-from lightspan.optim.carries import Rotate
-from lightspan.optim.layout import Layout
+from lightspan.optim.low_rank.bases import ColumnSelection, DrawnBasis
+from lightspan.optim.low_rank.carries import Rotate
+from lightspan.optim.matrices.layout import Layout
 from lightspan.subspaces import frames
 
 

@@ -12,11 +12,11 @@ from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightspan.errors import UserError
-from lightspan.optim import presets
-from lightspan.optim.gradients import attach
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Int8Moments
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.moments import BFloat16Moments, Int8Moments
 
 
 class Net(nn.Module):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from optim.plain_bases import IdentityBasis, RandomBasis
 
-from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
-from lightspan.optim.layout import Layout
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
+from lightspan.optim.matrices.layout import Layout
 
 FIXED = [DCTBasis(), DCTBasis(fast=False), IdentityBasis()]
 ORTHONORMAL = [*FIXED, PowerBasis(), SVDBasis(), RandomBasis()]

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from lightspan.optim.bases import DCTBasis
-from lightspan.optim.carries import FrameChange, Gather, Keep, Rotate
-from lightspan.optim.inner import SGD, Adam, AdamSettings, InnerContext, farthest
-from lightspan.optim.layout import Layout
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.low_rank.bases import DCTBasis
+from lightspan.optim.low_rank.carries import FrameChange, Gather, Keep, Rotate
+from lightspan.optim.low_rank.inner import SGD, Adam, AdamSettings, InnerContext, farthest
+from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.reference.ldadam import rotated_moments
 from lightspan.subspaces.frames import random_frame
 

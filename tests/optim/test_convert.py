@@ -7,10 +7,10 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 from transformers import get_cosine_schedule_with_warmup
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.convert import hand_over, to_low_rank, to_low_rank_where_matched
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.schedules import WarmupCosine
 
 
@@ -90,7 +90,9 @@ def test_of_several_optimisers_those_become_low_rank_in_which_something_is_proje
 def test_a_basis_that_is_none_is_refused_by_its_name():
     model = nn.Linear(4, 3)
     old = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with pytest.raises(UserError, match=r"basis='whole' must be an object of a class in lightspan.optim.bases"):
+    with pytest.raises(
+        UserError, match=r"basis='whole' must be an object of a class in lightspan.optim.low_rank.bases"
+    ):
         to_low_rank_where_matched([old], model, ["*weight"], rank=2, basis="whole")
 
 

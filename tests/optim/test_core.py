@@ -5,15 +5,15 @@ import torch
 from optim.plain_bases import IdentityBasis
 from optim.rotated import adamw_rotated
 
-from lightspan.optim.bases import DCTBasis, Every, PowerBasis
-from lightspan.optim.buckets import stacked_bucket
-from lightspan.optim.core import BucketStep
-from lightspan.optim.inner import Adam
-from lightspan.optim.layout import Layout
-from lightspan.optim.moments import Float32Moments
-from lightspan.optim.offload import Home
-from lightspan.optim.residuals import ErrorFeedback, Fira, NoResidual
-from lightspan.optim.settings import UpdateRule
+from lightspan.optim.low_rank.bases import DCTBasis, Every, PowerBasis
+from lightspan.optim.low_rank.core import BucketStep
+from lightspan.optim.low_rank.inner import Adam
+from lightspan.optim.low_rank.residuals import ErrorFeedback, Fira, NoResidual
+from lightspan.optim.low_rank.update_rule import UpdateRule
+from lightspan.optim.matrices.buckets import stacked_bucket
+from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.moments import Float32Moments
+from lightspan.optim.matrices.offload import Home
 
 GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "scale": 1.0}
 

@@ -23,12 +23,13 @@ import torch
 from every_preset import PRESETS
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.optim import bases, carries, inner, moments, residuals
-from lightspan.optim.gradients import attach
+from lightspan.core.errors import UserError
 from lightspan.optim.lars import LARS
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.low_rank import bases, carries, inner, residuals
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices import moments
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Projection
 

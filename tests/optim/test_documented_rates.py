@@ -12,8 +12,8 @@ import torch
 from every_preset import PRESETS, of_rank
 
 from lightspan.optim import muon, reference
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 
 ROOT = Path(__file__).parents[2]
 NAMES = {

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightspan.optim import elementwise
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Int8Moments
-from lightspan.sharded import square_norms
+from lightspan.core.sharded import square_norms
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices import elementwise
+from lightspan.optim.matrices.moments import BFloat16Moments, Int8Moments
 
 
 class Counted(TorchDispatchMode):

@@ -13,7 +13,7 @@ from every_preset import WHOLE
 from torch import nn
 
 from lightspan.optim import muon
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 
 FOLDER = Path(muon.__file__).parent
 OF_SUBSPACES = {"low_rank", "core", "bases", "carries", "frame_changes", "inner", "residuals", "settings"}

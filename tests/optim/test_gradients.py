@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, PowerBasis
-from lightspan.optim.gradients import ProjectedLinear, attach
-from lightspan.optim.inner import SGD
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis
+from lightspan.optim.low_rank.gradients import ProjectedLinear, attach
+from lightspan.optim.low_rank.inner import SGD
+from lightspan.optim.low_rank.optimizer import LowRank
 
 MODES = ("hooks", "projected")
 

@@ -16,10 +16,10 @@ from lightspan.adapters.inject import adapt
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.language import llama
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.optim.groups import ParameterGroups, Rule
-from lightspan.optim.presets import Trion
+from lightspan.optim.low_rank.presets import Trion
 
 
 class Net(nn.Module):

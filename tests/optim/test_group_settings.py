@@ -19,19 +19,19 @@ from torch.optim import Optimizer
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim import reference
-from lightspan.optim.bases import SVDBasis
 from lightspan.optim.convert import to_low_rank
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.inner import SGD
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.bases import SVDBasis
+from lightspan.optim.low_rank.inner import SGD
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import Trion
+from lightspan.optim.low_rank.residuals import ErrorFeedback
 from lightspan.optim.masks.by_score import ByScore
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
-from lightspan.optim.moments import BFloat16Moments, Float32Moments
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments
 from lightspan.optim.muon import FactoredMuon, Muon
-from lightspan.optim.presets import Trion
-from lightspan.optim.residuals import ErrorFeedback
 from lightspan.optim.steps import steps_taken
 from lightspan.optim.treatment import treatment
 from lightspan.optim.two_rates import TwoRates

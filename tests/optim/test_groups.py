@@ -21,11 +21,11 @@ from transformers import (
 
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.language import llama
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.treatment import treatment
-from lightspan.wiring.report import print_report
+from lightspan.training.wiring.report import print_report
 
 
 class Model(nn.Module):

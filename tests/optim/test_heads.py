@@ -45,11 +45,11 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttentio
 from lightspan.backbones.language import llama
 from lightspan.nn.sequences.self_attention import SelfAttention
 from lightspan.optim.groups import ParameterGroups, Rule
-from lightspan.optim.heads import query_key_heads
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.heads import query_key_heads
 from lightspan.optim.muon import FactoredMuon, Muon
 from lightspan.optim.treatment import treatment
-from lightspan.wiring.report import print_report
+from lightspan.training.wiring.report import print_report
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
 FEW_KEYS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -14,18 +14,19 @@ from pairwise import pairwise
 from step_costs import kept_in, step_costs
 from torch import nn
 
-from lightspan.optim import bases, buckets
-from lightspan.optim.bases import DCTBasis, Every, Trigger
-from lightspan.optim.core import Projected, update_weights
-from lightspan.optim.elementwise import SMALLEST_QUANTISED
-from lightspan.optim.gradients import attach
-from lightspan.optim.inner import SGD, AdamSettings, NewtonSchulz
-from lightspan.optim.layout import Layout
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.low_rank import bases
+from lightspan.optim.low_rank.bases import DCTBasis, Every, Trigger
+from lightspan.optim.low_rank.core import Projected, update_weights
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.inner import SGD, AdamSettings, NewtonSchulz
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import APOLLO, APOLLOMini, DCTAdamW, GaLore, LDAdam, Trion
+from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.matrices import buckets
+from lightspan.optim.matrices.elementwise import SMALLEST_QUANTISED
+from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.muon import Dion2, Muon
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, GaLore, LDAdam, Trion
-from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.subspaces import frames
 from lightspan.triton_kernels import backproject_update, error_feedback, tiles
 from lightspan.triton_kernels.project import project

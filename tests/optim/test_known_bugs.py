@@ -13,15 +13,16 @@ from every_preset import of_rank
 from optim.plain_bases import IdentityBasis
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.optim import muon, presets
-from lightspan.optim.bases import DCTBasis, PowerBasis, SVDBasis
-from lightspan.optim.carries import Gather, Keep, Rotate
-from lightspan.optim.inner import SGD
-from lightspan.optim.layout import Layout
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
-from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.core.errors import UserError
+from lightspan.optim import muon
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis, SVDBasis
+from lightspan.optim.low_rank.carries import Gather, Keep, Rotate
+from lightspan.optim.low_rank.inner import SGD
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
 from lightspan.optim.treatment import treatment
 
 PRESETS = {

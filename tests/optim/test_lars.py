@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.lars import LARS
 

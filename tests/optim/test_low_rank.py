@@ -11,11 +11,11 @@ import torch
 from optim.plain_bases import IdentityBasis
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim import reference
-from lightspan.optim.bases import DCTBasis, PowerBasis
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.residuals import ErrorFeedback, Fira
+from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.residuals import ErrorFeedback, Fira
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.optim import presets
-from lightspan.optim.layout import canonical, canonical_gradient, put
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Int8Moments
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.layout import canonical, canonical_gradient, put
+from lightspan.optim.matrices.moments import Int8Moments
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

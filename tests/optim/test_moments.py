@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.optim.bases import DCTBasis
-from lightspan.optim.layout import Layout
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.low_rank.bases import DCTBasis
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.muon import FactoredMuon, Muon
 
 FORMATS = [Float32Moments(), BFloat16Moments(), Int8Moments()]

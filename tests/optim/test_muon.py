@@ -9,15 +9,16 @@ import torch
 from optim import published
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.optim import muon, newton_schulz, reference
-from lightspan.optim.bases import PowerBasis
+from lightspan.core.errors import UserError
+from lightspan.optim import muon, reference
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.inner import NewtonSchulz
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.low_rank.bases import PowerBasis
+from lightspan.optim.low_rank.inner import NewtonSchulz
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import Trion
+from lightspan.optim.matrices import newton_schulz
+from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.muon import Dion2, Muon, NorMuon
-from lightspan.optim.presets import Trion
 from lightspan.optim.treatment import treatment
 
 
@@ -521,7 +522,7 @@ def test_unchecked_a_matrix_whose_squares_overflow_stands_still_and_others_go_on
     (lambda p: Muon(p, other_lr=-1.0), r"Muon other_lr=-1.0 must be at least 0"),
     (lambda p: Muon(p, backward="hooks"), r"Muon has no setting backward"),
     (lambda p: Muon(p, rank=4), r"Muon has no setting rank"),
-    (lambda p: Muon(p, moments="int8"), r"moments='int8' must be an object of a class in lightspan.optim.moments"),
+    (lambda p: Muon(p, moments="int8"), r"moments='int8' must be an object of a class in lightspan.optim.matrices.moments"),
     (lambda p: Muon(p, precision="half"), r"precision='half' must be one of float32, bfloat16"),
     (lambda p: LowRank(p, basis=PowerBasis(momentum=0.5), inner=NewtonSchulz()), "leave inner=Adam"),
     (lambda p: Muon([nn.Parameter(torch.ones(4))]), "Muon got no matrix to project"),

@@ -25,17 +25,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.optim import offload
-from lightspan.optim.bases import Every, PowerBasis
-from lightspan.optim.gradients import attach
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import BFloat16Moments, Int8Moments
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import local, with_part
+from lightspan.optim.low_rank.bases import Every, PowerBasis
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import DCTAdamW, GaLore, LDAdam
+from lightspan.optim.matrices import offload
+from lightspan.optim.matrices.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.muon import FactoredMuon, Muon
-from lightspan.optim.presets import DCTAdamW, GaLore, LDAdam
-from lightspan.sharded import local, with_part
-from lightspan.strategies import shard_blocks
+from lightspan.training.strategies import shard_blocks
 
 KINDS = [LowRank, *PRESETS]
 SHAPES = [(24, 16), (16, 24), (24, 16), (20, 12), (24, 16), (3, 4), (7,), (30,)]

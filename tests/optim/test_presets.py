@@ -17,14 +17,15 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from lightspan.errors import UserError
-from lightspan.optim import muon, presets, reference
-from lightspan.optim.bases import Every
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Float32Moments
+from lightspan.core.errors import UserError
+from lightspan.optim import muon, reference
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.bases import Every
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.residuals import Fira
+from lightspan.optim.matrices.moments import Float32Moments
 from lightspan.optim.reference.ldadam import power_step
 from lightspan.optim.reference.loop import tall
-from lightspan.optim.residuals import Fira
 
 SHAPES = [(9, 6), (6, 9), (7, 7), (5, 3, 2, 2)]
 STEPS, LR, DECAY = 20, [0.1 * (1 - t / 40) for t in range(20)], 0.1

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.optim.subspace_file import apply_subspace, save_subspace
@@ -469,7 +469,7 @@ def test_before_the_first_step_the_file_gives_the_start(tmp_path) -> None:
 
 @pytest.mark.runs
 def test_the_optimisers_load_no_trainer() -> None:
-    code = "import sys, lightspan.optim.random_subspace, lightspan.optim.presets; print('lightning' in sys.modules)"
+    code = "import sys, lightspan.optim.random_subspace, lightspan.optim.low_rank.presets; print('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

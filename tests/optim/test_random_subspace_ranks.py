@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lightspan.distributed import leave
+from lightspan.core.distributed import leave
 from lightspan.optim.random_subspace import RandomSubspace
-from lightspan.strategies import shard_blocks
 from lightspan.subspaces.projections import Dense, Fastfood, Sparse
+from lightspan.training.strategies import shard_blocks
 
 pytestmark = pytest.mark.ranks
 

@@ -16,7 +16,7 @@ from pairwise import pairwise
 from torch import Tensor, nn
 
 from lightspan.optim.groups import ParameterGroups
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 
 spec = importlib.util.spec_from_file_location("robustness", Path(__file__).parents[2] / "benchmarks" / "robustness.py")
 assert spec is not None

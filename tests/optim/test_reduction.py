@@ -20,13 +20,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.method import Method
-from lightspan.optim.bases import DCTBasis, PowerBasis
-from lightspan.optim.gradients import attach
-from lightspan.optim.layout import canonical
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices.layout import canonical
+from lightspan.training.method import Method
 
 RANKS, STEPS, MICRO, REFRESH, RANK = 2, 20, 2, 4, 3
 RUNS = {

@@ -5,12 +5,12 @@ import torch
 from optim.plain_bases import RandomBasis
 from torch import nn
 
-from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, GaussianBasis, PowerBasis
-from lightspan.optim.inner import SGD
-from lightspan.optim.layout import Layout
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.residuals import Apollo, ErrorFeedback, Fira, NoResidual, Terms
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import DCTBasis, GaussianBasis, PowerBasis
+from lightspan.optim.low_rank.inner import SGD
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira, NoResidual, Terms
+from lightspan.optim.matrices.layout import Layout
 
 LAYOUT = Layout(7, 5, 2, False, torch.float64, torch.device("cpu"), (0, 1))
 

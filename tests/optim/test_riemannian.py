@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups, Rule
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.subspaces.grassmann import principal_angles
 

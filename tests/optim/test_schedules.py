@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.schedules import (
     Staircase,
     TeacherMomentum,

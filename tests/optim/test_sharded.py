@@ -18,16 +18,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.optim.bases import DCTBasis, SVDBasis
-from lightspan.optim.inner import SGD, NewtonSchulz
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Int8Moments
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import DCTBasis, SVDBasis
+from lightspan.optim.low_rank.inner import SGD, NewtonSchulz
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam
+from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback
+from lightspan.optim.matrices.moments import Int8Moments
 from lightspan.optim.muon import NorMuon
-from lightspan.optim.presets import APOLLO, APOLLOMini, DCTAdamW, LDAdam
-from lightspan.optim.residuals import Apollo, ErrorFeedback
-from lightspan.strategies import shard_blocks
+from lightspan.training.strategies import shard_blocks
 
 pytestmark = pytest.mark.ranks
 

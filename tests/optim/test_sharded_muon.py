@@ -17,13 +17,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightspan.distributed import leave
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Float32Moments, Int8Moments
+from lightspan.core.distributed import leave
+from lightspan.core.sharded import Ranks, RowShards, from_local, whole
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import Trion
+from lightspan.optim.matrices.moments import Float32Moments, Int8Moments
+from lightspan.optim.matrices.newton_schulz import COEFFICIENTS, bytes_of_grams, bytes_of_rows, orthogonalised
 from lightspan.optim.muon import Dion2, FactoredMuon, Muon, NorMuon
-from lightspan.optim.newton_schulz import COEFFICIENTS, bytes_of_grams, bytes_of_rows, orthogonalised
-from lightspan.optim.presets import Trion
-from lightspan.sharded import Ranks, RowShards, from_local, whole
 
 pytestmark = pytest.mark.ranks
 

@@ -13,14 +13,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
-from lightspan.optim.moments import Float32Moments
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import Ranks, RowShards, from_local, whole
+from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.low_rank.presets import APOLLO, LDAdam
+from lightspan.optim.matrices.moments import Float32Moments
 from lightspan.optim.muon import FactoredMuon
-from lightspan.optim.presets import APOLLO, LDAdam
 from lightspan.optim.treatment import treatment
-from lightspan.sharded import Ranks, RowShards, from_local, whole
 
 pytestmark = pytest.mark.ranks
 

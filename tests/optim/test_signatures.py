@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from lightspan.optim import presets
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.optimizer import LowRank
 
 SHARED = ("lr", "betas", "eps", "weight_decay")
 OF_TORCH = {name: inspect.signature(torch.optim.AdamW).parameters[name].default for name in SHARED}

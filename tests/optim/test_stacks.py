@@ -5,10 +5,11 @@ import torch
 from every_preset import of_rank
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.optim import muon, presets
-from lightspan.optim.gradients import attach
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim import muon
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.gradients import attach
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.treatment import treatment
 
 RULES = {

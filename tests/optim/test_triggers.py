@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightspan.errors import UserError
-from lightspan.optim.bases import Every
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.bases import Every
 
 
 def test_by_the_clock_every_matrix_is_due_once_in_the_gap_and_not_all_at_once():

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightspan import devices
-from lightspan.devices import widest_float
-from lightspan.optim import muon, presets
-from lightspan.optim.low_rank import LowRank
+from lightspan.core import devices
+from lightspan.core.devices import widest_float
+from lightspan.optim import muon
+from lightspan.optim.low_rank import presets
+from lightspan.optim.low_rank.optimizer import LowRank
 
 
 class NoFloat64(TorchDispatchMode):

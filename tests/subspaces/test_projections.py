@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 from scipy.stats import binom
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.projections import Dense, Fastfood, PerTensor, Projection, Sparse, derived_seed
 
 KINDS = [Dense, Sparse, Fastfood]

@@ -6,7 +6,7 @@ from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import needs_triton
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels import error_feedback
 from lightspan.triton_kernels.error_feedback import (
     BLOCK,

@@ -8,7 +8,7 @@ from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import needs_triton
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels import low_rank_adam as module
 from lightspan.triton_kernels.low_rank_adam import (
     blocks,

@@ -6,7 +6,7 @@ from ahead_of_time import Spec, compile_ahead
 from kernel_inputs import needs_triton
 from scipy.linalg import hadamard
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.triton_kernels import walsh_hadamard as module
 from lightspan.triton_kernels.walsh_hadamard import (
     KERNEL_BLOCK,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightspan.adapters.sparse_gaussian.inject import gaussian_layers
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
-from lightspan.results import Figure, Result
+from lightspan.core.results import Figure, Result
 
 PRODUCTS = 2
 """Of a variational layer in a forward pass: x by mu, and x^2 by sigma^2."""

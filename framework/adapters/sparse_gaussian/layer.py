@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from lightspan.adapters.layers import LayerShape, weight_of
 from lightspan.adapters.sparse_gaussian.draws import Draw, Mean
-from lightspan.devices import wide
-from lightspan.distributed import register_replicated
+from lightspan.core.devices import wide
+from lightspan.core.distributed import register_replicated
 from lightspan.subspaces.masks.maps import Selected
 from lightspan.subspaces.sparse_gaussian.statistics import kl_to_prior, rho_of, std_of
 

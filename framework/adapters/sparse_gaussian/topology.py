@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
-from lightspan.distributed import all_reduce_max, copy_of_first_rank, mean_over_ranks, world_size
-from lightspan.errors import UserError
+from lightspan.core.distributed import all_reduce_max, copy_of_first_rank, mean_over_ranks, world_size
+from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.maps import Selected
 from lightspan.subspaces.sparse_gaussian.criteria import Criterion, SizeSNR

@@ -24,10 +24,9 @@ from lightspan.adapters.sparse_gaussian.costs import costs
 from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch, ViewsBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
@@ -38,6 +37,7 @@ from lightspan.objectives.means import own_mean
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.masks.allocation import PerTensorAllocation
+from lightspan.training.method import Method
 
 COUNTED = ("weights", "active", "stored_bytes", "dense_bytes", "sparse_flops", "dense_flops")
 STEP_OF_NOISE = -2  # of the draws that make images of noise; steps and sampled networks count from 0

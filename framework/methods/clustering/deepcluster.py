@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.distributed import agreed, gather_rows, rank, register_replicated, world_size
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.distributed import agreed, gather_rows, rank, register_replicated, world_size
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.image_numbers import index_in, training_images
@@ -29,8 +30,7 @@ from lightspan.nn.parts import part
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
 from lightspan.objectives.classes import label_cross_entropy
-from lightspan.ranges import require_temperatures
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 class DeepCluster(Method):

@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.analysis.clustering import agreement, kmeans
-from lightspan.analysis.evaluated_rows import EvaluatedRows
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
+from lightspan.core.devices import wide
+from lightspan.core.distributed import agreed, register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_weights
+from lightspan.core.sharded import local, own_part, whole
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import wide
-from lightspan.distributed import agreed, register_replicated
-from lightspan.errors import UserError
-from lightspan.method import BetweenEpochs
+from lightspan.evaluation.geometry.clustering import agreement, kmeans
+from lightspan.evaluation.probes.evaluated_rows import EvaluatedRows
 from lightspan.nn.clustering.feature_memory import FeatureMemory
 from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.means import mean, squared_error
 from lightspan.objectives.prototypes import target_distribution
-from lightspan.ranges import require_shares, require_weights
-from lightspan.sharded import local, own_part, whole
-from lightspan.unit_length import unit_length
+from lightspan.training.method import BetweenEpochs
 
 STARTS = 40  # of k-means
 FIGURES = ("accuracy", "nmi", "ari")

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.analysis.clustering import agreement, spectral
-from lightspan.distributed import agreed, gather_rows, rank, together
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.distributed import agreed, gather_rows, rank, together
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
+from lightspan.core.unit_length import unit_length
+from lightspan.evaluation.geometry.clustering import agreement, spectral
 from lightspan.nn.copies import copied
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.views import views_of
@@ -34,8 +35,7 @@ from lightspan.objectives.coding_rate import (
     total_coding_rate_loss,
 )
 from lightspan.optim.schedules import ScheduleCallable, in_turn
-from lightspan.ranges import require_temperatures
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 ROUNDS_TO_READ = 100
 FIGURES = {"val/cluster_accuracy": "accuracy", "val/nmi": "nmi", "val/ari": "ari"}

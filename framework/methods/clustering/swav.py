@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.distributed import rank, world_size
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_temperatures
+from lightspan.core.sharded import local, row_norms
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.distributed import rank, world_size
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.directions import dot_products, leave_in_place
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.parts import part
@@ -27,9 +29,7 @@ from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
-from lightspan.ranges import require_shares, require_temperatures
-from lightspan.sharded import local, row_norms
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 class SwAV(Method):

@@ -1,7 +1,7 @@
 """PELA: the intermediate training of a factorised network, with the original network as its teacher.
 
 Source: Guo, Wang, Kankanhalli, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation", CVPR 2024,
-arXiv 2310.10700. The surgery is `lightspan.surgery.factorise`, the terms are `lightspan.objectives.distillation`:
+arXiv 2310.10700. The surgery is `lightspan.adapters.factorise`, the terms are `lightspan.objectives.distillation`:
 L = L_task + alpha L_features + beta L_logits + lam L_perturbation.
 The authors' code runs the student twice in a step; here one pass gives features and logits. Their beta is 0, and their
 scripts for image classifiers switch the perturbation off, which the paper does not. As there, teacher and student see
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.adapters.factorise import factorise, factorised
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import whole
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.batch_mix import BatchMix
 from lightspan.nn.copies import copied
 from lightspan.nn.labels import labels_of
@@ -25,8 +26,7 @@ from lightspan.nn.teachers.frozen import Frozen
 from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.distillation import feature_distillation, mean_squared, weight_perturbation
-from lightspan.sharded import whole
-from lightspan.surgery.factorise import factorise, factorised
+from lightspan.training.method import Method
 
 
 class PELA(Method):
@@ -38,7 +38,7 @@ class PELA(Method):
     Args:
         backbone: trained, [B C H W] -> [B F].
         head: trained, [B F] -> logits [B K]; is not factorised.
-        ratio, exclude: which layers are factorised and how far, as in `lightspan.surgery.factorise.factorise`.
+        ratio, exclude: which layers are factorised and how far, as in `lightspan.adapters.factorise.factorise`.
         hidden: containers whose children's outputs are distilled, all in one pass; None is ["blocks"].
         alpha, beta, lam: weights of features, logits and perturbation, each >= 0. A term of weight 0 is neither
             computed nor logged; without features and logits the teacher does not run.

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.distributed import gather_rows
-from lightspan.method import Method
+from lightspan.core.distributed import gather_rows
+from lightspan.core.ranges import require_temperatures
 from lightspan.nn.class_pairs import ClassPairs
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.info_nce import class_pair_loss
 from lightspan.objectives.means import own_mean
-from lightspan.ranges import require_temperatures
+from lightspan.training.method import Method
 
 
 class Hydra(Method):

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.means import sum_over_rows
 from lightspan.objectives.sigreg import sigreg
+from lightspan.training.method import Method
 
 
 def distance_from_centre(z_VBD: Tensor, global_views: int) -> Tensor:

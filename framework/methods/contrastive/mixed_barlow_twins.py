@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 class MixedBarlowTwins(Method):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.method import Method
+from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
@@ -25,7 +25,7 @@ from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import queued_info_nce, unit
-from lightspan.ranges import require_shares, require_temperatures
+from lightspan.training.method import Method
 
 
 class MoCo(Method):

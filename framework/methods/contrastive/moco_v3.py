@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.method import Method
+from lightspan.core.patterns import any_matches, require_matches
+from lightspan.core.ranges import require_temperatures
 from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.objectives.info_nce import crossed_info_nce
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.patterns import any_matches, require_matches
-from lightspan.ranges import require_temperatures
+from lightspan.training.method import Method
 
 
 class MoCoV3(Method):

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector, require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.info_nce import nt_xent
-from lightspan.ranges import require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class ScatSimCLR(Method):

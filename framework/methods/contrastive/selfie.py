@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
 from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
@@ -31,7 +31,7 @@ from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import share_right
 from lightspan.objectives.info_nce import soft_info_nce
-from lightspan.ranges import require_temperatures
+from lightspan.training.method import Method
 
 
 class Selfie(Method):

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
 from lightspan.nn.relations import Relation, parameters_of
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_split, require_width
 from lightspan.objectives.vicreg import invariance, variance, vicreg_terms
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 class SIETerms(NamedTuple):

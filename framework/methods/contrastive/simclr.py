@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.method import Method
+from lightspan.core.ranges import require_temperatures
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import nt_xent
-from lightspan.ranges import require_temperatures
+from lightspan.training.method import Method
 
 
 class SimCLR(Method):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_temperatures, require_weights
 from lightspan.datamodules.batches import SeasonsBatch, TaggedViewsBatch
-from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
@@ -33,7 +33,7 @@ from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.objectives.soft_contrast import soft_contrast
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.ranges import require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class SoftCon(Method):

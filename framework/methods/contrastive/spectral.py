@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.spectral import spectral_contrastive
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 class SpectralContrastive(Method):

@@ -10,7 +10,7 @@ not. That code also masks out the pair of a step by its place in a shuffled list
 both are faults of the code alone.
 A batch larger than memory may be encoded in chunks: all sizes leave the encoder as rows, unlike in the authors' code,
 whose decorated forward passes rule GradCache out. `RandomSizes` in place of `FixedSizes` makes this 2DMSE.
-What is trained is cut to a size by `lightspan.surgery.cut_encoder`. SMAE, the pre-training, is
+What is trained is cut to a size by `lightspan.adapters.cut_encoder`. SMAE, the pre-training, is
 `lightspan.methods.masked.smae`.
 Shapes: B queries of this rank, P documents of each, T tokens, K layers, D width, d coordinates.
 """
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from lightspan.analysis.recall_at_k import RecallAtK
+from lightspan.core.distributed import gather_rows
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures, require_weights
 from lightspan.datamodules.batches import ScoredPairBatch, TokenPairBatch
-from lightspan.distributed import gather_rows
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.evaluation.scores.recall_at_k import RecallAtK
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.nested_sizes import NestedSize, NestedSizes, Pooling, pooled_layers, require_positions
 from lightspan.nn.sequences.texts import pairs_of, scores_of, texts_of
@@ -40,7 +40,7 @@ from lightspan.objectives.text_pairs import (
     pair_scores,
     score_divergence,
 )
-from lightspan.ranges import require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class PairLoss(ABC):

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import has_values
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.devices import has_values
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.labels import targets_of
 from lightspan.nn.views import require_one_size, views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.supremix import supremix
-from lightspan.ranges import require_temperatures
+from lightspan.training.method import Method
 
 
 class SupReMix(Method):

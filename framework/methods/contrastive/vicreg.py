@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.method import Method
+from lightspan.core.ranges import require_weights
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.vicreg import vicreg_terms
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 class VICReg(Method):

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.method import Method
+from lightspan.core.devices import wide
+from lightspan.core.unit_length import unit_length
 from lightspan.nn.parts import part
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.objectives.means import mean
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ q and student's answers p, with H their cross-entropy, and K pictures n, m of an
 As H is linear in q, it is DINO's loss with mixed targets: `lightspan.objectives.prototypes.identity_shares`. As in
 their code two pictures are compared in different crops alone, the teacher's temperature is constant, and K grows during
 training (`lightspan.datamodules.loading.order.GroupSizes`). Identities are found first, in noisy tracklets
-(`lightspan.estimators.identities`). The last layer waits for an epoch and is of unit length, as DINO's.
+(`lightspan.evaluation.geometry.identities`). The last layer waits for an epoch and is of unit length, as DINO's.
 Shapes: B pictures of this rank, G global and V views, R = G B rows, P prototypes.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.labels import labels_of
@@ -33,7 +33,7 @@ from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, mixed_targets
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.ranges import require_shares, require_temperatures
+from lightspan.training.method import Method
 
 
 class CION(Method):

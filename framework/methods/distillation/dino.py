@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.multi_crop import MultiCropNetwork
@@ -25,7 +25,7 @@ from lightspan.nn.widths import require_width
 from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
-from lightspan.ranges import require_shares, require_temperatures
+from lightspan.training.method import Method
 
 
 class DINO(Method):

@@ -28,8 +28,8 @@ from torch.func import functional_call
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares
 from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
@@ -41,7 +41,7 @@ from lightspan.nn.widths import given_features
 from lightspan.objectives.means import own_mean
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
-from lightspan.ranges import require_shares
+from lightspan.training.method import Method
 
 
 class FST(Method):

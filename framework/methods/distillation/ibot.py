@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.image_numbers import index_in
@@ -30,7 +30,7 @@ from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import centred_softmax, class_and_patch_losses, sinkhorn
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
-from lightspan.ranges import require_shares, require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class IBOT(Method):

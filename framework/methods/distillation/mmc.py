@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.image_numbers import index_in
@@ -39,7 +39,7 @@ from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.means import mean_of, weighted_sum
 from lightspan.objectives.prototypes import centred_softmax, prototype_cross_entropy
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
-from lightspan.ranges import require_shares, require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class TokenNetworkOutput(NamedTuple):
@@ -64,8 +64,8 @@ class TokenNetwork(ClassTokenNetwork):
 
 
 class MMC(Method):
-    """Patches that know their object without a label: `lightspan.analysis.prompt_masks` measures it. The teacher is
-    kept.
+    """Patches that know their object without a label: `lightspan.evaluation.dense.prompt_masks` measures it. The
+    teacher is kept.
 
     Batches hold two views of one size.
 

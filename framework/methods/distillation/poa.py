@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import leave_in_place
 from lightspan.nn.image_numbers import index_in
@@ -39,7 +39,7 @@ from lightspan.nn.views import global_first, require_global_views
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import class_and_patch_losses, prototype_cross_entropy, sinkhorn
 from lightspan.optim.schedules import TeacherMomentum, TeacherTemperature
-from lightspan.ranges import require_shares, require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class POA(Method):

@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches
@@ -30,7 +30,7 @@ from lightspan.nn.views import views_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.masked import patch_regression
 from lightspan.objectives.means import mean
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 def hidden_distance(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:

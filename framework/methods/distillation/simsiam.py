@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.samples import require_fields
 from lightspan.nn.views import pictures
 from lightspan.nn.widths import require_predictor, require_projector
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 VIEWS = 2
 
@@ -66,7 +66,7 @@ class SimSiam(Method):
         if len(views) != VIEWS:
             raise UserError(
                 f"SimSiam compares {VIEWS} views of each image, but the batch has {len(views)}; set "
-                "data.init_args.views to lightspan.datamodules.images.views.TwoViews"
+                "data.init_args.views to lightspan.datamodules.image.augment.views.TwoViews"
             )
         z1_BD, z2_BD = (self.projector(self.backbone(view)) for view in views)
         p1_BD, p2_BD = self.predictor(z1_BD), self.predictor(z2_BD)

@@ -2,8 +2,8 @@
 
 Source: Zhang et al., "UNIP: Rethinking Pre-trained Attention Patterns for Infrared Semantic Segmentation",
 ICLR 2025, arXiv 2502.02257, section 4: NMI-HAD, with the details of the authors' code. Which layer it is, is told by
-the mutual information of its queries and keys (`lightspan.estimators.attention_patterns`): the one nearest a level
-between local and global. Of its logits S_T = q k^T / sqrt(d_T) and the student's S_S in its last layer,
+the mutual information of its queries and keys (`lightspan.evaluation.scores.attention_patterns`): the one nearest a
+level between local and global. Of its logits S_T = q k^T / sqrt(d_T) and the student's S_S in its last layer,
 
     L = mean over images, heads and queries of KL(softmax(S_T) || softmax(S_S)), class token and registers among them
 
@@ -20,14 +20,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import TokenViT
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.attention_maps import attention_logits, attention_of, parameters_behind
 from lightspan.nn.sequences.token_backbone import AllTokens
 from lightspan.nn.teachers.frozen import Frozen, require_apart
 from lightspan.nn.tokens import chosen_layers, feature_modules, token_features
 from lightspan.nn.views import image_of
 from lightspan.objectives.distillation import attention_divergence
+from lightspan.training.method import Method
 
 
 class UNIP(Method):

@@ -15,11 +15,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide_type
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import wide_type
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.diffusion import (
@@ -34,6 +33,7 @@ from lightspan.objectives.diffusion import (
     variance_loss,
     velocity,
 )
+from lightspan.training.method import Method
 
 KEPT: dict[str, Callable[[int], Tensor]] = {
     "linear": linear_kept,

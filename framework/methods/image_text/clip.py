@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageTextBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.info_nce import paired_info_nce
+from lightspan.training.method import Method
 
 
 def clip_loss(image_BD: Tensor, text_BD: Tensor, temperature: float | Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.backbones.text import TextMemory
-from lightspan.method import Method
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.image_numbers import image_numbers, index_in
@@ -24,6 +23,7 @@ from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.teachers.frozen import Frozen
 from lightspan.nn.widths import require_width
 from lightspan.objectives.letters import permuted_letter_loss, reading_scores
+from lightspan.training.method import Method
 
 
 class DPTR(Method):

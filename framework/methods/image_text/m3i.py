@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import PartlyLabelledBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import known_rows, labels_of
@@ -41,9 +42,8 @@ from lightspan.nn.widths import given_width, require_width, settle_outputs
 from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.means import known_mean, weighted_sum
-from lightspan.ranges import require_weights
-from lightspan.targets import DenseTarget, MomentumFeatures
-from lightspan.unit_length import unit_length
+from lightspan.objectives.moving_targets import DenseTarget, MomentumFeatures
+from lightspan.training.method import Method
 
 
 class M3I(Method):
@@ -57,7 +57,7 @@ class M3I(Method):
             token, which sees all images of a mixture; probes read the mean of its patches.
         decoder: of the dense target, whose numbers o it may leave open (`out_features`).
         categories: [B D] -> logits [B classes]; None trains without labels.
-        target: see `lightspan.targets`; None is `MomentumFeatures()`.
+        target: see `lightspan.objectives.moving_targets`; None is `MomentumFeatures()`.
         mix: None mixes two images.
         dense, captions, labels: weights of the losses, each >= 0.
         most_scale: largest 1 / temperature of captions, at least 1.

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums, gather_rows, register_replicated
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums, gather_rows, register_replicated
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
 from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
+from lightspan.training.method import Method
 
 
 def from_texts(logits_CN: Tensor, label_B: Tensor, first: int = 0) -> Tensor:

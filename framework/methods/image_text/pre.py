@@ -17,16 +17,16 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.core.devices import has_values
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.devices import has_values
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
+from lightspan.training.method import Method
 
 
 class PRE(Method):

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.denoisers import require_denoiser, require_room
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
 from lightspan.datamodules.batches import PromptBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import prompts_of, target_prompts_of
 from lightspan.objectives.means import known_mean
 from lightspan.objectives.mmd import WIDTHS, mmd, require_widths
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 class Discrepancy:

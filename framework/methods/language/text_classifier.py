@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import LabelledPairBatch, LabelledTextBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import require_encoder, texts_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
+from lightspan.training.method import Method
 
 COLUMNS = ("tokens", "mask", "token_types")
 """Fields of a batch with a column for each position."""

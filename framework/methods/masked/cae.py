@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
@@ -30,7 +30,7 @@ from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.classes import label_cross_entropy
 from lightspan.objectives.masked import denormalised_patches, patch_regression
 from lightspan.objectives.means import squared_error
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 class CAE(Method):

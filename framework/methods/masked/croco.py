@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import PairBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
@@ -33,6 +32,7 @@ from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_d
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.nn.views import require_one_size, views_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
+from lightspan.training.method import Method
 
 
 class CroCo(Method):

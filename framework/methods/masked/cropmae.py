@@ -3,9 +3,9 @@
 Source: Eymael et al., "Efficient Image Pre-Training with Siamese Cropped Masked Autoencoders", ECCV 2024, arXiv
 2403.17823, and the authors' code. One encoder sees all patches of the one view and the few visible patches of the
 other; a decoder guesses the hidden ones by looking at the first view through cross-attention. The loss is MAE's.
-By default the hidden view is a crop of a crop (`lightspan.datamodules.images.views.NestedCrops`). The paper's other
-pairs are other views: two random crops (`TwoViews`), the same view twice (`Plain`), and with `hidden_view=0` the outer
-crop is hidden.
+By default the hidden view is a crop of a crop (`lightspan.datamodules.image.augment.views.NestedCrops`). The paper's
+other pairs are other views: two random crops (`TwoViews`), the same view twice (`Plain`), and with `hidden_view=0` the
+outer crop is hidden.
 Shapes: B batch of this rank, C h w image, H W grid, K visible and M hidden patches, d = p q C numbers of a patch.
 """
 
@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
@@ -24,6 +23,7 @@ from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
+from lightspan.training.method import Method
 
 
 def middle(image_BChw: Tensor) -> Tensor:

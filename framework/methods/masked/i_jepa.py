@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.method import Method
+from lightspan.core.ranges import require_shares
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
@@ -27,7 +27,7 @@ from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, settle_outputs
 from lightspan.objectives.masked import feature_regression
 from lightspan.optim.schedules import line_between
-from lightspan.ranges import require_shares
+from lightspan.training.method import Method
 
 
 class IJEPA(Method):

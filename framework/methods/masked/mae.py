@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.method import Method
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
@@ -22,6 +21,7 @@ from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
+from lightspan.training.method import Method
 
 
 class MAE(Method):

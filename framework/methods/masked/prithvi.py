@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightspan.analysis.gap_filling import between_dates
 from lightspan.backbones.placed_vit import SeriesViT
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import MultispectralSeriesBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.evaluation.scores.gap_filling import between_dates
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
@@ -33,6 +32,7 @@ from lightspan.nn.valid_pixels import valid_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.masked import seen_patch_regression
 from lightspan.objectives.means import squared_error_at
+from lightspan.training.method import Method
 
 
 class Prithvi(Method):

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.backbones.placed_vit import GroupedViT
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
 from lightspan.datamodules.batches import MultispectralBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.image_numbers import image_numbers, index_in
@@ -41,7 +41,7 @@ from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.masked import seen_absolute_error, seen_group_regression
 from lightspan.objectives.means import squared_error_at, weighted_sum
-from lightspan.ranges import require_weights
+from lightspan.training.method import Method
 
 
 class SatMAEpp(Method):

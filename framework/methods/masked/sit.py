@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.ranges import require_temperatures, require_weights
 from lightspan.datamodules.batches import ImageBatch, ViewsBatch
-from lightspan.method import Method
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import RectangleMasks
@@ -39,7 +39,7 @@ from lightspan.objectives.info_nce import crossed_info_nce
 from lightspan.objectives.masked import hidden_absolute_error
 from lightspan.objectives.means import weighted_sum
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.ranges import require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class SiT(Method):

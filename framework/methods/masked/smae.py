@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertModel
 
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import WholeWordBatch
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sums
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.nested_lm_head import NestedLMHead
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSizes, require_positions, states_of
 from lightspan.nn.sequences.texts import texts_of, tokens_of, words_of
+from lightspan.training.method import Method
 
 
 class MaskedTexts(NamedTuple):

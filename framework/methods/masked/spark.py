@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
@@ -28,6 +27,7 @@ from lightspan.nn.taps import tapped
 from lightspan.nn.tokens import feature_modules
 from lightspan.nn.views import image_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
+from lightspan.training.method import Method
 
 
 class SparK(Method):

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import LabelledTextBatch, SequenceBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.step_masks import StepMasks
 from lightspan.nn.sequences.series import require_series, series_in
 from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.masked import hidden_absolute_error
+from lightspan.training.method import Method
 
 
 class StepGuess(ABC):

@@ -18,9 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import AudioBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.audio.log_mel import LogMel, Spectrogram
 from lightspan.nn.audio.waves import waves_of
 from lightspan.nn.image_numbers import index_in
@@ -29,6 +28,7 @@ from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.nn.masking.spectrogram_alterations import Altered, SpectrogramAlterations
 from lightspan.nn.tokens import Tokens, valid_mean
 from lightspan.objectives.masked import hidden_absolute_error
+from lightspan.training.method import Method
 
 
 class TERA(Method):

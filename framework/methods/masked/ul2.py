@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lightspan.analysis.bits_per_byte import BitsPerByte
 from lightspan.backbones.denoisers import require_denoiser, require_room
+from lightspan.core.devices import wide
 from lightspan.datamodules.batches import DenoisingBatch
-from lightspan.devices import wide
-from lightspan.method import Method
+from lightspan.evaluation.scores.bits_per_byte import BitsPerByte
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.sequences.texts import require_denoising
 from lightspan.objectives.means import known_mean
+from lightspan.training.method import Method
 
 
 class UL2(Method):

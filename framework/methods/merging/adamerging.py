@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.batches import TasksBatch
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
 from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
 from lightspan.merging.weights import open_weights, real_finite
-from lightspan.places import ReadPath
 
 
 class AdaMerging(LearnedMerging):

@@ -25,10 +25,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sum, mean_over_ranks, world_size
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch, TasksBatch, ViewsBatch
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, mean_over_ranks, world_size
-from lightspan.errors import UserError
 from lightspan.merging.coefficients import Partitioned
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models
@@ -298,7 +298,7 @@ class AtlasTestTime(AnisotropicScaling):
     def on_fit_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "bank_dataloader", None) is None:
-            raise UserError("AtlasTestTime needs data with bank_dataloader(), such as `lightspan.datamodules.images`")
+            raise UserError("AtlasTestTime needs data with bank_dataloader(), such as `lightspan.datamodules.image`")
         loader, (task,) = data.bank_dataloader(), self.heads
         theta = {name: self.span.network.get_parameter(name) for name in self.span.shapes}
         probability_NC: Tensor | None = None

@@ -22,8 +22,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from lightspan.distributed import mean_over_ranks, world_size
-from lightspan.errors import UserError
+from lightspan.core.distributed import mean_over_ranks, world_size
+from lightspan.core.errors import UserError
 from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.concrete import ConcreteMask, Final
 from lightspan.merging.learned import LearnedMerging

@@ -13,7 +13,7 @@ strong directions. Details as the code has them: rows are those of both views; z
 changed one, is compared with f of the first; z is centred for the covariance and not for the singular values, five of
 them where the paper has one; the head's bias begins at 0 and its weights He-uniform. Covariance and singular values are
 those of all ranks' rows, and with fewer rows than features they are the batch's and not those of the data.
-`lightspan.estimators.feature_spread` tells by how much noise has spread the features of an encoder.
+`lightspan.evaluation.geometry.feature_spread` tells by how much noise has spread the features of an encoder.
 Shapes: B images of this rank, D features, K classes.
 """
 
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_weights
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ImageBatch, ViewsBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.residual_mlp import Tuned
 from lightspan.nn.labels import labels_of
 from lightspan.nn.teachers.frozen import Frozen
@@ -35,8 +36,7 @@ from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.means import squared_error
 from lightspan.objectives.singular import leading_singular_share
 from lightspan.objectives.vicreg import covariance
-from lightspan.ranges import require_weights
-from lightspan.unit_length import unit_length
+from lightspan.training.method import Method
 
 
 def kept_geometry(z_BD: Tensor, f_BD: Tensor) -> Tensor:

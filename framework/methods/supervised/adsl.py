@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightspan.analysis.clustering import agreement, kmeans, renumbered
-from lightspan.analysis.evaluated_rows import EvaluatedRows
-from lightspan.analysis.knn import recall_at_one
+from lightspan.core.distributed import agreed, register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_weights
+from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.distributed import agreed, register_replicated
-from lightspan.errors import UserError
-from lightspan.method import BetweenEpochs
+from lightspan.evaluation.geometry.clustering import agreement, kmeans, renumbered
+from lightspan.evaluation.probes.evaluated_rows import EvaluatedRows
+from lightspan.evaluation.probes.knn import recall_at_one
 from lightspan.nn.clustering.feature_memory import FeatureMemory
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.image_numbers import index_in, training_images
@@ -34,8 +35,7 @@ from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.margin import margin_loss
 from lightspan.optim.masks.follow import keep_only
-from lightspan.ranges import require_shares, require_weights
-from lightspan.unit_length import unit_length
+from lightspan.training.method import BetweenEpochs
 
 STARTS, STEPS = 5, 20  # of k-means
 FIGURES = ("nmi", "recall_at_1")

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width, settle_outputs
 from lightspan.objectives.classes import label_cross_entropy, share_right
+from lightspan.training.method import Method
 
 
 class Classifier(Method):

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.analysis.tag_precision import TagPrecision
+from lightspan.core.ranges import require_temperatures, require_weights
 from lightspan.datamodules.batches import ImageBatch, TaggedBatch, TaggedViewsBatch
-from lightspan.method import Method
+from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.hidden_patches import Reconstruction
@@ -41,7 +41,7 @@ from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.masked import hidden_absolute_error
 from lightspan.objectives.means import weighted_sum
 from lightspan.optim.schedules import TeacherMomentum
-from lightspan.ranges import require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class HeuristicMTL(Method):

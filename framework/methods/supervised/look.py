@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.distributed import all_reduce_sums
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.distributed import all_reduce_sums
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.parts import part
@@ -29,7 +29,7 @@ from lightspan.nn.teachers.labelled_bank import Bank, LabelledBank
 from lightspan.nn.views import labelled_views
 from lightspan.nn.widths import require_projector
 from lightspan.objectives.info_nce import gated_cosine, unit
-from lightspan.ranges import require_shares, require_temperatures
+from lightspan.training.method import Method
 
 CHUNK = 1024
 """Images whose similarities with the bank are computed at a time, which bounds memory and changes nothing."""

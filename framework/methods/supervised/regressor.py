@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import TableBatch
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.labels import targets_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features, require_width
 from lightspan.objectives.means import own_mean, squared_error
+from lightspan.training.method import Method
 
 
 class Regressor(Method):

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import LabelledTextBatch, SequenceBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.series import require_series, series_in
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
+from lightspan.training.method import Method
 
 
 class SequenceClassifier(Method):

@@ -4,12 +4,12 @@ Source: Zhang, Wang, Kang, Chen, Wei, "SLCA: Slow Learner with Classifier Alignm
 Pre-trained Model", ICCV 2023, arXiv 2303.05118, and the authors' code. In each task the cross-entropy is over its own
 classes alone, the backbone at a hundredth of the head's rate, rows of the head that belong to other tasks as they are.
 Then a Gaussian of each new class is kept, and a copy of the head is trained on features drawn from those of all
-classes (`lightspan.analysis.classifier_alignment`): it answers until the next task begins, which goes on from the head
-itself. Of the code, not of the paper: the
-means of older classes are shrunk, the optimiser and its schedule start anew with each task, weight decay and momentum
-of the alignment. Differs from it: the head is one linear layer, whose other rows are written back after each step;
-each covariance is factored once; classes of a task may be any, and tasks of different sizes. Assumed: the start of the
-head, N(0, 0.02^2) cut at two deviations and no bias. Unverified: the figures of the paper's tables.
+classes (`lightspan.evaluation.gaussians.classifier_alignment`): it answers until the next task begins, which goes on
+from the head itself. Of the code, not of the paper: the means of older classes are shrunk, the optimiser and its
+schedule start anew with each task, weight decay and momentum of the alignment. Differs from it: the head is one linear
+layer, whose other rows are written back after each step; each covariance is factored once; classes of a task may be
+any, and tasks of different sizes. Assumed: the start of the head, N(0, 0.02^2) cut at two deviations and no bias.
+Unverified: the figures of the paper's tables.
 Shapes: B images of this rank, F features, C classes, T tasks, S samples of a class.
 """
 
@@ -23,29 +23,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.class_gaussians import ClassGaussians
-from lightspan.analysis.classifier_alignment import ClassifierAlignment
-from lightspan.analysis.moments import Moments
+from lightspan.core.distributed import agreed, register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ImageBatch
-from lightspan.distributed import agreed, register_replicated
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.evaluation.gaussians.class_gaussians import ClassGaussians
+from lightspan.evaluation.gaussians.classifier_alignment import ClassifierAlignment
+from lightspan.evaluation.geometry.moments import Moments
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.optim.groups import Rule
 from lightspan.optim.schedules import ScheduleCallable, in_turn
-from lightspan.ranges import require_shares, require_temperatures, require_weights
+from lightspan.training.method import Method
 
 
 class SLCA(Method):
     """Trains a pre-trained backbone on tasks of new classes, without any sample of earlier ones.
 
     Data have `tasks` (the classes of each), `task_steps()` and `task_bank(number)`, as
-    `lightspan.datamodules.images.class_stream.ClassStream`, whose epoch is the whole stream; other data are one task of
-    all classes, which is plain training without alignment. After the last step of a task predictions come from the
-    aligned head, while a task trains from the plain one; classes that have not come yet are never predicted.
+    `lightspan.datamodules.image.variants.class_stream.ClassStream`, whose epoch is the whole stream; other data are one
+    task of all classes, which is plain training without alignment. After the last step of a task predictions come from
+    the aligned head, while a task trains from the plain one; classes that have not come yet are never predicted.
 
     Args:
         backbone: [B C H W] -> [B F], pre-trained; what probes read.

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.analysis.tag_precision import TagPrecision
 from lightspan.datamodules.batches import TaggedBatch
-from lightspan.method import Method
+from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.nn.tags import tags_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_width, require_width
 from lightspan.objectives.asymmetric import asymmetric_loss
+from lightspan.training.method import Method
 
 
 class TagClassifier(Method):

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.batches import ReadingBatch
-from lightspan.errors import UserError
-from lightspan.method import Method
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.heads.attention_pool import FeatureMerge
 from lightspan.nn.sequences.token_backbone import require_tokens
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.letters import permuted_letter_loss, reading_scores
+from lightspan.training.method import Method
 
 
 class WordReader(Method):

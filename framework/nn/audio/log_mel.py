@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
 
 FLOOR = 1e-10
 """Added to the energy of a band before the logarithm: silence is finite."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 

@@ -6,8 +6,8 @@ Shapes: B images of this rank, N of all ranks, M places, F features.
 import torch
 from torch import Tensor, nn
 
-from lightspan.distributed import gather_rows, rank, register_replicated, world_size
-from lightspan.errors import UserError
+from lightspan.core.distributed import gather_rows, rank, register_replicated, world_size
+from lightspan.core.errors import UserError
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.micro_batches import OfStep
 

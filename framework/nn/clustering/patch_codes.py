@@ -11,9 +11,9 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from lightspan.devices import has_values, wide
-from lightspan.distributed import copy_of_first_rank, gather_rows, register_replicated, world_size
-from lightspan.errors import UserError
+from lightspan.core.devices import has_values, wide
+from lightspan.core.distributed import copy_of_first_rank, gather_rows, register_replicated, world_size
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import patchify
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.distributed import all_reduce_sum, all_reduce_sums, gather_rows
-from lightspan.errors import UserError
+from lightspan.core.distributed import all_reduce_sum, all_reduce_sums, gather_rows
+from lightspan.core.errors import UserError
 
 
 class Clusters(NamedTuple):

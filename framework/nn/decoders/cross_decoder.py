@@ -12,7 +12,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence, positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.mask_decoder import MaskTransformer
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.patches import at_places

@@ -13,7 +13,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.masked_sequence import positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention

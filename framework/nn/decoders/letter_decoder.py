@@ -18,7 +18,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.samples import range_on_host, require_fields, require_rows
 from lightspan.nn.sequences.attention import MultiHeadAttention
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.widths import OpenOutputs

@@ -15,7 +15,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.sparse_convs import ActiveCells, sides_of
 
 

@@ -7,7 +7,7 @@ Shapes: B pictures, C bands, H W sides, F features.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -15,7 +15,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 

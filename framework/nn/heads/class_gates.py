@@ -9,7 +9,7 @@ Shapes: B pairs, D embedding width, E label embedding width.
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.labels import require_labels
 
 

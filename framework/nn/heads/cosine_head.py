@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.unit_length import unit_length
+from lightspan.core.devices import wide
+from lightspan.core.unit_length import unit_length
 
 
 class CosineHead(nn.Linear):

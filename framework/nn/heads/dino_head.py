@@ -9,10 +9,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.nn.heads.directions import dot_products
-from lightspan.unit_length import unit_length
 
 
 class Prototypes(nn.Module):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
+from lightspan.core.devices import wide
 
 
 def dot_products(x: Tensor, direction_KD: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ Representation", ICCV 2023, arXiv 2308.01547, section 3. Shapes: B rows, F featu
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import unit_length
 from lightspan.nn.widths import OpenOutputs
 from lightspan.subspaces.frames import Frames, random_frame
-from lightspan.unit_length import unit_length
 
 
 class GrassmannHead(OpenOutputs):

@@ -1,6 +1,7 @@
 """A head without weights that turns logits of some labels into scores of all: Loki, as a module.
 
-Source: arXiv 2307.12226; `lightspan.analysis.loki` says more, and never holds a matrix as large as this one.
+Source: arXiv 2307.12226; `lightspan.evaluation.label_spaces.loki` says more, and never holds a matrix as large as this
+one.
 Shapes: K observed labels, N labels.
 """
 
@@ -10,10 +11,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
-from lightspan.ranges import require_temperatures
+from lightspan.core.devices import wide
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_temperatures
 
 
 class LokiHead(nn.Module):

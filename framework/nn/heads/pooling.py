@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightspan.devices import wide_type
+from lightspan.core.devices import wide_type
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightspan.distributed import register_replicated
-from lightspan.errors import UserError
+from lightspan.core.distributed import register_replicated
+from lightspan.core.errors import UserError
 from lightspan.nn.widths import given_features, require_width
 
 

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
-from lightspan.unit_length import LEAST_LENGTH, unit_length
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
+from lightspan.core.unit_length import LEAST_LENGTH, unit_length
 
 
 class SubspaceLearners(nn.Linear):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.mask_samplers import MaskSampler
 
 LEAST_BLOCK, ATTEMPTS = 4, 10

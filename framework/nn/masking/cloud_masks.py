@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lightspan.array_files import mapped_array
-from lightspan.errors import UserError
-from lightspan.files import expanded
+from lightspan.core.errors import UserError
+from lightspan.core.files.arrays import mapped_array
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
+from lightspan.core.noise import interpolation
 from lightspan.nn.masking.mask_samplers import MaskSampler
-from lightspan.noise import interpolation
-from lightspan.places import ReadPath
 
 COARSE = 4
 """Sides of the noise of which drawn clouds are made."""

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.noise import hashed_noise, mixed_seed
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import MaskSampler
-from lightspan.noise import hashed_noise, mixed_seed
 
 
 @dataclass(frozen=True)

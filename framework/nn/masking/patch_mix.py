@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.mask_samplers import visible_count
 from lightspan.nn.sequences.patches import patchify, unpatchify

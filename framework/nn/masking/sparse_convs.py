@@ -21,8 +21,8 @@ from timm.layers import GELU, DropPath, GELUTanh, LayerNorm2d, Swish
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightspan.blocks import recomputes
-from lightspan.errors import UserError
+from lightspan.core.blocks import recomputes
+from lightspan.core.errors import UserError
 
 MAPS = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | LayerNorm2d
 """Layers whose outputs are maps [B C h w]; a LayerNorm2d normalises each position by itself."""

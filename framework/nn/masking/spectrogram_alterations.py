@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
-from lightspan.noise import hashed_noise, hashed_uniform, mixed_seed
+from lightspan.core.errors import UserError
+from lightspan.core.noise import hashed_noise, hashed_uniform, mixed_seed
 
 TIME, SOURCE, DICE, NOISE, STEP = range(5)
 """Streams of random numbers, mixed into seeds, so that the draws of a frame do not depend on how many follow it."""

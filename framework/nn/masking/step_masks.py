@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
-from lightspan.noise import hashed_uniform, mixed_seed
-from lightspan.ranges import require_shares
+from lightspan.core.errors import UserError
+from lightspan.core.noise import hashed_uniform, mixed_seed
+from lightspan.core.ranges import require_shares
 
 
 @dataclass(frozen=True)

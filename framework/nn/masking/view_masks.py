@@ -6,7 +6,7 @@ Shapes: B images, G global views, H W grid of patches.
 import numpy as np
 from torch import Tensor
 
-from lightspan.devices import has_values
+from lightspan.core.devices import has_values
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.mask_samplers import MaskSampler

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 KEPT, RANDOM = 0.1, 0.1
 """Shares of masked tokens that are left as they are, and that become any word, as in BERT; all others are hidden."""

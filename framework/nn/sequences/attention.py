@@ -6,7 +6,7 @@ Shapes: B batch, Q queries, S keys, w width, a heads, c channels of a head.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class MultiHeadAttention(nn.Module):

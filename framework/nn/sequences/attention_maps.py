@@ -12,7 +12,7 @@ from typing import Any
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.taps import tapped
 from lightspan.nn.tokens import chosen_layers, feature_modules
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 def grid_of(sides: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:

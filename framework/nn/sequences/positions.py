@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import widest_float
-from lightspan.errors import UserError
+from lightspan.core.devices import widest_float
+from lightspan.core.errors import UserError
 
 
 def sincos(

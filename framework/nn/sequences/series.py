@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.samples import WHOLE, described, require_fields
 
 

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 
 LEAST_DECAY = 1e-6
 """Of a state in a step, so that |lambda| is below 1 in float32 whatever the parameters are."""

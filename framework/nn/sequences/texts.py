@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.labels import known_rows
 from lightspan.nn.samples import WHOLE, described, range_on_host, require_fields, require_rows
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.widths import require_width, settle_outputs
 
 

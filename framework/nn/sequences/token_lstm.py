@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class TokenLSTM(nn.Module):

@@ -7,8 +7,8 @@ Shapes: B rows of this rank, K prototypes.
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import wide
-from lightspan.distributed import all_reduce_sum, register_replicated
+from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sum, register_replicated
 from lightspan.nn.micro_batches import OfStep
 
 

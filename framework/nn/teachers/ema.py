@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import local
 from lightspan.nn.copies import copied
 from lightspan.nn.teachers.frozen import Frozen
-from lightspan.sharded import local
 
 
 class EMATeacher(Frozen):

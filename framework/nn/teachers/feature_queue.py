@@ -6,9 +6,9 @@ Shapes: B rows of this rank, N rows of all ranks, L rows in the queue, D width.
 import torch
 from torch import Tensor, nn
 
-from lightspan.devices import has_values
-from lightspan.distributed import gather_rows, register_replicated
-from lightspan.errors import UserError
+from lightspan.core.devices import has_values
+from lightspan.core.distributed import gather_rows, register_replicated
+from lightspan.core.errors import UserError
 from lightspan.nn.micro_batches import OfStep
 
 

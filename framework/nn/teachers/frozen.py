@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class Frozen(nn.Module):

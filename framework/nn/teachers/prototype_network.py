@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.multi_crop import one_pass_a_size

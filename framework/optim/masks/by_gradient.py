@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
-from lightspan.devices import wide, wide_type
-from lightspan.errors import UserError
+from lightspan.core.devices import wide, wide_type
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import ranks_of, total_over
 from lightspan.optim.masks.follow import require_entrywise, tried_state
 from lightspan.optim.masks.learner import MaskLearner, on_cpu
-from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.distributions import BinaryConcrete, MaskDistribution, require_temperature
 from lightspan.subspaces.masks.expected_count import shift_to_count
 from lightspan.subspaces.masks.schedules import Schedule, schedule_of

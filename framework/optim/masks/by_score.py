@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.optim.masks.learner import Fixed
 from lightspan.subspaces.masks.scores import Magnitude, Score
 

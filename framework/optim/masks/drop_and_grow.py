@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 from lightspan.optim.masks.learner import Fixed, agreed_masks, random_scores
 from lightspan.subspaces.masks.allocation import PerTensorAllocation
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow

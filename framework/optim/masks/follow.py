@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.errors import UserError
-from lightspan.optim.matrix_optimizer import MatrixOptimizer
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import local
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
-from lightspan.sharded import local
 
 
 @torch.no_grad()

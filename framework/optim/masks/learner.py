@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.distributed import copy_of_first_rank, world_size
-from lightspan.errors import UserError
+from lightspan.core.distributed import copy_of_first_rank, world_size
+from lightspan.core.errors import UserError
+from lightspan.core.sharded import ranks_of, total_over
 from lightspan.optim.masks.place import Place
-from lightspan.sharded import ranks_of, total_over
 from lightspan.subspaces.masks.allocation import Allocation
 from lightspan.subspaces.masks.maps import SoftMask
 from lightspan.subspaces.masks.schedules import Schedule

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.devices import widest_float
-from lightspan.sharded import RowShards, local, own_part, ranks_of, split_axis, whole_of
+from lightspan.core.devices import widest_float
+from lightspan.core.sharded import RowShards, local, own_part, ranks_of, split_axis, whole_of
 from lightspan.subspaces.masks.draws import uniform
 
 

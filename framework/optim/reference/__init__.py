@@ -4,9 +4,9 @@
     optimizer = reference.GaLore(model.parameters(), lr=1e-2, rank=8)
 
 Each is a torch optimiser whose whole rule is its `update`, ten to twenty lines to be read beside the paper. The
-engine, `lightspan.optim.low_rank.LowRank`, its presets in `lightspan.optim.presets`, and the optimisers of whole
-matrices in `lightspan.optim.muon` do the same fast, sharded and in little memory, and are tested against these. They
-share no arithmetic.
+engine, `lightspan.optim.low_rank.optimizer.LowRank`, its presets in `lightspan.optim.low_rank.presets`, and the
+optimisers of whole matrices in `lightspan.optim.muon` do the same fast, sharded and in little memory, and are tested
+against these. They share no arithmetic.
 
 What all have in common, the loop over parameters, Adam, and when a frame is chosen again, is in `loop`. What is neither
 in the paper nor in its code is an argument `bound`, off here by default, or is named in a docstring.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.optim.limits import require_sound
-from lightspan.optim.loading import load_between_hooks, numbered
+from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.loading import load_between_hooks, numbered
 
 State = dict[str, Any]
 Group = dict[str, Any]

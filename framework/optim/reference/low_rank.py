@@ -1,4 +1,4 @@
-"""What `lightspan.optim.low_rank.LowRank` does with its defaults: Fira on a tracked frame."""
+"""What `lightspan.optim.low_rank.optimizer.LowRank` does with its defaults: Fira on a tracked frame."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.devices import wide
-from lightspan.errors import UserError
+from lightspan.core.devices import wide
+from lightspan.core.errors import UserError
 
 
 def concrete(logits_S: Tensor, temperature: float, uniform_S: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightspan.devices import has_values, widest_float
+from lightspan.core.devices import has_values, widest_float
 
 _AT_ONCE = 2**14  # numbers that a processor's caches hold; a GPU wants fewer and larger launches
 _AT_ONCE_ON_GPU = 2**24

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 
 class Schedule(ABC):

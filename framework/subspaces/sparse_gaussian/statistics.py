@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.devices import wide, widest_float
+from lightspan.core.devices import wide, widest_float
 
 LEAST_STD = 1e-30
 """What a sigma below it counts as, so that weights of up to 1e8 over it stay finite in float32."""

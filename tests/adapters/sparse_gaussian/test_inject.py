@@ -10,7 +10,7 @@ from torch import nn
 from lightspan.adapters.sparse_gaussian.costs import costs
 from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, plain_means, sparsify
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.allocation import ErdosRenyi
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightspan.adapters.sparse_gaussian.draws import Mean, OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, plain_means, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 
 START = Start(mean_std=None, std=0.2, std_spread=0.1)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -11,7 +11,7 @@ from lightspan.adapters.sparse_gaussian.draws import Outputs
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.optim.masks.reindex import reindex
 from lightspan.subspaces.sparse_gaussian.criteria import SizeOfMean, SizeSNR
 

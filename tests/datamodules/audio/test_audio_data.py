@@ -7,10 +7,10 @@ import pytest
 import torch
 from sound_files import BAD, encoded, tone, write_recordings
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.audio.folder import AudioFolder
 from lightspan.datamodules.audio.spoken import FOLDER, KEYWORDS, SpokenCaptions, english, keyword
 from lightspan.datamodules.loading.workers import Damaged
-from lightspan.errors import UserError
 
 
 def folder(path: Path, **settings: object) -> AudioFolder:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from lightspan.core.noise import mixed_seed
 from lightspan.datamodules.rendered.draws import Draws, _hashed
-from lightspan.noise import mixed_seed
 
 
 def everything(draws: Draws) -> list[np.ndarray]:

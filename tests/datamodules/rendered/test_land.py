@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
+from lightspan.datamodules.multispectral.bands import wavelengths
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.land import LEAST_SHARE, LandScenes, LandSeries, days, fractal
 from lightspan.datamodules.rendered.spectra import ANCHORS, MATERIALS, season, spectra
-from lightspan.datamodules.satellite.bands import wavelengths
-from lightspan.errors import UserError
 
 TEN = ["B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12"]
 

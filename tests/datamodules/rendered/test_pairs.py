@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.pairs import PairSpace, ScenePairs, cast, intrinsics, turns
 from lightspan.datamodules.rendered.scenes import Style
-from lightspan.errors import UserError
 
 CLEAN = PairSpace(48, 48, 2, 5, 1.0, Style(grain=0.0))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.persons import CLOTHES, CODES, Crowd, Persons, codes
-from lightspan.errors import UserError
 
 
 def crowd(count: int = 50, wrong: float = 0.0, mixed: float = 0.0, side: int = 48) -> Crowd:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightspan.backbones.tokenizers import HashedWords
-from lightspan.datamodules.images.views import Plain, RandomViews, TwoViews
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.rendered.data import RenderedSets
 from lightspan.datamodules.rendered.scene_data import (
@@ -19,7 +20,6 @@ from lightspan.datamodules.rendered.scene_data import (
     TwoDomains,
 )
 from lightspan.datamodules.rendered.scenes import SHAPES, SceneSpace, Style
-from lightspan.errors import UserError
 
 SMALL: dict[str, Any] = {"size": 24, "val_size": 12, "test_size": 12, "batch_size": 8}
 KINDS = {

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered import scenes
 from lightspan.datamodules.rendered.scenes import (
     COLOURS,
@@ -25,7 +26,6 @@ from lightspan.datamodules.rendered.scenes import (
     tags,
 )
 from lightspan.datamodules.rendered.textures import PALETTE, TEXTURES
-from lightspan.errors import UserError
 
 PLAIN = Style(texture=0.0, grain=0.0)
 FANCY = Style(hue=0.3, texture=0.7, shade=0.2, grain=0.1, blur=0.8, grey=True, inverted=True)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.slices import ANATOMY, HOSTS, KINDS, BodySlices, Ward
-from lightspan.errors import UserError
 
 NAMES = [*ANATOMY]
 CLEAN = Ward(64, 16, 1.0, 0.0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.speech import (
     FOLLOWERS,
     FORMANTS_P2,
@@ -17,7 +18,6 @@ from lightspan.datamodules.rendered.speech import (
     grammar,
     utterances,
 )
-from lightspan.errors import UserError
 
 SAID = utterances(0, np.arange(60), 1.0, 0.5, None)
 

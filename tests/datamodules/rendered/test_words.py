@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.words import ALPHABET, Press, PrintedWords, font_files, vocabulary
-from lightspan.errors import UserError
 
 PRESS = Press(("word", "il", "mouse"), font_files(None), 32, 96, 0.0)
 

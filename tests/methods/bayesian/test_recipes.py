@@ -8,9 +8,9 @@ from shard_files import write_shard
 
 from lightspan.adapters.sparse_gaussian.costs import costs
 from lightspan.adapters.sparse_gaussian.inject import gaussian_layers
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.planning.planned_step import make_plan
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.cli.planning.planned_step import make_plan
 
 MIB = 2**20
 

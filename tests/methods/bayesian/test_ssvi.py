@@ -24,13 +24,13 @@ from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers
 from lightspan.adapters.sparse_gaussian.topology import Topology
 from lightspan.backbones.vision import MLP, SmallConvNet
-from lightspan.datamodules.images.small import Digits
-from lightspan.distributed import leave
-from lightspan.errors import UserError
-from lightspan.loggers.jsonl import JsonlLogger
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
 from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, kl_weight
 from lightspan.objectives.entropy import entropy
-from lightspan.strategies import FSDP2
+from lightspan.training.loggers.jsonl import JsonlLogger
+from lightspan.training.strategies import FSDP2
 
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 EVERY, STEPS = 3, 12  # updates at steps 3 and 6: the last quarter is still

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 

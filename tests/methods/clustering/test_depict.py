@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.clustering import kmeans
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.evaluation.geometry.clustering import kmeans
 from lightspan.methods.clustering.depict import DEPICT, HARD, PRETRAINING, SOFT
 from lightspan.objectives.prototypes import target_distribution
 

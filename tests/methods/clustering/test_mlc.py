@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP
-from lightspan.distributed import gather_rows, leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import gather_rows, leave
+from lightspan.core.errors import UserError
 from lightspan.methods.clustering import mlc
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.nn.heads.projector import Projector

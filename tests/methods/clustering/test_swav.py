@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.prototypes import sinkhorn

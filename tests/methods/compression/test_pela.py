@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.adapters.factorise import factorised
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.compression.pela import PELA
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.batch_mix import BatchMix
-from lightspan.surgery.factorise import factorised
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 

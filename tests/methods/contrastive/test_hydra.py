@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.callbacks.watching.online_probes import OnlineProbes
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.datamodules.images.coloured_shapes import ColouredShapes
-from lightspan.datamodules.images.views import Plain
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Plain
+from lightspan.datamodules.image.sets.coloured_shapes import ColouredShapes
 from lightspan.methods.contrastive.hydra import Hydra
 from lightspan.nn.class_pairs import Arbitrary, ClassPairs, Identical
 from lightspan.nn.heads.class_gates import ClassPairGate

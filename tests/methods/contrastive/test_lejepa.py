@@ -8,8 +8,8 @@ import torch
 from method_runs import batch
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.lejepa import LeJEPA, distance_from_centre
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives import sigreg as objective

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise

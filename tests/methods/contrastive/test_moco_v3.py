@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.nn.heads.projector import Projector
 

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.nn.heads.projector import Projector

@@ -13,7 +13,7 @@ from method_runs import fit
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet, timm_backbone
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from method_runs import Pooled, fit
 from torch import Tensor, nn
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.sie import SIE, sie_terms
 from lightspan.nn.heads.hyper_linear import HyperLinear
 from lightspan.nn.heads.projector import Projector

@@ -9,8 +9,8 @@ import torch
 from method_runs import batch, fit
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.simclr import SimCLR
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.info_nce import nt_xent

@@ -13,7 +13,7 @@ from torch import nn
 from lightspan.backbones.bands import other_bands
 from lightspan.backbones.vision import MLP, SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
 from lightspan.methods.contrastive.softcon import SoftCon
 from lightspan.nn.heads.projector import Projector

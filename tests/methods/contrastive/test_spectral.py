@@ -9,7 +9,7 @@ from method_runs import Pooled, batch
 from torch import nn
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.spectral import SpectralContrastive
 from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.objectives.spectral import spectral_contrastive

@@ -11,12 +11,12 @@ from method_cases import text_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.adapters.cut_encoder import cut_encoder
 from lightspan.backbones.language import bert, t5
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval, SentenceRanking, Starbucks
 from lightspan.nn.sequences.nested_sizes import FixedSizes, NestedSize, RandomSizes
 from lightspan.objectives.text_pairs import document_ranking_loss
-from lightspan.surgery.cut_encoder import cut_encoder
 
 PAIRS = [(1, 4), (2, 8), (3, 16)]
 

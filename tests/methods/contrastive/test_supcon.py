@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.supcon import supcon

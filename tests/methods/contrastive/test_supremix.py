@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightspan.backbones.vision import MLP, SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.supcon import supcon

@@ -9,7 +9,7 @@ import torch
 from method_runs import batch, fit
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.vicreg import vicreg_loss

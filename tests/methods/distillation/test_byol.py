@@ -10,7 +10,7 @@ from method_runs import batch, fit
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.byol import BYOL, prediction_distance
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import cosine_between

@@ -12,7 +12,7 @@ from method_runs import batch, moved, resumes
 from torch import Tensor
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
 from lightspan.nn.heads.dino_head import DINOHead

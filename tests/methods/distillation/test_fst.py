@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.dense import UNet
+from lightspan.cli.planning.planned_step import make_plan
+from lightspan.cli.planning.step_memory import faked, resized
+from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.scene_data import TwoDomains
 from lightspan.datamodules.rendered.scenes import SceneSpace
-from lightspan.errors import UserError
 from lightspan.methods.distillation import fst
 from lightspan.methods.distillation.fst import FST
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, set_to, tensors_of
-from lightspan.planning.planned_step import make_plan
-from lightspan.planning.step_memory import faked, resized
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)

@@ -11,7 +11,7 @@ from method_runs import batch, moved
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.masking.block_masks import BlockMasks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation import mmc
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.nn.heads.dino_head import DINOHead

@@ -14,9 +14,10 @@ from method_runs import batch, fit, moved
 from torch import Tensor
 
 from lightspan.backbones.elastic import ElasticViT
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.views import MultiCrop, RandomViews
-from lightspan.errors import UserError
+from lightspan.cli.planning.planned_step import make_plan
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews
+from lightspan.datamodules.image.sets.small import Digits
 from lightspan.methods.distillation import poa
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.poa import POA
@@ -26,7 +27,6 @@ from lightspan.nn.slices import widened
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.prototypes import sinkhorn
 from lightspan.optim.schedules import WarmupCosineDecay, cosine_between
-from lightspan.planning.planned_step import make_plan
 
 STEPS = 4
 SCHEDULES = {"patch_loss_from": 0.0, "freeze_prototypes": 0.0, "temperature_warmup": 0.5}

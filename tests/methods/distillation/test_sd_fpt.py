@@ -11,7 +11,7 @@ from method_runs import fit
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.sd_fpt import SDFPT, hidden_distance
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.decoders.mask_decoder import MaskDecoder

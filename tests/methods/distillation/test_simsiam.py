@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.simsiam import SimSiam, negative_cosine
 from lightspan.nn.heads.projector import Projector
 

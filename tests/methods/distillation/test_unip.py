@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.nn.sequences.attention_maps import attention_logits, attention_of
 from lightspan.objectives.distillation import attention_divergence

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from lightspan.backbones.diffusion import DiT
 from lightspan.callbacks.training.adaptation import Adaptation
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.objectives.diffusion import add_noise, linear_kept, noise_of_velocity, variance_loss, velocity
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.vision import MLP
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.methods.image_text.clip import CLIP, clip_loss
 from lightspan.nn.grad_cache import in_chunks
 

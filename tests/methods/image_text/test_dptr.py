@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextMemory, TextTransformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders

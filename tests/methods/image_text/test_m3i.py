@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.objectives.info_nce import soft_info_nce
 from lightspan.objectives.masked import patch_regression
-from lightspan.targets import MomentumFeatures, Pixels
+from lightspan.objectives.moving_targets import MomentumFeatures, Pixels
 
 BATCHES = [partly_labelled(6, seed) for seed in range(3)]
 WHOLE = {"mix": PatchMix(1), "dense": 0.0}

@@ -18,8 +18,8 @@ from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.callbacks.training.adaptation import Adaptation
 from lightspan.callbacks.training.rank_selection import RankSelection
+from lightspan.core.errors import UserError
 from lightspan.datamodules.image_text.scenes import Scenes
-from lightspan.errors import UserError
 from lightspan.methods.image_text.named_classes import NamedClasses, from_texts
 
 WORDS = HashedWords(512)

@@ -15,12 +15,12 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.config.resolve import resolve
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.datamodules.image_text.scenes import THINGS, Scenes
-from lightspan.errors import UserError
 from lightspan.methods.image_text.pre import PRE, harmonic_mean
 from lightspan.nn.sequences.token_lstm import TokenLSTM
-from lightspan.strategies import FSDP2
+from lightspan.training.strategies import FSDP2
 
 NAMES, WORDS = ["red ring", "blue bar", "large white cross", "disc"], HashedWords(64)
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lightspan.backbones.language import llama
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.objectives.language import next_token_loss
 

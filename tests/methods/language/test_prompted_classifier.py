@@ -19,9 +19,9 @@ from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.language import llama, stored_t5, t5
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.weights import with_weights
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
-from lightspan.errors import UserError
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.masked.ul2 import UL2
 from lightspan.objectives.mmd import mmd

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
-from lightspan.errors import UserError
+from lightspan.cli.planning.rehearsal import prepare_model
+from lightspan.cli.planning.step_memory import faked
+from lightspan.core.errors import UserError
 from lightspan.methods.language.text_classifier import TextClassifier
-from lightspan.planning.rehearsal import prepare_model
-from lightspan.planning.step_memory import faked
 
 
 def model(num_classes: int = 3) -> TextClassifier:

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.cae import CAE
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor

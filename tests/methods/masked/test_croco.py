@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.croco import CroCo
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, SelfFirst
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.backbones.vit import vit
-from lightspan.datamodules.images.views import Plain
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import Plain
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden

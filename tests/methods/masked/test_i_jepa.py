@@ -9,7 +9,7 @@ import torch
 from method_runs import fit
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.multi_block import MultiBlock

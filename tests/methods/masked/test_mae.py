@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.mae import MAE
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.block_masks import BlockMasks

@@ -12,10 +12,10 @@ from lightning import Trainer
 from method_runs import SILENT, Served, fit
 from torch import Tensor, nn
 
-from lightspan.analysis.gap_filling import between_dates
 from lightspan.backbones.placed_vit import SeriesViT, series_widths
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.evaluation.scores.gap_filling import between_dates
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.nn.decoders.mask_decoder import MaskDecoder

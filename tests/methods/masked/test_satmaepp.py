@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightspan.backbones.placed_vit import GroupedViT
 from lightspan.backbones.vit import vit
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.sit import SiT
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector

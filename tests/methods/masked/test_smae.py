@@ -9,12 +9,12 @@ from method_cases import words_of_texts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightspan.adapters.cut_encoder import cut_encoder
 from lightspan.backbones.language import bert
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.smae import SMAE
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.sequences.nested_sizes import FixedSizes
-from lightspan.surgery.cut_encoder import cut_encoder
 
 PAIRS = [(1, 4), (2, 16)]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.spark import SparK
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.masking.mask_samplers import RandomMasks

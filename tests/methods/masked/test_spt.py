@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from lightspan.backbones.sequence import SequenceNetwork, sequence_state_space, sequence_transformer
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.weights import with_weights
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.sequences.pixels import PixelSequences
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.sequence.pixels import PixelSequences
 from lightspan.methods.masked.spt import SPT, LevelGuess, MaskedSteps, NextValue, StepGuess, SymbolGuess, ValueGuess
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.nn.masking.step_masks import StepMasks

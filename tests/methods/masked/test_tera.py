@@ -12,7 +12,7 @@ from method_runs import fit, stays_finite
 from torch import Tensor
 
 from lightspan.backbones.frames import FrameTransformer
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.masked.tera import TERA
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations

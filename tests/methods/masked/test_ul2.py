@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.tokenizers import HashedWords
-from lightspan.config.resolve import resolve
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.corpus import Corpus
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.domains import DomainDenoising
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.packing import packed
-from lightspan.errors import UserError
 from lightspan.methods.masked.ul2 import UL2
 
 SGD = partial(torch.optim.SGD, lr=0.05)

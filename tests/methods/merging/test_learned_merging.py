@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP
-from lightspan.datamodules.images.small import Digits
-from lightspan.datamodules.images.tasks import Derived, TaskImages
-from lightspan.datamodules.images.views import TwoViews
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.augment.views import TwoViews
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.tasks import Derived, TaskImages
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import BASE, StoredModels
 from lightspan.methods.merging.adamerging import AdaMerging
@@ -25,7 +25,7 @@ from lightspan.methods.merging.atlas import Atlas, AtlasNegation, AtlasTestTime
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.objectives.pseudo_labels import UNTRUSTED, trusted_labels
-from lightspan.strategies import FSDP2
+from lightspan.training.strategies import FSDP2
 
 TASKS = ("up", "left", "down")
 

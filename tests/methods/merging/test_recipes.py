@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from lightspan.cli import main
-from lightspan.config.recipes import catalogue_names
-from lightspan.config.resolve import resolve
+from lightspan.cli.config.recipes import catalogue_names
+from lightspan.cli.config.resolve import resolve
+from lightspan.cli.main import main
 
 SCALE = [name for name in catalogue_names() if name.startswith("merging/") and name.endswith("_clip")]
 # The network alone is smaller here, since every test has seconds: `lightspan plan RECIPE -c scale/stand_ins_clip` as it

@@ -10,7 +10,7 @@ from method_runs import Pooled, batch, fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.robustness.nmtune import NMTune, kept_geometry
 from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.objectives.singular import leading_singular_share

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from lightspan.backbones.attended import Attended
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.callbacks.resilience.random_state import RandomState
-from lightspan.datamodules.images.shapes import Shapes
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.shapes import Shapes
 from lightspan.methods.supervised.adsl import ADSL
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.objectives.margin import margin_loss

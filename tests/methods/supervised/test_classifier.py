@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP, LeNet
 from lightspan.callbacks.training.intrinsic_dimension import IntrinsicDimension
-from lightspan.config.build import build
-from lightspan.config.resolve import resolve
-from lightspan.errors import UserError
+from lightspan.cli.config.build import build
+from lightspan.cli.config.resolve import resolve
+from lightspan.core.errors import UserError
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.riemannian import RiemannianSGD

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightspan.analysis.tag_precision import TagPrecision
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector

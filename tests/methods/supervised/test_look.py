@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.supervised import look
 from lightspan.methods.supervised.look import LOOK, neighbour_loss
 from lightspan.nn.heads.projector import Projector

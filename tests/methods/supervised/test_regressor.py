@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightspan.backbones.vision import MLP
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.supervised.regressor import Regressor
 
 SGD = partial(torch.optim.SGD, lr=0.1)

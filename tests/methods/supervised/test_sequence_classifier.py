@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.vision import MLP
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 
 ADAM = {"optimizer": partial(torch.optim.Adam, lr=1e-2)}

@@ -14,18 +14,18 @@ from method_runs import SILENT, differences
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from lightspan.analysis.class_gaussians import ClassGaussians, factor
-from lightspan.analysis.moments import Moments
 from lightspan.backbones.vision import MLP
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
-from lightspan.datamodules.images.class_stream import ClassStream
-from lightspan.datamodules.images.small import Digits
-from lightspan.errors import UserError
+from lightspan.cli.planning.planned_step import make_plan
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.datamodules.image.variants.class_stream import ClassStream
+from lightspan.evaluation.gaussians.class_gaussians import ClassGaussians, factor
+from lightspan.evaluation.geometry.moments import Moments
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.slca import SLCA
-from lightspan.optim.low_rank import LowRank
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.schedules import Staircase
-from lightspan.planning.planned_step import make_plan
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 

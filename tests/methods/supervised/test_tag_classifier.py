@@ -9,8 +9,8 @@ from method_cases import Pooled, tagged
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.analysis.tag_precision import TagPrecision
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.methods.supervised.tag_classifier import TagClassifier
 
 

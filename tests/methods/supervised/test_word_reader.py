@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightspan.backbones.vit import vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders
 from lightspan.nn.heads.attention_pool import FeatureMerge

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.audio.log_mel import LogMel, mel_filters, normalised
 
 WAVES = 0.1 * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))

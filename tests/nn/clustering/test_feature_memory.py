@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.clustering.feature_memory import FeatureMemory
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 
 

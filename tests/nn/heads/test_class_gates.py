@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.class_gates import ClassPairGate, ClassProductGate
 
 FIRST, SECOND = torch.tensor([0, 1, 2, 0, 4]), torch.tensor([3, 1, 0, 0, 2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.dino_head import DINOHead, Prototypes
 from lightspan.optim.groups import ParameterGroups
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups
 from lightspan.subspaces.grassmann import Horizontal

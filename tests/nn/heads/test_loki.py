@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightspan.analysis.label_metrics import ring
-from lightspan.analysis.loki import frechet_labels
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.evaluation.label_spaces.label_metrics import ring
+from lightspan.evaluation.label_spaces.loki import frechet_labels
 from lightspan.nn.heads.loki import LokiHead
 
 OBSERVED = torch.tensor([0, 3, 7])

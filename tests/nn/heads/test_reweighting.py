@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.reweighting import BehindHead, ReweightingHead
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 
 FALSE = torch.tensor(False)

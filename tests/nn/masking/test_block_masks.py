@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.block_masks import BlockMasks, MaskedPatches, fill_blocks
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.noise import hashed_noise, mixed_seed
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.corruption import GroupCorruption
-from lightspan.noise import hashed_noise, mixed_seed
 
 IMAGES = torch.randn(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 GRID, INDEX = (4, 4), torch.arange(6) + 20

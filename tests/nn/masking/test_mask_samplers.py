@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, visible_count

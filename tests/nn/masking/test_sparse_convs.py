@@ -13,8 +13,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.blocks import recompute_activations
-from lightspan.errors import UserError
+from lightspan.core.blocks import recompute_activations
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.masking.sparse_convs import ActiveCells, require_sparse, sides_of, sparse
 

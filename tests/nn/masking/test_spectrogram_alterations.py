@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
+from lightspan.core.noise import mixed_seed
 from lightspan.nn.masking.spectrogram_alterations import SOURCE, SpectrogramAlterations
 from lightspan.nn.masking.spectrogram_alterations import TIME as TIME_STREAM
-from lightspan.noise import mixed_seed
 
 OFF = SpectrogramAlterations(share=0.0, band=0.0)
 TIME, BAND = replace(OFF, share=0.15), replace(OFF, band=0.2)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.step_masks import StepMasks
 
 MANY = torch.arange(1000)

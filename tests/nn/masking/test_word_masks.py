@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.masking.word_masks import NestedWordMasks
 
 # <start> six words of one to three tokens <end>, padding

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.attention_maps import attention_logits, attention_of, parameters_behind
 from lightspan.nn.taps import tapped
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import at_places, kept, patchify, places, unpatchify
 
 SHAPES = [((12,), (3,)), ((6, 8), (3, 2)), ((4, 6, 2), (2, 3, 1)), ((5, 5), (5, 5)), ((2, 3), (1, 1))]

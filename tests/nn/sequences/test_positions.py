@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.layers import apply_rot_embed_cat
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import patchify
 from lightspan.nn.sequences.positions import rotary, sincos
 

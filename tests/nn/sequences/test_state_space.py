@@ -8,7 +8,7 @@ import torch
 from scipy.signal import lfilter
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.nn.sequences.state_space import StateSpace, convolution, kernel, powers, recurrence, scan
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 200)

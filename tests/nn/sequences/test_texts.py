@@ -7,8 +7,8 @@ import torch
 from method_cases import CASES
 from torch import Tensor
 
+from lightspan.core.errors import UserError
 from lightspan.datamodules.text.json_lines import json_lines
-from lightspan.errors import UserError
 from lightspan.nn.sequences.texts import require_known_tokens
 
 READ = {

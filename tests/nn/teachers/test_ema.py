@@ -12,11 +12,11 @@ from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightspan.errors import UserError
-from lightspan.method import Method
+from lightspan.core.errors import UserError
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.optim.schedules import cosine_between
-from lightspan.strategies import FSDP2
+from lightspan.training.method import Method
+from lightspan.training.strategies import FSDP2
 
 
 def test_after_k_steps_it_is_the_recursion_written_out() -> None:

@@ -7,8 +7,8 @@ import rank_processes
 import torch
 import torch.distributed as dist
 
-from lightspan.distributed import leave
-from lightspan.errors import UserError
+from lightspan.core.distributed import leave
+from lightspan.core.errors import UserError
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 
 

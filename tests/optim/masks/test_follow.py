@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, RMSprop
 
-from lightspan.errors import UserError
-from lightspan.optim.low_rank import LowRank
+from lightspan.core.errors import UserError
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.masks.follow import keep_only, require_entrywise
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.distributions import (
     BinaryConcrete,
     HardConcrete,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.allocation import Allocation, AllTogether, ErdosRenyi, Uniform
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.schedules import Constant, Cubic, Exponential, Linear, Schedule, schedule_of

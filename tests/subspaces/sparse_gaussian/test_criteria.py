@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightspan.errors import UserError
+from lightspan.core.errors import UserError
 from lightspan.subspaces.sparse_gaussian.criteria import (
     SNR,
     Criterion,

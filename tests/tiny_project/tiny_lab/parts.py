@@ -8,7 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightspan.strategies import shard
+from lightspan.training.strategies import shard
 
 
 class Tiny(LightningModule):

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from lightspan.deepspeed import ZeRO
+from lightspan.training.deepspeed import ZeRO
 
 EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(__file__).parents[3] / "build/torch_extensions"))
 BUILT = (EXTENSIONS / "deepspeed_shm_comm/deepspeed_shm_comm.so").is_file()

@@ -1,0 +1,115 @@
+"""What an image of a data set becomes in a batch: itself, or its views, made in the workers or on the device.
+
+Shapes: B samples, C channels, H W image, V views, P parameters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from lightspan.core.errors import UserError
+from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.image.augment.rendering import Drawn, unit_float
+from lightspan.datamodules.image.augment.views import DrawnViews, Views, seeded
+
+Place = Literal["workers", "device"]
+
+
+@dataclass(frozen=True)
+class ImageFields:
+    """Makes the fields of a sample from its image, a function of image and seed.
+
+    On the device, views are made of whole batches, once `attach` has told the data module. Until then a sample has its
+    image as it is, the numbers of its views, drawn here as they are for the workers, and the seed of their grain. That
+    it is finished elsewhere changes neither what is random nor what a resumed run sees.
+
+    Args:
+        mean, std: of the channels in [0, 1], for standardising, [C, 1, 1].
+        views: makes the views; None gives the image itself.
+        made_on: where.
+
+    Raises: UserError for views on the device that are not drawn ones.
+    """
+
+    mean: Tensor
+    std: Tensor
+    views: Views | None = None
+    made_on: Place = "workers"
+
+    def __post_init__(self) -> None:
+        if self.made_on == "device" and (self.views is None or self.views.drawn is None):
+            what = "no views" if self.views is None else f"{type(self.views).__name__}, made one image at a time"
+            raise UserError(
+                f"views_on=device with {what}; set data.init_args.views to views that are drawn first, such as "
+                "RandomViews, or data.init_args.views_on=workers"
+            )
+
+    def __call__(self, image: Tensor, seed: int) -> dict[str, Any]:
+        """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W]."""
+        if self.views is None:
+            return {"image": self._standardised(unit_float(image))}
+        kind = self.views.drawn
+        with seeded(seed):
+            if kind is None:
+                return {"views": [self._standardised(view) for view in self.views(image)]}
+            drawn = kind.draw(tuple(image.shape))
+        if self.made_on == "device":
+            # Whole numbers, because mixed or low precision rounds all others before they are on the device.
+            bits_VP = _table(drawn).view(torch.int32)
+            return {"image": image, "drawn": bits_VP, "seed": torch.tensor(seed)}
+        views = [self._standardised(view) for view in kind.render(image, drawn)]
+        return {"views": views, "parameters": _table(drawn)}
+
+    def attach(self, data: LightningDataModule) -> None:
+        """Lets `data` finish its batches when they are on the device, if that is where views are made."""
+        if self.made_on == "device":
+            assert self.views is not None
+            assert self.views.drawn is not None
+            means, stds = self.mean.flatten().tolist(), self.std.flatten().tolist()
+            finish = _Finish(data, self.views.drawn, means, stds)
+            # Not a method of the class: Lightning would take this hook away from every module that has one.
+            data.on_after_batch_transfer = finish.on_after_batch_transfer  # type: ignore[method-assign]
+
+    def _standardised(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Makes the views of batches that are on their device. `means` and `stds` are those of the C channels."""
+
+    data: LightningDataModule
+    views: DrawnViews
+    means: list[float]
+    stds: list[float]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        trainer = self.data.trainer
+        if isinstance(batch, Mapping) and "drawn" in batch:
+            batch = self._finished(batch)
+            batch = batch if trainer is None else trainer.precision_plugin.convert_input(batch)
+        return batch if trainer is None else trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
+
+    def _finished(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with views in place of image, numbers and seed."""
+        rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
+        image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
+        mean_C11, std_C11 = (_filled(values, image_BCHW.device) for values in (self.means, self.stds))
+        views = []
+        for number, rendering in enumerate(self.views.renderings):
+            p = ViewParameters(*parameters_BVP[:, number].unbind(1))
+            views.append((rendering.many(image_BCHW, p, batch["seed"], number) - mean_C11) / std_C11)
+        return {"views": views, "parameters": parameters_BVP, **rest}
+
+
+def _filled(values: list[float], device: torch.device) -> Tensor:
+    """[C, 1, 1] on a device, without a copy, before which the host would wait for all that the device has to do."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+def _table(drawn: list[Drawn]) -> Tensor:
+    return torch.tensor([numbers.parameters for numbers in drawn], dtype=torch.float32)

@@ -1,0 +1,135 @@
+"""`lightspan check RECIPE`: every mistake before a run: names, types and ranges without torch, then from shapes alone
+whether the parts fit together. Weights and data need not be here yet: what is missing is named, and the rest checked.
+"""
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightspan.cli.commands.arguments import add_data_arguments, add_recipe_arguments, resolved_from
+from lightspan.cli.config.blame import first_user_error
+from lightspan.cli.config.estimator_inputs import of_files
+from lightspan.cli.config.places import places
+from lightspan.cli.config.recipes import stand_ins
+from lightspan.cli.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
+from lightspan.cli.config.tree import COMMAND_LINE, dotted
+from lightspan.core.absent import MissingFile, weights_left_out
+from lightspan.core.errors import one_line, print_notes, printable
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import PathUse
+from lightspan.datamodules.shards.fetch import expand_braces
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+MOST_NAMED = 5
+"""Damaged pictures in one message."""
+WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="names, types and ranges only: answers at once, since it builds nothing and loads no torch",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolved_from(args, ANY_KIND)
+    problems, notes = of_files(resolved.tree)
+    data = resolved.config.get("data") or {}
+    damage, skipped = _damaged_pictures(data), (data.get("init_args") or {}).get("skip_damaged")
+    refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
+    print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
+    flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
+    said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
+    print(printable(said), flush=True)  # what follows takes seconds
+    if resolved.kind in TRAINED and not args.fast:
+        print(printable(_parts(resolved)))
+    return 0
+
+
+def _parts(resolved: Resolved) -> str:
+    """Builds model and data without numbers. Raises: UserError, as `lightspan fit`, for parts that do not fit."""
+    if find_spec("torch") is None:
+        return "torch is not installed here, so nothing was built, and whether the parts fit together is not known"
+    from lightspan.cli.planning.one_process import in_one_process
+    from lightspan.cli.planning.rehearsal import without_trace
+    from lightspan.cli.planning.shapes import on_shapes_first
+
+    with without_trace(in_one_process(resolved)) as (alone, scratch), weights_left_out():
+        try:
+            model = on_shapes_first(alone, lambda built: built.model, scratch)
+        except MissingFile:
+            return _each_by_itself(alone, scratch)
+    return f"its parts fit together: {_counted(model)}; fit --dry-run also tries a batch"
+
+
+def _each_by_itself(alone: Resolved, scratch: Path) -> str:
+    """Builds model and data without each other, so that a file which one of them lacks does not hide what is wrong
+    with the other. Raises: UserError for whatever is wrong besides missing files.
+    """
+    from lightspan.cli.planning.rehearsal import with_small
+    from lightspan.cli.planning.shapes import on_shapes_first
+
+    said = []
+    for part, other in (("model", "data"), ("data", "model")):
+        try:
+            built = on_shapes_first(with_small(alone, other), lambda built: built, scratch)
+            said.append(_counted(built.model) if part == "model" else type(built.datamodule).__name__)
+        except MissingFile as error:
+            said.append(f"not checked beyond this: {first_user_error(error)}")
+    overlays = stand_ins(alone.name)
+    way = f"\n  with stand-ins for what is missing: add {overlays}" if overlays else ""
+    return "whether its parts fit together is not known yet\n  model: {}\n  data: {}".format(*said) + way
+
+
+def _counted(model: "LightningModule") -> str:
+    return f"{type(model).__name__} with {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+
+
+def _absent(resolved: Resolved) -> list[str]:
+    """A note on the files and folders that the recipe reads and that are not here, if there are any."""
+    missing: dict[str, str] = {}
+    for path, node, use in places(resolved.located(), resolved.allow_modules):
+        if use is PathUse.READ and "://" not in node.value and not _is_here(node.value):
+            missing.setdefault(node.value, dotted(path))
+    named = [f"{place} ({key})" for place, key in [*missing.items()][:MOST_NAMED]]
+    named += [f"{len(missing) - MOST_NAMED} more"] if len(missing) > MOST_NAMED else []
+    return [f"not here yet, so what they hold is not checked: {', '.join(named)}"] if named else []
+
+
+def _is_here(place: str) -> bool:
+    """Whether something is at the place, or at all those that a pattern such as {000..099} stands for."""
+    return all(os.path.lexists(os.path.expanduser(one)) for one in expand_braces(place))
+
+
+def _damaged_pictures(data: dict[str, Any]) -> list[str]:
+    """What to say of damaged files in the folders of pictures that the data name; nothing of other data."""
+    from lightspan.cli.config.own_pictures import DATA
+
+    if data.get("class_path") != DATA:
+        return []
+    from lightspan.datamodules.image.picture_files import find_pictures
+    from lightspan.datamodules.shards.headers import damaged, looked_at
+
+    settings, said = data.get("init_args") or {}, []
+    for key in ("folder", "val_folder"):
+        if not isinstance(given := settings.get(key), str):
+            continue
+        if not (folder := expanded(given, f"data.init_args.{key}")).is_dir():
+            continue
+        names = find_pictures(folder, settings.get("links", "skip"), "none").names
+        seen = [names[number] for number in looked_at(len(names))]
+        if found := damaged(folder, seen):
+            named = [f"{one_line(name)} ({one_line(why)})" for name, why in [*found.items()][:MOST_NAMED]]
+            named += [f"and {len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else []
+            counted = f"{len(found):,} of {len(seen):,} pictures"
+            counted += "" if len(seen) == len(names) else f" that were looked at, of {len(names):,},"
+            said.append(f"data.init_args.{key}: {counted} cannot be read: {', '.join(named)}")
+    return said

@@ -1,0 +1,347 @@
+"""`lightspan submit RECIPE --to slurm|kubernetes|local`: the same recipe, started by another program."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lightspan.cli.commands.arguments import (
+    add_data_arguments,
+    add_recipe_arguments,
+    configuration_words,
+    count,
+    folder,
+    resolved_from,
+)
+from lightspan.cli.config.flags import allow_options
+from lightspan.cli.config.provenance import redacted
+from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.tree import dump
+from lightspan.cli.launch import kubernetes, slurm, torchrun
+from lightspan.cli.launch.job import Array, Job, cores_of, job_name, leave_of, mebibytes, seconds
+from lightspan.cli.runs.folder import run_folder
+from lightspan.core.errors import UserError, print_notes, printable
+from lightspan.training.signals import WARNINGS
+
+_IMAGE = re.compile(r"[\w./:@+~-]+")
+_LABEL = re.compile(
+    r"((?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)=([A-Za-z0-9](?:[\w.-]{0,61}[A-Za-z0-9])?)",
+    re.ASCII,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--run",
+        type=folder,
+        metavar="DIR",
+        help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
+    )
+    add_target_arguments(parser, tuple(_TARGETS), required=True)
+
+
+def add_target_arguments(parser: argparse.ArgumentParser, targets: Sequence[str], required: bool = False) -> None:
+    """--to and what a job can say about itself, which `lightspan sweep` has too."""
+    parser.add_argument("--to", required=required, choices=targets, help="what starts it")
+    parser.add_argument("--print", action="store_true", help="print the job and submit nothing")
+    parser.add_argument("--nodes", type=count, metavar="N", help="machines (default: the recipe's trainer.num_nodes)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=count,
+        metavar="G",
+        help="GPUs, and so ranks, of each machine (default: the recipe's trainer.devices)",
+    )
+    parser.add_argument("--time", metavar="LIMIT", help="time limit: minutes, H:M:S or D-H:M:S")
+    parser.add_argument("--image", metavar="IMAGE", help="container image (Kubernetes needs one)")
+    parser.add_argument(
+        "--wandb", action="store_true", help="also log to Weights & Biases; offline without WANDB_API_KEY"
+    )
+    parser.add_argument("--mem", metavar="SIZE", help="main memory of each node, such as 64G (default: the cluster's)")
+    parser.add_argument(
+        "--cpus-per-task",
+        type=count,
+        metavar="N",
+        help="processor cores of each rank (default: one, and one for each of its data workers)",
+    )
+    parser.add_argument("--account", metavar="NAME", help="SLURM: who is charged")
+    parser.add_argument("--partition", metavar="NAME", help="SLURM: where to queue")
+    parser.add_argument("--qos", metavar="NAME", help="SLURM: quality of service")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        metavar="RULE",
+        help="SLURM: any other option of sbatch, such as constraint=a100 or '#SBATCH --exclusive'; repeat it",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        metavar="LINE",
+        help="SLURM: a line of shell before the ranks start, such as 'module load cuda'; repeat it",
+    )
+    parser.add_argument(
+        "--container",
+        choices=slurm.RUNTIMES,
+        help="SLURM: container runtime for --image (default: apptainer; pyxis uses enroot)",
+    )
+    parser.add_argument(
+        "--kind", choices=kubernetes.KINDS, help="Kubernetes: manifest (default: job for one node, jobset for several)"
+    )
+    parser.add_argument(
+        "--node-selector",
+        action="append",
+        metavar="LABEL=VALUE",
+        help="Kubernetes: only nodes with this label, such as nvidia.com/gpu.product=A100; repeat it",
+    )
+    parser.add_argument(
+        "--claim", metavar="NAME", help="Kubernetes: PersistentVolumeClaim for /runs (default: lightspan-runs)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the recipe, then prints or submits its job. Raises: UserError for bad input or a missing tool."""
+    resolved = prepared(args)
+    print_notes(resolved.notes)
+    return hand_over(args, Subject(resolved, args.run))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a job runs: one fit, or the trials of a sweep.
+
+    Attributes:
+        resolved: the recipe.
+        folder: where, as the user said.
+        words: what a sweep needs on its command line beyond the recipe.
+    """
+
+    resolved: Resolved
+    folder: Path | None
+    words: tuple[str, ...] = ()
+    array: Array | None = None
+
+    def command(self, recipe: Sequence[str], folder: str) -> list[str]:
+        """What follows `lightspan`, without --allow-module."""
+        if self.array is None:
+            return ["fit", *recipe, "--run", folder]
+        return ["sweep", *recipe, *self.words, "--out", folder, "--task", "array"]
+
+
+def prepared(args: argparse.Namespace) -> Resolved:
+    """The recipe on the devices that the options ask for, whose flags are left in `args.flags`. Raises: UserError for
+    options that do not go together.
+    """
+    _refuse_strangers(args)
+    return _on_the_asked_devices(args)
+
+
+def hand_over(args: argparse.Namespace, subject: Subject) -> int:
+    """Prints the job or submits it."""
+    return _TARGETS[args.to](args, subject)
+
+
+def _to_slurm(args: argparse.Namespace, subject: Subject) -> int:
+    job = _job_of_files(args, subject)
+    site = slurm.Site(args.account, args.partition, args.qos, args.sbatch or (), args.setup or ())
+    return _hand_over(args, slurm.batch_script(job, site, args.container or "apptainer"), ["sbatch"])
+
+
+def _to_kubernetes(args: argparse.Namespace, subject: Subject) -> int:
+    if args.image is None:
+        raise UserError("--to kubernetes needs --image IMAGE, which the nodes can pull; docker/README.md builds one")
+    claim = args.claim or "lightspan-runs"
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
+        raise UserError(f"--claim {claim!r} cannot be a Kubernetes name: lower-case letters, digits, '-' and '.'")
+    resolved = subject.resolved
+    folder = _folder_in_the_volume(subject.folder, resolved.name)
+    recipe = kubernetes.recipe_path(job_name(resolved.name))
+    job = _job(args, subject, folder, [recipe])
+    if job.array is not None and (job.nodes > 1 or args.kind not in (None, "job")):
+        raise UserError(
+            "a sweep on Kubernetes is one indexed Job, whose runs have one node each; use --to slurm for more"
+        )
+    documents = kubernetes.manifests(job, dump(resolved.document()), claim, args.kind)
+    return _hand_over(args, kubernetes.to_yaml(documents), ["kubectl", "apply", "-f", "-"])
+
+
+def _to_this_machine(args: argparse.Namespace, subject: Subject) -> int:
+    job = _job_of_files(args, subject)
+    if job.nodes > 1:
+        raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
+    command = torchrun.local_command(job)
+    if args.print:
+        settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
+        print(printable(shlex.join(["env", *settings, *command] if settings else command)))
+        return 0
+    if find_spec("torch") is None:
+        raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
+    return _passing_warnings_on(command, os.environ | torchrun.environment(job), job)
+
+
+def _passing_warnings_on(command: list[str], environment: dict[str, str], job: Job) -> int:
+    """Runs torchrun. It ends with 1 whatever its ranks returned, so if a warning signal was passed on to it and it
+    ended for that reason, the status is that of a run that stopped because it was asked to.
+    """
+    told: list[int] = []
+    process = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _: Any) -> None:
+        told.append(number)
+        if number != signal.SIGINT:  # which a terminal has sent to torchrun as well
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (*WARNINGS, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not told or status == 0:
+        return status
+    left = 128 + signal.SIGTERM if job.preemption is None else job.preemption.exit_code
+    return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
+
+
+_TARGETS: dict[str, Callable[[argparse.Namespace, Subject], int]] = {
+    "slurm": _to_slurm,
+    "kubernetes": _to_kubernetes,
+    "local": _to_this_machine,
+}
+_ONLY_FOR = {
+    "account": ("slurm",),
+    "partition": ("slurm",),
+    "qos": ("slurm",),
+    "sbatch": ("slurm",),
+    "setup": ("slurm",),
+    "node_selector": ("kubernetes",),
+    "mem": ("slurm", "kubernetes"),
+    "cpus_per_task": ("slurm", "kubernetes"),
+    "container": ("slurm",),
+    "kind": ("kubernetes",),
+    "claim": ("kubernetes",),
+    "time": ("slurm", "kubernetes"),
+    "image": ("slurm", "kubernetes"),
+    "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
+}
+
+
+def _refuse_strangers(args: argparse.Namespace) -> None:
+    for option, targets in _ONLY_FOR.items():
+        if getattr(args, option) is not None and args.to not in targets:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} does not work with --to {args.to}, only with {' and '.join(targets)}")
+    if args.container is not None and args.image is None:
+        raise UserError(f"--container {args.container} needs --image IMAGE")
+    if args.image is not None and not _IMAGE.fullmatch(args.image):
+        raise UserError(
+            f"--image {args.image!r} is not a container image: give a name such as registry/name:tag, or a "
+            "path without spaces"
+        )
+    if args.time is not None:
+        seconds(args.time)
+    given = [flag.partition("=")[::2] for flag in args.flags]
+    given += [(f"--{option}", text) for option in ("sbatch", "setup") for text in getattr(args, option) or ()]
+    for name, value in given:
+        if redacted([value]) != [value]:
+            raise UserError(
+                f"{name}: its value looks like a secret, which would be written into the job; keep it in an "
+                "environment variable such as WANDB_API_KEY"
+            )
+
+
+def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
+    """The configuration on as many devices as the options say; the flags it used are left in `args.flags`."""
+    if args.nodes is not None:
+        args.flags.append(f"trainer.num_nodes={args.nodes}")
+    if args.gpus_per_node is not None:
+        args.flags.append(f"trainer.devices={args.gpus_per_node}")
+    resolved = resolved_from(args)
+    accelerator = resolved.config["trainer"].get("accelerator", "auto")
+    if args.gpus_per_node is not None and accelerator == "cpu":
+        raise UserError(
+            f"--gpus-per-node {args.gpus_per_node}: {resolved.name} runs on the CPU "
+            f"({resolved.sources['trainer.accelerator']}); use trainer.devices=N, or add trainer.accelerator=gpu"
+        )
+    if args.gpus_per_node is not None and accelerator == "auto":
+        # Requested explicitly, so a node without them is an error and not a slow run.
+        args.flags.append("trainer.accelerator=gpu")
+        resolved = resolved_from(args)
+    return resolved
+
+
+def _job_of_files(args: argparse.Namespace, subject: Subject) -> Job:
+    """The job if recipe and run folder are on this machine, or on storage that the others share with it."""
+    folder = run_folder(subject.folder, subject.resolved.name, make=not args.print)
+    return _job(args, subject, str(folder), [args.recipe, *configuration_words(args)])
+
+
+def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[str]) -> Job:
+    resolved = subject.resolved
+    trainer = resolved.config["trainer"]
+    arguments = [*subject.command(recipe, folder), *allow_options(args.allow_modules)]
+    return Job(
+        name=job_name(resolved.name, PurePosixPath(folder).name),
+        arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
+        run=folder,
+        workdir=str(Path.cwd()),
+        nodes=_number(trainer.get("num_nodes", 1), "trainer.num_nodes", "--nodes"),
+        ranks_per_node=_number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node"),
+        gpus=trainer.get("accelerator") in ("gpu", "cuda"),
+        cores=args.cpus_per_task or cores_of(resolved.config),
+        preemption=leave_of(resolved.config),
+        time=args.time,
+        image=args.image,
+        wandb=args.wandb,
+        inputs=tuple(str(place.absolute()) for place in (args.images, args.table) if place is not None),
+        array=subject.array,
+        memory_mib=None if args.mem is None else mebibytes(args.mem),
+        node_labels=tuple(map(_label, args.node_selector or ())),
+    )
+
+
+def _label(text: str) -> tuple[str, str]:
+    """A label of a node and its value. Raises: UserError."""
+    match = _LABEL.fullmatch(text)
+    if match is None:
+        raise UserError(f"--node-selector {text!r} is not LABEL=VALUE, such as nvidia.com/gpu.product=A100")
+    return match[1], match[2]
+
+
+def _number(value: Any, key: str, option: str) -> int:
+    if isinstance(value, list):
+        value = len(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{key}={value!r} cannot be resolved before the job has a machine; give {option} a number")
+    return value
+
+
+def _folder_in_the_volume(given: Path | None, name: str) -> str:
+    """The run folder inside the pods."""
+    if given is None:
+        new = run_folder(None, name, make=False)  # only the name is needed
+        return f"{kubernetes.RUNS}/{new.parent.name}/{new.name}"
+    folder = PurePosixPath(kubernetes.RUNS) / given
+    if folder.parts[:2] != ("/", "runs") or len(folder.parts) < 3 or ".." in folder.parts:
+        raise UserError(
+            f"--run {given}: on Kubernetes a run must be in {kubernetes.RUNS}, which is on the claimed volume"
+        )
+    return str(folder)
+
+
+def _hand_over(args: argparse.Namespace, text: str, command: list[str]) -> int:
+    if args.print:
+        sys.stdout.write(text)
+        return 0
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]} is not installed here; run this where it is, or look at the job with --print")
+    return subprocess.run(command, input=text, text=True).returncode

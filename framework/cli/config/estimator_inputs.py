@@ -1,0 +1,140 @@
+"""Whether a recipe's inputs are those of its estimator, from source and from the headers of files: without torch."""
+
+import ast
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.annotations import class_names
+from lightspan.cli.config.problems import Problem, nearest
+from lightspan.cli.config.signatures import base_definitions, descends
+from lightspan.cli.config.source import Definition, Source, locate
+from lightspan.cli.config.tree import Node, dotted, plain
+from lightspan.core.files.atomic import expanded
+
+FEATURE_FILE = "lightspan.evaluation.features.encoded.FeatureFile"
+_LONGEST_HEADER = 2**26  # bytes; a header describes each tensor in about a hundred
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def of_other_names_or_kinds(root: Node) -> Iterator[Problem]:
+    """Inputs that the estimator's `fit` does not take or misses, and those that give what it does not take."""
+    estimator, inputs = _class_at(root.child("estimator")), root.child("inputs")
+    fit = _method(estimator, "fit") if estimator is not None else None
+    if fit is None or (inputs is not None and not isinstance(inputs.value, dict)):
+        return
+    function, source = fit
+    arguments = function.args
+    if arguments.vararg is not None:
+        return  # the declaration of Estimator itself
+    taken = {a.arg: a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs][1:]}
+    positional = len(taken) - len(arguments.kwonlyargs)
+    optional = set(list(taken)[positional - len(arguments.defaults) : positional])
+    optional |= {a.arg for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value}
+    given: dict[Any, Node] = inputs.value if inputs is not None else {}
+    where = inputs if inputs is not None else root
+    name = estimator.name.rpartition(".")[2] if estimator is not None and estimator.name else "the estimator"
+    rest = arguments.kwarg.annotation if arguments.kwarg is not None else None
+    for missing in (key for key in taken if key not in given and key not in optional):
+        yield Problem(where.where, f"inputs.{missing}", f"missing; {name} takes the inputs {', '.join(taken)}")
+    for key, node in given.items():
+        if key not in taken and arguments.kwarg is None:
+            hint = nearest(key, taken)
+            yield Problem(node.where, f"inputs.{key}", f"unknown; {hint}{name} takes the inputs {', '.join(taken)}")
+        elif (annotation := taken.get(key, rest)) is not None:
+            yield from _of_another_kind(node, str(key), annotation, source, name)
+
+
+def _of_another_kind(node: Node, key: str, annotation: ast.expr, source: Source, owner: str) -> Iterator[Problem]:
+    made, wanted = _class_at(node), class_names(annotation, source)
+    load = _method(made, "load") if made is not None else None
+    if made is None or load is None or load[0].returns is None or not wanted:
+        return
+    gives = [str(made.name)] if ast.unparse(load[0].returns) == "Self" else class_names(load[0].returns, load[1])
+    found = [locate(each) for each in gives]
+    if found and all(isinstance(f, Definition) and all(descends(f, kind) is False for kind in wanted) for f in found):
+        takes, is_ = (" or ".join(each.rpartition(".")[2] for each in names) for names in (wanted, gives))
+        text = f"{owner} takes {takes} here, but {str(made.name).rpartition('.')[2]} gives {is_}"
+        yield Problem(node.where, f"inputs.{key}.class_path", text)
+
+
+def of_files(root: Node) -> tuple[list[Problem], list[str]]:
+    """(problems, notes) of the files that inputs and `checkpoints` name, as they are now.
+
+    A feature file comes from elsewhere: one that is missing or of another form is a problem. Checkpoints are what
+    other runs make, so a missing one is noted. So are feature files of different widths, which most estimators refuse.
+    """
+    problems, notes, widths = [], [], {}
+    for path, node, file, is_features in _files(root):
+        if is_features:
+            reason, width = _judged(expanded(file, path))
+            if reason:
+                problems.append(Problem(node.where, path, reason))
+            elif width is not None:
+                widths[path.split(".")[1]] = width
+        elif not expanded(file, path).exists():
+            notes.append(f"{node.where} {path}: {file} does not exist; it has to before `lightspan run`")
+    if len(set(widths.values())) > 1:
+        sizes = ", ".join(f"{name} has {width}" for name, width in widths.items())
+        notes.append(f"inputs of different widths: {sizes}; estimators that compare rows need one width")
+    return problems, notes
+
+
+def _files(root: Node) -> Iterator[tuple[str, Node, str, bool]]:
+    """(key, node, path, whether it is a feature file) of all files that the recipe names outside its networks."""
+    for key, child in _items(root.child("checkpoints")):
+        if isinstance(child.value, str):
+            yield f"checkpoints.{key}", child, child.value, False
+    for key, child in _items(root.child("inputs")):
+        node = child.at(("init_args", "path"))
+        if node is not None and isinstance(node.value, str):
+            made = _class_at(child)
+            is_features = made is not None and made.name == FEATURE_FILE
+            yield dotted(("inputs", key, "init_args", "path")), node, node.value, is_features
+
+
+def _items(node: Node | None) -> list[tuple[Any, Node]]:
+    return list(node.value.items()) if node is not None and isinstance(node.value, dict) else []
+
+
+def _judged(file: Path) -> tuple[str | None, int | None]:
+    """(what is wrong with a feature file or None, its width), by its header: as `FeatureFile` judges what it loads."""
+    if not file.is_file():
+        return f"there are no features at {file}; write them with safetensors, as `features` [N, D]", None
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            forms: dict[str, Any] = json.loads(opened.read(min(length, _LONGEST_HEADER)))
+        columns = {name: (form["dtype"], form["shape"]) for name, form in forms.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return f"{file} is not a complete safetensors file", None
+    dtype, shape = columns.get("features", ("", []))
+    if len(shape) < 2 or dtype not in _FLOATS:
+        held = ", ".join(f"{name} {kind} {list(sizes)}" for name, (kind, sizes) in columns.items()) or "nothing"
+        return f"{file} contains {held}; it needs `features`, floats [N, D]", None
+    for name in ("label", "index"):
+        rows = columns.get(name, (None, shape))[1][:1]
+        if rows != shape[:1]:
+            return f"{file} has {shape[0]} features but {(rows or ['no'])[0]} of `{name}`; give one for each row", None
+    return None, shape[-1]
+
+
+def _class_at(node: Node | None) -> Definition | None:
+    class_path = node.child("class_path") if node is not None else None
+    found = locate(plain(class_path)) if class_path is not None and isinstance(class_path.value, str) else None
+    return found if isinstance(found, Definition) and found.is_class else None
+
+
+def _method(owner: Definition, name: str, depth: int = 0) -> tuple[ast.FunctionDef, Source] | None:
+    """A class's method, its own or inherited, and the module whose names its annotations use."""
+    if not isinstance(owner.node, ast.ClassDef) or depth > 12:
+        return None
+    for statement in owner.node.body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == name:
+            return statement, owner.source
+    for base in base_definitions(owner.node, owner.source):
+        if base is not None and (found := _method(base, name, depth + 1)) is not None:
+            return found
+    return None

@@ -1,0 +1,286 @@
+"""`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures (`own_data`).
+
+It replaces the data, keeps their views and batch size, and changes what depends on the pictures' size, channels and
+classes: views, the network's first layer, and the number of classes. Keys that mean this have the same name in every
+class; what else follows from these, parts take from each other.
+"""
+
+import ast
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.own_data import Layer, OwnData, fitted
+from lightspan.cli.config.resolve import TRAINED, Resolved
+from lightspan.cli.config.signatures import Signature, member
+from lightspan.cli.config.source import Definition
+from lightspan.core.errors import UserError
+
+DATA = "lightspan.datamodules.image.folder.ImageFolder"
+PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
+NEAREST, LINEAR = "lightspan.evaluation.probes.probes.KNN", "lightspan.evaluation.probes.probes.LinearProbe"
+FIRST_BATCH = "lightspan.callbacks.pictures.first_batch.FirstBatch"
+FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePictures"
+RECONSTRUCTIONS = "lightspan.callbacks.pictures.reconstructions.Reconstructions"
+SAMPLES = "lightspan.callbacks.watching.picture_samples.PictureSamples"
+CHANNELS = 3
+BATCH = 128
+KNN, PROBE_EVERY = 20, 10
+VALIDATION = ("val", "valid", "validation", "test")  # folders beside `train`, the first that is there validates
+COLOUR = {"saturation": 0.4, "hue": 0.1, "grey": 0.2}  # half of SimCLR's strength, as the small recipes jitter
+RANDOM_VIEWS = (
+    "lightspan.datamodules.image.augment.views.RandomViews",
+    "lightspan.datamodules.image.augment.views.TwoViews",
+)
+MOST_WORKERS = 8
+FITTED = {"folder", "size", "views", "batch_size"}
+"""Settings of the data that follow from the command line, or from the pictures and what recipe and overlays say."""
+
+
+def with_pictures(
+    recipe: str,
+    overlays: Sequence[str],
+    folder: Path,
+    size: int,
+    flags: Sequence[str],
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
+) -> Resolved:
+    """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
+    hint = "name data of yours in an overlay, as docs/own-images.md, 'Data of other kinds', shows"
+    pictures = OwnData(
+        *("--images", "image", hint, DATA, FITTED, "pictures", folder),
+        lambda found: pictures_layer(found, folder, size),
+    )
+    return pictures.laid_over(recipe, overlays, flags, allow_modules, kinds)
+
+
+def pictures_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
+    """(the layer, lines on what it changes).
+
+    Args:
+        folder: of pictures, or with the folders `train` and `val` (or `validation`, `test`) and nothing else.
+        size: height and width in pixels at which pictures are read.
+    Raises: UserError for a recipe of several tasks, and a folder without pictures.
+    """
+    if size < 1:
+        raise UserError(f"--image-size {size} must be at least 1 pixel")
+    training, validation = _folders(folder.absolute())
+    from lightspan.datamodules.image.picture_files import find_pictures  # numpy, which other commands can do without
+
+    found = find_pictures(training)
+    data, model = resolved.config.get("data") or {}, resolved.config["model"]
+    before = data.get("init_args") or {}
+    if "tasks" in before:
+        raise UserError(f"--images gives pictures of one task, but {resolved.name} needs several: data.init_args.tasks")
+    channels, side = _shape_before(data, model)
+    notes = [f"--images: {len(found.names):,} picture files in {training}, read at {size} x {size} pixels"]
+    patches = _patches(model, side, size)
+    ordered = {name: before[name] for name in ("groups", "per_class") if before.get(name) is not None}
+    if not found.classes and ("num_classes" in (model.get("init_args") or {}) or ordered):
+        raise UserError(
+            f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
+            "sub-folder of its name, or take a recipe that learns without labels"
+        )
+    model_layer = {"init_args": fitted(model, OwnPictures(size, len(found.classes), patches).wanted, notes)}
+    places = (model.get("init_args") or {}).get("images")
+    if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
+        model_layer["init_args"]["images"] = len(found.names)
+        notes.append(f"model.init_args.images={len(found.names)}, the pictures")
+    if (views := before.get("views")) is not None:
+        views = _views(views, side, size, max(patches.values(), default=1))
+        if channels == 1 and _in_colour(views):
+            notes.append("the recipe's pictures were grey: the views also change saturation and hue, and drop colours")
+    batch = before.get("batch_size", BATCH)
+    if isinstance(batch, int) and batch > (most := max(1, len(found.names) * 4 // 5)):
+        batch = 2 ** (most.bit_length() - 1)
+        notes.append(f"data.init_args.batch_size={batch}, since there are few pictures")
+    if isinstance(batch, int) and batch != (whole := _of_classes(batch, ordered, len(found.classes))):
+        batch = whole
+        notes.append(f"data.init_args.batch_size={batch}, as there are {len(found.classes)} classes to draw it from")
+    settings = {"folder": str(training), "size": size, "batch_size": batch, "num_workers": workers()}
+    settings |= {"views": views} if views is not None else {}
+    settings["val_folder"] = None if validation is None else str(validation)  # a recipe may have its own
+    settings |= {"seed": before["seed"]} if "seed" in before else {}
+    settings |= ordered
+    layer = {
+        "data": {"class_path": DATA, "init_args": settings},
+        "model": model_layer,
+        "trainer": {"callbacks": _callbacks(resolved, bool(found.classes), len(found.names))},
+    }
+    return layer, notes
+
+
+def _of_classes(batch: int, ordered: dict[str, Any], classes: int) -> int:
+    """The most of a batch that divides into whole groups, each of its own class, and at least two of each size."""
+    sizes = (ordered.get("groups") or {}).get("sizes") or []
+    most = min(batch, min(sizes) * classes) if sizes else batch
+    unit = math.lcm(*sizes, ordered.get("per_class") or 1)
+    fewest = math.ceil(2 * max(sizes, default=0) / unit) * unit
+    return max(unit, fewest, most // unit * unit)
+
+
+@dataclass(frozen=True)
+class OwnPictures:
+    """What a network has to know: side in pixels, number of classes, and what replaces each patch size."""
+
+    size: int
+    classes: int
+    patches: dict[int, int]
+
+    def wanted(self, settings: dict[str, Any], takes: Any) -> dict[str, Any]:
+        """The settings that follow from the pictures, for a class with these settings and this signature."""
+        sides = {"img_size": self.size, "image_size": self.size, "in_shape": [CHANNELS, self.size, self.size]}
+        own = set(takes.parameters) if isinstance(takes, Signature) else set()
+        found = {key: value for key, value in {"in_chans": CHANNELS, **sides}.items() if key in settings or key in own}
+        if settings.get("num_classes"):  # 0 is a network of timm without its classifier
+            found["num_classes"] = self.classes
+        if settings.get("patch_size") in self.patches:
+            found["patch_size"] = self.patches[settings["patch_size"]]
+        if settings.get("align") in self.patches:  # of masks that hide whole patches
+            found["align"] = self.patches[settings["align"]]
+        return {key: value for key, value in found.items() if settings.get(key) != value}
+
+
+def workers() -> int:
+    """Half of the processor cores that this process may use, since the other half trains: in [1, 8], 0 of one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores // 2)
+
+
+def _folders(folder: Path) -> tuple[Path, Path | None]:
+    """(training folder, validation folder or None)."""
+    inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    if "train" not in inside or not inside <= {"train", *VALIDATION}:
+        return folder, None
+    beside = next((name for name in VALIDATION if name in inside), None)
+    return folder / "train", None if beside is None else folder / beside
+
+
+def _shape_before(data: dict[str, Any], model: dict[str, Any]) -> tuple[int, int | None]:
+    """(channels, side in pixels or None if unknown) of the recipe's own pictures."""
+    settings = data.get("init_args") or {}
+    shape = _constant(data.get("class_path"), "image_shape")
+    sides = [value for key, value in _leaves(model) if key in ("img_size", "image_size") and isinstance(value, int)]
+    if not sides:  # only of views is `size` that of a picture; elsewhere it may be how many there are
+        sides = [value for key, value in _leaves({"views": settings.get("views")}) if key == "size"]
+        sides = [value for value in (settings.get("image_size"), *sides) if isinstance(value, int)]
+    if isinstance(shape, tuple) and len(shape) == 3:
+        return shape[0], shape[1]
+    in_chans = [value for key, value in _leaves(model) if key == "in_chans"]
+    return in_chans[0] if in_chans else CHANNELS, max(sides, default=None)
+
+
+def _constant(class_path: Any, name: str) -> Any:
+    """The value of a class's constant, read from its source; None if there is none."""
+    found = member(class_path, name) if isinstance(class_path, str) else None
+    if found is None or not isinstance(found.node, ast.Tuple):
+        return None
+    values = [_number(part, found) for part in found.node.elts]
+    return tuple(values) if values and all(isinstance(value, int) for value in values) else None
+
+
+def _number(node: ast.expr, definition: Definition) -> Any:
+    """A number written in the source, or a constant of the module that names one."""
+    if isinstance(node, ast.Name):
+        named = [s.value for s in definition.source.tree.body if isinstance(s, ast.Assign) and _names(s) == [node.id]]
+        node = named[0] if named else node
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def _names(statement: ast.Assign) -> list[str]:
+    return [ast.unparse(target) for target in statement.targets]
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if isinstance(child, dict | list):
+                yield from _leaves(child)
+            else:
+                yield str(key), child
+    elif isinstance(value, list):
+        for child in value:
+            yield from _leaves(child)
+
+
+def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, int]:
+    """{patch size before: now}: about as many patches as before, and whole ones."""
+    patches = {value for key, value in _leaves(model) if key == "patch_size" and isinstance(value, int) and value > 0}
+    if side is None or side == size:
+        return {}
+    divisors = [number for number in range(1, size + 1) if size % number == 0]
+    return {patch: min(divisors, key=lambda d: (abs(d - patch * size / side), -d)) for patch in patches}
+
+
+def _views(views: Any, side: int | None, size: int, patch: int) -> Any:
+    """The recipe's views, each `size` in proportion, and a multiple of the network's patch."""
+    if isinstance(views, list):
+        return [_views(one, side, size, patch) for one in views]
+    if not isinstance(views, dict):
+        return views
+    scaled = {}
+    for key, value in views.items():
+        if key == "size" and isinstance(value, int) and side is not None:
+            scaled[key] = max(patch, round(value * size / side / patch) * patch)
+        else:
+            scaled[key] = _views(value, side, size, patch)
+    return scaled
+
+
+def _in_colour(views: Any) -> bool:
+    """Adds changes of colour to every `RandomViews` that has none, in place; whether there were any."""
+    added = False
+    if isinstance(views, dict) and views.get("class_path") in RANDOM_VIEWS:
+        settings = views.setdefault("init_args", {})
+        added = not COLOUR.keys() & settings.keys()
+        settings |= COLOUR if added else {}
+    children = views.values() if isinstance(views, dict) else views if isinstance(views, list) else ()
+    for child in children:
+        added = _in_colour(child) or added
+    return added
+
+
+def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]:
+    """Probes if there are labels, and the pictures that are drawn; of features only if the method has any."""
+    given = (resolved.config.get("trainer") or {}).get("callbacks") or {}
+    method = resolved.config["model"]["class_path"]
+    has_features = not _is_none(member(method, "features"))
+    probes = {name for name, spec in given.items() if spec.get("class_path") == PROBES}
+    others = {name for name in probes if _reads_others(given[name])}  # which a folder does not have
+    probes -= others
+    neighbours = min(KNN, max(1, count // 2))
+    if not (labelled and has_features):
+        callbacks: dict[str, Any] = dict.fromkeys(probes | others)
+    else:
+        nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
+        both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
+        new = {"class_probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
+        new = new if others else {"probes": new["class_probes"]}
+        callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
+        callbacks |= dict.fromkeys(others)
+    samples = [name for name, spec in given.items() if spec.get("class_path") == SAMPLES]
+    callbacks |= {name: {"init_args": {"shape": None, "classes": None}} for name in samples}
+    drawn = {"first_batch": FIRST_BATCH}
+    drawn |= {"feature_pictures": FEATURE_PICTURES} if has_features else {}
+    drawn |= {"reconstructions": RECONSTRUCTIONS} if member(method, "reconstruct") is not None else {}
+    folder = {"init_args": {"folder": "${run}/pictures"}}
+    return callbacks | {name: {"class_path": path, **folder} for name, path in drawn.items()}
+
+
+def _reads_others(callback: dict[str, Any]) -> bool:
+    """Whether probes of a callback read other fields than the class."""
+    probes = ((callback.get("init_args") or {}).get("probes") or {}).values()
+    return any(
+        probe.get("class_path") not in (NEAREST, LINEAR)
+        or (probe.get("init_args") or {}).get("field", "label") != "label"
+        for probe in probes
+        if isinstance(probe, dict)
+    )
+
+
+def _is_none(found: Definition | None) -> bool:
+    return found is not None and isinstance(found.node, ast.Constant) and found.node.value is None

@@ -1,0 +1,70 @@
+"""A batch of a run, as its data give it or with pictures of a given shape: what an export learns its inputs from."""
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from lightspan.cli.config.build import Built
+from lightspan.core.errors import UserError
+from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.shards.stream import Shards
+
+Moments = tuple[Tensor, Tensor]
+
+
+def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tuple[Any, Moments | None]:
+    """A batch of validation data, or of training data if nothing validates, and the moments of its pictures.
+
+    Args:
+        shape: C H W of a picture; its batch needs no data. None reads them, or takes black pictures for shards that are
+            not here.
+    Returns: the batch, and mean and deviation of the channels of its pictures in [0, 1], each [C 1 1], if known.
+    Raises: UserError if the data are not here, or their pictures have other channels than `shape`.
+    """
+    data: Any = built.datamodule
+    known = moments_of(data) if isinstance(data, Shards) else None  # others know theirs once they are set up
+    if shape is not None:
+        if known is not None and len(known[0]) != shape[0]:
+            raise UserError(
+                f"--shape {','.join(map(str, shape))} has {shape[0]} channels, but the run standardises pictures of "
+                f"{len(known[0])}; name that many"
+            )
+        return {"image": torch.zeros(1, *shape)}, known
+    if data is None:
+        raise UserError("this run has no data to learn the inputs from; give the shape of a picture with --shape C,H,W")
+    if isinstance(data, Shards | SampleSets) and (batch := data.stand_in()) is not None:
+        return batch, known
+    try:
+        batch = _first_batch(built)
+    except (UserError, OSError) as error:
+        raise UserError(f"{error}. For a method that reads pictures, --shape C,H,W needs no data") from error
+    return batch, moments_of(data)
+
+
+def _first_batch(built: Built) -> Any:
+    """Nothing is downloaded for it: `prepare_data` is for runs."""
+    data: Any = built.datamodule
+    data.trainer = built.trainer
+    with contextlib.redirect_stdout(io.StringIO()):  # what a run says of its data at its start
+        data.setup("fit")
+        for name in ("val_dataloader", "train_dataloader"):
+            if getattr(type(data), name) is getattr(LightningDataModule, name):
+                continue
+            loaders = getattr(data, name)()
+            for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+                for batch in loader:
+                    return batch
+    raise UserError("the data of this run give no batch")
+
+
+def moments_of(data: Any) -> Moments | None:
+    """Mean and deviation of pictures, from `bounds` of the data: black and white after standardising."""
+    if (bounds := getattr(data, "bounds", None)) is None:
+        return None
+    low_C11, high_C11 = bounds
+    std_C11 = 1 / (high_C11 - low_C11)
+    return -low_C11 * std_C11, std_C11

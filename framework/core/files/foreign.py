@@ -1,0 +1,192 @@
+"""Files that others may have written: how much of them is read, and how. One limit of each kind, kept by every reader.
+
+A limit stops what would fill the memory or never end, far above what people train on. It is raised in the environment,
+out of reach of any recipe: `LIGHTSPAN_MAX_PIXELS=200000000 lightspan fit ...`.
+
+Faults are ValueErrors that say what "it" is, and the reader names the file and the setting that chose it.
+"""
+
+import bz2
+import json
+import lzma
+import os
+import resource
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import irregular, opened
+
+
+class TooMuchError(ValueError):
+    """What is beyond a limit, where all other faults are of the file itself."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most of something that a file may have.
+
+    Attributes:
+        unit: what is counted, in the plural.
+        default: the limit unless the environment sets another one.
+        setting: the variable of the environment that does.
+    """
+
+    unit: str
+    default: int
+    setting: str
+
+    @property
+    def most(self) -> int:
+        """Raises: UserError if the environment has something other than a whole number from 1."""
+        said = os.environ.get(self.setting, "")
+        if not said:
+            return self.default
+        if not (said.isascii() and said.isdigit() and len(said) < 19 and int(said)):
+            raise UserError(f"{self.setting}={one_line(said)[:80]} must be a whole number of {self.unit} from 1")
+        return int(said)
+
+    def require(self, count: int) -> None:
+        """Raises: TooMuchError if `count` is above the limit."""
+        if count > self.most:
+            shown = f"{count:,}" if count < 2**63 else "more than 2^63"
+            raise TooMuchError(
+                f"it has {shown} {self.unit}, and the limit is {self.most:,}; if you trust it, raise the limit with "
+                f"{self.setting} in the environment"
+            )
+
+
+PIXELS = Limit("pixels", 2**26, "LIGHTSPAN_MAX_PIXELS")
+"""Of a picture: width times height."""
+NUMBERS = Limit("numbers", 2**28, "LIGHTSPAN_MAX_NUMBERS")
+"""Of an array, a recording or a scene, over all bands and channels."""
+CELLS = Limit("cells", 2**26, "LIGHTSPAN_MAX_CELLS")
+"""Of a table: rows times columns, each of which takes about 60 bytes as text."""
+BYTES = Limit("bytes", 2**32, "LIGHTSPAN_MAX_BYTES")
+"""Of a file that is read whole, and of what is unpacked from one."""
+SETTINGS_BYTES = Limit("bytes", 2**24, "LIGHTSPAN_MAX_SETTINGS_BYTES")
+"""Of settings and lists of files as JSON, which take twenty times as much memory once read."""
+
+
+SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
+"""Of processor time, for a program that is part of a file, each time that it runs."""
+
+
+@contextmanager
+def bounded_program() -> Iterator[None]:
+    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
+    not how long it runs. On the main thread of Linux, where alone both can be limited; elsewhere it runs on.
+
+    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seconds, way_out = SECONDS.most, "; if you trust it, raise the limit with {} in the environment"
+
+    def stop(*_: object) -> None:
+        raise TooMuchError(f"it runs for more than {seconds:,} seconds{way_out.format(SECONDS.setting)}")
+
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = taken + BYTES.most
+    handler = signal.signal(signal.SIGPROF, stop)
+    try:
+        if all(limit == resource.RLIM_INFINITY or most < limit for limit in (soft, hard)):
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
+        yield
+    except MemoryError as error:
+        raise TooMuchError(f"it needs more than {BYTES.most:,} bytes{way_out.format(BYTES.setting)}") from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def opened_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, or a link to one, for reading. Raises: ValueError for anything else, or without permission."""
+    with opened(path) as file:
+        if file is None:
+            raise ValueError(f"it {irregular(path) or 'cannot be opened; change its permissions'}")
+        yield file
+
+
+def content_of(path: Path, limit: Limit = BYTES) -> bytes:
+    """All of a regular file, or of a link to one.
+
+    Raises: ValueError for anything else, and where reading fails; TooMuchError for a file above the limit.
+    """
+    with opened_regular(path) as file:
+        limit.require(os.fstat(file.fileno()).st_size)
+        try:
+            content = file.read(limit.most + 1)  # files of /proc say a size of 0
+        except OSError as error:
+            raise ValueError(f"it cannot be read ({error.strerror or error})") from error
+    limit.require(len(content))
+    return content
+
+
+def whole_text(path: Path, limit: Limit = BYTES) -> str:
+    """As `content_of`, as UTF-8, without the mark with which programs of Windows begin it, lines ending in "\\n".
+
+    Raises: ValueError as `content_of`, and for what is not UTF-8.
+    """
+    try:
+        return content_of(path, limit).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: {error}") from error
+
+
+def settings_object(path: Path) -> dict[str, Any]:
+    """A JSON object of settings. Raises: ValueError as `content_of`, and for anything else, or if nested too deep."""
+    try:
+        found = json.loads(whole_text(path, SETTINGS_BYTES))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("it is JSON that is nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
+
+
+def unpacked(packed: bytes) -> bytes:
+    """What gzip, zlib, bzip2 or xz has packed, as its first bytes tell; any other content is returned as it is.
+
+    Raises: ValueError for more than the limit of `BYTES`, or for damage.
+    """
+    made: Any
+    if packed[:2] == b"\x1f\x8b" or packed[:1] == b"\x78":
+        made = zlib.decompressobj(wbits=47)  # 32 + 15: gzip or zlib, by its first bytes
+    elif packed[:3] == b"BZh":
+        made = bz2.BZ2Decompressor()
+    elif packed[:6] == b"\xfd7zXZ\x00":
+        made = lzma.LZMADecompressor()
+    else:
+        return packed
+    return drained(made, packed, BYTES.most, f"; if you trust it, raise the limit with {BYTES.setting}")
+
+
+def drained(decompressor: Any, packed: bytes, most: int, way_out: str = "") -> bytes:
+    """What a decompressor of zlib, bz2 or lzma makes of `packed`. Raises: ValueError for more than `most` bytes, or for
+    damage.
+    """
+    try:
+        content: bytes = decompressor.decompress(packed, most + 1)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"it cannot be unpacked: {error}") from error
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {most:,} bytes{way_out}")
+    if not decompressor.eof:
+        raise ValueError("it is cut short")
+    return content
