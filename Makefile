@@ -83,7 +83,7 @@ check: $(DEV) ## lint, formatting, types, Dockerfile
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p lightspan
 	$(BIN)/hadolint docker/Dockerfile
-	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh tools/*.sh framework/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
+	@if command -v shellcheck >/dev/null 2>&1; then shellcheck .ci/run docker/*.sh tools/*.sh framework/cli/commands/completions/lightspan.bash; else echo "shellcheck is not installed: scripts not linted"; fi
 
 format: $(DEV) ## reformat the sources for `make check`
 	$(BIN)/ruff check --fix .

@@ -19,17 +19,16 @@ FOLDERS = {"callbacks": "lightspan.callbacks", "datamodules": "lightspan.datamod
 KINDS = {  # by the folder that holds the code
     "callbacks": "callback",
     "adapters": "adapter",
-    "analysis": "estimator",
     "backbones": "network",
-    "estimators": "estimator",
+    "evaluation": "estimator",
     "merging": "merger",
     "methods": "method",
     "objectives": "loss",
     "optim": "optimiser",
     "subspaces": "map",
 }
-CLAIMED = {"adapters", "estimators", "merging", "methods", "optim"}  # whose classes claims may name
-WORK = {"methods", "estimators", "merging"}  # what a recipe without a paper is about
+CLAIMED = {"adapters", "evaluation", "merging", "methods", "optim"}  # whose classes claims may name
+WORK = {"methods", "evaluation", "merging"}  # what a recipe without a paper is about
 PAPER = re.compile(r",?\s*arXiv (\d{4}\.\d{4,5})")
 
 

@@ -35,9 +35,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import Mean, OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, sparsify
-from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
+from lightspan.adapters.sparse_gaussian.layer import Mean, OneDraw, Outputs, SparseGaussian, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.backbones.vision import MLP
 from lightspan.datamodules.image.sets.small import Digits, FashionMNIST

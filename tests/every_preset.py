@@ -8,7 +8,7 @@ from types import ModuleType
 from torch.optim import Optimizer
 
 from lightspan import optim
-from lightspan.optim import muon
+from lightspan.optim import low_rank, matrices, muon
 from lightspan.optim.low_rank import presets
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
@@ -16,8 +16,9 @@ from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 def optimizers() -> dict[str, type[Optimizer]]:
     """Every optimiser that a module of `lightspan.optim` defines, by name."""
     found: dict[str, type[Optimizer]] = {}
-    for info in pkgutil.iter_modules(optim.__path__):
-        found |= defined_in(importlib.import_module(f"lightspan.optim.{info.name}"))
+    for package in (optim, low_rank, matrices):
+        for info in pkgutil.iter_modules(package.__path__):
+            found |= defined_in(importlib.import_module(f"{package.__name__}.{info.name}"))
     return found
 
 

@@ -2,8 +2,8 @@
 zero under the real names and with the real shapes.
 
 What a recipe asks for is found in its merged configuration: every setting that names a place to read
-(`lightspan.core.files.places.ReadPath`) gets something at that place, relative to the current folder. A new recipe needs nothing
-here unless it reads what no other one has read:
+(`lightspan.core.files.places.ReadPath`) gets something at that place, relative to the current folder. A new recipe
+needs nothing here unless it reads what no other one has read:
 
 - `runs/NAME/export/safetensors/model.safetensors` is what `lightspan export` writes of a run of the recipe that is
   called NAME, or that some header trains with `--run runs/NAME`: names and shapes are those of that recipe's model.

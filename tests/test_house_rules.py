@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows run down the table of floors only, so a part is usable without what stands on it.
+"""Who may import whom: down the table of rooms only, so a part is usable without those that are built on it.
 
 And in tests: no clock decides whether one passes.
 """
@@ -6,111 +6,99 @@ And in tests: no clock decides whether one passes.
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from import_graph import ROOT, imports, sources, statements, tree
 
-# What everything stands on, and what of it each may use. "" is `import lightspan` itself.
-GROUND: dict[str, set[str]] = {
-    "": set(),
-    "errors": set(),
-    **{floor: {"errors"} for floor in ("cards", "distributed", "files", "layers", "patterns", "ranges", "ties")},
-    "absent": {"errors"},
-    "memory": {"sharded"},
-    "sharded": {"devices", "errors"},
-    **{floor: set() for floor in ("blocks", "devices", "drawing", "noise", "places", "run_files", "unit_length")},
-    "caches": {"errors", "files"},
-    "console": {"errors"},
-    "foreign": {"errors", "files"},
-    "array_files": {"foreign"},
-    "captures": {"errors", "files", "foreign", "run_files", "tensor_files"},
-    "results": {"drawing", "errors"},
-    "tensor_files": {"errors", "files", "foreign", "run_files"},
-}
-# Floor -> the other floors it may use. LIBRARIES, of which the command line is made, may use all but that; SHELL all.
+# Room -> the rooms below it that it may use, from the ground up. The command line may use all.
 MAY_USE: dict[str, set[str]] = {
-    "triton_kernels": set(),
-    "subspaces": {"triton_kernels"},
-    "optim": {"subspaces", "triton_kernels"},
-    "adapters": {"subspaces"},
-    "surgery": {"adapters", "subspaces"},
-    "objectives": set(),
-    "nn": {"subspaces"},
-    "backbones": {"nn"},
-    "targets": {"nn", "objectives", "optim"},
-    "analysis": {"nn", "subspaces"},
-    "features": {"analysis", "checkpoints", "nn"},
-    "estimators": {"analysis", "features", "merging", "subspaces"},
-    "merging": {"adapters", "checkpoints", "method", "objectives", "subspaces"},
-    "strategies": {"optim"},
-    "signals": set(),
-    "loggers": set(),
-    "checkpoints": {"loggers", "strategies"},
-    "wiring": {"optim"},
-    "deepspeed": {"optim", "callbacks", "checkpoints", "strategies", "wiring"},
-    "method": {"nn", "optim", "strategies", "wiring"},
+    "core": set(),
+    "triton_kernels": {"core"},
+    "subspaces": {"core", "triton_kernels"},
+    "optim": {"core", "subspaces", "triton_kernels"},
+    "nn": {"core", "subspaces"},
+    "objectives": {"core", "nn", "optim"},
+    "adapters": {"core", "subspaces"},
+    "backbones": {"core", "nn"},
+    "datamodules": {"core"},
+    "training": {"core", "nn", "optim"},
+    "merging": {"adapters", "core", "objectives", "subspaces", "training"},
+    "evaluation": {"core", "merging", "nn", "subspaces", "training"},
+    "callbacks": {"adapters", "core", "evaluation", "nn", "optim", "subspaces", "training"},
     "methods": {
-        *("method", "subspaces", "optim", "adapters", "surgery", "objectives", "merging"),
-        *("nn", "backbones", "targets", "analysis", "triton_kernels"),
+        *("adapters", "backbones", "core", "evaluation", "merging", "nn", "objectives", "optim", "subspaces"),
+        *("training", "triton_kernels"),
     },
-    "callbacks": {
-        *("subspaces", "optim", "adapters", "nn", "analysis", "features", "estimators", "strategies", "wiring"),
-        *("checkpoints", "loggers", "signals"),
-    },
-    "datamodules": set(),
     "recipes": set(),
 }
 # The typed batches are the contract between data and everything that reads it: types alone, no behaviour.
 SHARED_TYPES = "lightspan.datamodules.batches"
-LIBRARIES = {"config", "exports", "intrinsic", "launch", "planning", "replay", "report", "runs", "scaling", "sweeps"}
-SHELL = {"__init__", "__main__", "cli", "commands"}
+TOP = {"__init__", "__main__", "cli"}
 # `lightspan` offers these at its root; each stands for the module it comes from.
-AT_ROOT = {"Method": "method", "UserError": "errors", "__version__": ""}
+AT_ROOT = {"Method": "training.method", "UserError": "core.errors", "__version__": "core"}
 # Pure tensor code, usable without a trainer.
-WITHOUT_LIGHTNING = (
-    *("triton_kernels", "subspaces", "optim", "adapters", "surgery", "objectives", "nn", "backbones", "targets"),
-)
+WITHOUT_LIGHTNING = ("adapters", "backbones", "core", "nn", "objectives", "optim", "subspaces", "triton_kernels")
 
 
-def floor_of(name: str) -> str:
-    """`lightspan.optim.groups.f` -> `optim`; the package itself and its own names -> what they stand for."""
-    rest = name.removeprefix("lightspan").removeprefix(".").split(".")[0]
+def below(name: str) -> str:
+    """`lightspan.optim.groups.f` -> `optim.groups.f`; names of the package itself -> what they stand for."""
+    rest = name.removeprefix("lightspan").removeprefix(".")
     return AT_ROOT.get(rest, rest)
+
+
+def room_of(name: str) -> str:
+    return below(name).split(".")[0]
 
 
 SOURCES = sources()
 
 
 def test_the_rules_see_the_whole_house() -> None:
-    floors = {name.split(".")[0] for name, _ in SOURCES}
+    rooms = {name.split(".")[0] for name, _ in SOURCES}
     assert len(SOURCES) > 40
-    assert {"optim", "methods", "callbacks", "datamodules"} <= floors
-    known = GROUND.keys() | MAY_USE.keys() | LIBRARIES | SHELL
-    assert floors <= known, f"a new floor needs its place in the table: {floors - known}"
+    assert rooms == MAY_USE.keys() | TOP, "a room and the table of rooms differ"
 
 
-def may_use(floor: str) -> set[str]:
-    """The floors that a floor other than SHELL may import."""
-    if floor in GROUND:
-        return GROUND[floor]
-    return GROUND.keys() | (MAY_USE.keys() | LIBRARIES if floor in LIBRARIES else MAY_USE[floor])
+def test_every_room_may_use_rooms_above_it_in_the_table_only() -> None:
+    rooms = list(MAY_USE)
+    assert all(rooms.index(used) < number for number, room in enumerate(rooms) for used in MAY_USE[room])
 
 
 def test_imports_run_down_the_house_only() -> None:
     wrong = []
     for module, file in SOURCES:
-        floor = module.split(".")[0]
-        if floor not in SHELL:
-            allowed = {floor} | may_use(floor)
+        room = module.split(".")[0]
+        if room not in TOP:
+            allowed = {room} | MAY_USE[room]
             wrong += [
-                f"{place} imports {name}; {floor} may use {sorted(allowed - {''})}"
+                f"{place} imports {name}; {room} may use {sorted(allowed)}"
                 for place, name in imports(file)
                 if name.split(".")[0] == "lightspan"
-                and floor_of(name) not in allowed
+                and room_of(name) not in allowed
                 and not name.startswith(SHARED_TYPES)
             ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    modules = {module for module, _ in SOURCES}
+
+    def file_of(name: str) -> str:
+        rest = below(name)
+        while rest and rest not in modules:
+            rest = rest.rpartition(".")[0]
+        return rest
+
+    graph = {
+        module: {file_of(name) for _, name in imports(file) if name.split(".")[0] == "lightspan"} - {"", module}
+        for module, file in SOURCES
+    }
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
 def test_imports_are_absolute() -> None:

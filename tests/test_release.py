@@ -38,7 +38,7 @@ def test_the_distributions_are_whole_and_work_in_an_empty_environment(tmp_path: 
     assert not [name for name in inside if name.startswith(("tests", "build"))]
     with zipfile.ZipFile(wheel) as archive:  # made from the sdist
         members = {*archive.namelist()}
-    assert {f"lightspan/commands/completions/lightspan.{shell}" for shell in ("bash", "zsh", "fish")} <= members
+    assert {f"lightspan/cli/commands/completions/lightspan.{shell}" for shell in ("bash", "zsh", "fish")} <= members
 
     python = tool.environment(sys.executable, tmp_path / "venv")
     tool.install(python, wheel, "--no-deps", "--no-index")

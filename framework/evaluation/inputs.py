@@ -4,7 +4,7 @@ from torch import nn
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
-from lightspan.evaluation.features.features import Input
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.merging.adapted import AdaptedWeights
 from lightspan.merging.weights import Weights, is_adapter, open_weights, place_of

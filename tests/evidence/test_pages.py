@@ -74,7 +74,7 @@ def house(tmp_path: Path) -> Path:
         tmp_path / "framework" / "methods" / "toys" / "toy.py": METHOD,
         tmp_path / "recipes" / "toys" / "toy.yaml": RECIPE,
         tmp_path / "recipes" / "toys" / "baseline.yaml": BASELINE,
-        tmp_path / "framework" / "estimators" / "count.py": "class Count: ...\n",
+        tmp_path / "framework" / "evaluation" / "count.py": "class Count: ...\n",
         tmp_path / "recipes" / "toys" / "count.yaml": COUNT,
         tmp_path / "recipes" / "scale" / "ddp.yaml": "trainer: {strategy: ddp}\n",
         tmp_path / "evidence" / "systems.yaml": SYSTEMS,
@@ -110,7 +110,7 @@ def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: Modu
         "| [named](evidence/named.md) 0 of 0, [02_toy](evidence/02_toy.md) **1 of 2**, "
         "[10_late](evidence/10_late.md) 1 of 1 |"
     ) in text
-    assert "| A count | estimator | [estimators/count.py](../framework/estimators/count.py) |" in text
+    assert "| A count | estimator | [evaluation/count.py](../framework/evaluation/count.py) |" in text
     assert "| All of it | method | [methods/toys/toy.py](../framework/methods/toys/toy.py) |" in text
     assert text.count("## Toys") == 1
     assert "scale/" not in text

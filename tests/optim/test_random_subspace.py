@@ -469,7 +469,8 @@ def test_before_the_first_step_the_file_gives_the_start(tmp_path) -> None:
 
 @pytest.mark.runs
 def test_the_optimisers_load_no_trainer() -> None:
-    code = "import sys, lightspan.optim.random_subspace, lightspan.optim.low_rank.presets; print('lightning' in sys.modules)"
+    modules = "lightspan.optim.random_subspace, lightspan.optim.low_rank.presets"
+    code = f"import sys, {modules}; print('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.adapters.inject import READS_WEIGHTS
 from lightspan.adapters.layers import is_open, known_kind, weight_of
-from lightspan.adapters.sparse_gaussian.draws import Draw, normal
-from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
+from lightspan.adapters.sparse_gaussian.layer import Draw, SparseGaussian, normal
 from lightspan.core.errors import UserError
 from lightspan.core.patterns import matches, require_matches, require_patterns
 from lightspan.subspaces.masks.allocation import PerTensorAllocation, Uniform

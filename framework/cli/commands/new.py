@@ -113,12 +113,12 @@ def is_checkout(root: Path) -> bool:
     """Whether a folder is the root of a checkout of lightspan."""
     project = root / "pyproject.toml"
     named = re.search(rb'(?m)^name = "lightspan"$', read_small(project) or b"")
-    return named is not None and (root / "framework" / "method.py").is_file()
+    return named is not None and (root / "framework" / "training" / "method.py").is_file()
 
 
 def _is_imported(root: Path) -> bool:
     """Whether a checkout is where this code comes from, as after `pip install -e .`; another would not be looked at."""
-    return (root / "framework" / "commands" / "new.py").resolve() == Path(__file__).resolve()
+    return (root / "framework" / "cli" / "commands" / "new.py").resolve() == Path(__file__).resolve()
 
 
 def _is_installed(name: str) -> bool:

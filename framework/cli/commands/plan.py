@@ -7,13 +7,13 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightspan.cli.planning.outcome import MIB, as_json, in_mib, measured_peak, shares, verdict
+from lightspan.cli.planning.plan import MIB, as_json, in_mib, measured_peak, shares, verdict
 from lightspan.core.absent import MissingFile
 from lightspan.core.errors import UserError, printable
 from lightspan.core.files.runs import PLAN
 
 if TYPE_CHECKING:
-    from lightspan.cli.planning.planned_step import Plan
+    from lightspan.cli.planning.plan import Plan
 
 GIB = 2**30
 HALF = "trainer.precision=bf16-true"

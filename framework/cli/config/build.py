@@ -151,7 +151,7 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
 def _instantiate_parts(config: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
     """Each part starts from the seed, so that inputs that describe the same encoder get the same random weights."""
     from lightspan.evaluation.estimator import Estimator
-    from lightspan.evaluation.features.features import Input
+    from lightspan.evaluation.features.input import Input
     from lightspan.merging.merger import Merger
 
     parts: dict[str, Any] = {}

@@ -47,7 +47,7 @@ KINDS = {  # what belongs where no annotation of ours says so
     "model": "lightning.pytorch.core.module.LightningModule",
     "data": "lightning.pytorch.core.datamodule.LightningDataModule",
     "estimator": "lightspan.evaluation.estimator.Estimator",
-    "inputs": "lightspan.evaluation.features.features.Input",
+    "inputs": "lightspan.evaluation.features.input.Input",
     "merger": "lightspan.merging.merger.Merger",
     "callbacks": "lightning.pytorch.callbacks.callback.Callback",
     "logger": "lightning.pytorch.loggers.logger.Logger",

@@ -14,18 +14,16 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "lightspan.backbones",
     "lightspan.callbacks",
     "lightspan.datamodules",
-    "lightspan.training.deepspeed",
     "lightspan.evaluation",
-    "lightspan.evaluation.features",
-    "lightspan.training.loggers",
     "lightspan.merging",
     "lightspan.methods",
     "lightspan.nn",
-    "lightspan.optim",
-    "lightspan.training.strategies",
-    "lightspan.subspaces",
-    "lightspan.adapters",
     "lightspan.objectives.moving_targets",
+    "lightspan.optim",
+    "lightspan.subspaces",
+    "lightspan.training.deepspeed",
+    "lightspan.training.loggers",
+    "lightspan.training.strategies",
     "timm.layers",
     "timm.models",
     "torch.nn.modules",
@@ -35,7 +33,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "torchvision.transforms",
 )
 # Packages with builders: the functions in a module's own `__all__` may be named.
-FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones", "lightspan.adapters")
+FUNCTIONS_OF = ("lightspan.adapters", "lightspan.backbones")
 
 _CALLBACKS, _PLUGINS = "lightning.pytorch.callbacks", "lightning.pytorch.plugins.precision"
 # Lightning's callbacks that alter no step of a run, only the number of steps and the records; see `identity`.

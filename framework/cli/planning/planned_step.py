@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from lightspan.cli.planning.division import Division
-from lightspan.cli.planning.outcome import in_mib
+from lightspan.cli.planning.plan import Plan, in_mib
 from lightspan.cli.planning.rehearsal import loss_of, optimizers, prepare_model, silent, without_logging
 from lightspan.cli.planning.step_memory import (
     OptimizerStopped,
@@ -44,33 +44,6 @@ _FEW = (2, 4)
 _ROOM = 1.25
 """Memory that a real step may need, by that which is counted: temporaries inside of operations are not."""
 _NO_LIMIT = 2**60  # version 1 of control groups writes a number of pages near 2**63
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Sizes in bytes on one rank.
-
-    Attributes:
-        step: memory of one step.
-        division: how a strategy divides it among ranks; `step` is one rank's share.
-        process: resident memory outside the step in a CPU run: interpreter, loaded libraries, data; 0 on a device.
-        memory: what a rank has, and the source of that figure; None if nobody said.
-        largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
-        notes: what was not counted the usual way, and why.
-    """
-
-    step: StepMemory
-    division: Division
-    process: int
-    memory: int | None
-    memory_source: str
-    largest_rows: int | None
-    notes: list[str]
-
-    @property
-    def total(self) -> int:
-        """The expected peak of the run."""
-        return self.step.peak + self.process
 
 
 def make_plan(

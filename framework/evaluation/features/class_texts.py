@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.probes.zero_shot import class_rows
 from lightspan.nn.sequences.texts import names_and_tokenizer

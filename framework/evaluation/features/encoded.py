@@ -18,8 +18,9 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
 from lightspan.core.files.tensors import stored_tensors
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.identity import data_identity, module_identity
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.preprocessing import stated
 from lightspan.evaluation.features.store import FeatureStore, Rows
 from lightspan.nn.tokens import Tokens, arranged, chosen_layers, token_features

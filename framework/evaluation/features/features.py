@@ -1,12 +1,10 @@
-"""Features of a set of samples, and where a computation's inputs come from.
+"""Features of a set of samples.
 
 Shapes: N samples, D features, T positions.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +14,6 @@ from lightspan.core.errors import UserError
 from lightspan.evaluation.geometry.moments import Moments
 from lightspan.evaluation.labels import WHOLE
 from lightspan.evaluation.rows import unit_rows
-
-if TYPE_CHECKING:
-    from lightspan.evaluation.features.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -105,18 +100,3 @@ class Features:
         for x_BD, label_B in self.batches():
             sums += Moments.of(unit_rows(x_BD) if unit else x_BD, label_B if by_class else None)
         return sums.over_ranks()
-
-
-class Input(ABC):
-    """Something that a recipe names under `inputs` and a computation takes: features, weights, graphs, tables.
-
-    Settings belong to the constructor, which opens no file; `load` does the work. Every rank calls both.
-    """
-
-    @abstractmethod
-    def load(self, store: "FeatureStore") -> Any:
-        """What `fit` gets. Raises: UserError for what cannot be read or computed."""
-
-    def outlook(self, store: "FeatureStore") -> str:
-        """What `load` would do, in a few words, without doing it: for --dry-run."""
-        return f"{type(self).__name__}, not inspected"

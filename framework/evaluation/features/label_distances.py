@@ -11,7 +11,8 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
 from lightspan.core.files.tensors import stored_tensors
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.label_spaces.label_metrics import (
     EmbeddingMetric,

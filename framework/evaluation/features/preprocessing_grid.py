@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
 from lightspan.evaluation.features.encoded import Encoded, Pool, split_loader
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.preprocessing import (
     BandStatistics,
     Divided,

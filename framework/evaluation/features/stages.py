@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.core.errors import UserError
 from lightspan.evaluation.features.class_texts import ClassTexts
 from lightspan.evaluation.features.encoded import Encoded
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 
 

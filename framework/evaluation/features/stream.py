@@ -9,7 +9,8 @@ from torch import nn
 
 from lightspan.core.errors import UserError
 from lightspan.evaluation.features.encoded import Encoded
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 
 

@@ -20,7 +20,7 @@ from lightspan.core.distributed import all_reduce_sums
 from lightspan.core.errors import UserError
 from lightspan.core.results import Figure, Result
 from lightspan.evaluation.estimator import Estimator
-from lightspan.evaluation.features.features import Input
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 
 

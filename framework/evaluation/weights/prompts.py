@@ -13,7 +13,7 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.features.features import Input
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, MulticlassCalibrationError
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
+from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError

@@ -129,8 +129,8 @@ class LowRank(MatrixOptimizer):
     def _require_supported(self) -> None:
         if self.backward != "whole" and self.attachment is None:
             raise UserError(
-                f"backward={self.backward!r} needs the model: call lightspan.optim.low_rank.gradients.attach(model, optimizer) "
-                "before the first backward pass (SubspaceProjection and Method do)"
+                f"backward={self.backward!r} needs the model: call lightspan.optim.low_rank.gradients.attach(model, "
+                "optimizer) before the first backward pass (SubspaceProjection and Method do)"
             )
         if self.backward != "whole" and hasattr(self, "grad_scale"):
             raise UserError(

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,7 @@ from lightspan.optim.matrices.layout import (
 )
 from lightspan.optim.matrices.loading import require_same_kind
 from lightspan.optim.matrices.offload import Home
-from lightspan.optim.matrices.stacks import FIXED, Bucket, Buckets, built_for
-
-if TYPE_CHECKING:
-    from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.matrices.stacks import FIXED, Bucket
 
 LARGEST_STACK = 1 << 24
 """How many numbers of whole matrices a rule that projects late widens at once, unless a single parameter, or one matrix
@@ -173,41 +170,8 @@ def _size_away(member: Member, rule: StateMaker, home: Home) -> int:
     return sum(value.nbytes for key, value in state.items() if home.is_away(member.parameter, key))
 
 
-def built_again(optimizer: "MatrixOptimizer", before: Buckets) -> Buckets:
-    """The optimiser's buckets, after something replaced what earlier ones were built for; its state consists of their
-    views when this returns.
-
-    Raises: UserError if a group's `rank`, `project` or `stacks` changed after its state had taken steps.
-    """
-    now = built_for(optimizer.param_groups)
-    if before.built_for is not None and before.built_for[1] != now[1]:
-        _forget_unstepped(optimizer.state, before.built_for[1], now[1])
-    buckets = Buckets(build_buckets(_members(optimizer), optimizer, optimizer.seed, optimizer.home), now)
-    for bucket in buckets.every:
-        views = zip(bucket.parameters, bucket.views, strict=True)
-        optimizer.state.update((parameter, dict(view)) for parameter, view in views)
-    return buckets
-
-
-def _members(optimizer: "MatrixOptimizer") -> list[Member]:
-    return [
-        Member(
-            parameter,
-            group,
-            selection.width,
-            selection.stacked,
-            optimizer.heads_of(parameter),
-            optimizer.name_of(parameter),
-            optimizer.state[parameter],
-        )
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for selection in (optimizer.selection(parameter, group),)
-        if selection.projected
-    ]
-
-
-def _forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any]) -> None:
+def forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any]) -> None:
+    """Raises: UserError if the groups' `rank`, `project` or `stacks` changed after their state had taken steps."""
     if any(int(held["step"]) for held in state.values() if "step" in held):
         changes = [f"{b} -> {n}" for b, n in zip(before, now, strict=True) if b != n]
         raise UserError(

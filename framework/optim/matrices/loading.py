@@ -2,17 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightspan.core.errors import UserError
-
-if TYPE_CHECKING:
-    from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 def load_between_hooks(
@@ -113,49 +108,3 @@ def require_same_kind(name: str, known: dict[str, Any], expected: dict[str, Tens
                 f"the saved optimiser state of {name or 'a parameter'} has {key} of shape {tuple(value.shape)}, but "
                 f"this optimiser needs {tuple(expected[key].shape)}; resume with the settings it was saved with"
             )
-
-
-def prepared(optimizer: "MatrixOptimizer", given: dict[str, Any]) -> dict[str, Any]:
-    """The state dict as `restore` takes it: numbers as tensors, and groups with what they lacked.
-
-    Raises: UserError for state of other groups, another rule or another rank, and for settings out of range; nothing is
-        changed.
-    """
-    state = {
-        number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
-        for number, held in given["state"].items()
-    }
-    whole = with_own_groups(optimizer, {**given, "state": state})
-    for number, group in enumerate(whole["param_groups"]):
-        optimizer.require_group(group, number)
-    for parameter, group, number in numbered(optimizer, whole):
-        if held := whole["state"].get(number):
-            _require_state(optimizer, parameter, group, held)
-    return whole
-
-
-def _require_state(
-    optimizer: "MatrixOptimizer", parameter: Tensor, group: dict[str, Any], known: dict[str, Tensor]
-) -> None:
-    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    expected = optimizer.initial_state(parameter, group, whole)
-    if isinstance(parameter, DTensor) and not optimizer.projected(parameter, group):
-        # Which moments are quantised depends on how the parameter is split; either kind works.
-        expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
-    require_same_kind(optimizer.name_of(parameter), known, expected)
-
-
-def restore(optimizer: "MatrixOptimizer", prepared: dict[str, Any]) -> None:
-    """Sets the state, each tensor in its own dtype."""
-    owners = {number: (parameter, group) for parameter, group, number in numbered(optimizer, prepared)}
-    for number, held in prepared["state"].items():  # in the saved order, so that the next save has it too
-        if number not in owners:
-            optimizer.state[number] = held
-            continue
-        parameter, group = owners[number]
-        projected = optimizer.projected(parameter, group)
-        for key, value in held.items():
-            # The fused step reads its step count on the parameter's device, the others are on the host.
-            on_host = (projected and key == "step") or optimizer.home.is_away(parameter, key)
-            device = torch.device("cpu") if on_host else parameter.device
-            optimizer.state[parameter][key] = value.to(device=device, copy=True)

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
-from lightspan.optim.matrices.buckets import built_again, layout_of
+from lightspan.optim.matrices.buckets import Member, build_buckets, forget_unstepped, layout_of
 from lightspan.optim.matrices.layout import Layout, State, matrices, one_of, require_shapes
 from lightspan.optim.matrices.limits import naming_unknown, require_part, require_sound
-from lightspan.optim.matrices.loading import load_between_hooks, prepared, restore
+from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.optim.matrices.offload import Home, OnHost, Visit
 from lightspan.optim.matrices.projected import Selection, require_some_projected
-from lightspan.optim.matrices.stacks import Bucket, Buckets, StackStep
+from lightspan.optim.matrices.stacks import Bucket, Buckets, StackStep, built_for
 
 KEYS_OF_OTHERS = frozenset((
     "params", "param_names", "name", "frames", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum",
@@ -290,10 +291,48 @@ class MatrixOptimizer(Optimizer, ABC):
 
         Raises: UserError for state of other groups, another rule or another rank; nothing is changed then.
         """
-        load_between_hooks(self, state_dict, partial(prepared, self), self._restore)
+        load_between_hooks(self, state_dict, self._prepared, self._restore)
+
+    def _prepared(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The state dict as `_restore` takes it: numbers as tensors, and groups with what they lacked.
+
+        Raises: UserError for state of other groups, another rule or another rank, and for settings out of range;
+            nothing is changed.
+        """
+        state = {
+            number: {k: torch.tensor(float(v)) if isinstance(v, int | float) else v for k, v in held.items()}
+            for number, held in given["state"].items()
+        }
+        whole = with_own_groups(self, {**given, "state": state})
+        for number, group in enumerate(whole["param_groups"]):
+            self.require_group(group, number)
+        for parameter, group, number in numbered(self, whole):
+            if held := whole["state"].get(number):
+                self._require_state(parameter, group, held)
+        return whole
+
+    def _require_state(self, parameter: Tensor, group: dict[str, Any], known: dict[str, Tensor]) -> None:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        expected = self.initial_state(parameter, group, whole)
+        if isinstance(parameter, DTensor) and not self.projected(parameter, group):
+            # Which moments are quantised depends on how the parameter is split; either kind works.
+            expected, known = ({k: v for k, v in s.items() if not k.endswith("_scale")} for s in (expected, known))
+        require_same_kind(self.name_of(parameter), known, expected)
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        restore(self, state_dict)
+        """Sets the state, each tensor in its own dtype."""
+        owners = {number: (parameter, group) for parameter, group, number in numbered(self, state_dict)}
+        for number, held in state_dict["state"].items():  # in the saved order, so that the next save has it too
+            if number not in owners:
+                self.state[number] = held
+                continue
+            parameter, group = owners[number]
+            projected = self.projected(parameter, group)
+            for key, value in held.items():
+                # The fused step reads its step count on the parameter's device, the others are on the host.
+                on_host = (projected and key == "step") or self.home.is_away(parameter, key)
+                device = torch.device("cpu") if on_host else parameter.device
+                self.state[parameter][key] = value.to(device=device, copy=True)
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
 
     @torch.no_grad()
@@ -449,9 +488,36 @@ class MatrixOptimizer(Optimizer, ABC):
         Raises: UserError if a group's `rank`, `project` or `stacks` changed after its state had taken steps.
         """
         if not self._buckets.are_current(self.param_groups, self.state):
-            self._buckets = built_again(self, self._buckets)
+            self._build_buckets()
         self._checked = True
         return self._buckets.every
+
+    def _build_buckets(self) -> None:
+        """The state consists of the buckets' views when this returns."""
+        before, now = self._buckets.built_for, built_for(self.param_groups)
+        if before is not None and before[1] != now[1]:
+            forget_unstepped(self.state, before[1], now[1])
+        self._buckets = Buckets(build_buckets(self._members(), self, self.seed, self.home), now)
+        for bucket in self._buckets.every:
+            views = zip(bucket.parameters, bucket.views, strict=True)
+            self.state.update((parameter, dict(view)) for parameter, view in views)
+
+    def _members(self) -> list[Member]:
+        return [
+            Member(
+                parameter,
+                group,
+                selection.width,
+                selection.stacked,
+                self.heads_of(parameter),
+                self.name_of(parameter),
+                self.state[parameter],
+            )
+            for group in self.param_groups
+            for parameter in group["params"]
+            for selection in (self.selection(parameter, group),)
+            if selection.projected
+        ]
 
     def place(self, parameter: Tensor) -> tuple[Bucket, int]:
         """The bucket of a projected parameter, and its position there. Checks for replaced state once per step."""

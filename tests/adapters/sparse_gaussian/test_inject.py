@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, plain_means, sparsify
+from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs
 from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.allocation import ErdosRenyi
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightspan.adapters.sparse_gaussian.draws import Mean, OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, plain_means, sparsify
-from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
+from lightspan.adapters.sparse_gaussian.layer import Mean, OneDraw, Outputs, SparseGaussian, normal
 from lightspan.core.errors import UserError
 
 START = Start(mean_std=None, std=0.2, std_spread=0.1)

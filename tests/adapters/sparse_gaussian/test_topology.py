@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.adapters.sparse_gaussian.draws import Outputs
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers, sparsify
-from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
+from lightspan.adapters.sparse_gaussian.layer import Outputs, SparseGaussian
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.core.errors import UserError
 from lightspan.optim.masks.reindex import reindex

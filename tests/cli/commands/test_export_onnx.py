@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands.test_export import CONFIG as LANGUAGE
+from cli.commands.test_export import CONFIG as LANGUAGE
 from export_runs import run_export, run_with_checkpoint
 
 from lightspan.cli.config.build import build, load_resolved

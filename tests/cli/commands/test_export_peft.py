@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import rank_processes
 import torch
-from commands.test_export import CONFIG
+from cli.commands.test_export import CONFIG
 from export_runs import run_export
 from safetensors.torch import load_file
 

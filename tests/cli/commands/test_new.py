@@ -179,7 +179,7 @@ def test_a_reader_that_is_gone_leaves_a_whole_project(tmp_path: Path, monkeypatc
 
 def test_the_templates_are_part_of_the_package() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folder = ROOT / "framework/commands"
+    folder = ROOT / "framework/cli/commands"
     shipped = {path for pattern in patterns["lightspan.cli.commands"] for path in folder.glob(pattern)}
     templates = {path for path in (folder / "templates").rglob("*") if path.is_file()}
     assert len(templates) == 4 + len(SKELETONS) + 2
@@ -192,7 +192,8 @@ def test_a_folder_inside_a_checkout_is_neither_the_checkout_nor_a_project_of_one
     inner = tmp_path / "framework" / "methods"
     inner.mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text('name = "lightspan"\n')
-    (tmp_path / "framework" / "method.py").touch()
+    (tmp_path / "framework" / "training").mkdir()
+    (tmp_path / "framework" / "training" / "method.py").touch()
     monkeypatch.chdir(inner)
     before = written(tmp_path)
     assert main(["new", f"contrastive/{NAME}"]) == 2

@@ -18,8 +18,8 @@ from lightspan.callbacks.training.activation_checkpointing import ActivationChec
 from lightspan.cli.commands import plan as command
 from lightspan.cli.planning import planned_step
 from lightspan.cli.planning.division import Division, division, strategy_of
-from lightspan.cli.planning.outcome import measured_peak, shares, verdict
-from lightspan.cli.planning.planned_step import Plan, available_memory, cgroup_limit, make_plan
+from lightspan.cli.planning.plan import Plan, measured_peak, shares, verdict
+from lightspan.cli.planning.planned_step import available_memory, cgroup_limit, make_plan
 from lightspan.cli.planning.step_memory import StepMemory
 from lightspan.core.errors import UserError
 from lightspan.core.memory import state_bytes

@@ -239,7 +239,7 @@ def test_check_finds_files_that_fit_in_order(capsys: pytest.CaptureFixture[str])
         (inputs(querry=file("bank.safetensors")), "inputs.querry: unknown; did you mean query? LinearProbe takes the"),
         ({"bank": file("bank.safetensors")}, "inputs.query: missing; LinearProbe takes the inputs bank, query"),
         (
-            inputs(query=file("bank.safetensors", "lightspan.evaluation.inputs.Checkpoint")),
+            inputs(query=file("bank.safetensors", "lightspan.evaluation.inputs.CheckpointWeights")),
             "inputs.query.class_path: LinearProbe takes Features here, but CheckpointWeights gives Weights",
         ),
     ],

@@ -192,10 +192,11 @@ def test_of_the_users_own_classes_only_types_of_places_count(tmp_path: Path, mon
 def test_types_are_read_through_aliases_unions_and_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "typed_places.py").write_text(
         "from typing import Annotated, Optional\nfrom pathlib import Path\n"
-        "import lightspan.core.files.places\nfrom lightspan import places as where\n"
+        "import lightspan.core.files.places\nfrom lightspan.core.files import places as where\n"
         "from lightspan.core.files.places import CachePath, PathUse\n"
         "class Aliased:\n    def __init__(self, a: Optional[CachePath], b: 'CachePath | None', "
-        "c: Annotated[Path, PathUse.CACHE], d: lightspan.core.files.places.CachePath, e: where.CachePath, f: str): ...\n"
+        "c: Annotated[Path, PathUse.CACHE], d: lightspan.core.files.places.CachePath, "
+        "e: where.CachePath, f: str): ...\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     known = signature("typed_places.Aliased")

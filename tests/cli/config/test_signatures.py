@@ -175,7 +175,15 @@ def test_the_classes_that_recipes_name_most_are_readable(name, some):
     assert some in known(name).parameters
 
 
-@pytest.mark.parametrize("wrapper", ["blank.Blank", "classes.ClassSubset", "repeated.RepeatedImages", "tasks.Derived"])
+SET_WRAPPERS = [
+    "sets.blank.Blank",
+    "sets.classes.ClassSubset",
+    "variants.repeated.RepeatedImages",
+    "variants.tasks.Derived",
+]
+
+
+@pytest.mark.parametrize("wrapper", SET_WRAPPERS)
 def test_image_sets_that_wrap_another_take_the_settings_of_every_set_and_nothing_else(wrapper):
     common, own = (
         known("lightspan.datamodules.image.sets.small.ImageData"),
@@ -188,7 +196,8 @@ def test_image_sets_that_wrap_another_take_the_settings_of_every_set_and_nothing
 def test_reading_a_signature_imports_nothing_of_its_library():
     code = (
         "import sys; from lightspan.cli.config.signatures import signature\n"
-        "assert signature('torch.optim.AdamW').parameters and signature('lightspan.training.method.Method').parameters\n"
+        "assert signature('torch.optim.AdamW').parameters\n"
+        "assert signature('lightspan.training.method.Method').parameters\n"
         "assert not {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

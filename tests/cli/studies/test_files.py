@@ -89,7 +89,8 @@ def test_the_file_has_the_form_that_others_read(tmp_path: Path) -> None:
         "values": ["lightspan.optim.low_rank.bases.SVD", "lightspan.optim.low_rank.bases.DCT"]
     }
     assert found["trials"][1] == {
-        "run": "001-lr0.001-basisSVD-seed7", "values": {LR: 1e-3, BASIS: "lightspan.optim.low_rank.bases.SVD"}, "seed": 7,
+        "run": "001-lr0.001-basisSVD-seed7", "seed": 7,
+        "values": {LR: 1e-3, BASIS: "lightspan.optim.low_rank.bases.SVD"},
     }  # fmt: skip
     assert {key: found[key] for key in ("recipe", "method", "metric", "mode", "seeds")} == {
         "recipe": "language/quickstart", "method": "grid", "metric": None, "mode": "min", "seeds": [0, 7],

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.features.features import Features, Input
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.label_distances import (
     LabelDistances,
     LabelGraph,

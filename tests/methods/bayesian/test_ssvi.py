@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 from lightspan.adapters.sparse_gaussian.costs import costs
-from lightspan.adapters.sparse_gaussian.draws import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_layers
+from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology
 from lightspan.backbones.vision import MLP, SmallConvNet
 from lightspan.core.distributed import leave

@@ -1,4 +1,4 @@
-"""What a plan says: its shares, where memory can be saved, and how far off it was."""
+"""The memory of a training step: its shares, where memory can be saved, and how far off it was."""
 
 import dataclasses
 from pathlib import Path
@@ -8,13 +8,41 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.runs import SUMMARY
 
-if TYPE_CHECKING:
-    from lightspan.cli.planning.planned_step import Plan
+if TYPE_CHECKING:  # both load torch, and `plan --help` need not
+    from lightspan.cli.planning.division import Division
+    from lightspan.cli.planning.step_memory import StepMemory
 
 MIB = 2**20
 
 
-def shares(plan: "Plan") -> list[tuple[str, int, float]]:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes on one rank.
+
+    Attributes:
+        step: memory of one step.
+        division: how a strategy divides it among ranks; `step` is one rank's share.
+        process: resident memory outside the step in a CPU run: interpreter, loaded libraries, data; 0 on a device.
+        memory: what a rank has, and the source of that figure; None if nobody said.
+        largest_rows: largest micro-batch that fits, 0 if none does, None if it could not be searched.
+        notes: what was not counted the usual way, and why.
+    """
+
+    step: "StepMemory"
+    division: "Division"
+    process: int
+    memory: int | None
+    memory_source: str
+    largest_rows: int | None
+    notes: list[str]
+
+    @property
+    def total(self) -> int:
+        """The expected peak of the run."""
+        return self.step.peak + self.process
+
+
+def shares(plan: Plan) -> list[tuple[str, int, float]]:
     """(what, bytes, share of the sum) for everything in memory during a step."""
     step = plan.step
     parts = [
@@ -30,7 +58,7 @@ def shares(plan: "Plan") -> list[tuple[str, int, float]]:
     return [(name, size, size / total) for name, size in parts]
 
 
-def verdict(plan: "Plan") -> str:
+def verdict(plan: Plan) -> str:
     """Which part is larger, and so where memory can be saved."""
     step = plan.step
     activations, state = in_mib(step.activations), in_mib(step.optimizer_state)
@@ -59,7 +87,7 @@ def measured_peak(run_dir: Path) -> tuple[str, float] | None:
     return None
 
 
-def as_json(plan: "Plan", measured: tuple[str, float] | None) -> dict[str, Any]:
+def as_json(plan: Plan, measured: tuple[str, float] | None) -> dict[str, Any]:
     """The plan in bytes as the content of plan.json, with the measured peak (MiB), if there is one."""
     recorded = {} if measured is None else {f"measured_{measured[0]}": measured[1]}
     return {**dataclasses.asdict(plan), "planned_total": plan.total, **recorded}
