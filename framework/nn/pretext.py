@@ -46,8 +46,8 @@ class PretextTask(nn.Module, ABC):
 
 
 class QuarterTurn(PretextTask):
-    """Which of four views, turned by 0, 90, 180 and 270 degrees in this order, a view is. Two hidden layers with ReLU and
-    dropout. `datamodules.image.variants.turns` makes the views.
+    """Which of four views, turned by 0, 90, 180 and 270 degrees in this order, a view is. Two hidden layers with ReLU
+    and dropout. `datamodules.image.variants.turns` makes the views.
 
     Args:
         in_features: F.

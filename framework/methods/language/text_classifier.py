@@ -5,6 +5,7 @@ positions, D width, K classes.
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,6 +89,6 @@ class TextClassifier(Method):
         self.log_dict(figures, batch_size=len(batch["tokens"]), prog_bar=True, sync_dist=True)
 
 
-def _trimmed(batch: LabelledTextBatch | LabelledPairBatch) -> dict[str, Any]:
+def _trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     longest = max(1, int(texts_of(batch, "TextClassifier")[1].sum(dim=1).max()))
     return {name: value[:, :longest] if name in COLUMNS else value for name, value in batch.items()}
