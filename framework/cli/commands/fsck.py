@@ -68,7 +68,7 @@ def _print_table(found: dict[Path, Fault | None], pointed: Path | None) -> None:
         told = manifest(path) or {}
         state = "whole" if wrong is None else wrong.text
         if wrong is None and not told:
-            state = "whole (format 1: check sums of its records, no manifest)"
+            state = "whole (no manifest: check sums of its records)"
         if path == pointed:
             state += f"  <- {LATEST}"
         step = told.get("step")

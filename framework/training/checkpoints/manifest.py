@@ -119,8 +119,8 @@ def fault(path: Path, contents: bool = True) -> Fault | None:
     """What is wrong with the checkpoint at `path`, or None if it is whole.
 
     Args:
-        contents: also read everything and compare the sha256; otherwise only sizes count. Files of format 1 have no
-            manifest: the check sums that every zip archive keeps of its records are used instead.
+        contents: also read everything and compare the sha256; otherwise only sizes count. Files without a
+            manifest, such as Lightning's own: the check sums that every zip archive keeps of its records are compared.
     """
     if other := other_thing(path):
         return Fault(other)
@@ -142,7 +142,7 @@ def fault_at_use(path: Path) -> Fault | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint in `folder`, whole or not, the newest first: by step; those of format 1 come last, by time."""
+    """Every checkpoint in `folder`, whole or not, the newest first: by step; without a manifest last, by time."""
 
     def age(path: Path) -> tuple[int, float]:
         step = (manifest(path) or {}).get("step")
@@ -256,6 +256,9 @@ def _folder_fault(path: Path, contents: bool) -> Fault | None:
     missing = [name for name in files if name not in there]
     if missing:
         return Fault(f"is damaged: {_few(missing)} missing")
+    inside = path.resolve()
+    if linked := [name for name in files if inside not in (path / name).resolve().parents]:
+        return Fault(f"is not a checkpoint that lightspan wrote: {_few(linked)} outside of its folder")
     wrong = [name for name, entry in files.items() if (path / name).stat().st_size != entry.get("bytes")]
     if not wrong and contents:
         now = summed(path, list(files))

@@ -112,7 +112,7 @@ def test_one_of_a_newer_format_is_not_moved(checkpoints, tmp_path, capsys):
 def test_a_file_of_format_1_counts_as_whole_by_its_check_sums(checkpoints, tmp_path, capsys):
     torch.save({"state_dict": {}}, checkpoints / "old.ckpt")
     assert main(["fsck", str(tmp_path)]) == 0
-    assert "whole (format 1: check sums of its records, no manifest)" in state_of(capsys.readouterr().out, "old.ckpt")
+    assert "whole (no manifest: check sums of its records)" in state_of(capsys.readouterr().out, "old.ckpt")
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path, capsys):

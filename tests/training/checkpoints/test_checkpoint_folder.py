@@ -339,3 +339,13 @@ def test_a_newer_format_is_refused(folder):
     seal_again(folder)
     with pytest.raises(UserError, match=rf"has format {FORMAT + 1} .*upgrade lightspan"):
         WholeFileCheckpointIO().load_checkpoint(folder)
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    shard = next(folder.glob("*.distcp"))
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    seal_again(folder)
+    assert "outside of its folder" in fault(folder).text
+    with pytest.raises(UserError, match="outside of its folder"):
+        WholeFileCheckpointIO().load_checkpoint(folder)
