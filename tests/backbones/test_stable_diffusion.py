@@ -118,8 +118,8 @@ def test_what_is_no_stable_diffusion_is_refused(
     with pytest.raises(UserError, match="no text encoder of CLIP"):
         stable_diffusion(str(tmp_path), captions)
     for changed, wrong in (
-        ({"in_channels": 9}, "told more than a noisy latent and a caption"),
-        ({"addition_embed_type": "text"}, "told more than a noisy latent and a caption"),
+        ({"in_channels": 9}, "takes more than a noisy latent and a caption"),
+        ({"addition_embed_type": "text"}, "takes more than a noisy latent and a caption"),
         ({"cross_attention_dim": 16}, "captions of width 16 where the text encoder has 32"),
         ({"block_out_channels": [32, 128]}, "do not fit UNet2DConditionModel"),
         ({"down_block_types": ["None"]}, "no U-Net that diffusers can read"),
