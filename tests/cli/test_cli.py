@@ -15,7 +15,7 @@ import lightspan
 from lightspan.cli.commands.verbs import VERBS
 from lightspan.cli.main import main
 
-PROJECT = Path(__file__).parent / "tiny_project"
+PROJECT = Path(__file__).parents[1] / "tiny_project"
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
 
 
