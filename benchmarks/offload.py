@@ -130,7 +130,7 @@ def measured(build: Build, sizes: Sizes, steps: int, device: torch.device) -> Ro
     if isinstance(optimizer, Optimizer):
         row["state_mib"] = state_bytes(optimizer) / MIB
     if isinstance(optimizer, MatrixOptimizer):
-        row["away_mib"] = optimizer.home.sizes(optimizer.state)[0] / MIB
+        row["offloaded_mib"] = optimizer.placement.sizes(optimizer.state)[0] / MIB
     return row
 
 
@@ -166,8 +166,8 @@ def table(result: Row) -> Table:
     drawn = Table(title=f"{result['card']}: a training step with optimiser state on the device and on the host")
     drawn.add_column("optimiser", no_wrap=True)
     columns = {"ms": ".1f", "x_ms": ".2f", "peak_mib": ",.0f", "x_peak_mib": ".2f", "state_mib": ",.1f"}
-    columns["away_mib"] = ",.1f"
-    for column in ("ms", "x", "peak MiB", "x", "state MiB", "of it away"):
+    columns["offloaded_mib"] = ",.1f"
+    for column in ("ms", "x", "peak MiB", "x", "state MiB", "offloaded"):
         drawn.add_column(column, justify="right")
     for name, row in result["optimizers"].items():
         drawn.add_row(name, *("" if row.get(key) is None else format(row[key], form) for key, form in columns.items()))

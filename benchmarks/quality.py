@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightspan.backbones.language import llama
-from lightspan.cli.studies.sweeps.descent import neighbour, to_better_neighbours
+from lightspan.cli.studies.sweeps.descent import descend, neighbour
 from lightspan.core.drawing import COLOURS, canvas, png, tidy
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
@@ -411,7 +411,7 @@ NEIGHBOURS = [
 
 def search(loss: Callable[[Point], float], start: Point) -> Point:
     """The protocol of the module's docstring."""
-    lr, other, forgets = to_better_neighbours(
+    lr, other, forgets = descend(
         lambda point: loss((point[0], point[1], kept(point[2]))), (*start[:2], 1 - start[2]), NEIGHBOURS
     )
     return lr, other, kept(forgets)

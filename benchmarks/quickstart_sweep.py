@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.runs.fits import Task, exits_on_sigterm, fit_command, last_lines
-from lightspan.cli.studies.sweeps.descent import to_better_neighbours
+from lightspan.cli.studies.sweeps.descent import descend
 from lightspan.cli.studies.sweeps.display import run_shown
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
@@ -87,7 +87,7 @@ def measured(name: str, rates: Rates) -> float:
 
 def search(name: str) -> Rates:
     """Moves to a better neighbour on the grid until there is none."""
-    return to_better_neighbours(lambda rates: measured(name, rates), START[name], NEIGHBOURS)
+    return descend(lambda rates: measured(name, rates), START[name], NEIGHBOURS)
 
 
 if __name__ == "__main__":

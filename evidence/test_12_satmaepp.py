@@ -75,7 +75,7 @@ def train(method: SatMAEpp, image: Tensor, seed: int, steps: int) -> list[float]
     for step in range(steps):
         rows = torch.randint(len(image), (BATCH,), generator=generator)
         optimizer.zero_grad()
-        # Masks hang on step and picture; without a Trainer the method counts no steps.
+        # Masks depend on step and picture; without a Trainer the method counts no steps.
         loss = method.training_step({"image": image[rows], "index": rows + len(image) * step}, step)
         loss.backward()
         optimizer.step()

@@ -43,8 +43,8 @@ from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import catalogue_folder, catalogue_names
 from lightspan.cli.config.resolve import Resolved, merged, resolve
 from lightspan.cli.config.tree import dotted, plain
-from lightspan.cli.planning.shapes import on_shapes_first
-from lightspan.core.absent import weights_left_out
+from lightspan.cli.planning.shapes import on_meta_first
+from lightspan.core.absent import without_missing_weights
 from lightspan.core.files.places import PathUse
 from lightspan.core.files.tensors import Form, header
 from lightspan.datamodules.multispectral.bands import SENSORS
@@ -208,8 +208,8 @@ def model_of(name: str) -> nn.Module:
         if (write := published(each.place)) is not None and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             write(place)  # a folder says what its network is like
-    with weights_left_out():
-        return on_shapes_first(resolve(name, [], [*ONE_PROCESS, "data=null"]), lambda built: built.model)
+    with without_missing_weights():
+        return on_meta_first(resolve(name, [], [*ONE_PROCESS, "data=null"]), lambda built: built.model)
 
 
 def write_weights(path: Path, module: nn.Module, prefix: str = "") -> None:

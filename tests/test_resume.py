@@ -9,7 +9,7 @@ from lightspan.cli.main import main
 from lightspan.cli.runs.folder import checkpoint_to_resume, run_ids
 from lightspan.core.errors import UserError
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
-from lightspan.training.checkpoints.manifest import point_latest
+from lightspan.training.checkpoints.manifest import set_latest
 
 LANGUAGE = [
     "language/quickstart_lowrank",
@@ -101,7 +101,7 @@ def run(tmp_path):
         stamp = {"loggers": {"lightning.pytorch.loggers.wandb.WandbLogger": "abc123"}}
         content = {"state_dict": {"w": torch.ones(9)}, "global_step": step, "lightspan": stamp}
         WholeFileCheckpointIO().save_checkpoint(content, path)
-    point_latest(path)
+    set_latest(path)
     return tmp_path
 
 

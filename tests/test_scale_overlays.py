@@ -13,7 +13,7 @@ from lightspan.callbacks.training.activation_checkpointing import ActivationChec
 from lightspan.callbacks.training.compilation import Compilation
 from lightspan.cli.config.resolve import resolve
 from lightspan.core.blocks import innermost_blocks, recompute_activations
-from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.distributed import end_process_group, rank, world_size
 from lightspan.training.strategies import FSDP2, shard
 
 OVERLAYS = ("scale/bf16", "scale/compile", "scale/checkpointing")
@@ -152,7 +152,7 @@ def one_of_two(index: int, port: int, strategy: str) -> None:
     half = run(Eager(), ActivationCheckpointing(), drop=False, precision="bf16-mixed")
     assert half.losses == pytest.approx(together.losses, rel=0.05)
     assert half.losses != together.losses
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

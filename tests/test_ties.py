@@ -8,7 +8,7 @@ from lightning import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightspan.cli.runs.train import put_weights
+from lightspan.cli.runs.train import load_merged_weights
 from lightspan.core.errors import UserError
 from lightspan.core.ties import every_name, require_ties
 
@@ -45,6 +45,6 @@ def test_equal_tensors_are_tied_whatever_numbers_they_have_and_others_are_refuse
 def test_a_file_that_is_evaluated_or_exported_must_agree_with_the_ties_of_the_model(tmp_path: Path) -> None:
     for change in (0.0, 1.0):
         save_file(stored(change), tmp_path / f"{change}.safetensors")
-    put_weights(Tied(), tmp_path / "0.0.safetensors")
+    load_merged_weights(Tied(), tmp_path / "0.0.safetensors")
     with pytest.raises(UserError, match=r"head\.weight are tied in Tied"):
-        put_weights(Tied(), tmp_path / "1.0.safetensors")
+        load_merged_weights(Tied(), tmp_path / "1.0.safetensors")

@@ -26,13 +26,13 @@ from lightspan.core.files.runs import CHECKPOINTS
 from lightspan.training.checkpoints.fit import check_fits
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
 from lightspan.training.checkpoints.names import OwnFiles
-from lightspan.training.checkpoints.rest_of_step import RestOfStep, load_positions, rewind_logs
+from lightspan.training.checkpoints.pending_work import PendingWork, load_positions, rewind_logs
 from lightspan.training.checkpoints.restore import (
     explained_restoring,
     guard,
-    refuse_what_cannot_go_on,
+    refuse_unresumable,
     unfreeze,
-    warn_of_what_cannot_go_on,
+    warn_of_unresumable,
 )
 
 
@@ -46,7 +46,7 @@ class Checkpoint(OwnFiles):
     the next batch; two names that are due at the same moment are one file on disk; what a killed process could not
     remove is removed when the run is resumed, and only files of this folder with a name of this pattern are; the random
     states of every rank and the run ids of the loggers are included; a resumed run drops what was logged after the
-    checkpoint, and first does what was still to do there (`RestOfStep`).
+    checkpoint, and first does what was still to do there (`PendingWork`).
 
     Args:
         dirpath: folder; by default `trainer.default_root_dir`/checkpoints.
@@ -94,7 +94,7 @@ class Checkpoint(OwnFiles):
         )
         self._fit_check: RemovableHandle | None = None
         self._wrote: dict[str, Any] = {}
-        self._rest: RestOfStep | None = None
+        self._rest: PendingWork | None = None
         self._kept_step: int | None = None
         self._keeps_only = False
         self._stored: dict[str, Any] = {}
@@ -106,7 +106,7 @@ class Checkpoint(OwnFiles):
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
         self._writer = Writer(Path(self.dirpath or ""), self._in_background and stage == "fit")
-        self._writer.take_over(trainer, partial(_refuse_shards, trainer))
+        self._writer.use_whole_files(trainer, partial(_refuse_shards, trainer))
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(self.dirpath)
         self.look(trainer)
@@ -122,7 +122,7 @@ class Checkpoint(OwnFiles):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        refuse_what_cannot_go_on(trainer, checkpoint)
+        refuse_unresumable(trainer, checkpoint)
         self._wrote = checkpoint.get(KEY, {})
         with explained_restoring(trainer.ckpt_path, "lightspan.trained"):
             unfreeze(trainer, pl_module, self._wrote.get("trained"))
@@ -130,12 +130,12 @@ class Checkpoint(OwnFiles):
         with explained_restoring(trainer.ckpt_path, "lightspan.log"):
             rewind_logs(trainer, checkpoint["global_step"], log.get("lines"))
         with explained_restoring(trainer.ckpt_path, "loops.fit_loop"):
-            self._rest = RestOfStep(checkpoint, log)
+            self._rest = PendingWork(checkpoint, log)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the optimisers exist and their state is not restored yet.
         refuse_other_optimizers(trainer, self._wrote)
-        warn_of_what_cannot_go_on(trainer)
+        warn_of_unresumable(trainer)
         if self._rest is not None:
             self._rest.begin(trainer)
 

@@ -15,7 +15,7 @@ from lightspan.callbacks.resilience.step_capture import StepCapture
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError, printable
 from lightspan.core.files.places import RunPath
-from lightspan.core.sharded import held_numbers, square_norms
+from lightspan.core.sharded import local_numbers, square_norms
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
@@ -156,7 +156,7 @@ class FiniteLoss(Callback):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or not self._sees_gradients:
             return torch.zeros((), device=module.device)
-        return square_norms([held_numbers(gradient) for gradient in gradients]).max().sqrt().float()
+        return square_norms([local_numbers(gradient) for gradient in gradients]).max().sqrt().float()
 
     def _reason(
         self,
@@ -204,12 +204,12 @@ def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             yield f"the gradient of {name}", parameter.grad
-            yield f"the square of the gradient of {name}", square_norms([held_numbers(parameter.grad)])
+            yield f"the square of the gradient of {name}", square_norms([local_numbers(parameter.grad)])
 
 
 def _first_broken(tensors: Iterator[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
-        if not held_numbers(tensor).isfinite().all():
+        if not local_numbers(tensor).isfinite().all():
             return name
     return None
 

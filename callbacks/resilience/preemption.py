@@ -23,8 +23,8 @@ from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.random_state import random_states, restore_random_states
 from lightspan.core.errors import UserError, printable
 from lightspan.core.files.runs import CHECKPOINTS
-from lightspan.training.checkpoints.manifest import LAST, standing
-from lightspan.training.checkpoints.rest_of_step import before_validation
+from lightspan.training.checkpoints.manifest import LAST, last_checkpoint_note
+from lightspan.training.checkpoints.pending_work import before_validation
 from lightspan.training.signals import BUDGET_S, SignalFlag, installed, main_thread
 
 PREEMPTED = 143
@@ -245,7 +245,7 @@ class Preemption(Callback):
     def _give_up(self, trainer: Trainer, received: signal.Signals) -> None:
         """Ends this process from the flag's thread: its main thread did not exit within the budget."""
         over = f"the budget of {self.budget_s:g} s ran out before a checkpoint of step {trainer.global_step} was whole"
-        said = f"{received.name}: {over}, still {main_thread()}; {standing(_last_checkpoint(trainer))}"
+        said = f"{received.name}: {over}, still {main_thread()}; {last_checkpoint_note(_last_checkpoint(trainer))}"
         print(printable(f"lightspan: {said}"), file=sys.stderr, flush=True)
         self._requeue(trainer, received)
         os._exit(self._status(trainer, received))

@@ -13,7 +13,7 @@ from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.training.checkpoints.fit import class_path
 from lightspan.training.checkpoints.manifest import FORMAT
-from lightspan.training.checkpoints.rest_of_step import log_position
+from lightspan.training.checkpoints.pending_work import log_position
 
 KEY = "lightspan"
 """Where it lies in a checkpoint."""

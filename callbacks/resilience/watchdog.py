@@ -168,15 +168,15 @@ class Watchdog(Callback):
         faulthandler.dump_traceback_later(late_s, file=self._stacks, exit=True)
 
     def _watch(self, trainer: Trainer, folder: Path) -> None:
-        others = _Others(folder, trainer.global_rank, trainer.world_size)
+        peers = _Peers(folder, trainer.global_rank, trainer.world_size)
         turn = 0
         while not self._over.wait(self.every_s):
             if self._armed != self._beats:
                 self._arm()
             turn += 1
             self._tell(trainer, folder, turn)
-            if others.stand_still(self.timeout_s):
-                self._give_up(trainer, folder, others, turn + 1)
+            if peers.stand_still(self.timeout_s):
+                self._give_up(trainer, folder, peers, turn + 1)
 
     def _tell(self, trainer: Trainer, folder: Path, turn: int, gave_up: bool = False, told: bool = False) -> None:
         idle_s = time.monotonic() - self._moved_s
@@ -189,17 +189,17 @@ class Watchdog(Callback):
             half.write_text(json.dumps(asdict(mine)))
             os.replace(half, path)  # complete for readers; what a power cut leaves of it does not matter
 
-    def _give_up(self, trainer: Trainer, folder: Path, others: "_Others", turn: int) -> None:
+    def _give_up(self, trainer: Trainer, folder: Path, peers: "_Peers", turn: int) -> None:
         assert self._stacks is not None
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._tell(trainer, folder, turn, gave_up=True)
         until_s = time.monotonic() + self._last_words_s + 2 * self.every_s
-        speaks = others.choose_speaker(self.timeout_s)
-        while not (others.all_gave_up() if speaks else others.were_told()) and time.monotonic() < until_s:
+        speaks = peers.choose_speaker(self.timeout_s)
+        while not (peers.all_gave_up() if speaks else peers.were_told()) and time.monotonic() < until_s:
             time.sleep(self.every_s / 10)
-            others.read()
+            peers.read()
         if speaks:
-            said = others.account(self.timeout_s)
+            said = peers.account(self.timeout_s)
             print(printable(f"lightspan: {said}; stacks in {folder / STACKS}"), file=sys.stderr, flush=True)
             self._tell(trainer, folder, turn + 1, gave_up=True, told=True)
         launcher = trainer.strategy.launcher
@@ -208,7 +208,7 @@ class Watchdog(Callback):
         os._exit(HUNG)
 
 
-class _Others:
+class _Peers:
     """The heartbeats that this rank reads: rank 0 those of all ranks, the others that of rank 0."""
 
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:

@@ -15,9 +15,9 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import link_atomic
 from lightspan.core.files.places import PathUse
 from lightspan.training.checkpoints.background import Background
-from lightspan.training.checkpoints.folder import FolderCheckpoints, said
-from lightspan.training.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, take_over
-from lightspan.training.checkpoints.manifest import COMPLETE, header, newest_whole, point_latest, seal_folder
+from lightspan.training.checkpoints.folder import FolderCheckpoints, error_message
+from lightspan.training.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, use_whole_files
+from lightspan.training.checkpoints.manifest import COMPLETE, header, newest_whole, seal_folder, set_latest
 
 
 class Writer:
@@ -35,14 +35,14 @@ class Writer:
         self._submitted_step: int | None = None
         self._just_written: str | None = None
 
-    def take_over(self, trainer: Trainer, check: Callable[[dict[str, Any], Path], None]) -> None:
+    def use_whole_files(self, trainer: Trainer, check: Callable[[dict[str, Any], Path], None]) -> None:
         """From now on the strategy writes and reads checkpoints as this project does.
 
         Args:
             check: refuses the checkpoint of a sharded model, whose folder is read part by part.
         """
         strategy = trainer.strategy
-        take_over(strategy, self._background)
+        use_whole_files(strategy, self._background)
         if isinstance(strategy, ModelParallelStrategy):
             self._folders = FolderCheckpoints(strategy, self._background, check, refuse_torn, outline)
             if strategy._save_distributed_checkpoint:
@@ -69,7 +69,7 @@ class Writer:
                 self._write(trainer, filepath, write)
             self._submitted_step = trainer.global_step
             if trainer.is_global_zero:
-                self.afterwards(filepath, point_latest)
+                self.afterwards(filepath, set_latest)
         return linked
 
     def afterwards(self, filepath: str, job: Callable[[Path], None]) -> None:
@@ -110,7 +110,7 @@ class Writer:
         if trainer.is_global_zero and self._background is not None:
             self._background.submit(path, job)
         elif trainer.is_global_zero:
-            verdict = said(job)
+            verdict = error_message(job)
         if verdict := trainer.strategy.broadcast(verdict):
             raise UserError(verdict)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.core.distributed import copy_of_first_rank, world_size
+from lightspan.core.distributed import broadcast_first_rank, world_size
 from lightspan.core.errors import UserError, printable
 from lightspan.core.files.places import RunPath
 from lightspan.core.files.runs import SUBSPACE
@@ -120,7 +120,7 @@ def to_random_subspace(
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         theta_0 = [start[names[id(p)]].to(device=p.device, dtype=p.dtype) for p in trained]
         if world_size() > 1:
-            copy_of_first_rank(theta_0)  # as DDP did with the weights themselves
+            broadcast_first_rank(theta_0)  # as DDP did with the weights themselves
     return make(groups, partial(type(optimizer), **settings), start=theta_0)
 
 

@@ -10,7 +10,7 @@ from lightspan.optim.low_rank.bases import Basis, Trigger
 from lightspan.optim.low_rank.inner import Adam, Inner
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Fira, Residual
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.training.wiring.optimizers import refuse_flat_partitions, wire
 
@@ -57,7 +57,7 @@ class SubspaceProjection(Callback):
     ) -> None:
         require_patterns(match or [], "SubspaceProjection match")
         own = {"rank": rank, "scale": scale, "backward": backward, "seed": seed, "offload": offload}
-        require_sound("SubspaceProjection", own)
+        require_valid("SubspaceProjection", own)
         self.match = match
         self.options = {
             "basis": basis,

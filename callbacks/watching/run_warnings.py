@@ -2,14 +2,14 @@
 
 from lightning.pytorch import Trainer
 
-from lightspan.core.errors import Warned, print_notes
+from lightspan.core.errors import WarningNote, print_notes
 from lightspan.training.loggers.jsonl import JsonlLogger
 
 
 def warn(trainer: Trainer, text: str) -> None:
     """Prints a warning on the first rank, as one readable line, and records it."""
     if trainer.is_global_zero:
-        print_notes([Warned(text)])
+        print_notes([WarningNote(text)])
     record(trainer, text)
 
 

@@ -104,8 +104,8 @@ class Printed(NamedTuple):
     words: list[str]
 
 
-class Press(NamedTuple):
-    """What prints words: a vocabulary, fonts as paths, sides in pixels, and grain."""
+class WordRenderer(NamedTuple):
+    """What draws words: a vocabulary, fonts as paths, sides in pixels, and grain."""
 
     words: tuple[str, ...]
     fonts: tuple[str, ...]
@@ -175,7 +175,7 @@ class WordSamples(RenderedSamples):
         self,
         first: int,
         count: int,
-        press: Press,
+        renderer: WordRenderer,
         longest: int,
         draw_seed: int,
         moments: ChannelMoments,
@@ -184,15 +184,15 @@ class WordSamples(RenderedSamples):
         length: int,
     ) -> None:
         super().__init__(first, count)
-        self.press, self.longest, self.draw_seed, self.moments = press, longest, draw_seed, moments
+        self.renderer, self.longest, self.draw_seed, self.moments = renderer, longest, draw_seed, moments
         self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
 
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
-        printed = self.press.pictures(self.draw_seed, numbers)
+        printed = self.renderer.pictures(self.draw_seed, numbers)
         fields = {
             "ink": (printed.ink >= 0.5).astype(np.int64),
             "characters": spelled(printed.words, self.longest, ALPHABET),
-            "label": self.press.chosen(self.draw_seed, numbers),
+            "label": self.renderer.chosen(self.draw_seed, numbers),
         }
         if self.tokenizer is not None:
             said = sentences(printed.words, self.sentence)
@@ -240,14 +240,14 @@ class PrintedWords(RenderedSets):
         self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
         self.num_classes = len(vocabulary(longest)["training"])
 
-    def press(self, part: str) -> Press:
-        """Prints the words of training, validation or test."""
-        return Press(vocabulary(self.longest)[part], font_files(self.fonts), self.height, self.width, self.grain)
+    def renderer(self, part: str) -> WordRenderer:
+        """What draws the words of training, validation or test."""
+        return WordRenderer(vocabulary(self.longest)[part], font_files(self.fonts), self.height, self.width, self.grain)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:
-        return self.press("training").pictures(self.draw_seed, numbers).images
+        return self.renderer("training").pictures(self.draw_seed, numbers).images
 
     def samples(self, first: int, count: int, moments: ChannelMoments) -> WordSamples:
         part = next(name for name, start in PARTS.items() if start == first)
         read = self.tokenizer, self.sentence, self.length
-        return WordSamples(first, count, self.press(part), self.longest, self.draw_seed, moments, *read)
+        return WordSamples(first, count, self.renderer(part), self.longest, self.draw_seed, moments, *read)

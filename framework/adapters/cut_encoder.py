@@ -66,5 +66,5 @@ def _require_equal(network: PreTrainedModel, small: PreTrainedModel, layers: int
     if not difference <= EXACT * max(1.0, float(states_BTD.abs().max())):
         raise UserError(
             f"{type(network).__name__} cannot be cut: the last states of its first {layers} blocks differ by "
-            f"{difference:.3g} from what these give inside it; it needs blocks behind which nothing follows, as BERT's"
+            f"{difference:.3g} from what these give inside it; the last block must be the output, as BERT's is"
         )

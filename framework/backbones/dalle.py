@@ -31,7 +31,7 @@ class DalleCodes(nn.Module):
         weights: safetensors file with the tensors of `transformers.FlavaImageCodebook`, such as model.safetensors made
             from facebook/flava-image-codebook; None leaves it untrained, for plans and tests.
         patch: sides of a patch of the network that predicts the codes, in pixels; None leaves them to the method, which
-            calls `settle`.
+            calls `set_patch_shape`.
         mean, std: with which the data module standardised the images.
     Raises: UserError as `lightspan.backbones.weights.with_weights`.
     """
@@ -54,7 +54,7 @@ class DalleCodes(nn.Module):
         register_replicated(self, "mean", torch.tensor(mean)[:, None, None], persistent=False)
         register_replicated(self, "std", torch.tensor(std)[:, None, None], persistent=False)
 
-    def settle(self, patch_shape: tuple[int, int, int]) -> None:
+    def set_patch_shape(self, patch_shape: tuple[int, int, int]) -> None:
         """Takes the side of a backbone's patches if it was left open. Raises: UserError for others than were given."""
         height, width, channels = patch_shape
         if not (height == width == (self.patch or height) and channels == 3):

@@ -10,7 +10,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from lightspan.backbones.timm_networks import timm_network
-from lightspan.core.absent import may_be_left_out
+from lightspan.core.absent import weights_may_be_missing
 from lightspan.core.errors import UserError
 from lightspan.nn.init import he_normal_
 from lightspan.nn.widths import given_features
@@ -36,7 +36,7 @@ def timm_backbone(
     """
     if small_stem and pretrained:
         raise UserError(f"{name}: small_stem=true replaces the first convolution, whose weights pretrained=true loads")
-    fetched = pretrained and not may_be_left_out()  # `lightspan check` downloads nothing
+    fetched = pretrained and not weights_may_be_missing()  # `lightspan check` downloads nothing
     network = timm_network(name, fetched, in_chans=in_chans, num_classes=0)
     # MobileNets and others have a layer between pooling and classifier, which stays; timm's num_features is before it.
     network.num_features = given_features(network)

@@ -135,7 +135,7 @@ def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "de
     with unless_missing():
         head = tensors_behind(path, prefix).get("head.weight")
         if head is not None and head.ndim and head.numel():
-            decoder.settle(len(head))
+            decoder.build(len(head))
     with_weights(decoder, path, prefix)
     return decoder
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns its exit status: 0, 2 for what the user can fix, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that this terminal has no letters for ends nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):  # unencodable names must not crash
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # A scheduler may signal a job while it still loads its libraries: the signal must not kill it then.

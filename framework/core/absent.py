@@ -14,7 +14,7 @@ class MissingFile(UserError):
 
 
 @contextmanager
-def weights_left_out() -> Iterator[None]:
+def without_missing_weights() -> Iterator[None]:
     """Inside, networks whose form is known keep their random weights where a run would load a file that is missing."""
     token = _tolerated.set(True)
     try:
@@ -25,7 +25,7 @@ def weights_left_out() -> Iterator[None]:
 
 @contextmanager
 def unless_missing() -> Iterator[None]:
-    """What loads weights: inside of `weights_left_out`, it ends without them at a file that is missing."""
+    """What loads weights: inside of `without_missing_weights`, it ends without them at a file that is missing."""
     try:
         yield
     except MissingFile:
@@ -33,6 +33,6 @@ def unless_missing() -> Iterator[None]:
             raise
 
 
-def may_be_left_out() -> bool:
-    """Whether this is inside of `weights_left_out`."""
+def weights_may_be_missing() -> bool:
+    """Whether this is inside of `without_missing_weights`."""
     return _tolerated.get()

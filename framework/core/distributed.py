@@ -51,7 +51,7 @@ def replicated_buffers(module: nn.Module) -> set[str]:
     }
 
 
-def leave() -> None:
+def end_process_group() -> None:
     """Ends the default process group, all ranks in step; does nothing without one. For the end of a process's work.
 
     A gloo group that is still there when the interpreter exits, or that one rank ends while another still uses it,
@@ -130,7 +130,7 @@ def mean_over_ranks(tensors: Sequence[Tensor]) -> None:
     _in_buckets(tensors, lambda flat: dist.all_reduce(flat.div_(world_size()), async_op=True))
 
 
-def copy_of_first_rank(tensors: Sequence[Tensor]) -> None:
+def broadcast_first_rank(tensors: Sequence[Tensor]) -> None:
     """Replaces tensors by those of rank 0, in place; shapes, dtypes and order must be equal on all ranks."""
     _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0, async_op=True))
 
@@ -142,12 +142,12 @@ def agreed(tensor: Tensor) -> Tensor:
     bit differently, and so choose differently.
     """
     if world_size() > 1:
-        copy_of_first_rank([tensor])
+        broadcast_first_rank([tensor])
     return tensor
 
 
 @contextlib.contextmanager
-def together(doing: str) -> Iterator[None]:
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """Succeeds on all ranks or raises on all; they meet at its end. Raises: UserError if only another rank failed."""
     error: BaseException | None = None
     try:
@@ -161,7 +161,7 @@ def together(doing: str) -> Iterator[None]:
         raise UserError(f"another rank could not {doing}; see its message")
 
 
-def first_rank_says(question: Callable[[], bool]) -> bool:
+def from_first_rank(question: Callable[[], bool]) -> bool:
     """The first rank's answer, on every rank; only the first rank computes it."""
     return bool(agreed(torch.tensor(int(rank() == 0 and question()), device=_device())))
 

@@ -36,7 +36,7 @@ def install_extra(name: str) -> str:
     return f"pip install '.[{name}]' in a checkout of lightspan"
 
 
-class Warned(str):
+class WarningNote(str):
     """A note on something that the user may not have meant: it changes what is computed."""
 
 
@@ -44,5 +44,5 @@ def print_notes(notes: Iterable[str]) -> None:
     """Prints what a user should know and need not mend, to stderr so that printed YAML stays YAML. Warnings come last,
     where they are seen.
     """
-    for note in sorted(notes, key=lambda note: isinstance(note, Warned)):
-        print(printable(f"{'warning' if isinstance(note, Warned) else 'note'}: {note}"), file=sys.stderr)
+    for note in sorted(notes, key=lambda note: isinstance(note, WarningNote)):
+        print(printable(f"{'warning' if isinstance(note, WarningNote) else 'note'}: {note}"), file=sys.stderr)

@@ -38,7 +38,7 @@ Total = Callable[[Tensor], Tensor]
 """A sum over the ranks that have the other rows of a matrix."""
 
 
-def alone(part: Tensor) -> Tensor:
+def unsharded_total(part: Tensor) -> Tensor:
     """The `Total` of a matrix of which this rank has all rows."""
     return part
 
@@ -291,7 +291,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
         alike[axes_of(parameter)].append(parameter)
     squares = []
     for axes, members in alike.items():
-        given = [held_numbers(parameter.grad) for parameter in members if parameter.grad is not None]
+        given = [local_numbers(parameter.grad) for parameter in members if parameter.grad is not None]
         device = local(members[0]).device
         square = square_norms(given).to(device).sum(dtype=widest_float(device))
         for ranks in axes:
@@ -302,7 +302,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     )
 
 
-def held_numbers(tensor: Tensor) -> Tensor:
+def local_numbers(tensor: Tensor) -> Tensor:
     """This rank's numbers of a tensor, dense and real."""
     part = local(tensor)
     part = part.coalesce().values() if part.is_sparse else part

@@ -166,7 +166,7 @@ def _tensors(
 
 
 def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]) -> Tensor:
-    _require_sound(name, weights)
+    _require_valid(name, weights)
     tensor = merger.tensor(name, form, weights)
     assert tensor.dtype == form.dtype, f"{name} was merged as {tensor.dtype}, not {form.dtype}"
     assert tuple(tensor.shape) == form.shape, f"{name} was merged as {list(tensor.shape)}, not {list(form.shape)}"
@@ -186,7 +186,7 @@ def _merged(merger: Merger, name: str, form: Form, weights: Mapping[str, Tensor]
     return tensor
 
 
-def _require_sound(name: str, weights: Mapping[str, Tensor]) -> None:
+def _require_valid(name: str, weights: Mapping[str, Tensor]) -> None:
     """Raises: UserError for NaN, and for infinity where the checkpoints differ: what all share, as a mask of attention
     does, is no sign of divergence, and stays.
     """

@@ -85,14 +85,14 @@ def given_width(projector: nn.Module) -> int:
     return width
 
 
-class OpenOutputs(nn.Module, ABC):
+class LazyHead(nn.Module, ABC):
     """A part whose number of outputs may be left to the method that takes it, which knows what the others need.
 
-    Made with `out_features=None` it has no last layer before `settle`; a method calls that in its constructor, so that
+    Made with `out_features=None` it has no last layer before `build`; a method calls that in its constructor, so that
     the optimiser gets all weights. A subclass that was given a number calls it at the end of its own constructor.
 
     Attributes:
-        out_features: how many outputs there are; None before `settle`.
+        out_features: how many outputs there are; None before `build`.
     """
 
     out_features: int | None = None
@@ -101,7 +101,7 @@ class OpenOutputs(nn.Module, ABC):
     def make_outputs(self, count: int) -> None:
         """Makes the last layer, and starts the weights that depend on it."""
 
-    def settle(self, count: int) -> None:
+    def build(self, count: int) -> None:
         """Makes `count` outputs, unless the part has its own number. Raises: UserError for less than 1."""
         if self.out_features is not None:
             return
@@ -111,7 +111,7 @@ class OpenOutputs(nn.Module, ABC):
         self.out_features = count
 
     def require_outputs(self) -> None:
-        """Raises: UserError before `settle`."""
+        """Raises: UserError before `build`."""
         if self.out_features is None:
             raise UserError(
                 f"{type(self).__name__} has no outputs: it was made without out_features, and this method does not "
@@ -119,7 +119,7 @@ class OpenOutputs(nn.Module, ABC):
             )
 
 
-def settle_outputs(part: nn.Module, count: int) -> None:
-    """Makes `count` outputs if the part is open, see `OpenOutputs`; any other stays as it is."""
-    if isinstance(part, OpenOutputs):
-        part.settle(count)
+def build_outputs(part: nn.Module, count: int) -> None:
+    """Makes `count` outputs if the part is open, see `LazyHead`; any other stays as it is."""
+    if isinstance(part, LazyHead):
+        part.build(count)

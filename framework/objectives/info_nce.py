@@ -71,8 +71,7 @@ def _inverse_root(squares: Tensor) -> Tensor:
 def soft_info_nce(logits_BN: Tensor, target_BN: Tensor, seen_BN: Tensor | None = None) -> Tensor:
     """Mean over anchors b of -sum_n t_bn log(exp s_bn / sum_a exp s_ba), where a runs over the keys that b sees.
 
-    The mean runs over the anchors of all ranks that have a target. An anchor without one has no say; without any such
-    anchor the loss is 0.
+    The mean runs over the anchors of all ranks that have a target; without any such anchor the loss is 0.
 
     Args:
         logits_BN: s, cosines over a temperature; any finite numbers. The logarithm of a weight >= 1 may be added.
@@ -193,7 +192,7 @@ def multi_positive_info_nce(logits_BN: Tensor, positive_BN: Tensor, negative_BN:
     """Mean over all pairs (b, p), p a positive of b, of log(exp s_bp + sum_n exp s_bn) - s_bp, n the negatives of b.
 
     Each positive stands in its own denominator alone. The mean runs over the pairs of all ranks. An anchor without a
-    positive has no say, one without a negative adds 0 to the sum; without any pair the loss is 0.
+    positive does not count, one without a negative adds 0 to the sum; without any pair the loss is 0.
 
     Args:
         logits_BN: s, cosines over a temperature; any finite numbers.

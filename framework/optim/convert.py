@@ -13,7 +13,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.patterns import require_matches
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.projected import Selection, says, stacks_in
+from lightspan.optim.matrices.projected import Selection, setting_applies, stacks_in
 
 REFUSED = ("amsgrad", "maximize", "differentiable")
 """Settings of torch's Adam without a counterpart in LowRank."""
@@ -130,7 +130,9 @@ def _stacks(group: dict[str, Any], module: nn.Module) -> list[str]:
     names, found = _names_in(group, module), stacks_in(module)
     if (said := group.get("stacks")) is None:
         return [name for name, p in zip(names, group["params"], strict=True) if id(p) in found]
-    return [name for name, known in zip(names, group.get("param_names", names), strict=True) if says(said, known)]
+    return [
+        name for name, known in zip(names, group.get("param_names", names), strict=True) if setting_applies(said, known)
+    ]
 
 
 def _projects(optimizer: Optimizer, module: nn.Module, match: list[str], options: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ _SET_LAYERS = (
 )
 
 
-def shares_of_layers(module: nn.Module, decay: float, layers: Sequence[str] | None = None) -> dict[str, float]:
+def layer_decay_factors(module: nn.Module, decay: float, layers: Sequence[str] | None = None) -> dict[str, float]:
     """decay^(L - l) for each parameter of layer l of L, counted from 0, by name; a parameter of no layer is left out.
 
     Args:

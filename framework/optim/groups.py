@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from lightspan.core.errors import UserError
 from lightspan.core.patterns import any_matches, require_matches, require_patterns
 from lightspan.core.ties import every_name
-from lightspan.optim.depth import shares_of_layers
+from lightspan.optim.depth import layer_decay_factors
 from lightspan.optim.matrices.heads import query_key_heads
 from lightspan.optim.matrices.layout import require_shapes
 from lightspan.optim.matrices.projected import stacks_in
@@ -133,10 +133,10 @@ class ParameterGroups:
         require_shapes(trained.items())
         names = every_name(module)
         told = [each for name in trained for each in names[name]]
-        self._require_sound([each for one in names.values() for each in one], told, type(module).__name__)
+        self._require_valid([each for one in names.values() for each in one], told, type(module).__name__)
         kinds, shares = self._kinds(module), {}
         if self.layer_decay is not None:
-            shares = shares_of_layers(module, self.layer_decay, self.layers)
+            shares = layer_decay_factors(module, self.layer_decay, self.layers)
         members: dict[tuple[Kind, float | None, float | None], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in trained.items():
             rules = [rule for rule in self.rules if any_matches(names[name], rule.match)]
@@ -173,7 +173,7 @@ class ParameterGroups:
             groups.append(group)
         return groups
 
-    def _require_sound(self, everything: list[str], names: list[str], module: str) -> None:
+    def _require_valid(self, everything: list[str], names: list[str], module: str) -> None:
         if self.other_lr is not None and not 0 < self.other_lr < math.inf:
             raise UserError(
                 f"groups.other_lr={self.other_lr} must be finite and above 0; without it the optimiser's lr holds"

@@ -11,7 +11,7 @@
 docs/benchmarks.md (150 to 500 steps), at a byte of state for each weight. The others say when to use them instead. Each
 equals the equations of its namesake in `lightspan.optim.reference`, which should be read first.
 
-A class' `direction` is its rule. What is the same for all is in `_Step.act`:
+A class' `direction` is its rule. What is the same for all is in `_Step.apply`:
 
     W <- (1 - lr wd) W - lr scale f direction(G)
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lightspan.optim.matrices.layout import WEIGHT_STREAM, Layout, State
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
 from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, shape_factor
@@ -49,7 +49,7 @@ class _Step(StackStep):
         super().__init__(bucket)
         self.rule = rule
 
-    def act(self, weights: list[Tensor], clip: Tensor | None) -> None:
+    def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
         gradient_BMN = torch.stack(self.not_projected()).to(self.layout.dtype)
         if clip is not None:
             gradient_BMN.mul_(clip.to(gradient_BMN.dtype))
@@ -79,7 +79,7 @@ class _WholeMatrices(TwoRates):
         super()._require_supported()
         for number, group in enumerate(self.param_groups):  # by a schedule, or by hand
             own = {name: group[name] for name in self.settings}
-            require_sound(f"{type(self).__name__} group {group.get('name', number)!r}:", own)
+            require_valid(f"{type(self).__name__} group {group.get('name', number)!r}:", own)
 
     @abstractmethod
     def direction(self, gradient_BMN: Tensor, step: StackStep) -> Tensor:

@@ -19,7 +19,7 @@ ScheduleCallable = Callable[[Optimizer, int], LRScheduler]
 `torch.optim.lr_scheduler.CosineAnnealingLR` fits unchanged."""
 
 
-def in_turn(
+def restarting_schedule(
     schedule: ScheduleCallable, lengths: Sequence[int], factors: Sequence[float] | None = None
 ) -> ScheduleCallable:
     """The schedule of a run of several parts, at the start of each of which it begins anew.

@@ -30,7 +30,7 @@ def steps_taken(optimizer: Any) -> int:
 
 @contextlib.contextmanager
 def uncounted(optimizer: Optimizer) -> Iterator[None]:
-    """Steps inside are no steps of the run, such as those that are undone."""
+    """Steps inside are not counted: those that are rolled back, for one."""
     before = steps_taken(optimizer)
     try:
         yield

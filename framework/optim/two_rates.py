@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
@@ -34,7 +34,7 @@ class TwoRates(MatrixOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
     ) -> None:
-        require_sound(type(self).__name__, {"other_lr": other_lr})
+        require_valid(type(self).__name__, {"other_lr": other_lr})
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
         own = (group["other_lr"] for group in self.param_groups if "other_lr" in group)

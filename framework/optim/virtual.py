@@ -16,18 +16,18 @@ from lightspan.optim.steps import uncounted
 
 
 @contextlib.contextmanager
-def undone(*modules: nn.Module) -> Iterator[None]:
+def rolled_back(*modules: nn.Module) -> Iterator[None]:
     """What happens to weights and buffers inside is undone at the end, bit for bit."""
     kept = [copies(module) for module in modules]
     try:
         yield
     finally:
         for module, values in zip(modules, kept, strict=True):
-            set_to(tensors_of(module), values)
+            copy_into(tensors_of(module), values)
 
 
 @contextlib.contextmanager
-def virtual(optimizer: Optimizer, keep_state: bool = False) -> Iterator[None]:
+def virtual_steps(optimizer: Optimizer, keep_state: bool = False) -> Iterator[None]:
     """Steps of the optimiser inside do not count, and its state, such as moments, is afterwards what it was before.
 
     Args:
@@ -69,7 +69,7 @@ def copies(module: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def set_to(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies values into tensors in place, where a forward pass may already have read them."""
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.core.blocks import blocks, compile_in_place, innermost_blocks, recompute_activations
 from lightspan.core.devices import widest_float
-from lightspan.core.distributed import copy_of_first_rank, replicated_buffers
+from lightspan.core.distributed import broadcast_first_rank, replicated_buffers
 from lightspan.core.errors import UserError
 from lightspan.optim.groups import declared_kinds
 from lightspan.optim.matrices.layout import is_wide
@@ -214,7 +214,7 @@ def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
         tensors = [t for t in (*part.parameters(), *part.buffers()) if not isinstance(t, DTensor) and not t.is_meta]
         for tensor in tensors:
             tensor.data = tensor.data.to(_device(mesh))
-        copy_of_first_rank(tensors)
+        broadcast_first_rank(tensors)
         fully_shard(part, mesh=mesh, shard_placement_fn=_placements(part, mesh.size(mesh.ndim - 1)))
 
 

@@ -35,8 +35,8 @@ def test_patches_left_out_are_those_of_a_backbone_if_they_are_square_and_in_colo
     codes.patch = None
     for shape in ((4, 2, 3), (4, 4, 1)):
         with pytest.raises(UserError, match="made for square patches of any pixels in 3 channels"):
-            codes.settle(shape)
-    codes.settle((4, 4, 3))
+            codes.set_patch_shape(shape)
+    codes.set_patch_shape((4, 4, 3))
     assert codes.patch == 4
     with pytest.raises(UserError, match="square patches of 4 pixels"):
-        codes.settle((8, 8, 3))
+        codes.set_patch_shape((8, 8, 3))

@@ -29,7 +29,7 @@ from lightspan.callbacks.watching.run_summary import RunSummary
 from lightspan.cli.report.page import render
 from lightspan.cli.report.runs import load_run
 from lightspan.cli.report.sections import sections
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.evaluation.geometry.collapse import lidar, rankme
 from lightspan.training.loggers.jsonl import JsonlLogger
@@ -474,7 +474,7 @@ def one_rank(rank: int, folder: str) -> None:
         )
         trainer.fit(module, datamodule=Pairs())
         torch.save((logged, watch.judge.state_dict(), watch.roll_backs), Path(folder, f"{name} {rank}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.watching.online_probes import OnlineProbes
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.evaluation.dense.dense_probes import CrossCameraRetrieval, DepthOrder, LinearSegmentation, PromptIoU
@@ -174,7 +174,7 @@ def one_rank(rank: int, folder: str) -> None:
         )
         (metrics,) = trainer.validate(Net(), datamodule=Data(), verbose=False)
         Path(folder, f"{name} {rank}.json").write_text(json.dumps(metrics))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.watching.dimension_tracker import DimensionTracker
-from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.distributed import end_process_group, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.evaluation.geometry.dimension import two_nn_fit
 from lightspan.evaluation.geometry.spectra import (
@@ -217,7 +217,7 @@ def one_rank(index: int, port: int, folder: str) -> None:
     }  # fmt: skip
     for name, strategy in (("ddp", "ddp"), ("fsdp2", FSDP2())):
         fit(Path(folder, name), DimensionTracker(**TRACKER), devices=2, strategy=strategy)
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from torchvision.io import ImageReadMode, decode_image
 from lightspan.callbacks.pictures import feature_pictures
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenly_spaced, nearest, plane
 from lightspan.callbacks.pictures.first_batch import FirstBatch
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.drawing import png
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import MultiCrop, Plain, RandomViews
@@ -183,7 +183,7 @@ def one_rank(rank: int, folder: str) -> None:
     data = ImageFolder(f"{folder}/in", size=8, batch_size=4, val_share=0.4, cache_dir=f"{folder}/cache")
     trainer = train(Path(folder, str(rank)), data, devices=2, strategy="ddp")
     Path(folder, f"{rank}.txt").write_text(str(trainer.callback_metrics["probe/rankme"].item()))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

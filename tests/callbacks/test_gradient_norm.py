@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.callbacks.watching.gradient_norm import GradientNorm
-from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.distributed import end_process_group, rank, world_size
 from lightspan.optim.low_rank.residuals import ErrorFeedback
 from lightspan.training.loggers.jsonl import JsonlLogger
 from lightspan.training.strategies import FSDP2, shard
@@ -121,7 +121,7 @@ def fit_layers(ranks: int, strategy) -> list[float]:
 def one_of_two(rank: int, port: int, strategy: str, expected: list[float]) -> None:
     rank_processes.join(rank, port)
     assert fit_layers(2, FSDP2() if strategy == "fsdp2" else strategy) == pytest.approx(expected, rel=1e-5)
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

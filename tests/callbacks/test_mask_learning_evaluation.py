@@ -12,7 +12,7 @@ from masked_net import LEARNERS, WEIGHTS, Plain, loader
 from torch import Tensor
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.sharded import whole
 from lightspan.training.strategies import FSDP2, shard
 
@@ -87,7 +87,7 @@ def one_rank(rank: int, folder: str) -> None:
     trainer = trainer_with(callback, Path(folder), devices=2, strategy=FSDP2(save_distributed_checkpoint=False))
     trainer.validate(module, loader(64), ckpt_path=Path(folder, "at.ckpt"), weights_only=True)
     torch.save(module.seen[0], Path(folder, f"{rank}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.mask_learning import MaskLearning
-from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.distributed import end_process_group, rank, world_size
 from lightspan.core.sharded import whole
 from lightspan.optim.masks.by_gradient import ByGradient
 from lightspan.optim.masks.by_score import ByScore
@@ -122,7 +122,7 @@ def one_rank(index: int, port: int, folder: str) -> None:
         for kind in ARMS:
             found = train(kind, Path(folder), devices=2, strategy=strategy)
             torch.save(found, Path(folder, f"{name}, {kind}, {index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
 from lightspan.callbacks.watching.missing_gradients import MissingGradients
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 
 
 class Branches(LightningModule):
@@ -98,7 +98,7 @@ def one_of_two(rank: int, port: int, log: str) -> None:
 
     with open(f"{log}-{rank}", "w") as file, contextlib.redirect_stderr(file):
         trainer.fit(module, DataLoader(range(16)))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

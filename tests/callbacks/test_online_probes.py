@@ -15,7 +15,7 @@ from trainer_fixtures import Net
 
 from lightspan.callbacks.watching.collapse_sentinel import CollapseSentinel
 from lightspan.callbacks.watching.online_probes import OnlineProbes
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
@@ -307,7 +307,7 @@ def one_rank(rank: int, folder: str) -> None:
             ends.append([local(value) for value in (*module.state_dict().values(), *moments, torch.get_rng_state())])
         equal = [torch.equal(without, with_it) for without, with_it in zip(*ends, strict=True)]
         Path(folder, f"{name} {rank} bits").write_text(str(all(equal) and len(equal) > 10))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -8,7 +8,7 @@ import pytest
 import rank_processes
 from rank_processes import callback
 
-from lightspan.callbacks.resilience.watchdog import HUNG, Watchdog, _heartbeat_path, _Others
+from lightspan.callbacks.resilience.watchdog import HUNG, Watchdog, _heartbeat_path, _Peers
 from lightspan.core.errors import UserError
 
 pytestmark = pytest.mark.ranks
@@ -55,7 +55,7 @@ def tell(folder, rank, **changes) -> None:
 
 
 def test_one_rank_reads_all_and_the_others_read_that_one(tmp_path):
-    ranks = [_Others(tmp_path, rank, 4) for rank in range(4)]
+    ranks = [_Peers(tmp_path, rank, 4) for rank in range(4)]
     tell(tmp_path, 3, idle_s=99.0)
     assert [rank.stand_still(10) for rank in ranks] == [True, False, False, False]
     tell(tmp_path, 0, gave_up=True)
@@ -68,7 +68,7 @@ def test_one_rank_reads_all_and_the_others_read_that_one(tmp_path):
 
 
 def test_rank_1_speaks_where_rank_0_is_the_silent_one(tmp_path, monkeypatch):
-    ranks = [_Others(tmp_path, rank, 3) for rank in range(3)]
+    ranks = [_Peers(tmp_path, rank, 3) for rank in range(3)]
     now_s = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now_s + 11)
     assert [rank.stand_still(10) for rank in ranks[1:]] == [True, True]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightspan.core.distributed import all_reduce_sum, leave, rank, world_size
+from lightspan.core.distributed import all_reduce_sum, end_process_group, rank, world_size
 from lightspan.objectives.barlow import barlow_twins_loss, mixed_regulariser, standardise
 
 pytestmark = pytest.mark.ranks
@@ -59,7 +59,7 @@ def one_rank(index: int, folder: str) -> None:
     out = {"total": total.detach(), "x_grad": x.grad, "loss": loss.detach(), "grad": gradients(model)}
     torch.save(out, Path(folder, f"{index}.pt"))
     del model, loss
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from picture_files import pixels, write_every_kind, write_pictures
 from PIL import Image
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.caches import kept_apart
+from lightspan.core.files.caches import isolated_caches
 from lightspan.datamodules.image.augment.views import TwoViews
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.dataset import PictureDataset
@@ -329,7 +329,7 @@ def test_a_dry_run_reads_the_pack_that_is_there_and_writes_others_elsewhere(tmp_
     (pack,) = (tmp_path / "cache").glob("*/*/")
     os.utime(pack, (1, 1))
     before = sorted((tmp_path / "cache").rglob("*"))
-    with kept_apart(tmp_path / "apart"):
+    with isolated_caches(tmp_path / "apart"):
         again = opened(first, cache_dir=str(tmp_path / "cache"))
         other = opened(write_pictures(tmp_path / "in1", {"": 5}), cache_dir=str(tmp_path / "cache"))
     assert (len(again.train), len(other.train)) == (3, 4)

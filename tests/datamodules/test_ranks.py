@@ -14,7 +14,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
 
@@ -75,7 +75,7 @@ def run(folder: Path, steps: int, devices: int, checkpoint: Path | None = None) 
     trainer.fit(module, datamodule=Data(), ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / f"ranks={devices}.ckpt")
     result = {"trained": module.trained, "validated": module.validated, "weight": module.weight.item()}
-    leave()
+    end_process_group()
     return result
 
 

@@ -13,7 +13,7 @@ from shard_files import damage, write_shard, write_shards
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import temporary_path
-from lightspan.core.files.caches import kept_apart
+from lightspan.core.files.caches import isolated_caches
 from lightspan.datamodules.shards import cache as shard_cache
 from lightspan.datamodules.shards import fetch
 from lightspan.datamodules.shards.cache import ShardCache
@@ -282,7 +282,7 @@ def test_a_dry_run_reads_the_copy_that_is_there_and_fetches_others_elsewhere(htt
     https_server.files |= {f"/{name}.tar": b"x" * 1000 for name in "ab"}
     copy = ShardCache(str(tmp_path / "cache"), 1500).local(f"{https_server.address}/a.tar")
     os.utime(copy, (1, 1))
-    with kept_apart(tmp_path / "apart"):
+    with isolated_caches(tmp_path / "apart"):
         cache = ShardCache(str(tmp_path / "cache"), 1500)
         assert cache.local(f"{https_server.address}/a.tar", 1000) == copy
         assert tmp_path / "apart" in cache.local(f"{https_server.address}/b.tar").parents

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli.runs.ledger import balance
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.datamodules.shards.stream import Shards
 
 pytestmark = pytest.mark.ranks
@@ -61,7 +61,7 @@ def run(folder: Path, steps: int, devices: int, checkpoint: Path | None = None) 
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / f"ranks={devices}.ckpt")
     result = {"trained": module.trained, "validated": module.validated, "weight": module.weight.item()}
-    leave()
+    end_process_group()
     return result
 
 

@@ -27,7 +27,7 @@ from waiting import HANG_S
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.callbacks.watching.online_probes import OnlineProbes
-from lightspan.cli.config.build import calm
+from lightspan.cli.config.build import quiet
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import MultiCrop, Plain, RandomViews, TwoViews
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
@@ -146,7 +146,7 @@ def test_without_validation_shards_there_is_no_validation(shards: list[str]) -> 
     assert loaders == []
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        calm()
+        quiet()
         has_len_all_ranks(loaders, SingleDeviceStrategy())  # Lightning takes the empty list for a loader
     assert not said
 

@@ -13,7 +13,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.evaluation.probes.few_labels import FewLabelAccuracy
 from lightspan.evaluation.scores.bits_per_byte import BitsPerByte
@@ -122,7 +122,7 @@ def one_rank(index: int, folder: str) -> None:
         metric.update(*(column[own] for column in rows))
         found[name] = float(metric.compute())
     torch.save(found, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

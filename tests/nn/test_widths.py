@@ -15,9 +15,9 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.sequences.token_backbone import settle_patch_decoder
-from lightspan.nn.widths import OpenOutputs, given_features, require_projector, settle_outputs
+from lightspan.nn.widths import LazyHead, build_outputs, given_features, require_projector
 
-OPEN: dict[str, Callable[..., OpenOutputs]] = {
+OPEN: dict[str, Callable[..., LazyHead]] = {
     "mask": lambda count: MaskDecoder(16, count, width=8, depth=1, heads=2),
     "cross": lambda count: CrossDecoder(16, count, width=8, depth=1, block=lambda width: nn.Identity()),
     "latent": lambda count: LatentDecoder(16, count, depth=1, heads=2),
@@ -32,8 +32,8 @@ def test_a_part_that_was_told_later_starts_with_the_same_weights(kind: str) -> N
     torch.manual_seed(0)
     left = OPEN[kind](None)
     assert left.out_features is None
-    settle_outputs(left, 6)
-    settle_outputs(left, 9)  # it has its number by now
+    build_outputs(left, 6)
+    build_outputs(left, 9)  # it has its number by now
     assert left.out_features == told.out_features == 6
     states = told.state_dict(), left.state_dict()
     assert [*states[0]] == [*states[1]]
@@ -52,7 +52,7 @@ def test_without_a_number_a_part_says_so_and_none_below_one_is_taken(kind: str) 
 
 def test_parts_that_are_not_open_stay_and_decoders_take_the_numbers_of_a_patch() -> None:
     layer = nn.Linear(2, 3)
-    settle_outputs(layer, 5)
+    build_outputs(layer, 5)
     assert layer.out_features == 3
     decoder = OPEN["mask"](None)
     settle_patch_decoder(vit(16, 1, 2, img_size=12, patch_size=4, in_chans=2), decoder, "MAE")
@@ -66,13 +66,13 @@ def test_tokenizers_take_the_patches_of_a_backbone_and_refuse_others() -> None:
     codes = PatchCodes(3)
     with pytest.raises(UserError, match="do not know the shape of a patch; set patch and channels"):
         codes(torch.zeros(1, 3, 4, 4))
-    codes.settle((2, 2, 3))
+    codes.set_patch_shape((2, 2, 3))
     assert codes.centres_Vd.shape == (3, 12)
     codes.centres_Vd += 1
-    codes.settle((2, 2, 3))
+    codes.set_patch_shape((2, 2, 3))
     assert (codes.centres_Vd == 1).all()
     with pytest.raises(UserError, match=r"\[2, 2, 3\], and those of the backbone have \[2, 2, 1\]; leave patch"):
-        codes.settle((2, 2, 1))
+        codes.set_patch_shape((2, 2, 1))
 
 
 def test_a_network_of_timm_that_kept_its_classifier_is_refused() -> None:

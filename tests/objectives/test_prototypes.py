@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.nn.teachers.centring import Centre
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, prototype_cross_entropy, sinkhorn
 
@@ -102,7 +102,7 @@ def one_rank(index: int, folder: str) -> None:
     centre.follow()
     alone = sinkhorn(scores()[: 7 * index], 0.3)  # all rows on one rank
     torch.save({"q": sinkhorn(own, 0.3), "alone": alone, "centre": centre()}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from objective_cases import CASES
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.objectives.barlow import standardise
 
 pytestmark = pytest.mark.ranks
@@ -51,7 +51,7 @@ def one_rank(index: int, folder: str) -> None:
     lonely = standardise(torch.ones(1 - index, 3))  # one row on one of the ranks
     out["lonely"] = {"largest": lonely.abs().sum()}
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from lightspan.optim.low_rank.bases import DCTBasis
 from lightspan.optim.low_rank.carries import FrameChange, Gather, Keep, Rotate
-from lightspan.optim.low_rank.inner import SGD, Adam, AdamSettings, InnerContext, farthest
+from lightspan.optim.low_rank.inner import SGD, Adam, AdamSettings, InnerContext, largest_direction
 from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.reference.ldadam import rotated_moments
@@ -211,7 +211,7 @@ def test_a_rotation_leaves_no_mean_that_adam_could_not_have_reached():
             after, FrameChange(lambda: old, partial(torch.clone, new), {}, {}, mean, betas), STORAGE, SEED
         )
         reached = (after["exp_avg"] / corrections[0]).abs() / (after["exp_avg_sq"] / corrections[1]).sqrt()
-        assert reached.max() <= farthest(betas) * (1 + 1e-9)
+        assert reached.max() <= largest_direction(betas) * (1 + 1e-9)
 
 
 def test_what_adam_can_reach_at_most_is_reached_by_gradients_that_grow():
@@ -221,5 +221,5 @@ def test_what_adam_can_reach_at_most_is_reached_by_gradients_that_grow():
         for step in range(400):
             g = (betas[1] / betas[0]) ** -(400 - step)
             m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
-        assert abs(m / v**0.5 - farthest(betas)) < 1e-6
-    assert farthest((0.9, 0.5)) == float("inf")
+        assert abs(m / v**0.5 - largest_direction(betas)) < 1e-6
+    assert largest_direction((0.9, 0.5)) == float("inf")

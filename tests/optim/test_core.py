@@ -13,7 +13,7 @@ from lightspan.optim.low_rank.update_rule import UpdateRule
 from lightspan.optim.matrices.buckets import stacked_bucket
 from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import Float32Moments
-from lightspan.optim.matrices.offload import Home
+from lightspan.optim.matrices.placement import StatePlacement
 
 GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "scale": 1.0}
 
@@ -26,7 +26,7 @@ def sequence(rows, columns, steps=20, seed=0):
 def bucket_of(rule, layout, weight):
     """One matrix, also at ranks that the optimiser would leave to AdamW."""
     parameter = torch.nn.Parameter(weight.clone())
-    return stacked_bucket(GROUP, [parameter], False, [0.0], layout, rule, [{}], [""], Home())
+    return stacked_bucket(GROUP, [parameter], False, [0.0], layout, rule, [{}], [""], StatePlacement())
 
 
 @torch.no_grad()

@@ -317,7 +317,7 @@ def test_weights_and_state_stay_finite_and_steps_within_adamws_reach(name):
 
 
 @pytest.mark.parametrize("name", filter(is_default, OPTIMISERS))
-def test_so_they_do_for_bfloat16_weights(name):
+def test_bfloat16_stays_finite(name):
     run(OPTIMISERS[name], torch.bfloat16)
 
 

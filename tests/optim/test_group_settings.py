@@ -32,8 +32,8 @@ from lightspan.optim.masks.by_score import ByScore
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments
 from lightspan.optim.muon import FactoredMuon, Muon
+from lightspan.optim.parameter_summary import parameter_summary
 from lightspan.optim.steps import steps_taken
-from lightspan.optim.treatment import treatment
 from lightspan.optim.two_rates import TwoRates
 from lightspan.subspaces.projections import Dense, Sparse
 
@@ -338,7 +338,7 @@ def test_groups_and_conversions_find_stacks_by_the_type_of_their_module() -> Non
     converted = to_low_rank(torch.optim.AdamW(module.parameters()), module, ["*"], rank=4)
     for optimizer in (converted, LowRank(ParameterGroups().build(module), rank=4)):
         how = {
-            optimizer.name_of(p): treatment(optimizer, p, group).how
+            optimizer.name_of(p): parameter_summary(optimizer, p, group).how
             for group in optimizer.param_groups
             for p in group["params"]
         }

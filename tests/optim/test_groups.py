@@ -24,7 +24,7 @@ from lightspan.backbones.language import llama
 from lightspan.core.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 from lightspan.training.wiring.report import print_report
 
 
@@ -180,7 +180,7 @@ def test_layers_without_a_shape_are_refused_and_fit_after_a_batch(make):
 def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
     model = Model()
     optimizer = LowRank(ParameterGroups().build(model), rank=4)
-    planned = [treatment(optimizer, p, g) for g in optimizer.param_groups for p in g["params"]]
+    planned = [parameter_summary(optimizer, p, g) for g in optimizer.param_groups for p in g["params"]]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -198,7 +198,7 @@ def test_the_report_counts_the_state_that_the_optimiser_really_keeps(capsys):
 def test_the_report_names_the_rate_that_was_asked_for_and_not_that_of_a_warm_up():
     optimizer = LowRank(ParameterGroups().build(Model()), lr=0.25, rank=4)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    assert {treatment(optimizer, p, g).rate for g in optimizer.param_groups for p in g["params"]} == {0.25}
+    assert {parameter_summary(optimizer, p, g).rate for g in optimizer.param_groups for p in g["params"]} == {0.25}
 
 
 class Declared(nn.Linear):

@@ -48,7 +48,7 @@ from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.matrices.heads import query_key_heads
 from lightspan.optim.muon import FactoredMuon, Muon
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 from lightspan.training.wiring.report import print_report
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 32, "intermediate_size": 16}
@@ -266,7 +266,7 @@ def test_the_printed_table_tells_which_weights_are_taken_by_heads() -> None:
     optimizer = FactoredMuon(ParameterGroups().build(VisionTransformer(embed_dim=16, depth=1, num_heads=2)))
     group = optimizer.param_groups[0]
     how = {
-        name: treatment(optimizer, parameter, group).how
+        name: parameter_summary(optimizer, parameter, group).how
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     assert how["blocks.0.attn.qkv.weight"] == "by heads, 5 parts"

@@ -112,10 +112,10 @@ def test_a_step_of_whole_matrices_compiles_as_one_graph(kind):
             weight.grad = torch.randn_like(weight)
         optimizer.step()
         (bucket,) = optimizer.buckets()
-        act = optimizer.step_of(bucket).act
-        act = torch.compile(act, fullgraph=True, backend="aot_eager") if compiled else act
+        apply = optimizer.step_of(bucket).apply
+        apply = torch.compile(apply, fullgraph=True, backend="aot_eager") if compiled else apply
         with torch.no_grad():
-            act([weight.detach() for weight in weights], torch.tensor(0.5))
+            apply([weight.detach() for weight in weights], torch.tensor(0.5))
         results.append([*weights, *bucket.state.values()])
     for straight, traced in zip(*results, strict=True):
         torch.testing.assert_close(straight, traced)

@@ -23,7 +23,7 @@ from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 
 PRESETS = {
     "default": LowRank,
@@ -536,7 +536,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def how(optimizer: LowRank, weight: Tensor) -> str:
     (group,) = (g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-    return treatment(optimizer, weight, group).how
+    return parameter_summary(optimizer, weight, group).how
 
 
 @every_preset

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.optim.groups import ParameterGroups
 from lightspan.optim.lars import LARS
@@ -153,7 +153,7 @@ def sharded(rank: int, folder: str) -> None:
     for name, p in reference.named_parameters():
         torch.testing.assert_close(parts[name].detach().full_tensor(), p.detach(), rtol=1e-12, atol=1e-14)
         assert isinstance(optimizer.state[parts[name]]["momentum_buffer"], DTensor)
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

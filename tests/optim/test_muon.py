@@ -19,7 +19,7 @@ from lightspan.optim.low_rank.presets import Trion
 from lightspan.optim.matrices import newton_schulz
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
 from lightspan.optim.muon import Dion2, Muon, NorMuon
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 
 
 def FactoredMuon(params, **options) -> LowRank:
@@ -402,7 +402,7 @@ def test_every_matrix_is_taken_at_any_rank_and_the_rest_gets_adamw_at_its_own_ra
     taken = {"linear.weight", "convolution.weight", "one.weight", "kernels.weight", "experts"}
     assert {name for name, rate in rates.items() if rate == 0.1} == taken
     shown = {
-        name: treatment(optimizer, parameter, group).how
+        name: parameter_summary(optimizer, parameter, group).how
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }

@@ -1,4 +1,4 @@
-"""State on the host: the same steps and checkpoints, each byte copied once each way, two visitors at a time, no races.
+"""State on the host: the same steps and checkpoints, each byte copied once each way, two transfers at a time, no races.
 
 There is no GPU here. The meta device stands for one where copies are counted; where numbers matter, the host plays the
 device as well, with streams that only record who knows of what.
@@ -25,14 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, with_part
 from lightspan.optim.low_rank.bases import Every, PowerBasis
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.presets import DCTAdamW, GaLore, LDAdam
-from lightspan.optim.matrices import offload
+from lightspan.optim.matrices import placement
 from lightspan.optim.matrices.moments import BFloat16Moments, Int8Moments
 from lightspan.optim.muon import FactoredMuon, Muon
 from lightspan.training.strategies import shard_blocks
@@ -45,8 +45,8 @@ OF_FRAMES = {"frame", "columns", "draws"}
 @pytest.fixture
 def everywhere(monkeypatch):
     """The host plays the device, and no parameter is too small."""
-    monkeypatch.setattr(offload, "has_host", lambda device: True)
-    monkeypatch.setattr(offload, "SMALLEST_AWAY", 0)
+    monkeypatch.setattr(placement, "has_host", lambda device: True)
+    monkeypatch.setattr(placement, "SMALLEST_OFFLOADED", 0)
 
 
 def parameters(dtype=torch.float32, device="cpu", shapes=SHAPES):
@@ -74,7 +74,7 @@ def away(optimizer):
         local(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if key not in OF_FRAMES | {"step"} and parameter.numel() >= offload.SMALLEST_AWAY
+        if key not in OF_FRAMES | {"step"} and parameter.numel() >= placement.SMALLEST_OFFLOADED
     ]
 
 
@@ -90,8 +90,8 @@ def equal(one, other):
 
 @pairwise(kind=KINDS, dtype=[torch.float32, torch.bfloat16], on=[True, False])
 def test_what_is_on_the_host_is_copied_once_each_way_in_a_step_and_nothing_else_is(kind, dtype, on, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 4096)
-    monkeypatch.setattr(offload, "SMALLEST_AWAY", 20)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 4096)
+    monkeypatch.setattr(placement, "SMALLEST_OFFLOADED", 20)
     weights = parameters(dtype, "meta")
     optimizer = made(kind, weights, offload=on, check_finite=False, max_norm=1.0)
     for _ in range(3):
@@ -112,25 +112,25 @@ def test_what_is_on_the_host_is_copied_once_each_way_in_a_step_and_nothing_else_
 
 
 @pytest.mark.parametrize("kind", [LowRank, DCTAdamW, Muon])
-def test_two_visitors_are_on_the_device_at_most_and_no_larger_than_they_must_be(kind, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 3000)
-    monkeypatch.setattr(offload, "SMALLEST_AWAY", 20)
-    monkeypatch.setattr(offload, "ALIGNMENT", 1)
-    received, slots, sizes = offload._received, set(), []
+def test_at_most_two_transfers_are_on_the_device_and_no_larger_than_they_must_be(kind, monkeypatch):
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 3000)
+    monkeypatch.setattr(placement, "SMALLEST_OFFLOADED", 20)
+    monkeypatch.setattr(placement, "ALIGNMENT", 1)
+    run, slots, sizes = placement._run_offloaded, set(), []
 
-    def watched(visit):
-        def act(states):
-            guests = [state[key] for state, names in zip(states, visit.away, strict=True) for key in names]
+    def watched(transfer):
+        def apply(states):
+            guests = [state[key] for state, names in zip(states, transfer.offloaded, strict=True) for key in names]
             slots.update(StorageWeakRef(guest.untyped_storage()) for guest in guests)
             there = [slot for slot in slots if not slot.expired()]
             assert len(there) <= 2
             sizes.append(nbytes(guests))
             assert sum(guest.untyped_storage().nbytes() for guest in guests[:1]) < 3000
-            visit.act(states)
+            transfer.apply(states)
 
-        return dataclasses.replace(visit, act=act)
+        return dataclasses.replace(transfer, apply=apply)
 
-    monkeypatch.setattr(offload, "_received", lambda device, visits: received(device, [*map(watched, visits)]))
+    monkeypatch.setattr(placement, "_run_offloaded", lambda device, transfers: run(device, [*map(watched, transfers)]))
     weights = parameters(device="meta")
     optimizer = made(kind, weights, offload=True, check_finite=False)
     with step_costs():
@@ -161,7 +161,7 @@ def test_steps_and_state_are_the_same_bit_for_bit(rule, dtype, everywhere):
     )
     for optimizer, own in ((plain, weights), (hosted, others)):
         train(optimizer, own, range(5), absent={2: (0, 6), 3: (2, 5)})  # also one in the middle of a stack
-    assert any(bucket.away for bucket in hosted.buckets())
+    assert any(bucket.offloaded for bucket in hosted.buckets())
     assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
     assert equal(plain, hosted)
 
@@ -171,7 +171,7 @@ def test_stacks_that_are_cut_to_visit_step_as_one(kind, everywhere, monkeypatch)
     weights, others = parameters(), parameters()
     plain, hosted = made(kind, weights), made(kind, others, offload=True)
     train(plain, weights, range(4))
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 1)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 1)
     train(hosted, others, range(4))
     assert max(len(bucket.parameters) for bucket in plain.buckets()) > 1
     assert {len(bucket.parameters) for bucket in hosted.buckets()} == {1}
@@ -181,8 +181,8 @@ def test_stacks_that_are_cut_to_visit_step_as_one(kind, everywhere, monkeypatch)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_on_the_host_notice_nothing(kind, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 1)
-    monkeypatch.setattr(offload, "_received", None)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 1)
+    monkeypatch.setattr(placement, "_run_offloaded", None)
     weights, others = parameters(), parameters()
     plain, switched = made(kind, weights), made(kind, others, offload=True)
     train(plain, weights, range(3))
@@ -228,15 +228,15 @@ def test_a_checkpoint_continues_with_the_switch_and_without_it(kind, on, everywh
         assert equal(optimizer, resumed)
 
 
-def test_the_two_largest_visits_may_be_there_at_once(monkeypatch):
-    home, sizes = offload.OnHost(frozenset({"stays"})), (6000, 5000, 9000, 10)
+def test_the_two_largest_transfers_may_be_there_at_once(monkeypatch):
+    host, sizes = placement.HostState(frozenset({"stays"})), (6000, 5000, 9000, 10)
     state = {nn.Parameter(torch.empty(n)): {"stays": torch.empty(n), "goes": torch.empty(n)} for n in sizes}
-    assert home.sizes(state) == (4 * 20_000, 4 * 20_000)  # less than is sent at once
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 4 * 7000)
-    assert home.sizes(state) == (4 * 20_000, 4 * 16_000)
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 1)
-    assert home.sizes(state) == (4 * 20_000, 4 * 15_000)
-    assert offload.Home().sizes(state) == (0, 0)
+    assert host.sizes(state) == (4 * 20_000, 4 * 20_000)  # less than is sent at once
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 4 * 7000)
+    assert host.sizes(state) == (4 * 20_000, 4 * 16_000)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 1)
+    assert host.sizes(state) == (4 * 20_000, 4 * 15_000)
+    assert placement.StatePlacement().sizes(state) == (0, 0)
 
 
 def test_state_that_others_moved_to_the_device_goes_home():
@@ -277,7 +277,7 @@ def test_copies_of_an_optimiser_keep_the_switch(everywhere):
     twins, twin = copy.deepcopy((weights, optimizer))
     train(optimizer, weights, range(2, 4))
     train(twin, twins, range(2, 4))
-    assert any(bucket.away for bucket in twin.buckets())
+    assert any(bucket.offloaded for bucket in twin.buckets())
     assert all(torch.equal(a, b) for a, b in zip(weights, twins, strict=True))
 
 
@@ -287,7 +287,7 @@ def raced(kind, monkeypatch, left_out=None):
     optimizer = made(kind, weights, offload=True)
     train(optimizer, weights, range(1))
     streams = Streams(left_out)
-    monkeypatch.setattr(offload, "streams_of", lambda device: streams)
+    monkeypatch.setattr(placement, "streams_of", lambda device: streams)
     with Watch(streams):
         optimizer.step()
     return streams, away(optimizer)
@@ -295,7 +295,7 @@ def raced(kind, monkeypatch, left_out=None):
 
 @pytest.mark.parametrize("kind", [LowRank, DCTAdamW, FactoredMuon])
 def test_no_two_streams_meet_and_at_the_end_the_host_may_read_everything(kind, everywhere, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 2000)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 2000)
     streams, hosted = raced(kind, monkeypatch)
     assert streams.made == 4  # two for the matrices, two for the rest
     assert streams.waits > 9
@@ -306,19 +306,19 @@ def test_no_two_streams_meet_and_at_the_end_the_host_may_read_everything(kind, e
 
 
 def test_every_wait_is_needed(everywhere, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 2000)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 2000)
     waits = raced(LowRank, monkeypatch)[0].waits
     for number in range(waits):
         assert raced(LowRank, monkeypatch, number)[0].races, number
 
 
 def test_a_step_that_fails_leaves_no_copy_under_way(everywhere, monkeypatch):
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 2000)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 2000)
     weights = parameters()
     optimizer = made(LowRank, weights, offload=True)
     train(optimizer, weights, range(1))
     streams = Streams()
-    monkeypatch.setattr(offload, "streams_of", lambda device: streams)
+    monkeypatch.setattr(placement, "streams_of", lambda device: streams)
     bucket = optimizer.buckets()[1]
     bucket.group = {}  # which has no rate
     with Watch(streams), pytest.raises(KeyError):
@@ -360,7 +360,9 @@ def one_rank(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
     mesh, out = init_device_mesh("cpu", (2,)), {}
-    everywhere = mock.patch.multiple(offload, has_host=lambda device: True, SMALLEST_AWAY=0, LARGEST_VISIT=1 << 12)
+    everywhere = mock.patch.multiple(
+        placement, has_host=lambda device: True, SMALLEST_OFFLOADED=0, LARGEST_TRANSFER=1 << 12
+    )
     with everywhere:
         for name, build in SHARDED.items():
             weights = {}
@@ -370,7 +372,7 @@ def one_rank(index: int, folder: str) -> None:
                 saved = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
                 dcp.save(saved, checkpoint_id=Path(folder, f"{name} {on}"))
                 weights[on] = sharded_steps(model, optimizer, range(3, 5))
-                out[name, "away", on] = sum(len(bucket.away) for bucket in optimizer.buckets())
+                out[name, "away", on] = sum(len(bucket.offloaded) for bucket in optimizer.buckets())
             for before, after in ((True, False), (False, True)):
                 model, optimizer = sharded(mesh, build, after)
                 found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
@@ -381,7 +383,7 @@ def one_rank(index: int, folder: str) -> None:
                 all(torch.equal(a, b) for a, b in zip(weights[False], other, strict=True)) for other in weights.values()
             ]
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks
@@ -407,7 +409,7 @@ def test_a_part_of_a_sharded_tensor_may_be_on_another_device_than_its_mesh(tmp_p
         with_part(like, held).mul_(2)
         assert torch.equal(held, torch.full((3, 2), 2.0))
     finally:
-        leave()
+        end_process_group()
     assert with_part(torch.zeros(1), part) is part
 
 

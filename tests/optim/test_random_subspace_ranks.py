@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Dense, Fastfood, Sparse
 from lightspan.training.strategies import shard_blocks
@@ -133,7 +133,7 @@ def one_rank(rank: int, folder: str) -> None:
     dist.all_reduce(pulled_d)
     out["slices"] = pulled_d
     torch.save(out, Path(folder, f"{rank}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightspan.callbacks.training.subspace_projection import SubspaceProjection
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis
 from lightspan.optim.low_rank.gradients import attach
@@ -249,7 +249,7 @@ def one_rank(index, folder):
     out["detached"] = detached(traffic)
     out["under FSDP2"] = under_fsdp2(folder)
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def test_another_strategy_than_ddp_is_refused(two_ranks):
 def lone_rank(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
-    leave()
+    end_process_group()
 
 
 def test_a_model_that_ddp_holds_already_is_refused(lone_rank):

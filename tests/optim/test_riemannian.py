@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.optim.groups import ParameterGroups, Rule
@@ -165,7 +165,7 @@ def one_rank(index: int, folder: str) -> None:
     with pytest.raises(UserError, match=r"frames \[1, 6, 2\] are split over ranks along axis 1, and a step needs"):
         RiemannianSGD([nn.Parameter(distribute_tensor(frames, mesh, [Shard(1)]))])
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 def draws(count: int) -> tuple[Tensor, list[Tensor]]:

@@ -15,8 +15,8 @@ from lightspan.optim.schedules import (
     WarmupCosine,
     WarmupCosineDecay,
     WarmupLine,
-    in_turn,
     line_between,
+    restarting_schedule,
 )
 
 
@@ -214,7 +214,7 @@ def test_a_staircase_refuses_what_lies_outside_its_ranges(options, message):
 def test_schedules_in_turn_begin_anew_with_each_part(schedule):
     lengths = (4, 7, 1, 5)
     expected = [rate for length in lengths for rate in of_run(schedule, length)]
-    assert of_run(in_turn(schedule, lengths), sum(lengths)) == pytest.approx(expected)
+    assert of_run(restarting_schedule(schedule, lengths), sum(lengths)) == pytest.approx(expected)
     factors = (1.0, 0.01, 3.0, 0.5)
     expected = [f * rate for f, length in zip(factors, lengths, strict=True) for rate in of_run(schedule, length)]
-    assert of_run(in_turn(schedule, lengths, factors), sum(lengths)) == pytest.approx(expected)
+    assert of_run(restarting_schedule(schedule, lengths, factors), sum(lengths)) == pytest.approx(expected)

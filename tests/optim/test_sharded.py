@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.bases import DCTBasis, SVDBasis
 from lightspan.optim.low_rank.inner import SGD, NewtonSchulz
@@ -221,7 +221,7 @@ def one_rank(index: int, folder: str) -> None:
     out["not finite"] = not_finite(meshes[4])
     out["replicas equal"] = low_precision(hybrid)
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.sharded import Ranks, RowShards, from_local, whole
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.presets import Trion
@@ -157,7 +157,7 @@ def one_rank(index: int, folder: str) -> None:
     out["traffic"] = traffic(meshes[4])
     out["replicas equal"] = low_precision(meshes["2 x 2"])
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 def flat(optimizer: LowRank) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import Ranks, RowShards, from_local, whole
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.presets import APOLLO, LDAdam
 from lightspan.optim.matrices.moments import Float32Moments
 from lightspan.optim.muon import FactoredMuon
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 
 pytestmark = pytest.mark.ranks
 
@@ -103,10 +103,10 @@ def one_rank(index: int, folder: str) -> None:
             take(optimizer, weights, range(SAVED, STEPS), mesh)
             out[count, name] = [whole(w.detach()) for w in weights]
             out[count, name, "steps"] = [int(optimizer.state[w]["step"]) for w in weights]
-            out[count, name, "bytes"] = treatment(optimizer, weights[0], optimizer.param_groups[0]).state_bytes
+            out[count, name, "bytes"] = parameter_summary(optimizer, weights[0], optimizer.param_groups[0]).state_bytes
     out["refusals"] = refusals(meshes[3])
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

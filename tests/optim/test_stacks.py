@@ -10,7 +10,7 @@ from lightspan.optim import muon
 from lightspan.optim.low_rank import presets
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.treatment import treatment
+from lightspan.optim.parameter_summary import parameter_summary
 
 RULES = {
     "default": LowRank,
@@ -66,8 +66,8 @@ def test_experts_train_as_matrices_of_their_own(rule, shape) -> None:
 def test_the_experts_axis_is_never_compressed_and_the_report_says_so() -> None:
     stack, kernel = nn.Parameter(draw(64, 12, 9)), nn.Parameter(draw(64, 12, 3))
     optimizer = LowRank([*stacked(stack), {"params": [kernel]}], rank=4)
-    assert treatment(optimizer, stack, optimizer.param_groups[0]).how == "rank 4 of 9, each of 64"
-    assert treatment(optimizer, kernel, optimizer.param_groups[1]).how == "rank 4 of 36"
+    assert parameter_summary(optimizer, stack, optimizer.param_groups[0]).how == "rank 4 of 9, each of 64"
+    assert parameter_summary(optimizer, kernel, optimizer.param_groups[1]).how == "rank 4 of 36"
     train(optimizer, [stack, kernel], range(1))
     assert optimizer.state[stack]["exp_avg"].shape == (64, 12, 4)
     assert optimizer.state[kernel]["exp_avg"].shape == (64, 4)
@@ -113,4 +113,6 @@ def test_where_stacks_cannot_be_projected_they_get_adamw() -> None:
         optimizer.step()
         adamw.step()
     assert torch.equal(model.experts, twin)
-    assert treatment(optimizer, model.experts, optimizer.param_groups[0]).how.startswith("AdamW: a stack of matrices")
+    assert parameter_summary(optimizer, model.experts, optimizer.param_groups[0]).how.startswith(
+        "AdamW: a stack of matrices"
+    )

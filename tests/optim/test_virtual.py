@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightspan.optim.steps import steps_taken
-from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
+from lightspan.optim.virtual import copies, copy_into, mean_weights, rolled_back, step_on, tensors_of, virtual_steps
 
 
 def network() -> nn.Module:
@@ -26,7 +26,7 @@ def test_a_run_with_undone_steps_is_the_run_without_them(kind) -> None:
         model = network()
         optimizer = kind(model.parameters())
         for _ in range(3):
-            with undone(model), virtual(optimizer):
+            with rolled_back(model), virtual_steps(optimizer):
                 for _ in range(looks):
                     step_on(loss_of(model), optimizer)
             optimizer.zero_grad()
@@ -42,7 +42,7 @@ def test_an_undone_step_is_the_optimisers_own() -> None:
     loss_of(other).backward()
     twin.step()
     before = copies(model)
-    with undone(model), virtual(optimizer):
+    with rolled_back(model), virtual_steps(optimizer):
         step_on(loss_of(model), optimizer)
         assert all(torch.equal(*pair) for pair in zip(copies(model), copies(other), strict=True))
     assert all(torch.equal(*pair) for pair in zip(copies(model), before, strict=True))
@@ -54,7 +54,7 @@ def test_they_do_not_count_and_leave_gradients_alone() -> None:
     taken = steps_taken(optimizer)
     loss_of(model).backward()
     before = [p.grad for p in model.parameters()]
-    with virtual(optimizer):
+    with virtual_steps(optimizer):
         step_on(loss_of(model), optimizer)
     assert steps_taken(optimizer) == taken
     assert all(p.grad is old for p, old in zip(model.parameters(), before, strict=True))
@@ -65,8 +65,8 @@ def test_they_do_not_count_and_leave_gradients_alone() -> None:
 def test_an_error_inside_undoes_too() -> None:
     model = network()
     before = copies(model)
-    with pytest.raises(RuntimeError, match="stop"), undone(model):  # noqa: PT012
-        set_to(tensors_of(model), [torch.zeros_like(tensor) for tensor in tensors_of(model)])
+    with pytest.raises(RuntimeError, match="stop"), rolled_back(model):  # noqa: PT012
+        copy_into(tensors_of(model), [torch.zeros_like(tensor) for tensor in tensors_of(model)])
         raise RuntimeError("stop")
     assert all(torch.equal(*pair) for pair in zip(copies(model), before, strict=True))
 

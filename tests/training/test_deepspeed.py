@@ -20,7 +20,7 @@ from tiny_project.tiny_lab import zero
 from torch import nn
 
 from lightspan.cli.config.resolve import resolve
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.schedules import WarmupCosine
@@ -129,7 +129,7 @@ def one_rank(index, folder):
                 file.truncate(1000)
         out[f"torn {stage}"] = refusal(folder, stage, Net(ranks=[index]), f"{here}/epoch=0.ckpt")
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightspan.core.blocks import blocks
-from lightspan.core.distributed import leave, rank, world_size
+from lightspan.core.distributed import end_process_group, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
@@ -195,7 +195,7 @@ def one_rank(index: int, ranks: int, port: int, folder: str) -> None:
     if ranks in (2, 3):
         out["evaluated"] = evaluate(folder, ranks, FSDP2(), Uneven(ranks))
     torch.save(out, Path(folder, f"{ranks}-{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
-from lightspan.core.distributed import all_reduce_max, copy_of_first_rank, mean_over_ranks, world_size
+from lightspan.core.distributed import all_reduce_max, broadcast_first_rank, mean_over_ranks, world_size
 from lightspan.core.errors import UserError
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.maps import Selected
@@ -75,7 +75,7 @@ def move(layers: Mapping[str, SparseGaussian], dropped: Mapping[str, int], remov
         mean_over_ranks([*found.values()])
     opened = {name: _next(layers[name], g, dropped[name], removal) for name, g in found.items()}
     if world_size() > 1:
-        copy_of_first_rank([*opened.values()])
+        broadcast_first_rank([*opened.values()])
     return {name: layers[name].move(open_S.flatten().nonzero().flatten()) for name, open_S in opened.items()}
 
 

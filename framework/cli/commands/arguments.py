@@ -78,15 +78,15 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
     if args.table is not None:
         if args.images is not None:
             raise UserError("--images and --table both replace the recipe's data; give one of them")
-        from lightspan.cli.config.own_tables import with_table
+        from lightspan.cli.config.user_tables import with_table
 
         return with_table(args.recipe, args.overlays, args.table, args.target, args.flags, args.allow_modules, kinds)
     if args.images is None:
         return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
-    from lightspan.cli.config.own_pictures import with_pictures
+    from lightspan.cli.config.user_images import with_images
 
     size = IMAGE_SIZE if args.image_size is None else args.image_size
-    return with_pictures(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
+    return with_images(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
 
 
 def configuration_words(args: argparse.Namespace) -> list[str]:

@@ -15,7 +15,7 @@ from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import stand_ins
 from lightspan.cli.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.cli.config.tree import COMMAND_LINE, dotted
-from lightspan.core.absent import MissingFile, weights_left_out
+from lightspan.core.absent import MissingFile, without_missing_weights
 from lightspan.core.errors import one_line, print_notes, printable
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import PathUse
@@ -60,11 +60,11 @@ def _parts(resolved: Resolved) -> str:
         return "torch is not installed here, so nothing was built, and whether the parts fit together is not known"
     from lightspan.cli.planning.one_process import in_one_process
     from lightspan.cli.planning.rehearsal import without_trace
-    from lightspan.cli.planning.shapes import on_shapes_first
+    from lightspan.cli.planning.shapes import on_meta_first
 
-    with without_trace(in_one_process(resolved)) as (alone, scratch), weights_left_out():
+    with without_trace(in_one_process(resolved)) as (alone, scratch), without_missing_weights():
         try:
-            model = on_shapes_first(alone, lambda built: built.model, scratch)
+            model = on_meta_first(alone, lambda built: built.model, scratch)
         except MissingFile:
             return _each_by_itself(alone, scratch)
     return f"its parts fit together: {_counted(model)}; fit --dry-run also tries a batch"
@@ -75,12 +75,12 @@ def _each_by_itself(alone: Resolved, scratch: Path) -> str:
     with the other. Raises: UserError for whatever is wrong besides missing files.
     """
     from lightspan.cli.planning.rehearsal import with_small
-    from lightspan.cli.planning.shapes import on_shapes_first
+    from lightspan.cli.planning.shapes import on_meta_first
 
     said = []
     for part, other in (("model", "data"), ("data", "model")):
         try:
-            built = on_shapes_first(with_small(alone, other), lambda built: built, scratch)
+            built = on_meta_first(with_small(alone, other), lambda built: built, scratch)
             said.append(_counted(built.model) if part == "model" else type(built.datamodule).__name__)
         except MissingFile as error:
             said.append(f"not checked beyond this: {first_user_error(error)}")
@@ -111,7 +111,7 @@ def _is_here(place: str) -> bool:
 
 def _damaged_pictures(data: dict[str, Any]) -> list[str]:
     """What to say of damaged files in the folders of pictures that the data name; nothing of other data."""
-    from lightspan.cli.config.own_pictures import DATA
+    from lightspan.cli.config.user_images import DATA
 
     if data.get("class_path") != DATA:
         return []

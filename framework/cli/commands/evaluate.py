@@ -18,7 +18,7 @@ from lightspan.cli.commands.arguments import (
 from lightspan.cli.config.build import build, with_layer
 from lightspan.cli.runs.folder import LAST_CHECKPOINT, is_first_rank, run_folder, weights_to_evaluate, write_run_files
 from lightspan.cli.runs.seed import with_seed
-from lightspan.cli.runs.train import call, check_checkpoints, put_weights
+from lightspan.cli.runs.train import call, check_checkpoints, load_merged_weights
 from lightspan.core.errors import UserError, print_notes, printable
 from lightspan.core.files.runs import PREDICTIONS, TESTED, VALIDATED
 
@@ -63,7 +63,7 @@ def _evaluate(args: argparse.Namespace, verb: str) -> int:
     alone = source.suffix == ".safetensors"
     if alone:
         Adaptation.act(built.trainer, built.model)  # a callback adds what it adds before weights are loaded
-        put_weights(built.model, source)
+        load_merged_weights(built.model, source)
     if is_first_rank():
         print_notes(resolved.notes)
         if source != args.ckpt:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.cli.config.build import build
     from lightspan.cli.exports import formats
     from lightspan.cli.exports.onnx_file import require_packages
-    from lightspan.cli.runs.train import put_weights
+    from lightspan.cli.runs.train import load_merged_weights
 
     _require_options_of(args)
     if args.to == "onnx":
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     built.model.configure_model()
     formats.require_sizes(built.model, args.sizes)
     refuse_occupied(out, args.overwrite)
-    (put_weights if alone else load_weights)(built.model, checkpoint)
+    (load_merged_weights if alone else load_weights)(built.model, checkpoint)
     request = formats.Request(
         built,
         {"recipe": resolved.name, **_version()},
@@ -152,15 +152,15 @@ def _write_cards(
     args: argparse.Namespace, resolved: "Resolved", checkpoint: Path, product: "Product", folder: Path
 ) -> None:
     """A model card in each folder that others may publish."""
-    from lightspan.cli.exports.model_card import Told, model_card
+    from lightspan.cli.exports.model_card import CardFacts, model_card
 
     wrote = "the adapters" if args.to == "peft" else "the weights"
     if args.to in FUNCTIONS:
         wrote = "the predictions, as a program," if args.what == "predict" else "the features, as a program,"
     check = f"When it was written it was {_said(product)} (accepted: {product.limit:.3g})."
-    told = Told(wrote, product.loading, check, product.library, product.record, args.licence, product.task)
+    facts = CardFacts(wrote, product.loading, check, product.library, product.record, args.licence, product.task)
     run = None if args.recipe else _run_folder(args, checkpoint)
-    card = model_card(resolved, run, told)
+    card = model_card(resolved, run, facts)
     for name in product.cards:
         (folder / name / CARD).write_text(card, encoding="utf-8")
 

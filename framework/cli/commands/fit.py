@@ -32,13 +32,13 @@ from lightspan.cli.runs.folder import (
 from lightspan.cli.runs.metrics_csv import write_csv
 from lightspan.cli.runs.seed import with_seed
 from lightspan.cli.runs.train import (
+    barrier_after_restart,
     call,
     check_at_start,
     check_checkpoints,
-    meet_after_restart,
+    has_no_steps,
     obey_signals,
     stop_at_start,
-    takes_no_step,
 )
 from lightspan.core.errors import UserError, print_notes, printable
 from lightspan.core.files.runs import PROFILE, REPORT
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tuple[Resolved, "Built", Path | None]:
     """Everything before the first step: what is trained, built, and the checkpoint from which it continues."""
     checkpoint = checkpoint_to_resume(args.resume, run_dir, given=args.run is not None)
-    untrained = takes_no_step(resolved)
+    untrained = has_no_steps(resolved)
     if untrained and checkpoint is not None:
         raise UserError(
             f"a run that writes the weights before the first step has no step, but {run_dir} contains "
@@ -131,7 +131,7 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
     if untrained:
         stop_at_start(built, run_dir / LAST_CHECKPOINT)
     obey_signals(built)
-    meet_after_restart(built)
+    barrier_after_restart(built)
     if is_first_rank():
         clear_mark(run_dir)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)
@@ -193,8 +193,8 @@ def _format_for(model: Any) -> str:
 
 def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
     """The encoder as files for other programs, if the method has one, and the report, after training on --images."""
-    from lightspan.cli.exports.encoder import Written, write_encoder
-    from lightspan.cli.exports.model_card import Told, model_card
+    from lightspan.cli.exports.encoder import WrittenEncoder, write_encoder
+    from lightspan.cli.exports.model_card import CardFacts, model_card
     from lightspan.cli.report.page import render
     from lightspan.cli.report.runs import load_runs
     from lightspan.core.files.atomic import write_atomic
@@ -209,10 +209,10 @@ def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
         print_notes(["each rank has a part of the weights only, so the encoder was not written; use lightspan export"])
     elif encodes:
 
-        def card(written: Written) -> str:
+        def card(written: WrittenEncoder) -> str:
             check = f"When it was written, features read back differed by at most {written.difference:.3g}."
-            told = Told("the encoder", written.loading, check, inputs=written.inputs)
-            return model_card(resolved, run_dir, told)
+            facts = CardFacts("the encoder", written.loading, check, inputs=written.inputs)
+            return model_card(resolved, run_dir, facts)
 
         written = write_encoder(built.model, data.train.mean, data.train.std, data.size, run_dir / ENCODER, card)
         print_notes(written.remarks)

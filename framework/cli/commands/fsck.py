@@ -16,7 +16,7 @@ from lightspan.training.checkpoints.manifest import (
     fault,
     latest,
     manifest,
-    point_latest,
+    set_latest,
 )
 
 QUARANTINE = "quarantine"
@@ -98,7 +98,7 @@ def _mend_pointer(folder: Path, usable: Sequence[Path]) -> None:
     if latest(folder) in usable:
         return
     if usable:
-        point_latest(usable[0])
+        set_latest(usable[0])
         print(printable(f"{LATEST} now names {usable[0].name}"))
     else:
         remove(folder / LATEST)

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_occupied(args.out)
     merger = build_parts(resolved)["merger"]
     paths = named(args.checkpoints, merger.base)
-    print_notes(twice(paths))
+    print_notes(duplicate_notes(paths))
     if merger.base is not None:
         if args.base is None:
             raise UserError(f"--method {args.method} needs --base, the checkpoint that the others were trained from")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def twice(paths: Mapping[str, str]) -> list[str]:
+def duplicate_notes(paths: Mapping[str, str]) -> list[str]:
     """A note on each path that is given again, and on each that got a name other than its own."""
     notes = []
     for name, path in paths.items():

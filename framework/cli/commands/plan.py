@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from lightspan.cli.planning.one_process import in_one_process
     from lightspan.cli.planning.planned_step import make_plan
     from lightspan.cli.planning.rehearsal import without_trace
-    from lightspan.cli.planning.shapes import on_shapes_first
+    from lightspan.cli.planning.shapes import on_meta_first
 
     if args.memory is not None and not args.memory > 0:
         raise UserError(f"--memory {args.memory:g} must be more than 0 GiB; leave it out to take what this machine has")
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     _say(started, f"building {resolved.name}")
     with without_trace(in_one_process(resolved)) as (alone, scratch):
         try:
-            plan = planned(build(alone, scratch)) if args.real else on_shapes_first(alone, planned, scratch)
+            plan = planned(build(alone, scratch)) if args.real else on_meta_first(alone, planned, scratch)
         except MissingFile as error:
             if not (overlays := stand_ins(resolved.name)):
                 raise

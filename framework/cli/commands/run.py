@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
         print_notes(resolved.notes)
         print(printable("\n".join(_outlook(args, resolved))))
         return 0
-    from lightspan.core.distributed import together
+    from lightspan.core.distributed import raise_on_all_ranks
 
     with _ranks(), ExitStack() as held:
-        with together("take the run folder"):
+        with raise_on_all_ranks("take the run folder"):
             run_dir = run_folder(args.run, resolved.name)
             held.enter_context(sole_use(run_dir))
             _refuse_used(run_dir)
@@ -148,11 +148,11 @@ def _ranks() -> "Iterator[None]":
         return
     import torch.distributed as dist
 
-    from lightspan.core.distributed import leave
+    from lightspan.core.distributed import end_process_group
 
     dist.init_process_group("gloo")
     yield
-    leave()
+    end_process_group()
 
 
 def _refuse_used(run_dir: Path) -> None:

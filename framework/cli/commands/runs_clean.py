@@ -10,7 +10,7 @@ from lightspan.cli.commands.runs import add_filter_arguments, filter_from
 from lightspan.core.errors import UserError, one_line, printable
 
 if TYPE_CHECKING:
-    from lightspan.cli.runs.cleaning import Doomed
+    from lightspan.cli.runs.cleaning import Deletable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,32 +34,32 @@ def run(args: argparse.Namespace) -> int:
     if not chosen.statuses:
         chosen = replace(chosen, statuses=USELESS)
     entries = [entry for folder in find_runs(args.dirs) if chosen.has(entry := read_entry(folder))]
-    doomed, kept = look(entries, with_tags=bool(args.tag))
+    deletable, kept = look(entries, with_tags=bool(args.tag))
     for one in kept:
         print(one_line(f"keeps {one.entry.folder}: {one.reason}"))
-    if not doomed:
+    if not deletable:
         print("nothing to delete")
         return 0
-    for run in doomed:
+    for run in deletable:
         print(one_line(f"{run.entry.status:<10} {size_text(run.size):>10}  {run.entry.folder}"))
-    question = f"delete {_runs(len(doomed))}, {size_text(sum(run.size for run in doomed))}?"
+    question = f"delete {_runs(len(deletable))}, {size_text(sum(run.size for run in deletable))}?"
     if not args.yes and not _agreed(question):
         print("nothing was deleted")
         return 0
-    return _delete(doomed)
+    return _delete(deletable)
 
 
-def _delete(doomed: Sequence["Doomed"]) -> int:
+def _delete(deletable: Sequence["Deletable"]) -> int:
     from lightspan.cli.runs.cleaning import delete
 
     failures = 0
-    for run in doomed:
+    for run in deletable:
         try:
             delete(run)
         except UserError as error:
             failures += 1
             print(one_line(f"lightspan: {error}"), file=sys.stderr)
-    print(printable(f"deleted {_runs(len(doomed) - failures)}"))
+    print(printable(f"deleted {_runs(len(deletable) - failures)}"))
     return 1 if failures else 0
 
 

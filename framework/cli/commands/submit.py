@@ -27,7 +27,7 @@ from lightspan.cli.config.provenance import redacted
 from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.config.tree import dump
 from lightspan.cli.launch import kubernetes, slurm, torchrun
-from lightspan.cli.launch.job import Array, Job, cores_of, job_name, leave_of, mebibytes, seconds
+from lightspan.cli.launch.job import Array, Job, cores_of, grace_period_of, job_name, mebibytes, seconds
 from lightspan.cli.runs.folder import run_folder
 from lightspan.core.errors import UserError, print_notes, printable
 from lightspan.training.signals import WARNINGS
@@ -112,11 +112,11 @@ def run(args: argparse.Namespace) -> int:
     """Checks the recipe, then prints or submits its job. Raises: UserError for bad input or a missing tool."""
     resolved = prepared(args)
     print_notes(resolved.notes)
-    return hand_over(args, Subject(resolved, args.run))
+    return hand_over(args, Workload(resolved, args.run))
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """What a job runs: one fit, or the trials of a sweep.
 
     Attributes:
@@ -145,27 +145,27 @@ def prepared(args: argparse.Namespace) -> Resolved:
     return _on_the_asked_devices(args)
 
 
-def hand_over(args: argparse.Namespace, subject: Subject) -> int:
+def hand_over(args: argparse.Namespace, workload: Workload) -> int:
     """Prints the job or submits it."""
-    return _TARGETS[args.to](args, subject)
+    return _TARGETS[args.to](args, workload)
 
 
-def _to_slurm(args: argparse.Namespace, subject: Subject) -> int:
-    job = _job_of_files(args, subject)
+def _to_slurm(args: argparse.Namespace, workload: Workload) -> int:
+    job = _job_of_files(args, workload)
     site = slurm.Site(args.account, args.partition, args.qos, args.sbatch or (), args.setup or ())
     return _hand_over(args, slurm.batch_script(job, site, args.container or "apptainer"), ["sbatch"])
 
 
-def _to_kubernetes(args: argparse.Namespace, subject: Subject) -> int:
+def _to_kubernetes(args: argparse.Namespace, workload: Workload) -> int:
     if args.image is None:
         raise UserError("--to kubernetes needs --image IMAGE, which the nodes can pull; docker/README.md builds one")
     claim = args.claim or "lightspan-runs"
     if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
         raise UserError(f"--claim {claim!r} cannot be a Kubernetes name: lower-case letters, digits, '-' and '.'")
-    resolved = subject.resolved
-    folder = _folder_in_the_volume(subject.folder, resolved.name)
+    resolved = workload.resolved
+    folder = _folder_in_the_volume(workload.folder, resolved.name)
     recipe = kubernetes.recipe_path(job_name(resolved.name))
-    job = _job(args, subject, folder, [recipe])
+    job = _job(args, workload, folder, [recipe])
     if job.array is not None and (job.nodes > 1 or args.kind not in (None, "job")):
         raise UserError(
             "a sweep on Kubernetes is one indexed Job, whose runs have one node each; use --to slurm for more"
@@ -174,8 +174,8 @@ def _to_kubernetes(args: argparse.Namespace, subject: Subject) -> int:
     return _hand_over(args, kubernetes.to_yaml(documents), ["kubectl", "apply", "-f", "-"])
 
 
-def _to_this_machine(args: argparse.Namespace, subject: Subject) -> int:
-    job = _job_of_files(args, subject)
+def _to_this_machine(args: argparse.Namespace, workload: Workload) -> int:
+    job = _job_of_files(args, workload)
     if job.nodes > 1:
         raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
     command = torchrun.local_command(job)
@@ -212,7 +212,7 @@ def _passing_warnings_on(command: list[str], environment: dict[str, str], job: J
     return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
 
 
-_TARGETS: dict[str, Callable[[argparse.Namespace, Subject], int]] = {
+_TARGETS: dict[str, Callable[[argparse.Namespace, Workload], int]] = {
     "slurm": _to_slurm,
     "kubernetes": _to_kubernetes,
     "local": _to_this_machine,
@@ -279,16 +279,16 @@ def _on_the_asked_devices(args: argparse.Namespace) -> Resolved:
     return resolved
 
 
-def _job_of_files(args: argparse.Namespace, subject: Subject) -> Job:
+def _job_of_files(args: argparse.Namespace, workload: Workload) -> Job:
     """The job if recipe and run folder are on this machine, or on storage that the others share with it."""
-    folder = run_folder(subject.folder, subject.resolved.name, make=not args.print)
-    return _job(args, subject, str(folder), [args.recipe, *configuration_words(args)])
+    folder = run_folder(workload.folder, workload.resolved.name, make=not args.print)
+    return _job(args, workload, str(folder), [args.recipe, *configuration_words(args)])
 
 
-def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[str]) -> Job:
-    resolved = subject.resolved
+def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list[str]) -> Job:
+    resolved = workload.resolved
     trainer = resolved.config["trainer"]
-    arguments = [*subject.command(recipe, folder), *allow_options(args.allow_modules)]
+    arguments = [*workload.command(recipe, folder), *allow_options(args.allow_modules)]
     return Job(
         name=job_name(resolved.name, PurePosixPath(folder).name),
         arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
@@ -298,12 +298,12 @@ def _job(args: argparse.Namespace, subject: Subject, folder: str, recipe: list[s
         ranks_per_node=_number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node"),
         gpus=trainer.get("accelerator") in ("gpu", "cuda"),
         cores=args.cpus_per_task or cores_of(resolved.config),
-        preemption=leave_of(resolved.config),
+        preemption=grace_period_of(resolved.config),
         time=args.time,
         image=args.image,
         wandb=args.wandb,
         inputs=tuple(str(place.absolute()) for place in (args.images, args.table) if place is not None),
-        array=subject.array,
+        array=workload.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),
     )

@@ -21,7 +21,7 @@ from lightspan.cli.commands.arguments import (
     folder,
     resolved_from,
 )
-from lightspan.cli.commands.submit import Subject, add_target_arguments, hand_over, prepared
+from lightspan.cli.commands.submit import Workload, add_target_arguments, hand_over, prepared
 from lightspan.cli.commands.verbs import verb_of
 from lightspan.cli.config import places
 from lightspan.cli.config.flags import allow_options
@@ -351,7 +351,7 @@ def _submitted(args: argparse.Namespace, sweep: Sweep, below: Resolved) -> int:
     words += ["--method", sweep.method]
     words += [] if sweep.points is None else ["--trials", str(sweep.points), "--draw-seed", str(sweep.draw_seed)]
     words += [] if sweep.metric is None else ["--metric", sweep.metric, "--mode", sweep.mode]
-    return hand_over(args, Subject(below, args.out, tuple(words), Array(len(sweep.trials), args.workers)))
+    return hand_over(args, Workload(below, args.out, tuple(words), Array(len(sweep.trials), args.workers)))
 
 
 def _outlook(sweep: Sweep, out: Path) -> int:

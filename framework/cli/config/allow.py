@@ -59,7 +59,8 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
         allowed = (*TOPS, *(module.split(".")[0] for module in modules if _is_there(module)))
         near = difflib.get_close_matches(top, allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        way = "" if near and near[0] not in TOPS else way_in(class_path)  # leave was given for what it looks like
+        # With a similar name among the modules that were allowed, no further permission is advised.
+        way = "" if near and near[0] not in TOPS else permission_advice(class_path)
         return f"{class_path} is outside the allowed modules ({', '.join(allowed)}); {hint}{way}".rstrip("; ")
     found = locate(class_path)
     if isinstance(found, Absent):
@@ -74,20 +75,20 @@ def refusal(class_path: object, modules: Sequence[str] = ()) -> str | None:
         return None
     through = "" if defined == class_path else f", which is {defined},"
     if defined.split(".")[0] not in TOPS:
-        return f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); {way_in(defined)}"
+        return f"{class_path}{through} is outside the allowed modules ({', '.join(TOPS)}); {permission_advice(defined)}"
     if not found.is_class:
         return (
             f"{class_path}{through} is a function; only classes may be named, and builders that the modules of "
-            f"{' and '.join(FUNCTIONS_OF)} list in __all__; {way_round(defined)}"
+            f"{' and '.join(FUNCTIONS_OF)} list in __all__; {alternative_advice(defined)}"
         )
     listed = ", ".join(part for part in (*CLASSES_OF, *LIGHTNING) if under(part, defined.split(".")[0]))
     return (
         f"{class_path}{through} is not among the parts of {defined.split('.')[0]} that a configuration may name "
-        f"({listed}); {way_in(defined)}"
+        f"({listed}); {permission_advice(defined)}"
     )
 
 
-def way_in(name: str) -> str:
+def permission_advice(name: str) -> str:
     """What to do about a refused full name. Permission is advised for the user's code and single modules of Lightning,
     whose parts do what they say; never for other parts of a library or of Python itself.
     """
@@ -100,13 +101,13 @@ def way_in(name: str) -> str:
     if top == "lightning":
         return f"its code was not reviewed; to use it anyway, add --allow-module {name.rpartition('.')[0]}"
     if top in TOPS:
-        return way_round(name)
+        return alternative_advice(name)
     if _is_installed(top):
-        return f"{top} is a library; {way_round(name)}. If it is your own, add --allow-module {top}"
+        return f"{top} is a library; {alternative_advice(name)}. If it is your own, add --allow-module {top}"
     return f"to use your own code, add --allow-module {top}"
 
 
-def way_round(name: str) -> str:
+def alternative_advice(name: str) -> str:
     """What to write if code is needed whose full name is refused; never permission for a whole library."""
     network = "timm networks are built by name, through lightspan.backbones.vision.timm_backbone; else " * (
         under(name, "timm") or under(name, "torchvision.models")

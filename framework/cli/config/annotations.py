@@ -1,7 +1,7 @@
 """Whether a plain value fits a type annotation, as far as source alone can tell.
 
-Three answers: it fits, it does not, and unknown (None). A class of which no plain value can be an object is fitted by
-none, a mapping aside, which may fill its constructor; of other types than numbers, texts, literals, lists, mappings and
+Three answers: it fits, it does not, and unknown (None). A class that no plain value can be an instance of accepts only
+a mapping, which may hold its constructor's arguments; of types other than numbers, texts, literals, lists, mappings and
 their unions nothing is known. Unknown is left to the typed builder.
 """
 

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightspan.cli.config.allow import class_paths, way_in
+from lightspan.cli.config.allow import class_paths, permission_advice
 from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.config.tree import KeyPath, Node, dotted
@@ -116,7 +116,7 @@ def _kind(error: Exception) -> str:
     return "" if plain else f"{type(error).__name__}: "
 
 
-def of_two_of_a_kind(error: Exception, resolved: Resolved) -> str | None:
+def duplicate_callbacks(error: Exception, resolved: Resolved) -> str | None:
     """The message for two callbacks whose states Lightning would store under one key; None for any other error."""
     found = re.match(r"Found more than one stateful callback of type `(\w+)`", str(error))
     callbacks = (resolved.config.get("trainer") or {}).get("callbacks")
@@ -161,6 +161,6 @@ def deepest_cause(text: str, resolved: Resolved) -> str:
         if content and not content.startswith(_STRUCTURE) and rank > best[0]:
             best = (rank, ".init_args.".join(key for _, key in keys), content)
     _, key, complaint = best
-    complaint = _DENIED.sub(lambda found: f"{found[1]} may not be imported; {way_in(found[1])}", complaint)
+    complaint = _DENIED.sub(lambda found: f"{found[1]} may not be imported; {permission_advice(found[1])}", complaint)
     where = next((place for path, place in resolved.sources.items() if path == key or path.startswith(key + ".")), "")
     return " ".join(part for part in (where, f"{key}:" if key else "", complaint) if part)

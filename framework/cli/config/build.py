@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.cli.config import allow
-from lightspan.cli.config.blame import blame, deepest_cause, first_user_error, of_two_of_a_kind, own_line
+from lightspan.cli.config.blame import blame, deepest_cause, duplicate_callbacks, first_user_error, own_line
 from lightspan.cli.config.places import RUN
 from lightspan.cli.config.resolve import (
     TRAINED,
@@ -95,7 +95,7 @@ def build_parts(resolved: Resolved, run_dir: Path | None = None) -> dict[str, An
 @contextlib.contextmanager
 def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> Iterator[dict[str, Any]]:
     """The configuration with its run folder filled in; inside, only what it may name can be imported."""
-    calm()
+    quiet()
     # Checked again, because a Resolved need not come from `resolve`.
     refuse(allow.gate(resolved.located(), resolved.allow_modules), resolved.name)
     nowhere = Path(tempfile.gettempdir()) / f"lightspan-unwritten-{secrets.token_hex(8)}"
@@ -105,7 +105,7 @@ def _gated(resolved: Resolved, config: dict[str, Any], run_dir: Path | None) -> 
         yield config
 
 
-def calm() -> None:
+def quiet() -> None:
     """Silences adverts and warnings that no user of a recipe can act on; everything else is still shown."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -211,7 +211,7 @@ def _blamed(resolved: Resolved, refused: list[tuple[type, Exception]], complaint
         kind = MissingFile if isinstance(first_user_error(error), MissingFile) else UserError
         if refused:
             raise kind(blame(*refused[0], resolved)) from error
-        if message := of_two_of_a_kind(error, resolved):
+        if message := duplicate_callbacks(error, resolved):
             raise UserError(f"{resolved.name} does not build: {message}") from error
         if isinstance(error, UserError) or not isinstance(error, ValueError | TypeError | MisconfigurationException):
             raise

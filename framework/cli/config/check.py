@@ -122,7 +122,7 @@ class _Checker:
                 if not str(name).isidentifier():
                     self.say(inputs, ("inputs", name), "must be a name that `fit` accepts: letters, digits and _")
         if kind == "estimator" and not self.problems:  # the gate may have refused what would be read here
-            self.problems += estimator_inputs.of_other_names_or_kinds(root)
+            self.problems += estimator_inputs.mismatched_inputs(root)
         if kind == "merger":
             self.checkpoints(root)
         for key in dict.fromkeys((kind, "data")):
@@ -313,7 +313,7 @@ class _Checker:
                 node,
                 path,
                 f"takes the class {named} itself, which a configuration cannot give; write a short name such as "
-                f"'relu' if {parameter.name} takes one, or: {allow.way_round(source.name)}",
+                f"'relu' if {parameter.name} takes one, or: {allow.alternative_advice(source.name)}",
             )
         elif isinstance(node.value, dict) and "class_path" in node.value:
             if takes_only_plain(annotation, source):
@@ -359,7 +359,7 @@ class _Checker:
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             hint = f"write {int(value)}"
         if not hint and (kinds := kinds_of(annotation, parameter.source)):
-            hint = naming(node, path, kinds)
+            hint = class_path_hint(node, path, kinds)
         return f"must be {describe(annotation, parameter.source)}, got {value!r:.200}; {hint}".rstrip("; ")
 
     def untyped(self, node: Node, path: KeyPath) -> None:
@@ -386,7 +386,7 @@ class _Checker:
         return message is not None
 
 
-def naming(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
+def class_path_hint(node: Node, path: KeyPath, kinds: Sequence[str]) -> str:
     """How to name one of these classes where `node` stands: the one that its value seems to mean, and all there are."""
     key = f"{dotted(path)}.class_path=" if node.where == COMMAND_LINE else "class_path: "
     names = {kind.rpartition(".")[2].lower(): kind for kind in kinds}

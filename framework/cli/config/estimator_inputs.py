@@ -19,7 +19,7 @@ _LONGEST_HEADER = 2**26  # bytes; a header describes each tensor in about a hund
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-def of_other_names_or_kinds(root: Node) -> Iterator[Problem]:
+def mismatched_inputs(root: Node) -> Iterator[Problem]:
     """Inputs that the estimator's `fit` does not take or misses, and those that give what it does not take."""
     estimator, inputs = _class_at(root.child("estimator")), root.child("inputs")
     fit = _method(estimator, "fit") if estimator is not None else None

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 
 from lightspan.cli.config.tree import Key, KeyPath, Node, dotted, plain
-from lightspan.core.errors import Warned
+from lightspan.core.errors import WarningNote
 
 CLASS_SETTINGS = ("init_args", "dict_kwargs")
 KEYED = (("trainer", "callbacks"), ("trainer", "logger"), ("inputs",))  # mappings name -> class
@@ -47,7 +47,7 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
             notes.append(f"{new.where} {dotted(path)}: {now} in place of {before}, without its {names}{more}")
         elif missed:
             notes.append(
-                Warned(
+                WarningNote(
                     f"{new.where} {dotted(path)}: class {old.value} -> {new.value} without the settings that "
                     f"{before} had: {', '.join(missed)}; give it those that it shall have"
                 )
@@ -76,7 +76,7 @@ def merge(low: Node, high: Node, notes: list[str] | None = None, path: KeyPath =
 
 
 def _lost(before: Node, now: Node | None) -> list[str]:
-    """`name=value` of each setting that is not given anew; of one that is no plain value its name."""
+    """`name=value` of each setting that is not given anew; non-plain values by name only."""
     given = _settings(now)
     return [
         str(name) if isinstance(node.value, dict | list) else f"{name}={_plainly(node.value)}"

@@ -26,7 +26,7 @@ from lightspan.core.files.runs import EXPORT, MODEL
 PROGRAM, TIMM = "encoder.pt2", "timm"
 
 
-class Written(NamedTuple):
+class WrittenEncoder(NamedTuple):
     """What was written into the folder.
 
     Attributes:
@@ -50,8 +50,8 @@ def write_encoder(
     std_C11: Tensor,
     size: int,
     out: Path,
-    card: Callable[[Written], str] | None = None,
-) -> Written:
+    card: Callable[[WrittenEncoder], str] | None = None,
+) -> WrittenEncoder:
     """Writes a folder, or replaces that of an earlier export, with
 
     - encoder.pt2: `torch.export.load(PATH).module()(images)`, images float32 [B, C, size, size] in [0, 1], any B. What
@@ -74,7 +74,7 @@ def write_encoder(
         return written
 
 
-def _write(encoder: Standalone, folder: Path) -> Written:
+def _write(encoder: Standalone, folder: Path) -> WrittenEncoder:
     backbone, about = getattr(encoder.method, "backbone", None), encoder.reading.describe()
     (image_BCHW,) = encoder.reading.rows(2)
     features_BD = encoder(image_BCHW)
@@ -101,7 +101,7 @@ def _write(encoder: Standalone, folder: Path) -> Written:
     }
     (folder / EXPORT).write_text(json.dumps(record, indent=1) + "\n")
     loading = next((product.loading for product in products.values()), "")
-    return Written(list(products), difference, remarks, about, loading)
+    return WrittenEncoder(list(products), difference, remarks, about, loading)
 
 
 def _for_timm(backbone: nn.Module, encoder: Standalone, folder: Path) -> Product | None:

@@ -30,8 +30,8 @@ _METRICS = ("accuracy", "perplexity", "loss")  # the Hub's names, by what is in 
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a card says beside what the run knows.
+class CardFacts:
+    """What a card says that the run folder does not know.
 
     Attributes:
         wrote: what the folder holds, as the end of "This folder holds".
@@ -52,7 +52,7 @@ class Told:
     task: str | None = None
 
 
-def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
+def model_card(resolved: Resolved, run: Path | None, facts: CardFacts) -> str:
     """The README.md for weights of this configuration.
 
     Args:
@@ -62,11 +62,11 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
     about, provenance = resolved.about, _read(run, PROVENANCE)
     measured = _over_seeds(run)
     scores, costs = _figures(measured)
-    task = told.task or _TASKS.get(str(about.get("modality")))
+    task = facts.task or _TASKS.get(str(about.get("modality")))
     metrics = list(dict.fromkeys(_metric(key) for key in scores))
     head = {
-        "license": told.licence or "unknown",
-        "library_name": told.library,
+        "license": facts.licence or "unknown",
+        "library_name": facts.library,
         "pipeline_tag": task,
         "tags": ["lightspan", *(str(about[key]) for key in ("family", "modality") if key in about)],
         "metrics": metrics or None,
@@ -74,11 +74,11 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
     }
     card = Card(str(about.get("title", resolved.name)), head)
     card.body += [
-        f"This folder holds {told.wrote} of the recipe {code(resolved.name)}, trained with lightspan "
+        f"This folder holds {facts.wrote} of the recipe {code(resolved.name)}, trained with lightspan "
         f"{plain(provenance.get('lightspan', ''))}".rstrip()
-        + f". {told.check}"
+        + f". {facts.check}"
     ]
-    card.section("How to load it", fence(told.loading, "python"), _inputs(told.inputs))
+    card.section("How to load it", fence(facts.loading, "python"), _inputs(facts.inputs))
     card.section("Intended use", _use(about, resolved.config, task, bool(scores)))
     card.section(
         "Training", _method(about), _recipe(resolved, provenance), table(("budget", ""), _budget(resolved, costs))
@@ -86,7 +86,7 @@ def model_card(resolved: Resolved, run: Path | None, told: Told) -> str:
     card.section("Data", *_data(resolved.config, about))
     card.section("Figures", *_figures_said(scores, measured, about))
     card.section("Provenance", bullets(_provenance(provenance, resolved.config)))
-    card.section("Licence", _licence(told.licence))
+    card.section("Licence", _licence(facts.licence))
     return card.text()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightspan.core.errors import UserError
 
-LEAVING_S = 30
+EXIT_MARGIN_S = 30
 """Seconds beyond the budget of a checkpoint: to finish one step before it and end the ranks after it."""
 RESTARTS = 3
 """How often a launcher restarts a run that failed. A preempted run does not count, if the launcher can tell."""
@@ -60,7 +60,7 @@ class Job:
     ranks_per_node: int
     gpus: bool
     cores: int
-    preemption: "Leave | None"
+    preemption: "GracePeriod | None"
     time: str | None = None
     image: str | None = None
     wandb: bool = False
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Leave:
+class GracePeriod:
     """What the run's `Preemption` callback promises.
 
     Attributes:
@@ -87,10 +87,10 @@ class Leave:
     @property
     def grace_s(self) -> int:
         """Seconds that a launcher must allow between its signal and the end."""
-        return self.budget_s + LEAVING_S
+        return self.budget_s + EXIT_MARGIN_S
 
 
-def leave_of(config: dict[str, Any]) -> Leave | None:
+def grace_period_of(config: dict[str, Any]) -> GracePeriod | None:
     """How a resolved configuration stops, or None if it has no `Preemption` callback. Raises: UserError."""
     for name, spec in (config.get("trainer", {}).get("callbacks") or {}).items():
         if spec.get("class_path") == _PREEMPTION:
@@ -101,7 +101,7 @@ def leave_of(config: dict[str, Any]) -> Leave | None:
                     f"budget_s={budget_s!r} of the Preemption must be finite seconds above 0, and "
                     f"exit_code={exit_code!r} a whole number"
                 )
-            return Leave(name, math.ceil(budget_s), exit_code)
+            return GracePeriod(name, math.ceil(budget_s), exit_code)
     return None
 
 

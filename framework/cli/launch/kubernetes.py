@@ -8,7 +8,7 @@ from typing import Any
 
 from lightspan.cli.config.tree import dump
 from lightspan.cli.launch import torchrun
-from lightspan.cli.launch.job import LEAVING_S, RESTARTS, Job, seconds
+from lightspan.cli.launch.job import EXIT_MARGIN_S, RESTARTS, Job, seconds
 
 KINDS = ("job", "jobset", "pytorchjob")
 RUNS = "/runs"
@@ -165,7 +165,7 @@ def _literal(arguments: Sequence[str]) -> list[str]:
 def _template(job: Job, command: list[str], claim: str, container: str = "lightspan") -> Manifest:
     spec = {
         "restartPolicy": "Never",
-        **({"terminationGracePeriodSeconds": job.preemption.grace_s + LEAVING_S} if job.preemption else {}),
+        **({"terminationGracePeriodSeconds": job.preemption.grace_s + EXIT_MARGIN_S} if job.preemption else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "securityContext": {

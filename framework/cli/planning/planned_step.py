@@ -285,15 +285,15 @@ class _Step:
             yield lambda rows: self._at_home(counter.count(resized(self.batch, rows)), made)
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
-        """On a device, without the state that lives on the host, but with room for its visits. What is counted here,
+        """On a device, without the state that lives on the host, but with room for its transfers. What is counted here,
         on the host, has all of it in one place.
         """
         if not self.on_device:
             return found
-        sizes = [each.home.sizes(each.state) for each in made if isinstance(each, MatrixOptimizer)]
-        away, visiting = (sum(size) for size in zip((0, 0), *sizes, strict=True))
-        state, peak = found.optimizer_state - away, found.peak - away + visiting
-        return dataclasses.replace(found, optimizer_state=state, peak=peak, host_state=away)
+        sizes = [each.placement.sizes(each.state) for each in made if isinstance(each, MatrixOptimizer)]
+        offloaded, transferred = (sum(size) for size in zip((0, 0), *sizes, strict=True))
+        state, peak = found.optimizer_state - offloaded, found.peak - offloaded + transferred
+        return dataclasses.replace(found, optimizer_state=state, peak=peak, host_state=offloaded)
 
     def _loss(self, batch: Any) -> Tensor:
         output = loss_of(self.trainer, self.module, batch)

@@ -26,7 +26,7 @@ from lightspan.cli.config.resolve import inside_run
 from lightspan.cli.planning.one_process import in_one_process
 from lightspan.cli.planning.step_memory import faked, in_words
 from lightspan.core.errors import UserError
-from lightspan.core.files.caches import kept_apart
+from lightspan.core.files.caches import isolated_caches
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.training.wiring.report import print_groups
 
@@ -74,7 +74,7 @@ def without_trace(resolved: Resolved) -> Iterator[tuple[Resolved, Path]]:
     """The configuration with a run folder that is gone afterwards, where everything is written that has to be: the
     index of a shard, pictures at the size of training. Caches are only read.
     """
-    with tempfile.TemporaryDirectory(prefix="lightspan-") as folder, kept_apart(Path(folder) / "cache"):
+    with tempfile.TemporaryDirectory(prefix="lightspan-") as folder, isolated_caches(Path(folder) / "cache"):
         yield inside_run(resolved), Path(folder) / "run"
 
 
@@ -124,7 +124,7 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     trainer.precision_plugin.convert_module(module.train())
     try:
         with without_logging(module):
-            (loss_of if real else of_shapes)(trainer, module, batch)
+            (loss_of if real else loss_on_shapes)(trainer, module, batch)
     except Exception as error:
         if real and not _prepared_by_hooks(trainer, module):
             raise
@@ -133,7 +133,7 @@ def _forward(built: Built, batch: Any, ranks: int) -> str | None:
     return None
 
 
-def of_shapes(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+def loss_on_shapes(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """As `loss_of`, of the batch's shapes alone, once the module has read its numbers where a fit would."""
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -12,7 +12,7 @@ from lightspan.core.absent import MissingFile
 T = TypeVar("T")
 
 
-def on_shapes_first(resolved: Resolved, judge: Callable[[Built], T], folder: Path | None = None) -> T:
+def on_meta_first(resolved: Resolved, judge: Callable[[Built], T], folder: Path | None = None) -> T:
     """What `judge` says of the recipe built on the meta device. Whatever stops there may only lack a number, so then
     the recipe is built with numbers, and what happens to it counts.
 

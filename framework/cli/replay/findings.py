@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.hooks import RemovableHandle
 
-from lightspan.core.sharded import held_numbers, square_norms
+from lightspan.core.sharded import local_numbers, square_norms
 
 _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)\n\s*(?P<code>.*)')
 _LIBRARIES = re.compile(
@@ -114,7 +114,7 @@ class Findings:
             if parameter.grad is not None:
                 if broken(parameter.grad):
                     self.found.append(NotFinite(f"the gradient of {name}", [described(name, parameter)]))
-                elif not square_norms([held_numbers(parameter.grad)]).isfinite().all():
+                elif not square_norms([local_numbers(parameter.grad)]).isfinite().all():
                     line = described("gradient", parameter.grad)
                     self.found.append(NotFinite(f"the square of the gradient of {name}", [line]))
 
@@ -197,7 +197,7 @@ def tensors_in(value: Any, place: str = "", around: tuple[int, ...] = ()) -> Ite
 
 def broken(tensor: Tensor) -> bool:
     """Whether this rank's numbers of a tensor contain NaN or an infinity."""
-    return (tensor.is_floating_point() or tensor.is_complex()) and not bool(held_numbers(tensor).isfinite().all())
+    return (tensor.is_floating_point() or tensor.is_complex()) and not bool(local_numbers(tensor).isfinite().all())
 
 
 def described(name: str, tensor: Tensor) -> str:
@@ -205,7 +205,7 @@ def described(name: str, tensor: Tensor) -> str:
     imaginary parts count by themselves.
     """
     start = f"{name}: {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    numbers = held_numbers(tensor.detach())
+    numbers = local_numbers(tensor.detach())
     if numbers.is_complex():
         numbers = torch.view_as_real(numbers.resolve_conj())
     if not numbers.numel():
@@ -221,7 +221,7 @@ def described(name: str, tensor: Tensor) -> str:
 
 def _storage(tensor: Tensor) -> int:
     """Which memory a tensor looks at: the same for its views."""
-    return held_numbers(tensor).untyped_storage().data_ptr()
+    return local_numbers(tensor).untyped_storage().data_ptr()
 
 
 def _lines(kind: str, tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -21,7 +21,7 @@ from lightspan.cli.config.build import Built, Resolved, build, with_layer
 from lightspan.cli.config.identity import alters_training
 from lightspan.cli.replay.findings import Findings, NotFinite
 from lightspan.cli.replay.rank_state import RankState
-from lightspan.core.distributed import leave, world_size
+from lightspan.core.distributed import end_process_group, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, own_part
 from lightspan.nn.image_numbers import keep_on_host
@@ -68,7 +68,7 @@ def replayed_together(resolved: Resolved, folder: Path, capture: Capture) -> dic
         return {0: found}
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, found)
-    leave()
+    end_process_group()
     return dict(enumerate(everyone))
 
 

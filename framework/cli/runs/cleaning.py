@@ -23,7 +23,7 @@ _OWN_SERIES = re.compile(r"metrics-\d+\.jsonl")
 
 
 @dataclass(frozen=True)
-class Doomed:
+class Deletable:
     """A run that would be deleted, with the bytes of its files."""
 
     entry: Entry
@@ -38,7 +38,7 @@ class Kept:
     reason: str
 
 
-def look(entries: Sequence[Entry], with_tags: bool = False) -> tuple[list[Doomed], list[Kept]]:
+def look(entries: Sequence[Entry], with_tags: bool = False) -> tuple[list[Deletable], list[Kept]]:
     """Divides runs into those that can be deleted and those that are kept whatever is asked for.
 
     Kept are runs in which a process works, folders that hold something else than a run or another run, links, and runs
@@ -47,7 +47,7 @@ def look(entries: Sequence[Entry], with_tags: bool = False) -> tuple[list[Doomed
     Args:
         with_tags: whether runs with tags may go.
     """
-    doomed, kept = [], []
+    deletable, kept = [], []
     for entry in entries:
         reason, size = _looked_into(entry.folder)
         if entry.status is Status.RUNNING:
@@ -57,22 +57,22 @@ def look(entries: Sequence[Entry], with_tags: bool = False) -> tuple[list[Doomed
         if reason:
             kept.append(Kept(entry, reason))
         else:
-            doomed.append(Doomed(entry, size))
-    return doomed, kept
+            deletable.append(Deletable(entry, size))
+    return deletable, kept
 
 
-def delete(doomed: Doomed) -> None:
-    """Deletes a run folder as a whole, and nothing that a link in it leads to; one that is gone by now is no fault.
+def delete(deletable: Deletable) -> None:
+    """Deletes a run folder as a whole, and nothing that a link in it leads to; a missing folder is fine.
 
     Raises: UserError if a process has begun to work in it since it was looked at, if it is another run than it was
         then, or if it cannot be removed.
     """
-    named = doomed.entry.folder
+    named = deletable.entry.folder
     run = named.parent.resolve() / named.name if named.name not in ("", "..") else named.resolve()  # it is renamed
     if not run.is_dir():
         return
-    if (now := status_of(run)) is not doomed.entry.status:
-        raise UserError(f"{named} is kept: it was {doomed.entry.status} and is {now} now")
+    if (now := status_of(run)) is not deletable.entry.status:
+        raise UserError(f"{named} is kept: it was {deletable.entry.status} and is {now} now")
     with contextlib.suppress(FileNotFoundError), sole_use(run, wait_s=0):
         if reason := _looked_into(run)[0]:
             raise UserError(f"{named} is kept: {reason}")

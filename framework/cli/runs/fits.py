@@ -15,7 +15,7 @@ from typing import Any
 from lightspan.cli.launch.parent import PARENT_VARIABLE
 
 LAST_LINES = 15
-LEAVING_S = 90.0
+GRACE_S = 90.0
 """Seconds that runs have to write a checkpoint when all are ended: those of a `Preemption`, and 30 to exit."""
 _LOOK_S = 0.05
 
@@ -54,13 +54,13 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def end_in_order(processes: Collection["subprocess.Popen[bytes]"], leaving_s: float = LEAVING_S) -> None:
+def end_in_order(processes: Collection["subprocess.Popen[bytes]"], grace_s: float = GRACE_S) -> None:
     """Asks processes of `start` to stop, which a run does with a checkpoint, and kills those that have not by then."""
     try:
         for process in processes:
             if process.poll() is None:
                 process.terminate()  # not its data workers: the last batch has to come from them
-        until_s = time.monotonic() + leaving_s
+        until_s = time.monotonic() + grace_s
         while any(process.poll() is None for process in processes) and time.monotonic() < until_s:
             time.sleep(_LOOK_S)
     finally:  # also if somebody insists

@@ -27,7 +27,7 @@ from lightspan.core.files.atomic import (
 )
 from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.runs import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
-from lightspan.training.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, other_thing
+from lightspan.training.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, not_a_checkpoint
 
 try:
     import fcntl
@@ -172,7 +172,7 @@ def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
     path = Path(how)
     if not path.exists():
         raise UserError(f"--resume {how}: no such file; give auto, never or the path of a checkpoint")
-    if other := other_thing(path):
+    if other := not_a_checkpoint(path):
         raise UserError(f"--resume {path} {other}")
     if checkpoints(folder) and run_dir not in path.absolute().parents:
         raise UserError(

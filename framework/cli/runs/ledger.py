@@ -145,8 +145,8 @@ def balance(ledger: dict[str, Any]) -> Account:
             changes[last] -= 1
         counts = np.cumsum(changes[:-1])  # of each position in this epoch's order
         end = used if epoch < last_epoch else int(np.flatnonzero(counts)[-1]) + 1
-        repeated += [(epoch, first, last) for first, last in runs_of(counts > 1)]
-        skipped += [(epoch, first, last) for first, last in runs_of(counts[:end] == 0)]
+        repeated += [(epoch, first, last) for first, last in true_stretches(counts > 1)]
+        skipped += [(epoch, first, last) for first, last in true_stretches(counts[:end] == 0)]
         times[order.epoch(data["seed"], epoch)] += counts
         epochs[epoch] = int(counts.sum())
     for entry in ledger["replaced"]:
@@ -164,7 +164,7 @@ def balance(ledger: dict[str, Any]) -> Account:
     )
 
 
-def runs_of(flags: "np.ndarray") -> list[tuple[int, int]]:
+def true_stretches(flags: "np.ndarray") -> list[tuple[int, int]]:
     """[first, last) of every stretch of true values."""
     import numpy as np
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR
 
 from lightspan.core.errors import UserError, print_notes
 from lightspan.nn.teachers.frozen import Frozen
-from lightspan.training.checkpoints.restore import refuse_what_cannot_go_on
+from lightspan.training.checkpoints.restore import refuse_unresumable
 
 
 class StartChecks(Callback):
@@ -27,7 +27,7 @@ class StartChecks(Callback):
     """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        refuse_what_cannot_go_on(trainer, checkpoint)  # also where the recipe has no `Checkpoint`, which would do so
+        refuse_unresumable(trainer, checkpoint)  # also where the recipe has no `Checkpoint`, which would do so
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         silence_frozen(pl_module)
@@ -47,7 +47,7 @@ class StartChecks(Callback):
         if trainer.is_global_zero and (said := without_validation(trainer)):
             print_notes([said])
         if trainer.is_global_zero:
-            print_notes(outlasted(trainer))
+            print_notes(schedules_that_end_early(trainer))
 
 
 def silence_frozen(module: LightningModule) -> None:
@@ -100,7 +100,7 @@ def refuse_short_schedules(trainer: Trainer) -> None:
             raise UserError(_too_short(length, f"this run takes it to step {last}"))
 
 
-def outlasted(trainer: Trainer) -> list[str]:
+def schedules_that_end_early(trainer: Trainer) -> list[str]:
     """What to say of each schedule that ends before the run: one of a resumed run is as long as that was to be when it
     began.
     """
@@ -130,7 +130,7 @@ def _too_short_ones(trainer: Trainer) -> Iterator[tuple[LRScheduler, int, int]]:
                 yield schedule, length, last
 
 
-def past_its_end(error: BaseException) -> str | None:
+def exhausted_schedule(error: BaseException) -> str | None:
     """The message for torch's error that a schedule was stepped beyond its end; None for any other error."""
     found = re.fullmatch(r"Tried to step (\d+) times\. The specified number of total steps is (\d+)", str(error))
     return None if found is None else _too_short(int(found[2]), f"it came to step {found[1]}")

@@ -14,7 +14,7 @@ from lightspan.cli.config.blame import unfit_batch
 from lightspan.cli.config.build import Built, Resolved
 from lightspan.cli.runs.folder import LAST_CHECKPOINT, is_first_rank
 from lightspan.core.errors import UserError, printable
-from lightspan.training.checkpoints.manifest import standing
+from lightspan.training.checkpoints.manifest import last_checkpoint_note
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -27,16 +27,16 @@ def call(function: Callable[[], Any], built: Built, run_dir: Path, checkpoint: P
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from lightspan.callbacks.resilience.preemption import Preempted
-    from lightspan.core.distributed import leave
+    from lightspan.core.distributed import end_process_group
     from lightspan.training.signals import installed
 
     flag = installed()
     try:
         result = function()
-        leave()
+        end_process_group()
         return 0, result
     except Preempted as leaving:
-        leave()
+        end_process_group()
         _say_stopped(str(leaving), run_dir)
         return int(leaving.code or 0), None
     except BaseException as error:
@@ -63,7 +63,9 @@ def _say_stopped(why: str, run_dir: Path) -> None:
     if is_first_rank():
         way_on = f"; the same command with --run {shlex.quote(str(run_dir))} continues from it"
         print(
-            printable(f"\nlightspan: {why}; {standing(run_dir / LAST_CHECKPOINT, way_on)}"), file=sys.stderr, flush=True
+            printable(f"\nlightspan: {why}; {last_checkpoint_note(run_dir / LAST_CHECKPOINT, way_on)}"),
+            file=sys.stderr,
+            flush=True,
         )
 
 
@@ -95,16 +97,16 @@ def _reason(error: BaseException, checkpoint: Path | None) -> str | None:
         return f"the Trainer refuses this run: {said}"
     if "_validate_condition_metric" in passed:
         return f"early stopping: {error}"
-    from lightspan.cli.runs.start_checks import past_its_end
+    from lightspan.cli.runs.start_checks import exhausted_schedule
 
-    if (said := past_its_end(error)) is not None:
+    if (said := exhausted_schedule(error)) is not None:
         return said
     if checkpoint is not None and "load_state_dict" in passed:
         return f"{checkpoint} is a checkpoint of another model: {_few_lines(str(error))}"
     return None
 
 
-def put_weights(model: "LightningModule", path: Path) -> None:
+def load_merged_weights(model: "LightningModule", path: Path) -> None:
     """Puts a safetensors file's weights into the model, all of them, as a merge or an export wrote them.
 
     Raises: UserError for a file that is not whole, or belongs to another model.
@@ -130,12 +132,12 @@ def check_at_start(built: Built) -> None:
 
 def check_checkpoints(built: Built) -> None:
     """Has the checkpoint that a run loads checked, also where the recipe has no `Checkpoint`, which does the same."""
-    from lightspan.training.checkpoints.io import take_over
+    from lightspan.training.checkpoints.io import use_whole_files
 
-    take_over(built.trainer.strategy)
+    use_whole_files(built.trainer.strategy)
 
 
-def takes_no_step(resolved: Resolved) -> bool:
+def has_no_steps(resolved: Resolved) -> bool:
     """Whether a configuration asks for a run of no steps, which writes the weights before the first one."""
     trainer = resolved.config.get("trainer", {})
     return 0 in (trainer.get("max_steps"), trainer.get("max_epochs"))
@@ -161,7 +163,7 @@ def obey_signals(built: Built) -> None:
         flag.release()
 
 
-def meet_after_restart(built: Built) -> None:
+def barrier_after_restart(built: Built) -> None:
     """Ranks that torchrun restarts meet under new keys.
 
     torchrun keeps its store on a restart (torch 2.13), and under its default keys a rank can find the address of one

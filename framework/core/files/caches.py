@@ -13,7 +13,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded, make_folder, read_small, write_atomic
 
 KEY, LOCK = "lightspan-cache.key", "lightspan-cache.lock"
-_instead: Path | None = None  # where caches made inside `kept_apart` write
+_instead: Path | None = None  # where caches made inside `isolated_caches` write
 
 
 def user_cache() -> Path:
@@ -22,7 +22,7 @@ def user_cache() -> Path:
 
 
 @contextlib.contextmanager
-def kept_apart(folder: Path) -> Iterator[None]:
+def isolated_caches(folder: Path) -> Iterator[None]:
     """Caches made inside write below `folder`, and only read what they held before: for what must leave no trace."""
     global _instead
     before, _instead = _instead, folder

@@ -13,7 +13,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
-from lightspan.core.distributed import digest_of_first_rank, gather_rows, rank, together
+from lightspan.core.distributed import digest_of_first_rank, gather_rows, raise_on_all_ranks, rank
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
@@ -93,11 +93,11 @@ class Encoded(Input):
 
         Raises: UserError if ranks have different encoders, or ones that `Description` cannot describe.
         """
-        with together("describe the encoder"):
+        with raise_on_all_ranks("describe the encoder"):
             encoder, *transforms = (module_identity(module) for module in (self.encoder, *self.transforms))
         digest = hashlib.sha256(json.dumps([encoder, *transforms]).encode()).hexdigest()
         first = digest_of_first_rank(digest)
-        with together("describe the same encoder"):
+        with raise_on_all_ranks("describe the same encoder"):
             if digest != first:
                 raise UserError(
                     f"{type(self.encoder).__name__} of rank {rank()} differs from that of rank 0 in its "
@@ -121,7 +121,7 @@ class Encoded(Input):
     def _columns(self, loader: Any, features: Features) -> dict[str, Tensor]:
         """The fields of all ranks' samples, in the order of the features."""
         names, parts = ("index", *self.fields), list[list[Tensor]]()
-        with together("read the fields"):
+        with raise_on_all_ranks("read the fields"):
             for batch in loader:
                 if lacking := [name for name in names if name not in batch]:
                     raise UserError(f"a batch has no {lacking[0]!r}; it contains {sorted(batch)}; set fields")

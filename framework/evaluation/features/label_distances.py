@@ -42,7 +42,7 @@ class LabelTree(Input):
         metric = GraphMetric([*self.parents.items()], labels=self.classes, only_labels=self.only_classes)
         if len(metric.edges) != len(metric.nodes) - 1:
             raise UserError(
-                f"parents of {len(metric.edges)} nodes make no tree of {len(metric.nodes)}; break the circle"
+                f"parents of {len(metric.edges)} nodes make no tree of {len(metric.nodes)}; remove the cycle"
             )
         return metric
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lightspan import __version__
-from lightspan.core.distributed import first_rank_says, rank, together, world_size
+from lightspan.core.distributed import from_first_rank, raise_on_all_ranks, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import (
     atomic_path,
@@ -86,11 +86,11 @@ class FeatureStore:
             whatever `compute` raises, and a UserError on the ranks where it did not raise.
         """
         with self._alone(key):
-            if not first_rank_says(lambda: self.holds(key)):
+            if not from_first_rank(lambda: self.holds(key)):
                 parts = self.entry(key).with_name(PARTS)
-                with together("compute features"):
+                with raise_on_all_ranks("compute features"):
                     self._compute(parts, compute)
-                with together("write features"):
+                with raise_on_all_ranks("write features"):
                     if rank() == 0:
                         self._assemble(key, parts)
         return self._open(key)
@@ -169,7 +169,7 @@ class FeatureStore:
         folder = self.entry(key).parent
         lock = FileLock(folder / LOCK)
         try:
-            with together("open the feature store"):
+            with raise_on_all_ranks("open the feature store"):
                 if rank() == 0:
                     make_folder(folder, SETTING)
                     with explained_os_errors(folder, "lock", setting=SETTING):

@@ -254,7 +254,7 @@ class GDAWithText(Estimator):
         images = Discriminant(self.precision).head(bank.moments(by_class=True, unit=True))
         zero_shot = NearestMean(cosine=True).head(text.moments(by_class=True, unit=True))
         alpha = chosen_alpha(self.scale, zero_shot, images, val)
-        both = together(self.scale, zero_shot, alpha, images)
+        both = combined_head(self.scale, zero_shot, alpha, images)
         return EnsembleAccuracy(
             accuracy=share_right(both, query, True),
             text_accuracy=share_right(zero_shot, query, True),
@@ -266,7 +266,7 @@ class GDAWithText(Estimator):
         )
 
 
-def together(scale: float, text: LinearHead, alpha: float, images: LinearHead) -> LinearHead:
+def combined_head(scale: float, text: LinearHead, alpha: float, images: LinearHead) -> LinearHead:
     """scale * text + alpha * images. Raises: UserError for heads of different classes."""
     if not torch.equal(images.class_C, text.class_C):
         raise UserError(
@@ -279,7 +279,7 @@ def together(scale: float, text: LinearHead, alpha: float, images: LinearHead) -
 
 def chosen_alpha(scale: float, text: LinearHead, images: LinearHead, val: Features) -> float:
     """The one of `DECADES` whose ensemble classifies `val` best, the smallest of equals."""
-    found = [share_right(together(scale, text, alpha, images), val, True) for alpha in DECADES]
+    found = [share_right(combined_head(scale, text, alpha, images), val, True) for alpha in DECADES]
     return DECADES[found.index(max(found))]
 
 

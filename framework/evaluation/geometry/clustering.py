@@ -148,7 +148,7 @@ class KMeansClusters(Estimator):
     """
 
     def __init__(self, clusters: int | None = None, seed: int = 0) -> None:
-        _require_sound("KMeansClusters", clusters, seed)
+        _require_valid("KMeansClusters", clusters, seed)
         self.clusters, self.seed = clusters, seed
 
     def fit(self, features: Features) -> ClusterAgreement:
@@ -166,7 +166,7 @@ class SpectralClusters(Estimator):
     """
 
     def __init__(self, clusters: int | None = None, neighbours: int = 10, seed: int = 0) -> None:
-        _require_sound("SpectralClusters", clusters, seed)
+        _require_valid("SpectralClusters", clusters, seed)
         if neighbours < 1:
             raise UserError(f"SpectralClusters neighbours={neighbours} must be at least 1")
         self.clusters, self.neighbours, self.seed = clusters, neighbours, seed
@@ -180,7 +180,7 @@ class SpectralClusters(Estimator):
         )
 
 
-def _require_sound(name: str, clusters: int | None, seed: int) -> None:
+def _require_valid(name: str, clusters: int | None, seed: int) -> None:
     if clusters is not None and clusters < 1:
         raise UserError(f"{name} clusters={clusters} must be at least 1, or null for the number of classes")
     if not 0 <= seed < 2**32:

@@ -322,7 +322,7 @@ class Loki(Estimator):
             each fifth is left out of the classifier in turn, on their rows in `val` or else on a fifth of the bank's
             rows. That tells little with few labels, or evenly spaced ones, each of which lies in the middle of its
             neighbours at any temperature. With one or two observed labels it is 1. The likelihood of held-out rows
-            would not do: it makes classes that are told apart without error as sure as can be, and Loki argmax.
+            would not do: it makes separable classes infinitely overconfident, which turns Loki into argmax.
         observed: labels of the bank that the classifier learns; rows of others are left out. None takes all.
     """
 

@@ -18,9 +18,9 @@ from lightspan.evaluation.gaussians.closed_form import (
     NearestMean,
     Precision,
     chosen_alpha,
+    combined_head,
     new_class_head,
     share_right,
-    together,
 )
 from lightspan.evaluation.rows import unit_rows
 
@@ -90,8 +90,8 @@ class GDABaseToNew(Estimator):
         alpha = chosen_alpha(self.scale, base_text, base_images, val.of_classes(base))
         ofs = query.of_classes(base), query.of_classes(new)
         return BaseToNewAccuracy(
-            base=share_right(together(self.scale, base_text, alpha, base_images), ofs[0], True),
-            new=share_right(together(self.scale, new_text, alpha, new_images), ofs[1], True),
+            base=share_right(combined_head(self.scale, base_text, alpha, base_images), ofs[0], True),
+            new=share_right(combined_head(self.scale, new_text, alpha, new_images), ofs[1], True),
             base_text=share_right(base_text, ofs[0], True),
             new_text=share_right(new_text, ofs[1], True),
             alpha=alpha,

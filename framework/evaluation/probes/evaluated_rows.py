@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from lightspan.core.distributed import agreed, gather_rows, rank, together
+from lightspan.core.distributed import agreed, gather_rows, raise_on_all_ranks, rank
 
 
 class EvaluatedRows:
@@ -36,7 +36,7 @@ class EvaluatedRows:
         self.clear()
         row_ND, label_N, index_N = (gather_rows(rows)[0] for rows in (row_BD, label_B, index_B))
         figures = torch.zeros(len(names), device=row_ND.device)
-        with together("score the rows of this evaluation"):
+        with raise_on_all_ranks("score the rows of this evaluation"):
             if rank() == 0:
                 order_N = index_N.sort(stable=True).indices
                 found = measure(row_ND[order_N].cpu(), label_N[order_N].cpu())

@@ -24,9 +24,9 @@ from lightspan.datamodules.batches import ViewsBatch
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.image_numbers import index_in, training_images
-from lightspan.nn.micro_batches import OfStep
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.parts import part
+from lightspan.nn.step_buffer import StepBuffer
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
 from lightspan.objectives.classes import label_cross_entropy
@@ -57,8 +57,8 @@ class DeepCluster(Method):
     cluster_HM: Tensor
     clustered_in: Tensor
 
-    backbone = part("network.backbone", "The network's, which gives the features.")
-    projector = part("network.head", "The network's, which gives the embeddings.")
+    backbone = submodule_alias("network.backbone", "The network's, which gives the features.")
+    projector = submodule_alias("network.head", "The network's, which gives the embeddings.")
     keeps_apart = "prototypes are few enough for the images, and clusters keep their size"
 
     def __init__(
@@ -89,7 +89,7 @@ class DeepCluster(Method):
         register_replicated(self, "memory_GMD", torch.zeros(global_views, images, width))
         register_replicated(self, "cluster_HM", torch.full((len(prototypes), images), -1))
         register_replicated(self, "clustered_in", torch.zeros((), dtype=torch.int64))
-        self.seen = OfStep[tuple[Tensor, Tensor]]()  # of each micro-batch: embeddings [G B D] and image numbers [B]
+        self.seen = StepBuffer[tuple[Tensor, Tensor]]()  # of each micro-batch: embeddings [G B D] and image numbers [B]
         self.begun = 0  # the epoch; spares a question to the device in each step
         self.temperature, self.steps, self.global_views, self.seed = temperature, steps, global_views, seed
 

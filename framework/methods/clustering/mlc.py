@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.core.distributed import agreed, gather_rows, rank, together
+from lightspan.core.distributed import agreed, gather_rows, raise_on_all_ranks, rank
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_temperatures
 from lightspan.core.unit_length import unit_length
@@ -34,7 +34,7 @@ from lightspan.objectives.coding_rate import (
     require_distortion,
     total_coding_rate_loss,
 )
-from lightspan.optim.schedules import ScheduleCallable, in_turn
+from lightspan.optim.schedules import ScheduleCallable, restarting_schedule
 from lightspan.training.method import Method
 
 ROUNDS_TO_READ = 100
@@ -98,7 +98,7 @@ class MLC(Method):
             return None
         first = self._first_steps()
         second = self._total_steps() - first
-        return in_turn(given, (first, second), (1.0, self.second_rate)) if first and second else given
+        return restarting_schedule(given, (first, second), (1.0, self.second_rate)) if first and second else given
 
     def embeddings(self, batch: Any) -> Tensor:
         """Z before it is scaled, [B D]."""
@@ -172,7 +172,7 @@ class MLC(Method):
         if self.trainer.sanity_checking or len(index_N) < self.clusters:
             return
         figures = torch.zeros(len(FIGURES), device=self.device)
-        with together("cluster the validation images"):
+        with raise_on_all_ranks("cluster the validation images"):
             if rank() == 0:
                 order_N = index_N.sort(stable=True).indices  # the same graph on any number of ranks
                 found_N = spectral(membership_NN[order_N][:, order_N].cpu(), self.clusters)

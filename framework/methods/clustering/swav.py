@@ -21,9 +21,9 @@ from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.core.sharded import local, row_norms
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.batches import ViewsBatch
-from lightspan.nn.heads.directions import dot_products, leave_in_place
+from lightspan.nn.heads.directions import dot_products, zero_grads
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
@@ -53,8 +53,8 @@ class SwAV(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("network.backbone", "The network's, which gives the features.")
-    projector = part("network.head", "The network's, which gives the embeddings.")
+    backbone = submodule_alias("network.backbone", "The network's, which gives the features.")
+    projector = submodule_alias("network.head", "The network's, which gives the embeddings.")
     keeps_apart = "code_temperature and iterations give codes that use all prototypes alike"
 
     def __init__(
@@ -123,7 +123,7 @@ class SwAV(Method):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.share_of_run() < self.freeze_prototypes:
-            leave_in_place([self.prototypes])
+            zero_grads([self.prototypes])
 
     def after_optimizer_step(self) -> None:
         self.renormalise()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.nn.heads.projector import Projector
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import views_of
@@ -46,8 +46,8 @@ class MoCo(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.0", "The student's, which gives the features.")
-    projector = part("student.1", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.0", "The student's, which gives the features.")
+    projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
     keeps_apart = "queue is long enough, momentum near 1, and temperature fits"
 
     def __init__(

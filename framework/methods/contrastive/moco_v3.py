@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightspan.core.patterns import any_matches, require_matches
 from lightspan.core.ranges import require_temperatures
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
@@ -40,8 +40,8 @@ class MoCoV3(Method):
 
     least_rows = 2
 
-    backbone = part("student.0", "The student's, which gives the features.")
-    projector = part("student.1", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.0", "The student's, which gives the features.")
+    projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
     keeps_apart = (
         "there are enough negatives (data.init_args.batch_size) and temperature fits, and that momentum is near 1"
     )

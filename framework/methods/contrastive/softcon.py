@@ -25,8 +25,8 @@ from lightspan.datamodules.batches import SeasonsBatch, TaggedViewsBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import grid_of
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.tags import tags_of
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
@@ -56,8 +56,8 @@ class SoftCon(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.0", "The student's, which gives the features.")
-    projector = part("student.1", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.0", "The student's, which gives the features.")
+    projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
     keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 
     def __init__(

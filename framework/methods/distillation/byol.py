@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.unit_length import unit_length
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
@@ -41,8 +41,8 @@ class BYOL(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.0", "The student's, which gives the features.")
-    projector = part("student.1", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.0", "The student's, which gives the features.")
+    projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
     keeps_apart = "the predictor is the student's alone, and momentum near 1"
 
     def __init__(

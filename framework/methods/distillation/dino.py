@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.heads.directions import zero_grads
 from lightspan.nn.multi_crop import MultiCropNetwork
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first, require_global_views
@@ -47,8 +47,10 @@ class DINO(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
-    projector = part("teacher.module.head.mlp", "The teacher's, to the bottleneck whose direction prototypes score.")
+    backbone = submodule_alias("teacher.module.backbone", "The teacher's, which gives the features.")
+    projector = submodule_alias(
+        "teacher.module.head.mlp", "The teacher's, to the bottleneck whose direction prototypes score."
+    )
     keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(
@@ -98,7 +100,7 @@ class DINO(Method):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.share_of_run() < self.freeze_prototypes:
-            leave_in_place([self.student.head.prototypes])  # type: ignore[list-item]
+            zero_grads([self.student.head.prototypes])  # type: ignore[list-item]
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum(self.share_of_run()))

@@ -34,13 +34,13 @@ from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import require_classes
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import require_domains
 from lightspan.nn.widths import given_features
 from lightspan.objectives.means import own_mean
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
-from lightspan.optim.virtual import copies, mean_weights, set_to, step_on, tensors_of, undone, virtual
+from lightspan.optim.virtual import copies, copy_into, mean_weights, rolled_back, step_on, tensors_of, virtual_steps
 from lightspan.training.method import Method
 
 
@@ -67,7 +67,7 @@ class FST(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.0", "The student's, whose maps are the features.")
+    backbone = submodule_alias("student.0", "The student's, whose maps are the features.")
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class FST(Method):
         if not self.virtual_steps or not optimizers:
             return copies(self.teacher.module)
         (optimizer,) = optimizers
-        with undone(self.student, self.teacher), virtual(optimizer, self.keep_moments):
+        with rolled_back(self.student, self.teacher), virtual_steps(optimizer, self.keep_moments):
             branches = []
             for number in range(self.virtual_steps):
                 loss = self.losses(batch, tensors_of(self.teacher.module), number)["train/loss"]
@@ -176,17 +176,17 @@ class FST(Method):
                     step_on(loss, optimizer)
                     self.teacher.follow(self.student, self._momentum())
                 else:
-                    with undone(self.student), virtual(optimizer, self.keep_moments):
+                    with rolled_back(self.student), virtual_steps(optimizer, self.keep_moments):
                         step_on(loss, optimizer)
                         branches.append(copies(self.student))
             if branches:
-                set_to(tensors_of(self.student), mean_weights(branches))
+                copy_into(tensors_of(self.student), mean_weights(branches))
                 self.teacher.follow(self.student, self._momentum())
             return copies(self.teacher.module)
 
     def after_optimizer_step(self) -> None:
         assert self.ahead is not None
-        set_to(tensors_of(self.teacher.module), self.ahead[1])
+        copy_into(tensors_of(self.teacher.module), self.ahead[1])
         self.ahead = None
         self.teacher.follow(self.student, self._momentum())
 

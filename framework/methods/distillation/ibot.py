@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.heads.directions import zero_grads
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.prototype_network import PrototypeNetwork
@@ -57,7 +57,7 @@ class IBOT(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
+    backbone = submodule_alias("teacher.module.backbone", "The teacher's, which gives the features.")
     keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(
@@ -148,7 +148,7 @@ class IBOT(Method):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.share_of_run() < self.freeze_prototypes:
-            leave_in_place(self.student.prototypes)
+            zero_grads(self.student.prototypes)
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum(self.share_of_run()))

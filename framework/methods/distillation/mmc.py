@@ -24,13 +24,13 @@ from lightspan.core.devices import wide
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.batches import ViewsBatch
 from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.heads.directions import leave_in_place
+from lightspan.nn.heads.directions import zero_grads
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import MaskedPatches
 from lightspan.nn.masking.corruption import GroupCorruption
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import patchify
 from lightspan.nn.sequences.token_backbone import ClassTokenNetwork, require_class_token, settle_patch_decoder
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
@@ -87,8 +87,8 @@ class MMC(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("teacher.module.backbone", "The teacher's, which gives the features.")
-    projector = part("teacher.module.projector", "The teacher's, which gives the embeddings.")
+    backbone = submodule_alias("teacher.module.backbone", "The teacher's, which gives the features.")
+    projector = submodule_alias("teacher.module.projector", "The teacher's, which gives the embeddings.")
     keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(
@@ -177,7 +177,7 @@ class MMC(Method):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         if self.share_of_run() < self.freeze_prototypes:
-            leave_in_place([self.student.head.prototypes])
+            zero_grads([self.student.head.prototypes])
 
     def after_optimizer_step(self) -> None:
         self.teacher.follow(self.student, self.momentum(self.share_of_run()))

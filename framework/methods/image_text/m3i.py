@@ -33,12 +33,12 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import known_rows, labels_of
 from lightspan.nn.masking.patch_mix import Mixtures, PatchMix
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.sequences.token_backbone import patch_tokens, require_tokens
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.views import image_of
-from lightspan.nn.widths import given_width, require_width, settle_outputs
+from lightspan.nn.widths import build_outputs, given_width, require_width
 from lightspan.objectives.classes import known_cross_entropy
 from lightspan.objectives.info_nce import paired_info_nce
 from lightspan.objectives.means import known_mean, weighted_sum
@@ -64,7 +64,7 @@ class M3I(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("encoders.image", "The image encoder, before its map to the common space.")
+    backbone = submodule_alias("encoders.image", "The image encoder, before its map to the common space.")
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class M3I(Method):
         require_tokens(backbone, "M3I")
         numbers = self.target.prepare(backbone)
         require_width(backbone, "decoder.in_features", decoder.in_features)
-        settle_outputs(decoder, numbers)
+        build_outputs(decoder, numbers)
         if decoder.out_features != numbers:
             raise UserError(
                 f"decoder.out_features={decoder.out_features}, and {type(self.target).__name__} has {numbers} numbers "

@@ -26,7 +26,7 @@ from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.nn.sequences.token_backbone import patch_tokens, require_tokens, settle_patch_decoder
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.nn.widths import build_outputs, require_width
 from lightspan.objectives.classes import label_cross_entropy
 from lightspan.objectives.masked import denormalised_patches, patch_regression
 from lightspan.objectives.means import squared_error
@@ -41,7 +41,7 @@ class CAE(Method):
         regressor, decoder: of the backbone's width; the decoder's outputs are V, or the numbers of a patch, and
             out_features=None takes what is needed.
         tokenizer: [B C h w] -> int64 [B H*W] codes in [0, V), and says V in its attribute `codes`; not trained. One
-            with `settle` is given the height, width and channels of the backbone's patches. None: pixels.
+            with `set_patch_shape` is given the height, width and channels of the backbone's patches. None: pixels.
         masks: hides equally many patches of each image; None hides half of them by blocks of 16 and more.
         alignment_weight: >= 0; at 0 the second pass of the encoder is left out.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -68,14 +68,14 @@ class CAE(Method):
             codes = getattr(tokenizer, "codes", None)
             if not isinstance(codes, int):
                 raise UserError(f"{type(tokenizer).__name__} must say in its attribute `codes` how many codes it has")
-            settle_outputs(decoder, codes)
+            build_outputs(decoder, codes)
             if decoder.out_features != codes:
                 raise UserError(
                     f"decoder.out_features={decoder.out_features}, and {type(tokenizer).__name__} has {codes} codes; "
                     "make both the same, or leave out_features out"
                 )
-            if callable(settle := getattr(tokenizer, "settle", None)):
-                settle(shape)
+            if callable(set_patch_shape := getattr(tokenizer, "set_patch_shape", None)):
+                set_patch_shape(shape)
         self.backbone, self.regressor, self.decoder = backbone, regressor, decoder
         self.tokenizer = None if tokenizer is None else tokenizer.requires_grad_(False)
         self.masks = masks or BlockMasks(1.0, (0.5, 0.5), least_block=16)

@@ -19,12 +19,12 @@ from lightspan.core.ranges import require_shares
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone, require_tokens
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
-from lightspan.nn.widths import require_predictor, settle_outputs
+from lightspan.nn.widths import build_outputs, require_predictor
 from lightspan.objectives.masked import feature_regression
 from lightspan.optim.schedules import line_between
 from lightspan.training.method import Method
@@ -43,7 +43,7 @@ class IJEPA(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part(
+    backbone = submodule_alias(
         "teacher.module.backbone",
         "The teacher's, which gives the features as it pools them; in the paper the mean over patches.",
     )
@@ -60,7 +60,7 @@ class IJEPA(Method):
     ) -> None:
         super().__init__(**optimization)
         width = require_tokens(backbone, "IJEPA").num_features
-        settle_outputs(predictor, width)
+        build_outputs(predictor, width)
         require_predictor(backbone, predictor)
         require_shares(momentum=momentum, final_momentum=final_momentum)
         self.student, self.predictor = AllTokens(backbone), predictor

@@ -82,7 +82,7 @@ class SatMAEpp(Method):
                 f"backbone, {backbone.in_chans}; this is {found}"
             )
         self.patch = backbone.patch_shape[:2]
-        decoder.settle([self.patch[0] * self.patch[1] * len(group) for group in backbone.groups])
+        decoder.build([self.patch[0] * self.patch[1] * len(group) for group in backbone.groups])
         self.backbone, self.decoder, self.upsampler = backbone, decoder, upsampler
         self.steps, self.masks = steps, masks or RandomMasks(0.75)
         self.weights = {"base": base, "multi_scale": multi_scale if upsampler is not None else 0.0}

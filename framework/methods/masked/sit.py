@@ -29,9 +29,9 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import RectangleMasks
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.hidden_patches import Reconstruction
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import unpatchify
 from lightspan.nn.sequences.token_backbone import ClassTokenNetwork, require_class_token, settle_patch_decoder
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first
 from lightspan.nn.widths import require_projector
@@ -63,8 +63,8 @@ class SiT(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.backbone", "The student's, which gives the features.")
-    projector = part("student.projector", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.backbone", "The student's, which gives the features.")
+    projector = submodule_alias("student.projector", "The student's, which gives the embeddings.")
 
     def __init__(
         self,

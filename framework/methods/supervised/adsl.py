@@ -30,7 +30,7 @@ from lightspan.nn.clustering.feature_memory import FeatureMemory
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.labels import labels_of
-from lightspan.nn.micro_batches import OfStep
+from lightspan.nn.step_buffer import StepBuffer
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.margin import margin_loss
@@ -110,7 +110,7 @@ class ADSL(BetweenEpochs):
         register_replicated(self, "best_epoch", torch.tensor(-1))
         register_replicated(self, "may_split", torch.tensor(True))
         register_replicated(self, "tuning", torch.tensor(False))
-        self.scores = OfStep[Tensor]()
+        self.scores = StepBuffer[Tensor]()
         self.evaluated = EvaluatedRows()
 
     def configure_model(self) -> None:

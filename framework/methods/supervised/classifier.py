@@ -12,7 +12,7 @@ from lightspan.datamodules.batches import ImageBatch
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
-from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.nn.widths import build_outputs, require_width
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.training.method import Method
 
@@ -50,7 +50,7 @@ class Classifier(Method):
             head = nn.Linear(width, num_classes)
             he_normal_(head)
         require_width(backbone, "head.in_features", getattr(head, "in_features", None))
-        settle_outputs(head, num_classes)
+        build_outputs(head, num_classes)
         if (outputs := getattr(head, "out_features", num_classes)) != num_classes:
             raise UserError(f"{type(head).__name__} tells {outputs} classes apart, but num_classes={num_classes}")
         self.num_classes, self.backbone, self.head = num_classes, backbone, head

@@ -24,7 +24,6 @@ from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, require_seen_and_hidden
-from lightspan.nn.parts import part
 from lightspan.nn.sequences.patches import unpatchify
 from lightspan.nn.sequences.token_backbone import (
     PatchMeanNetwork,
@@ -32,6 +31,7 @@ from lightspan.nn.sequences.token_backbone import (
     require_tokens,
     settle_patch_decoder,
 )
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.tags import tags_of
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first, views_of
@@ -66,8 +66,8 @@ class HeuristicMTL(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
-    backbone = part("student.backbone", "The student's, which gives the features.")
-    projector = part("student.projector", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.backbone", "The student's, which gives the features.")
+    projector = submodule_alias("student.projector", "The student's, which gives the embeddings.")
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ Unlike SupCon, which asks each image of a class to be near, it asks only that th
 all images as neighbours it is the logarithmic form of neighbourhood components analysis (Goldberger et al., 2004).
 There is no public code, and these are assumed: the bank is a queue that a moving average of the network fills, as in
 MoCo; where no neighbour has the label, the nearest of the class joins them, as without it p is 0 and the loss infinite;
-an image of whose class the bank holds no other one has no say.
+images without a classmate in the bank are ignored.
 Shapes: B images of this rank, C H W image, D embedding width, L rows in the bank, K neighbours.
 """
 
@@ -23,7 +23,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.image_numbers import index_in
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.labelled_bank import Bank, LabelledBank
 from lightspan.nn.views import labelled_views
@@ -98,8 +98,8 @@ class LOOK(Method):
     Raises: UserError for a setting out of range, more neighbours than the queue has rows among them.
     """
 
-    backbone = part("student.0", "The student's, which gives the features.")
-    projector = part("student.1", "The student's, which gives the embeddings.")
+    backbone = submodule_alias("student.0", "The student's, which gives the features.")
+    projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
 
     def __init__(
         self,

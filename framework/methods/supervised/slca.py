@@ -35,7 +35,7 @@ from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.optim.groups import Rule
-from lightspan.optim.schedules import ScheduleCallable, in_turn
+from lightspan.optim.schedules import ScheduleCallable, restarting_schedule
 from lightspan.training.method import Method
 
 
@@ -136,7 +136,7 @@ class SLCA(Method):
     def run_schedule(self) -> ScheduleCallable | None:
         """The given one for each task."""
         given = super().run_schedule()
-        return in_turn(given, self._steps) if given and self._steps else given
+        return restarting_schedule(given, self._steps) if given and self._steps else given
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Logits [B C], minus infinity for classes that have not come yet, if any has."""

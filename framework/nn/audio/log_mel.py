@@ -34,7 +34,7 @@ class LogMel(nn.Module):
     variance 1 of each band over the valid frames of an utterance (CMVN).
 
     A frame is a Hann window of samples; none reaches before the first sample, and all valid ones but the first end
-    within the recording, so that padding has no say in them. A recording shorter than a window has one frame, with
+    within the recording, so that padding does not affect them. A recording shorter than a window has one frame, with
     zeros behind its end. The mel scale is HTK's, 2595 log10(1 + f / 700), with triangles of height 1 between
     frequencies in Hz, as torchaudio's MelScale has it, which the authors of TERA use. Computed in float32 or wider
     whatever the precision of the run.

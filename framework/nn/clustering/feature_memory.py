@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightspan.core.distributed import gather_rows, rank, register_replicated, world_size
 from lightspan.core.errors import UserError
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
-from lightspan.nn.micro_batches import OfStep
+from lightspan.nn.step_buffer import StepBuffer
 
 
 class FeatureMemory(nn.Module):
@@ -27,7 +27,7 @@ class FeatureMemory(nn.Module):
         if images < 1:
             raise UserError(f"images={images} must be at least 1: as many as there are training images")
         register_replicated(self, "rows_MF", torch.zeros(images, width))
-        self._seen = OfStep[tuple[Tensor, Tensor]]()
+        self._seen = StepBuffer[tuple[Tensor, Tensor]]()
 
     def see(self, row_BF: Tensor, index_B: Tensor, step: int) -> None:
         """What a micro-batch of this step gave; it takes its place with `follow`."""

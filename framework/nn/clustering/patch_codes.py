@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from lightspan.core.devices import has_values, wide
-from lightspan.core.distributed import copy_of_first_rank, gather_rows, register_replicated, world_size
+from lightspan.core.distributed import broadcast_first_rank, gather_rows, register_replicated, world_size
 from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import patchify
 
@@ -27,7 +27,7 @@ class PatchCodes(nn.Module):
     Args:
         codes: V, at least 2.
         patch: sides of a patch in pixels.
-        channels: of the images. None leaves these to the method, which calls `settle`.
+        channels: of the images. None leaves these to the method, which calls `set_patch_shape`.
         seed: of the first centres.
     """
 
@@ -50,9 +50,9 @@ class PatchCodes(nn.Module):
         register_replicated(self, "known", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether the state has been read since it may have been loaded
         if patch is not None and channels is not None:
-            self.settle((*patch, channels))
+            self.set_patch_shape((*patch, channels))
 
-    def settle(self, patch_shape: tuple[int, int, int]) -> None:
+    def set_patch_shape(self, patch_shape: tuple[int, int, int]) -> None:
         """Takes the height, width and channels of a backbone's patches where they were left open.
 
         Raises: UserError for others than were given: there would not be one code for each patch of the backbone.
@@ -101,5 +101,5 @@ class PatchCodes(nn.Module):
         means = KMeans(min(self.codes, len(rows_Nd)), n_init=1, random_state=self.seed).fit(rows_Nd)
         self.centres_Vd.copy_(torch.from_numpy(np.resize(means.cluster_centers_, self.centres_Vd.shape)))
         if world_size() > 1:  # sums in another order may move a last digit
-            copy_of_first_rank([self.centres_Vd])
+            broadcast_first_rank([self.centres_Vd])
         self.known.fill_(True)

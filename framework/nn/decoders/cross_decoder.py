@@ -16,7 +16,7 @@ from lightspan.core.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence, positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
-from lightspan.nn.widths import OpenOutputs
+from lightspan.nn.widths import LazyHead
 
 CrossBlockCallable = Callable[[int], nn.Module]
 """Called with a width; gives a block (x [B L w], other [B S w]) -> [B L w]."""
@@ -67,7 +67,7 @@ class CrossFirst(nn.Module):
         return self.norm_own(x_BLw + self.drop(self.own(x_BLw, x_BLw, x_BLw)))
 
 
-class CrossDecoder(OpenOutputs):
+class CrossDecoder(LazyHead):
     """Blocks over what was seen of a view and mask tokens, which look at the tokens of another view; then a norm and a
     linear layer. One linear layer brings the tokens of both views to the decoder's width.
 
@@ -101,7 +101,7 @@ class CrossDecoder(OpenOutputs):
         self.blocks = nn.ModuleList(block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if out_features is not None:
-            self.settle(out_features)
+            self.build(out_features)
 
     def make_outputs(self, count: int) -> None:
         self.head = nn.Linear(self.width, count)

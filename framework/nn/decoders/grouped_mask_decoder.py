@@ -36,7 +36,7 @@ class GroupedMaskDecoder(MaskTransformer):
         self.group_width = group_width
         self.group_heads = nn.ModuleList()
 
-    def settle(self, numbers: Sequence[int]) -> None:
+    def build(self, numbers: Sequence[int]) -> None:
         """Makes the linear layers: n of each group."""
         self.group_heads.extend(nn.Linear(self.width, count) for count in numbers)
         xavier_uniform_(self)

@@ -19,7 +19,7 @@ from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.stochastic_depth import Rates, drop_paths
-from lightspan.nn.widths import OpenOutputs
+from lightspan.nn.widths import LazyHead
 
 
 class RegressorBlock(nn.Module):
@@ -89,7 +89,7 @@ class LatentRegressor(nn.Module):
         return self.norm(query_BMw)
 
 
-class LatentDecoder(OpenOutputs):
+class LatentDecoder(LazyHead):
     """Self-attention among predicted features of hidden patches and their positions, and a linear layer: [B M w] ->
     [B M o]. It never sees the visible ones.
 
@@ -123,7 +123,7 @@ class LatentDecoder(OpenOutputs):
             block.drop_path1 = block.drop_path2 = drop
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if out_features is not None:
-            self.settle(out_features)
+            self.build(out_features)
 
     def make_outputs(self, count: int) -> None:
         self.head = nn.Linear(self.in_features, count)

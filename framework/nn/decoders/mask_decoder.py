@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.core.errors import UserError
 from lightspan.nn.decoders.masked_sequence import MaskedSequence
 from lightspan.nn.init import xavier_uniform_
-from lightspan.nn.widths import OpenOutputs
+from lightspan.nn.widths import LazyHead
 
 
 class MaskTransformer(nn.Module):
@@ -44,7 +44,7 @@ class MaskTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
 
-class MaskDecoder(OpenOutputs, MaskTransformer):
+class MaskDecoder(LazyHead, MaskTransformer):
     """A `MaskTransformer` and a linear layer.
 
     Args:
@@ -66,7 +66,7 @@ class MaskDecoder(OpenOutputs, MaskTransformer):
     ) -> None:
         super().__init__(in_features, width, depth, heads, axis_widths)
         if out_features is not None:
-            self.settle(out_features)
+            self.build(out_features)
 
     def make_outputs(self, count: int) -> None:
         self.head = nn.Linear(self.width, count)

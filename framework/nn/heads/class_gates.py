@@ -42,10 +42,10 @@ class ClassPairGate(nn.Module):
 
     def forward(self, first_B: Tensor, second_B: Tensor) -> Tensor:
         """Raises: UserError for a single pair in training, and on the CPU for a label out of range."""
-        self._require_sound(first_B, second_B)
+        self._require_valid(first_B, second_B)
         return self.layers((self.labels(first_B) + self.labels(second_B)) / 2).sigmoid()
 
-    def _require_sound(self, *sides: Tensor) -> None:
+    def _require_valid(self, *sides: Tensor) -> None:
         if self.training and len(sides[0]) == 1:
             raise UserError(
                 "a batch of one class pair has no variance for the gate's BatchNorm; raise data.init_args.batch_size"
@@ -59,6 +59,6 @@ class ClassProductGate(ClassPairGate):
 
     def forward(self, first_B: Tensor, second_B: Tensor) -> Tensor:
         """Raises: UserError as `ClassPairGate`."""
-        self._require_sound(first_B, second_B)
+        self._require_valid(first_B, second_B)
         gates_2BD = self.layers(self.labels(torch.cat([first_B, second_B]))).sigmoid()
         return gates_2BD[: len(first_B)] * gates_2BD[len(first_B) :]

@@ -17,7 +17,7 @@ def dot_products(x: Tensor, direction_KD: Tensor) -> Tensor:
         return wide(x) @ wide(direction_KD).T
 
 
-def leave_in_place(parts: Iterable[nn.Module]) -> None:
+def zero_grads(parts: Iterable[nn.Module]) -> None:
     """The next step of the optimiser leaves the weights of these parts alone, as DINO and SwAV treat prototypes in
     their first epoch: they have no gradient, which is not a gradient of zero, so they do not decay either.
     """

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.unit_length import unit_length
-from lightspan.nn.widths import OpenOutputs
+from lightspan.nn.widths import LazyHead
 from lightspan.subspaces.frames import Frames, random_frame
 
 
-class GrassmannHead(OpenOutputs):
+class GrassmannHead(LazyHead):
     """Logits l_k = scale |S_k^T x / |x||, in [0, scale] and float32 or wider, with orthonormal frames S_k [F R].
 
     They do not change when a frame turns within its span, and not with the sign of x: with R = 1 they are
@@ -47,7 +47,7 @@ class GrassmannHead(OpenOutputs):
             raise UserError(f"GrassmannHead scale={scale} must be finite and above 0; the paper has 25")
         self.in_features, self.rank, self.scale, self.seed = in_features, rank, scale, seed
         if out_features is not None:
-            self.settle(out_features)
+            self.build(out_features)
 
     def make_outputs(self, count: int) -> None:
         seeds = [int(s) for s in torch.randint(2**31, (count,), generator=torch.Generator().manual_seed(self.seed))]

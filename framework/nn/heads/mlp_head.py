@@ -6,10 +6,10 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.nn.widths import OpenOutputs
+from lightspan.nn.widths import LazyHead
 
 
-class MLPHead(OpenOutputs):
+class MLPHead(LazyHead):
     """Linear - GELU for each hidden width, then a Linear: [... in_features] -> [... out_features].
 
     Args:
@@ -28,7 +28,7 @@ class MLPHead(OpenOutputs):
         parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.GELU())]
         self.layers, self.width = nn.Sequential(*parts), widths[-1]
         if out_features is not None:
-            self.settle(out_features)
+            self.build(out_features)
 
     def make_outputs(self, count: int) -> None:
         self.layers.append(nn.Linear(self.width, count))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.nn.widths import require_width, settle_outputs
+from lightspan.nn.widths import build_outputs, require_width
 
 
 @runtime_checkable
@@ -81,7 +81,7 @@ def settle_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -
     """
     shape = require_tokens(backbone, method).patch_shape
     require_width(backbone, "decoder.in_features", getattr(decoder, "in_features", None))
-    settle_outputs(decoder, math.prod(shape))
+    build_outputs(decoder, math.prod(shape))
     given = getattr(decoder, "out_features", None)
     if given != math.prod(shape):
         raise UserError(

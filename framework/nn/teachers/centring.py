@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sum, register_replicated
-from lightspan.nn.micro_batches import OfStep
+from lightspan.nn.step_buffer import StepBuffer
 
 
 class Centre(nn.Module):
@@ -29,7 +29,7 @@ class Centre(nn.Module):
         super().__init__()
         self.momentum = momentum
         register_replicated(self, "centre_K", torch.zeros(prototypes))
-        self.seen = OfStep[Tensor]()  # of each micro-batch [K + 1]: the sum and the number of its rows, on this rank
+        self.seen = StepBuffer[Tensor]()  # of each micro-batch [K + 1]: this rank's sum of rows, and their number
 
     def forward(self) -> Tensor:
         return self.centre_K

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import has_values
 from lightspan.core.distributed import gather_rows, register_replicated
 from lightspan.core.errors import UserError
-from lightspan.nn.micro_batches import OfStep
+from lightspan.nn.step_buffer import StepBuffer
 
 
 class FeatureQueue(nn.Module):
@@ -33,7 +33,7 @@ class FeatureQueue(nn.Module):
             raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
         register_replicated(self, "rows_LD", torch.zeros(length, width, dtype=dtype))
         register_replicated(self, "filled", torch.zeros((), dtype=torch.int64))
-        self.seen = OfStep[Tensor]()
+        self.seen = StepBuffer[Tensor]()
 
     @property
     def full(self) -> bool:

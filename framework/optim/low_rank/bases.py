@@ -60,7 +60,7 @@ class Basis(ABC):
     def frame(self, state: State, layout: Layout) -> Tensor:
         """The frames [B N R] that a state stands for."""
 
-    def materialised(self, state: State, layout: Layout) -> State:
+    def prepare(self, state: State, layout: Layout) -> State:
         """The state with whatever several parts of a step would otherwise each compute from it."""
         return state
 
@@ -247,7 +247,7 @@ class ColumnSelection(Basis):
             score_BN = torch.stack([project([g], matrix_1NN, False)[0][0].abs().sum(dim=0) for g in gradients])
         return {"columns": frames.top_columns(layout.total(score_BN), layout.rank)}
 
-    def materialised(self, state: State, layout: Layout) -> State:
+    def prepare(self, state: State, layout: Layout) -> State:
         return {**state, "frame": self.frame(state, layout)}
 
     def frame(self, state: State, layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightspan.optim.low_rank.inner import farthest
+from lightspan.optim.low_rank.inner import largest_direction
 from lightspan.optim.matrices.layout import State
 from lightspan.optim.matrices.moments import MomentStorage
 from lightspan.triton_kernels.bias_correction import bias_correction
@@ -70,7 +70,7 @@ class Rotate:
             <= 1 of the old ones; about the rest, 1 - c_j, nothing is known but the present gradient, whose square is
             added with that weight. Variances below zero, which running means of unequal length allow, count as zero.
             Without it, as published, such a direction has a denominator near zero, which is here bounded so that
-            the direction is no longer than Adam's can ever be, see `lightspan.optim.low_rank.inner.farthest`.
+            the direction is no longer than Adam's can ever be, see `lightspan.optim.low_rank.inner.largest_direction`.
             (Published code has no such bound: where the terms of v cancel, it takes one step of m / eps.)
     """
 
@@ -93,7 +93,7 @@ class Rotate:
             square_BMR = (square_BMR + mean_BMR.square()).addcmul_(change.coordinates_BMR.square(), unknown_B1R)
         else:
             square_BMR = (variance_BMR @ share_BRR + mean_BMR.square()).abs_()
-            square_BMR = torch.maximum(square_BMR, (mean_BMR / farthest(change.betas)).square_())
+            square_BMR = torch.maximum(square_BMR, (mean_BMR / largest_direction(change.betas)).square_())
         storage.save(mean_BMR * corrections[0], moments, "exp_avg", seed)
         storage.save(square_BMR * corrections[1], moments, "exp_avg_sq", seed)
         return None

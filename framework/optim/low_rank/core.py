@@ -77,7 +77,7 @@ class BucketStep(StackStep):
 
     def prepare(self, energy: bool) -> list[Tensor]:
         """The first half: coordinates of the gradients, in new frames where due, and row norms if `energy`. Rules that
-        project late do so in `act`, after clipping.
+        project late do so in `apply`, after clipping.
         """
         if not self.active or self.rule.projects_late:
             return []
@@ -95,7 +95,7 @@ class BucketStep(StackStep):
             return [torch.linalg.vector_norm(self.projected.coordinates_BMR).square()]
         return [self.projected.energy_BM.sum()]
 
-    def act(self, weights: list[Tensor], clip: Tensor | None) -> None:
+    def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
         """The second half."""
         if self.rule.projects_late:
             self.projected, clip = self._projected_with_error(clip), None
@@ -154,7 +154,7 @@ class BucketStep(StackStep):
         """Coordinates [b M R] of neighbours, zeros if none has a gradient; row norms [b M] or [0 M]; and their frames,
         built if they are used.
         """
-        seen, whole = self.rule.basis.materialised(state, layout), _given(gradients)
+        seen, whole = self.rule.basis.prepare(state, layout), _given(gradients)
         if not whole:
             return layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0], seen
         return *self.rule.basis.project(whole, seen, layout, energy=energy), seen
@@ -195,7 +195,7 @@ def update_weights(
     lost: LostMoments | None = None
     if projected.changes:
         source_BR, lost = change_frames(projected.changes, state, layout, rule, coordinates_BMR, numbers)
-    seen = rule.basis.materialised(state, layout) if projected.seen is None else projected.seen
+    seen = rule.basis.prepare(state, layout) if projected.seen is None else projected.seen
     setting = InnerContext(layout, rule.moments, numbers, source_BR)
     direction_BMR = rule.inner.direction(coordinates_BMR, state, setting)
     coefficients_BMR, scale_BM = direction_BMR, direction_BMR.new_empty(0, layout.rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.optim.matrices.layout import Layout, State
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import MomentStorage
 from lightspan.optim.matrices.newton_schulz import STEPS, Convention, Precision, direction_of, shape_factor
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
@@ -75,7 +75,7 @@ class Adam(Inner):
         )
 
 
-def farthest(betas: tuple[float, float]) -> float:
+def largest_direction(betas: tuple[float, float]) -> float:
     """The largest direction that Adam can give a coordinate, whatever its gradients: 7.3 at betas (0.9, 0.999), 2.2 at
     (0.908, 0.99); infinite for b1^2 >= b2.
 
@@ -99,7 +99,7 @@ class SGD(Inner):
     of_groups: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __post_init__(self) -> None:
-        require_sound(type(self).__name__, vars(self))
+        require_valid(type(self).__name__, vars(self))
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return moments.initial(layout, "exp_avg", layout.rank)
@@ -133,7 +133,7 @@ class NewtonSchulz(Inner):
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"NewtonSchulz steps={self.steps} must be at least 1, a whole number")
-        require_sound(type(self).__name__, vars(self))
+        require_valid(type(self).__name__, vars(self))
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return {}

@@ -12,7 +12,7 @@ from lightspan.optim.low_rank.inner import Adam, Inner
 from lightspan.optim.low_rank.residuals import Fira, NoResidual, Residual
 from lightspan.optim.low_rank.update_rule import UpdateRule, require_fit
 from lightspan.optim.matrices.layout import Layout, State
-from lightspan.optim.matrices.limits import naming_unknown, require_sound
+from lightspan.optim.matrices.limits import refuse_unknown_settings, require_valid
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.optim.matrices.stacks import Bucket
@@ -72,7 +72,7 @@ class LowRank(MatrixOptimizer):
     attachment: Connection | None = None
     """What `attach` made, for another `backward` than "whole"; a copy has none."""
 
-    @naming_unknown
+    @refuse_unknown_settings
     def __init__(
         self,
         params: Iterable[Any],
@@ -93,7 +93,7 @@ class LowRank(MatrixOptimizer):
         seed: int = 0,
         offload: bool = False,
     ) -> None:
-        require_sound(type(self).__name__, {"rank": rank, "backward": backward})
+        require_valid(type(self).__name__, {"rank": rank, "backward": backward})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule = UpdateRule(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.backward = backward

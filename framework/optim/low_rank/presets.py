@@ -43,7 +43,7 @@ from lightspan.optim.low_rank.carries import Gather, Keep, Rotate
 from lightspan.optim.low_rank.inner import NewtonSchulz
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.newton_schulz import Convention
 from lightspan.optim.two_rates import TwoRates
 
@@ -96,7 +96,7 @@ class FiraAdam(LowRank):
         scale_residual: bool = True,
         **options: Any,
     ) -> None:
-        require_sound("FiraAdam", {"scale": scale})
+        require_valid("FiraAdam", {"scale": scale})
         if scale > 1 and not scale_residual:
             raise UserError(
                 f"FiraAdam scale={scale} must be in (0, 1] with scale_residual=False, where the rescaled part takes "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightspan.core.distributed import copy_of_first_rank, mean_over_ranks
+from lightspan.core.distributed import broadcast_first_rank, mean_over_ranks
 
 
 class Share(Protocol):
@@ -48,9 +48,9 @@ class Reduction:
     def __init__(self, optimizer: Optimizer, model: nn.Module, shares: Sequence[Share]) -> None:
         self.model, self.shares, self.device = model, shares, shares[0].parameter.device
         parameters = {share.parameter for share in shares}
-        copy_of_first_rank([share.parameter for share in shares])
+        broadcast_first_rank([share.parameter for share in shares])
         self.names = [name for name, p in model.named_parameters(remove_duplicate=False) if p in parameters]
-        leave_out_of_ddp(model, self.names)
+        exclude_from_ddp(model, self.names)
         self.handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
@@ -82,12 +82,12 @@ class Reduction:
         mean_over_ranks([share.tensor() for share in reached])
 
 
-def leave_out_of_ddp(model: nn.Module, names: Sequence[str]) -> None:
+def exclude_from_ddp(model: nn.Module, names: Sequence[str]) -> None:
     """A DDP that is built around `model` later neither copies nor reduces these parameters."""
     _let_ddp_ignore(model, [*_ignored(model), *names])
 
 
-def nothing_left_for_ddp(model: nn.Module) -> bool:
+def ddp_has_no_parameters(model: nn.Module) -> bool:
     """Whether DDP would refuse to wrap `model`, because all its trained parameters are ignored."""
     ignored = _ignored(model)
     return all(name in ignored for name, p in model.named_parameters() if p.requires_grad)

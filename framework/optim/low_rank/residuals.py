@@ -114,8 +114,8 @@ def row_scales(direction: Tensor, inside: Tensor, outside: Tensor, layout: Layou
 
         scale |outside| <= bound sqrt(N / R) |u|
 
-    Adam's coordinates are at most A = `lightspan.optim.low_rank.inner.farthest`, so |u| <= A sqrt(R): what is rescaled
-    is at most `bound` times as long as the longest row that AdamW could make of N numbers at the same rate, A sqrt(N).
+    Adam's coordinates are at most A = `inner.largest_direction`, so |u| <= A sqrt(R): what is rescaled is at most
+    `bound` times as long as the longest row that AdamW could make of N numbers at the same rate, A sqrt(N).
 
     Args:
         direction, inside, outside: norms of u, r and of what is rescaled, [B M].

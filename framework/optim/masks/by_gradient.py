@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMS
 from lightspan.core.devices import wide, wide_type
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import ranks_of, total_over
-from lightspan.optim.masks.follow import require_entrywise, tried_state
+from lightspan.optim.masks.follow import probed_state, require_entrywise
 from lightspan.optim.masks.learner import MaskLearner, on_cpu
 from lightspan.subspaces.masks.distributions import BinaryConcrete, MaskDistribution, require_temperature
 from lightspan.subspaces.masks.expected_count import shift_to_count
@@ -138,7 +138,7 @@ class ByGradient(MaskLearner):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved, moments = self.saved(state, "logits"), state.get("moments")
-        keeps = {key for key, value in tried_state(self._steps).items() if isinstance(value, Tensor)}
+        keeps = {key for key, value in probed_state(self._steps).items() if isinstance(value, Tensor)}
         told = bool(keeps) or isinstance(self._steps, ELEMENTWISE)
         for name, place in self.places.items():
             kept = moments.get(name) if isinstance(moments, Mapping) else None

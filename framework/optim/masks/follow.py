@@ -51,7 +51,7 @@ def require_entrywise(optimizer: Optimizer) -> None:
             f"{name} evaluates the loss several times a step, and a mask is drawn for one; use another optimiser, such "
             "as torch.optim.AdamW"
         )
-    for key, value in tried_state(optimizer).items():
+    for key, value in probed_state(optimizer).items():
         if isinstance(value, Tensor) and value.numel() > 1 and not _of_entries(value):
             raise UserError(
                 f"{name} keeps {key!r} of shape {tuple(value.shape)} and {value.dtype} for a weight of shape {_TRIED}, "
@@ -67,7 +67,7 @@ def _of_entries(value: Tensor) -> bool:
     return tuple(value.shape) == _TRIED and value.is_floating_point()
 
 
-def tried_state(optimizer: Optimizer) -> dict[str, Any]:
+def probed_state(optimizer: Optimizer) -> dict[str, Any]:
     """What an optimiser of this class keeps after a step on a matrix; empty for one that cannot be made alone."""
     taken = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in optimizer.param_groups[0].items() if key in taken and key != "params"}

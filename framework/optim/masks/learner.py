@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightspan.core.distributed import copy_of_first_rank, world_size
+from lightspan.core.distributed import broadcast_first_rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import ranks_of, total_over
 from lightspan.optim.masks.place import Place
@@ -173,7 +173,7 @@ class Fixed(MaskLearner):
 def agreed_masks(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first rank's masks on every rank: replicas may round a score differently, and choose another entry."""
     if world_size() > 1:
-        copy_of_first_rank(list(masks.values()))
+        broadcast_first_rank(list(masks.values()))
     return dict(masks)
 
 

@@ -26,7 +26,7 @@ from lightspan.optim.matrices.layout import (
     slices_of,
 )
 from lightspan.optim.matrices.loading import require_same_kind
-from lightspan.optim.matrices.offload import Home
+from lightspan.optim.matrices.placement import StatePlacement
 from lightspan.optim.matrices.stacks import FIXED, Bucket
 
 LARGEST_STACK = 1 << 24
@@ -54,14 +54,14 @@ def stacked_bucket(
     rule: StateMaker,
     saved: list[State],
     names: list[str],
-    home: Home,
+    placement: StatePlacement,
 ) -> Bucket:
     """Stacks the existing state of the parameters, in the given order; what is missing is initialised.
 
     Raises: UserError for state of another rule or another rank.
     """
     shards, first = layout.shards, parameters[0]
-    state = home.fresh(lambda device: rule.initial(replace(layout, device=device)), first)
+    state = placement.create(lambda device: rule.initial(replace(layout, device=device)), first)
     by_row = set() if shards is None else _keys_by_row(rule, layout)
     views, count = [], layout.batch // len(parameters)
     for i, known in enumerate(saved):
@@ -83,8 +83,8 @@ def stacked_bucket(
     draws = state["draws"].tolist() if "draws" in state and any(done) else [0] * layout.batch
     seed = next(iter(layout.seeds), 0) * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
     noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
-    away = frozenset(key for key in state if home.is_away(first, key))
-    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked, away)
+    offloaded = frozenset(key for key in state if placement.is_offloaded(first, key))
+    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked, offloaded)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Member:
     saved: State
 
 
-def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, home: Home) -> list[Bucket]:
+def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, placement: StatePlacement) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
     axes in one order in memory; the rows of moved ones are made alike.
 
@@ -124,7 +124,7 @@ def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, home: 
         alike[key].append((member, order if slices is None else order + slices.start))
         order += count if slices is None else slices.total
     buckets = []
-    for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule, home)):
+    for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule, placement)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
         held, count = [one_of(kind.parameter, kind.stacked)], len(matrices(kind.parameter, kind.stacked))
         places = [first + i for _, first in pairs for i in range(count)]
@@ -139,27 +139,29 @@ def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, home: 
                 rule,
                 [member.saved for member in together],
                 [member.name for member in together],
-                home,
+                placement,
             )
         )
     return buckets
 
 
-def _parts(pairs: list[tuple[Member, int]], rule: StateMaker, home: Home) -> Iterator[list[tuple[Member, int]]]:
-    """All that can step together, or as many as rules that project late should widen at once, and as should visit the
-    device at once. Ranks cut alike, since they see the same whole shapes.
+def _parts(
+    pairs: list[tuple[Member, int]], rule: StateMaker, placement: StatePlacement
+) -> Iterator[list[tuple[Member, int]]]:
+    """All that can step together, or as many as rules that project late should widen at once and as fit one transfer
+    to the device. Ranks cut alike, since they see the same whole shapes.
     """
     member, shards = pairs[0][0], shards_of(pairs[0][0].parameter)
     least = 1 if shards is None else shards.ranks.count
     count = len(pairs)
     if rule.projects_late:
         count = max(LARGEST_STACK // member.parameter.shape.numel(), least)
-    if (fitting := home.fitting(_size_away(member, rule, home))) is not None:
+    if (fitting := placement.largest_count(_offloaded_size(member, rule, placement))) is not None:
         count = min(count, max(fitting, least))
     return (pairs[start : start + count] for start in range(0, len(pairs), count))
 
 
-def _size_away(member: Member, rule: StateMaker, home: Home) -> int:
+def _offloaded_size(member: Member, rule: StateMaker, placement: StatePlacement) -> int:
     """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
     slices = slices_of(member.parameter, member.stacked)
     count = len(matrices(member.parameter, member.stacked)) if slices is None else slices.chunk
@@ -167,7 +169,7 @@ def _size_away(member: Member, rule: StateMaker, home: Home) -> int:
     layout = layout_of([like], member.rank, [0] * count, torch.device("meta"))
     rows = layout.rows if layout.shards is None else layout.shards.chunk
     state = rule.initial(replace(layout, rows=rows))
-    return sum(value.nbytes for key, value in state.items() if home.is_away(member.parameter, key))
+    return sum(value.nbytes for key, value in state.items() if placement.is_offloaded(member.parameter, key))
 
 
 def forget_unstepped(state: dict[Tensor, Any], before: list[Any], now: list[Any]) -> None:

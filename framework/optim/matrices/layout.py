@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightspan.core.errors import UserError
-from lightspan.core.sharded import Ranks, RowShards, alone, from_local, local, ranks_of
+from lightspan.core.sharded import Ranks, RowShards, from_local, local, ranks_of, unsharded_total
 
 State = dict[str, Tensor]
 """Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
@@ -91,7 +91,7 @@ class Layout:
 
     def total(self, part: Tensor) -> Tensor:
         """A sum over this rank's rows, continued over all others."""
-        return alone(part) if self.shards is None else self.shards.ranks.total(part)
+        return unsharded_total(part) if self.shards is None else self.shards.ranks.total(part)
 
     def gathered(self, part: Tensor) -> Tensor:
         """Whole matrices from this rank's rows [..., m, any]: for what cannot be computed as sums over rows."""

@@ -80,7 +80,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def require_sound(owner: str, settings: Mapping[str, Any]) -> None:
+def require_valid(owner: str, settings: Mapping[str, Any]) -> None:
     """Raises: UserError for the first of `settings` that is outside its limits; keys without limits are ignored.
 
     Args:
@@ -108,7 +108,7 @@ def accepted(kind: type) -> list[str]:
     return [name for name in names if name != "self"]
 
 
-def naming_unknown(init: Callable[..., None]) -> Callable[..., None]:
+def refuse_unknown_settings(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that refuses unknown settings in the name of the class that is built, not of the base that would be
     the first to miss them.
     """

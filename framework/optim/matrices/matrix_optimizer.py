@@ -16,10 +16,10 @@ from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squ
 from lightspan.optim.matrices import elementwise
 from lightspan.optim.matrices.buckets import Member, build_buckets, forget_unstepped, layout_of
 from lightspan.optim.matrices.layout import Layout, State, matrices, one_of, require_shapes
-from lightspan.optim.matrices.limits import naming_unknown, require_part, require_sound
+from lightspan.optim.matrices.limits import refuse_unknown_settings, require_part, require_valid
 from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
-from lightspan.optim.matrices.offload import Home, OnHost, Visit
+from lightspan.optim.matrices.placement import HostState, StatePlacement, StateTransfer
 from lightspan.optim.matrices.projected import Selection, require_some_projected
 from lightspan.optim.matrices.stacks import Bucket, Buckets, StackStep, built_for
 
@@ -67,14 +67,14 @@ class MatrixOptimizer(Optimizer, ABC):
             synchronisation a step on GPUs; without it the step can be captured in a CUDA graph.
         seed: seed of stochastic rounding, and of all else that a rule draws.
         offload: whether state lives on the host between steps, except for that of small parameters and what `stays`;
-            see `lightspan.optim.matrices.offload`. Without effect for parameters that are on the host themselves. The
-            host waits once a step for the last of it to come home.
+            see `lightspan.optim.matrices.placement`. Without effect for parameters that are on the host themselves. The
+            host waits once a step for the last of it to come back.
     Raises: UserError for values out of range, if there is no matrix to step, unless all groups have project=False, and
         in `step` for a gradient that is sparse or not finite.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "settings", "stays", "moments", "check_finite", "home", "_info", "_built",
+        "settings", "stays", "moments", "check_finite", "placement", "_info", "_built",
     )  # fmt: skip
     """Attributes that this class adds and a copy or a pickle has; a class below names those that it adds."""
     KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
@@ -100,7 +100,7 @@ class MatrixOptimizer(Optimizer, ABC):
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
     """
 
-    @naming_unknown
+    @refuse_unknown_settings
     def __init__(
         self,
         params: Iterable[Any],
@@ -119,10 +119,10 @@ class MatrixOptimizer(Optimizer, ABC):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True, "stacks": False,
             "scale": scale, "max_norm": max_norm, "seed": seed, **self.settings,
         }  # fmt: skip
-        require_sound(type(self).__name__, {**defaults, "offload": offload})
+        require_valid(type(self).__name__, {**defaults, "offload": offload})
         require_part("moments", moments, MomentStorage)
         self.moments, self.check_finite = moments, check_finite
-        self.home = OnHost(self.stays | {"step"}) if offload else Home()
+        self.placement = HostState(self.stays | {"step"}) if offload else StatePlacement()
         self._info: dict[Tensor, ParameterInfo] = {}
         self._built = False
         self._buckets, self._checked = Buckets(), False
@@ -151,7 +151,7 @@ class MatrixOptimizer(Optimizer, ABC):
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
-        require_sound(type(self).__name__, {"max_norm": value})
+        require_valid(type(self).__name__, {"max_norm": value})
         for group in self.param_groups:
             group["max_norm"] = value
 
@@ -247,7 +247,7 @@ class MatrixOptimizer(Optimizer, ABC):
 
     def require_group(self, group: dict[str, Any], number: int) -> None:
         """Raises: UserError for settings of a group that are out of range."""
-        require_sound(f"{type(self).__name__} group {group.get('name', number)!r}:", group)
+        require_valid(f"{type(self).__name__} group {group.get('name', number)!r}:", group)
 
     def _require_known(self, group: dict[str, Any]) -> None:
         settable = self.defaults.keys() - {"rule"} | self.KEYS_OF_GROUPS
@@ -330,7 +330,7 @@ class MatrixOptimizer(Optimizer, ABC):
             projected = self.projected(parameter, group)
             for key, value in held.items():
                 # The fused step reads its step count on the parameter's device, the others are on the host.
-                on_host = (projected and key == "step") or self.home.is_away(parameter, key)
+                on_host = (projected and key == "step") or self.placement.is_offloaded(parameter, key)
                 device = torch.device("cpu") if on_host else parameter.device
                 self.state[parameter][key] = value.to(device=device, copy=True)
         self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
@@ -354,9 +354,9 @@ class MatrixOptimizer(Optimizer, ABC):
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
         self._require_finite_norms(steps, unprojected, choosing)
-        self.home.receive([step.visit(clip) for step in steps])
+        self.placement.run([step.transfer(clip) for step in steps])
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
-        self.home.receive(self._steps_of_unprojected(unprojected, clip))
+        self.placement.run(self._steps_of_unprojected(unprojected, clip))
         self._checked = self.measures_norm = False
         self.clips_next_at = None
         return loss
@@ -388,7 +388,7 @@ class MatrixOptimizer(Optimizer, ABC):
     def _norm(self, steps: list[StackStep], unprojected: list[list[Tensor]]) -> Tensor:
         """The global norm of all gradients, 0-d; see `gradient_norm`."""
         squares = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
-        others = [(ranks_of(p), held_gradient(p)) for parameters in unprojected for p in parameters]
+        others = [(ranks_of(p), local_gradient(p)) for parameters in unprojected for p in parameters]
         others += [(step.ranks, gradient) for step in steps for gradient in step.not_projected()]
         return total_over([*squares, *squares_by_ranks(others)]).sqrt()
 
@@ -406,7 +406,7 @@ class MatrixOptimizer(Optimizer, ABC):
         """
         if self.check_finite:
             norms = [norm for step in steps for in_frames in (True, False) for norm in step.squares(in_frames)]
-            others = choosing + [held_gradient(p) for parameters in unprojected for p in parameters]
+            others = choosing + [local_gradient(p) for parameters in unprojected for p in parameters]
             self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
 
     def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:
@@ -433,7 +433,7 @@ class MatrixOptimizer(Optimizer, ABC):
                 "lower learning rate"
             )
         given = [p for p in parameters if p.grad is not None]
-        broken = self._not_finite(given, [square_norms([held_gradient(p)]) for p in given])
+        broken = self._not_finite(given, [square_norms([local_gradient(p)]) for p in given])
         return (
             f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or "
             "so large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were "
@@ -457,27 +457,27 @@ class MatrixOptimizer(Optimizer, ABC):
         parameters = [p for p in group["params"] if p.grad is not None and p not in places]
         for parameter in parameters:
             if self.state[parameter]:
-                self.home.brought(self.state[parameter], parameter)
+                self.placement.place(self.state[parameter], parameter)
             else:
-                self.state[parameter] = self.home.fresh(partial(self._elementwise_state, parameter), parameter)
+                self.state[parameter] = self.placement.create(partial(self._elementwise_state, parameter), parameter)
         return parameters
 
     def _elementwise_state(self, parameter: Tensor, device: torch.device) -> State:
         like = parameter if parameter.device == device else torch.empty_like(parameter, device=device)
         return elementwise.initial_state(like, self.moments)
 
-    def _steps_of_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> list[Visit]:
+    def _steps_of_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> list[StateTransfer]:
         numbers, seed = {parameter: number for number, parameter in enumerate(self._parameters())}, self.seed
-        visits = []
+        transfers = []
         for group, parameters in zip(self.param_groups, unprojected, strict=True):
             states = [self.state[p] for p in parameters]
             seeds = [elementwise.first_noise(p, numbers[p], seed) for p in parameters]
-            away = [[key for key in self.state[p] if self.home.is_away(p, key)] for p in parameters]
-            for part in self.home.parts(parameters, states) if parameters else ():
+            offloaded = [[key for key in self.state[p] if self.placement.is_offloaded(p, key)] for p in parameters]
+            for part in self.placement.parts(parameters, states) if parameters else ():
                 own, first = parameters[part], parameters[part.start]
-                act = partial(elementwise.step_elementwise, own, group, self.moments, clip, seeds[part])
-                visits.append(Visit(first.device, states[part], away[part], act))
-        return visits
+                apply = partial(elementwise.step_elementwise, own, group, self.moments, clip, seeds[part])
+                transfers.append(StateTransfer(first.device, states[part], offloaded[part], apply))
+        return transfers
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -497,7 +497,7 @@ class MatrixOptimizer(Optimizer, ABC):
         before, now = self._buckets.built_for, built_for(self.param_groups)
         if before is not None and before[1] != now[1]:
             forget_unstepped(self.state, before[1], now[1])
-        self._buckets = Buckets(build_buckets(self._members(), self, self.seed, self.home), now)
+        self._buckets = Buckets(build_buckets(self._members(), self, self.seed, self.placement), now)
         for bucket in self._buckets.every:
             views = zip(bucket.parameters, bucket.views, strict=True)
             self.state.update((parameter, dict(view)) for parameter, view in views)
@@ -530,7 +530,7 @@ class MatrixOptimizer(Optimizer, ABC):
         return self.name_of(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
 
 
-def held_gradient(parameter: Tensor) -> Tensor:
+def local_gradient(parameter: Tensor) -> Tensor:
     """This rank's part of a gradient, in real numbers."""
     assert parameter.grad is not None
     return elementwise.real(local(parameter.grad))

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightspan.core.sharded import RowShards, Total, alone
+from lightspan.core.sharded import RowShards, Total, unsharded_total
 from lightspan.optim.matrices.layout import Layout
 from lightspan.triton_kernels.project import dot_precision
 
@@ -59,7 +59,7 @@ def direction_of(x_BmN: Tensor, layout: Layout, precision: Precision, steps: int
     return found_BmN.to(x_BmN.dtype)
 
 
-def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = alone) -> Tensor:
+def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = unsharded_total) -> Tensor:
     """The orthogonalised matrices, a new tensor; zeros for those whose squares overflow.
 
     Args:
@@ -77,7 +77,7 @@ def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: T
     return x_BMN
 
 
-def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = alone) -> Tensor:
+def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = unsharded_total) -> Tensor:
     """The same in exact arithmetic, with all iterates as multiples of X."""
     a, b, c = coefficients
     gram_BNN, scale_B11 = _normalised(total(x_BMN.mT @ x_BMN))

@@ -33,12 +33,12 @@ class Selection:
     @property
     def allowed(self) -> bool:
         """Whether the group's `project` lets the parameter be projected, whatever its shape."""
-        return says(self.project, self.name)
+        return setting_applies(self.project, self.name)
 
     @property
     def stacked(self) -> bool:
         """Whether a parameter [E out in] counts as E matrices, like the experts of a layer."""
-        return self.parameter.ndim == 3 and len(self.parameter) > 0 and says(self.stacks, self.name)
+        return self.parameter.ndim == 3 and len(self.parameter) > 0 and setting_applies(self.stacks, self.name)
 
     @property
     def side(self) -> int:
@@ -74,7 +74,7 @@ def stacks_in(module: nn.Module) -> set[int]:
     return {id(p) for p in module.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1} - kernels
 
 
-def says(setting: bool | Sequence[str], name: str) -> bool:
+def setting_applies(setting: bool | Sequence[str], name: str) -> bool:
     """Whether a setting that is True, False, or patterns of names holds for a parameter of this name."""
     return setting if isinstance(setting, bool) else matches(name, setting)
 

@@ -24,7 +24,7 @@ from lightspan.optim.matrices.layout import (
     put,
     write_part,
 )
-from lightspan.optim.matrices.offload import Visit
+from lightspan.optim.matrices.placement import StateTransfer
 
 FIXED = ("rank", "project", "stacks")
 """Settings of groups that decide which state there is; those without a subspace have no rank."""
@@ -43,8 +43,8 @@ class Bucket:
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
             matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
         stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
-        away: names of the state that lives on the host, while the parameters do not; see
-        `lightspan.optim.matrices.offload`.
+        offloaded: names of the state that lives on the host, while the parameters do not; see
+        `lightspan.optim.matrices.placement`.
         pending: coordinates [M R] of gradients that no longer exist, by position; see
         `lightspan.optim.low_rank.gradients`.
     """
@@ -59,7 +59,7 @@ class Bucket:
     draws: list[int]
     noise: Tensor
     stacked: bool = False
-    away: frozenset[str] = frozenset()
+    offloaded: frozenset[str] = frozenset()
     pending: dict[int, Tensor] = field(default_factory=dict)
 
     def places(self, number: int) -> range:
@@ -113,7 +113,7 @@ def built_for(groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 class StackStep(ABC):
-    """One step of a bucket's matrices that have a gradient. A rule in matrices says what it does to them, in `act`.
+    """One step of a bucket's matrices that have a gradient. A rule in matrices says what it does to them, in `apply`.
 
     Attributes:
         owners: which of the bucket's parameters take part, at least one.
@@ -127,7 +127,7 @@ class StackStep(ABC):
         self.bucket, self.owners = bucket, bucket.owners()
         self.active = [place for i in self.owners for place in bucket.places(i)]
         self.layout, self.index = bucket.layout, None
-        self.state = {key: value for key, value in bucket.state.items() if key not in bucket.away}
+        self.state = {key: value for key, value in bucket.state.items() if key not in bucket.offloaded}
         if len(self.active) < self.layout.batch:
             self.index = self.layout.select(self.active)
             self.layout, self.state = self.layout.part(self.active), part_of(self.state, self.index)
@@ -163,9 +163,11 @@ class StackStep(ABC):
         """
         return [] if self.active else [self.layout.zeros().sum()]
 
-    def visit(self, clip: Tensor | None) -> Visit:
-        """`update` as a visit of the bucket's state to the device."""
-        return Visit(self.bucket.layout.device, [self.bucket.state], [self.bucket.away], partial(self.update, clip))
+    def transfer(self, clip: Tensor | None) -> StateTransfer:
+        """`update`, with the bucket's offloaded state brought to the device for it."""
+        return StateTransfer(
+            self.bucket.layout.device, [self.bucket.state], [self.bucket.offloaded], partial(self.update, clip)
+        )
 
     def update(self, clip: Tensor | None, states: Sequence[State]) -> None:
         """Weights and state, in place.
@@ -180,16 +182,16 @@ class StackStep(ABC):
             self.state = {**self.state, **(arrived if self.index is None else part_of(arrived, self.index))}
             owned = [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
             weights = [canonical(matrix) for matrix in owned]
-            self.act(weights, clip)
+            self.apply(weights, clip)
             put(weights, owned)
             self.bucket.noise.add_(len(self.active))
             if isinstance(self.index, Tensor):  # a slice was stepped in place
                 write_part(stacks, self.index, self.state, {})
         self.count()
-        self.gradients, self.state = [], {}  # visitors leave
+        self.gradients, self.state = [], {}  # those on the device for this step are freed
 
     @abstractmethod
-    def act(self, weights: list[Tensor], clip: Tensor | None) -> None:
+    def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
         """Steps the weights [M N] and the state of the active matrices, in place."""
 
     def count(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightspan.optim.matrices.limits import require_sound
+from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import load_between_hooks, numbered
 
 State = dict[str, Any]
@@ -58,7 +58,7 @@ class Reference(Optimizer):
     frames: Sequence[Tensor] | None = None
 
     def __init__(self, params: Iterable[Any], **settings: Any) -> None:
-        require_sound(type(self).__name__, settings)
+        require_valid(type(self).__name__, settings)
         super().__init__(params, settings)
 
     def update(self, g: Tensor, state: State, group: Group) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Summed:
+class HashingWriter:
     """A file for writing that knows the sha256 of what went through it and why a write failed."""
 
     def __init__(self, file: Any) -> None:
@@ -31,14 +31,14 @@ class Summed:
 
 def torch_save(content: Any, file: Any) -> "hashlib._Hash":
     """Writes `content` to an open file; returns the sha256 of what it wrote. Raises: OSError if a write fails."""
-    summed = Summed(file)
+    summed = HashingWriter(file)
     with causes_kept(summed):
         torch.save(content, summed)
     return summed.digest
 
 
 @contextlib.contextmanager
-def causes_kept(file: Summed) -> Iterator[None]:
+def causes_kept(file: HashingWriter) -> Iterator[None]:
     """Raises what ended a write by torch: a full disk, or a Ctrl-C inside or between the writes.
 
     torch's zip writer still writes the end of the archive, and replaces the cause by a message about file positions

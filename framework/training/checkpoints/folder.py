@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import explained_os_errors, replace_folder, require_regular_file, temporary_path
 from lightspan.training.checkpoints.background import Background, staged
-from lightspan.training.checkpoints.bytes import Summed, causes_kept, torch_save
+from lightspan.training.checkpoints.bytes import HashingWriter, causes_kept, torch_save
 from lightspan.training.checkpoints.content import content_fault
 from lightspan.training.checkpoints.manifest import header, seal_folder, summed
 from lightspan.training.checkpoints.readable import readable
@@ -97,7 +97,7 @@ class FolderCheckpoints:
         path = Path(strategy.broadcast(checkpoint_path))
         verdict = None
         if strategy.global_rank == 0:  # everything is read here, once, and not by every rank
-            verdict = said(partial(self._look_at, path))
+            verdict = error_message(partial(self._look_at, path))
         if verdict := strategy.broadcast(verdict):
             raise UserError(verdict)
         if path.is_file():
@@ -156,7 +156,7 @@ def write_folder(
     sums: list[Any] = [None] * dist.get_world_size(group)
     mine = [file.name for file in temporary.glob(f"__{rank}_*")]
     dist.all_gather_object(sums, summed(temporary, mine), group)
-    verdict = [said(partial(_publish, rest, temporary, path, sums)) if rank == 0 else None]
+    verdict = [error_message(partial(_publish, rest, temporary, path, sums)) if rank == 0 else None]
     dist.broadcast_object_list(verdict, 0, group)
     if verdict[0]:
         raise UserError(verdict[0])
@@ -227,7 +227,7 @@ class _Files(filesystem.FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as file:
-            stream = Summed(file)
+            stream = HashingWriter(file)
             with causes_kept(stream):
                 yield stream
 
@@ -238,7 +238,7 @@ class _Writer(dcp.FileSystemWriter):
         self.fs = _Files()
 
 
-def said(function: Callable[[], object]) -> str | None:
+def error_message(function: Callable[[], object]) -> str | None:
     """The message of what `function` raises, to be raised again on every rank as a UserError; None without one."""
     try:
         function()

@@ -19,7 +19,7 @@ from lightspan.core.files.atomic import atomic_path, remove, require_regular_fil
 from lightspan.training.checkpoints.background import Background, staged
 from lightspan.training.checkpoints.bytes import torch_save
 from lightspan.training.checkpoints.content import content_fault, expanded
-from lightspan.training.checkpoints.folder import read_folder, read_outline, said
+from lightspan.training.checkpoints.folder import error_message, read_folder, read_outline
 from lightspan.training.checkpoints.manifest import (
     COMPLETE,
     FORMAT,
@@ -82,7 +82,7 @@ class WholeFileCheckpointIO(CheckpointIO):
         remove(Path(path))
 
 
-def take_over(strategy: Strategy, background: Background | None = None) -> None:
+def use_whole_files(strategy: Strategy, background: Background | None = None) -> None:
     """From now on a strategy that writes single files reads and writes them as `WholeFileCheckpointIO` does."""
     if type(strategy.checkpoint_io) in (TorchCheckpointIO, WholeFileCheckpointIO):
         strategy.checkpoint_io = WholeFileCheckpointIO(background, strategy.broadcast)
@@ -90,7 +90,7 @@ def take_over(strategy: Strategy, background: Background | None = None) -> None:
 
 def chosen(path: Path, broadcast: Callable[[Any], Any]) -> Path:
     """The first rank's checkpoint, which only that rank has verified. Raises: UserError on every rank."""
-    path, verdict = broadcast((path, said(partial(refuse_torn, path))) if rank() == 0 else (path, None))
+    path, verdict = broadcast((path, error_message(partial(refuse_torn, path))) if rank() == 0 else (path, None))
     if verdict:
         raise UserError(verdict)
     return path
@@ -120,7 +120,7 @@ def unusable(path: Path) -> str | None:
     """
     if path.is_dir() and not (path / METADATA).exists():
         return None
-    found = said(partial(outline, path))
+    found = error_message(partial(outline, path))
     return found and found.removeprefix(f"checkpoint {path} ").removesuffix(f"; {_others(path)}")
 
 

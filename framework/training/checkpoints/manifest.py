@@ -103,12 +103,12 @@ def manifest(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and type(content.get("format")) is int else None
 
 
-def standing(last: Path, way_on: str = "") -> str:
+def last_checkpoint_note(last: Path, way_on: str = "") -> str:
     """What a run that stops says about its last checkpoint, followed by `way_on` if there is one."""
     return f"{last} is whole{way_on}" if last.exists() else "no checkpoint was written yet"
 
 
-def other_thing(path: Path) -> str | None:
+def not_a_checkpoint(path: Path) -> str | None:
     """What stands at `path` where that is a run folder, or weights alone, and not a checkpoint at all."""
     if (path / RESOLVED).is_file():
         return f"is a run folder, not a checkpoint: name one of its own, such as {path / 'checkpoints' / LAST}"
@@ -122,7 +122,7 @@ def fault(path: Path, contents: bool = True) -> Fault | None:
         contents: also read everything and compare the sha256; otherwise only sizes count. Files without a
             manifest, such as Lightning's own: the check sums that every zip archive keeps of its records are compared.
     """
-    if other := other_thing(path):
+    if other := not_a_checkpoint(path):
         return Fault(other)
     try:
         if path.is_dir():
@@ -166,7 +166,7 @@ def latest(folder: Path) -> Path | None:
     return folder / name if _NAME.fullmatch(name) else None
 
 
-def point_latest(checkpoint: Path) -> None:
+def set_latest(checkpoint: Path) -> None:
     """Moves the pointer of the checkpoint's folder to it, in one step."""
     write_atomic(checkpoint.parent / LATEST, checkpoint.name + "\n")
 

@@ -73,13 +73,13 @@ def explained_restoring(path: object, entry: str) -> Iterator[None]:
         ) from error
 
 
-def warn_of_what_cannot_go_on(trainer: Trainer) -> None:
+def warn_of_unresumable(trainer: Trainer) -> None:
     """Warns before the first step about callbacks with which a run cannot be resumed."""
     if _of_swa(trainer) and trainer.is_global_zero:
         warnings.warn(f"{_SWA_ENDS}: once it has begun, this run cannot be resumed", stacklevel=2)
 
 
-def refuse_what_cannot_go_on(trainer: Trainer, loaded: dict[str, Any]) -> None:
+def refuse_unresumable(trainer: Trainer, loaded: dict[str, Any]) -> None:
     """Raises: UserError for a checkpoint that cannot be resumed because of the state of its callbacks, or with which
     Lightning's ModelCheckpoint would remove what is not its own.
     """

@@ -15,7 +15,7 @@ from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.low_rank.reduction import leave_out_of_ddp, nothing_left_for_ddp
+from lightspan.optim.low_rank.reduction import ddp_has_no_parameters, exclude_from_ddp
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.optim.riemannian import RiemannianSGD
@@ -89,7 +89,7 @@ def average_in_coordinates(trainer: Trainer, module: LightningModule, optimizer:
     if trainer.gradient_clip_val or any(True for _ in module.buffers()):
         return
     optimizer.averages = True
-    leave_out_of_ddp(module, optimizer.slice.names)
+    exclude_from_ddp(module, optimizer.slice.names)
     _build_ddp_anew(strategy, module)
 
 
@@ -109,7 +109,7 @@ def _attach_under_ddp(trainer: Trainer, module: LightningModule, kept: list[LowR
 def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
     strategy.model = module
     gc.collect()  # the hooks of the first DDP end with it
-    if not nothing_left_for_ddp(module):
+    if not ddp_has_no_parameters(module):
         strategy.configure_ddp()
 
 

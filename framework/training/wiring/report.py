@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightspan.core.console import SafeConsole
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
-from lightspan.optim.treatment import Treatment, treatment
+from lightspan.optim.parameter_summary import ParameterSummary, parameter_summary
 
 
 @rank_zero_only
@@ -18,7 +18,7 @@ def print_report(optimizer: Optimizer) -> None:
     """
     if not isinstance(optimizer, MatrixOptimizer):
         return
-    treatments = [treatment(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
+    treatments = [parameter_summary(optimizer, p, group) for group in optimizer.param_groups for p in group["params"]]
     # Without lines between columns, typical rows fit into 80 characters.
     table = Table(
         title=f"{type(optimizer).__name__}: what each parameter gets (n of a kind), and its state in MiB",
@@ -68,7 +68,7 @@ def print_groups(optimizer: Optimizer) -> None:
     SafeConsole().print(table)
 
 
-def _rate(kind: Treatment) -> str:
+def _rate(kind: ParameterSummary) -> str:
     return f"{kind.rate:g}" if kind.scale == 1 else f"{kind.rate:g} x {kind.scale:g}"
 
 

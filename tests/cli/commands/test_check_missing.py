@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lightspan.backbones.weights import with_weights
 from lightspan.cli.main import main
-from lightspan.core.absent import MissingFile, weights_left_out
+from lightspan.core.absent import MissingFile, without_missing_weights
 
 WEIGHTS = "runs/noisy_labels/export/safetensors/model.safetensors"
 
@@ -77,7 +77,7 @@ def test_a_pattern_of_shards_is_here_only_as_a_whole(capsys: pytest.CaptureFixtu
 
 def test_only_check_goes_on_without_weights() -> None:
     layer = torch.nn.Linear(2, 2)
-    with weights_left_out():
+    with without_missing_weights():
         assert with_weights(layer, "gone.safetensors") is layer
     with pytest.raises(MissingFile):
         with_weights(layer, "gone.safetensors")

@@ -9,7 +9,7 @@ import torch
 
 from lightspan.cli.main import main
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
-from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, LATEST, latest, point_latest, seal_folder
+from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, LATEST, latest, seal_folder, set_latest
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def checkpoints(tmp_path: Path) -> Path:
     sharded.mkdir()
     (sharded / "shard").write_bytes(b"abcdef")
     seal_folder(sharded, {"format": FORMAT, "step": 8})
-    point_latest(sharded)
+    set_latest(sharded)
     return folder
 
 
@@ -204,7 +204,7 @@ def test_a_pointer_that_is_none_is_replaced(checkpoints, tmp_path, put):
 def test_a_whole_file_with_wrong_content_is_moved_with_the_entry_that_is_wrong(checkpoints, tmp_path, capsys):
     path = checkpoints / "step=9.ckpt"
     WholeFileCheckpointIO().save_checkpoint({"state_dict": {"w": "text"}, "global_step": 9}, path)
-    point_latest(path)
+    set_latest(path)
     assert main(["fsck", str(tmp_path)]) == 1
     said = state_of(capsys.readouterr().out, "step=9.ckpt")
     assert "cannot be used: its entry state_dict.w is text, not a tensor" in said

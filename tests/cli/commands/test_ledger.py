@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli.main import main
-from lightspan.cli.runs.ledger import balance, runs_of
+from lightspan.cli.runs.ledger import balance, true_stretches
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import train_loader
@@ -180,7 +180,7 @@ def test_repeats_and_skips_are_shown_with_their_places(tmp_path: Path, capsys: p
 
 @given(flags=st.lists(st.booleans(), max_size=30))
 def test_stretches_cover_exactly_the_true_places(flags: list[bool]) -> None:
-    stretches = runs_of(np.array(flags, dtype=bool))
+    stretches = true_stretches(np.array(flags, dtype=bool))
     assert [place for first, last in stretches for place in range(first, last)] == [
         place for place, flag in enumerate(flags) if flag
     ]

@@ -26,7 +26,7 @@ from lightspan.core.memory import state_bytes
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices import offload
+from lightspan.optim.matrices import placement
 from lightspan.training.strategies import FSDP2
 
 GIB = 2**30
@@ -130,8 +130,8 @@ class Reading(LowRank):
 def test_state_that_lives_on_the_host_needs_room_for_two_visits_on_a_device(
     tmp_path: Path, reads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "SMALLEST_AWAY", 100)
-    monkeypatch.setattr(offload, "LARGEST_VISIT", 100)
+    monkeypatch.setattr(placement, "SMALLEST_OFFLOADED", 100)
+    monkeypatch.setattr(placement, "LARGEST_TRANSFER", 100)
 
     def plan(on: bool) -> Plan:
         module = Regression(lambda p: (Reading if reads else LowRank)(p, rank=2, offload=on))
@@ -145,7 +145,7 @@ def test_state_that_lives_on_the_host_needs_room_for_two_visits_on_a_device(
     away = 2 * 4 * (2 * 32 * 2 + 2 + 1)  # of two matrices with 32 rows: moments and ages at rank 2, and a limiter
     assert found.step.host_state == away
     assert found.step.optimizer_state == whole.step.optimizer_state - away
-    assert found.step.peak == whole.step.peak  # each matrix is a visit
+    assert found.step.peak == whole.step.peak  # each matrix is a transfer
     assert any(
         note.endswith("MiB of optimiser state live on the host, and are not counted above") for note in found.notes
     )

@@ -309,7 +309,7 @@ def test_clean_keeps_a_run_that_has_started_again_since_it_looked(make_run: Make
 
     run = make_run("runs/a")
     (run / "failed.txt").write_text("error")
-    (doomed,), _ = look([read_entry(run)])
+    (deletable,), _ = look([read_entry(run)])
     command = [sys.executable, "-c", LOCKING, str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert process.stdout is not None
@@ -317,11 +317,11 @@ def test_clean_keeps_a_run_that_has_started_again_since_it_looked(make_run: Make
     try:
         assert "keeps" not in printed(capsys, "clean", "--yes")  # it is running, which is not failed
         with pytest.raises(UserError, match="it was failed and is running now"):
-            delete(doomed)
+            delete(deletable)
     finally:
         process.kill()
         process.wait()
-    delete(doomed)
+    delete(deletable)
     assert not run.exists()
 
 
@@ -359,9 +359,9 @@ def test_a_run_that_somebody_else_has_deleted_meanwhile_is_no_fault(make_run: Ma
 
     run = make_run("runs/a", summary=None)
     entry = read_entry(run)
-    (doomed,), _ = look([entry])
+    (deletable,), _ = look([entry])
     shutil.rmtree(run)
-    delete(doomed)
+    delete(deletable)
     assert not run.exists()
     assert [kept.reason for kept in look([entry])[1]] == ["it cannot be read: No such file or directory"]
 

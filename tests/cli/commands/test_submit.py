@@ -23,7 +23,7 @@ from lightspan.callbacks.resilience.preemption import Preemption
 from lightspan.cli.commands.submit import _passing_warnings_on
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.launch import slurm
-from lightspan.cli.launch.job import LEAVING_S, Job, job_name, leave_of, seconds
+from lightspan.cli.launch.job import EXIT_MARGIN_S, Job, grace_period_of, job_name, seconds
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -123,7 +123,7 @@ def test_the_script_states_what_the_job_needs(render: Callable[..., str]) -> Non
     assert re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE) == [
         *("job-name=language-quickstart-big", "nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=7"),
         *("time=1-12:00:00", "partition=a100,h100", "requeue", "open-mode=append"),
-        f"signal=USR1@{LEAVE.budget_s + LEAVING_S:.0f}",
+        f"signal=USR1@{LEAVE.budget_s + EXIT_MARGIN_S:.0f}",
     ]
     # Every rank sees the devices of the job, and a node without GPUs is an error.
     assert "trainer.num_nodes=4 trainer.devices=8 trainer.accelerator=gpu" in script
@@ -496,12 +496,12 @@ def test_a_warning_is_passed_on_and_the_status_is_that_of_a_run_that_left(number
     told = f"import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({status}))"
     ready = "print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", f"{told}; import os; os.kill(os.getppid(), {int(number)}); {ready}"]
-    job = Job("name", (), "/run", "/", 1, 2, False, 1, leave_of(resolve(QUICKSTART).config))
+    job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
     assert _passing_warnings_on(command, dict(os.environ), job) == code
 
 
 def test_a_failure_without_a_warning_keeps_its_status() -> None:
-    job = Job("name", (), "/run", "/", 1, 2, False, 1, leave_of(resolve(QUICKSTART).config))
+    job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
     assert _passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], dict(os.environ), job) == 3
 
 
@@ -525,7 +525,7 @@ def test_an_empty_run_folder_is_refused(complaint: Callable[..., str]) -> None:
 
 
 def test_the_promise_to_leave_is_that_of_the_callback() -> None:
-    leave = leave_of(resolve(QUICKSTART).config)
+    leave = grace_period_of(resolve(QUICKSTART).config)
     assert leave is not None
     assert (leave.budget_s, leave.exit_code) == (LEAVE.budget_s, LEAVE.exit_code)
     assert signal.SIGUSR1 in LEAVE.signals

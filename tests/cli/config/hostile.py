@@ -222,7 +222,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.cli.config.provenance.subprocess.run", SHELL),
     ("lightspan.cli.launch.slurm.script", {}),
     ("lightspan.cli.report.page.Path", {}),
-    ("lightspan.core.distributed.leave", {}),
+    ("lightspan.core.distributed.end_process_group", {}),
     ("lightspan.triton_kernels.dct_energies.os.system", {"command": "touch @CANARY@"}),
     ("lightspan.Method", {}),
     # names that only look right

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from lightspan.cli.config.merge import explain, merge, merge_layers, without_removed
 from lightspan.cli.config.tree import parse, plain, walk, wrap
-from lightspan.core.errors import Warned, print_notes
+from lightspan.core.errors import WarningNote, print_notes
 
 # Layers of one shape: below any path there is a mapping in all of them or in none.
 leaves = st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
@@ -77,7 +77,7 @@ def test_a_changed_class_drops_the_old_settings_and_warns_of_it():
             "over.yaml:2 model: class a.Vit -> a.ResNet without the settings that Vit had: depth=12; give it those "
             "that it shall have"
         ]
-        assert isinstance(notes[0], Warned)
+        assert isinstance(notes[0], WarningNote)
 
 
 def test_a_changed_class_with_settings_of_its_own_is_one_short_note():
@@ -86,7 +86,7 @@ def test_a_changed_class_with_settings_of_its_own_is_one_short_note():
     merged, notes = merge_layers([base, layer(own, "over.yaml")])
     assert plain(merged) == {"model": {"class_path": "a.ResNet", "init_args": {"width": 3}}}
     assert notes == ["over.yaml:2 model: ResNet in place of Vit, without its depth, act, bias and 1 more"]
-    assert not isinstance(notes[0], Warned)
+    assert not isinstance(notes[0], WarningNote)
 
 
 def test_dropped_settings_are_warned_of_after_all_notes(capsys):

@@ -20,14 +20,14 @@ from torch import Tensor
 from lightspan.cli.config.build import Built, build, resolve
 from lightspan.cli.config.recipes import load
 from lightspan.cli.planning.rehearsal import (
-    of_shapes,
+    loss_on_shapes,
     optimizers,
     prepare_model,
     silent,
     without_logging,
     without_trace,
 )
-from lightspan.cli.planning.shapes import on_shapes_first
+from lightspan.cli.planning.shapes import on_meta_first
 from lightspan.cli.planning.step_memory import is_meta
 from lightspan.core.errors import UserError
 from lightspan.core.files.tensors import stored_tensors
@@ -71,7 +71,7 @@ def takes_a_batch(built: Built) -> bool:
         optimizers(trainer, model)
         batch = next(iter(data.train_dataloader()))
     with without_logging(model):
-        output = of_shapes(trainer, model.train(), batch)
+        output = loss_on_shapes(trainer, model.train(), batch)
     loss = output if isinstance(output, Tensor) else output["loss"]
     assert loss.requires_grad
     assert loss.numel() == 1
@@ -82,7 +82,7 @@ def feed(name: str, *faults: str) -> None:
     """Raises: whatever the recipe, changed by these flags, stumbles over."""
     flags = [*stand_in(name), *faults]
     with silent(), skip_without_packages(), without_trace(resolve(name, [], flags)) as (resolved, folder):
-        if not on_shapes_first(resolved, takes_a_batch, folder):
+        if not on_meta_first(resolved, takes_a_batch, folder):
             built = build(resolved, folder)
             built.trainer.fit(built.model, datamodule=built.datamodule)
             assert built.trainer.global_step == 1

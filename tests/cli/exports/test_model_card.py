@@ -11,7 +11,7 @@ from run_folder_fixtures import MakeRun, make_run
 
 from lightspan.cli.config.build import load_resolved
 from lightspan.cli.exports import model_card as model_card_module
-from lightspan.cli.exports.model_card import Told, model_card
+from lightspan.cli.exports.model_card import CardFacts, model_card
 
 __all__ = ["make_run"]
 
@@ -51,12 +51,12 @@ PROVENANCE = {
     "sources": {"trainer.max_epochs": "command line", "data.init_args.root": "/home/alice/long.yaml:3"},
 }
 SUMMARY = {"probe_knn_accuracy": 0.5, "val_loss_nats": 1.25, "steps": 100, "seconds": 12.0, "finished": True}
-TOLD = Told("the weights", "import torch", "It was read back.", "timm", licence="mit")
+FACTS = CardFacts("the weights", "import torch", "It was read back.", "timm", licence="mit")
 
 
-def card_of(run: Path, told: Told = TOLD) -> ModelCard:
+def card_of(run: Path, facts: CardFacts = FACTS) -> ModelCard:
     """The card, read by the Hub's own library, which refuses a head that it cannot use."""
-    return ModelCard(model_card(load_resolved(run), run, told))
+    return ModelCard(model_card(load_resolved(run), run, facts))
 
 
 def tiny(make: MakeRun, name: str = "run", **files: Any) -> Path:
@@ -91,7 +91,7 @@ def test_a_card_says_what_was_trained_and_on_what(make_run: MakeRun) -> None:
 
 def test_nothing_of_the_machine_is_in_it(make_run: MakeRun) -> None:
     run = tiny(make_run)
-    text = model_card(load_resolved(run), run, TOLD)
+    text = model_card(load_resolved(run), run, FACTS)
     assert "fashion" in text
     assert not [word for word in ("alice", "/home", "secret", "Linux", str(run)) if word in text]
 
@@ -125,7 +125,7 @@ def test_runs_that_differ_in_their_seed_alone_give_a_spread(make_run: MakeRun, m
 
 def test_a_run_without_records_gives_a_card_without_figures(make_run: MakeRun) -> None:
     run = tiny(make_run, summary=None, provenance=None)
-    card = card_of(run, Told("the weights", "import torch", "It was read back."))
+    card = card_of(run, CardFacts("the weights", "import torch", "It was read back."))
     assert card.data.eval_results is None
     assert card.data.license == "unknown"
     assert "No score of this run is recorded." in card.content
@@ -160,7 +160,9 @@ def test_the_form_of_inputs_is_told_where_the_file_is_a_function(make_run: MakeR
     form = {"dtype": "float32", "shape": ["batch", 1, 28, 28], "range": [0, 1]}
     inputs = {"inputs": {"image": form}, "standardise": "inside", "mean": [0.25], "std": [0.5]}
     run = tiny(make_run)
-    text = model_card(load_resolved(run), run, Told("the features", "import torch", "It was read back.", None, inputs))
+    text = model_card(
+        load_resolved(run), run, CardFacts("the features", "import torch", "It was read back.", None, inputs)
+    )
     assert "`image`: float32 \\[batch, 1, 28, 28], values in 0 to 1" in text
     assert "standardised inside: mean 0.25, deviation 0.5" in text
     json.dumps(yaml.safe_load(text.split("---\n")[1]))

@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import nn
 
 from lightspan.cli.planning import shapes
-from lightspan.cli.planning.shapes import on_shapes_first
+from lightspan.cli.planning.shapes import on_meta_first
 from lightspan.cli.planning.step_memory import is_meta
 from lightspan.core.errors import UserError
 
@@ -25,9 +25,9 @@ def test_only_what_needs_numbers_is_built_with_them(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(shapes, "build", lambda *_: SimpleNamespace(model=Net()))
     resolved: Any = None
-    assert on_shapes_first(resolved, lambda one: is_meta(one.model) and one.model.device == torch.device("cpu"))
+    assert on_meta_first(resolved, lambda one: is_meta(one.model) and one.model.device == torch.device("cpu"))
     assert built == [True]
-    assert isinstance(on_shapes_first(resolved, lambda one: one.model.layer.weight.sum().item()), float)
+    assert isinstance(on_meta_first(resolved, lambda one: one.model.layer.weight.sum().item()), float)
     assert built == [True, True, False]
 
 
@@ -38,4 +38,4 @@ def test_what_is_wrong_with_numbers_too_is_raised(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shapes, "build", build)
     resolved: Any = None
     with pytest.raises(UserError, match="the width"):
-        on_shapes_first(resolved, lambda one: one.model)
+        on_meta_first(resolved, lambda one: one.model)

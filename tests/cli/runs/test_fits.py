@@ -68,7 +68,7 @@ def test_runs_may_leave_in_order_and_are_killed_when_they_do_not(obeys: bool, le
     )
     process = start(stubborn.command, stubborn.log)
     wait_until(lambda: "ready" in stubborn.log.read_text(), "the run")
-    end_in_order([process], leaving_s=HANG_S if obeys else 0.2)
+    end_in_order([process], grace_s=HANG_S if obeys else 0.2)
     assert process.returncode == (143 if obeys else -signal.SIGKILL)
     assert left in stubborn.log.read_text()
 

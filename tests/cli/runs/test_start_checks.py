@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader
 
-from lightspan.cli.runs.start_checks import StartChecks, past_its_end, silence_frozen
+from lightspan.cli.runs.start_checks import StartChecks, exhausted_schedule, silence_frozen
 from lightspan.cli.runs.train import call
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.ranks import train_loader
@@ -125,7 +125,7 @@ def test_an_end_that_comes_in_mid_run_is_said_in_the_same_words(tmp_path):
     built: Any = SimpleNamespace(trainer=SimpleNamespace(interrupted=False, global_step=2))
     with pytest.raises(UserError, match=r"OneCycleLR has total_steps=2, but it came to step 3; beyond its end"):
         call(steps, built, tmp_path, None)
-    assert past_its_end(ValueError("another")) is None
+    assert exhausted_schedule(ValueError("another")) is None
 
 
 class Cosine(LightningModule):

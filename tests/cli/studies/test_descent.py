@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightspan.cli.studies.sweeps.descent import LONGEST_LINE, best_on_line, to_better_neighbours
+from lightspan.cli.studies.sweeps.descent import LONGEST_LINE, best_on_line, descend
 
 
 @pytest.mark.parametrize("optimum", [-4, -2, 0, 1, 2, 5])
@@ -39,9 +39,9 @@ def test_a_walk_ends_where_no_neighbour_is_better() -> None:
         return abs(math.log2(point[0]) - 3) + abs(math.log2(point[1]) + 2)
 
     steps = ((0.5, 1), (2, 1), (1, 0.5), (1, 2))
-    assert to_better_neighbours(value, (1.0, 1.0), steps) == (8.0, 0.25)
+    assert descend(value, (1.0, 1.0), steps) == (8.0, 0.25)
     assert set(asked) >= {(4.0, 0.25), (16.0, 0.25), (8.0, 0.125), (8.0, 0.5)}
 
 
 def test_a_walk_stays_where_all_is_equal() -> None:
-    assert to_better_neighbours(lambda point: 0.0, (1.0,), ((2,), (0.5,))) == (1.0,)
+    assert descend(lambda point: 0.0, (1.0,), ((2,), (0.5,))) == (1.0,)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.caches import KEY, CacheFolder, kept_apart, user_cache
+from lightspan.core.files.caches import KEY, CacheFolder, isolated_caches, user_cache
 
 
 def test_each_cache_keeps_its_files_under_a_name_that_nobody_knew_before(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_without_a_folder_it_is_the_users_cache(tmp_path: Path, monkeypatch: pyt
 def test_apart_nothing_is_written_to_the_folder_and_what_it_has_is_read(tmp_path: Path) -> None:
     part = CacheFolder(str(tmp_path / "a"), "x", "here").part()
     (part / "kept").touch()
-    with kept_apart(tmp_path / "apart"):
+    with isolated_caches(tmp_path / "apart"):
         cache, empty = CacheFolder(str(tmp_path / "a"), "x", "here"), CacheFolder(str(tmp_path / "b"), "x", "here")
     assert cache.held("kept") == part / "kept"
     assert cache.held("other") is None

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.rendered.words import ALPHABET, Press, PrintedWords, font_files, vocabulary
+from lightspan.datamodules.rendered.words import ALPHABET, PrintedWords, WordRenderer, font_files, vocabulary
 
-PRESS = Press(("word", "il", "mouse"), font_files(None), 32, 96, 0.0)
+RENDERER = WordRenderer(("word", "il", "mouse"), font_files(None), 32, 96, 0.0)
 
 
 def test_no_word_is_in_two_sets_and_all_are_spelt_in_letters() -> None:
@@ -28,7 +28,7 @@ def test_no_word_is_in_two_sets_and_all_are_spelt_in_letters() -> None:
 
 
 def test_letters_stand_out_from_their_ground() -> None:
-    printed = PRESS.pictures(0, np.arange(60))
+    printed = RENDERER.pictures(0, np.arange(60))
     for image, ink in zip(printed.images.astype(float), printed.ink, strict=True):
         letters, ground = image[:, ink > 0.95].mean(), image[:, ink < 0.05].mean()
         assert abs(letters - ground) > 40
@@ -37,13 +37,13 @@ def test_letters_stand_out_from_their_ground() -> None:
 
 
 def test_a_word_lies_in_the_picture_and_is_as_wide_as_its_letters() -> None:
-    printed = PRESS.pictures(0, np.arange(100))
+    printed = RENDERER.pictures(0, np.arange(100))
     border = np.concatenate(
         [printed.ink[:, [0, -1]].reshape(100, -1), printed.ink[:, :, [0, -1]].reshape(100, -1)], axis=1
     )
     assert (border.max(axis=1) < 0.5).mean() > 0.9
     assert (printed.ink.sum(axis=(1, 2)) > 40).all()
-    ratio = {word: [] for word in PRESS.words}
+    ratio = {word: [] for word in RENDERER.words}
     for ink, word in zip(printed.ink, printed.words, strict=True):
         y, x = np.nonzero(ink > 0.5)
         ratio[word].append((np.ptp(x) + 1) / (np.ptp(y) + 1))
@@ -51,7 +51,7 @@ def test_a_word_lies_in_the_picture_and_is_as_wide_as_its_letters() -> None:
 
 
 def test_a_picture_has_the_same_bits_in_any_batch() -> None:
-    press, numbers = PRESS._replace(grain=0.1), np.array([3, 2**33, 0, *range(30, 70)])
+    press, numbers = RENDERER._replace(grain=0.1), np.array([3, 2**33, 0, *range(30, 70)])
     together = press.pictures(1, numbers)
     for row in (0, 1, 42):
         alone = press.pictures(1, numbers[[row]])
@@ -61,7 +61,7 @@ def test_a_picture_has_the_same_bits_in_any_batch() -> None:
 
 @pytest.mark.parametrize("sides", [(1, 1), (3, 40)])
 def test_small_pictures_are_pictures(sides: tuple[int, int]) -> None:
-    press = PRESS._replace(height=sides[0], width=sides[1])
+    press = RENDERER._replace(height=sides[0], width=sides[1])
     assert press.pictures(0, np.arange(5)).images.shape == (5, 3, *sides)
     assert press.pictures(0, np.arange(0)).images.shape == (0, 3, *sides)
 

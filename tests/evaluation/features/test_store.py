@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.core.distributed import leave, rank
+from lightspan.core.distributed import end_process_group, rank
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader
@@ -436,7 +436,7 @@ def one_rank(index: int, folder: str) -> None:
     with pytest.raises(UserError, match="rank 1 differs" if index else "another rank could not describe"):
         encoded(Net(slope=0.1 + rank())).load(store)
     torch.save({**out, "within": moments.within_DD}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 def test_two_ranks_compute_a_part_each_and_have_what_one_has(tmp_path: Path) -> None:

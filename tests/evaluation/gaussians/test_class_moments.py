@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.evaluation.gaussians.class_moments import ClassMoments
 from lightspan.evaluation.geometry.moments import Moments
@@ -61,7 +61,7 @@ def one_rank(index: int, folder: str) -> None:
     if index:
         metric.update(x[5:], label[5:])
     torch.save(vars(metric.moments()), Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

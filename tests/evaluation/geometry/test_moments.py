@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.evaluation.geometry.moments import Moments
 
@@ -102,7 +102,7 @@ def one_rank(index: int, folder: str) -> None:
     constant = Moments.of(torch.full((3 + index, 2), 0.1)).over_ranks()
     out = {"count": uneven.count_C, "mean": uneven.mean_CD, "within": uneven.within_DD}
     torch.save({**out, "lonely": lonely.within_DD, "constant": constant.within_DD}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 def test_two_ranks_have_the_moments_of_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.evaluation.probes.evaluated_rows import EvaluatedRows
 
 
@@ -40,7 +40,7 @@ def test_figures_do_not_depend_on_the_order_of_batches_and_rows_are_used_once() 
 def _on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     assert scored(torch.tensor([0, 2, 4, 6] if rank == 0 else [1, 3, 5])) == WHOLE
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

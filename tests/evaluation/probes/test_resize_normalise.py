@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightspan.backbones.image_statistics import ImageStatistics, PatchConvolutions, RandomConvolutions, whitened
 from lightspan.backbones.vision import SmallConvNet
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Digits
 from lightspan.evaluation.features.encoded import Encoded, FeatureFile
@@ -430,7 +430,7 @@ def _on_rank(rank: int, port: int) -> None:
     for own in (SCENES[rank::2], SCENES[: 18 * rank]):  # the first rank has none of the second
         for found, expected in zip(vars(BandStatistics.of([own])).values(), vars(numpys()).values(), strict=True):
             assert found == pytest.approx(expected)
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

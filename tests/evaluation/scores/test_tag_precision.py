@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.evaluation.scores.tag_precision import EDGES, TagPrecision
 
 TAGS = 7
@@ -69,7 +69,7 @@ def one_rank(index: int, folder: str) -> None:
     metric, own = TagPrecision(TAGS), slice(0, 22) if index else slice(22, None)
     metric.update(*(column[own] for column in rows()))
     torch.save(metric.compute(), Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -24,7 +24,7 @@ from lightspan.adapters.sparse_gaussian.inject import Start, drawing, gaussian_l
 from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology
 from lightspan.backbones.vision import MLP, SmallConvNet
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Digits
 from lightspan.methods.bayesian.ssvi import COUNTED, SSVI, kl_weight
@@ -183,7 +183,7 @@ def one_rank(index: int, port: int, folder: str) -> None:
     }  # fmt: skip
     watch = trained(Path(folder), devices=2, strategy="ddp", precision="64-true")
     torch.save(watch.states[-1], Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

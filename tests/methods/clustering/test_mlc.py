@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vision import MLP
-from lightspan.core.distributed import gather_rows, leave
+from lightspan.core.distributed import end_process_group, gather_rows
 from lightspan.core.errors import UserError
 from lightspan.methods.clustering import mlc
 from lightspan.methods.clustering.mlc import MLC
@@ -133,7 +133,7 @@ def one_rank(index: int, folder: str) -> None:
         mlc.spectral = None  # type: ignore[assignment]  # rank 0 alone clusters
     out["validated"] = validated(torch.arange(7)[mine])
     torch.save(out | {"membership": gather_rows(method().membership(c.detach()))[0]}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 def validated(image_B: torch.Tensor) -> dict[str, float]:

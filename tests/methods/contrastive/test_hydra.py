@@ -15,7 +15,7 @@ from lightspan.backbones.vision import SmallConvNet
 from lightspan.callbacks.watching.online_probes import OnlineProbes
 from lightspan.cli.config.build import build
 from lightspan.cli.config.resolve import resolve
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import Plain
 from lightspan.datamodules.image.sets.coloured_shapes import ColouredShapes
@@ -160,7 +160,7 @@ def one_rank(index: int, folder: str) -> None:
             dist.all_reduce(gradient)
             out[f"{type(pairs).__name__} {name}"] = gradient / 2  # DDP's mean
     torch.save(out, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

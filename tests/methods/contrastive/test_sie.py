@@ -11,7 +11,7 @@ import torch.distributed as dist
 from method_runs import Pooled, fit
 from torch import Tensor, nn
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.methods.contrastive.sie import SIE, sie_terms
 from lightspan.nn.heads.hyper_linear import HyperLinear
@@ -163,7 +163,7 @@ def one_rank(rank: int, folder: str) -> None:
         dist.all_reduce(tensor)
         tensor /= 2
     torch.save(found, Path(folder, f"{rank}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -22,7 +22,7 @@ from lightspan.datamodules.rendered.scenes import SceneSpace
 from lightspan.methods.distillation import fst
 from lightspan.methods.distillation.fst import FST
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
-from lightspan.optim.virtual import copies, set_to, tensors_of
+from lightspan.optim.virtual import copies, copy_into, tensors_of
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAM = partial(torch.optim.Adam, lr=0.01)
@@ -268,7 +268,7 @@ def test_a_step_is_tried_on_tensors_without_numbers_and_then_on_real_ones() -> N
     with faked(model, mode), mode:
         model.training_step(resized(given, 3), 0)
     assert model.training_step(given, 0).isfinite()
-    set_to(tensors_of(model.teacher.module), [torch.zeros_like(t) for t in tensors_of(model.teacher.module)])
+    copy_into(tensors_of(model.teacher.module), [torch.zeros_like(t) for t in tensors_of(model.teacher.module)])
     teacher = copies(model.teacher.module)  # of now, as in the next step
     torch.testing.assert_close(model.training_step(given, 0), model.losses(given, teacher, 2)["train/loss"])
 

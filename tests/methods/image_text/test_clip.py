@@ -17,7 +17,7 @@ from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.vision import MLP
 from lightspan.cli.config.build import build
 from lightspan.cli.config.resolve import resolve
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.methods.image_text.clip import CLIP, clip_loss
 from lightspan.nn.grad_cache import in_chunks
@@ -110,7 +110,7 @@ def one_rank(index: int, folder: str) -> None:
     for gradient in found.values():
         dist.all_reduce(gradient)
     torch.save(found | {"loss": loss.detach()}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

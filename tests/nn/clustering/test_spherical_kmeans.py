@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 
@@ -67,7 +67,7 @@ def one_rank(index: int, folder: str) -> None:
     dist.all_reduce = send
     assert max(sent) == 60  # the order of all rows; of their numbers only those of the 7 that are drawn
     torch.save(spherical_kmeans(rows()[part], start)._asdict() | {"start": start}, Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

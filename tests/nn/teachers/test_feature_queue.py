@@ -7,7 +7,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 
-from lightspan.core.distributed import leave
+from lightspan.core.distributed import end_process_group
 from lightspan.core.errors import UserError
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 
@@ -52,7 +52,7 @@ def one_rank(index: int, folder: str) -> None:
     queue = FeatureQueue(4, 1)
     queue.push(torch.arange(5.0)[:, None][(slice(0, 2), slice(2, 5))[index]])
     torch.save(queue.state_dict(), Path(folder, f"{index}.pt"))
-    leave()
+    end_process_group()
 
 
 @pytest.mark.ranks

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.core.errors import UserError
-from lightspan.training.checkpoints.bytes import Summed
+from lightspan.training.checkpoints.bytes import HashingWriter
 from lightspan.training.checkpoints.folder import REST, read_folder
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
 from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
@@ -149,7 +149,7 @@ def said(function: Any, *args: Any, **options: Any) -> str:
     return ""
 
 
-def disk_is_full(file: Summed, data: bytes) -> int:
+def disk_is_full(file: HashingWriter, data: bytes) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -170,14 +170,14 @@ def of_two(index: int, folder: Path) -> None:
     dist.barrier()
     out["torn"] = said(fit, 2, folder / "other", 6, torn)
 
-    write = Summed.write
+    write = HashingWriter.write
     for name, in_background in (("full", False), ("full in background", True)):
         if index == 1:
-            Summed.write = disk_is_full
+            HashingWriter.write = disk_is_full
         try:
             out[name] = said(fit, 2, folder / "plain", 8, middle, in_background=in_background)
         finally:
-            Summed.write = write
+            HashingWriter.write = write
     torch.save(out, folder / f"of_two.{index}.pt")
 
 

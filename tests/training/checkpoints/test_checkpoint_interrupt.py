@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightspan.core.errors import UserError
-from lightspan.training.checkpoints.bytes import Summed
+from lightspan.training.checkpoints.bytes import HashingWriter
 from lightspan.training.checkpoints.folder import write_folder
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO, read_checkpoint
 
@@ -34,9 +34,9 @@ def one_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def raising_at(point: int, error: BaseException) -> Callable[[Summed, bytes], int]:
-    """A `Summed.write` whose file raises at its write number `point`."""
-    write, passed = Summed.write, 0
+def raising_at(point: int, error: BaseException) -> Callable[[HashingWriter, bytes], int]:
+    """A `HashingWriter.write` whose file raises at its write number `point`."""
+    write, passed = HashingWriter.write, 0
 
     class File:
         def __init__(self, file: object) -> None:
@@ -49,7 +49,7 @@ def raising_at(point: int, error: BaseException) -> Callable[[Summed, bytes], in
                 raise error
             return int(self.file.write(data))  # type: ignore[attr-defined]
 
-    def counted(self: Summed, data: bytes) -> int:
+    def counted(self: HashingWriter, data: bytes) -> int:
         kept, self._file = self._file, File(self._file)
         try:
             return write(self, data)
@@ -66,7 +66,7 @@ def test_every_write_may_be_interrupted_or_fail(tmp_path, monkeypatch, save: Sav
     save(path, 1)
     for point in range(1, 200):
         with monkeypatch.context() as patch:
-            patch.setattr(Summed, "write", raising_at(point, error))
+            patch.setattr(HashingWriter, "write", raising_at(point, error))
             try:
                 save(path, 2)
             except (KeyboardInterrupt, UserError) as raised:

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from lightspan.core.files.atomic import leftovers, put_back, remove_leftovers
-from lightspan.training.checkpoints.bytes import Summed
+from lightspan.training.checkpoints.bytes import HashingWriter
 from lightspan.training.checkpoints.folder import read_folder, write_folder
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
-from lightspan.training.checkpoints.manifest import latest, newest_whole, point_latest
+from lightspan.training.checkpoints.manifest import latest, newest_whole, set_latest
 
 MOST_POINTS = 400
 
@@ -25,7 +25,7 @@ def content(step: int) -> dict:
 
 def save_file(path: Path, step: int) -> None:
     WholeFileCheckpointIO().save_checkpoint(content(step), path)
-    point_latest(path)
+    set_latest(path)
 
 
 def save_folder(path: Path, step: int) -> None:
@@ -33,7 +33,7 @@ def save_folder(path: Path, step: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         rest = content(step)
         write_folder({"state_dict": rest.pop("state_dict")}, rest, path)
-    point_latest(path)
+    set_latest(path)
 
 
 def killed_at(point: int, job: Callable[[], None]) -> bool:
@@ -55,7 +55,7 @@ def killed_at(point: int, job: Callable[[], None]) -> bool:
         try:
             for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
                 setattr(os, name, counted(getattr(os, name)))
-            Summed.write = counted(Summed.write)
+            HashingWriter.write = counted(HashingWriter.write)
             job()
             os._exit(0)
         finally:

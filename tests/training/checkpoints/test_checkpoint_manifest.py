@@ -19,8 +19,8 @@ from lightspan.training.checkpoints.manifest import (
     latest,
     manifest,
     newest_whole,
-    point_latest,
     seal_folder,
+    set_latest,
 )
 
 
@@ -146,7 +146,7 @@ def test_the_pointer_decides_and_a_torn_one_is_passed_over_with_its_reason(tmp_p
     for step in (2, 4, 6):
         save(tmp_path / f"step={step}.ckpt", step)
     assert newest_whole(tmp_path) == (tmp_path / "step=6.ckpt", {})
-    point_latest(tmp_path / "step=4.ckpt")
+    set_latest(tmp_path / "step=4.ckpt")
     assert latest(tmp_path) == tmp_path / "step=4.ckpt"
     assert newest_whole(tmp_path) == (tmp_path / "step=4.ckpt", {})
     flip(tmp_path / "step=4.ckpt", 100)

@@ -18,7 +18,7 @@ from lightspan.cli.runs.status import Status, status_of
 from lightspan.cli.studies.scaling.figure import drawn
 from lightspan.cli.studies.scaling.study import SIZE_KEY, Study, sizes_of, write
 from lightspan.cli.studies.sweeps.files import Sweep
-from lightspan.cli.studies.sweeps.outcome import name_undone
+from lightspan.cli.studies.sweeps.outcome import print_unfinished
 from lightspan.cli.studies.sweeps.ranking import by_point, score, unlogged
 from lightspan.core.console import SafeConsole
 from lightspan.core.errors import print_notes, printable
@@ -94,7 +94,7 @@ def conclude(study: Study, sweep: Sweep, folder: Path, top: float | None, guess_
             console.print(f"wrote {folder / SCALING} {folder / SCALING_PICTURE}", markup=False)
     again = ["scaling", str(folder), *allow_options(sweep.modules)]
     if undone:
-        name_undone(undone, folder)
+        print_unfinished(undone, folder)
         failed = any(status_of(folder / trial.run) is Status.FAILED for trial in undone)
         again += ["--retry-failed"] if failed else []
     else:

@@ -29,7 +29,7 @@ def best_on_line(value: Callable[[float], float], centre: float, reach: int, lon
         values[after] = value(centre * 2.0**after)
 
 
-def to_better_neighbours(
+def descend(
     value: Callable[[tuple[float, ...]], float], start: Sequence[float], neighbours: Sequence[Sequence[float]]
 ) -> tuple[float, ...]:
     """Moves to the first better neighbour until none is better.

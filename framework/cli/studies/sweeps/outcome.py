@@ -44,7 +44,7 @@ def conclude(sweep: Sweep, folder: Path) -> bool:
         elif done and (said := unlogged(folder / done[0].run, sweep.metric)):
             print_notes([said])
     if undone:
-        name_undone(undone, folder)
+        print_unfinished(undone, folder)
         retry = ["--retry-failed"] if any(status_of(folder / trial.run) is Status.FAILED for trial in undone) else []
         commands.insert(0, ["sweep", str(folder), *allow_options(sweep.modules), *retry])
     print(printable(f"{'not finished' if undone else 'done'}: {folder}"))
@@ -59,7 +59,7 @@ def known_metric(sweep: Sweep, folder: Path) -> str | None:
     return next((name for name in names if name.startswith(SCORES) and better(name) != "neither"), None)
 
 
-def name_undone(undone: Sequence[Trial], folder: Path) -> None:
+def print_unfinished(undone: Sequence[Trial], folder: Path) -> None:
     """Prints which runs are not done, and why."""
     for trial in undone[:_FEW]:
         run = folder / trial.run

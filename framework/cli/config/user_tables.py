@@ -1,4 +1,4 @@
-"""`lightspan fit RECIPE --table FILE --target COLUMN`: the layer that gives a recipe the user's own rows (`own_data`).
+"""`lightspan fit RECIPE --table FILE --target COLUMN`: the layer that gives a recipe the user's own rows (`user_data`).
 
 It replaces the data, keeps their views and batch size, and changes what depends on the rows: the width of the network's
 first layer, the number of classes, and the mean and deviation of the targets.
@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightspan.cli.config.own_data import Layer, OwnData, fitted
 from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, signature
+from lightspan.cli.config.user_data import Layer, UserData, fitted
 from lightspan.core.errors import UserError
 
 DATA = "lightspan.datamodules.table.file.TableFile"
@@ -33,7 +33,7 @@ def with_table(
     """
     hint = "`lightspan recipes --modality table` lists those for rows"
     layers = (lambda found: _data_layer(found, file, target)), _model_layer
-    rows = OwnData("--table", "table", hint, DATA, FITTED, "rows", file, *layers)
+    rows = UserData("--table", "table", hint, DATA, FITTED, "rows", file, *layers)
     return rows.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 

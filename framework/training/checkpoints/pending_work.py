@@ -95,7 +95,7 @@ def before_validation(trainer: Trainer) -> Iterator[None]:
         progress.increment_completed()
 
 
-class RestOfStep:
+class PendingWork:
     """Does what was left to do when a checkpoint was written: the log line, the validation, schedules that follow a
     metric, the end of the epoch, and the end of training if no step is left.
 

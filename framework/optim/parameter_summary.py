@@ -12,7 +12,7 @@ from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 
 
 @dataclass(frozen=True)
-class Treatment:
+class ParameterSummary:
     """How one parameter is treated: at `rate`, before a schedule changes it, times `scale` if it is projected.
     `state_bytes` is this rank's part of its state, `adamw_bytes` that of AdamW.
     """
@@ -26,7 +26,7 @@ class Treatment:
     adamw_bytes: int
 
 
-def treatment(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, Any]) -> Treatment:
+def parameter_summary(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, Any]) -> ParameterSummary:
     """How the optimiser treats a parameter, and why."""
     selection = optimizer.selection(parameter, group)
     if selection.projected:
@@ -53,4 +53,4 @@ def treatment(optimizer: MatrixOptimizer, parameter: Tensor, group: dict[str, An
     name, shape = group.get("name", "parameters"), tuple(parameter.shape)
     rate = float(group.get("initial_lr", group["lr"]))
     scale = float(group["scale"]) if selection.projected else 1.0
-    return Treatment(name, shape, rate, scale, how, kept, 2 * wide * local(parameter).numel())
+    return ParameterSummary(name, shape, rate, scale, how, kept, 2 * wide * local(parameter).numel())

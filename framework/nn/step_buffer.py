@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class OfStep(Generic[T]):
+class StepBuffer(Generic[T]):
     """Keeps what is added in a step until it is taken, after the step. What a step added that was not taken, as when a
     gradient is infinite, is forgotten: numbers that are not finite would stay in a queue or a mean for good.
 

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from lightspan.nn.parts import part
+from lightspan.nn.submodule_alias import submodule_alias
 
 
 class Held(nn.Module):
-    backbone = part("student.0", "The student's.")
+    backbone = submodule_alias("student.0", "The student's.")
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures (`own_data`).
+"""`lightspan fit RECIPE --images FOLDER`: the layer that gives a recipe the user's own pictures (`user_data`).
 
 It replaces the data, keeps their views and batch size, and changes what depends on the pictures' size, channels and
 classes: views, the network's first layer, and the number of classes. Keys that mean this have the same name in every
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightspan.cli.config.own_data import Layer, OwnData, fitted
 from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, member
 from lightspan.cli.config.source import Definition
+from lightspan.cli.config.user_data import Layer, UserData, fitted
 from lightspan.core.errors import UserError
 
 DATA = "lightspan.datamodules.image.folder.ImageFolder"
@@ -40,7 +40,7 @@ FITTED = {"folder", "size", "views", "batch_size"}
 """Settings of the data that follow from the command line, or from the pictures and what recipe and overlays say."""
 
 
-def with_pictures(
+def with_images(
     recipe: str,
     overlays: Sequence[str],
     folder: Path,
@@ -49,16 +49,16 @@ def with_pictures(
     allow_modules: Sequence[str] = (),
     kinds: Sequence[str] = TRAINED,
 ) -> Resolved:
-    """The recipe with its overlays, then the pictures, then the flags. Raises: as `pictures_layer` and `resolve` do."""
+    """The recipe with its overlays, then the pictures, then the flags. Raises: as `images_layer` and `resolve` do."""
     hint = "name data of yours in an overlay, as docs/own-images.md, 'Data of other kinds', shows"
-    pictures = OwnData(
+    pictures = UserData(
         *("--images", "image", hint, DATA, FITTED, "pictures", folder),
-        lambda found: pictures_layer(found, folder, size),
+        lambda found: images_layer(found, folder, size),
     )
     return pictures.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 
-def pictures_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
+def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     """(the layer, lines on what it changes).
 
     Args:
@@ -85,7 +85,7 @@ def pictures_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
             f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
             "sub-folder of its name, or take a recipe that learns without labels"
         )
-    model_layer = {"init_args": fitted(model, OwnPictures(size, len(found.classes), patches).wanted, notes)}
+    model_layer = {"init_args": fitted(model, UserImages(size, len(found.classes), patches).wanted, notes)}
     places = (model.get("init_args") or {}).get("images")
     if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
         model_layer["init_args"]["images"] = len(found.names)
@@ -124,7 +124,7 @@ def _of_classes(batch: int, ordered: dict[str, Any], classes: int) -> int:
 
 
 @dataclass(frozen=True)
-class OwnPictures:
+class UserImages:
     """What a network has to know: side in pixels, number of classes, and what replaces each patch size."""
 
     size: int

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lightspan.cli.commands import intrinsic_dimension
-from lightspan.cli.config.own_tables import with_table
 from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.user_tables import with_table
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 

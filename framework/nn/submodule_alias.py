@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 
-def part(place: str, doc: str) -> property:
+def submodule_alias(place: str, doc: str) -> property:
     """A property that gives the submodule at a place such as "student.0": what a method calls its `backbone` while
     another module owns it, so that checkpoints hold it once, under the owner's name.
     """

@@ -1,8 +1,8 @@
 """Where the state of an optimiser lives between its steps: with the parameters, or on the host.
 
-What lives on the host visits the device for its part of the step, one stack of matrices or a few unprojected parameters
-at a time. Two slots of device memory take turns: while the step works on what is in one, the other sends its state home
-and takes the next one in. The equations see tensors on the device, and know nothing of it.
+State on the host is copied to the device for its part of the step, one stack of matrices or a few unprojected
+parameters at a time, and copied back. Two slots of device memory take turns: while the step works on what is in one,
+the other sends its state back and takes the next one in. The equations only ever see tensors on the device.
 
 Frames stay on the device. Both halves of a step read them, and so does a backward pass that projects.
 """
@@ -19,52 +19,52 @@ from lightspan.core.sharded import local, with_part
 from lightspan.optim.matrices.layout import State, is_dense
 
 HOST = torch.device("cpu")
-LARGEST_VISIT = 1 << 26
-"""Bytes of state that visit the device together, unless a single parameter has more: 64 MiB, some two milliseconds of
-PCI Express, beside which the start of a copy is nothing."""
-SMALLEST_AWAY = 4096
+LARGEST_TRANSFER = 1 << 26
+"""Bytes of state that are copied to the device together, unless a single parameter has more: 64 MiB, about two
+milliseconds of PCI Express, so launch cost is negligible."""
+SMALLEST_OFFLOADED = 4096
 """Numbers of the smallest parameter whose state is worth copies: those of norms and biases stay."""
 ALIGNMENT = 512
 """Bytes. In a slot, tensors begin at multiples of it, as in memory that torch's allocator gives out."""
 
 
 @dataclass(frozen=True)
-class Visit:
+class StateTransfer:
     """A part of a step, on one device.
 
     Args:
         states: all state that it reads and writes, where it lives.
-        away: which of each of the `states` lives on the host.
-        act: takes that part of the step, given the `states` with everything on the device.
+        offloaded: names of those of each of the `states` that live on the host.
+        apply: takes that part of the step, given the `states` with everything on the device.
     """
 
     device: torch.device
     states: Sequence[State]
-    away: Sequence[Collection[str]]
-    act: Callable[[Sequence[State]], None]
+    offloaded: Sequence[Collection[str]]
+    apply: Callable[[Sequence[State]], None]
 
     @property
     def hosted(self) -> list[Tensor]:
         """This rank's tensors on the host."""
-        return [local(state[key]) for state, away in zip(self.states, self.away, strict=True) for key in away]
+        return [local(state[key]) for state, names in zip(self.states, self.offloaded, strict=True) for key in names]
 
     def size(self) -> int:
         """Bytes that they need in a slot."""
         return sum(_padded(tensor) for tensor in self.hosted)
 
 
-class Home:
+class StatePlacement:
     """State lives with its parameters."""
 
-    def is_away(self, parameter: Tensor, key: str) -> bool:
+    def is_offloaded(self, parameter: Tensor, key: str) -> bool:
         """Whether this part of a parameter's state lives on the host, and the parameter does not."""
         return False
 
-    def fresh(self, make: Callable[[torch.device], State], parameter: Tensor) -> State:
+    def create(self, make: Callable[[torch.device], State], parameter: Tensor) -> State:
         """The state that `make` makes on a device, where it will live."""
         return make(parameter.device)
 
-    def brought(self, state: State, parameter: Tensor) -> State:
+    def place(self, state: State, parameter: Tensor) -> State:
         """A parameter's state, changed so that all of it is where it lives: others move it. Lightning moves all of it
         to the device when it has loaded a checkpoint.
         """
@@ -74,28 +74,28 @@ class Home:
         """The parameters that are stepped together."""
         yield slice(0, len(parameters))
 
-    def fitting(self, size: int) -> int | None:
-        """How many matrices or stacks, each of which has `size` bytes of state away, should be stepped together; None
-        if any number may.
+    def largest_count(self, size: int) -> int | None:
+        """How many matrices or stacks, each with `size` bytes of offloaded state, should be stepped together; None if
+        any number may.
         """
         return None
 
     def sizes(self, state: Mapping[Tensor, State]) -> tuple[int, int]:
         """(bytes of an optimiser's state that live on the host if the parameters are on a device, bytes of memory on
-        that device for their visits), this rank's.
+        that device for their transfers), this rank's.
         """
         return 0, 0
 
-    def receive(self, visits: Sequence[Visit]) -> None:
+    def run(self, transfers: Sequence[StateTransfer]) -> None:
         """Takes the parts of a step, one after the other."""
-        for visit in visits:
-            visit.act(visit.states)
+        for transfer in transfers:
+            transfer.apply(transfer.states)
 
 
 @dataclass(frozen=True)
-class OnHost(Home):
+class HostState(StatePlacement):
     """State lives in the host's memory, pinned where the device can read that by itself. What has parameters on the
-    host is treated as if nothing were away.
+    host is treated as if nothing were offloaded.
 
     Args:
         stays: names of the state that lives with its parameters nevertheless.
@@ -103,51 +103,51 @@ class OnHost(Home):
 
     stays: frozenset[str]
 
-    def leaves(self, parameter: Tensor, key: str) -> bool:
-        """`is_away` of the parameter on any device."""
-        return key not in self.stays and parameter.numel() >= SMALLEST_AWAY
+    def offloads(self, parameter: Tensor, key: str) -> bool:
+        """`is_offloaded` of the parameter on any device."""
+        return key not in self.stays and parameter.numel() >= SMALLEST_OFFLOADED
 
-    def is_away(self, parameter: Tensor, key: str) -> bool:
-        return has_host(parameter.device) and self.leaves(parameter, key)
+    def is_offloaded(self, parameter: Tensor, key: str) -> bool:
+        return has_host(parameter.device) and self.offloads(parameter, key)
 
-    def fresh(self, make: Callable[[torch.device], State], parameter: Tensor) -> State:
-        return self.brought(make(HOST), parameter)
+    def create(self, make: Callable[[torch.device], State], parameter: Tensor) -> State:
+        return self.place(make(HOST), parameter)
 
-    def brought(self, state: State, parameter: Tensor) -> State:
+    def place(self, state: State, parameter: Tensor) -> State:
         pins = _pins(parameter.device)
         for key, value in state.items():
-            away = self.is_away(parameter, key)
-            state[key] = _at(value, HOST if away else parameter.device, away and pins)
+            offloaded = self.is_offloaded(parameter, key)
+            state[key] = _at(value, HOST if offloaded else parameter.device, offloaded and pins)
         return state
 
     def parts(self, parameters: Sequence[Tensor], states: Sequence[State]) -> Iterator[slice]:
         start = total = 0
         for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
-            size = sum(_padded(local(value)) for key, value in state.items() if self.is_away(parameter, key))
-            if i > start and (total + size > LARGEST_VISIT or parameter.device != parameters[start].device):
+            size = sum(_padded(local(value)) for key, value in state.items() if self.is_offloaded(parameter, key))
+            if i > start and (total + size > LARGEST_TRANSFER or parameter.device != parameters[start].device):
                 yield slice(start, i)
                 start, total = i, 0
             total += size
         yield slice(start, len(parameters))
 
-    def fitting(self, size: int) -> int | None:
-        return max(LARGEST_VISIT // size, 1) if size else None
+    def largest_count(self, size: int) -> int | None:
+        return max(LARGEST_TRANSFER // size, 1) if size else None
 
     def sizes(self, state: Mapping[Tensor, State]) -> tuple[int, int]:
         each = [
-            sum(local(value).nbytes for key, value in held.items() if self.leaves(parameter, key))
+            sum(local(value).nbytes for key, value in held.items() if self.offloads(parameter, key))
             for parameter, held in state.items()
         ]
-        # Of the larger visits, of one parameter each, two may follow one another.
-        largest = sorted([LARGEST_VISIT, LARGEST_VISIT, *each])[-2:]
+        # Of the larger transfers, of one parameter each, two may follow one another.
+        largest = sorted([LARGEST_TRANSFER, LARGEST_TRANSFER, *each])[-2:]
         return sum(each), min(sum(each), sum(largest))
 
-    def receive(self, visits: Sequence[Visit]) -> None:
-        for (device, travels), together in groupby(visits, lambda visit: (visit.device, any(visit.away))):
-            if travels:
-                _received(device, list(together))
+    def run(self, transfers: Sequence[StateTransfer]) -> None:
+        for (device, copies), group in groupby(transfers, lambda transfer: (transfer.device, any(transfer.offloaded))):
+            if copies:
+                _run_offloaded(device, list(group))
             else:
-                super().receive(list(together))
+                super().run(list(group))
 
 
 def has_host(device: torch.device) -> bool:
@@ -167,7 +167,7 @@ def streams_of(device: torch.device) -> Any:
 
 
 @torch.compiler.disable  # streams are not for a graph, and what they wait for must not move
-def _received(device: torch.device, visits: Sequence[Visit]) -> None:
+def _run_offloaded(device: torch.device, transfers: Sequence[StateTransfer]) -> None:
     """Takes the parts of a step whose state travels. Three streams work at the same time: `here`, the stream of the
     step; `arrivals`, which copies state to the device; and `departures`, which copies it back.
 
@@ -176,8 +176,8 @@ def _received(device: torch.device, visits: Sequence[Visit]) -> None:
     - Slots are memory of the stream `here`, where work that used it before may still be under way, so `arrivals` begins
       after everything that `here` had been given by then.
     - The step reads a slot after the arrival there; the departure reads it after the step.
-    - The next arrival in a slot comes after the departure from it. So two visitors are on the device, never three, also
-      when the host is far ahead: slots are made once, and nothing is freed before the end.
+    - The next arrival in a slot comes after the departure from it. So two transfers are on the device, never three,
+      also when the host is far ahead: slots are made once, and nothing is freed before the end.
     - At the end the host waits. From then on what reads the state, a checkpoint for one, sees what the step wrote
       without knowing of streams; and the slots, which are freed then, are used by nobody, so that the allocator need
       not be told of the other streams (`record_stream`). It also waits if a part raises.
@@ -192,9 +192,9 @@ def _received(device: torch.device, visits: Sequence[Visit]) -> None:
         event.record(stream)
         return event
 
-    sizes = [visit.size() for visit in visits]
+    sizes = [transfer.size() for transfer in transfers]
     slots = [torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8, device=device) for i in range(2)]
-    guests = [_guests(visit.hosted, slots[i % 2]) for i, visit in enumerate(visits)]
+    copies = [_device_copies(transfer.hosted, slots[i % 2]) for i, transfer in enumerate(transfers)]
     arrived: list[Any] = []
     departed: list[Any] = []
 
@@ -202,46 +202,47 @@ def _received(device: torch.device, visits: Sequence[Visit]) -> None:
         if number >= len(slots):
             arrivals.wait_event(departed[number - len(slots)])
         with streams.stream(arrivals):
-            for guest, host in zip(guests[number], visits[number].hosted, strict=True):
-                guest.copy_(host, non_blocking=early)
+            for copy, host in zip(copies[number], transfers[number].hosted, strict=True):
+                copy.copy_(host, non_blocking=early)
         arrived.append(mark(arrivals))
 
     def depart(number: int) -> None:
         departures.wait_event(mark(here))
         with streams.stream(departures):
-            for guest, host in zip(guests[number], visits[number].hosted, strict=True):
-                host.copy_(guest, non_blocking=early)
+            for copy, host in zip(copies[number], transfers[number].hosted, strict=True):
+                host.copy_(copy, non_blocking=early)
         departed.append(mark(departures))
 
     arrivals.wait_event(mark(here))
     try:
         arrive(0)
-        for number, visit in enumerate(visits):
-            if number + 1 < len(visits):
+        for number, transfer in enumerate(transfers):
+            if number + 1 < len(transfers):
                 arrive(number + 1)
             here.wait_event(arrived[number])
-            visit.act(_as_states(visit, guests[number]))
+            transfer.apply(_as_states(transfer, copies[number]))
             depart(number)
     finally:
         for stream in (arrivals, departures):
             mark(stream).synchronize()
 
 
-def _guests(hosted: Sequence[Tensor], slot: Tensor) -> list[Tensor]:
+def _device_copies(hosted: Sequence[Tensor], slot: Tensor) -> list[Tensor]:
     """Tensors in the memory of a slot, laid out as those on the host if these have no gaps."""
-    guests, start = [], 0
+    copies, start = [], 0
     for host in hosted:
         memory = slot[start : start + host.nbytes].view(host.dtype)
-        guests.append(memory.as_strided(host.shape, host.stride()) if is_dense(host) else memory.view(host.shape))
+        copies.append(memory.as_strided(host.shape, host.stride()) if is_dense(host) else memory.view(host.shape))
         start += _padded(host)
-    return guests
+    return copies
 
 
-def _as_states(visit: Visit, guests: Sequence[Tensor]) -> list[State]:
-    """The states of a visit, with its guests in place of what is away."""
-    left = iter(guests)
+def _as_states(transfer: StateTransfer, copies: Sequence[Tensor]) -> list[State]:
+    """The states of a transfer, with its copies in place of what is offloaded."""
+    left = iter(copies)
     return [
-        {**state, **{key: next(left) for key in away}} for state, away in zip(visit.states, visit.away, strict=True)
+        {**state, **{key: next(left) for key in names}}
+        for state, names in zip(transfer.states, transfer.offloaded, strict=True)
     ]
 
 

@@ -15,9 +15,9 @@ from runs_before import after_runs_before
 
 from lightspan.cli.config import recipes
 from lightspan.cli.config.build import Built, build
-from lightspan.cli.config.own_pictures import with_pictures
 from lightspan.cli.config.tree import plain
-from lightspan.core.absent import weights_left_out
+from lightspan.cli.config.user_images import with_images
+from lightspan.core.absent import without_missing_weights
 from lightspan.core.errors import UserError
 
 FOUND = {
@@ -81,7 +81,7 @@ STAND_INS = {
 def built(name: str, folder: Path, flags: Sequence[str], size: int = 64) -> Built:
     def make(name: str) -> Built:
         grown = GROUPS if "'groups': {'sizes'" in str(FOUND[name]) else []
-        return build(with_pictures(name, STAND_INS.get(name, ()), folder, size, [*QUIET, *grown, *flags]), Path("run"))
+        return build(with_images(name, STAND_INS.get(name, ()), folder, size, [*QUIET, *grown, *flags]), Path("run"))
 
     return after_runs_before(lambda: make(name), lambda before: make(before).model)
 
@@ -129,6 +129,6 @@ OF_A_FILE = {"compression/pela_imagenet"}
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", filter(of_one_task, sorted({*LARGE} - OF_A_FILE)))
 def test_every_recipe_of_a_papers_scale_is_built_for_a_folder(name: str, folder: Path) -> None:
-    with skip_without_packages(), weights_left_out(), torch.device("cpu" if name in NUMBERS else "meta"):
+    with skip_without_packages(), without_missing_weights(), torch.device("cpu" if name in NUMBERS else "meta"):
         built(name, folder, ["trainer.callbacks=null"])
     gc.collect()

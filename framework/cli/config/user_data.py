@@ -25,7 +25,7 @@ the new ones.
 
 
 @dataclass(frozen=True)
-class OwnData:
+class UserData:
     """What takes the place of a recipe's data.
 
     Attributes:

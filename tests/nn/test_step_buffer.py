@@ -1,8 +1,8 @@
-from lightspan.nn.micro_batches import OfStep
+from lightspan.nn.step_buffer import StepBuffer
 
 
 def test_what_a_step_leaves_is_taken_once_in_order_and_a_step_that_was_not_taken_is_forgotten() -> None:
-    kept = OfStep[str]()
+    kept = StepBuffer[str]()
     assert kept.take() == []
     kept.add("skipped", step=0)
     for part in ("first", "second"):

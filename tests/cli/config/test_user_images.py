@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from picture_files import write_pictures
 
-from lightspan.cli.config import own_pictures
-from lightspan.cli.config.own_pictures import with_pictures, workers
+from lightspan.cli.config import user_images
 from lightspan.cli.config.resolve import Resolved, resolve
+from lightspan.cli.config.user_images import with_images, workers
 from lightspan.core.errors import UserError
 
 VIT = "lightspan.backbones.elastic.ElasticViT"
@@ -16,7 +16,7 @@ VIEWS = "lightspan.datamodules.image.augment.views"
 
 
 def with_folder(recipe: str, folder: Path, size: int = 64, *flags: str, overlays: tuple[str, ...] = ()) -> Resolved:
-    return with_pictures(recipe, overlays, folder, size, flags)
+    return with_images(recipe, overlays, folder, size, flags)
 
 
 def settings(resolved: Resolved, *path: str) -> Any:
@@ -35,7 +35,7 @@ def test_the_folder_replaces_the_data_and_nothing_else(folder: Path) -> None:
     recipe = "contrastive/barlow_twins"
     before, after = resolve(recipe), with_folder(recipe, folder)
     data = settings(after, "data")
-    assert after.config["data"]["class_path"] == own_pictures.DATA
+    assert after.config["data"]["class_path"] == user_images.DATA
     assert (data["folder"], data["size"]) == (str(folder), 64)
     assert data["views"]["class_path"] == f"{VIEWS}.TwoViews"
     assert settings(after, "model", "init_args", "backbone") == {"in_chans": 3, "width": 16, "stages": 4}
@@ -102,7 +102,7 @@ def test_every_change_is_said_once(folder: Path) -> None:
 
 def test_colours_change_only_where_a_grey_recipe_left_them(folder: Path) -> None:
     views = settings(with_folder("contrastive/barlow_twins", folder), "data", "init_args", "views")
-    assert views == own_pictures.COLOUR
+    assert views == user_images.COLOUR
     at_scale = settings(with_folder("contrastive/hydra_imagenet", folder), "data", "init_args", "views")
     before = settings(resolve("contrastive/hydra_imagenet"), "data", "init_args", "views")
     assert at_scale == {**before, "size": 64}
@@ -204,7 +204,7 @@ def test_guesses_are_drawn_of_methods_that_make_them(folder: Path) -> None:
         name: with_folder(name, folder).config["trainer"]["callbacks"].get("reconstructions")
         for name in ("masked/mae", "masked/cae", "masked/cropmae", "masked/i_jepa")
     }
-    spec = {"class_path": own_pictures.RECONSTRUCTIONS, "init_args": {"folder": "${run}/pictures"}}
+    spec = {"class_path": user_images.RECONSTRUCTIONS, "init_args": {"folder": "${run}/pictures"}}
     assert drawn == {"masked/mae": spec, "masked/cae": spec, "masked/cropmae": spec, "masked/i_jepa": None}
 
 
@@ -212,4 +212,4 @@ def test_recipes_that_need_several_tasks_or_do_not_train_are_refused(folder: Pat
     with pytest.raises(UserError, match=r"one task, but merging/atlas needs several: data\.init_args\.tasks"):
         with_folder("merging/atlas", folder)
     with pytest.raises(UserError, match="is the recipe of an estimator, which does not train"):
-        with_pictures("analysis/knn_digits", (), folder, 64, (), kinds=("estimator",))
+        with_images("analysis/knn_digits", (), folder, 64, (), kinds=("estimator",))
