@@ -3,6 +3,7 @@
 Shapes: B pictures, C H W.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.training.strategies import gathered
 
 GREY = 0.5  # in place of what is hidden
+MOST_SLICES = 16
 
 
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
     the other view that it looks at, if there is one, and its guesses in place of what was hidden. Of recordings
-    they are spectrograms: clean, with grey in place of what is to be guessed, as the network sees them, guessed.
+    they are spectrograms: clean, with grey in place of what is to be guessed, as the network sees them, guessed. Slices
+    of a volume and dates of a series stand side by side, `MOST_SLICES` of them at most, evenly spaced.
 
     For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
     datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images, of pairs and of
@@ -75,9 +78,18 @@ class Reconstructions(Callback):
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             found = pl_module.reconstruct(batch)  # type: ignore[operator]
         if found is not None and trainer.is_global_zero:
-            images_BCHW = shown(*_in_colours(found, data))
+            flat = Reconstruction(*(None if part is None else in_one_plane(part) for part in found))  # type: ignore[arg-type]
+            images_BCHW = shown(*_in_colours(flat, data))
             columns = 3 if found.other_BChw is None else 4
             write_grid(self.folder / "reconstructions.png", images_BCHW, columns, padding=1.0)
+
+
+def in_one_plane(part_BC: Tensor) -> Tensor:
+    """Samples of any number of axes as pictures: [B C ... h w] -> [B C h n*w] of n slices, [B C L] -> [B C 1 L]."""
+    *before, height, width = 1, *part_BC.shape[2:]
+    part_BCnhw = part_BC.reshape(*part_BC.shape[:2], math.prod(before), height, width)
+    slices_n = evenly_spaced(part_BCnhw.shape[2], MOST_SLICES).to(part_BC.device)
+    return part_BCnhw.index_select(2, slices_n).transpose(2, 3).flatten(3)
 
 
 def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple[Tensor, Tensor] | None]:

@@ -28,7 +28,7 @@ class Columns:
 
     columns: dict[Read, Tensor]
     fields: dict[str, Tensor]
-    grids: dict[int | None, tuple[int, int] | None]
+    grids: dict[int | None, tuple[int, ...] | None]
 
     @property
     def layers(self) -> list[int | None]:
@@ -125,7 +125,7 @@ class Encoding:
 
     def _read(self, trainer: Trainer, module: LightningModule, batch: Any) -> Columns:
         columns: dict[Read, Tensor] = {}
-        grids: dict[int | None, tuple[int, int] | None] = {}
+        grids: dict[int | None, tuple[int, ...] | None] = {}
         if self.layers is None:
             columns[None, False] = features_of(trainer, module, batch)
         if self.layers is None and not self.tokens:

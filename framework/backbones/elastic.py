@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.core.errors import UserError
 from lightspan.nn.sequences.patches import grid_of, kept
+from lightspan.nn.sequences.positions import resampled
 from lightspan.nn.slices import first, sub_weights
 from lightspan.nn.subnets import Size
 
@@ -160,12 +160,9 @@ class ElasticViT(VisionTransformer):
         x_BHWw = F.conv2d(image_BChw, weight, bias, projection.stride).permute(0, 2, 3, 1)
         if mask_BHW is not None:
             x_BHWw = torch.where(mask_BHW[..., None], self.mask_token[:width].to(x_BHWw.dtype), x_BHWw)
-        batch, height, breadth, _ = x_BHWw.shape
-        if (height, breadth) != self.patch_embed.grid_size:
-            grid = list(self.patch_embed.grid_size)
-            positions = resample_abs_pos_embed(positions, [height, breadth], grid, num_prefix_tokens=1)
-        x_BTw = torch.cat([self.cls_token[..., :width].expand(batch, -1, -1), x_BHWw.flatten(1, 2)], dim=1)
-        return x_BTw + positions
+        places_Tw = resampled(positions[0, 1:], self.patch_embed.grid_size, x_BHWw.shape[1:3])
+        x_BTw = torch.cat([self.cls_token[..., :width].expand(len(x_BHWw), -1, -1), x_BHWw.flatten(1, 2)], dim=1)
+        return x_BTw + torch.cat([positions[0, :1], places_Tw])
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         assert attn_mask is None, "an image's patches all see one another"

@@ -1,11 +1,13 @@
-"""Vision transformers whose patches lie on three axes: groups of bands, or dates, beside rows and columns.
+"""Vision transformers of samples with any number of axes: of series, pictures, volumes and clips, of groups of bands
+beside rows and columns, and of dates.
 
-Shapes: B pictures, C bands, h w their sides, T dates, t of them in a patch, G groups, grid of N patches, D width, K
-kept patches, P prefix tokens.
+Shapes: B samples, C channels or bands, h w their sides (as many as there are axes), T dates, t of them in a patch, G
+groups, grid of N patches, D width, K kept patches, P prefix tokens.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -13,35 +15,45 @@ from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
 from lightspan.nn.decoders.grouped_mask_decoder import axis_widths
-from lightspan.nn.init import xavier_uniform_
+from lightspan.nn.decoders.masked_sequence import positions
+from lightspan.nn.init import CONVOLUTIONS, xavier_uniform_
 from lightspan.nn.sequences.patches import at_places, grid_of
-from lightspan.nn.sequences.positions import sincos_by_axis
+from lightspan.nn.sequences.positions import LearnedPositions
+
+# A recipe may name the classes listed here.
+__all__ = ["GridViT", "GroupedViT", "SeriesViT"]
 
 
 class PlacedViT(nn.Module, ABC):
-    """A class token and patches with fixed positions, through timm's blocks and a norm, as in MAE's encoder.
+    """A class token and patches with positions, through timm's blocks and a norm, as in MAE's encoder.
 
-    It has the contract of `lightspan.nn.sequences.token_backbone`, with a grid of three axes; it takes pictures of any
-    size that patches fill, as positions are fixed. `forward` gives the mean over patches.
+    It has the contract of `lightspan.nn.sequences.token_backbone` and takes samples of any size that patches fill.
+    `forward` gives the mean over patches.
 
     Args:
         width, depth, heads: of the blocks, width a multiple of heads.
-        widths: channels of the positions of each axis.
+        widths: channels of fixed positions of each axis, which sum to width; None shares them evenly.
+
+    Attributes:
+        patch_embed: samples to embedded patches without positions, [B grid... D]; made by the subclass.
+        learned: positions that take the place of fixed ones, if there are any.
     """
 
     num_prefix_tokens = 1
+    patch_embed: nn.Module
 
-    def __init__(self, width: int, depth: int, heads: int, widths: Sequence[int]) -> None:
+    def __init__(self, width: int, depth: int, heads: int, widths: Sequence[int] | None = None) -> None:
         super().__init__()
         if min(width, depth, heads) < 1 or width % heads:
             raise UserError(
                 f"{type(self).__name__}: width={width} must be a multiple of heads={heads}, and all and depth={depth} "
                 "above 0"
             )
-        self.num_features, self.axis_widths = width, tuple(widths)
+        self.num_features, self.axis_widths = width, None if widths is None else tuple(widths)
         self.cls_token = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.learned: LearnedPositions | None = None
 
     @property
     def feature_modules(self) -> list[nn.Module]:
@@ -49,12 +61,8 @@ class PlacedViT(nn.Module, ABC):
         return list(self.blocks)
 
     @abstractmethod
-    def grid(self, image: Tensor) -> tuple[int, int, int]:
-        """Of these pictures. Raises: UserError for sides or bands that the network does not take."""
-
-    @abstractmethod
-    def patches(self, image: Tensor) -> Tensor:
-        """Embedded patches without positions, [B N D], row by row."""
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        """Of these samples. Raises: UserError for sides or channels that the network does not take."""
 
     def tokens(self, image: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         """Tokens after the norm, the class token first: [B 1+N D], or [B 1+K D] of the kept patches, in their order.
@@ -63,9 +71,12 @@ class PlacedViT(nn.Module, ABC):
         """
         if mask_BHW is not None:
             raise UserError(f"{type(self).__name__} has no mask token; leave hidden patches out by keep_BK")
-        table_ND = sincos_by_axis(self.grid(image), self.axis_widths, device=image.device)
-        tokens_BND = self.patches(image)
-        tokens_BND = tokens_BND + table_ND.to(tokens_BND.dtype)
+        grid = self.grid(image)
+        tokens_BND = self.patch_embed(image).flatten(1, -2)
+        if self.learned is None:
+            tokens_BND = tokens_BND + positions(tokens_BND, grid, self.axis_widths)
+        else:
+            tokens_BND = tokens_BND + self.learned(grid).to(tokens_BND.dtype)
         if keep_BK is not None:
             tokens_BND = at_places(tokens_BND, keep_BK)
         first_B1D = self.cls_token.to(tokens_BND.dtype).expand(len(tokens_BND), 1, -1)
@@ -73,6 +84,98 @@ class PlacedViT(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.tokens(image)[:, 1:].mean(dim=1)
+
+
+class GridPatches(nn.Module):
+    """Patches by a linear map, a convolution whose stride is its kernel: [B C sides...] -> [B grid... D]."""
+
+    flatten, output_fmt = False, "NHWC"  # timm's names for a map with the features last, read by lightspan.nn.tokens
+
+    def __init__(self, in_chans: int, width: int, patch: Sequence[int]) -> None:
+        super().__init__()
+        sides: Any = tuple(patch)  # as many as the convolution has axes
+        self.proj = CONVOLUTIONS[len(sides) - 1](in_chans, width, sides, sides)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.proj(x_BC).movedim(1, -1)
+
+
+class GroupPatches(nn.Module):
+    """Patches of each group of bands by a linear map of its own: [B C h w] -> [B G H W D]."""
+
+    flatten, output_fmt = False, "NHWC"
+
+    def __init__(self, groups: Sequence[Sequence[int]], width: int, patch: Sequence[int]) -> None:
+        super().__init__()
+        self.groups = groups
+        self.parts = nn.ModuleList(GridPatches(len(group), width, patch) for group in groups)
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        parts = zip(self.parts, self.groups, strict=True)
+        return torch.stack([part(x_BChw[:, list(group)]) for part, group in parts], dim=1)
+
+
+class GridViT(PlacedViT):
+    """Patches of samples with 1 to 3 axes after the channels: series [B C L], pictures [B C h w], volumes [B C D h w]
+    or clips [B C T h w] -> [B D], with tokens of a grid of as many axes.
+
+    On a grid of two axes it is MAE's encoder (He et al., 2021, arXiv 2111.06377).
+
+    Args:
+        patch: sides of a patch in pixels, one for each axis.
+        in_chans: C.
+        width, depth, heads: 768, 12 and 12 is ViT-B.
+        axis_widths: channels of the fixed positions of each axis, in the order of `patch`, each a multiple of 2, which
+            sum to width; None shares them evenly.
+        learned_grid: patches along each axis for which positions are learned, and interpolated for other sizes; None
+            takes fixed sines and cosines.
+    Raises: UserError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        patch: Sequence[int],
+        in_chans: int = 1,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        axis_widths: Sequence[int] | None = None,
+        learned_grid: Sequence[int] | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if not 1 <= len(patch) <= len(CONVOLUTIONS) or min(*patch, in_chans) < 1:
+            raise UserError(
+                f"{name}: patch={[*patch]} must have a side for each of 1 to {len(CONVOLUTIONS)} axes, and these and "
+                f"in_chans={in_chans} be at least 1"
+            )
+        if axis_widths is not None and (len(axis_widths) != len(patch) or sum(axis_widths) != width):
+            raise UserError(
+                f"{name}: axis_widths={[*axis_widths]} must be as many as the {len(patch)} axes of patch, and sum to "
+                f"width={width}"
+            )
+        if learned_grid is not None and len(learned_grid) != len(patch):
+            raise UserError(f"{name}: learned_grid={[*learned_grid]} must have the {len(patch)} axes of patch")
+        super().__init__(width, depth, heads, axis_widths)
+        self.in_chans, self.patch = in_chans, tuple(patch)
+        self.patch_embed = GridPatches(in_chans, width, self.patch)
+        xavier_uniform_(self)
+        if learned_grid is not None:
+            self.learned = LearnedPositions(learned_grid, width)
+        else:
+            positions(torch.zeros(1, 1, width), [1] * len(patch), axis_widths)  # which refuses widths that do not fit
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        return *self.patch, self.in_chans
+
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        if image.ndim != 2 + len(self.patch) or image.shape[1] != self.in_chans:
+            raise UserError(
+                f"a batch of {[*image.shape]} does not fit {type(self).__name__} for in_chans={self.in_chans} and "
+                f"patches of {' x '.join(map(str, self.patch))}: it takes [B, {self.in_chans}] and {len(self.patch)} "
+                "more axes; let the data give these, or make the network for them"
+            )
+        return grid_of(image.shape[2:], self.patch)
 
 
 class GroupedViT(PlacedViT):
@@ -111,24 +214,24 @@ class GroupedViT(PlacedViT):
         if patch_size < 1:
             raise UserError(f"patch_size={patch_size} must be at least 1")
         self.in_chans = len(bands)
-        self.embed = nn.ModuleList(nn.Conv2d(len(group), width, patch_size, patch_size) for group in self.groups)
+        self.patch_embed = GroupPatches(self.groups, width, (patch_size, patch_size))
         xavier_uniform_(self)
 
     @property
     def patch_shape(self) -> tuple[int, int, int]:
         return self.patch_size, self.patch_size, self.in_chans
 
-    def grid(self, image: Tensor) -> tuple[int, int, int]:
-        _require_bands(image, self.in_chans, 4)
-        height, width = grid_of(image.shape[2:], (self.patch_size, self.patch_size))
-        return len(self.groups), height, width
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        if image.ndim != 4 or image.shape[1] != self.in_chans:
+            raise UserError(
+                f"a batch of {[*image.shape]} does not fit a network for {self.in_chans} bands, which takes [B C h w]; "
+                "let the data give these, or make the network for them: the backbone's groups, and the upsampler's "
+                "channels, count bands"
+            )
+        return len(self.groups), *grid_of(image.shape[2:], (self.patch_size, self.patch_size))
 
-    def patches(self, image: Tensor) -> Tensor:
-        parts = zip(self.embed, self.groups, strict=True)
-        return torch.cat([embed(image[:, list(group)]).flatten(2).mT for embed, group in parts], dim=1)
 
-
-class SeriesViT(PlacedViT):
+class SeriesViT(GridViT):
     """Patches of time, height and width: series [B C T h w] -> [B D], with tokens of a grid (T/t, h/p, w/p).
 
     Source: Jakubik et al., "Prithvi", 2023, arXiv 2310.18660, and its code: of the positions' channels 6/16 tell the
@@ -151,26 +254,15 @@ class SeriesViT(PlacedViT):
         patch_size: int = 16,
         frames: int = 1,
     ) -> None:
-        super().__init__(width, depth, heads, series_widths(width))
-        if min(in_chans, patch_size, frames) < 1:
+        super().__init__((frames, patch_size, patch_size), in_chans, width, depth, heads, series_widths(width))
+
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        if image.ndim != 5:
             raise UserError(
-                f"SeriesViT: in_chans={in_chans}, patch_size={patch_size} and frames={frames} must be at least 1"
+                f"a batch of {[*image.shape]} does not fit SeriesViT, which takes [B C T h w], with an axis of dates; "
+                "let the data give these (dates=1 for single pictures)"
             )
-        self.in_chans, self.patch = in_chans, (frames, patch_size, patch_size)
-        self.embed = nn.Conv3d(in_chans, width, self.patch, self.patch)
-        xavier_uniform_(self)
-
-    @property
-    def patch_shape(self) -> tuple[int, int, int, int]:
-        return *self.patch, self.in_chans
-
-    def grid(self, image: Tensor) -> tuple[int, int, int]:
-        _require_bands(image, self.in_chans, 5)
-        time, height, width = grid_of(image.shape[2:], self.patch)
-        return time, height, width
-
-    def patches(self, image: Tensor) -> Tensor:
-        return self.embed(image).flatten(2).mT
+        return super().grid(image)
 
 
 def series_widths(width: int) -> tuple[int, int, int]:
@@ -178,16 +270,3 @@ def series_widths(width: int) -> tuple[int, int, int]:
     if width < 16 or width % 16:
         raise UserError(f"width={width} must be a multiple of 16, of which time has 4 shares and each side 6")
     return width // 16 * 4, width // 16 * 6, width // 16 * 6
-
-
-def _require_bands(image: Tensor, bands: int, axes: int) -> None:
-    if image.ndim != axes or image.shape[1] != bands:
-        kind, setting = (
-            ("[B C h w]", "backbone's groups, and the upsampler's channels,")
-            if axes == 4
-            else ("[B C T h w], with an axis of dates (dates=1 of the data for single pictures)", "backbone's in_chans")
-        )
-        raise UserError(
-            f"a batch of {[*image.shape]} does not fit a network for {bands} bands, which takes {kind}; let the data "
-            f"give these, or make the network for them: the {setting} count bands"
-        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.core.errors import UserError
-from lightspan.nn.sequences.patches import grid_of
+from lightspan.nn.sequences.patches import cells_to_pixels, grid_of
 
 # A recipe may name the class and the function listed here.
 __all__ = ["TokenSwin", "swin"]
@@ -85,8 +85,8 @@ class TokenSwin(nn.Module):
             hook.remove()
 
     def _hidden(self, map_BhwC: Tensor, mask_BHW: Tensor) -> Tensor:
-        down, right = (side // count for side, count in zip(map_BhwC.shape[1:3], mask_BHW.shape[1:], strict=True))
-        mask_Bhw1 = mask_BHW.repeat_interleave(down, 1).repeat_interleave(right, 2)[..., None]
+        cell = [side // count for side, count in zip(map_BhwC.shape[1:3], mask_BHW.shape[1:], strict=True)]
+        mask_Bhw1 = cells_to_pixels(mask_BHW, cell)[..., None]
         assert self.mask_token is not None
         return torch.where(mask_Bhw1, self.mask_token.to(map_BhwC.dtype), map_BhwC)
 

@@ -4,11 +4,14 @@ import math
 
 from torch import nn
 
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+"""By the number of axes, less one."""
+
 
 def he_normal_(module: nn.Module) -> None:
     """Weights of linear layers and convolutions from N(0, 2 / fan-in) (He et al. 2015, arXiv 1502.01852), biases 0."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -19,7 +22,7 @@ def xavier_uniform_(module: nn.Module) -> None:
     fan-out)) (Glorot, Bengio, 2010), biases 0: how MAE (arXiv 2111.06377) starts its transformers.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+        if isinstance(layer, (nn.Linear, *CONVOLUTIONS)):
             nn.init.xavier_uniform_(layer.weight.flatten(1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

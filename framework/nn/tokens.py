@@ -4,12 +4,14 @@ Layers are counted from the input. They are given by the first of these that a n
 - `feature_modules`: the list of its modules whose outputs are its layers (this project's own networks);
 - timm's `feature_info`: blocks of transformers, stages of convolutional networks;
 - its list of equal blocks (`lightspan.core.layers`), as networks of transformers and torchvision's ViT have one.
-Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width, H W grid.
+Shapes: B batch, T tokens (positions of a map, row by row), P prefix tokens (class, registers), D width; a grid has as
+many axes as the samples: one for series, two for pictures, three for volumes and clips.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class Tokens:
 
     Attributes:
         tokens_BTD: a row for each patch, position of a map, or text token; T is 1 if a layer gives vectors.
-        grid: (H, W) with H * W = T if the tokens form an image, else None.
+        grid: tokens along each axis, whose product is T, if they form a map, else None.
         prefix_BPD: tokens without a position, such as the class token; None if there are none, or if the
             network does not say how many (timm's do, by `num_prefix_tokens`; those of transformers do not, so theirs
             are among the others).
@@ -34,7 +36,7 @@ class Tokens:
     """
 
     tokens_BTD: Tensor
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     prefix_BPD: Tensor | None = None
     valid_BT: Tensor | None = None
 
@@ -47,13 +49,13 @@ class Tokens:
     def first(self) -> Tensor:
         """The first prefix token, of timm's networks the class token; where no prefix is given, the first token: [B D].
 
-        Raises: UserError where no token stands for the whole: all lie in an image.
+        Raises: UserError where no token stands for the whole: all lie on a grid.
         """
         if self.prefix_BPD is not None:
             return self.prefix_BPD[:, 0]
         if self.grid is not None:
             raise UserError(
-                f"there is no first token: all lie on a grid of {self.grid[0]} x {self.grid[1]}; take the mean"
+                f"there is no first token: all lie on a grid of {' x '.join(map(str, self.grid))}; take the mean"
             )
         return self.tokens_BTD[:, 0]
 
@@ -75,7 +77,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
     """
     modules, chosen = feature_modules(backbone), chosen_layers(backbone, layers)
     distinct = sorted(set(chosen))  # in the order in which they run
-    embed = getattr(backbone, "patch_embed", None)  # timm's name
+    embed = _embedding(backbone)
     with (
         tapped([embed] if isinstance(embed, nn.Module) else []) as embedded,
         tapped([modules[layer] for layer in distinct]) as outputs,
@@ -88,7 +90,7 @@ def token_features(backbone: nn.Module, forward: Callable[[], Any], layers: Sequ
             "run once; name other modules in its feature_modules"
         )
     found = dict(zip(distinct, outputs, strict=True))
-    widths, patches = _widths(backbone), _patches(embedded)
+    widths, patches = _widths(backbone), _patches(embed, embedded)
     last = _features_last(sizes, widths) if len(sizes) == len(modules) else None
     return [
         arranged(
@@ -162,14 +164,14 @@ def _widths(backbone: Any) -> dict[int, int]:
 def _sizes(output: Any) -> torch.Size | None:
     """The shape of a map, [B . . .]; None for any other output."""
     output = output[0] if isinstance(output, tuple) else output
-    return output.shape if isinstance(output, Tensor) and output.ndim == 4 else None
+    return output.shape if isinstance(output, Tensor) and output.ndim > 3 else None
 
 
 def _features_last(sizes: Sequence[torch.Size | None], widths: Mapping[int, int]) -> bool | None:
     """Whether the maps of a network have their features on the last axis, by the layers whose sizes tell.
 
     Args:
-        sizes: of all layers in one pass; a map that is as wide or high as it has features tells nothing.
+        sizes: of all layers in one pass; a map with a side as long as it has features tells nothing.
     Returns: None if no layer tells.
     """
     for layer, size in enumerate(sizes):
@@ -179,11 +181,32 @@ def _features_last(sizes: Sequence[torch.Size | None], widths: Mapping[int, int]
     return None
 
 
-def _patches(embedded: Sequence[Any]) -> int | None:
-    """The patches of this pass, of which the size that a network was made for tells nothing; None if not known."""
+class Patches(NamedTuple):
+    """How many patches a network makes of a sample, and their grid; None for what is not known."""
+
+    number: int | None = None
+    grid: tuple[int, ...] | None = None
+
+
+def _embedding(backbone: Any) -> Any:
+    return getattr(backbone, "patch_embed", None)  # timm's name
+
+
+def _patches(embed: Any, embedded: Sequence[Any] = ()) -> Patches:
+    """The patches of a pass by what its embedding gave, or else those of the size that the network was made for.
+
+    The embedding's output is a map, [B D . . .] or [B . . . D] by its `output_fmt`, where it has more than three axes
+    or says `flatten = False`; otherwise it is [B T D]. Both names are timm's.
+    """
+    number, grid = getattr(embed, "num_patches", None), getattr(embed, "grid_size", None)
     first = embedded[0] if embedded else None
     patches = first[0] if isinstance(first, tuple) else first  # XCiT's embedding gives the grid too
-    return patches.shape[1] if isinstance(patches, Tensor) and patches.ndim == 3 else None
+    if isinstance(patches, Tensor) and (patches.ndim > 3 or not getattr(embed, "flatten", True)):
+        grid = patches.shape[1:-1] if _says_last(embed) else patches.shape[2:]
+        number = math.prod(grid)
+    elif isinstance(patches, Tensor) and patches.ndim == 3:
+        number = patches.shape[1]
+    return Patches(number, None if grid is None else tuple(grid))
 
 
 def arranged(
@@ -191,10 +214,11 @@ def arranged(
     output: Any,
     what: str = "the output",
     width: int | None = None,
-    patches: int | None = None,
+    patches: Patches | None = None,
     last: bool | None = None,
 ) -> Tokens:
-    """What a network or one of its layers gives, [B D H W], [B H W D], [B P+T D] or [B D], as tokens.
+    """What a network or one of its layers gives, as tokens: [B D], [B P+T D], or a map of two or more axes, [B D H W],
+    [B H W D], [B D C H W] and so on. A map of one axis cannot be told from tokens, and is to be [B T D].
 
     A network may add its prefix tokens after some of its layers, as CaiT and XCiT do: an output with as many tokens as
     there are patches has none.
@@ -202,36 +226,34 @@ def arranged(
     Args:
         what: the name of the output, for messages.
         width: D where it is known; it tells the order of a map's axes where these differ.
-        patches: how many there are; None takes what the network was made for.
+        patches: those of this pass; None takes what the network was made for.
         last: whether the network's other maps have their features on the last axis; None if nothing is known of them,
             and timm's `output_fmt` tells.
     Raises: UserError for an output that is not such a tensor, or a map neither of whose axes is as wide as told.
     """
     output = output[0] if isinstance(output, tuple) else output  # transformers' blocks may give more than states
-    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+    if not isinstance(output, Tensor) or output.ndim < 2:
         kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"{what} of {type(backbone).__name__} is {kind}, but must be a tensor [B D H W], [B H W D], [B T D] or "
-            "[B D]; choose another layer, or name other modules in its feature_modules"
+            f"{what} of {type(backbone).__name__} is {kind}, but must be a tensor [B D], [B T D], or a map such "
+            "as [B D H W] or [B H W D]; choose another layer, or name other modules in its feature_modules"
         )
-    if output.ndim == 4:
-        map_BHWD = output if _is_last(backbone, output, what, width, last) else output.permute(0, 2, 3, 1)
-        return Tokens(map_BHWD.flatten(1, 2), (map_BHWD.shape[1], map_BHWD.shape[2]))
+    if output.ndim > 3:
+        map_BHWD = output if _is_last(backbone, output, what, width, last) else output.movedim(1, -1)
+        return Tokens(map_BHWD.flatten(1, -2), tuple(map_BHWD.shape[1:-1]))
     if output.ndim == 2:
         return Tokens(output.unsqueeze(1))
-    embed = getattr(backbone, "patch_embed", None)
-    grid, patches = getattr(embed, "grid_size", None), patches or getattr(embed, "num_patches", None)
-    prefix = getattr(backbone, "num_prefix_tokens", 0)
-    prefix = 0 if patches == output.shape[1] else prefix
+    number, grid = patches or _patches(_embedding(backbone))
+    prefix = 0 if number == output.shape[1] else getattr(backbone, "num_prefix_tokens", 0)
     tokens_BTD = output[:, prefix:]
-    if grid is not None and grid[0] * grid[1] != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
+    if grid is not None and math.prod(grid) != tokens_BTD.shape[1]:  # tokens were dropped, or the size is variable
         grid = None
-    return Tokens(tokens_BTD, None if grid is None else (grid[0], grid[1]), output[:, :prefix] if prefix else None)
+    return Tokens(tokens_BTD, grid, output[:, :prefix] if prefix else None)
 
 
 def _is_last(backbone: Any, map_: Tensor, what: str, width: int | None, told: bool | None) -> bool:
     """Whether the features of a map are its last axis."""
-    last = told if told is not None else getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # timm's name
+    last = told if told is not None else _says_last(backbone)
     if width is None or map_.shape[-1 if last else 1] == width:
         return last
     if map_.shape[1 if last else -1] != width:
@@ -240,3 +262,7 @@ def _is_last(backbone: Any, map_: Tensor, what: str, width: int | None, told: bo
             "features, which is neither its second axis nor its last; name other modules in its feature_modules"
         )
     return not last
+
+
+def _says_last(module: Any) -> bool:
+    return getattr(module, "output_fmt", "NCHW") == "NHWC"  # timm's names, whatever the number of axes

@@ -73,7 +73,7 @@ class Pixels(DenseTarget):
         return math.prod(self.patch_shape)
 
     def forward(self, image_BChw: Tensor) -> Tensor:
-        patches_BTd = patchify(image_BChw, self.patch_shape[:2])
+        patches_BTd = patchify(image_BChw, self.patch_shape[:-1])
         return normalised_patches(patches_BTd) if self.normalise else wide(patches_BTd)
 
     def follow(self, backbone: nn.Module, share: float) -> None:

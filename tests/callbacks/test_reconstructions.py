@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, shown
+from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, in_one_plane, shown
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.image.folder import ImageFolder
@@ -234,3 +234,14 @@ def test_nothing_hidden_leaves_pictures_alone() -> None:
     hidden = HiddenPatches.draw(backbone(), RandomMasks(0.0), BATCH["image"], index, 0)
     assert torch.equal(hidden.reconstruction(torch.zeros(5, 0, 27)).guess_BChw, BATCH["image"])
     assert not hidden.reconstruction(torch.zeros(5, 0, 27)).hidden_B1hw.any()
+
+
+def test_slices_of_volumes_stand_side_by_side_evenly_spaced_if_there_are_many() -> None:
+    volume = torch.randn(2, 1, 3, 4, 5)
+    assert torch.equal(in_one_plane(volume), torch.cat([*volume.unbind(2)], dim=3))
+    assert torch.equal(in_one_plane(volume[:, :, 0]), volume[:, :, 0])
+    assert torch.equal(in_one_plane(volume[:, :, 0, 0]), volume[:, :, 0, :1])
+    many = torch.arange(61.0).view(1, 1, 61, 1, 1).expand(1, 1, 61, 4, 1)
+    assert torch.equal(in_one_plane(many)[0, 0, 0], torch.arange(0, 61, 4.0))
+    clip_of_volumes = torch.randn(2, 1, 2, 3, 4, 5)
+    assert torch.equal(in_one_plane(clip_of_volumes), in_one_plane(clip_of_volumes.flatten(2, 3)))

@@ -4,7 +4,8 @@ know somebody again.
 Each reads a field of the batches by name beside the features, so that any data with such maps will do. Figures are sums
 over ranks, each of which scores its share of the rows. What a set does not define, such as an IoU where there is no
 object, is left out of the scores.
-Shapes: N or M samples, P patches of a grid H W, D features, h w pixels of a map, C classes, S thresholds.
+Shapes: N or M samples, P patches of a grid H W, D features, h w pixels of a map, C classes, S thresholds. Letters are
+those of images: h w and H W stand for as many axes as samples have, three for volumes.
 """
 
 import math
@@ -15,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.core.errors import UserError
 from lightspan.evaluation.dense.depth_order import depth_of_patches, order_agreement
 from lightspan.evaluation.dense.label_propagation import contour_accuracy, propagated_labels
-from lightspan.evaluation.dense.patches import fitted, majority_of_patches
+from lightspan.evaluation.dense.patches import at_pixels, fitted, majority_of_patches
 from lightspan.evaluation.dense.prompt_masks import BACKGROUND, candidate_thresholds, iou, prompt_ious
 from lightspan.evaluation.dense.retrieval import across_cameras, retrieved
 from lightspan.evaluation.features.features import Features
@@ -42,7 +42,7 @@ Map = tuple[Tensor, Tensor]
 
 
 class PatchProbe(Probe):
-    """A probe of patches that reads one map of pixels a sample, [h w], of any size.
+    """A probe of patches that reads one map of pixels a sample, [h w], of any size and of as many axes as the grid.
 
     Patches are the last tokens, as many as the grid has; class tokens and registers take no part.
 
@@ -60,17 +60,17 @@ class PatchProbe(Probe):
         if features.x.ndim != 3 or features.grid is None or math.prod(features.grid) > features.x.shape[1]:
             raise UserError(
                 f"{name} reads patches on a grid, but features are {list(features.x.shape)} with the grid "
-                f"{features.grid}; probe a layer whose tokens form an image (lightspan.nn.tokens)"
+                f"{features.grid}; probe a layer whose tokens form a map (lightspan.nn.tokens)"
             )
         maps = features.fields.get(self.field)
-        if maps is None or maps.ndim != 3:
+        if maps is None or maps.ndim != 1 + len(features.grid):
             got = "nothing" if maps is None else f"{maps.dtype} {list(maps.shape)}"
             raise UserError(
-                f"{name} reads {self.field!r} of the batches, a map [B, h, w], but got {got}; set field to what the "
-                "data give"
+                f"{name} reads {self.field!r} of the batches, a map of each sample with the {len(features.grid)} axes "
+                f"of the grid {features.grid}, but got {got}; set field to what the data give"
             )
 
-    def _read(self, bank: Features, query: Features) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def _read(self, bank: Features, query: Features) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Patches [N P D] and [M P D] and their grid. Raises: UserError as `require`, or for a set without a row."""
         for features in (bank, query):
             if not len(features):
@@ -136,7 +136,7 @@ class _LinearMap(PatchProbe):
         return features.fields[self.field]
 
     @abstractmethod
-    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, ...]) -> Tensor:
         """What the map is to give, [N P]."""
 
     @abstractmethod
@@ -144,7 +144,7 @@ class _LinearMap(PatchProbe):
         """From which patches it learns, bool [N P]."""
 
     @abstractmethod
-    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, ...]) -> dict[str, float]:
         """The one by which settings are chosen first."""
 
 
@@ -152,10 +152,10 @@ class LinearSegmentation(_LinearMap):
     """Semantic segmentation by a linear map from each patch to classes.
 
     It learns from patches of which more than half of the pixels have one class. On the query its scores are enlarged to
-    the pixels of the map bilinearly, and the largest is the class. `mean_iou` is the mean over classes of intersection
-    over union, of the pixels of all samples together, as VOC, ADE20K and Cityscapes report it; a class that neither
-    the query nor any prediction has is left out, and one that the bank lacks counts 0. `pixel_accuracy` is the share of
-    pixels. torchmetrics' `MeanIoU` is another measure: it takes the mean over the samples' own figures.
+    the pixels of the map, linear along each axis, and the largest is the class. `mean_iou` is the mean over classes of
+    intersection over union, of the pixels of all samples together, as VOC, ADE20K and Cityscapes report it; a class
+    that neither the query nor any prediction has is left out, and one that the bank lacks counts 0. `pixel_accuracy` is
+    the share of pixels. torchmetrics' `MeanIoU` is another measure: it takes the mean over the samples' own figures.
 
     Args:
         field: of the batches, whole numbers [B h w]: classes from 0.
@@ -186,13 +186,13 @@ class LinearSegmentation(_LinearMap):
         require_few_classes(type(self).__name__, maps.amax().view(1))
         return maps
 
-    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, ...]) -> Tensor:
         return majority_of_patches(fitted(maps_Nhw, grid), grid, LEFT_OUT)
 
     def _known(self, target_NP: Tensor) -> Tensor:
         return target_NP >= 0
 
-    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, ...]) -> dict[str, float]:
         weight_DC, bias_C = map_
         # torchmetrics knows no single class: an unused one beside it changes nothing.
         classes = max(2, len(bias_C), 1 + int(maps_Mhw.max()))
@@ -207,7 +207,7 @@ class LinearSegmentation(_LinearMap):
             scores_RPC = patches.x[rows].to(weight_DC.dtype) @ weight_DC + bias_C
             maps_RCHW = scores_RPC.transpose(1, 2).unflatten(2, grid)
             if len(rows):
-                maps_RCHW = interpolate(maps_RCHW, tuple(maps_Mhw.shape[1:]), mode="bilinear", align_corners=False)
+                maps_RCHW = at_pixels(maps_RCHW, tuple(maps_Mhw.shape[1:]))
             else:
                 maps_RCHW = maps_RCHW.new_zeros(0, len(bias_C), *maps_Mhw.shape[1:])
             for metric in metrics.values():
@@ -231,13 +231,13 @@ class DepthOrder(_LinearMap):
     def __init__(self, field: str = "depth", l2: float | Sequence[float] = 1.0, most_patches: int = 50_000) -> None:
         super().__init__(field, l2, most_patches)
 
-    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _of_patches(self, maps_Nhw: Tensor, grid: tuple[int, ...]) -> Tensor:
         return depth_of_patches(maps_Nhw, grid)
 
     def _known(self, target_NP: Tensor) -> Tensor:
         return ~target_NP.isnan()
 
-    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    def _scores(self, map_: Map, patches: Features, maps_Mhw: Tensor, grid: tuple[int, ...]) -> dict[str, float]:
         weight_D1, bias_1 = map_
         rows = torch.tensor(patches.share(), dtype=torch.int64, device=maps_Mhw.device)
         predicted = [(patches.x[part].to(weight_D1.dtype) @ weight_D1 + bias_1)[:, :, 0] for part in rows.split(64)]
@@ -304,7 +304,7 @@ class PromptIoU(PatchProbe):
         return maps_Nhw.masked_fill(maps_Nhw == self.ignore_label, LEFT_OUT)
 
     def _scores(
-        self, patches_NPD: Tensor, maps_Nhw: Tensor, grid: tuple[int, int], thresholds: Sequence[float]
+        self, patches_NPD: Tensor, maps_Nhw: Tensor, grid: tuple[int, ...], thresholds: Sequence[float]
     ) -> list[dict[str, float]]:
         """Of each threshold."""
         ious = [patches_NPD.new_zeros(0, len(thresholds), dtype=torch.float64)]
@@ -363,6 +363,11 @@ class LabelPropagation(PatchProbe):
 
     def require(self, features: Features) -> None:
         super().require(features)
+        if features.grid is None or len(features.grid) != 2:
+            raise UserError(
+                f"LabelPropagation follows contours through frames, which have two axes, and the grid is "
+                f"{features.grid}; give each frame of a clip as a sample of its own"
+            )
         _require_whole(self, features.fields[self.field])
         _require_column(self, features, self.clip)
 
@@ -384,7 +389,7 @@ class LabelPropagation(PatchProbe):
         )
         return ProbeScores(scores, 0, len(query))
 
-    def _of_clip(self, patches_FPD: Tensor, true_Fhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _of_clip(self, patches_FPD: Tensor, true_Fhw: Tensor, grid: tuple[int, ...]) -> Tensor:
         """J and F of each object of the first frame, [2 O]."""
         labels_Fhw = propagated_labels(
             *(patches_FPD, true_Fhw[0], grid, self.context, self.neighbours),

@@ -6,7 +6,7 @@ from torch import Tensor
 from lightspan.evaluation.dense.patches import fitted, pixels_of_patches
 
 
-def depth_of_patches(depth_Nhw: Tensor, grid: tuple[int, int]) -> Tensor:
+def depth_of_patches(depth_Nhw: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Mean depth of each patch, float64 [N P], over its pixels whose depth is known: finite and above 0, as sensors
     write. NaN where none is.
     """

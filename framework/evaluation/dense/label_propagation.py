@@ -6,7 +6,8 @@ Video Object Segmentation", CVPR 2016, and the code of DAVIS 2017 (F; J is
 `lightspan.evaluation.dense.prompt_masks.iou`).
 Differences: a patch of the first frame has the shares of objects of its pixels, and the first frame counts once among
 the sources, where that code repeats it until there are enough frames.
-Shapes: F frames, T patches of a frame on a grid H W, D features, h w pixels, O objects.
+Shapes: F frames, T patches of a frame on a grid H W, D features, h w pixels, O objects. `propagated_labels` takes
+frames of any number of axes, such as volumes; contours are of two.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.evaluation.dense.patches import fitted, pixels_of_patches
+from lightspan.evaluation.dense.patches import at_pixels, fitted, pixels_of_patches
 from lightspan.evaluation.rows import unit_rows
 
 PAIRS = 1 << 22
@@ -27,7 +28,7 @@ TOLERANCE = 0.008
 def propagated_labels(
     patches_FTD: Tensor,
     first_hw: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     context: int = 20,
     neighbours: int = 7,
     radius: float = 20.0,
@@ -38,7 +39,7 @@ def propagated_labels(
 
     A patch takes the mean of the label shares of the `neighbours` patches most similar to it, by cosine, weighted by a
     softmax of similarity over `temperature`, among those of the first frame and of the last `context` frames. Shares
-    are enlarged to the pixels bilinearly, and a pixel has the label with the largest share.
+    are enlarged to the pixels, linear along each axis, and a pixel has the label with the largest share.
 
     Args:
         patches_FTD: row by row.
@@ -51,8 +52,9 @@ def propagated_labels(
     number_hw = number_hw.view_as(first_hw)
     pixels_Td = pixels_of_patches(fitted(number_hw[None], grid), grid)[0]
     shares = [F.one_hot(pixels_Td, len(known_O)).to(patches_FTD.dtype).mean(dim=1)]
-    place_T2 = torch.cartesian_prod(*(torch.arange(side, device=patches_FTD.device) for side in grid))
-    far_TT = (place_T2[:, None] - place_T2).square().sum(dim=2) >= radius**2
+    lines = (torch.arange(side, device=patches_FTD.device) for side in grid)
+    place_TA = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, -2)
+    far_TT = (place_TA[:, None] - place_TA).square().sum(dim=2) >= radius**2
     for frame in range(1, len(patches_FTD)):
         sources = [0, *range(max(1, frame - context), frame)]
         far_TS = torch.cat([far_TT & (source > 0 or not whole_first) for source in sources], dim=1)
@@ -67,7 +69,7 @@ def propagated_labels(
     labels = [number_hw]
     for share_TO in shares[1:]:
         maps_1OHW = share_TO.T.unflatten(1, grid)[None]
-        labels.append(F.interpolate(maps_1OHW, tuple(first_hw.shape), mode="bilinear")[0].argmax(dim=0))
+        labels.append(at_pixels(maps_1OHW, tuple(first_hw.shape))[0].argmax(dim=0))
     return known_O[torch.stack(labels)]
 
 

@@ -4,19 +4,21 @@ Source: "Masked Momentum Contrastive Learning for Zero-shot Semantic Understandi
 of thresholded cosine maps, and the overlap of similarities within and between objects. Features are those of the last
 block after its norm. Thresholds do not carry over from one model to another: choose one on images that are not
 reported.
-Shapes: P patches of an image on a grid H W, D width, h w pixels of the image, S thresholds.
+Shapes: P patches of an image on a grid H W, D width, h w pixels of the image, S thresholds. Volumes and the like have
+as many axes as their grid where images have two.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.dense.patches import fitted, majority_of_patches
+from lightspan.evaluation.dense.patches import at_pixels, fitted, majority_of_patches
 from lightspan.evaluation.rows import spaced_rows, unit_rows
+from lightspan.nn.sequences.patches import cells_to_pixels
 
 BACKGROUND = 0
 """The number of what is no object; objects are numbered from 1."""
@@ -32,7 +34,7 @@ def prompt_maps(patches_PD: Tensor) -> Tensor:
     return (unit_PD @ unit_PD.T).clamp(-1, 1)
 
 
-def objects_of_patches(objects_hw: Tensor, grid: tuple[int, int]) -> Tensor:
+def objects_of_patches(objects_hw: Tensor, grid: tuple[int, ...]) -> Tensor:
     """The object that covers more than half of each patch, int64 [P]; the background where none does.
 
     Raises: UserError for patches that do not fill the image.
@@ -43,14 +45,14 @@ def objects_of_patches(objects_hw: Tensor, grid: tuple[int, int]) -> Tensor:
 def prompt_ious(
     patches_PD: Tensor,
     objects_hw: Tensor,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     thresholds: Sequence[float],
     counted_hw: Tensor | None = None,
 ) -> Tensor:
     """IoU of {pixels with similarity > t} with the prompt's object, mean over all prompts inside objects: [S].
 
-    Maps are enlarged to the image's pixels bilinearly. An image without a patch that is mostly of one object gives NaN:
-    leave it out of means (`torch.nanmean`).
+    Maps are enlarged to the image's pixels, linear along each axis. An image without a patch that is mostly of one
+    object gives NaN: leave it out of means (`torch.nanmean`).
 
     Args:
         patches_PD: row by row.
@@ -58,21 +60,21 @@ def prompt_ious(
         counted_hw: bool, which pixels count in both masks; None counts all.
     Raises: UserError for another number of patches, or patches that do not fill the image.
     """
-    if len(patches_PD) != grid[0] * grid[1]:
-        raise UserError(f"{len(patches_PD)} patches are not a grid of {grid[0]} x {grid[1]}")
+    if len(patches_PD) != math.prod(grid):
+        raise UserError(f"{len(patches_PD)} patches are not a grid of {' x '.join(map(str, grid))}")
     object_P = objects_of_patches(objects_hw, grid)
     prompts_Q = (object_P != BACKGROUND).nonzero()[:, 0]
     maps_Q1HW = prompt_maps(patches_PD)[prompts_Q].unflatten(1, grid).unsqueeze(1)
     if not len(prompts_Q):
         return maps_Q1HW.new_full((len(thresholds),), torch.nan)
-    maps_Qhw = F.interpolate(maps_Q1HW, tuple(objects_hw.shape), mode="bilinear", align_corners=False)[:, 0]
-    own_Qhw = objects_hw == object_P[prompts_Q, None, None]
+    maps_Qhw = at_pixels(maps_Q1HW, tuple(objects_hw.shape))[:, 0]
+    own_Qhw = _one_by_one(object_P[prompts_Q], objects_hw)
     if counted_hw is not None:
         maps_Qhw, own_Qhw = maps_Qhw.masked_fill(~counted_hw, -torch.inf), own_Qhw & counted_hw
     return torch.stack([iou(maps_Qhw > threshold, own_Qhw).mean() for threshold in thresholds])
 
 
-def candidate_thresholds(patches_NPD: Tensor, objects_Nhw: Tensor, grid: tuple[int, int]) -> tuple[float, ...]:
+def candidate_thresholds(patches_NPD: Tensor, objects_Nhw: Tensor, grid: tuple[int, ...]) -> tuple[float, ...]:
     """Thresholds that tell the similarities of these images apart, ascending, in (-1, 1), at most `CANDIDATES`.
 
     They lie halfway between neighbouring quantiles of the cosines of all prompts inside objects with all patches, so
@@ -100,7 +102,7 @@ def iou(a_Qhw: Tensor, b_Qhw: Tensor) -> Tensor:
     return torch.where(either > 0, both.double() / either.clamp_min(1), 1.0)
 
 
-def best_iou_of_grid(objects_hw: Tensor, grid: tuple[int, int]) -> float:
+def best_iou_of_grid(objects_hw: Tensor, grid: tuple[int, ...]) -> float:
     """The mean IoU that whole patches can reach at most by majority, over the prompts that `prompt_ious` takes; NaN
     without one.
     """
@@ -108,9 +110,14 @@ def best_iou_of_grid(objects_hw: Tensor, grid: tuple[int, int]) -> float:
     object_Q = object_P[object_P != BACKGROUND]
     if not len(object_Q):
         return float("nan")
-    sides = [side // count for side, count in zip(objects_hw.shape, grid, strict=True)]
-    coarse_hw = object_P.unflatten(0, grid).repeat_interleave(sides[0], dim=0).repeat_interleave(sides[1], dim=1)
-    return float(iou(coarse_hw == object_Q[:, None, None], objects_hw == object_Q[:, None, None]).mean())
+    patch = [side // count for side, count in zip(objects_hw.shape, grid, strict=True)]
+    coarse_hw = cells_to_pixels(object_P.unflatten(0, grid), patch)
+    return float(iou(_one_by_one(object_Q, coarse_hw), _one_by_one(object_Q, objects_hw)).mean())
+
+
+def _one_by_one(object_Q: Tensor, objects_hw: Tensor) -> Tensor:
+    """The mask of each of these objects, bool [Q h w]."""
+    return objects_hw == object_Q.view(-1, *[1] * objects_hw.ndim)
 
 
 class Similarities(NamedTuple):

@@ -230,9 +230,9 @@ class FeatureFile(Input):
 def pooled(encoder: nn.Module, x: Any, pool: Pool) -> Tensor:
     """What an encoder gives as features, [B D] as it is.
 
-    Raises: UserError for anything but floats [B D], [B T D] or [B D H W].
+    Raises: UserError for anything but floats [B D], [B T D] or maps [B D H W] of two or more axes.
     """
-    if not isinstance(x, Tensor) or not 2 <= x.ndim <= 4 or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point():
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"{type(encoder).__name__} gave {got} as features, not floats [B, D]; set layer")
     return x if x.ndim == 2 else _by(arranged(encoder, x), pool)

@@ -26,7 +26,8 @@ class Features:
             [N]. None if they have none.
         index_N: int64 [N], ascending: positions in the data set.
         key: what they are features of, as in the store's manifest; empty if they come from elsewhere.
-        grid: (H, W) if the last H * W of T positions form an image, row by row; None if they do not.
+        grid: places along each axis if the last of T positions, as many as its product, form a map, row by row; None
+            if they do not.
         fields: what else a data set knows of each sample, [N ...] by name: masks, depth, a camera.
     Raises: UserError if rows, labels, indices and fields differ in number.
     """
@@ -35,7 +36,7 @@ class Features:
     label_N: Tensor | None = None
     index_N: Tensor | None = None
     key: str = ""
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, ...] | None = None
     fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import at_places, patch_images
-from lightspan.nn.sequences.positions import RowsAndColumns
+from lightspan.nn.sequences.positions import SummedPositions
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_width
 from lightspan.objectives.classes import share_right
@@ -43,7 +43,7 @@ class Selfie(Method):
     Args:
         backbone: P, images of any size [N C p q] -> [N D]; what probes read, of whole images.
         summary: [B K D] -> [B D], whatever the order of the visible patches.
-        grid: H and W; the sides of images are multiples of them.
+        grid: H and W, or as many numbers as samples have axes; their sides are multiples of them.
         masks: hides equally many patches of each image; None hides a quarter of them.
         temperature: > 0; dot products are divided by it.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
@@ -55,7 +55,7 @@ class Selfie(Method):
         self,
         backbone: nn.Module,
         summary: SummaryTransformer,
-        grid: tuple[int, int] = (7, 7),
+        grid: tuple[int, ...] = (7, 7),
         masks: MaskSampler | None = None,
         temperature: float = 1.0,
         **optimization: Any,
@@ -63,17 +63,17 @@ class Selfie(Method):
         super().__init__(**optimization)
         require_temperatures(temperature=temperature)
         require_width(backbone, "summary.width", summary.in_features)
-        self.backbone, self.summary, self.grid = backbone, summary, (int(grid[0]), int(grid[1]))
-        self.positions = RowsAndColumns(self.grid, summary.in_features)
+        self.backbone, self.summary, self.grid = backbone, summary, tuple(map(int, grid))
+        self.positions = SummedPositions(self.grid, summary.in_features)
         self.masks, self.temperature = masks or RandomMasks(0.25), temperature
 
     def patches(self, image_BChw: Tensor) -> Tensor:
         """What P says of each patch by itself, [B T D]. Raises: UserError for sides that the grid does not divide."""
         sides = image_BChw.shape[2:]
-        if any(side % count or not side for side, count in zip(sides, self.grid, strict=True)):
+        if len(sides) != len(self.grid) or any(s % n or not s for s, n in zip(sides, self.grid, strict=True)):
             raise UserError(
-                f"images of {sides[0]} x {sides[1]} pixels cannot be cut into grid={list(self.grid)} equal patches; "
-                "set grid to divisors of both sides"
+                f"images of {' x '.join(map(str, sides))} pixels cannot be cut into grid={list(self.grid)} equal "
+                "patches; set grid to divisors of all sides"
             )
         patches_BTCpq = patch_images(image_BChw, [side // count for side, count in zip(sides, self.grid, strict=True)])
         return self.backbone(patches_BTCpq.flatten(0, 1)).unflatten(0, patches_BTCpq.shape[:2])

@@ -66,7 +66,7 @@ class SoftCon(Method):
         projector: nn.Module,
         predictor: nn.Module | None = None,
         soft_weight: float = 1.0,
-        patch: tuple[int, int] = (16, 16),
+        patch: tuple[int, ...] = (16, 16),
         masks: MaskSampler | None = None,
         temperature: float = 0.2,
         momentum: float = 0.99,
@@ -98,8 +98,8 @@ class SoftCon(Method):
 
     def masked(self, views: list[Tensor], index_B: Tensor) -> list[Tensor]:
         """What the student sees of each view: patches drawn by seed, step, scene and view are zero."""
-        (height, width), step = grid_of(views[0].shape[2:], self.patch), self.global_step
-        hide = partial(self.hide, grid=(height, width), index_B=index_B, step=step)
+        grid, step = grid_of(views[0].shape[2:], self.patch), self.global_step
+        hide = partial(self.hide, grid=grid, index_B=index_B, step=step)
         return [hide(view_BChw, view=number)[0] for number, view_BChw in enumerate(views)]
 
     def after_optimizer_step(self) -> None:

@@ -153,7 +153,7 @@ class MMC(Method):
         return loss
 
     def reconstruction(
-        self, patches_ND: Tensor, clean_RChw: Tensor, grid: tuple[int, int], masked: MaskedPatches
+        self, patches_ND: Tensor, clean_RChw: Tensor, grid: tuple[int, ...], masked: MaskedPatches
     ) -> Tensor:
         """L_M."""
         sides = [side // count for side, count in zip(clean_RChw.shape[2:], grid, strict=True)]

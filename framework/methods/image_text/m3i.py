@@ -128,7 +128,7 @@ class M3I(Method):
     def losses(self, batch: PartlyLabelledBatch) -> dict[str, Tensor]:
         """Of each kind of target, before its weight; scalars."""
         image_BChw, prefix = image_of(batch, "M3I"), self.backbone.num_prefix_tokens
-        index_B, patch = index_in(batch, self), self.backbone.patch_shape[:2]
+        index_B, patch = index_in(batch, self), self.backbone.patch_shape[:-1]
         mixed = self.mix(image_BChw, patch, self.backbone.grid(image_BChw), index_B, self.global_step)
         tokens_RSD = self.backbone.tokens(mixed.image_RChw, keep_BK=mixed.see_RS)
         own_MRKD = mixed.sources(tokens_RSD[:, prefix:])

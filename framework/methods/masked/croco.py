@@ -15,6 +15,7 @@ Shapes: B pairs of this rank, C h w image, H W grid of T patches, K visible and 
 of the encoder, w of the decoder, d = p q C numbers of a patch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,8 +73,8 @@ class CroCo(Method):
         its last layer: [B T w]. Heads for flow, disparity and pose stand on it.
         """
         backbone = require_tokens(self.backbone, "CroCo")
-        height, width = grid = backbone.grid(first_BChw)
-        every_BT = torch.arange(height * width, device=first_BChw.device).expand(len(first_BChw), -1)
+        grid = backbone.grid(first_BChw)
+        every_BT = torch.arange(math.prod(grid), device=first_BChw.device).expand(len(first_BChw), -1)
         tokens_BPTD, other_BPTD = backbone.tokens(first_BChw), backbone.tokens(second_BChw)
         said_BPTw = self.decoder.decode(tokens_BPTD, every_BT, every_BT[:, :0], other_BPTD, grid)
         return said_BPTw[:, backbone.num_prefix_tokens :]

@@ -62,13 +62,12 @@ class Prithvi(Method):
         return self.decoder(seen_BSD, see_BK, hide_BM, self.backbone.grid(image_BCThw))
 
     def hidden(self, image_BCThw: Tensor, index_B: Tensor) -> HiddenPatches:
-        return HiddenPatches.draw(self.backbone, self.masks, image_BCThw, index_B, self.global_step)  # type: ignore[arg-type]
+        return HiddenPatches.draw(self.backbone, self.masks, image_BCThw, index_B, self.global_step)
 
     def reconstruct(self, batch: MultispectralSeriesBatch) -> Reconstruction:
-        """See `lightspan.nn.masking.hidden_patches`: the dates of a series side by side."""
+        """See `lightspan.nn.masking.hidden_patches`."""
         hidden = self.hidden(image_of(batch, "Prithvi"), index_in(batch, self))
-        found = hidden.reconstruction(self.guess(hidden.image_BChw, hidden.see_BK, hidden.hide_BM))
-        return Reconstruction(*(None if part is None else part.transpose(2, 3).flatten(3) for part in found))  # type: ignore[arg-type]
+        return hidden.reconstruction(self.guess(hidden.image_BChw, hidden.see_BK, hidden.hide_BM))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         image_BCThw = image_of(batch, "Prithvi")

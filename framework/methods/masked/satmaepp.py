@@ -20,6 +20,7 @@ Shapes: B pictures, C bands, h w those of the encoder, S = 2^steps, G groups, H 
 tokens.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class SatMAEpp(Method):
         if self.upsampler is None:
             raise UserError("SatMAEpp grows pictures by its upsampler, and this one was made without")
         grid = self.backbone.grid(image_BChw)
-        everything = torch.arange(grid[0] * grid[1] * grid[2], device=image_BChw.device).expand(len(image_BChw), -1)
+        everything = torch.arange(math.prod(grid), device=image_BChw.device).expand(len(image_BChw), -1)
         return self.upsampler(self.picture(self.guess(image_BChw, everything, everything[:, :0]), grid))
 
     def hidden(self, image_BChw: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,13 +96,13 @@ class SiT(Method):
 
     def corrupted(self, image_BChw: Tensor, index_B: Tensor, view: int) -> tuple[Tensor, Tensor]:
         """(what the student sees of a view, which of its pixels are corrupted: bool [B 1 h w])."""
-        height, width = image_BChw.shape[2:]
-        seen_BChw, hidden_Bhw = self.corruption(image_BChw, (height, width), index_B, self.global_step, view)
+        sides = tuple(image_BChw.shape[2:])
+        seen_BChw, hidden_Bhw = self.corruption(image_BChw, sides, index_B, self.global_step, view)
         return seen_BChw, torch.from_numpy(hidden_Bhw).to(image_BChw.device)[:, None]
 
-    def pixels(self, patches_RTD: Tensor, grid: tuple[int, int]) -> Tensor:
+    def pixels(self, patches_RTD: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Guesses of whole images, [R C h w]."""
-        return unpatchify(self.decoder(patches_RTD), self.backbone.patch_shape[:2], grid)
+        return unpatchify(self.decoder(patches_RTD), self.backbone.patch_shape[:-1], grid)
 
     def reconstruct(self, batch: ImageBatch) -> Reconstruction:
         """See `lightspan.nn.masking.hidden_patches`."""

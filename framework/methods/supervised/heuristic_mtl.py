@@ -24,7 +24,7 @@ from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, require_seen_and_hidden
-from lightspan.nn.sequences.patches import unpatchify
+from lightspan.nn.sequences.patches import cells_to_pixels, unpatchify
 from lightspan.nn.sequences.token_backbone import (
     PatchMeanNetwork,
     patch_tokens,
@@ -118,9 +118,9 @@ class HeuristicMTL(Method):
 
     def pixels(self, patches_BTD: Tensor, hidden_BHW: Tensor) -> tuple[Tensor, Tensor]:
         """(guesses of whole images [B C h w], which of their pixels are hidden, bool [B 1 h w])."""
-        grid, patch = (hidden_BHW.shape[1], hidden_BHW.shape[2]), self.backbone.patch_shape[:2]
-        hidden_B1hw = hidden_BHW.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
-        return unpatchify(self.decoder(patches_BTD), patch, grid), hidden_B1hw
+        patch = self.backbone.patch_shape[:-1]
+        guess_BChw = unpatchify(self.decoder(patches_BTD), patch, hidden_BHW.shape[1:])
+        return guess_BChw, cells_to_pixels(hidden_BHW, patch)[:, None]
 
     def reconstruct(self, batch: ImageBatch) -> Reconstruction:
         """See `lightspan.nn.masking.hidden_patches`."""

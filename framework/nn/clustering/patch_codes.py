@@ -26,7 +26,7 @@ class PatchCodes(nn.Module):
 
     Args:
         codes: V, at least 2.
-        patch: sides of a patch in pixels.
+        patch: sides of a patch in pixels, one for each axis.
         channels: of the images. None leaves these to the method, which calls `set_patch_shape`.
         seed: of the first centres.
     """
@@ -35,34 +35,33 @@ class PatchCodes(nn.Module):
     known: Tensor
 
     def __init__(
-        self, codes: int, patch: tuple[int, int] | None = None, channels: int | None = None, seed: int = 0
+        self, codes: int, patch: tuple[int, ...] | None = None, channels: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
-        height, width = patch or (None, None)
-        self.shape = height, width, channels
-        if codes < 2 or any(number is not None and number < 1 for number in self.shape) or seed < 0:
+        if codes < 2 or any(number is not None and number < 1 for number in (*(patch or ()), channels)) or seed < 0:
             raise UserError(
                 f"PatchCodes: codes={codes} must be at least 2, patch={patch and list(patch)} and channels={channels} "
                 f"above 0, and seed={seed} at least 0"
             )
-        self.codes, self.patch, self.seed = codes, patch or (0, 0), seed
+        self.codes, self.patch, self.channels, self.seed = codes, patch and tuple(patch), channels, seed
         register_replicated(self, "centres_Vd", torch.zeros(codes, 0))
         register_replicated(self, "known", torch.zeros((), dtype=torch.bool))
         self._asked = False  # whether the state has been read since it may have been loaded
         if patch is not None and channels is not None:
             self.set_patch_shape((*patch, channels))
 
-    def set_patch_shape(self, patch_shape: tuple[int, int, int]) -> None:
-        """Takes the height, width and channels of a backbone's patches where they were left open.
+    def set_patch_shape(self, patch_shape: tuple[int, ...]) -> None:
+        """Takes the sides and channels of a backbone's patches where they were left open.
 
         Raises: UserError for others than were given: there would not be one code for each patch of the backbone.
         """
-        if any(own not in (None, given) for own, given in zip(self.shape, patch_shape, strict=True)):
+        *patch, channels = patch_shape
+        if self.patch not in (None, tuple(patch)) or self.channels not in (None, channels):
             raise UserError(
-                f"PatchCodes are made for patches of height, width and channels {[*self.shape]}, and those of the "
-                f"backbone have {[*patch_shape]}; leave patch and channels out"
+                f"PatchCodes are made for patches of sides and channels {[*(self.patch or ()), self.channels]}, and "
+                f"those of the backbone have {[*patch_shape]}; leave patch and channels out"
             )
-        self.shape, self.patch = patch_shape, patch_shape[:2]
+        self.patch, self.channels = tuple(patch), channels
         if not self.centres_Vd.shape[1]:  # what was learned stays
             self.centres_Vd = self.centres_Vd.new_zeros(self.codes, math.prod(patch_shape))
 
@@ -73,7 +72,7 @@ class PatchCodes(nn.Module):
     @torch.no_grad()
     def forward(self, image_BChw: Tensor) -> Tensor:
         """Raises: UserError for images of other channels, and before the shape of a patch is settled."""
-        if not self.centres_Vd.shape[1]:
+        if self.patch is None or not self.centres_Vd.shape[1]:
             raise UserError("PatchCodes do not know the shape of a patch; set patch and channels")
         patches_BTd = wide(patchify(image_BChw, self.patch))
         if patches_BTd.shape[2] != self.centres_Vd.shape[1]:

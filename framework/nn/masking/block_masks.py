@@ -4,7 +4,8 @@ Source: Bao et al., "BEiT", 2021, arXiv 2106.08254, algorithm 1 (blocks); Zhou e
 (half of the images masked, at a random ratio); Atito et al., "SiT", 2021, arXiv 2104.03602, and its code (rectangles
 until a share is hidden). The last patches that no block fits are drawn one by one, as DINOv3's
 code does it, so that a mask has exactly as many patches as were asked for.
-Shapes: B images, H W grid of patches, N masked patches of all images, w width.
+Blocks are rectangles on a grid of two axes, as in these papers; on others they are intervals, boxes and so on.
+Shapes: B images, H W grid of patches (or as many axes as it has), N masked patches of all images, w width.
 """
 
 import math
@@ -25,12 +26,13 @@ LEAST_BLOCK, ATTEMPTS = 4, 10
 
 @dataclass(frozen=True)
 class BlockMasks(MaskSampler):
-    """Masks a share of the images, each at a ratio of its own, by rectangles.
+    """Masks a share of the images, each at a ratio of its own, by blocks.
 
     Args:
         probability: that an image is masked at all, in [0, 1].
         ratio: share of its patches, least and most, in [0, 1]; uniform between them.
-        aspect: of a block, height by width: uniform in the logarithm between this and its inverse, in (0, 1].
+        aspect: of a block, each side by the last one (height by width): uniform in the logarithm between this and its
+            inverse, in (0, 1].
         seed: >= 0.
         least_block: patches of the smallest block, at least 1; those that no block of this size fits are drawn one by
             one.
@@ -53,17 +55,14 @@ class BlockMasks(MaskSampler):
             )
 
     def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
-        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid that has not two axes."""
-        if len(grid) != 2:
-            raise UserError(f"BlockMasks hide rectangles of a grid with two axes, and this is {list(grid)}")
-        height, width = grid
-        masks_BHW = np.zeros((len(indices), height, width), dtype=bool)
+        """bool [B H W], see `MaskSampler`."""
+        masks_BHW = np.zeros((len(indices), *grid), dtype=bool)
         for mask_HW, index in zip(masks_BHW, indices, strict=True):
             generator = np.random.default_rng((self.seed, step, index, view))
             masked, share = generator.random(2)
             if masked < self.probability:
                 ratio = self.ratio[0] + share * (self.ratio[1] - self.ratio[0])
-                fill_blocks(mask_HW, int(ratio * height * width), self.aspect, generator, self.least_block)
+                fill_blocks(mask_HW, int(math.prod(grid, start=ratio)), self.aspect, generator, self.least_block)
         return masks_BHW
 
 
@@ -72,8 +71,8 @@ class RectangleMasks(MaskSampler):
     """Hides rectangles, which may overlap, until at least a share of a grid is hidden: SiT's, whose grid is of pixels.
 
     Each side of a rectangle is uniform between `align` and `longest` of the grid's; sides and places are rounded down
-    to multiples of `align`. The last one exceeds the share by less than its own area, which is at most longest^2 of the
-    grid's (or align^2 cells), so that counts differ between images.
+    to multiples of `align`. The last one exceeds the share by less than its own area, which of n axes is at most
+    longest^n of the grid's (or align^n cells), so that counts differ between images.
 
     Args:
         share: in [0, 0.9]; more than that takes long, as rectangles seldom reach a corner.
@@ -96,27 +95,26 @@ class RectangleMasks(MaskSampler):
             )
 
     def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
-        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid without two axes, or no multiple of `align`."""
-        if len(grid) != 2 or any(side % self.align for side in grid):
+        """bool [B H W], see `MaskSampler`. Raises: UserError for a grid whose sides are not multiples of `align`."""
+        if any(side % self.align for side in grid):
             raise UserError(
-                f"RectangleMasks hide rectangles of a grid with two axes that are multiples of align={self.align}, and "
-                f"this is {' x '.join(map(str, grid))}; set align to a divisor of both, such as the side of a patch"
+                f"RectangleMasks hide rectangles of a grid whose sides are multiples of align={self.align}, and this "
+                f"is {' x '.join(map(str, grid))}; set align to a divisor of all, such as the side of a patch"
             )
         masks_BHW = np.zeros((len(indices), *grid), dtype=bool)
         for mask_HW, index in zip(masks_BHW, indices, strict=True):
             generator, hidden = np.random.default_rng((self.seed, step, index, view)), 0
             while hidden < round(self.share * mask_HW.size, 6):
-                ends = [self._piece(side, generator) for side in grid]
-                block = mask_HW[slice(*ends[0]), slice(*ends[1])]
+                block = mask_HW[tuple(self._piece(side, generator) for side in grid)]
                 hidden += block.size - int(block.sum())
                 block[:] = True
         return masks_BHW
 
-    def _piece(self, side: int, generator: np.random.Generator) -> tuple[int, int]:
-        """Where a rectangle begins and ends along a side."""
+    def _piece(self, side: int, generator: np.random.Generator) -> slice:
+        """What a rectangle covers of a side."""
         length = int(generator.uniform(self.align, max(self.align, self.longest * side))) // self.align * self.align
         start = int(generator.integers((side - length) // self.align + 1)) * self.align
-        return start, start + length
+        return slice(start, start + length)
 
 
 class MaskedPatches(NamedTuple):
@@ -136,7 +134,7 @@ class MaskedPatches(NamedTuple):
 
     @classmethod
     def of(cls, masks_BHW: np.ndarray, device: torch.device | str = "cpu") -> "MaskedPatches":
-        counts_B = masks_BHW.sum(axis=(1, 2))
+        counts_B = masks_BHW.sum(axis=tuple(range(1, masks_BHW.ndim)))
         weight_N = np.repeat(1 / np.maximum(counts_B, 1), counts_B).astype(np.float32)
         arrays = masks_BHW, np.flatnonzero(masks_BHW), weight_N
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
@@ -155,17 +153,15 @@ def fill_blocks(
     mask_HW: np.ndarray, count: int, aspect: float, generator: np.random.Generator, least: int = LEAST_BLOCK
 ) -> None:
     """Sets exactly `count` entries of an empty mask, by blocks of about `least` patches and more, which may overlap."""
-    height, width = mask_HW.shape
-    left = count
+    grid, left, widest = mask_HW.shape, count, abs(math.log(aspect))
     while left > 0:
         for _ in range(ATTEMPTS):
             area = generator.uniform(least, max(least, left))
-            ratio = math.exp(generator.uniform(math.log(aspect), -math.log(aspect)))
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if not (0 < h <= height and 0 < w <= width):
+            logarithms = generator.uniform(-widest, widest, size=len(grid) - 1)
+            sides = block_sides(area, [*map(math.exp, logarithms)])
+            if not all(0 < side <= most for side, most in zip(sides, grid, strict=True)):
                 continue
-            top, side = generator.integers(height - h + 1), generator.integers(width - w + 1)
-            block = mask_HW[top : top + h, side : side + w]
+            block = mask_HW[block_at_random(grid, sides, generator)]
             added = block.size - int(block.sum())
             if 0 < added <= left:
                 block[:] = True
@@ -175,3 +171,16 @@ def fill_blocks(
             free = np.flatnonzero(~mask_HW)
             mask_HW.flat[generator.choice(free, left, replace=False)] = True
             return
+
+
+def block_sides(area: float, aspects: Sequence[float]) -> tuple[int, ...]:
+    """The sides of a block of about so many patches, of which all but the last have these ratios to the last one."""
+    shape = [*aspects, 1.0]
+    scale = (area / math.prod(shape)) ** (1 / len(shape))
+    return tuple(round(scale * side) for side in shape)
+
+
+def block_at_random(grid: Sequence[int], sides: Sequence[int], generator: np.random.Generator) -> tuple[slice, ...]:
+    """A block of these sides anywhere in a grid that has room for it."""
+    starts = [int(generator.integers(most - side + 1)) for most, side in zip(grid, sides, strict=True)]
+    return tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))

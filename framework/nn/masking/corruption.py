@@ -2,7 +2,7 @@
 
 Source: Atito, Awais, Kittler, "SiT", 2021, arXiv 2104.03602, and "GMML", 2022, arXiv 2205.14986: group masked model
 learning. Masks and noise are functions of seed, step, image and view; noise is made on the images' device.
-Shapes: B images, C channels, h w their sides, H W grid of patches, or of pixels.
+Shapes: B images, C channels, h w their sides, H W grid of patches, or of pixels; of both as many axes as images have.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from lightspan.core.noise import hashed_noise, mixed_seed
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.mask_samplers import MaskSampler
+from lightspan.nn.sequences.patches import cells_to_pixels
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class GroupCorruption:
             raise UserError(f"GroupCorruption fill={self.fill!r} must be noise, zeros or shifted")
 
     def __call__(
-        self, image_BChw: Tensor, grid: tuple[int, int], index_B: Tensor, step: int, view: int = 0
+        self, image_BChw: Tensor, grid: tuple[int, ...], index_B: Tensor, step: int, view: int = 0
     ) -> tuple[Tensor, np.ndarray]:
         """(corrupted images, masks bool [B H W]). The only image of a batch shows itself where it is to show another.
 
@@ -55,18 +56,19 @@ class GroupCorruption:
         """
         device, numbers = image_BChw.device, image_numbers(index_B)
         masks_BHW = self.masks.draw(grid, step, numbers, view)
-        alien_B = np.array([each.random() for each in self._generators(step, numbers, view, 2)]) < self.alien
+        drawn_B = np.array([each.random() for each in self._generators(step, numbers, view, 2)])
+        alien_B = drawn_B.reshape(-1, *[1] * len(grid)) < self.alien
         if self.alien_masks is not None:
             of_aliens = self.alien_masks.draw(grid, step, numbers, view)
-            masks_BHW = np.where(alien_B[:, None, None], of_aliens, masks_BHW)
+            masks_BHW = np.where(alien_B, of_aliens, masks_BHW)
         fill_BChw = torch.where(
-            torch.from_numpy(alien_B).to(device)[:, None, None, None],
+            torch.from_numpy(alien_B).to(device)[:, None],
             image_BChw.roll(1, dims=0),
             self._own(image_BChw, index_B, step, view),
         )
         sides = [side // count for side, count in zip(image_BChw.shape[2:], grid, strict=True)]
-        hidden_Bhw = np.kron(masks_BHW, np.ones((1, *sides), dtype=bool))
-        return torch.where(torch.from_numpy(hidden_Bhw).to(device)[:, None], fill_BChw, image_BChw), masks_BHW
+        hidden_Bhw = cells_to_pixels(torch.from_numpy(masks_BHW).to(device), sides)
+        return torch.where(hidden_Bhw[:, None], fill_BChw, image_BChw), masks_BHW
 
     def _own(self, image_BChw: Tensor, index_B: Tensor, step: int, view: int) -> Tensor:
         """What blocks show where it is not another image, everywhere: [B C h w]."""
@@ -75,14 +77,16 @@ class GroupCorruption:
         if self.fill == "noise":
             seed_B = mixed_seed(index_B.to(image_BChw.device), step, self.masks.seed)
             return hashed_noise(seed_B, view, tuple(image_BChw.shape[1:])).to(image_BChw)
-        height, width = image_BChw.shape[2:]
+        sides = tuple(image_BChw.shape[2:])
         generators = self._generators(step, image_numbers(index_B), view, 3)
-        drawn = np.array([each.integers((height, width)) for each in generators], dtype=np.int64).reshape(-1, 2)
-        shift_B2 = torch.from_numpy(drawn).to(image_BChw.device)
-        row_Bh = (torch.arange(height, device=shift_B2.device) + shift_B2[:, :1]) % height
-        column_Bw = (torch.arange(width, device=shift_B2.device) + shift_B2[:, 1:]) % width
-        rows_BChw = image_BChw.gather(2, row_Bh[:, None, :, None].expand_as(image_BChw))
-        return rows_BChw.gather(3, column_Bw[:, None, None, :].expand_as(image_BChw))
+        drawn = np.array([each.integers(sides) for each in generators], dtype=np.int64).reshape(-1, len(sides))
+        for axis, (side, shift_B) in enumerate(
+            zip(sides, torch.from_numpy(drawn).to(image_BChw.device).T, strict=True)
+        ):
+            place_Bs = (torch.arange(side, device=shift_B.device) + shift_B[:, None]) % side
+            place_Bs = place_Bs.unflatten(1, (*[1] * (1 + axis), side, *[1] * (len(sides) - 1 - axis)))
+            image_BChw = image_BChw.gather(2 + axis, place_Bs.expand_as(image_BChw))
+        return image_BChw
 
     def _generators(self, step: int, indices: Sequence[int], view: int, stream: int) -> Iterator[np.random.Generator]:
         return (np.random.default_rng((self.masks.seed, step, index, view, stream)) for index in indices)

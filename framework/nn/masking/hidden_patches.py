@@ -2,8 +2,8 @@
 
 A method that can show its guesses has `reconstruct(batch)` -> `Reconstruction | None` for an `ImageBatch`, or for the
 two views of a `PairBatch`; None if its targets are no pixels. `lightspan.callbacks.pictures.reconstructions` draws it.
-Shapes: B images, C h w, H W grid of T patches, K visible and M hidden ones, d = p q C numbers of a patch of p x q
-pixels.
+Shapes: B images, C h w, H W grid of T patches, K visible and M hidden ones, d numbers of a patch, its pixels times C.
+Letters are those of images: h w and H W stand for as many axes as samples have, three for volumes and series of images.
 """
 
 import math
@@ -33,9 +33,7 @@ class Reconstruction(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenPatches:
-    """Images, or series of them with an axis of dates before h and w, the sides of a patch, the grid, and int64 places
-    of visible and of hidden patches, [B K] and [B M].
-    """
+    """Images, the sides of a patch, the grid, and int64 places of visible and of hidden patches, [B K] and [B M]."""
 
     image_BChw: Tensor
     patch: tuple[int, ...]

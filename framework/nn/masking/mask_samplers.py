@@ -3,7 +3,7 @@ the same. `lightspan.nn.masking.block_masks` has those of BEiT and iBOT, `lights
 I-JEPA.
 
 Each sampler has `draw(grid, step, indices, view=0)` -> bool [B grid...], True where a patch is hidden.
-Shapes: B images, grid of 1 to 3 axes.
+Shapes: B images, or other samples; a grid of any number of axes.
 """
 
 import math

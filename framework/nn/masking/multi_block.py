@@ -8,8 +8,9 @@ Difference: their code cuts the contexts of a batch to the smallest one, in the 
 context depends on which others are beside it, and lower rows are cut. Here all contexts have one count, `context_keep`
 of the patches, drawn among those that are left; blocks are placed again until enough are left, and if none of
 `ATTEMPTS` draws leaves enough (small grids), patches of targets fill up the context of the best draw. In their code one
-random number sets both the area and the aspect of a step's targets; here they are independent.
-Shapes: B images, H W grid, N target blocks, M patches of each, K of a context.
+random number sets both the area and the aspect of a step's targets; here they are independent. The grid may have other
+numbers of axes than two.
+Shapes: B images, N target blocks, M patches of each, K of a context.
 """
 
 import math
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.nn.masking.block_masks import block_at_random, block_sides
 
 ATTEMPTS = 20
 
@@ -45,7 +47,8 @@ class MultiBlock:
     Args:
         targets: blocks to predict, at least 1.
         target_scale: share of the patches in each, least and most, in (0, 1].
-        target_aspect: its height by its width, least and most, > 0; uniform between them, as in the authors' code.
+        target_aspect: each of its sides by the last one (height by width), least and most, > 0; uniform between them,
+            as in the authors' code.
         context_scale: share of the patches in the context block, before targets are taken away, in (0, 1].
         context_keep: share of the patches in every context, in (0, 1]; at least one patch. By the authors' rule the
             contexts of a batch of 128 images have 50 of 14 x 14 patches in the median, which 0.26 gives.
@@ -71,7 +74,7 @@ class MultiBlock:
                 f"<= most, context_keep={self.context_keep} in (0, 1], and seed={self.seed} at least 0"
             )
 
-    def draw(self, grid: tuple[int, int], step: int, indices: Sequence[int], view: int = 0) -> Blocks:
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> Blocks:
         """Blocks of these images.
 
         Args:
@@ -80,8 +83,9 @@ class MultiBlock:
         """
         # A number more than images have: numpy fills short seeds up with zeros, which are an image's too.
         sizes = np.random.default_rng((self.seed, step, 0, 0, 1))
-        target = _size(grid, sizes.uniform(*self.target_scale), sizes.uniform(*self.target_aspect))
-        context = _size(grid, sizes.uniform(*self.context_scale), 1.0)
+        others = len(grid) - 1
+        target = _size(grid, sizes.uniform(*self.target_scale), sizes.uniform(*self.target_aspect, others).tolist())
+        context = _size(grid, sizes.uniform(*self.context_scale), [1.0] * others)
         count = max(1, int(round(self.context_keep * math.prod(grid), 6)))
         drawn = [
             self._one(grid, target, context, count, np.random.default_rng((self.seed, step, index, view)))
@@ -97,9 +101,9 @@ class MultiBlock:
 
     def _one(
         self,
-        grid: tuple[int, int],
-        target: tuple[int, int],
-        context: tuple[int, int],
+        grid: tuple[int, ...],
+        target: tuple[int, ...],
+        context: tuple[int, ...],
         count: int,
         generator: np.random.Generator,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -120,18 +124,15 @@ class MultiBlock:
         return np.sort(generator.choice(np.flatnonzero(best_T), count, replace=False)), best_NM
 
 
-def _size(grid: tuple[int, int], share: float, aspect: float) -> tuple[int, int]:
-    """Height and width in patches of a block with this share of the patches; what exceeds the grid is cut off.
+def _size(grid: tuple[int, ...], share: float, aspects: Sequence[float]) -> tuple[int, ...]:
+    """The sides in patches of a block with this share of the patches; what exceeds the grid is cut off.
 
     Where the authors' code keeps blocks one patch below the grid's sides, a context here may be the whole image.
     """
-    area = share * math.prod(grid)
-    height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    return min(max(height, 1), grid[0]), min(max(width, 1), grid[1])
+    sides = block_sides(share * math.prod(grid), aspects)
+    return tuple(min(max(side, 1), most) for side, most in zip(sides, grid, strict=True))
 
 
-def _block(grid: tuple[int, int], size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+def _block(grid: tuple[int, ...], size: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
     """Places of the patches of a block anywhere in the grid, in increasing order."""
-    top, side = generator.integers(grid[0] - size[0] + 1), generator.integers(grid[1] - size[1] + 1)
-    rows, columns = np.arange(top, top + size[0]), np.arange(side, side + size[1])
-    return (rows[:, None] * grid[1] + columns).ravel()
+    return np.arange(math.prod(grid)).reshape(grid)[block_at_random(grid, size, generator)].ravel()

@@ -3,8 +3,8 @@
 Source: Su et al., "M3I" (Towards All-in-one Pre-training via Maximizing Multi-modal Mutual Information), CVPR 2023,
 arXiv 2211.09807, section 3.3: images mixed by complementary random masks, each guessed from its own part. With one
 image and hidden places it is the random masking of MAE (2111.06377).
-Shapes: B images, C h w image, M sources, R = ceil(B / M) mixtures, H W grid of T places, K places that show a source,
-A = T - K others.
+Shapes: B images, C h w image (or as many axes as the grid has), M sources, R = ceil(B / M) mixtures, T places of the
+grid, K places that show a source, A = T - K others.
 """
 
 import math
@@ -76,7 +76,7 @@ class PatchMix:
             )
 
     def __call__(
-        self, image_BChw: Tensor, patch: Sequence[int], grid: tuple[int, int], index_B: Tensor, step: int
+        self, image_BChw: Tensor, patch: Sequence[int], grid: tuple[int, ...], index_B: Tensor, step: int
     ) -> Mixtures:
         """Mixtures of a batch.
 

@@ -11,6 +11,7 @@ network stays what it is, any two passes are independent, and a SyncBatchNorm su
 Shapes: B images, C channels, h w sides of a map, H W grid of cells, K active cells, N active positions of a map.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.core.blocks import recomputes
 from lightspan.core.errors import UserError
+from lightspan.nn.sequences.patches import cells_to_pixels, patchify
 
 MAPS = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | LayerNorm2d
 """Layers whose outputs are maps [B C h w]; a LayerNorm2d normalises each position by itself."""
@@ -42,20 +44,16 @@ class ActiveCells:
     grid: tuple[int, ...]
     see_BK: Tensor
 
-    def mask(self, sides: tuple[int, int]) -> Tensor:
+    def mask(self, sides: tuple[int, ...]) -> Tensor:
         """Which positions of maps of these sides lie in active cells: bool [B 1 h w]."""
-        (height, width), (down, right) = self.grid, self._positions_of_a_cell(sides)
-        hidden_BT = self.see_BK.new_zeros(len(self.see_BK), height * width, dtype=torch.bool)
-        active_B1HW = hidden_BT.scatter(1, self.see_BK, True).unflatten(1, (1, height, width))
-        return active_B1HW.repeat_interleave(down, 2).repeat_interleave(right, 3)
+        hidden_BT = self.see_BK.new_zeros(len(self.see_BK), math.prod(self.grid), dtype=torch.bool)
+        active_B1HW = hidden_BT.scatter(1, self.see_BK, True).unflatten(1, (1, *self.grid))
+        return cells_to_pixels(active_B1HW, self._cell(sides))
 
-    def places(self, sides: tuple[int, int]) -> Tensor:
-        """Where these are, counted over the map row by row: int64 [B N]."""
-        down, right = self._positions_of_a_cell(sides)
-        rows, columns = (torch.arange(count, device=self.see_BK.device) for count in (down, right))
-        row_BKd = (self.see_BK // self.grid[1] * down)[..., None] + rows
-        column_BKr = (self.see_BK % self.grid[1] * right)[..., None] + columns
-        return (row_BKd[..., None] * sides[1] + column_BKr[:, :, None]).flatten(1)
+    def places(self, sides: tuple[int, ...]) -> Tensor:
+        """Where these are, counted over the map row by row: int64 [B N], cell by cell."""
+        every = torch.arange(math.prod(sides), device=self.see_BK.device).view(1, 1, *sides)
+        return patchify(every, self._cell(sides))[0, self.see_BK].flatten(1)
 
     def alone(self, x_BChw: Tensor) -> Tensor:
         """A map with zeros outside of active cells, whatever stood there, also NaN."""
@@ -70,24 +68,26 @@ class ActiveCells:
         place_BN = self.places(sides_of(x_BChw))
         return x_BChw.flatten(2).gather(2, place_BN[:, None].expand(-1, x_BChw.shape[1], -1))[..., None]
 
-    def scattered(self, x_BCN1: Tensor, sides: tuple[int, int]) -> Tensor:
+    def scattered(self, x_BCN1: Tensor, sides: tuple[int, ...]) -> Tensor:
         """The inverse of `gathered`, with zeros elsewhere."""
         place_BCN = self.places(sides)[:, None].expand(-1, x_BCN1.shape[1], -1)
-        empty_BCT = x_BCN1.new_zeros(*x_BCN1.shape[:2], sides[0] * sides[1])
+        empty_BCT = x_BCN1.new_zeros(*x_BCN1.shape[:2], math.prod(sides))
         return empty_BCT.scatter(2, place_BCN, x_BCN1[..., 0]).unflatten(2, sides)
 
-    def _positions_of_a_cell(self, sides: tuple[int, int]) -> tuple[int, int]:
-        down, right = (side // count for side, count in zip(sides, self.grid, strict=True))
-        if (down * self.grid[0], right * self.grid[1]) != tuple(sides) or not down * right:
+    def _cell(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """The sides of a cell on maps of these sides."""
+        cell = tuple(side // count for side, count in zip(sides, self.grid, strict=True))
+        if any(c * count != side or not c for c, count, side in zip(cell, self.grid, sides, strict=True)):
             raise UserError(
-                f"a map of {sides[0]} x {sides[1]} positions cannot be divided among {self.grid[0]} x {self.grid[1]} "
-                "cells; layers that pool whole images, as in squeeze-and-excitation, cannot be made sparse"
+                f"a map of {' x '.join(map(str, sides))} positions cannot be divided among "
+                f"{' x '.join(map(str, self.grid))} cells; layers that pool whole images, as in "
+                "squeeze-and-excitation, cannot be made sparse"
             )
-        return down, right
+        return cell
 
 
-def sides_of(x_BChw: Tensor) -> tuple[int, int]:
-    return x_BChw.shape[2], x_BChw.shape[3]
+def sides_of(x_BChw: Tensor) -> tuple[int, ...]:
+    return tuple(x_BChw.shape[2:])
 
 
 def require_sparse(network: nn.Module, run: Callable[[], object]) -> list[nn.Module]:
@@ -152,7 +152,7 @@ class _ActiveNorm:
     """Hooks of one BatchNorm in one pass."""
 
     def __init__(self, active: ActiveCells, name: str) -> None:
-        self.active, self.name, self.sides = active, name, (0, 0)
+        self.active, self.name, self.sides = active, name, tuple[int, ...]()
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         (x_BChw,), self.sides = args, sides_of(args[0])

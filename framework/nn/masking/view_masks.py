@@ -1,6 +1,6 @@
 """Masks of the global views of a batch, for methods whose student guesses what hidden patches show.
 
-Shapes: B images, G global views, H W grid of patches.
+Shapes: B images, R = G B global views.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from lightspan.nn.masking.mask_samplers import MaskSampler
 
 
 def masks_of_views(
-    sampler: MaskSampler, grid: tuple[int, int], step: int, index_B: Tensor, global_views: int, masking: bool = True
+    sampler: MaskSampler, grid: tuple[int, ...], step: int, index_B: Tensor, global_views: int, masking: bool = True
 ) -> MaskedPatches:
     """Of G views, one after the other, on the device of the images' numbers.
 
@@ -23,7 +23,7 @@ def masks_of_views(
     """
     if masking or not has_values(index_B):
         numbers = image_numbers(index_B)
-        masks_RHW = np.concatenate([sampler.draw(grid, step, numbers, view) for view in range(global_views)])
+        masks_R = np.concatenate([sampler.draw(grid, step, numbers, view) for view in range(global_views)])
     else:
-        masks_RHW = np.zeros((global_views * len(index_B), *grid), dtype=bool)
-    return MaskedPatches.of(masks_RHW, index_B.device)
+        masks_R = np.zeros((global_views * len(index_B), *grid), dtype=bool)
+    return MaskedPatches.of(masks_R, index_B.device)

@@ -1,4 +1,4 @@
-"""Images, volumes and series as patches, and patches picked by their places.
+"""Images, volumes and series as patches, patches picked by their places, and cells of a grid as pixels.
 
 Patches are numbered row by row, the last axis fastest, and a patch's pixels likewise with its channels last: the order
 of MAE's code (He et al., 2021, arXiv 2111.06377), whatever the number of axes.
@@ -16,15 +16,17 @@ from lightspan.core.errors import UserError
 
 
 def grid_of(sides: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """How many patches fit along each side. Raises: UserError for sides that they do not fill."""
-    if (
-        len(sides) != len(patch)
-        or min(patch) < 1
-        or any(side % p or not side for side, p in zip(sides, patch, strict=True))
-    ):
+    """How many patches fit along each side. Raises: UserError for another number of axes, or sides that they do not
+    fill.
+    """
+    reason = None
+    if len(sides) != len(patch):
+        reason = f"samples have {len(sides)} axes after the channels, and patches {len(patch)}"
+    elif min(patch) < 1 or any(side % p or not side for side, p in zip(sides, patch, strict=True)):
+        reason = "each side must be a multiple of the patch's"
+    if reason is not None:
         raise UserError(
-            f"{' x '.join(map(str, sides))} cannot be cut into patches of {' x '.join(map(str, patch))}; each side "
-            "must be a multiple of the patch's"
+            f"{' x '.join(map(str, sides))} cannot be cut into patches of {' x '.join(map(str, patch))}; {reason}"
         )
     return tuple(side // p for side, p in zip(sides, patch, strict=True))
 
@@ -33,7 +35,7 @@ def patchify(x_BC: Tensor, patch: Sequence[int]) -> Tensor:
     """[B C sides...] -> [B T d]. Raises: UserError for sides that patches do not fill.
 
     Args:
-        patch: its sides, one for each axis after the channels (1 to 3 of them, or more).
+        patch: its sides, one for each axis after the channels, however many there are.
     """
     grid, axes = grid_of(x_BC.shape[2:], patch), len(patch)
     split = x_BC.reshape(*x_BC.shape[:2], *(side for pair in zip(grid, patch, strict=True) for side in pair))
@@ -41,12 +43,12 @@ def patchify(x_BC: Tensor, patch: Sequence[int]) -> Tensor:
     return split.permute(0, *places, *pixels, 1).flatten(1 + axes).flatten(1, axes)
 
 
-def patch_images(x_BChw: Tensor, patch: Sequence[int]) -> Tensor:
-    """Patches of p x q pixels as images of their own, for a network that sees each alone: [B C h w] -> [B T C p q].
+def patch_images(x_BC: Tensor, patch: Sequence[int]) -> Tensor:
+    """Patches as samples of their own, for a network that sees each alone: [B C sides...] -> [B T C patch...].
 
     Raises: UserError as `patchify`.
     """
-    return patchify(x_BChw, patch).unflatten(2, (*patch, x_BChw.shape[1])).movedim(-1, 2)
+    return patchify(x_BC, patch).unflatten(2, (*patch, x_BC.shape[1])).movedim(-1, 2)
 
 
 def unpatchify(patches_BTd: Tensor, patch: Sequence[int], grid: Sequence[int]) -> Tensor:
@@ -67,6 +69,17 @@ def unpatchify(patches_BTd: Tensor, patch: Sequence[int], grid: Sequence[int]) -
     order = [axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair]
     sides = (g * p for g, p in zip(grid, patch, strict=True))
     return split.permute(0, 1 + 2 * axes, *order).reshape(batch, channels, *sides)
+
+
+def cells_to_pixels(cells: Tensor, cell: Sequence[int]) -> Tensor:
+    """Each cell of a grid repeated over the pixels that it covers: [... grid...] -> [... sides...].
+
+    Args:
+        cell: its sides in pixels, one for each of the last axes.
+    """
+    for axis, side in enumerate(cell, start=cells.ndim - len(cell)):
+        cells = cells.repeat_interleave(side, dim=axis)
+    return cells
 
 
 def places(masks_B: np.ndarray) -> np.ndarray:

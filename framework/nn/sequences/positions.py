@@ -1,5 +1,5 @@
-"""Positions of a grid of 1 to 3 axes, as fixed tables: added to tokens, or by turning queries and keys. And learned
-ones of two axes.
+"""Positions of a grid of any number of axes: fixed tables, added to tokens or by turning queries and keys, and learned
+ones.
 
 Each axis gets an equal share of the channels. The last axis (x) has the first share, as in MAE's code; exchanged, the
 codes are the same but weights are not.
@@ -8,11 +8,13 @@ Shapes: T places, counted row by row, w width.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightspan.core.devices import widest_float
+from lightspan.core.devices import wide, widest_float
 from lightspan.core.errors import UserError
 
 
@@ -75,29 +77,80 @@ def rotary(grid: Sequence[int], width: int, base: float = 10_000.0, device: torc
     return torch.cat([angles_Tf.sin(), angles_Tf.cos()], dim=1).float()
 
 
-class RowsAndColumns(nn.Module):
-    """Learned positions of a grid that are the sum of a code of the row and one of the column: [H*W w], of a rank of at
-    most H + W - 1.
+class LearnedPositions(nn.Module):
+    """A learned code of each place of a grid, and by `resampled` of any other grid with as many axes: [T w]. Codes
+    start at N(0, 0.02^2).
+
+    Args:
+        grid: places along each axis, each at least 1.
+        width: w.
+    """
+
+    parameter_kinds = {"code_Tw": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
+
+    def __init__(self, grid: Sequence[int], width: int) -> None:
+        super().__init__()
+        _require_grid(grid, width)
+        self.grid, self.code_Tw = tuple(grid), nn.Parameter(0.02 * torch.randn(math.prod(grid), width))
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        """Raises: UserError for a grid with another number of axes."""
+        return resampled(self.code_Tw, self.grid, grid)
+
+
+class SummedPositions(nn.Module):
+    """Learned positions of a grid that are the sum of a code for each axis, of the row and of the column on two: [T w],
+    of a rank of at most 1 + the sum over axes of (places - 1).
 
     Source: Trinh et al., "Selfie", 2019, arXiv 1906.02940, section 2.4. Codes start at N(0, 0.02^2).
 
     Args:
-        grid: (H, W), each at least 1.
+        grid: places along each axis, each at least 1.
         width: w.
     """
 
-    parameter_kinds = {"row_Hw": "embeddings", "column_Ww": "embeddings"}  # noqa: RUF012 - read by lightspan.optim.groups
-
-    def __init__(self, grid: tuple[int, int], width: int) -> None:
+    def __init__(self, grid: Sequence[int], width: int) -> None:
         super().__init__()
-        if min(*grid, width) < 1:
-            raise UserError(
-                f"positions of width {width} on a grid of {' x '.join(map(str, grid))}: each must be above 0"
-            )
-        self.row_Hw, self.column_Ww = (nn.Parameter(0.02 * torch.randn(side, width)) for side in grid)
+        _require_grid(grid, width)
+        self.axes = nn.ParameterList(0.02 * torch.randn(side, width) for side in grid)
+        # Read by lightspan.optim.groups.
+        self.axes.parameter_kinds = {str(axis): "embeddings" for axis in range(len(grid))}  # type: ignore[assignment]
 
     def forward(self) -> Tensor:
-        return (self.row_Hw[:, None] + self.column_Ww).flatten(0, 1)
+        table = reduce(lambda before, code_sw: before[..., None, :] + code_sw, self.axes)
+        return table.flatten(0, -2)
+
+
+def resampled(code_Tw: Tensor, grid: Sequence[int], other: Sequence[int]) -> Tensor:
+    """Codes of a grid for the places of another one that covers the same sample, [T' w] in their own type.
+
+    Along each axis by itself, the last one first, they are interpolated by cubic splines (with antialiasing where there
+    are fewer places), in float32 or wider. On two axes it is what timm's `resample_abs_pos_embed` does.
+
+    Raises: UserError for another number of axes, or codes of another number of places.
+    """
+    if len(grid) != len(other) or math.prod(grid) != len(code_Tw) or min(other) < 1:
+        raise UserError(
+            f"{len(code_Tw)} positions, learned on a grid of {' x '.join(map(str, grid))}, cannot be interpolated on "
+            f"one of {' x '.join(map(str, other))}: it must have as many axes, each with at least 1 place"
+        )
+    if (*grid,) == (*other,):
+        return code_Tw
+    map_w = wide(code_Tw).T.unflatten(1, tuple(grid))
+    for axis in range(len(grid), 0, -1):
+        lines = map_w.movedim(axis, -1)
+        # torch's cubic interpolation is that of images: each line is one of a single row.
+        rows_1N1s = lines.reshape(1, -1, 1, lines.shape[-1])
+        rows_1N1s = F.interpolate(rows_1N1s, (1, other[axis - 1]), mode="bicubic", antialias=True)
+        map_w = rows_1N1s.reshape(*lines.shape[:-1], -1).movedim(-1, axis)
+    return map_w.flatten(1).T.to(code_Tw.dtype)
+
+
+def _require_grid(grid: Sequence[int], width: int) -> None:
+    if not grid or min(*grid, width) < 1:
+        raise UserError(
+            f"positions of width {width} on a grid of {' x '.join(map(str, grid)) or 'no axis'}: each must be above 0"
+        )
 
 
 def _angles(grid: Sequence[int], width: int, base: float, device: torch.device) -> Tensor:

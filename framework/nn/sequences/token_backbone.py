@@ -2,9 +2,10 @@
 features.
 
 `lightspan.backbones.vit.TokenViT` gives it to timm's transformers, `lightspan.backbones.swin.TokenSwin` to its Swin
-transformers, and `lightspan.backbones.elastic.ElasticViT` has it.
-Shapes: B images, h w their sides, H W grid of patches, T = H W, P prefix tokens (class token first, then registers),
-K patches that are seen, D width.
+transformers, and `lightspan.backbones.elastic.ElasticViT` and the networks of `lightspan.backbones.placed_vit` have it.
+Shapes: B samples, h w their sides, H W grid of patches, T its patches, P prefix tokens (class token first, then
+registers), K patches that are seen, D width. Letters are those of images: h w and H W stand for as many axes as samples
+have, one for series and three for volumes and clips.
 """
 
 import math
@@ -24,17 +25,17 @@ class TokenBackbone(Protocol):
     Attributes:
         num_features: D.
         num_prefix_tokens: P, >= 0.
-        patch_shape: height and width of a patch in pixels, and the channels of images.
+        patch_shape: sides of a patch in pixels, and the channels of samples.
     """
 
     num_features: int
     num_prefix_tokens: int
 
     @property
-    def patch_shape(self) -> tuple[int, int, int]: ...
+    def patch_shape(self) -> tuple[int, ...]: ...
 
-    def grid(self, image_BChw: Tensor) -> tuple[int, int]:
-        """(H, W) of these images. Raises: UserError for sides that the network does not take."""
+    def grid(self, image_BChw: Tensor) -> tuple[int, ...]:
+        """(H, W) of these samples. Raises: UserError for sides that the network does not take."""
 
     def tokens(self, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         """Tokens after the last norm, the prefix first: [B P+T D], or [B P+K D] of the kept patches.
@@ -79,14 +80,14 @@ def settle_patch_decoder(backbone: nn.Module, decoder: nn.Module, method: str) -
         decoder: with `in_features` and `out_features`.
     Raises: UserError for other numbers, or a backbone without tokens.
     """
-    shape = require_tokens(backbone, method).patch_shape
+    *sides, channels = shape = require_tokens(backbone, method).patch_shape
     require_width(backbone, "decoder.in_features", getattr(decoder, "in_features", None))
     build_outputs(decoder, math.prod(shape))
     given = getattr(decoder, "out_features", None)
     if given != math.prod(shape):
         raise UserError(
-            f"decoder.out_features={given}, and a patch of {shape[0]} x {shape[1]} pixels with {shape[2]} channels has "
-            f"{math.prod(shape)} numbers; set it to that, or leave it out"
+            f"decoder.out_features={given}, and a patch of {' x '.join(map(str, sides))} pixels with "
+            f"{channels} channels has {math.prod(shape)} numbers; set it to that, or leave it out"
         )
 
 

@@ -1,5 +1,6 @@
 """Probes of tokens with maps, and retrieval across cameras: planted tokens, plain loops, and degenerate data."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightspan.evaluation.dense.label_propagation import propagated_labels
 from lightspan.evaluation.dense.prompt_masks import iou
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.probes.probes import ProbeScores
+from lightspan.nn.sequences.patches import cells_to_pixels
 
 GRID, PATCHES = (3, 4), 12
 
@@ -420,3 +422,66 @@ def test_who_and_where_must_be_whole_numbers() -> None:
     for wrong in ({"identity": features.fields["identity"]}, features.fields | {"camera": torch.zeros(60)}):
         with pytest.raises(UserError, match="CrossCameraRetrieval reads 'camera' of the batches, whole numbers"):
             CrossCameraRetrieval().fit(features, Features(features.x, fields=wrong))
+
+
+# Grids of other numbers of axes.
+
+GRIDS = ((5,), (3, 4), (2, 3, 2))
+
+
+def on(grid: tuple[int, ...], field: str = "segmentation", count: int = 12, side: int = 3) -> Features:
+    """Tokens that say which of three classes a patch of `side` pixels on each axis shows."""
+    shown = torch.randint(3, (count, *grid), generator=torch.Generator().manual_seed(0))
+    tokens = torch.cat([normal(count, 1, 3), 4 * torch.eye(3)[shown.flatten(1)]], dim=1)
+    return Features(tokens, grid=grid, fields={field: cells_to_pixels(shown, [side] * len(grid))})
+
+
+def test_exact_labels_are_found_on_grids_of_any_number_of_axes() -> None:
+    for grid in GRIDS:
+        assert LinearSegmentation().fit(on(grid, side=1), on(grid, side=1)).scores == {
+            "mean_iou": 1.0, "pixel_accuracy": 1.0,
+        }  # fmt: skip
+        large = LinearSegmentation().fit(on(grid), on(grid)).scores
+        assert large["mean_iou"] > 0.6  # scores between patches are interpolated
+        whole = on(grid)
+        whole.x[:, 1:] = 4 * torch.eye(3)[torch.arange(12) % 3][:, None]
+        whole.fields["segmentation"][:] = (torch.arange(12) % 3).view(-1, *[1] * len(grid))  # type: ignore[index]
+        assert LinearSegmentation().fit(whole, whole).scores["mean_iou"] == 1.0
+        assert PromptIoU(thresholds=0.5).fit(on(grid, "objects", side=1), on(grid, "objects", side=1)).scores == {
+            "iou": 1.0
+        }
+        depth = 20 + (tokens := normal(9, math.prod(grid), 4)) @ torch.tensor([1.0, -2.0, 0.5, 1.5])
+        maps = cells_to_pixels(depth.unflatten(1, grid), [2] * len(grid))
+        deep = Features(tokens, grid=grid, fields={"depth": maps})
+        assert DepthOrder(l2=1e-6).fit(deep, deep).scores == {"order_accuracy": 1.0}
+
+
+def test_a_plane_of_a_volume_is_scored_as_the_picture_that_it_is() -> None:
+    picture = on((3, 4))
+    deep = {name: maps.unsqueeze(1) for name, maps in picture.fields.items()}
+    volume = Features(picture.x, grid=(1, 3, 4), fields=deep)
+    for probe in (LinearSegmentation(), DepthOrder("segmentation"), PromptIoU("segmentation", 0.5)):
+        assert probe.fit(volume, volume).scores == pytest.approx(probe.fit(picture, picture).scores, abs=1e-6)
+
+
+def test_labels_follow_patches_that_move_along_any_axis() -> None:
+    for grid in GRIDS:
+        count = math.prod(grid)
+        first, tokens = torch.arange(count).view(grid), torch.eye(count)
+        moved = first.roll(1, len(grid) - 1)
+        found = propagated_labels(torch.stack([tokens, tokens[moved.flatten()]]), first, grid, temperature=0.01)
+        assert torch.equal(found, torch.stack([first, moved]))
+
+
+def test_maps_with_other_axes_than_the_grid_are_named() -> None:
+    volume = on((2, 3, 2))
+    flat = Features(volume.x, grid=volume.grid, fields={"segmentation": volume.fields["segmentation"][:, 0]})
+    with pytest.raises(UserError, match="reads 'segmentation' of the batches, a map of each sample with the 3 axes"):
+        LinearSegmentation().fit(flat, flat)
+    clips = Features(
+        volume.x, grid=volume.grid, fields={"objects": volume.fields["segmentation"], "clip": torch.arange(12)}
+    )
+    with pytest.raises(UserError, match="LabelPropagation follows contours through frames, which have two axes"):
+        LabelPropagation().fit(clips, clips)
+    with pytest.raises(UserError, match="maps of 4 axes cannot be enlarged"):
+        LinearSegmentation().fit(on((1, 2, 1, 2)), on((1, 2, 1, 2)))

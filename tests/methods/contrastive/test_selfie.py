@@ -18,7 +18,7 @@ from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.nn.heads.attention_pool import SummaryTransformer
 from lightspan.nn.masking.mask_samplers import RandomMasks, seen_and_hidden
 from lightspan.nn.sequences.patches import patch_images
-from lightspan.nn.sequences.positions import RowsAndColumns
+from lightspan.nn.sequences.positions import SummedPositions
 
 
 def method(optimizer: Any = torch.optim.SGD, **settings: Any) -> Selfie:
@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_hidden_places_of_a_cross_entropy_in_plain_num
         parameter.mul_(30)
     h, see, hide = parts(model, given)
     assert (see.shape, hide.shape) == ((5, 12), (5, 4))
-    row, column = model.positions.row_Hw.numpy(), model.positions.column_Ww.numpy()
+    row, column = (codes.numpy() for codes in model.positions.axes)
     losses = []
     for image in range(5):
         tokens = [h[image, t].numpy() + row[t // 4] + column[t % 4] for t in see[image].tolist()]
@@ -120,11 +120,11 @@ def test_each_patch_is_encoded_by_itself_in_evaluation_and_is_the_picture_that_i
 
 
 def test_positions_are_sums_of_rows_and_columns() -> None:
-    positions = RowsAndColumns((3, 5), 20)
+    positions = SummedPositions((3, 5), 20)
     assert torch.linalg.matrix_rank(positions()) <= 3 + 5 - 1
-    assert torch.equal(positions()[2 * 5 + 4], positions.row_Hw[2] + positions.column_Ww[4])
+    assert torch.equal(positions()[2 * 5 + 4], positions.axes[0][2] + positions.axes[1][4])
     with pytest.raises(UserError, match="positions of width 8 on a grid of 0 x 2"):
-        RowsAndColumns((0, 2), 8)
+        SummedPositions((0, 2), 8)
 
 
 def test_gradients_reach_every_weight_also_by_way_of_the_candidates() -> None:

@@ -84,8 +84,8 @@ def test_one_date_is_mae_with_the_same_weights() -> None:
     network, table = theirs.backbone.network, sincos_by_axis((1, 4, 4), series_widths(16))
     with torch.no_grad():
         network.blocks.load_state_dict(ours.backbone.blocks.state_dict())
-        network.patch_embed.proj.weight.copy_(ours.backbone.embed.weight.squeeze(2))
-        network.patch_embed.proj.bias.copy_(ours.backbone.embed.bias)
+        network.patch_embed.proj.weight.copy_(ours.backbone.patch_embed.proj.weight.squeeze(2))
+        network.patch_embed.proj.bias.copy_(ours.backbone.patch_embed.proj.bias)
         network.cls_token.copy_(ours.backbone.cls_token.view(1, 1, -1))
         network.pos_embed.copy_(torch.cat([torch.zeros(1, 16), table])[None])
     theirs.decoder.load_state_dict(ours.decoder.state_dict())
@@ -335,6 +335,7 @@ def test_a_neck_gives_a_class_to_each_pixel_and_dates_their_own_channels() -> No
         neck(tokens[:, :24], (2, 4, 3), (12, 9))
     (layer,) = model.token_features(given, [-1])
     assert layer.tokens_BTD.shape == (4, 36, 16)
+    assert layer.grid == (3, 4, 3)
 
 
 def test_any_number_of_dates_and_any_size_fit_and_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -346,7 +347,11 @@ def test_any_number_of_dates_and_any_size_fit_and_training_lowers_the_loss(tmp_p
     losses = fit(model, [given] * 30, tmp_path)
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert model.features(given).shape == (8, 16)
-    assert [part.shape for part in model.reconstruct(given)[:3]] == [(8, 2, 12, 27), (8, 1, 12, 27), (8, 2, 12, 27)]  # type: ignore[union-attr]
+    assert [part.shape for part in model.reconstruct(given)[:3]] == [
+        (8, 2, 3, 12, 9),
+        (8, 1, 3, 12, 9),
+        (8, 2, 3, 12, 9),
+    ]  # type: ignore[union-attr]
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

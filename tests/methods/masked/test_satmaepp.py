@@ -59,7 +59,7 @@ def test_one_group_at_one_scale_is_mae() -> None:
     with torch.no_grad():
         for name, weight in ours.backbone.blocks.state_dict().items():
             network.blocks.state_dict()[name].copy_(weight)
-        network.patch_embed.proj.load_state_dict(ours.backbone.embed[0].state_dict())
+        network.patch_embed.proj.load_state_dict(ours.backbone.patch_embed.parts[0].proj.state_dict())
         network.cls_token.copy_(ours.backbone.cls_token.view(1, 1, -1))
     for name in ("sequence", "blocks", "norm"):
         getattr(theirs.decoder, name).load_state_dict(getattr(ours.decoder, name).state_dict())
@@ -71,7 +71,7 @@ def test_one_group_at_one_scale_is_mae() -> None:
     loss.backward()
     expected.backward()
     torch.testing.assert_close(
-        ours.backbone.embed[0].weight.grad, network.patch_embed.proj.weight.grad, rtol=1e-4, atol=1e-6
+        ours.backbone.patch_embed.parts[0].proj.weight.grad, network.patch_embed.proj.weight.grad, rtol=1e-4, atol=1e-6
     )
     torch.testing.assert_close(ours.features(given), theirs.backbone.tokens(given["image"])[:, 1:].mean(dim=1))
 

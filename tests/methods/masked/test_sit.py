@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused() -> None:
         SiT(vit(16, 1, 2, img_size=8, patch_size=2, in_chans=1, class_token=False), nn.Linear(16, 8), **sgd)
     with pytest.raises(UserError, match=r"decoder\.out_features=5, and a patch of 2 x 2 pixels with 1 channels has 4"):
         method(decoder=MLPHead(16, 5))
-    with pytest.raises(UserError, match=r"8 x 8; set align to a divisor of both"):
+    with pytest.raises(UserError, match=r"8 x 8; set align to a divisor"):
         method(corruption=aligned(align=3)).training_step(batch(locals_=0), 0)
     with pytest.raises(UserError, match="7 x 7 cannot be cut into patches of 2 x 2"):
         method().training_step(batch(locals_=0, side=7), 0)

@@ -74,8 +74,3 @@ def test_masked_patches_are_found_among_tokens_and_weigh_as_their_image() -> Non
 def test_settings_out_of_range_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match=r"must lie in \[0, 1\], ratio=.* least <= most <= 1, aspect="):
         BlockMasks(**settings)
-
-
-def test_a_grid_that_has_not_two_axes_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a grid with two axes, and this is \[9\]"):
-        BlockMasks().draw((9,), 0, [0])

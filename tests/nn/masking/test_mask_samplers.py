@@ -208,8 +208,8 @@ def test_rectangles_are_unions_of_cells_of_align_and_hide_little_more_than_their
 
 def test_rectangles_need_a_grid_that_align_fits_and_a_share_that_they_reach() -> None:
     assert not RectangleMasks(0.0).draw((8, 8), 0, [0]).any()
-    for grid in ((8,), (9, 8)):
-        with pytest.raises(UserError, match="two axes that are multiples of align=4"):
+    for grid in ((9,), (9, 8)):
+        with pytest.raises(UserError, match="sides are multiples of align=4"):
             RectangleMasks(align=4).draw(grid, 0, [0])
     for settings_ in ({"share": 0.95}, {"longest": 0.0}, {"align": 0}, {"seed": -1}):
         with pytest.raises(UserError, match=r"RectangleMasks: share=.* must lie in \[0, 0.9\]"):
