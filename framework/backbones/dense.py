@@ -40,12 +40,12 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(_convolutions(3 * each, each) for each in reversed(widths[:-1]))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Raises: UserError for sides that do not halve so often."""
+        """Raises: UserError for sides that do not halve so often, or samples that are not images."""
         least = 2 ** (len(self.down) - 1)
-        if any(side % least for side in x_BCHW.shape[2:]):
+        if x_BCHW.ndim != 4 or any(side % least for side in x_BCHW.shape[2:]):
             raise UserError(
-                f"UNet of {len(self.down)} levels needs sides that are multiples of {least}, and these images are "
-                f"{[*x_BCHW.shape[2:]]}; change data.init_args or levels"
+                f"UNet of {len(self.down)} levels needs sides that are multiples of {least}, two of them, and those of "
+                f"these samples are {[*x_BCHW.shape[2:]]}; change data.init_args or levels"
             )
         held: list[Tensor] = []
         x = self.down[0](x_BCHW)
