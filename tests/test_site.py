@@ -108,7 +108,9 @@ def test_every_document_module_and_method_has_its_place(pages: dict[str, str]) -
     documents = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
     assert {path.as_posix() for path in documents} <= pages.keys()
     assert "LowRank" in pages["reference/optim/low_rank/optimizer.html"]
-    assert "step size, &gt;= 0, a float or a 0-d tensor" in pages["reference/optim/low_rank/optimizer.html"]  # from its docstring
+    assert (
+        "step size, &gt;= 0, a float or a 0-d tensor" in pages["reference/optim/low_rank/optimizer.html"]
+    )  # from its docstring
     source = unescape(re.sub(r"<[^>]+>", "", pages["reference/optim/low_rank/optimizer.html"].split('id="source"')[1]))
     assert "def initial(self, layout: Layout) -> State:" in source
     recipes = {path.stem for path in (ROOT / "recipes" / "clustering").glob("*.yaml")}

@@ -20,8 +20,9 @@ INDEX = """# API
 
 Every module by package, with the first sentence of its docstring. Start with
 [`SubspaceProjection`](callbacks/training/subspace_projection.md) in a LightningModule of your own, with
-[`LowRank`](optim/low_rank/optimizer.md) without Lightning, or with [`Method`](training/method.md) for a method of your own
-([first-method.md](../first-method.md)). [CONTRIBUTING.md](../project/CONTRIBUTING.md#where-the-code-is) says what the packages are for.
+[`LowRank`](optim/low_rank/optimizer.md) without Lightning, or with [`Method`](training/method.md) for a method of your
+own ([first-method.md](../first-method.md)). [CONTRIBUTING.md](../project/CONTRIBUTING.md#where-the-code-is) says what
+the packages are for.
 """
 
 
