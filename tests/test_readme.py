@@ -110,7 +110,7 @@ def test_the_ten_lines_of_the_front_page_train_with_the_state_that_it_says(tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     page = "docs/index.md"
-    code = block(page, "python", "from functools import partial")
+    code = block(page, "python", "from lightning import Trainer")
     assert lines_of(code) <= 10
     exec(
         code.replace("max_epochs=10", "max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False"), {}
