@@ -133,6 +133,14 @@ def test_a_part_is_there_if_its_module_has_it(name: str, there: bool) -> None:
     assert is_there(name) == there
 
 
+def test_decisions_name_only_what_the_project_has() -> None:
+    files = [*SOURCES.values(), ROOT / "setup.py", ROOT / "Makefile"]
+    words = {word for file in files for word in re.findall(r"\w+", file.read_text())}
+    named = re.findall(r"`([A-Za-z_.]+)`", (ROOT / "docs" / "decisions.md").read_text())
+    assert len(named) > 50
+    assert {name for name in named if name.rpartition(".")[2] not in words} == set()
+
+
 def test_every_recipe_of_a_document_exists() -> None:
     for document in DOCUMENTS:
         named = re.findall(rf"`((?:{FAMILIES})/\w+)`", document.read_text())
