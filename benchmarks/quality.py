@@ -20,8 +20,8 @@ trains seeds 0, 1 and 2 at this point and keeps a validation curve, which gives 
 on the same seed. `table` prints the results and draws them next to the results file.
 
 What is not searched is a default or stands in `CANDIDATES`. Here FactoredMuon, this project's own, has an advantage on
-`stdlib`: its defaults come from pilots on that task, with the seed of the search (decisions 344 and 347). Other tasks,
-seeds and validation data had no part in them.
+`stdlib`: its defaults come from pilots on that task, with the seed of the search (docs/decisions.md, "Queries and keys
+are orthogonalised by heads"). Other tasks, seeds and validation data had no part in them.
 
 Budget: a run takes a minute of one core of a server CPU (AVX-512, 105 GFLOP/s in float32 products), of `large` one and
 a half; nearly all of it is the model's. An optimiser on a task has 9 to 20 runs of the search and three final ones.

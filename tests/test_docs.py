@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from import_graph import sources
 
 from lightspan.cli.commands.verbs import VERBS, verb_of
 from lightspan.cli.config.resolve import ANY_KIND, resolve
@@ -87,6 +88,57 @@ def test_commands_use_options_and_recipes_that_exist(command: str) -> None:
 )
 def test_what_does_not_exist_is_found(command: str, wrong: list[str]) -> None:
     assert unknown(command) == wrong
+
+
+SOURCES = dict(sources())
+
+
+def is_there(name: str) -> bool:
+    """Whether `a.b.Name` is a module below lightspan, its package, or a word in the module `a.b`; a name may leave out
+    the first packages.
+    """
+    where, _, last = name.rpartition(".")
+    if any(f".{module}".endswith(f".{name}") or f".{name}." in f".{module}." for module in SOURCES):
+        return True
+    within = [file for module, file in SOURCES.items() if f".{module}".endswith((f".{where}", f".{where}.__init__"))]
+    return any(re.search(rf"\b{last}\b", file.read_text()) for file in within)
+
+
+def test_parts_that_documents_name_exist() -> None:
+    checked = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        names = set(re.findall(r"(?<![\w./-])lightspan\.((?:\w+\.)+\w+)", text))
+        names |= set(re.findall(r"`((?:[a-z]\w*\.)+[A-Z]\w*[a-z]\w*)[`(]", text))
+        names = {
+            name for name in names if name.split(".")[0] not in {"torch", "nn", "timm", "lightning", "transformers"}
+        }
+        checked += len(names)
+        assert not [name for name in names if not is_there(name.removeprefix("lightspan."))], document
+    assert checked > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("optim.low_rank.optimizer.LowRank", True),
+        ("low_rank.optimizer.LowRank", True),
+        ("optim.low_rank", True),
+        ("optim.low_rank.LowRank", False),
+        ("rank.optimizer.LowRank", False),
+        ("optim.low_rank.optimizer.HighRank", False),
+    ],
+)
+def test_a_part_is_there_if_its_module_has_it(name: str, there: bool) -> None:
+    assert is_there(name) == there
+
+
+def test_decisions_name_only_what_the_project_has() -> None:
+    files = [*SOURCES.values(), ROOT / "setup.py", ROOT / "Makefile"]
+    words = {word for file in files for word in re.findall(r"\w+", file.read_text())}
+    named = re.findall(r"`([A-Za-z_.]+)`", (ROOT / "docs" / "decisions.md").read_text())
+    assert len(named) > 50
+    assert {name for name in named if name.rpartition(".")[2] not in words} == set()
 
 
 def test_every_recipe_of_a_document_exists() -> None:
@@ -185,6 +237,30 @@ def test_the_site_and_the_index_have_every_document() -> None:
     assert sorted({*pages(config["nav"])} - made) == documents
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
     assert sorted({*linked, "index.md"}) == documents
+
+
+def links(page: Path) -> set[Path]:
+    """The files of the project that a page links to."""
+    found = re.findall(r"\]\((?!\w+:)([^)\s#]+)", page.read_text())
+    return {(page.parent / link).resolve() for link in found}
+
+
+def test_the_index_of_evidence_links_every_page_of_it() -> None:
+    assert set((ROOT / "docs" / "evidence").glob("*.md")) <= links(ROOT / "docs" / "evidence.md")
+
+
+@pytest.mark.parametrize(
+    ("source", "equation"),
+    [
+        ("framework/optim/reference/galore.py", "R = G Q"),
+        ("framework/optim/reference/muon.py", "N_ij = O_ij / "),  # FactoredMuon
+        ("framework/methods/distillation/dino.py", "(eq. 3)"),
+    ],
+)
+def test_equations_are_two_clicks_from_the_readme(source: str, equation: str) -> None:
+    assert equation in (ROOT / source).read_text()
+    pages = {page for page in links(ROOT / "README.md") if page.suffix == ".md" and page.stem != "methods"}
+    assert [page for page in pages if ROOT / source in links(page)]
 
 
 def test_figures_of_the_decision_page_stand_on_the_pages_that_it_links() -> None:

@@ -106,6 +106,42 @@ def test_the_callback_example_projects_the_hidden_matrices_of_usual_networks(kin
             assert size == parameter.numel(), name
 
 
+def test_the_ten_lines_of_the_front_page_train_with_the_state_that_it_says(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    page = "docs/index.md"
+    code = block(page, "python", "from lightning import Trainer")
+    assert lines_of(code) <= 10
+    exec(
+        code.replace("max_epochs=10", "max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False"), {}
+    )
+    (promised,) = re.findall(r"`(optimiser state .*?)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert promised in capsys.readouterr().out
+
+
+def test_the_views_of_the_project_page_are_checked_with_its_overlays(tmp_path, monkeypatch) -> None:
+    page = "docs/a-project.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_views.py").write_text(block(page, "python", "# my_views.py"))
+    for name in ("mine", "timm"):
+        Path(f"{name}.yaml").write_text(block(page, "yaml", f"# {name}.yaml"))
+    Path("my_pictures").mkdir()
+    for number in range(20):
+        Image.new("RGB", (40, 30), (10 * number, 0, 90)).save(f"my_pictures/{number}.png")
+    command = block(
+        page,
+        "sh",
+        "lightspan fit contrastive/simclr --images my_pictures --image-size 32 -c mine.yaml \\\n    data.",
+    )
+    arguments = shlex.split(command.replace("\\\n", " "))[2:]
+    arguments = arguments[: arguments.index("--run")]
+    try:
+        assert main(["check", *arguments, "-c", "timm.yaml"]) == 0
+    finally:
+        sys.modules.pop("my_views", None)
+
+
 def test_the_overlay_example_checks_and_says_who_set_what(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("long.yaml").write_text(block("README.md", "yaml", "# long.yaml"))

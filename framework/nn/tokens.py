@@ -181,7 +181,7 @@ def _features_last(sizes: Sequence[torch.Size | None], widths: Mapping[int, int]
     return None
 
 
-class Patches(NamedTuple):
+class PatchGrid(NamedTuple):
     """How many patches a network makes of a sample, and their grid; None for what is not known."""
 
     number: int | None = None
@@ -192,7 +192,7 @@ def _embedding(backbone: Any) -> Any:
     return getattr(backbone, "patch_embed", None)  # timm's name
 
 
-def _patches(embed: Any, embedded: Sequence[Any] = ()) -> Patches:
+def _patches(embed: Any, embedded: Sequence[Any] = ()) -> PatchGrid:
     """The patches of a pass by what its embedding gave, or else those of the size that the network was made for.
 
     The embedding's output is a map, [B D . . .] or [B . . . D] by its `output_fmt`, where it has more than three axes
@@ -206,7 +206,7 @@ def _patches(embed: Any, embedded: Sequence[Any] = ()) -> Patches:
         number = math.prod(grid)
     elif isinstance(patches, Tensor) and patches.ndim == 3:
         number = patches.shape[1]
-    return Patches(number, None if grid is None else tuple(grid))
+    return PatchGrid(number, None if grid is None else tuple(grid))
 
 
 def arranged(
@@ -214,7 +214,7 @@ def arranged(
     output: Any,
     what: str = "the output",
     width: int | None = None,
-    patches: Patches | None = None,
+    patches: PatchGrid | None = None,
     last: bool | None = None,
 ) -> Tokens:
     """What a network or one of its layers gives, as tokens: [B D], [B P+T D], or a map of two or more axes, [B D H W],

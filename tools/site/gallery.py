@@ -15,8 +15,8 @@ measured here, in minutes on a CPU; *held* says whether it kept the margin that 
 seeds by mean and median. The same as a table, with the systems that are not built yet: [methods.md](methods.md). How to
 choose: [which-method.md](which-method.md).
 """
-# Pages that name everything, so that they explain nothing in particular.
-LISTS = {"benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
+# Pages that name everything, or any recipe as an example, so that they explain nothing in particular.
+LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
 
 
 def page(root: Path) -> str:

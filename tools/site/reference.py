@@ -12,19 +12,17 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 COPY = Path("build/site-package")
-# What the command line is made of (running.md is about it), and recipes, which have pages of their own.
-LEFT_OUT = {
-    *("__main__", "cli", "commands", "config", "exports", "intrinsic", "launch", "planning", "replay", "report"),
-    *("runs", "sweeps", "recipes", "run_files"),
-}
+# The command line (running.md is about it), and recipes, which have pages of their own.
+LEFT_OUT = {"__main__", "cli", "recipes"}
 SOURCE = "<!-- source of {} -->"
 
 INDEX = """# API
 
 Every module by package, with the first sentence of its docstring. Start with
 [`SubspaceProjection`](callbacks/training/subspace_projection.md) in a LightningModule of your own, with
-[`LowRank`](optim/low_rank.md) without Lightning, or with [`Method`](method.md) for a method of your own
-([first-method.md](../first-method.md)). [index.md](../index.md#where-the-code-is) says what the packages are for.
+[`LowRank`](optim/low_rank/optimizer.md) without Lightning, or with [`Method`](training/method.md) for a method of your
+own ([first-method.md](../first-method.md)). [CONTRIBUTING.md](../project/CONTRIBUTING.md#where-the-code-is) says what
+the packages are for.
 """
 
 
