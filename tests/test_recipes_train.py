@@ -12,15 +12,14 @@ import pytest
 import rank_processes
 import torch
 import yaml
+from catalogue import LAYERS
 from optional import INSTALLS, skip_without_packages
 from runs_before import after_runs_before
 from safetensors.torch import save_file
 from torch import nn
 
 from lightspan.cli.config.build import build, build_parts, resolve
-from lightspan.cli.config.recipes import catalogue_names, load
 from lightspan.cli.config.resolve import ANY_KIND, Resolved
-from lightspan.cli.config.tree import plain
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -91,7 +90,6 @@ PAPER = (
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
-LAYERS = {name: [plain(layer) for layer in load(name).layers] for name in catalogue_names()}
 HERE = [name for name, layers in LAYERS.items() if not re.search(PAPER, str(layers))]
 """What a machine can run with the extras and packages that the recipe asks for."""
 TRAINED = [name for name in HERE if any("model" in layer for layer in LAYERS[name])]
