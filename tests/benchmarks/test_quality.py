@@ -96,6 +96,7 @@ def test_two_writers_lose_no_row(tmp_path: Path) -> None:
     assert [(r["optimizer"], r["seed"]) for r in json.loads(results.read_text())] == sorted(keys)
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", ["tiny", "tiny_vit"])
 @pytest.mark.parametrize("name", list(quality.CANDIDATES))
 def test_a_run_steps_every_parameter_and_counts_all_state(

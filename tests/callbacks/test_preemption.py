@@ -57,6 +57,7 @@ def keeps_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("step", [0, 3, 4, 5, 8])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}])
 def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(

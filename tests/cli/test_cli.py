@@ -283,6 +283,7 @@ def test_a_dry_run_builds_and_writes_nothing(capsys):
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -73,6 +73,7 @@ def entries() -> list[Any]:
     return [(encoder, arm) for arm, entry in methods.ENTRIES.items() for encoder in entry.encoders]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("encoder", "arm"), entries())
 def test_an_entry_trains_its_encoder(
     encoder: str, arm: str, split: pictures.Split, made: dict[str, list[pictures.Batch]]

@@ -169,6 +169,7 @@ def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_wo
     assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
 
 
+@pytest.mark.sample(3)
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momentum_in_any_format_goes_the_same_way(dtype, kind) -> None:

@@ -305,6 +305,7 @@ def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_k_steps_saved_and_loaded_and_k_more_equal_2k_across_refreshes(preset, dtype):

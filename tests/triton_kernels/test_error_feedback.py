@@ -185,6 +185,7 @@ def test_the_kernels_take_every_float_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(error_feedback.add_error_triton(gradients, *expected, ONE), slow, rtol=1e-6, atol=0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("storage", STORAGE)
 def test_the_ops_keep_torchs_contract(storage: str) -> None:
     a, coordinates, frame = exact_case((2, 3, 5, 2), False)

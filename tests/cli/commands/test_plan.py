@@ -83,6 +83,7 @@ def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
     assert plan.notes == []
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)
 def test_every_low_rank_optimizer_is_planned_on_fake_tensors_and_trains_with_its_checks(
     tmp_path: Path, kind: type[LowRank]
