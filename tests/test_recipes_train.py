@@ -35,17 +35,21 @@ SHORT = [
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
 
+FEW = {"OnlineProbes": {"bank_samples": 200, "val_samples": 200}, "CollapseSentinel": {"samples": 16}}
+"""Class of a callback -> its settings."""
+
+
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
-    """A recipe with these settings; a batch of a few of each class has two of each, and probes read few samples where
-    the recipe limits them.
+    """A recipe with these settings; a batch of a few of each class has two of each, and callbacks that watch read few
+    samples, which come four at a time.
     """
     resolved = resolve(name, overlays, flags)
     given = resolved.config["data"].get("init_args", {})
     pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
     pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
-    probes = (resolved.config["trainer"]["callbacks"].get("probes") or {}).get("init_args", {})
-    limits = [key for key in ("bank_samples", "val_samples") if key in probes]
-    pairs += [f"trainer.callbacks.probes.init_args.{key}=200" for key in limits]
+    for entry, callback in resolved.config["trainer"]["callbacks"].items():
+        for key, samples in FEW.get(callback["class_path"].rpartition(".")[2] if callback else "", {}).items():
+            pairs.append(f"trainer.callbacks.{entry}.init_args.{key}={samples}")
     return resolve(name, overlays, [*flags, *pairs]) if pairs else resolved
 
 

@@ -370,6 +370,7 @@ def test_an_optimiser_that_diverges_everywhere_is_named(
         quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["fira"])
 
 
+@pytest.mark.sweep
 def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """All points that the search of a row asks for are in the results, which nothing is added to."""
     monkeypatch.setattr(quality, "train", None)
