@@ -97,8 +97,11 @@ PAPER = (
 HERE = [name for name, layers in LAYERS.items() if not re.search(PAPER, str(layers))]
 """What a machine can run with the extras and packages that the recipe asks for."""
 TRAINED = [name for name in HERE if any("model" in layer for layer in LAYERS[name])]
-FIRST = {name.split("/")[0]: name for name in reversed(TRAINED)}
-"""Family -> the recipe of it that `make test` and `make quick` train too."""
+FIRST = {name.split("/")[0]: name for name in reversed(TRAINED)} | {
+    "clustering": "clustering/swav",
+    "masked": "masked/mae",
+}
+"""Family -> the recipe of it that `make test` and `make quick` train too: the first one, or a quick one."""
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:

@@ -15,10 +15,11 @@ import torch
 from catalogue import RECIPES as CATALOGUE
 from optional import skip_without_packages
 from safetensors.torch import save_file
-from stand_ins import PUBLISHED, Asked, NoStandIn, at_scale, published, recipe_of, stand_in
+from stand_ins import DATA, PUBLISHED, Asked, NoStandIn, at_scale, published, recipe_of, stand_in
 from torch import Tensor
 
 from lightspan.cli.config.build import Built, build, resolve
+from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.planning.rehearsal import (
     loss_on_shapes,
     optimizers,
@@ -94,6 +95,10 @@ def feed(name: str, *faults: str) -> None:
 )
 def test_a_recipe_loads_what_it_needs_and_takes_a_batch(name: str) -> None:
     feed(name)
+
+
+def test_classes_that_stand_ins_write_data_for_are_there() -> None:
+    assert [name for name in DATA if not isinstance(locate(name), Definition)] == []
 
 
 def test_recipes_of_all_families_are_found() -> None:
