@@ -166,6 +166,7 @@ def test_forked_children_have_the_signals_blocked_and_the_parent_does_not():
 
 
 @pytest.mark.runs
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_process_whose_main_thread_never_comes_back_to_python_ends_all_the_same(name, status):
     code = f"""

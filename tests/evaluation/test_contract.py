@@ -435,6 +435,7 @@ def test_settings_out_of_range_are_refused_when_an_estimator_is_made(kind: type[
             kind(**one)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_a_result_goes_to_json_and_comes_back_equal(kind: type[Estimator]) -> None:
     result = kind().fit(**inputs(kind, usual()))
@@ -467,6 +468,7 @@ def test_bfloat16_features_give_nearly_the_figures_of_the_same_numbers_in_float3
         assert from_half.value == pytest.approx(from_wide.value, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_fit_keeps_nothing_and_answers_the_same_again(kind: type[Estimator]) -> None:
     estimator, given = kind(**QUICK.get(kind.__name__, {})), inputs(kind, usual())

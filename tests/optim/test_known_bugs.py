@@ -172,6 +172,7 @@ def test_matrices_of_two_widths_train_together_as_they_train_alone():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_preset
 def test_a_step_only_reads_gradients(preset, dtype):
@@ -486,6 +487,7 @@ def test_the_dct_of_4096_columns_is_orthonormal_to_a_millionth():
     assert overlap.abs().max() < 1e-6
 
 
+@pytest.mark.sample(6)
 @every_preset
 def test_a_zero_gradient_in_any_step_leaves_everything_finite_and_later_steps_train(preset):
     """Published optimisers stopped in the SVD of a gradient without a direction."""

@@ -121,6 +121,7 @@ def test_ldadams_frames_span_one_power_iteration_on_momentum_and_gradient(shape)
         torch.testing.assert_close(frames[step] @ frames[step].T, theirs @ theirs.T, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("refresh", [1, 4])
 @pytest.mark.parametrize("norm", [1, 2])
@@ -147,6 +148,7 @@ def test_dct_adamw_without_rotation_leaves_moments_in_their_slots():
     torch.testing.assert_close(got, run.weight, **EXACT)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("convention", "norm"), [("kj", 2), ("kimi", 2), ("dion", 2), ("none", 1)])
 def test_trion(convention, norm, shape):

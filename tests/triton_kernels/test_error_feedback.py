@@ -149,6 +149,7 @@ def exact_case(shape: tuple[int, int, int, int], transposed: bool) -> tuple[list
     return matrices, integers(batch, rows, rank, seed=1), integers(batch, columns, rank, seed=2)
 
 
+@pytest.mark.sample(5)
 @needs_triton
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize(

@@ -197,6 +197,7 @@ def test_with_classes_no_size_is_proposed_that_they_may_not_have(
     assert "--sizes" not in said
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

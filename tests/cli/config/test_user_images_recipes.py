@@ -98,6 +98,7 @@ def test_recipes_are_found_at_both_scales() -> None:
     assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.sweep) for name in SMALL]
 )
