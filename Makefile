@@ -53,7 +53,7 @@ readme: quickstart ## run the quickstart and write its figures and its picture t
 	$(BIN)/python tools/readme_figures.py
 
 # Three tiers. `long` are the tests that start processes, try every recipe, load weights or compile for other GPUs, but for
-# a sample of each kind and folder (tests/conftest.py).
+# a sample of each kind and folder, and of tests with many cases all but a few (tests/conftest.py).
 quick: $(DEV) ## test what changed since main for at most 3 minutes: nearest tests first, a golden run, a recipe of each family
 	$(PYTEST) $(TIER) --minutes 2.5 $(ARGS) $$($(BIN)/python tests/affected.py)
 

@@ -73,21 +73,24 @@ def refuse_skip(report):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks `long` the tests of long kinds, but for a sample that stays in `make test`: those marked `smoke`, and of
-    each kind in each folder without one the first.
+    """Marks `long` what `make test` leaves out. Of the tests of long kinds a sample stays: those marked `smoke`, and of
+    each kind in each folder without one the first. Of the cases of a test marked `sample(n)` n stay, evenly spread.
 
     Files with long tests come first, so that workers end together, unless the minutes are limited: then they stay in
     the order in which they were named. Workers take whole files (--dist loadfile).
     """
     groups: dict[tuple[str, str], list[pytest.Item]] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if kind := kind_of(item):
             groups.setdefault((kind, floor_of(item)), []).append(item)
+        elif item.get_closest_marker("sample"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for group in groups.values():
         sample = [item for item in group if item.get_closest_marker("smoke")] or group[:1]
-        for item in group:
-            if item not in sample:
-                item.add_marker("long")
+        leave_out(group, sample)
+    for group in cases.values():
+        leave_out(group, spread(group, group[0].get_closest_marker("sample").args[0]))
     if report := config.getoption("--except-passed"):
         passed = passed_in(report)
         config.hook.pytest_deselected(items=[item for item in items if in_report(item) in passed])
@@ -95,6 +98,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--minutes") is None:
         long = {item.path for group in groups.values() for item in group}
         items.sort(key=lambda item: item.path not in long)
+
+
+def leave_out(group: list[pytest.Item], sample: list[pytest.Item]) -> None:
+    kept = set(map(id, sample))
+    for item in group:
+        if id(item) not in kept:
+            item.add_marker("long")
+
+
+def spread(group: list[pytest.Item], number: int) -> list[pytest.Item]:
+    """`number` of these, or all if there are fewer, at equal distances from the first on."""
+    return [group[place * len(group) // number] for place in range(number)]
 
 
 def passed_in(report: Path) -> set[tuple[str, str]]:

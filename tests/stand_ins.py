@@ -27,6 +27,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from catalogue import CONFIGS, TREES
 from dit_files import published as dit_names
 from picture_files import pixels, write_pictures
 from shard_files import add_members, png_of
@@ -41,8 +42,8 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import catalogue_folder, catalogue_names
-from lightspan.cli.config.resolve import Resolved, merged, resolve
-from lightspan.cli.config.tree import dotted, plain
+from lightspan.cli.config.resolve import Resolved, resolve
+from lightspan.cli.config.tree import Node, dotted, plain
 from lightspan.cli.planning.shapes import on_meta_first
 from lightspan.core.absent import without_missing_weights
 from lightspan.core.files.places import PathUse
@@ -108,11 +109,11 @@ class Asked:
 
 def asked(name: str) -> list[Asked]:
     """What a recipe of the catalogue reads, in the order in which it says so."""
-    _, tree, _ = merged(name, [], [])
-    model = plain(tree).get("model", {})
-    classes = model.get("init_args", {}).get("num_classes")
+    tree = TREES[name]
+    classes = CONFIGS[name].get("model", {}).get("init_args", {}).get("num_classes")
     found = []
-    for path, node, use in places(tree):
+    read = Node({key: node for key, node in tree.value.items() if key != "trainer"}, tree.where)
+    for path, node, use in places(read):  # callbacks, the most of a recipe, read nothing
         if use is PathUse.READ:
             owner = tree
             for key in path[: max(at for at, key in enumerate(path) if key == "init_args")]:
@@ -124,7 +125,7 @@ def asked(name: str) -> list[Asked]:
 
 def at_scale() -> dict[str, list[Asked]]:
     """The recipes that train on, or start from, what neither a package nor another run brings; and what they read."""
-    read = {name: asked(name) for name in catalogue_names() if "model" in merged(name, [], [])[1].value}
+    read = {name: asked(name) for name, config in CONFIGS.items() if "model" in config}
     return {name: found for name, found in read.items() if any(each.run is None for each in found)}
 
 
@@ -498,12 +499,12 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "text.shards.TextShards": shard(lambda n, _: {"txt": TEXT}),
         "image_text.pairs.ImageTextShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
         "image_text.partial.PartlyLabelledShards": shard(picture_and(txt=lambda n: TEXT, cls=lambda n: b"1")),
-        "satellite.shards.MultispectralShards": shard(spectral),
-        "satellite.seasons.SeasonShards": shard(seasons),
-        "pictures.folder.ImageFolder": folder_of_pictures,
+        "multispectral.shards.MultispectralShards": shard(spectral),
+        "multispectral.seasons.SeasonShards": shard(seasons),
+        "image.folder.ImageFolder": folder_of_pictures,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
-        "sequences.own.OwnSequences": sequences,
+        "sequence.own.OwnSequences": sequences,
     }.items()
 }
 """Class that reads data -> what writes them: it gets the place, and all settings of the class."""

@@ -4,8 +4,10 @@ import ast
 import io
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+from import_graph import tree
 from rich.table import Table
 from rich.text import Text
 from test_house_rules import ROOT, SOURCES
@@ -50,12 +52,16 @@ OWN_JSON = {
 
 def calls(file: Path) -> Iterator[tuple[str, str, ast.Call]]:
     """(file:line, dotted name as written, call) of every call in a file."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    place = file.relative_to(ROOT)
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call):
-            yield f"{file.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), node
+            name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+            yield f"{place}:{node.lineno}", name, node
 
 
-CALLS = [call for _, file in SOURCES for call in calls(file)]
+@cache
+def all_calls() -> list[tuple[str, str, ast.Call]]:
+    return [call for _, file in SOURCES for call in calls(file)]
 
 
 def settings(call: ast.Call) -> dict[str | None, object]:
@@ -68,34 +74,36 @@ def ends(name: str, ending: str) -> bool:
 
 
 def test_the_rules_see_the_loaders() -> None:
-    found = {ending for ending in (*SAFE_WITH, *ONE_PLACE) for _, name, _ in CALLS if ends(name, ending)}
+    found = {ending for ending in (*SAFE_WITH, *ONE_PLACE) for _, name, _ in all_calls() if ends(name, ending)}
     assert found == {*SAFE_WITH, *ONE_PLACE}
 
 
 def test_what_could_unpickle_is_told_not_to() -> None:
     for ending, safe in SAFE_WITH.items():
-        unsafe = [at for at, name, call in CALLS if ends(name, ending) and not safe.items() <= settings(call).items()]
+        unsafe = [
+            at for at, name, call in all_calls() if ends(name, ending) and not safe.items() <= settings(call).items()
+        ]
         assert not unsafe, f"{ending} needs {safe}: {unsafe}"
-    names = [(at, name) for at, name, _ in CALLS]
+    names = [(at, name) for at, name, _ in all_calls()]
     assert not [pair for pair in names if pair[1] in ("eval", "exec") or any(ends(pair[1], end) for end in FORBIDDEN)]
 
 
 def test_transformers_never_asks_whether_to_run_code() -> None:
     unsafe = [
         (at, name)
-        for at, name, call in CALLS
+        for at, name, call in all_calls()
         if ends(name, "from_pretrained") or (name.startswith("Auto") and ends(name, "from_config"))
         if settings(call).get("trust_remote_code") is not False
         # Nothing is opened without a folder; PEFT has no code to trust.
         if not (call.args and ast.unparse(call.args[0]) == "None") and name != "PeftModel.from_pretrained"
     ]
     assert not unsafe, f"trust_remote_code=False is missing: {unsafe}"
-    assert not [at for at, _, call in CALLS if settings(call).get("trust_remote_code")]
+    assert not [at for at, _, call in all_calls() if settings(call).get("trust_remote_code")]
 
 
 def test_every_kind_of_foreign_file_is_opened_in_one_place() -> None:
     for ending, places in ONE_PLACE.items():
-        elsewhere = [at for at, name, _ in CALLS if ends(name, ending) and at.partition(":")[0] not in places]
+        elsewhere = [at for at, name, _ in all_calls() if ends(name, ending) and at.partition(":")[0] not in places]
         assert not elsewhere, f"{ending} has its place in {places}: {elsewhere}"
 
 
@@ -112,10 +120,10 @@ def is_safe(argument: ast.expr) -> bool:
 
 
 def test_what_is_printed_has_no_control_characters_of_others() -> None:
-    printed = [(at, word) for at, name, call in CALLS if name == "print" for word in call.args]
+    printed = [(at, word) for at, name, call in all_calls() if name == "print" for word in call.args]
     assert len(printed) > 60
     assert not [at for at, word in printed if not is_safe(word)], "wrap it in printable()"
-    consoles = [at for at, name, _ in CALLS if ends(name, "Console")]
+    consoles = [at for at, name, _ in all_calls() if ends(name, "Console")]
     assert not consoles, f"lightspan.core.console has one that escapes: {consoles}"
 
 
@@ -142,7 +150,7 @@ def test_tables_show_our_own_numbers_and_the_spaces_of_all_languages() -> None:
 
 
 def test_json_of_others_is_read_within_limits() -> None:
-    read = [(at, ast.unparse(call)) for at, name, call in CALLS if name in ("json.load", "json.loads")]
+    read = [(at, ast.unparse(call)) for at, name, call in all_calls() if name in ("json.load", "json.loads")]
     whole = [at for at, text in read if ".read_text(" in text or ".read_bytes(" in text]
     unbounded = [at for at in whole if at.partition(":")[0] not in OWN_JSON]
     assert not unbounded, f"lightspan.core.files.foreign.settings_object reads it: {unbounded}"

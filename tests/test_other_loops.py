@@ -45,6 +45,7 @@ def own_loop() -> dict[str, Any]:
     }
 
 
+@pytest.mark.runs
 def test_the_trainer_trains_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     monkeypatch.chdir(tmp_path)

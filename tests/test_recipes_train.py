@@ -12,15 +12,14 @@ import pytest
 import rank_processes
 import torch
 import yaml
+from catalogue import LAYERS
 from optional import INSTALLS, skip_without_packages
 from runs_before import after_runs_before
 from safetensors.torch import save_file
 from torch import nn
 
 from lightspan.cli.config.build import build, build_parts, resolve
-from lightspan.cli.config.recipes import catalogue_names, load
 from lightspan.cli.config.resolve import ANY_KIND, Resolved
-from lightspan.cli.config.tree import plain
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -36,17 +35,21 @@ SHORT = [
 """Three steps of few samples, with what the recipe itself adds and nothing that writes or listens."""
 
 
+FEW = {"OnlineProbes": {"bank_samples": 200, "val_samples": 200}, "CollapseSentinel": {"samples": 16}}
+"""Class of a callback -> its settings."""
+
+
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
-    """A recipe with these settings; a batch of a few of each class has two of each, and probes read few samples where
-    the recipe limits them.
+    """A recipe with these settings; a batch of a few of each class has two of each, and callbacks that watch read few
+    samples, which come four at a time.
     """
     resolved = resolve(name, overlays, flags)
     given = resolved.config["data"].get("init_args", {})
     pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
     pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
-    probes = (resolved.config["trainer"]["callbacks"].get("probes") or {}).get("init_args", {})
-    limits = [key for key in ("bank_samples", "val_samples") if key in probes]
-    pairs += [f"trainer.callbacks.probes.init_args.{key}=200" for key in limits]
+    for entry, callback in resolved.config["trainer"]["callbacks"].items():
+        for key, samples in FEW.get(callback["class_path"].rpartition(".")[2] if callback else "", {}).items():
+            pairs.append(f"trainer.callbacks.{entry}.init_args.{key}={samples}")
     return resolve(name, overlays, [*flags, *pairs]) if pairs else resolved
 
 
@@ -91,12 +94,14 @@ PAPER = (
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
-LAYERS = {name: [plain(layer) for layer in load(name).layers] for name in catalogue_names()}
 HERE = [name for name, layers in LAYERS.items() if not re.search(PAPER, str(layers))]
 """What a machine can run with the extras and packages that the recipe asks for."""
 TRAINED = [name for name in HERE if any("model" in layer for layer in LAYERS[name])]
-FIRST = {name.split("/")[0]: name for name in reversed(TRAINED)}
-"""Family -> the recipe of it that `make test` and `make quick` train too."""
+FIRST = {name.split("/")[0]: name for name in reversed(TRAINED)} | {
+    "clustering": "clustering/swav",
+    "masked": "masked/mae",
+}
+"""Family -> the recipe of it that `make test` and `make quick` train too: the first one, or a quick one."""
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:

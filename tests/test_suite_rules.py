@@ -44,6 +44,11 @@ def test_is_the_first_of_its_kind():
 def test_is_the_sample_of_its_kind():
     pass
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("number", range(5))
+def test_is_one_of_many(number):
+    pass
+
 @pytest.fixture(scope="module")
 def dear():
     work()
@@ -84,7 +89,6 @@ def verdicts(folder: Path, *flags: str) -> tuple[dict[str, str], str]:
 
 
 @pytest.mark.runs
-@pytest.mark.smoke
 def test_costs_fail_nothing_and_skips_that_an_installation_would_cure_do(tmp_path: Path) -> None:
     found, said = verdicts(tmp_path)
     assert found == {
@@ -94,6 +98,7 @@ def test_costs_fail_nothing_and_skips_that_an_installation_would_cure_do(tmp_pat
         "test_is_another_of_its_kind": "PASSED",
         "test_is_the_first_of_its_kind": "PASSED",
         "test_is_the_sample_of_its_kind": "PASSED",
+        **{f"test_is_one_of_many[{number}]": "PASSED" for number in range(5)},
         "test_has_a_dear_fixture": "PASSED",
         "test_lacks_a_browser": "FAILED",
         "test_lacks_shellcheck": "ERROR",
@@ -106,13 +111,15 @@ def test_costs_fail_nothing_and_skips_that_an_installation_would_cure_do(tmp_pat
 
 
 @pytest.mark.runs
-def test_of_each_long_kind_a_sample_stays(tmp_path: Path) -> None:
+def test_of_each_long_kind_and_of_many_cases_a_sample_stays(tmp_path: Path) -> None:
     found, said = verdicts(tmp_path, "-m", "not long", "-k", "not lacks")
-    assert {name for name in found if "kind" in name or "marked" in name} == {
+    assert {name for name in found if "kind" in name or "marked" in name or "many" in name} == {
         "test_is_dear_and_marked",
         "test_is_the_sample_of_its_kind",
+        "test_is_one_of_many[0]",
+        "test_is_one_of_many[2]",
     }, said
-    assert "5 deselected" in said  # two of these, and three that lack something
+    assert "8 deselected" in said  # five of these, and three that lack something
 
 
 @pytest.mark.runs

@@ -188,6 +188,7 @@ def test_half_precision_layers_keep_their_adapters_in_float32(spec):
     assert model.bfloat16()(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.sample(2)
 @EVERY
 def test_a_copy_is_independent_and_compiles_to_the_same(spec):
     model, x = moved(spec), images(dtype=torch.float64)
@@ -246,6 +247,7 @@ def a_dead_unit(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(weight[:1]), weight[1:]])
 
 
+@pytest.mark.sample(16)
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weights", [zeros, rank_one, a_dead_unit])

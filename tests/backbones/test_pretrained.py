@@ -50,6 +50,8 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @needs(MINILM)
+@pytest.mark.pretrained
+@pytest.mark.smoke
 def test_minilm_holds_a_paraphrase_closer_than_another_subject() -> None:
     network, tokenizer = minilm().eval(), minilm_tokenizer()
     texts = ["A man is playing a guitar.", "Someone plays the guitar.", "The stock market fell sharply today."]

@@ -96,6 +96,7 @@ def test_two_writers_lose_no_row(tmp_path: Path) -> None:
     assert [(r["optimizer"], r["seed"]) for r in json.loads(results.read_text())] == sorted(keys)
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", ["tiny", "tiny_vit"])
 @pytest.mark.parametrize("name", list(quality.CANDIDATES))
 def test_a_run_steps_every_parameter_and_counts_all_state(
@@ -369,6 +370,7 @@ def test_an_optimiser_that_diverges_everywhere_is_named(
         quality.sweep(tmp_path / "results.json", tiny, quality.CANDIDATES["fira"])
 
 
+@pytest.mark.sweep
 def test_the_recorded_searches_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """All points that the search of a row asks for are in the results, which nothing is added to."""
     monkeypatch.setattr(quality, "train", None)

@@ -49,6 +49,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 def test_from_any_checkpoint_a_run_ends_with_the_straight_ones_weights(fit, tmp_path, make):
     straight = fit("straight", make())

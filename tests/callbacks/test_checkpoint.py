@@ -118,6 +118,7 @@ def straight(count: int) -> list[tuple[int, int, int]]:
     return [(i, i // 5, i % 5) for i in range(count)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"limit_val_batches": 0}])
 @pytest.mark.parametrize("cut", [1, 2, 4, 5, 6])
 def test_a_run_cut_anywhere_goes_on_with_the_very_next_batch(make_trainer, net, batches, tmp_path, cut, options):

@@ -54,6 +54,7 @@ def sentinel(**settings: Any) -> CollapseSentinel:
 # Runs that are made to collapse, and healthy ones.
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("objective", "rate", "by_step", "finding"),
     [
@@ -80,6 +81,7 @@ def test_views_that_teach_nothing_are_told_before_the_first_step(make_trainer, v
     assert said[0].startswith(f"warning: CollapseSentinel, step 0: {finding}")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("objective", ["predicted", "contrast", "variance"])
 def test_a_healthy_run_is_left_in_peace(make_trainer, objective, seed) -> None:

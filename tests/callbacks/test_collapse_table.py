@@ -41,6 +41,7 @@ def found(make_trainer, name: str) -> None:
     assert re.search(expected, said), f"{name}: {said or 'nothing was said'}"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_failure_of_each_kind_is_found(make_trainer, name: str) -> None:
     found(make_trainer, name)

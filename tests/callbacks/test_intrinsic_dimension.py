@@ -111,6 +111,7 @@ def test_accumulation_and_clipping_work_as_without_it(tmp_path) -> None:
     torch.testing.assert_close(weights(parts), weights(whole), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("options", [{}, {"layer_scales": True, "projection": Sparse}, {"per_tensor": True}])
 def test_a_run_stopped_and_resumed_is_the_straight_one_bit_for_bit(tmp_path, options, precision) -> None:

@@ -31,6 +31,7 @@ from lightspan.subspaces.masks.scores import Score
 from lightspan.training.loggers.jsonl import JsonlLogger
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_any_module_learns_with_few_weights_and_ends_as_plain_weights(kind: str, tmp_path: Path) -> None:
     module, plain = Plain(), Plain()
@@ -97,6 +98,7 @@ def test_learning_by_gradient_is_gradient_descent_through_the_sampled_mask(tmp_p
         torch.testing.assert_close(seen[step], weights(other), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_accumulated_micro_batches_equal_one_large_batch(kind: str, tmp_path: Path) -> None:
     whole, parts = Plain(), Plain()

@@ -50,6 +50,7 @@ def trained(kind: str, folder: Path, until: float) -> Evaluated:
     return module
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_a_middle_checkpoint_runs_with_the_mask_of_its_validation(kind: str, verb: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightspan.subspaces.masks.schedules import Constant, Cubic
 from lightspan.subspaces.masks.scores import Movement
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("last", [True, False])  # the callback that saves stands behind MaskLearning, or before it
 @pytest.mark.parametrize("at", [6, 13])  # at an update while the mask is learned, and after it was fixed
 @pytest.mark.parametrize("kind", LEARNERS)

@@ -57,6 +57,7 @@ def keeps_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("step", [0, 3, 4, 5, 8])
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}])
 def test_a_signal_ends_the_step_and_the_next_start_ends_like_an_undisturbed_run(
@@ -165,6 +166,7 @@ def test_forked_children_have_the_signals_blocked_and_the_parent_does_not():
 
 
 @pytest.mark.runs
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_process_whose_main_thread_never_comes_back_to_python_ends_all_the_same(name, status):
     code = f"""

@@ -38,6 +38,7 @@ def run(make_trainer, net, batches, steps, ckpt_path=None, stray_draws=0, option
     return trainer, module
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7])  # before, at and after validations and epochs' ends
 @pytest.mark.parametrize(
     "options",

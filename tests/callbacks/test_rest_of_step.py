@@ -128,6 +128,7 @@ AT_VALIDATIONS = {"max_steps": 5, "val_check_interval": 2}, {}
 BY_A_METRIC = {"max_steps": 5, "val_check_interval": 2}, {"monitor": "val/loss_nats", "every_n_train_steps": 1}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("run", "first", "last"),
     [(BY_STEPS, 5, 5), (BY_EPOCHS, 3, 4), (BY_EPOCHS, 6, 6), (AT_VALIDATIONS, 5, 5), (BY_A_METRIC, 5, 5)],

@@ -69,6 +69,7 @@ def fit(make_trainer, net, batches, tmp_path) -> Callable:
     return fit
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("case", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize(
     ("saves", "limit"),

@@ -444,6 +444,7 @@ def test_every_field_says_its_dtype_and_shape(name: str) -> None:
     assert all(hasattr(torch, dtype) for dtype, _ in fields.values())
 
 
+@pytest.mark.sample(44)
 @pytest.mark.parametrize("name", MADE)
 def test_the_first_batch_has_the_documented_fields_and_no_others(name: str, tmp_path: Path) -> None:
     make, kind = MADE[name]

@@ -319,6 +319,7 @@ def fit(
     return module
 
 
+@pytest.mark.sample(2)
 # 22 samples in batches of 4: 5 steps an epoch. Checkpoints inside an epoch, on its edge, and beyond it.
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 5, 7])

@@ -102,6 +102,7 @@ def test_workers_stay_for_the_next_epoch_also_after_one_that_was_left_half_way()
     assert all(map(torch.equal, epochs, expected))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", [ExactLoader, EvaluationLoader])
 def test_workers_leave_at_once_with_a_loader_that_was_left_half_way_in_a_cycle(
     kind: type, monkeypatch: pytest.MonkeyPatch

@@ -1,15 +1,10 @@
-"""Two real ranks under Lightning see, step by step, what one rank sees, also when they resume its checkpoint.
-
-As a script (FOLDER STEPS DEVICES [CHECKPOINT]) this file is the run; each rank writes what it saw to FOLDER/RANK.json.
-"""
+"""Two real ranks under Lightning see, step by step, what one rank sees, also when they resume its checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rank_processes
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
@@ -79,24 +74,18 @@ def run(folder: Path, steps: int, devices: int, checkpoint: Path | None = None) 
     return result
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, steps, devices, *checkpoint = sys.argv[1:]
-    seen = run(Path(folder), int(steps), int(devices), Path(checkpoint[0]) if checkpoint else None)
-    Path(folder, f"{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(seen))
+def _resumes(rank: int, port: int, folder: str) -> None:
+    """One of two ranks; what it saw goes to FOLDER/RANK.json."""
+    rank_processes.join(rank, port)
+    seen = run(Path(folder), 5, 2, Path(folder, "ranks=1.ckpt"))
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
 
 
 def test_two_ranks_that_resume_the_checkpoint_of_one_see_together_what_one_rank_sees(tmp_path: Path) -> None:
     """27 samples in batches of 8 make 3 steps an epoch: the checkpoint lies in the first, the end in the second."""
     alone = json.loads(json.dumps(run(tmp_path, 5, 1)))
     run(tmp_path, 2, 1)
-    result = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), "5", "2", str(tmp_path / "ranks=1.ckpt")],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    rank_processes.start(_resumes, 2, rank_processes.free_port(), str(tmp_path))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     together = [first + second for first, second in zip(*(rank["trained"] for rank in ranks), strict=True)]
     assert together == alone["trained"][2 * 2 :]

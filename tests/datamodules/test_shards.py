@@ -82,6 +82,7 @@ def steps(ranks: list[ExactLoader], count: int) -> list[list[int]]:
 # Exactly once
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_and_workers_see_every_sample_exactly_once_in_each_epoch(

@@ -435,6 +435,7 @@ def test_settings_out_of_range_are_refused_when_an_estimator_is_made(kind: type[
             kind(**one)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_a_result_goes_to_json_and_comes_back_equal(kind: type[Estimator]) -> None:
     result = kind().fit(**inputs(kind, usual()))
@@ -448,6 +449,7 @@ def test_a_result_goes_to_json_and_comes_back_equal(kind: type[Estimator]) -> No
         assert tensor.isfinite().all(), name
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_a_result_has_no_picture_or_a_png(kind: type[Estimator]) -> None:
     result = kind(**QUICK.get(kind.__name__, {})).fit(**inputs(kind, usual()))
@@ -456,6 +458,7 @@ def test_a_result_has_no_picture_or_a_png(kind: type[Estimator]) -> None:
     assert (picture is None) == (type(result).draw is Result.draw)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_bfloat16_features_give_nearly_the_figures_of_the_same_numbers_in_float32(kind: type[Estimator]) -> None:
     half = usual(torch.bfloat16)
@@ -465,6 +468,7 @@ def test_bfloat16_features_give_nearly_the_figures_of_the_same_numbers_in_float3
         assert from_half.value == pytest.approx(from_wide.value, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_fit_keeps_nothing_and_answers_the_same_again(kind: type[Estimator]) -> None:
     estimator, given = kind(**QUICK.get(kind.__name__, {})), inputs(kind, usual())
@@ -475,6 +479,7 @@ def test_fit_keeps_nothing_and_answers_the_same_again(kind: type[Estimator]) -> 
     assert all(map(torch.equal, numbers(given), untouched))
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_degenerate_features_give_a_finite_result_or_one_clear_error(kind: type[Estimator]) -> None:
     for case, dtype in product(DEGENERATE, [torch.float32, torch.bfloat16]):

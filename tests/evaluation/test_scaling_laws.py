@@ -45,6 +45,7 @@ def test_the_planted_form_is_chosen_by_the_largest_size_left_out(name: str) -> N
     assert curve.tenfold.value == pytest.approx(truth(float(FAR)), rel=1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", [LOG_LINEAR, POWER_LAW], ids=lambda form: form.name)
 def test_intervals_of_three_seeds_cover_the_truth_at_one_per_cent_of_noise(form: CurveForm) -> None:
     _, truth, numbers = TRUTHS[form.name]

@@ -6,10 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
-from lightspan.cli.config.merge import merge_layers
-from lightspan.cli.config.recipes import catalogue_names, load
-from lightspan.cli.config.tree import plain
+from catalogue import CONFIGS
+from catalogue import RECIPES as CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIERS = {"Classifier", "CausalLM", "TextClassifier"}
@@ -26,13 +24,12 @@ def text_of(file: Path) -> str:
 
 def subject(name: str) -> tuple[frozenset[str], str]:
     """The papers of a recipe, and the class that it builds."""
-    recipe = load(name)
-    config = plain(merge_layers(recipe.layers)[0])
+    config = CONFIGS[name]
     (built,) = [config[key]["class_path"] for key in ("model", "estimator", "merger") if config.get(key)]
-    return frozenset(re.findall(r"\d{4}\.\d{4,5}", str(recipe.about["paper"]))), built.rpartition(".")[2]
+    return frozenset(re.findall(r"\d{4}\.\d{4,5}", str(CATALOGUE[name].about["paper"]))), built.rpartition(".")[2]
 
 
-RECIPES = {name: str(load(name).about["evidence"]) for name in catalogue_names()}
+RECIPES = {name: str(recipe.about["evidence"]) for name, recipe in CATALOGUE.items()}
 FILES = {f"evidence/{file.name}": file for file in sorted((ROOT / "evidence").glob("test_*.py"))}
 
 

@@ -73,6 +73,7 @@ def entries() -> list[Any]:
     return [(encoder, arm) for arm, entry in methods.ENTRIES.items() for encoder in entry.encoders]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("encoder", "arm"), entries())
 def test_an_entry_trains_its_encoder(
     encoder: str, arm: str, split: pictures.Split, made: dict[str, list[pictures.Batch]]
@@ -92,6 +93,7 @@ def test_an_entry_trains_its_encoder(
         assert not torch.equal(training.encoded(trained.student, split, "test")[0], found)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("encoder", "arm"), [pair for pair in entries() if pair[1] in records.PEER_ARMS])
 def test_a_peer_trains_its_encoder_by_as_many_steps(
     encoder: str, arm: str, split: pictures.Split, made: dict[str, list[pictures.Batch]]

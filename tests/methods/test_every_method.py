@@ -124,6 +124,7 @@ def half_precision_on_any_cpu() -> contextlib.AbstractContextManager[None]:
     return torch.backends.mkldnn.flags(enabled=False)
 
 
+@pytest.mark.sample(6)
 @over(CASES)
 def test_a_step_of_float16_that_is_skipped_leaves_no_trace(name: str, tmp_path: Path) -> None:
     given, ends = batches(name), list[dict[str, Tensor]]()
@@ -139,6 +140,7 @@ def test_a_step_of_float16_that_is_skipped_leaves_no_trace(name: str, tmp_path: 
     assert not set(apart(*ends)) - set(CASES[name].forward_state)  # whatever was in that batch
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @over(CASES)
 def test_batches_of_one_row_of_equal_rows_of_zeros_and_of_large_views_alone_leave_finite_weights(
@@ -164,6 +166,7 @@ def with_field(batch: dict[str, Any], name: str, change: Callable[[Tensor], Tens
     return batch | {name: [change(field[0]), *field[1:]] if isinstance(field, list) else change(field)}
 
 
+@pytest.mark.sample(5)
 @over([name for name in CASES if CASES[name].batch not in (texts, windows, of_tasks)])
 def test_fields_of_another_number_of_rows_or_of_another_kind_are_not_read_or_refused(name: str, tmp_path: Path) -> None:
     given = CASES[name].batch(ROWS, 0)

@@ -21,6 +21,7 @@ def gradient(name: str, *rows: int) -> float:
     return max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.sweep
 def test_methods_without_a_gradient_for_any_row_alone_ask_for_two() -> None:
     asking = [name for name, case in CASES.items() if case.make().least_rows > 1]
     others = [name for name, case in CASES.items() if name not in asking and case.refuses_one_row is None]

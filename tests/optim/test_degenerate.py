@@ -309,6 +309,7 @@ def is_default(name: str) -> bool:
     return ("=" not in name or name.startswith("backward")) and " beside " not in name
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if is_default(name) else pytest.mark.sweep) for name in OPTIMISERS]
 )
@@ -316,11 +317,13 @@ def test_weights_and_state_stay_finite_and_steps_within_adamws_reach(name):
     run(OPTIMISERS[name], torch.float32)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", filter(is_default, OPTIMISERS))
 def test_bfloat16_stays_finite(name):
     run(OPTIMISERS[name], torch.bfloat16)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", PRESETS)
 def test_so_they_do_for_float64_weights(kind):
     run(OPTIMISERS[label(kind, {})], torch.float64)

@@ -61,6 +61,7 @@ def assert_equal_weights(a, b):
         torch.testing.assert_close(p, q, atol=1e-11, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("basis", [PowerBasis(), DCTBasis()])
 @pytest.mark.parametrize("backward", MODES)

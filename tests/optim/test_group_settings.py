@@ -106,6 +106,7 @@ def arguments(kind: type[Optimizer]) -> set[str]:
     return found
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", optimizers().values(), ids=optimizers())
 def test_a_state_goes_on_as_the_saved_run_whatever_the_settings_of_the_optimiser_it_is_loaded_into(kind) -> None:
     straight = weights()

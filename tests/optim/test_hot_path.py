@@ -43,6 +43,7 @@ RULES = {
 }
 
 
+@pytest.mark.sample(6)
 @pairwise(rule=[*RULES, *WHOLE], dtype=[torch.float32, torch.bfloat16], refresh=[10**6, 1])
 def test_a_step_never_waits_for_the_device(rule, dtype, refresh):
     weights = [nn.Parameter(torch.empty(32, 16, dtype=dtype, device="meta")) for _ in range(3)]
@@ -76,6 +77,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rule", COMPILED)
 def test_the_second_half_of_a_step_compiles_as_one_graph(rule):
     torch.manual_seed(0)
@@ -101,6 +103,7 @@ def test_the_second_half_of_a_step_compiles_as_one_graph(rule):
         torch.testing.assert_close(straight, compiled)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", WHOLE, ids=lambda kind: kind.__name__)
 def test_a_step_of_whole_matrices_compiles_as_one_graph(kind):
     results = []
@@ -211,6 +214,7 @@ def costs_of(kind, dtype, device, refresh=10**6, matrices=SHAPES[:2], vectors=1,
     return costs
 
 
+@pytest.mark.sample(6)
 @pairwise(kind=every_kind(), dtype=DTYPES, max_norm=[None, 1.0], refresh=[10**6, 1])
 def test_a_step_exchanges_nothing_with_the_host_but_its_check_for_finite_gradients(kind, dtype, max_norm, refresh):
     sent = 2 if refresh == 1 and kind in (APOLLO, APOLLOMini) else 0  # the host draws: the matrices of either shape
@@ -229,6 +233,7 @@ class These(Trigger):
         return [i for i in asked if i in self.positions]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("due", [(1,), (0, 1), (0, 2)], ids=str)
 @pytest.mark.parametrize("kind", [LowRank, GaLore, APOLLO, DCTAdamW])
 def test_changing_some_frames_copies_the_state_of_no_other_matrix(kind, due):
@@ -270,6 +275,7 @@ def test_copies_are_counted_wherever_they_hide():
     assert (costs.to_device, costs.from_device, costs.kernels.total()) == (0, 0, 5)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", every_kind())
 def test_parameters_outside_the_frames_take_the_same_kernels_however_many_there_are(kind, dtype):
@@ -277,6 +283,7 @@ def test_parameters_outside_the_frames_take_the_same_kernels_however_many_there_
     assert few == many
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("moments", [BFloat16Moments(), Int8Moments()])
 def test_so_do_those_whose_moments_are_narrow(moments, dtype):
@@ -287,6 +294,7 @@ def test_so_do_those_whose_moments_are_narrow(moments, dtype):
     assert few == many
 
 
+@pytest.mark.sample(4)
 @pairwise(
     kind=[kind for kind in every_kind() if kind not in WHOLE], dtype=DTYPES, refresh=[10**6, 1], device=["cpu", "meta"]
 )
@@ -321,6 +329,7 @@ def test_adding_and_storing_an_error_takes_a_few_tiles_however_long_a_matrix_is(
     assert peaks(24) == peaks(240)
 
 
+@pytest.mark.sample(3)
 @pairwise(kind=WHOLE, dtype=DTYPES, device=["cpu", "meta"])
 def test_temporaries_of_whole_matrices_are_a_few_copies_of_those_that_step_at_once(kind, dtype, device, monkeypatch):
     largest = max(rows * columns for rows, columns in SHAPES)
@@ -352,6 +361,7 @@ def test_stacks_of_rules_that_project_late_are_cut_and_step_as_one(kind, monkeyp
     assert trained()[1] == [1] * 5
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind not in WHOLE])
 def test_products_with_frames_read_bfloat16_where_weights_are_bfloat16(kind, monkeypatch):
     read = set()
@@ -366,6 +376,7 @@ def test_products_with_frames_read_bfloat16_where_weights_are_bfloat16(kind, mon
     assert read == {torch.bfloat16}
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [kind for kind in every_kind() if kind is not Dion2])  # which gathers columns to step
 def test_choosing_every_frame_again_copies_no_state(kind):
     assert costs_of(kind, torch.float32, "meta", refresh=1).copied_state == 0

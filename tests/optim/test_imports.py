@@ -4,6 +4,7 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
 from waiting import HANG_S
 
 import lightspan.optim
@@ -12,11 +13,13 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(lightspan.optim
 FOREIGN = {"lightning", "pytorch_lightning", "lightning_fabric", "rich", "transformers"}
 
 
+@pytest.mark.runs
 def test_no_optimiser_loads_lightning_or_rich() -> None:
     """One process for all: loading is what is asked about, and this one has loaded everything by now."""
     assert {
         "lightspan.optim.low_rank.optimizer",
         "lightspan.optim.low_rank.presets",
+        "lightspan.optim.random_subspace",
         "lightspan.optim.reference.galore",
     } <= set(MODULES)
     code = (

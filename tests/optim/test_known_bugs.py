@@ -172,6 +172,7 @@ def test_matrices_of_two_widths_train_together_as_they_train_alone():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_preset
 def test_a_step_only_reads_gradients(preset, dtype):
@@ -203,6 +204,7 @@ def test_one_process_needs_no_process_group(preset, monkeypatch):
     assert all((weight != old).any() for weight, old in zip(weights, before, strict=True))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("basis", [DCTBasis(), IdentityBasis(), PowerBasis(), SVDBasis(Rotate())])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_directions_that_come_in_late_take_no_longer_steps_than_old_ones(basis, storage):
@@ -331,6 +333,7 @@ def decay_without_gradient(optimizer: LowRank, weights: list[nn.Parameter], stor
     return [second_moments(optimizer, weight, storage) / old for weight, old in zip(weights, before, strict=True)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("preset", "storage"),
     [*(("default", storage) for storage in STORAGES), ("galore", STORAGES[2]), ("dct_adamw", STORAGES[1])],
@@ -343,6 +346,7 @@ def test_second_moments_of_bfloat16_weights_fall_when_gradients_vanish(preset, s
     assert decays == pytest.approx([0.999**250] * 3, rel=0.1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_second_moments_of_bfloat16_embeddings_fall_when_gradients_vanish(storage):
     """Published optimisers kept moments in the gradients' bfloat16, where a decay by 0.999 rounds back to no decay."""
@@ -366,6 +370,7 @@ SAVED = {
 }
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", SAVED)
 def test_a_checkpoint_holds_plain_tensors_and_training_goes_on_from_it(kind):
     """Published optimisers kept projector objects in their state, so that `torch.load` with weights_only failed."""
@@ -482,6 +487,7 @@ def test_the_dct_of_4096_columns_is_orthonormal_to_a_millionth():
     assert overlap.abs().max() < 1e-6
 
 
+@pytest.mark.sample(6)
 @every_preset
 def test_a_zero_gradient_in_any_step_leaves_everything_finite_and_later_steps_train(preset):
     """Published optimisers stopped in the SVD of a gradient without a direction."""
@@ -501,6 +507,7 @@ def test_a_zero_gradient_in_any_step_leaves_everything_finite_and_later_steps_tr
         assert all((weight != old).any() for weight, old in zip(weights, before, strict=True))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("wrong", ["up.weight", "norm.bias"])
 @pytest.mark.parametrize("preset", ["default", "galore", "dct_adamw", "ldadam"])

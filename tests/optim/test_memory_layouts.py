@@ -76,6 +76,7 @@ def test_a_matrix_of_a_parameter_is_its_numbers_in_logical_order_and_can_be_put_
     assert torch.equal(weight, 2 * plain)
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_layout

@@ -46,6 +46,7 @@ def stored_sum(state, storage):
     return float(storage.load(stacked, "exp_avg_sq").sum())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("storage", FORMATS)
 def test_second_moments_decay_when_gradients_vanish(storage, dtype):
@@ -61,6 +62,7 @@ def test_second_moments_decay_when_gradients_vanish(storage, dtype):
     assert stored_sum(optimizer.state[weight], storage) / start == pytest.approx(0.999**400, rel=0.1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("storage", FORMATS)
 def test_training_solves_least_squares_in_every_format(storage):
     generator = torch.Generator().manual_seed(0)

@@ -169,6 +169,7 @@ def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_wo
     assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
 
 
+@pytest.mark.sample(3)
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momentum_in_any_format_goes_the_same_way(dtype, kind) -> None:
@@ -479,6 +480,7 @@ def test_stacks_of_one_shape_exist_at_a_time_and_gradients_stay_as_they_are(monk
     torch.testing.assert_close(optimizer.state[weights[2]]["exp_avg"], 0.05 * kept[2] * 0.1 / (norm + 1e-6))
 
 
+@pytest.mark.sample(8)
 @every_rule
 @pytest.mark.parametrize("moments", [Float32Moments(), BFloat16Moments(), Int8Moments()], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

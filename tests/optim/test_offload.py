@@ -88,6 +88,7 @@ def equal(one, other):
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in states)
 
 
+@pytest.mark.sample(6)
 @pairwise(kind=KINDS, dtype=[torch.float32, torch.bfloat16], on=[True, False])
 def test_what_is_on_the_host_is_copied_once_each_way_in_a_step_and_nothing_else_is(kind, dtype, on, monkeypatch):
     monkeypatch.setattr(placement, "LARGEST_TRANSFER", 4096)
@@ -149,6 +150,7 @@ RULES = {
 }
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_and_state_are_the_same_bit_for_bit(rule, dtype, everywhere):

@@ -121,6 +121,7 @@ def test_ldadams_frames_span_one_power_iteration_on_momentum_and_gradient(shape)
         torch.testing.assert_close(frames[step] @ frames[step].T, theirs @ theirs.T, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("refresh", [1, 4])
 @pytest.mark.parametrize("norm", [1, 2])
@@ -147,6 +148,7 @@ def test_dct_adamw_without_rotation_leaves_moments_in_their_slots():
     torch.testing.assert_close(got, run.weight, **EXACT)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("convention", "norm"), [("kj", 2), ("kimi", 2), ("dion", 2), ("none", 1)])
 def test_trion(convention, norm, shape):
@@ -305,6 +307,7 @@ def test_a_copy_takes_another_group_and_steps_as_the_original(preset, way):
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_k_steps_saved_and_loaded_and_k_more_equal_2k_across_refreshes(preset, dtype):

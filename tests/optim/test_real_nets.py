@@ -81,6 +81,7 @@ def require_sane(found: Any, steps: int, net: str) -> None:
     assert max(found.losses) < 3 * found.losses[0] + (10 if net == "dropout" else 0), max(found.losses)
 
 
+@pytest.mark.sample(5)
 @pairwise(net=NETS, name=["LowRank", "FiraAdam", "APOLLO"], dtype=[torch.float32, torch.bfloat16])
 def test_what_rescales_rows_trains_where_rows_die(name, net, dtype):
     steps = 40
@@ -89,6 +90,7 @@ def test_what_rescales_rows_trains_where_rows_die(name, net, dtype):
     assert found.farthest < 20  # the farthest that AdamW took in these runs is 5
 
 
+@pytest.mark.sample(4)
 @pairwise(
     name=[name for name in OURS if name not in ("LowRank", "FiraAdam", "APOLLO")],
     net=["ReLU MLP", "mixture of experts", "embedding and head"],
@@ -99,6 +101,7 @@ def test_so_do_all_other_presets(name, net, dtype):
     require_sane(trace(net, name, 1.0, steps, dtype), steps, net)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("rate", [1e-3, 3e-3])
 def test_a_relu_mlp_in_the_projects_groups_trains(rate, seed, monkeypatch):
@@ -114,6 +117,7 @@ def test_a_relu_mlp_in_the_projects_groups_trains(rate, seed, monkeypatch):
     assert sum(found.losses[-10:]) / 10 < 0.8
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("net", "rank", "rate"), [("CNN", 4, 3e-2), ("ReLU MLP", 4, 3e-2), ("char transformer", 1, 3e-3)]
 )

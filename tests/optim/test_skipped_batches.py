@@ -46,6 +46,7 @@ def fit(skipped: int, callbacks: list, tmp_path, **options) -> tuple[list[int], 
     return module.seen, trainer.global_step, module.moved
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("skipped", [0, 5])
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize(

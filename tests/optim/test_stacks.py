@@ -40,6 +40,7 @@ def train(optimizer: LowRank, stacks: list[nn.Parameter], steps: range) -> None:
         optimizer.step()
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("shape", [(6, 9, 5), (6, 5, 9), (3, 7, 7), (1, 9, 5)])
 @pytest.mark.parametrize("rule", RULES)
 def test_experts_train_as_matrices_of_their_own(rule, shape) -> None:

@@ -63,6 +63,7 @@ META_KEEPS_ONE = torch.linalg.vector_norm(torch.empty(2, 1, device="meta"), dim=
 """As torch 2.10 does, on this device alone: an axis of length 1 is not summed away."""
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "apollo mini" or not META_KEEPS_ONE])
 @pytest.mark.usefixtures("no_float64")

@@ -182,6 +182,7 @@ def groups_optimum(projection: Projection, scale: float = 1.0) -> float:
     return (sums_kd @ solution - target_k[:, None]).square().sum().item()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_groups_are_fitted_by_ten_coordinates_and_not_by_nine(kind) -> None:
     for seed in range(20):

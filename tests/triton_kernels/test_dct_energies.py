@@ -72,6 +72,7 @@ def test_groups_of_rows_in_the_reference_change_nothing(monkeypatch):
     close_energies(dct_energies_reference(gradients), whole, TOLERANCE)
 
 
+@pytest.mark.sample(12)
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

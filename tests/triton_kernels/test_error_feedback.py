@@ -149,6 +149,7 @@ def exact_case(shape: tuple[int, int, int, int], transposed: bool) -> tuple[list
     return matrices, integers(batch, rows, rank, seed=1), integers(batch, columns, rank, seed=2)
 
 
+@pytest.mark.sample(5)
 @needs_triton
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize(
@@ -185,6 +186,7 @@ def test_the_kernels_take_every_float_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(error_feedback.add_error_triton(gradients, *expected, ONE), slow, rtol=1e-6, atol=0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("storage", STORAGE)
 def test_the_ops_keep_torchs_contract(storage: str) -> None:
     a, coordinates, frame = exact_case((2, 3, 5, 2), False)

@@ -153,6 +153,7 @@ def test_low_precision_changes_what_is_stored_by_less_than_a_gap_and_not_the_dir
         assert shape[2] == 1 or not torch.equal(got, exact)
 
 
+@pytest.mark.sample(1)
 @implementations
 @formats
 def test_low_precision_is_right_on_average_and_a_seed_decides_the_bits(adam, kind):
@@ -192,6 +193,7 @@ def test_codes_move_with_their_columns_and_scales_stay(adam, kind):
         assert torch.equal(value, here[name]), name
 
 
+@pytest.mark.sample(1)
 @formats
 def test_a_second_moment_without_gradient_decays_in_low_precision(kind):
     v = torch.full((1, 4, 256), 0.5)

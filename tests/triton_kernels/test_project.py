@@ -61,6 +61,7 @@ def test_a_whole_orthonormal_frame_keeps_all_energy():
     close(energy_BM, coordinates_BMR.square().sum(dim=2), 1e-13)
 
 
+@pytest.mark.sample(12)
 @needs_triton
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS)

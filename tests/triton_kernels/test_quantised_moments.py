@@ -75,6 +75,7 @@ def test_a_decoded_moment_is_one_of_the_two_neighbouring_levels(encode, first, s
     assert (distance.abs().amin(0) <= 7e-7 * decoded.abs()).all()
 
 
+@pytest.mark.sample(1)
 @encoders
 @moments
 def test_a_decoded_moment_is_right_on_average(encode, first):
@@ -87,6 +88,7 @@ def test_a_decoded_moment_is_right_on_average(encode, first):
     assert (error.abs() <= 4 * standard_error + 1e-7 * x.abs().squeeze(1)).all()
 
 
+@pytest.mark.sample(4)
 @encoders
 @moments
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3e-12, 7e20])

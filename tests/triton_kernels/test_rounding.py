@@ -40,6 +40,7 @@ def test_the_result_is_one_of_the_two_neighbours(rounder):
     assert (got == up).any()
 
 
+@pytest.mark.sample(1)
 def test_every_element_is_right_on_average_over_seeds(rounder):
     x = normal(200)
     rounds = torch.stack([rounder(x, seed(number)).double() for number in range(400)])
@@ -47,6 +48,7 @@ def test_every_element_is_right_on_average_over_seeds(rounder):
     assert ((rounds.mean(dim=0) - x).abs() <= 5 * spread / 400**0.5).all()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("fraction", [0.001, 0.25, 0.9])
 def test_the_share_rounded_up_is_the_fraction_cut_off(rounder, fraction):
     total = 200_000

@@ -44,6 +44,7 @@ def test_what_takes_its_form_from_a_missing_file_is_said_to_be_unchecked(capsys:
     assert said.err.count("runs/vit/export") == 1
 
 
+@pytest.mark.sweep
 def test_overlays_of_stand_ins_for_what_is_missing_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "adaptation/flora_commonsense"]) == 0
     assert capsys.readouterr().out.endswith("with stand-ins for what is missing: add -c scale/stand_ins_chat\n")

@@ -83,6 +83,7 @@ def test_the_plan_is_what_training_then_holds(tmp_path: Path) -> None:
     assert plan.notes == []
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", [LowRank, *PRESETS], ids=lambda kind: kind.__name__)
 def test_every_low_rank_optimizer_is_planned_on_fake_tensors_and_trains_with_its_checks(
     tmp_path: Path, kind: type[LowRank]
@@ -367,6 +368,7 @@ def test_of_blocks_that_compute_twice_what_goes_in_and_out_is_counted_and_no_mor
     assert spared.notes == whole.notes
 
 
+@pytest.mark.runs
 def test_a_strategy_that_recomputes_is_planned_with(tmp_path: Path) -> None:
     recipe, sizes = tmp_path / "tiny.yaml", []
     recipe.write_text(RECIPE)
@@ -489,6 +491,7 @@ def test_what_cannot_be_divided_is_refused() -> None:
         strategy_of("nonsense")
 
 
+@pytest.mark.runs
 def test_ranks_that_are_not_here_are_planned_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each of 4 ranks has a sample of the batch of 4, and a quarter of AdamW's state."""
     recipe = tmp_path / "tiny.yaml"

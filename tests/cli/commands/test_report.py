@@ -241,6 +241,7 @@ HUGE = "9" * 400
 EDGES = ["5e-324", "-5e-324", "1e308", "-1e308", "1e999", HUGE, f"-{HUGE}", f"0.{HUGE}", "9" * 5000]
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("edge", EDGES, ids=lambda edge: edge[:9])
 @pytest.mark.parametrize("name", ["val/loss_nats", "spectrum/w/0", "time_s", "probe/a"])
 def test_numbers_at_the_edge_of_floats_are_drawn_or_counted(

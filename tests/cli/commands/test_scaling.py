@@ -132,6 +132,7 @@ def test_a_run_that_failed_is_named_left_out_and_started_again_when_asked(
     assert outcome()["notes"] == [note for note in outcome()["notes"] if "leave out" not in note]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("level", "metric", "top"),
     [(0.2, "val/accuracy", 1.0), (-0.5, "val/accuracy", None), (1.2, "val/accuracy", None), (1.2, "val/loss", None)],
@@ -164,6 +165,7 @@ def test_equal_epochs_count_those_of_the_recipe_on_all_data(stub: Stub, capsys: 
     assert study_of(Path("out")).length == 3
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("limit", "length"), [("2", 6), ("0.5", 12), ("1.0", 24), ("100", 24), ("1", 3)])
 def test_epochs_that_a_limit_ends_early_count_as_long_as_they_are(
     limit: str, length: int, stub: Stub, capsys: pytest.CaptureFixture[str]
@@ -195,6 +197,7 @@ def test_with_classes_no_size_is_proposed_that_they_may_not_have(
     assert "--sizes" not in said
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import CONFIGS
+from catalogue import RECIPES as CATALOGUE
 from optional import skip_without_packages
 
 import lightspan.methods
 import lightspan.recipes
 from lightspan.cli.config.build import build, resolve
-from lightspan.cli.config.merge import merge_layers
-from lightspan.cli.config.recipes import catalogue_names, load
-from lightspan.cli.config.tree import plain
 from lightspan.training.method import Method
 
 REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image_text", "supervised"}
@@ -62,8 +61,7 @@ def at_scale(config: dict[str, Any]) -> bool:
     return any(part in str(config["data"]) for part in files)
 
 
-MERGED = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
-RECIPES = {name: config for name, config in MERGED.items() if "model" in config}
+RECIPES = {name: config for name, config in CONFIGS.items() if "model" in config}
 LARGE = [name for name, config in RECIPES.items() if name.split("/")[0] in REPRESENTATIONS and at_scale(config)]
 ALL_DECAY = {
     name
@@ -81,7 +79,7 @@ def test_every_method_and_every_paper_has_a_small_recipe_and_one_at_its_scale() 
     for name, config in RECIPES.items():
         sizes[config["model"]["class_path"].rpartition(".")[0]].add(at_scale(config))
         if name.split("/")[0] in REPRESENTATIONS:
-            sizes[load(name).about["paper"]].add(at_scale(config))
+            sizes[CATALOGUE[name].about["paper"]].add(at_scale(config))
     assert {"lightspan.methods.contrastive.simclr", "lightspan.methods.masked.mae"} <= sizes.keys()
     assert {key for key, found in sizes.items() if False not in found} == set()
     assert {key for key, found in sizes.items() if True not in found} == set(WITHOUT)

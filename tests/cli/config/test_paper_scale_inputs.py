@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from catalogue import RECIPES as CATALOGUE
 from optional import skip_without_packages
 from safetensors.torch import save_file
-from stand_ins import PUBLISHED, Asked, NoStandIn, at_scale, published, recipe_of, stand_in
+from stand_ins import DATA, PUBLISHED, Asked, NoStandIn, at_scale, published, recipe_of, stand_in
 from torch import Tensor
 
 from lightspan.cli.config.build import Built, build, resolve
-from lightspan.cli.config.recipes import load
+from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.planning.rehearsal import (
     loss_on_shapes,
     optimizers,
@@ -39,8 +40,8 @@ NEED_NUMBERS = (SMAE,)
 """Draw masks on the host, of the tokens themselves."""
 pytestmark = pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
 RECIPES = at_scale()
-FIRST = {name.split("/")[0]: name for name in reversed(RECIPES)}
-"""Family -> the recipe of it that `make test` feeds too."""
+SAMPLE = {"adaptation/codyra_clip", "language/cpt_amazon", "robustness/nmtune_pets"}
+"""Folders of pictures, texts and weights of timm's: `make test` feeds these too."""
 
 
 @pytest.fixture(autouse=True)
@@ -90,15 +91,21 @@ def feed(name: str, *faults: str) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.smoke if name in FIRST.values() else ()) for name in RECIPES]
+    "name", [pytest.param(name, marks=pytest.mark.smoke if name in SAMPLE else ()) for name in RECIPES]
 )
 def test_a_recipe_loads_what_it_needs_and_takes_a_batch(name: str) -> None:
     feed(name)
 
 
+def test_classes_that_stand_ins_write_data_for_are_there() -> None:
+    assert [name for name in DATA if not isinstance(locate(name), Definition)] == []
+
+
 def test_recipes_of_all_families_are_found() -> None:
     assert len(RECIPES) > 60
-    assert {"contrastive", "masked", "merging", "language", "image_text", "robustness", "bayesian"} <= FIRST.keys()
+    families = {name.split("/")[0] for name in RECIPES}
+    assert {"contrastive", "masked", "merging", "language", "image_text", "robustness", "bayesian"} <= families
+    assert set(RECIPES) >= SAMPLE
 
 
 def header_faults(name: str, read: list[Asked], needs: str) -> list[str]:
@@ -123,7 +130,7 @@ def above(place: str) -> list[str]:
 
 def test_what_a_header_says_that_a_recipe_needs_is_what_it_reads() -> None:
     assert [
-        fault for name, read in RECIPES.items() for fault in header_faults(name, read, load(name).about["needs"])
+        fault for name, read in RECIPES.items() for fault in header_faults(name, read, CATALOGUE[name].about["needs"])
     ] == []
     name = "supervised/sequence_lra_image"
     for changed, fault in {
@@ -137,6 +144,7 @@ def test_what_a_header_says_that_a_recipe_needs_is_what_it_reads() -> None:
 TIMM = "model.init_args.backbone.init_args.network.init_args.network.init_args"
 
 
+@pytest.mark.sweep
 def test_a_recipe_that_does_not_fit_its_inputs_fails() -> None:
     for name, fault, said in [
         ("contrastive/softcon_ssl4eo", f"{TIMM}.prefix=backbone.", "do not fit"),

@@ -28,6 +28,7 @@ def test_the_catalogue_is_not_empty_and_every_recipe_says_what_it_is():
         assert about["family"] == name.split("/")[0], name
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("name", recipes.catalogue_names())
 def test_every_recipe_of_the_catalogue_passes_the_check(name):
     resolved = resolve(name, kinds=ANY_KIND)

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightspan.cli.config.merge import merge_layers
-from lightspan.cli.config.recipes import catalogue_names, load
-from lightspan.cli.config.tree import plain
+from catalogue import CONFIGS
 
 EXPORTED = "/export/safetensors/model.safetensors"
 WEIGHTS = "lightspan.backbones.weights."
@@ -54,7 +52,6 @@ def part_of(config: dict[str, Any], prefix: str) -> dict[str, Any]:
     return bare(part)
 
 
-CONFIGS = {name: plain(merge_layers(load(name).layers)[0]) for name in catalogue_names()}
 BY_RUN = {name.split("/")[-1]: name for name in CONFIGS}
 PAIRS = [
     (second, BY_RUN[run], prefix, part)

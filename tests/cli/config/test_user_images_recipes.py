@@ -9,22 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogue import LAYERS, RECIPES
 from optional import skip_without_packages
 from PIL import Image
 from runs_before import after_runs_before
 
-from lightspan.cli.config import recipes
 from lightspan.cli.config.build import Built, build
-from lightspan.cli.config.tree import plain
 from lightspan.cli.config.user_images import with_images
 from lightspan.core.absent import without_missing_weights
 from lightspan.core.errors import UserError
 
-FOUND = {
-    name: [plain(layer) for layer in found.layers]
-    for name in recipes.catalogue_names()
-    if (found := recipes.load(name)).about.get("modality") == "image"
-}
+FOUND = {name: LAYERS[name] for name, recipe in RECIPES.items() if recipe.about.get("modality") == "image"}
 """The layers of all recipes of pictures."""
 NAMES = [name for name, layers in FOUND.items() if any("model" in layer for layer in layers)]
 LARGE = [name for name in NAMES if "'shards': " in str(FOUND[name])]
@@ -103,6 +98,7 @@ def test_recipes_are_found_at_both_scales() -> None:
     assert min(len(LARGE), sum(name.split("/")[0] in FAMILIES for name in SMALL)) > 20
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.sweep) for name in SMALL]
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from audited import writes_only_below
+from catalogue import CONFIGS, RECIPES
 from picture_files import write_pictures
 from shard_files import write_shard
 
-from lightspan.cli.config import recipes
 from lightspan.cli.config.check import kind_of
 from lightspan.cli.config.tree import dump
 from lightspan.cli.main import main
@@ -21,12 +21,8 @@ BASE = "nothing beyond the base install"
 def one_of_each_family() -> dict[str, str]:
     """Family -> the first of its recipes that trains and needs nothing else."""
     found: dict[str, str] = {}
-    for name in recipes.catalogue_names():
-        recipe = recipes.load(name)
-        if (
-            recipe.about.get("needs") == BASE
-            and kind_of({key for layer in recipe.layers for key in layer.value}) == "model"
-        ):
+    for name, recipe in RECIPES.items():
+        if recipe.about.get("needs") == BASE and kind_of(set(CONFIGS[name])) == "model":
             found.setdefault(name.split("/")[0], name)
     return found
 

@@ -101,6 +101,7 @@ def test_a_fake_step_counts_what_a_real_one_does() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p: LowRank(p, rank=4, check_finite=False)])
 def test_a_batch_of_another_size_counts_as_if_it_were_the_first(optimizer: Any) -> None:
     """Its optimisers take no step of their own."""

@@ -72,6 +72,7 @@ def test_a_matrix_comes_from_a_file(tmp_path: Path) -> None:
         loaded(LabelDistances(str(tmp_path / "none")))
 
 
+@pytest.mark.sweep
 def test_wordnet_has_nouns_and_the_classes_of_imagenet() -> None:
     with skip_without_packages():
         metric = loaded(WordNetTree(["dog", "wolf"]))

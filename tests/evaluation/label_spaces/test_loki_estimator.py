@@ -81,6 +81,7 @@ def test_texts_of_the_observed_classes_make_the_classifier_and_those_of_all_the_
     assert fewer.squared_distance < 0.5 * fewer.squared_distance_argmax
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("count", [7, 60])
 def test_the_chosen_temperature_is_that_of_a_loop_over_labels_left_out(count: int) -> None:
     """With a seventh of unknown labels, and with nine of ten: each kind of row counts by its share of the labels."""

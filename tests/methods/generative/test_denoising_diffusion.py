@@ -110,6 +110,7 @@ def test_held_out_loss_repeats_and_visits_ten_levels_evenly() -> None:
     assert not torch.equal(model.held_out_loss(images(), 1), first)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])

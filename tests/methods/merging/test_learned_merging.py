@@ -84,6 +84,7 @@ def trainer(steps: int = 3, **settings: Any) -> Trainer:
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_leaves_coefficients_a_mask_and_the_checkpoint_that_they_make(name: str, tmp_path: Path) -> None:
     method = make(name, tmp_path, out=str(tmp_path / "out"))

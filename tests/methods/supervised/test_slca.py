@@ -128,6 +128,7 @@ def test_the_schedule_and_the_optimiser_begin_anew_with_each_task_and_the_backbo
     assert watches.remembers == fresh
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("optimizer", [SGD, partial(torch.optim.AdamW, lr=0.01), partial(LowRank, lr=0.01, rank=4)])
 def test_a_run_that_is_killed_anywhere_resumes_bit_for_bit(optimizer: Any, tmp_path: Path) -> None:
     settings = {"optimizer": optimizer, "lr_scheduler": partial(Staircase, at=(0.5,))}

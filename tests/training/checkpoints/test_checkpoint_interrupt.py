@@ -59,6 +59,7 @@ def raising_at(point: int, error: BaseException) -> Callable[[HashingWriter, byt
     return counted
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save", [save_file, save_folder])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, os.strerror(errno.EIO))], ids=type)
 def test_every_write_may_be_interrupted_or_fail(tmp_path, monkeypatch, save: Save, error: BaseException):
