@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lightspan.core.files.atomic import write_atomic
-from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.image.augment.rendering import unit_float
 from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.image.batch import ViewParameters
 
 RESULTS = Path(__file__).parent / "results" / "views.json"
 BASELINE = "torchvision on bytes"

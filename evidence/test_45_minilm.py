@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from lightspan.backbones.pretrained import minilm, minilm_tokenizer
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import LabelledTextBatch
+from lightspan.datamodules.text.batch import LabelledTextBatch
 from lightspan.datamodules.text.labelled import LabelledTokens
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy

@@ -1,25 +1,30 @@
-"""A batch that is not only pictures, drawn: texts, pictures with texts, tables.
+"""A batch that is not only pictures, drawn: texts, pictures with texts, tables, clouds of points.
 
-Shapes: B samples, T tokens, F columns, C H W.
+Shapes: B samples, T tokens, F columns, C H W, N points of all samples.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.core.batches import is_packed, offsets_in, read_names
 from lightspan.core.drawing import SOFT, canvas
 from lightspan.core.errors import printable
 
 LINE, MOST_LINES = 90, 4
 """Letters of a line of text, and lines of a sample."""
 ROW_INCHES = 0.8
+MOST_COLUMNS = 256  # of a table; what is wider, such as sound, is not seen as colours
 
 
-def panels(batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenizer: Any) -> Any | None:
-    """A figure of the first `rows` samples, or None for a batch without texts and tables.
+def panels(
+    batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenizer: Any, batch_type: type | None = None
+) -> Any | None:
+    """A figure of the first `rows` samples, or None for a batch without texts, tables and points.
 
     Args:
         bounds: what is black and white in pictures; see `shown_in_range`.
@@ -29,9 +34,14 @@ def panels(batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenize
         return None
     if _is_of(batch.get("tokens"), 2) and not batch["tokens"].is_floating_point():
         return _text_figure(batch, rows, bounds, tokenizer)
-    views = batch.get("views")
-    tables = views if isinstance(views, list | tuple) else [batch.get("table")]
-    parts = [table for table in tables if _is_of(table, 2)]
+    name = next(iter(read_names(batch, batch_type)), "")
+    read = batch.get(name)
+    if _is_of(read, 2) and is_packed(name, batch, batch_type):
+        return _cloud_figure(read, batch, rows, batch_type) if read.shape[1] == 3 else None
+    tables = read if isinstance(read, list | tuple) else [read]
+    parts = [
+        table for table in tables if _is_of(table, 2) and table.is_floating_point() and table.shape[1] <= MOST_COLUMNS
+    ]
     return _table_figure(parts, batch, rows) if parts and len(parts) == len(tables) else None
 
 
@@ -86,6 +96,22 @@ def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int)
         axis.tick_params(labelsize=7)
     axes[0, 0].set_yticks(range(len(parts[0])), _labels(batch, rows))
     figure.colorbar(picture, ax=axes[0, -1], label="standardised")
+    return figure
+
+
+def _cloud_figure(xyz_N3: Tensor, batch: Mapping[str, Any], rows: int, batch_type: type | None) -> Any:
+    """Each cloud from above and from the side."""
+    offsets = offsets_in(batch, batch_type).tolist()
+    clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
+    figure, axes = canvas("", (6.0, 3.0 * len(clouds) + 0.2), (len(clouds), 2))
+    for row, (cloud, label) in enumerate(zip(clouds, _labels(batch, rows), strict=False)):
+        for axis, (across, up) in zip(axes[row], ((0, 1), (0, 2)), strict=True):
+            axis.scatter(cloud[:, across], cloud[:, up], s=1)
+            axis.set_aspect("equal", "datalim")
+            axis.set_xlabel("xyz"[across], fontsize=8)
+            axis.set_ylabel("xyz"[up], fontsize=8)
+            axis.tick_params(labelsize=7)
+        axes[row, 0].set_title(label, fontsize=8, loc="left")
     return figure
 
 

@@ -16,8 +16,9 @@ from torchvision.utils import make_grid
 from lightspan.callbacks.pictures.band_colours import coloured_dates
 from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.core.batches import batch_type_of, read_names, schema_of, views_field
 from lightspan.core.drawing import png
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, print_notes
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
 
@@ -29,11 +30,12 @@ class FirstBatch(Callback):
     """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
 
     Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight
-    pictures form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks are
-    columns. Of pictures with many bands three are shown, those that the data module names in `shown_bands`, each
-    stretched by itself, a column for each date; what is not valid is grey. Tokens are drawn as text, by the data
-    module's `tokenizer` or as bytes, beside their pictures if they have some; of a table, colours are its
-    standardised numbers. Other batches are passed over.
+    pictures form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks, slices of
+    a volume and frames of a clip are columns, evenly spaced. Of pictures with many bands three are shown, those that
+    the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
+    Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
+    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side. For any other
+    batch a note says that there is no picture.
 
     Args:
         folder: where the picture goes.
@@ -54,7 +56,8 @@ class FirstBatch(Callback):
         self._done = True
         data = getattr(trainer, "datamodule", None)
         bounds, path = getattr(data, "bounds", None), self.folder / "first-batch.png"
-        if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None))) is not None:
+        kind = batch_type_of(data, pl_module)
+        if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None), kind)) is not None:
             write_atomic(path, png(figure))
             return
         if (dates := coloured_dates(batch, getattr(data, "shown_bands", None))) is not None:
@@ -62,8 +65,9 @@ class FirstBatch(Callback):
             columns = dates.shape[1] if dates.shape[1] > 1 else 8
             write_grid(path, enlarged(rows_BTCHW.flatten(0, 1)), columns, padding=1.0)
             return
-        views, columns = _pictures(batch, self.rows)
+        views, columns = _pictures(batch, self.rows, kind)
         if not views:
+            print_notes([f"FirstBatch draws no picture of a {kind.__name__ if kind else 'batch of this kind'}"])
             return
         height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
         same = [interpolate(shown_in_range(view, bounds), (height, width), mode="nearest") for view in views]
@@ -83,25 +87,35 @@ def write_grid(path: Path, images_BCHW: Tensor, columns: int, padding: float) ->
     write_atomic(path, encode_png((255 * grid_CHW).round().byte()).numpy().tobytes())
 
 
-def _pictures(batch: Any, rows: int) -> tuple[list[Tensor], int]:
+def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tensor], int]:
     """(the pictures as columns of a grid, their number); none if the batch has none."""
-    if not isinstance(batch, dict):
+    name = next(iter(read_names(batch, batch_type)), None) if isinstance(batch, dict) else None
+    if name is None:
         return [], 0
-    views = batch.get("views")
-    if isinstance(views, list | tuple) and all(map(_is_picture, views)):
-        columns = [view[:rows].detach().float().cpu() for view in views[:MOST_COLUMNS]]
-    elif _is_picture_of_tasks(batch.get("image")):
-        columns = [image[:rows].detach().float().cpu() for image in batch["image"].unbind(1)[:MOST_COLUMNS]]
-    elif _is_picture(batch.get("image")):
-        return [batch["image"][: 8 * rows].detach().float().cpu()], 8
-    else:
+    if name == views_field(batch_type):
+        columns = list(batch[name])
+    elif (columns := _columns(batch[name], name, batch_type)) and len(columns) == 1:
+        return ([columns[0][: 8 * rows].detach().float().cpu()], 8) if _is_picture(columns[0]) else ([], 0)
+    if not columns or not all(map(_is_picture, columns)):
         return [], 0
-    return columns, len(columns)
+    places = torch.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS)).round().long().tolist()
+    return [columns[place][:rows].detach().float().cpu() for place in places], len(places)
+
+
+def _columns(value: Any, name: str, batch_type: type | None) -> list[Tensor]:
+    """Pictures [B C H W] of a field that has these axes, in any order, and perhaps another, such as slices or dates; a
+    field of five axes that is not declared has that one second, as tasks.
+    """
+    if not isinstance(value, Tensor):
+        return []
+    field = None if batch_type is None else schema_of(batch_type).fields.get(name)
+    names = {4: "BCHW", 5: "BKCHW"}.get(value.ndim, "") if field is None else "".join(axis for axis, _ in field.sizes)
+    more = [axis for axis in names if axis not in "BCHW"]
+    if len(names) != value.ndim or not set("BCHW") <= set(names) or len(more) > 1:
+        return []
+    ordered = value.permute([names.index(axis) for axis in (*more, *"BCHW")])
+    return list(ordered) if more else [ordered]
 
 
 def _is_picture(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3)
-
-
-def _is_picture_of_tasks(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 5 and value.shape[2] in (1, 3)

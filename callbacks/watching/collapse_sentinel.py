@@ -209,9 +209,10 @@ class CollapseSentinel(Callback):
         """The same on every rank, which is that of the first one."""
         assert self._held is not None
         name = "embeddings" if hasattr(module, "embeddings") else "features"
+        kind = self._held.batch_type
 
         def embedded(batch: Any) -> Tensor:
-            return torch.stack([features_of(trainer, module, one, name) for one in single_views(batch)], dim=1)
+            return torch.stack([features_of(trainer, module, one, name) for one in single_views(batch, kind)], dim=1)
 
         x_NQP = self._held.of_all(trainer, module, embedded)
         figures = {"length": length(x_NQP[:, 0]), "dead_dimensions": dead_dimensions(x_NQP[:, 0])}
@@ -228,7 +229,7 @@ class CollapseSentinel(Callback):
             figures |= {"lidar": lidar(x_NQP), "alignment": alignment(x_NQP)}
         if hasattr(module, "assignments"):
             first = self._held.of_all(
-                trainer, module, lambda b: features_of(trainer, module, next(single_views(b)), "assignments")
+                trainer, module, lambda b: features_of(trainer, module, next(single_views(b, kind)), "assignments")
             )
             figures["prototypes_in_use"], figures["prototypes_a_sample"] = prototype_use(first)
         values = agreed(torch.tensor(list(figures.values()), device=module.device)).tolist()

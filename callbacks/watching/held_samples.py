@@ -16,6 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.watching.detached import detached, index_of, of_all_ranks
+from lightspan.core.batches import batch_type_of, is_packed, read_names, samples_in, single_field, views_field
+from lightspan.core.collate import separated
 from lightspan.core.errors import UserError
 
 
@@ -31,7 +33,7 @@ class HeldSamples:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, count: int) -> None:
-        self.count = count
+        self.count, self.batch_type = count, batch_type_of(trainer.datamodule, module)  # type: ignore[attr-defined]
         make = getattr(trainer.datamodule, "train_dataloader", None)  # type: ignore[attr-defined]
         if make is None:
             raise UserError(
@@ -43,10 +45,10 @@ class HeldSamples:
                 seed(0)
             batches = iter(make())
             self.batches = [_held(trainer, module, batch) for batch in islice(batches, 1)]
-            rows = sum(_rows(batch) for batch in self.batches)
+            rows = sum(map(self._rows, self.batches))
             more = -(-count // max(1, rows * trainer.world_size)) - 1
             self.batches += [_held(trainer, module, batch) for batch in islice(batches, more)]
-        index_N = self.of_all(trainer, module, lambda batch: torch.zeros(_rows(batch), 1))
+        index_N = self.of_all(trainer, module, lambda batch: torch.zeros(self._rows(batch), 1))
         if len(index_N) < 2:
             raise UserError(
                 f"CollapseSentinel compares samples with one another, but got {len(index_N)} of training; give it at "
@@ -71,7 +73,7 @@ class HeldSamples:
         """What is wrong with the samples themselves, whatever the network makes of them; and the share of samples that
         equal another. For use inside `detached`.
         """
-        ids_NQ = self.of_all(trainer, module, lambda batch: torch.stack([_ids(v) for v in images_of(batch)], dim=1))
+        ids_NQ = self.of_all(trainer, module, lambda batch: self._ids(batch).to(module.device))
         counts = ids_NQ[:, 0].unique(return_counts=True)[1]
         found, distinct = [], len(counts)
         if distinct <= len(ids_NQ) / 2:
@@ -86,31 +88,48 @@ class HeldSamples:
             )
         return found, int(counts[counts > 1].sum()) / len(ids_NQ)
 
+    def _rows(self, batch: Any) -> int:
+        known = samples_in(batch, self.batch_type)
+        return len(images_of(batch, self.batch_type)[0]) if known is None else known
 
-def single_views(batch: Any) -> Iterator[Any]:
-    """The batch once for each view of the size of the first one, which stands in it as "image"; as it is without."""
-    if not _views(batch):
+    def _ids(self, batch: Any) -> Tensor:
+        """A number for each sample and view that equal ones share, int64 [B Q]."""
+        name = next(iter(read_names(batch, self.batch_type)), "") if isinstance(batch, Mapping) else ""
+        if self.batch_type is not None and name and is_packed(name, batch, self.batch_type):
+            rows = [[sample[name] for sample in separated(batch, self.batch_type)]]
+        else:
+            rows = [list(image) for image in images_of(batch, self.batch_type)]
+        numbers = [[zlib.crc32(row.detach().float().cpu().contiguous().numpy().tobytes()) for row in q] for q in rows]
+        return torch.tensor(numbers).T
+
+
+def single_views(batch: Any, batch_type: type | None = None) -> Iterator[Any]:
+    """The batch once for each view of the size of the first one, in place of the views; as it is without."""
+    if not _views(batch, batch_type):
         yield batch
         return
-    rest = {name: value for name, value in batch.items() if name != "views"}
-    for view in images_of(batch):
-        yield {**rest, "image": view}
+    rest = {name: value for name, value in batch.items() if name != views_field(batch_type)}
+    for view in images_of(batch, batch_type):
+        yield {**rest, single_field(batch_type): view}
 
 
-def images_of(batch: Any) -> list[Tensor]:
-    """Views of the size of the first; without views the first tensor of two axes or more."""
-    if views := _views(batch):
+def images_of(batch: Any, batch_type: type | None = None) -> list[Tensor]:
+    """Views of the size of the first; without views what a network reads, or the first tensor of two axes or more."""
+    if views := _views(batch, batch_type):
         return [view for view in views if view.shape == views[0].shape]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    if isinstance(batch, Mapping):
+        parts: Any = [batch[name] for name in read_names(batch, batch_type)] or batch.values()
+    else:
+        parts = batch if isinstance(batch, list | tuple) else [batch]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
     if not tensors:
         raise UserError("CollapseSentinel needs batches with a tensor of samples; remove the callback for these data")
     return tensors[:1]
 
 
-def _views(batch: Any) -> list[Tensor]:
-    """The "views" of a batch, a list of tensors or a mapping of names to them; none of a batch without such."""
-    views = batch.get("views", ()) if isinstance(batch, Mapping) else ()
+def _views(batch: Any, batch_type: type | None) -> list[Tensor]:
+    """The views of a batch, a list of tensors or a mapping of names to them; none of a batch without such."""
+    views = batch.get(views_field(batch_type), ()) if isinstance(batch, Mapping) else ()
     views = list(views.values()) if isinstance(views, Mapping) else views
     sound = isinstance(views, list | tuple) and all(isinstance(view, Tensor) and view.ndim for view in views)
     return list(views) if sound else []
@@ -120,13 +139,3 @@ def _held(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A batch as the module gets it, hooks of the transfer included, brought back to the CPU."""
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device)
     return move_data_to_device(batch, torch.device("cpu"))
-
-
-def _rows(batch: Any) -> int:
-    return len(images_of(batch)[0])
-
-
-def _ids(image_B: Tensor) -> Tensor:
-    """A number for each sample that equal ones share, int64 [B]."""
-    rows = image_B.detach().float().cpu().contiguous()
-    return torch.tensor([zlib.crc32(row.numpy().tobytes()) for row in rows], device=image_B.device)

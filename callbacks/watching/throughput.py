@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightspan.callbacks.watching.detached import log_now
 from lightspan.callbacks.watching.flops import FlopCount, peak_flops
+from lightspan.core.batches import batch_type_of, rows_in
 from lightspan.core.errors import UserError
 from lightspan.core.memory import MIB, rss_bytes
 
@@ -77,7 +78,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._end_count()
-        samples, tokens = batch_counts(batch)
+        data = getattr(trainer, "datamodule", None)
+        samples, tokens = batch_counts(batch, batch_type_of(data, pl_module))
         if self._counted is not None and samples:
             self.flops_per_sample, self._counted = self._counted / samples, None
         self._samples += samples * trainer.world_size
@@ -126,15 +128,8 @@ def _waited_s(trainer: Trainer) -> float | None:
     return getattr(trainer.train_dataloader, "waited_s", None)
 
 
-def batch_counts(batch: Any) -> tuple[int, int]:
-    """(samples, tokens) of a batch: rows of its first tensor with a batch axis, and B T of "tokens" [B T+1], else 0."""
+def batch_counts(batch: Any, batch_type: type | None = None) -> tuple[int, int]:
+    """(samples, tokens) of a batch: see `lightspan.core.batches.rows_in`; and B T of "tokens" [B T+1], else 0."""
     tokens = batch.get("tokens") if isinstance(batch, Mapping) else None
     predicted = tokens.shape[0] * (tokens.shape[1] - 1) if isinstance(tokens, Tensor) and tokens.ndim == 2 else 0
-    return _rows(batch) or 0, predicted
-
-
-def _rows(batch: Any) -> int | None:
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((rows for part in parts if (rows := _rows(part)) is not None), None)
+    return rows_in(batch, batch_type), predicted

@@ -14,6 +14,7 @@ import torch
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import PathUse
+from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
@@ -46,6 +47,11 @@ class Recordings:
     ) -> None:
         self.files, self.labels, self.reader, self.drawn = files, labels, reader, drawn
         self.skip_damaged = skip_damaged
+
+    @property
+    def batch_type(self) -> type:
+        """With further labels a `SpokenBatch`."""
+        return SpokenBatch if "keyword" in self.labels else AudioBatch
 
     def __len__(self) -> int:
         return len(self.files)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.image.sets.small import ImageSamples, Labelled, channel_moments, evenly
+from lightspan.datamodules.image_text.batch import LabelledImageTextBatch
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
@@ -30,6 +31,8 @@ class Captioned(NamedTuple):
 
 class PairSamples:
     """Samples of `LabelledImageTextBatch`: those of `images`, whose views, if any, are one, with tokens and mask."""
+
+    batch_type = LabelledImageTextBatch
 
     def __init__(self, images: ImageSamples, tokens: np.ndarray, mask: np.ndarray) -> None:
         assert len(images) == len(tokens) == len(mask)

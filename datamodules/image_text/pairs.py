@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views, view_as_image
+from lightspan.datamodules.image_text.batch import ImageTextBatch
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
@@ -15,6 +16,8 @@ from lightspan.datamodules.text.tokenized import require_length, tokenized
 @dataclass(frozen=True)
 class PairDecoding(Decoding):
     """As `Decoding`, with the field `text` as tokens and mask, [T], and one view in place of the image."""
+
+    batch_type = ImageTextBatch
 
     tokenizer: PreTrainedTokenizerBase
     length: int

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views, view_as_image
+from lightspan.datamodules.image_text.batch import PartlyLabelledBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -18,6 +19,8 @@ class PartialDecoding(Decoding):
     """As `Decoding`, of the image alone, with the class and the text that a sample has; one view in place of the
     image.
     """
+
+    batch_type = PartlyLabelledBatch
 
     tokenizer: PreTrainedTokenizerBase
     length: int

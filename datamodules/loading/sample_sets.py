@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from lightning import LightningDataModule
 
+from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
@@ -35,6 +36,11 @@ class SampleSets(LightningDataModule, ABC):
     batch_size: int
     seed: int
     num_workers: int
+
+    @property
+    def batch_type(self) -> type | None:
+        """Of training batches, as the training set declares it; None before `setup`."""
+        return batch_type_of(self.train)
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError, printable
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import BatchDataset, Dataset
@@ -54,6 +55,7 @@ class SubsetSamples:
 
     def __init__(self, dataset: Dataset, chosen: np.ndarray) -> None:
         self.whole, self.chosen = dataset, chosen
+        self.batch_type = batch_type_of(dataset)
 
     def __len__(self) -> int:
         return len(self.chosen)

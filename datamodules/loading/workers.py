@@ -6,14 +6,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
+from lightspan.core.batches import batch_type_of, require_declared
+from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 
 Key = tuple[int, int]  # (index, seed) of one sample
@@ -24,7 +27,8 @@ MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unre
 class Dataset(Protocol):
     """Samples by number. `sample` must be a pure function of its arguments: this makes runs repeatable.
 
-    `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking).
+    `seed`, in [0, 2**63), is all the randomness a sample may use (augmentation, masking). A dataset that declares the
+    type of its batches as `batch_type` (`lightspan.core.batches`) has them collated and checked by it.
     """
 
     def __len__(self) -> int: ...
@@ -112,20 +116,17 @@ class _Keys:
         return next(self.batches)
 
 
-def _collate(samples: list[_Fetched]) -> _Fetched:
+def _collate(batch_type: type | None, owner: str, samples: list[_Fetched]) -> _Fetched:
+    """A batch of samples: the one place where batches are made, and held to their type."""
     failed = next((sample for sample in samples if sample.error is not None), None)
     if failed is not None:
         return failed
-    if samples[0].whole:
-        return samples[0]
     try:
-        batch = default_collate([sample.data for sample in samples])
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        return _Fetched(
-            None,
-            error=f"samples do not fit into one batch: {error}; set data.init_args.image_size for images of several "
-            "sizes, and leave fields of several shapes out of data.init_args.fields",
-        )
+        batch = samples[0].data if samples[0].whole else collated([sample.data for sample in samples], batch_type)
+        if batch_type is not None:
+            require_declared(batch, batch_type, owner)
+    except UserError as error:
+        return _Fetched(None, error=str(error))
     return _Fetched(batch, tuple(replacement for sample in samples for replacement in sample.replaced))
 
 
@@ -234,7 +235,7 @@ class Fetcher:
             _Samples(dataset),  # type: ignore[arg-type]
             batch_sampler=self._keys,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, batch_type_of(dataset), type(dataset).__name__),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # DataLoader would draw from the global generator otherwise
             worker_init_fn=_outlive_warnings,

@@ -16,6 +16,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.multispectral.bands import Bands
+from lightspan.datamodules.multispectral.batch import MultispectralBatch, MultispectralSeriesBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
 from lightspan.datamodules.multispectral.resampling import SpectralCrops
 
@@ -36,6 +37,12 @@ class SpectralSamples:
     numbers: np.ndarray
     moments: BandMoments
     crops: SpectralCrops | None = None
+
+    @property
+    def batch_type(self) -> type:
+        # An album of series has dates.
+        series = getattr(self.album, "dates", None) is not None
+        return MultispectralSeriesBatch if series else MultispectralBatch
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.multispectral.bands import Bands
+from lightspan.datamodules.multispectral.batch import MultispectralBatch, SeasonsBatch
 from lightspan.datamodules.multispectral.resampling import SpectralCrops, square
 from lightspan.datamodules.multispectral.shards import MultispectralShards, SpectralDecoding, under_clouds
 from lightspan.datamodules.shards.decoders import decode_array, place_of
@@ -32,6 +33,10 @@ class SeasonDecoding(SpectralDecoding):
 
     num_tags: int
     complete: bool
+
+    @property
+    def batch_type(self) -> type:
+        return MultispectralBatch if self.crops is None else SeasonsBatch
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         where = place_of(members)

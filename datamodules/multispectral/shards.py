@@ -17,6 +17,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.multispectral.bands import Bands
+from lightspan.datamodules.multispectral.batch import MultispectralBatch, MultispectralSeriesBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
 from lightspan.datamodules.multispectral.resampling import SpectralCrops, square
 from lightspan.datamodules.multispectral.tiffs import bands_first, read_tiff
@@ -41,6 +42,10 @@ class SpectralDecoding(Decoding):
     dates: int | None
     moments: BandMoments | None
     crops: SpectralCrops | None
+
+    @property
+    def batch_type(self) -> type:
+        return MultispectralBatch if self.dates is None else MultispectralSeriesBatch
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         where = place_of(members)

@@ -17,8 +17,10 @@ import torch
 from lightspan.core.errors import UserError
 from lightspan.core.noise import interpolation
 from lightspan.datamodules.multispectral.bands import Bands, wavelengths
+from lightspan.datamodules.multispectral.batch import SeasonsBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
 from lightspan.datamodules.multispectral.resampling import SpectralCrops
+from lightspan.datamodules.rendered.batch import LandBatch, LandSeriesBatch
 from lightspan.datamodules.rendered.data import SEEDS, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.spectra import MATERIALS, YEAR, season, spectra
@@ -225,6 +227,10 @@ class LandSamples(RenderedSamples):
         super().__init__(first, count)
         self.land, self.draw_seed, self.dates, self.moments = land, draw_seed, dates, moments
 
+    @property
+    def batch_type(self) -> type:
+        return LandBatch if self.dates is None else LandSeriesBatch
+
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         day = days(self.draw_seed, numbers, self.dates)
         made = self.land.scenes(self.draw_seed, numbers, day)
@@ -329,6 +335,8 @@ class LandScenes(RenderedSets):
 
 class SeasonSamples(RenderedSamples):
     """Samples of `SeasonsBatch`: two of a scene's four days, drawn anew in each epoch, each cropped by itself."""
+
+    batch_type = SeasonsBatch
 
     def __init__(self, scenes: LandSamples, crops: SpectralCrops) -> None:
         super().__init__(scenes.first, scenes.count)

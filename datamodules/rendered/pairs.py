@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.rendered.batch import ScenePairBatch
 from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
@@ -249,6 +250,8 @@ class PairSpace(NamedTuple):
 
 class ScenePairSamples(RenderedSamples):
     """Samples of `ScenePairBatch`."""
+
+    batch_type = ScenePairBatch
 
     def __init__(self, first: int, count: int, space: PairSpace, draw_seed: int, moments: ChannelMoments) -> None:
         super().__init__(first, count)

@@ -15,8 +15,10 @@ from torch.utils.data import default_collate
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.datamodules.image.sets.small import class_groups
 from lightspan.datamodules.loading.order import GroupSizes, Order
+from lightspan.datamodules.rendered.batch import PersonBatch
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
@@ -164,6 +166,10 @@ class PersonSamples(RenderedSamples):
         super().__init__(0, len(crowd))
         self.crowd, self.draw_seed, self.moments, self.fields = crowd, draw_seed, moments, fields
 
+    @property
+    def batch_type(self) -> type:
+        return PersonBatch if self.fields is None else self.fields.batch_type
+
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         seen = self.crowd.sightings(self.draw_seed, numbers)
         pictures, make = self.crowd.pictures(self.draw_seed, seen), self.fields
@@ -180,6 +186,8 @@ class PersonGroups(RenderedSamples):
 
     Pictures of a label are drawn with replacement if there are fewer.
     """
+
+    batch_type = ViewsBatch
 
     def __init__(self, crowd: Crowd, pictures: int, draw_seed: int, moments: ChannelMoments) -> None:
         super().__init__(0, crowd.count)

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.batch import DomainsBatch, ViewsBatch
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.datamodules.rendered.batch import CaptionedSceneBatch, SceneBatch, SceneViewsBatch
 from lightspan.datamodules.rendered.data import MOST, PARTS, SEEDS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import (
@@ -83,6 +85,12 @@ class SceneSamples(RenderedSamples):
         super().__init__(first, count)
         self.space, self.style, self.draw_seed, self.moments = space, style, draw_seed, moments
         self.known, self.tokenizer, self.length, self.views = known, tokenizer, length, views
+
+    @property
+    def batch_type(self) -> type:
+        if self.views is not None:
+            return SceneViewsBatch
+        return SceneBatch if self.tokenizer is None else CaptionedSceneBatch
 
     def without_views(self) -> "SceneSamples":
         """The same samples, as they are."""
@@ -204,6 +212,8 @@ def painted(space: SceneSpace, seed: int, numbers: np.ndarray, style: Style) -> 
 class DomainSamples(RenderedSamples):
     """Samples of `DomainsBatch`. The target's scenes are as far behind the source's as a set may be large."""
 
+    batch_type = DomainsBatch
+
     def __init__(
         self,
         first: int,
@@ -320,6 +330,8 @@ POSE = ("cos", "sin", "x", "y", "scale", "hue_cos", "hue_sin")
 
 class PosedSamples(RenderedSamples):
     """Samples of `ViewsBatch` with the columns `POSE`."""
+
+    batch_type = ViewsBatch
 
     def __init__(
         self,

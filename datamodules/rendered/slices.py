@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.rendered.batch import SliceBatch
 from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 
@@ -138,6 +139,8 @@ class Ward(NamedTuple):
 
 class SliceSamples(RenderedSamples):
     """Samples of `SliceBatch`."""
+
+    batch_type = SliceBatch
 
     def __init__(self, first: int, count: int, ward: Ward, draw_seed: int, moments: ChannelMoments) -> None:
         super().__init__(first, count)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.rendered.batch import SpeechBatch
 from lightspan.datamodules.rendered.data import DrawnSets, RenderedSamples
 from lightspan.datamodules.rendered.draws import Draws
 
@@ -148,6 +149,8 @@ def _filtered(source_BS: np.ndarray, gain_BCK: np.ndarray) -> np.ndarray:
 
 class SpeechSamples(RenderedSamples):
     """Samples of `SpeechBatch`."""
+
+    batch_type = SpeechBatch
 
     def __init__(self, first: int, count: int, draw_seed: int, **drawn: Any) -> None:
         super().__init__(first, count)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
+from lightspan.datamodules.rendered.batch import SpelledWordBatch, WordBatch
 from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
@@ -186,6 +187,10 @@ class WordSamples(RenderedSamples):
         super().__init__(first, count)
         self.renderer, self.longest, self.draw_seed, self.moments = renderer, longest, draw_seed, moments
         self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
+
+    @property
+    def batch_type(self) -> type:
+        return WordBatch if self.tokenizer is None else SpelledWordBatch
 
     def draw(self, numbers: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         printed = self.renderer.pictures(self.draw_seed, numbers)

@@ -15,6 +15,8 @@ from lightspan.datamodules.image.sets.small import evenly
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.sequence.batch import SequenceBatch
+from lightspan.datamodules.text.batch import LabelledTextBatch
 
 
 class ValueRows(NamedTuple):
@@ -60,6 +62,10 @@ class SequenceSamples:
 
     def __init__(self, data: Labelled) -> None:
         self.data = data
+
+    @property
+    def batch_type(self) -> type:
+        return SequenceBatch if isinstance(self.data, ValueRows) else LabelledTextBatch
 
     def __len__(self) -> int:
         return len(self.data.labels)

@@ -18,6 +18,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.rendering import NO_LABEL, nearest
 from lightspan.datamodules.image.augment.views import Views, seeded
+from lightspan.datamodules.image.batch import DomainsBatch
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say, train_loader
@@ -83,6 +84,8 @@ class MaskedDecoding(Decoding):
 class DomainPairs:
     """Each sample of one set beside one of another, drawn anew in each epoch: a function of number and seed."""
 
+    batch_type = DomainsBatch
+
     def __init__(self, source: ShardSamples, target: ShardSamples) -> None:
         self.source, self.target = source, target
 
@@ -125,6 +128,8 @@ class DomainShards(Shards):
         settings: `batch_size`, `mean`, `std`, `window`, `seed`, `num_workers` and the others of `Shards` but `fields`,
             `image_size`, `views`, `views_on` and `hold_out`.
     """
+
+    batch_type = DomainsBatch
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.datamodules.shards.decoders import decode_array, decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards
@@ -29,6 +30,8 @@ class LatentDecoding(Decoding):
     Args:
         shape, scale: those of `LatentShards`.
     """
+
+    batch_type = ImageBatch
 
     shape: tuple[int, int, int]
     scale: float

@@ -10,6 +10,7 @@ from torchvision.io import encode_png
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.batch import PairBatch
 from lightspan.datamodules.shards.decoders import IMAGES
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
@@ -17,6 +18,8 @@ from lightspan.datamodules.shards.stream import Decoding, Shards
 @dataclass(frozen=True)
 class PairedDecoding(Decoding):
     """Both pictures of a sample as its views, each changed at random by itself."""
+
+    batch_type = PairBatch
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         names = sorted(name for name in members if name.rpartition(".")[2] in IMAGES)

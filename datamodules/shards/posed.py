@@ -13,6 +13,7 @@ from torchvision.io import encode_png
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import seeded
+from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
@@ -28,6 +29,10 @@ class PosedDecoding(Decoding):
 
     columns: int
     paired: bool = True
+
+    @property
+    def batch_type(self) -> type:
+        return ViewsBatch if self.paired else ImageBatch
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         where = f"shard {members['__url__']}: sample {members['__key__']}"

@@ -9,6 +9,7 @@ from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.datamodules.audio.batch import AudioBatch
 from lightspan.datamodules.audio.sound import SOUNDS, WaveReader
 from lightspan.datamodules.shards.decoders import decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
@@ -23,6 +24,8 @@ class RecordingDecoding(Decoding):
         reader: makes the waves.
         drawn: whether the segment of a long recording is drawn from a sample's seed; otherwise it is the middle one.
     """
+
+    batch_type = AudioBatch
 
     reader: WaveReader
     drawn: bool = True

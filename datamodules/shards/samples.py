@@ -11,6 +11,7 @@ from urllib.error import HTTPError
 
 import numpy as np
 
+from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import require_regular_file, write_atomic
 from lightspan.core.files.places import PathUse
@@ -187,6 +188,10 @@ class ShardSamples:
         self.firsts = np.concatenate([[0], np.cumsum(self.sizes)])  # number of each shard's first sample, then N
         self.decode, self.cache = decode, cache
         self.max_member_bytes, self.skip_damaged = max_member_bytes, skip_damaged
+
+    @property
+    def batch_type(self) -> type | None:
+        return batch_type_of(self.decode)
 
     def __len__(self) -> int:
         return int(self.firsts[-1])

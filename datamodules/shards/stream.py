@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
+from lightspan.core.batches import batch_type_of
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import CachePath, ReadPath
@@ -46,6 +47,12 @@ class Decoding:
     fields: dict[str, str]
     image_size: int | None
     image: ImageFields
+
+    @property
+    def batch_type(self) -> type | None:
+        """None where the user's own fields make the batch."""
+        usual = self.fields.keys() == {"image", "label"} and self.fields["label"] == "cls"
+        return self.image.batch_type if usual else None
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = decode_fields(members, self.fields)
@@ -169,6 +176,11 @@ class Shards(LightningDataModule):
         self.cache = ShardCache(cache_dir, int(cache_gib * GIB))
         self.train: ShardSamples | None = None
         self.val: ShardSamples | None = None
+
+    @property
+    def batch_type(self) -> type | None:
+        """Of training batches; None where `fields` are the user's own."""
+        return batch_type_of(self.decode)
 
     def setup(self, stage: str | None = None) -> None:
         """Find the samples of all shards, once; each rank opens some, and all share what they found."""

@@ -9,6 +9,7 @@ import torch
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.batch import TaggedBatch, TaggedViewsBatch
 from lightspan.datamodules.shards.decoders import IMAGES, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
@@ -24,6 +25,10 @@ class TaggedDecoding(Decoding):
 
     num_tags: int
     complete: bool
+
+    @property
+    def batch_type(self) -> type:
+        return self.image.one_of(TaggedBatch, TaggedViewsBatch)
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         sample = super().__call__(members, seed)

@@ -12,6 +12,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
+from lightspan.datamodules.text.batch import TokenPairBatch, WholeWordBatch
 from lightspan.datamodules.text.pairs import pair_of
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.whole_words import WordCutter
@@ -20,6 +21,8 @@ from lightspan.datamodules.text.whole_words import WordCutter
 @dataclass(frozen=True)
 class QueryDecoding(Decoding):
     """The fields of a `TokenPairBatch` from a JSON as `lightspan.datamodules.text.pairs.read_pairs` has it."""
+
+    batch_type = TokenPairBatch
 
     tokenizer: PreTrainedTokenizerBase
     lengths: tuple[int, int]
@@ -89,6 +92,8 @@ class QueryShards(Shards):
 @dataclass(frozen=True)
 class WordDecodingOfTexts(Decoding):
     """The fields of a `WholeWordBatch` from a text."""
+
+    batch_type = WholeWordBatch
 
     cutter: WordCutter
 

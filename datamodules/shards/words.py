@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views, view_as_image
+from lightspan.datamodules.image.batch import ReadingBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
@@ -26,6 +27,8 @@ class WordDecoding(Decoding):
         sides: height and width in pixels.
         longest, alphabet: as in `spelled`.
     """
+
+    batch_type = ReadingBatch
 
     sides: tuple[int, int]
     longest: int

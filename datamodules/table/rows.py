@@ -18,6 +18,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
+from lightspan.datamodules.table.batch import LabelledTableBatch, LabelledTableViewsBatch, TableBatch, TableViewsBatch
 from lightspan.datamodules.table.parts import Parts, Rows, divided, shuffled
 
 
@@ -49,6 +50,13 @@ class RowSamples:
 
     def __init__(self, rows: Rows, views: RowViews | None = None) -> None:
         self.rows, self.views = rows, views
+
+    @property
+    def batch_type(self) -> type:
+        numbers = self.rows.target.dtype.kind == "f"
+        if self.views is None:
+            return TableBatch if numbers else LabelledTableBatch
+        return TableViewsBatch if numbers else LabelledTableViewsBatch
 
     def __len__(self) -> int:
         return len(self.rows.target)

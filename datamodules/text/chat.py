@@ -22,6 +22,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
+from lightspan.datamodules.text.batch import ChatBatch
 from lightspan.datamodules.text.documents import Skipped
 from lightspan.datamodules.text.forms import joined_in_training, padded
 from lightspan.datamodules.text.json_lines import json_lines
@@ -198,6 +199,8 @@ class ChatSamples:
     Args:
         rows: (tokens, whether each is learned), of at most `length` tokens each.
     """
+
+    batch_type = ChatBatch
 
     def __init__(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> None:
         self.length = length

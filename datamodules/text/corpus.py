@@ -58,6 +58,10 @@ class Pieces:
         self.text = TextTokens(*(np.concatenate(part) for part in parts))
         self.names, self.form = names, form
 
+    @property
+    def batch_type(self) -> type | None:
+        return self.form.batch_type
+
     def __len__(self) -> int:
         return len(self.starts)
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.text.batch import DenoisingBatch
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.forms import TextForm, padded, window
 from lightspan.datamodules.text.packing import packed, trimmed
@@ -149,6 +150,8 @@ class Denoising(TextForm):
     Raises: UserError for rows in which nothing fits, more spans than sentinels, and weights that do not fit; in
         `prepare` for tokens that a text may have.
     """
+
+    batch_type = DenoisingBatch
 
     inputs: int = 512
     targets: int = 512

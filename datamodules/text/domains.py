@@ -21,6 +21,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size, require_enough, spaced
+from lightspan.datamodules.text.batch import DenoisingBatch, PromptBatch
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
@@ -231,6 +232,8 @@ class PromptReader:
 class HiddenWords:
     """Samples of `DenoisingBatch`; the seed says which words are hidden."""
 
+    batch_type = DenoisingBatch
+
     def __init__(self, reader: PromptReader, texts: Sequence[Words], choice: WordChoice) -> None:
         self.reader, self.texts, self.choice = reader, texts, choice
 
@@ -256,6 +259,11 @@ class PromptSamples:
     ) -> None:
         self.reader, self.texts, self.labels, self.target = reader, texts, labels, target
         self.choices = reader.choices()
+
+    @property
+    def batch_type(self) -> type | None:
+        """None without labels, which a `PromptBatch` has."""
+        return PromptBatch if self.labels else None
 
     def __len__(self) -> int:
         return len(self.texts)

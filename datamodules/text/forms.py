@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.text.batch import DocumentBatch
 from lightspan.datamodules.text.documents import TextTokens
 
 
@@ -20,8 +21,10 @@ class TextForm(ABC):
     Attributes:
         longest, shortest: tokens of a piece. Documents are cut into pieces of at most `longest`; a document of fewer
             than `shortest` is left out.
+        batch_type: of the batches, `index` included.
     """
 
+    batch_type: type | None = None
     longest: int
     shortest: int = 1
 
@@ -46,6 +49,8 @@ class Padded(TextForm):
     Args:
         length: T, at least 1.
     """
+
+    batch_type = DocumentBatch
 
     def __init__(self, length: int = 256) -> None:
         if length < 1:

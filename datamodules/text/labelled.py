@@ -19,6 +19,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
+from lightspan.datamodules.text.batch import LabelledPairBatch, LabelledTextBatch
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized, tokenized_pairs
 
@@ -64,6 +65,10 @@ class LabelledTextSamples:
 
     def __init__(self, data: LabelledTokens) -> None:
         self.data = data
+
+    @property
+    def batch_type(self) -> type:
+        return LabelledTextBatch if self.data.types is None else LabelledPairBatch
 
     def __len__(self) -> int:
         return len(self.data.labels)

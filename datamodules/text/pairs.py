@@ -16,6 +16,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
+from lightspan.datamodules.text.batch import ScoredPairBatch, TokenPairBatch
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length, tokenized
@@ -74,6 +75,10 @@ class TextPairSamples:
     ) -> None:
         self.queries, self.documents, self.others = queries, documents, others
         self.negatives, self.count, self.scores = negatives, count, scores
+
+    @property
+    def batch_type(self) -> type:
+        return TokenPairBatch if self.scores is None else ScoredPairBatch
 
     def __len__(self) -> int:
         return len(self.queries.lengths)

@@ -24,6 +24,10 @@ class TextDecoding(Decoding):
     tokenizer: PreTrainedTokenizerBase | None
     form: TextForm
 
+    @property
+    def batch_type(self) -> type | None:
+        return self.form.batch_type
+
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
         text = decode_fields(members, self.fields)[FIELD]
         text = text.get(FIELD) if isinstance(text, dict) else text

@@ -14,6 +14,7 @@ from lightspan.core.files.foreign import whole_text
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, spaced
+from lightspan.datamodules.text.batch import SpellingBatch
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
@@ -64,6 +65,8 @@ def sentences(words: Sequence[str], sentence: str) -> list[str]:
 
 class SpellingSamples:
     """Samples of `SpellingBatch`. The seed is not used: a word has nothing random."""
+
+    batch_type = SpellingBatch
 
     def __init__(
         self,

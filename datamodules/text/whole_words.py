@@ -13,6 +13,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.text.batch import WholeWordBatch
 from lightspan.datamodules.text.functions import library_functions
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.tokenized import require_length
@@ -66,6 +67,8 @@ class WordCutter:
 
 class WholeWordSamples:
     """Samples of `WholeWordBatch`; the seed of a sample says which part of a long text it holds."""
+
+    batch_type = WholeWordBatch
 
     def __init__(self, texts: Sequence[str], cutter: WordCutter) -> None:
         self.cutter = cutter

@@ -20,6 +20,7 @@ from lightspan.core.files.foreign import BYTES, TooMuchError, content_of
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
+from lightspan.datamodules.text.batch import TextBatch
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
 # Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
@@ -111,6 +112,8 @@ def in_validation(relative_path: str, val_fraction: float) -> bool:
 class Windows:
     """Non-overlapping windows of `width` bytes or tokens over one long text; the incomplete tail is unused."""
 
+    batch_type = TextBatch
+
     def __init__(self, text: np.ndarray, width: int) -> None:
         self.windows = text[: len(text) // width * width].reshape(-1, width)  # whole numbers [N, width]
 
@@ -132,6 +135,8 @@ class TextData(LightningDataModule, ABC):
         seed: of the order of training windows.
         num_workers: processes that fetch batches.
     """
+
+    batch_type = TextBatch
 
     def __init__(self, context: int, batch_size: int, val_windows: int, seed: int, num_workers: int) -> None:
         super().__init__()

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightspan.core.batches import WHOLE, require_fields, require_rows
 from lightspan.core.devices import has_values
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 _HOST = "_lightspan_on_host"
 

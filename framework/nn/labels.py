@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.core.batches import described, range_on_host, require_fields, samples_in
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import described, range_on_host, require_fields, samples_in
 
 
 def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
@@ -15,7 +15,7 @@ def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None)
 
     Args:
         method: its name, for messages.
-        samples: B; None counts what a network reads of the batch (`lightspan.nn.samples`).
+        samples: B; None counts what a network reads of the batch (`lightspan.core.batches`).
     Raises: UserError for a batch without labels or named fields, and for labels of another kind or shape.
     """
     return _of_each_sample(batch, "label", True, method, samples)
@@ -82,7 +82,8 @@ def require_classes(label: Tensor, classes: int, method: str) -> None:
 def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: str, samples: int | None) -> Tensor:
     require_fields(batch, method)
     given, kind = batch.get(field), "whole number" if whole else "number"
-    samples = samples_in(batch) if samples is None else samples
+    if samples is None:
+        samples = samples_in({name: value for name, value in batch.items() if name != field})
     if given is None:
         raise UserError(
             f"{method} needs a {kind} for each sample as {field}, and this batch holds {', '.join(sorted(batch))}; "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.image.batch import ViewParameters
 
 Column = str | int
 """Of a view's parameters: a name of `ViewParameters`, or a place from 0 for data with columns of their own."""

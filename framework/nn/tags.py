@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightspan.core.batches import require_fields, require_rows
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import require_fields, require_rows
 
 
 class Tags(NamedTuple):

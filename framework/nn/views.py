@@ -1,4 +1,4 @@
-"""The views in a batch, as a method asks for them."""
+"""What a network reads of a batch, or the views of it, as a method asks for them."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
+from lightspan.core.batches import VIEWS, read_names, require_fields
 from lightspan.core.distributed import rank
 from lightspan.core.errors import UserError
 from lightspan.nn.labels import labels_of
-from lightspan.nn.samples import as_given, require_fields
 
 TWO_VIEWS = "lightspan.datamodules.image.augment.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.image.augment.views.MultiCrop"
 
 
 def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) -> list[Tensor]:
-    """The views [B C H W] of a batch of images.
+    """The views [B ...] of a batch.
 
-    Without `views` in the batch its images are the one view, as the data give them. A method that can train on them
-    says so once: contrast without random changes of the images is seldom meant.
+    Without `views` in the batch the one view is what a network reads of it, such as its images, as the data give them.
+    A method that can train on them says so once: contrast without random changes of the images is seldom meant.
 
     Args:
         method: its name, for messages.
@@ -28,15 +28,14 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
         or without named fields.
     """
     require_fields(batch, method)
-    given = as_given(batch)
-    views = list(batch["views"]) if "views" in batch else [] if given is None else [given]
+    views = list(batch[VIEWS]) if VIEWS in batch else [batch[name] for name in read_names(batch)[:1]]
     if len(views) != count if count is not None else not views:
         way_out = "data.init_args.views=null" if count == 1 else f"data.init_args.views.class_path={TWO_VIEWS}"
         raise UserError(
             f"{method} needs {count or 'some'} view{'' if count == 1 else 's'} of each image, and this batch gives "
             f"{len(views)} (it holds {', '.join(sorted(batch))}); set {way_out}"
         )
-    if "views" not in batch and rank() == 0:
+    if VIEWS not in batch and rank() == 0:
         warnings.warn(
             f"{method} trains on one view of each image, which nothing changes at random; if that is not meant, set "
             f"data.init_args.views.class_path={TWO_VIEWS}",
@@ -53,7 +52,7 @@ def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
         found = str(wrong[0].dtype) if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
         raise UserError(
             f"{method} reads images as floating-point tensors, and this batch gives {found}; let the dataset give "
-            "float32, standardised as lightspan.datamodules.batches says of an ImageBatch"
+            "float32, standardised as lightspan.datamodules.image.batch says of an ImageBatch"
         )
     # Compared and not gathered in a set, which would fix the size of a batch that is traced for export.
     if any(len(view) != len(views[0]) for view in views[1:]):
@@ -65,14 +64,14 @@ def pictures(views: Iterable[Any], method: str) -> list[Tensor]:
 
 
 def image_of(batch: Any, method: str) -> Tensor:
-    """The images of a batch, [B C H W], its rows of a table, [B F], or the one view of each, for a method that trains
-    on them as they are.
+    """What a network reads of a batch, such as images, [B C H W], or rows of a table, [B F], or the one view of each,
+    for a method that trains on them as they are.
 
     Raises: UserError for more than one view, and as `views_of`.
     """
     require_fields(batch, method)
-    given = as_given(batch)
-    return (views_of(batch, method, 1) if given is None else pictures([given], method))[0]
+    name = next(iter(read_names(batch)), VIEWS)
+    return (views_of(batch, method, 1) if name == VIEWS else pictures([batch[name]], method))[0]
 
 
 def labelled_views(batch: Mapping[str, Any], method: str) -> tuple[list[Tensor], Tensor]:
@@ -120,7 +119,7 @@ def require_global_views(count: int) -> None:
 
 
 def require_domains(batch: Any, method: str) -> None:
-    """Raises: UserError for a batch that is no `lightspan.datamodules.batches.DomainsBatch`: without images of both
+    """Raises: UserError for a batch that is no `lightspan.datamodules.image.batch.DomainsBatch`: without images of both
     domains or without a class for each pixel of the first.
 
     Args:
@@ -131,7 +130,7 @@ def require_domains(batch: Any, method: str) -> None:
     if lacking:
         raise UserError(
             f"{method} needs {', '.join(lacking)} in a batch, and this one holds {', '.join(sorted(batch))}; take data "
-            "of two domains, whose batches are a DomainsBatch (lightspan.datamodules.batches)"
+            "of two domains, whose batches are a DomainsBatch (lightspan.datamodules.image.batch)"
         )
     (image, target), label = pictures((batch["image"], batch["target_image"]), method), batch["semantic"]
     if label.shape != (len(image), *image.shape[2:]) or label.is_floating_point() or image.shape != target.shape:

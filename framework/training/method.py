@@ -10,12 +10,12 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lightspan.core.batches import batch_type_of, inputs_in
 from lightspan.core.devices import wide_type
 from lightspan.core.distributed import mean_over_ranks, register_replicated, world_size
 from lightspan.core.errors import UserError, one_line
 from lightspan.nn.image_numbers import keep_on_host, require_places, require_room
 from lightspan.nn.labels import require_labels
-from lightspan.nn.samples import as_given
 from lightspan.nn.sequences.texts import require_known_tokens
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
@@ -40,6 +40,7 @@ class Method(LightningModule):
         groups: which parameters train together; see `lightspan.optim.groups`.
 
     Attributes:
+        batch_type: the type of its batches, for data that do not declare it; see `lightspan.core.batches`.
         num_classes: set by a method whose batches have a `label` in [0, num_classes): any other label is refused
             before its batch goes to the device, where it would crash a kernel. None refuses nothing.
         num_images: set by a method that has a place for each training image, whose numbers lie in [0, num_images): data
@@ -54,6 +55,7 @@ class Method(LightningModule):
             sentinel's advice is to see to that. Empty for a method that compares none.
     """
 
+    batch_type: type | None = None
     least_rows: int = 1
     num_classes: int | None = None
     num_images: int | None = None
@@ -112,20 +114,25 @@ class Method(LightningModule):
         return moved
 
     def features(self, batch: Any) -> Tensor:
-        """What probes read, float [B, D], before any projector: `backbone` of a batch's images, rows of a table or
-        first views.
+        """What probes read, float [B, D], before any projector: `backbone` of what a network reads of a batch, as its
+        type declares it (`lightspan.core.batches`), of views the first.
 
         A method whose backbone has another name or reads something else overrides it.
 
-        Raises: UserError if it does not, and has no backbone, or a batch has no images.
+        Raises: UserError if it does not, and has no backbone, or a batch has nothing to read.
         """
-        backbone, holds = getattr(self, "backbone", None), batch if isinstance(batch, Mapping) else {}
-        given = as_given(holds)
-        if not isinstance(backbone, nn.Module) or (given is None and not len(holds.get("views", ()))):
+        backbone = getattr(self, "backbone", None)
+        read = inputs_in(batch, self.read_type) if isinstance(batch, Mapping) else ()
+        if not isinstance(backbone, nn.Module) or not read:
             raise UserError(
                 f"{type(self).__name__} defines no features(batch), which probes need; add it or remove the probe"
             )
-        return backbone(holds["views"][0] if given is None else given)
+        return backbone(*read)
+
+    @property
+    def read_type(self) -> type | None:
+        """The declared type of the batches: that of the data module, or where it declares none, the method's own."""
+        return batch_type_of(getattr(self._trainer, "datamodule", None), self)
 
     def embeddings(self, batch: Any) -> Tensor:
         """What the loss compares, float [B, P], where collapse shows first: the features through `projector` if a

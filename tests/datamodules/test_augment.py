@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.image.augment import steps
 from lightspan.datamodules.image.augment.rendering import NO_LABEL, WHOLE, Drawn, Rendering, unit_float
 from lightspan.datamodules.image.augment.views import (
@@ -21,6 +20,7 @@ from lightspan.datamodules.image.augment.views import (
     Views,
     seeded,
 )
+from lightspan.datamodules.image.batch import ViewParameters
 from lightspan.datamodules.image.variants.shifts import Shifted
 
 EVERYTHING = {

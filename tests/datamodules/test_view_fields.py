@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.rendering import Drawn
 from lightspan.datamodules.image.augment.views import MultiCrop, NestedCrops, RandomViews, Repeated, TwoViews, Views
+from lightspan.datamodules.image.batch import ViewParameters
 from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.shards.stream import Shards
 

@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.image.batch import ViewParameters
 from lightspan.nn.relations import Difference, PlaneTurn, Relations, SpaceTurn, parameters_of
 
 

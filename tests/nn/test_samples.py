@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightspan.core.batches import samples_in
 from lightspan.core.errors import UserError
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, letters_of
-from lightspan.nn.samples import samples_in
 from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.tags import tags_of
 
@@ -16,8 +16,8 @@ IMAGE, WORDS = torch.zeros(2, 1, 4, 4), torch.ones(2, 3, dtype=torch.int64)
 
 
 def test_the_samples_of_a_batch_are_those_that_a_network_reads() -> None:
-    assert [samples_in({"views": [IMAGE]}), samples_in({"tokens": WORDS[:1]}), samples_in({"x": IMAGE})] == [2, 1, None]
-    assert samples_in({"views": []}) is None
+    assert [samples_in({"views": [IMAGE]}), samples_in({"tokens": WORDS[:1]}), samples_in({"x": IMAGE})] == [2, 1, 2]
+    assert samples_in({"views": []}) is samples_in({"label": WORDS[:, 0]}) is None
     assert samples_in({"views": torch.stack([IMAGE] * 3)}) == 2  # views of one size may come as one tensor
 
 

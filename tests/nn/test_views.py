@@ -12,6 +12,7 @@ from lightspan.nn.labels import labels_of, require_labels
 from lightspan.nn.views import global_first, image_of, labelled_views, views_of
 
 IMAGE = torch.zeros(2, 3, 4, 4)
+ENDS = torch.tensor([0, 2, 5])
 
 
 def test_views_are_those_of_the_batch_and_nothing_is_said() -> None:
@@ -74,12 +75,17 @@ def test_images_that_are_no_floating_point_tensors_and_views_of_other_images_are
 
 def test_numbers_and_labels_of_another_number_of_samples_are_refused() -> None:
     short = torch.arange(1)
-    for batch in ({"image": IMAGE}, {"views": [IMAGE, IMAGE]}, {"tokens": torch.zeros(2, 3).long()}):
+    read = (
+        {"views": [IMAGE, IMAGE]},
+        {"tokens": torch.zeros(2, 3).long()},
+        {"points": torch.zeros(5, 3), "offsets": ENDS},
+    )
+    for batch in ({"image": IMAGE}, {"features": IMAGE}, *read):
         with pytest.raises(UserError, match="object: index of this batch has 1 rows, and the batch has 2 samples"):
             index_in({**batch, "index": short}, object())
         with pytest.raises(UserError, match=r"M needs a whole number for each sample as label, a tensor \[2\]"):
             labels_of({**batch, "label": short}, "M")
-    assert len(index_in({"features": IMAGE, "index": short}, object())) == 1  # what is read is not known
+    assert len(index_in({"features": IMAGE[:, 0, 0, 0], "index": short}, object())) == 1  # what is read is not known
 
 
 def test_numbers_below_zero_and_of_another_kind_are_refused() -> None:

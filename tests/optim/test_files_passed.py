@@ -1,38 +1,18 @@
 """How far a step leads through the files of this project: someone who follows it has to read these."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from every_preset import WHOLE
+from passed_files import files_passed
 from torch import nn
 
 from lightspan.optim import muon
 from lightspan.optim.low_rank.optimizer import LowRank
 
 FOLDER = Path(muon.__file__).parent
-
-
-@contextmanager
-def files_passed() -> Iterator[set[str]]:
-    """The files of `lightspan.optim` of which functions are called inside, such as `matrices/layout`."""
-    passed, before = set[str](), sys.getprofile()
-
-    def watch(frame: FrameType, event: str, argument: Any) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and FOLDER in path.parents:
-            passed.add(path.relative_to(FOLDER).with_suffix("").as_posix())
-
-    sys.setprofile(watch)
-    try:
-        yield passed
-    finally:
-        sys.setprofile(before)
 
 
 def passed_by(kind: type[Any], **options: Any) -> set[str]:
@@ -42,7 +22,7 @@ def passed_by(kind: type[Any], **options: Any) -> set[str]:
     for _ in range(2):
         for parameter in net.parameters():
             parameter.grad = torch.ones_like(parameter)
-        with files_passed() as passed:
+        with files_passed(FOLDER) as passed:
             optimizer.step()
     return passed
 

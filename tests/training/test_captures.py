@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewParameters
+from lightspan.datamodules.image.batch import ViewParameters
 from lightspan.training import captures
 from lightspan.training.captures import Capture, read_rank, write_rank
 

@@ -154,8 +154,8 @@ def test_features_are_the_backbone_of_images_or_of_the_first_views() -> None:
     assert torch.equal(method.features({"views": [view, image]}), method.layer(view))
 
 
-@pytest.mark.parametrize("batch", [{"tokens": torch.ones(4, 2)}, {"views": []}, torch.ones(4, 2)])
-def test_a_method_without_backbone_or_a_batch_without_images_has_no_features(batch: Any) -> None:
+@pytest.mark.parametrize("batch", [{"label": torch.ones(4)}, {"views": []}, torch.ones(4, 2)])
+def test_a_method_without_backbone_or_a_batch_without_anything_to_read_has_no_features(batch: Any) -> None:
     method = Counts()
     for _ in range(2):
         with pytest.raises(UserError, match=r"Counts defines no features\(batch\), which probes need; add it"):

@@ -12,9 +12,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.image.augment.rendering import Drawn, unit_float
 from lightspan.datamodules.image.augment.views import DrawnViews, Views, seeded
+from lightspan.datamodules.image.batch import DrawnViewsBatch, ImageBatch, ViewParameters, ViewsBatch
 
 Place = Literal["workers", "device"]
 
@@ -47,6 +47,16 @@ class ImageFields:
                 f"views_on=device with {what}; set data.init_args.views to views that are drawn first, such as "
                 "RandomViews, or data.init_args.views_on=workers"
             )
+
+    @property
+    def batch_type(self) -> type:
+        return self.one_of(ImageBatch, ViewsBatch)
+
+    def one_of(self, single: type, views: type) -> type:
+        """The type of batches of which the first has an image, and the second its views."""
+        if self.views is None:
+            return single
+        return DrawnViewsBatch if self.made_on == "device" else views
 
     def __call__(self, image: Tensor, seed: int) -> dict[str, Any]:
         """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W]."""

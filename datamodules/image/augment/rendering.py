@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.noise import hashed_noise
-from lightspan.datamodules.batches import ViewParameters
 from lightspan.datamodules.image.augment import steps
+from lightspan.datamodules.image.batch import ViewParameters
 
 WHOLE = ViewParameters(0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 """The image as it is."""

@@ -69,6 +69,10 @@ class ImageSamples:
         self.fields = ImageFields(mean, std, views, views_on)
         self._count = data.total()
 
+    @property
+    def batch_type(self) -> type:
+        return self.fields.batch_type
+
     def __len__(self) -> int:
         return self._count
 

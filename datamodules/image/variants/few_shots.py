@@ -7,6 +7,7 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.datamodules.image.sets.small import ImageData, ImageSamples, Labelled
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import sample_seeds
@@ -14,6 +15,8 @@ from lightspan.datamodules.loading.order import sample_seeds
 
 class _Epochs:
     """All samples of a set, `epochs` times over, each time with another view."""
+
+    batch_type = ImageBatch
 
     def __init__(self, samples: ImageSamples, epochs: int, seed: int) -> None:
         self.samples, self.epochs, self.seed = samples, epochs, seed

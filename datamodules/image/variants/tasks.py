@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule
 
 from lightspan.core.errors import UserError
+from lightspan.datamodules.image.batch import TasksBatch
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
@@ -18,6 +19,8 @@ from lightspan.datamodules.loading.workers import Dataset
 
 class TaskSamples:
     """Samples of `TasksBatch`: as many as the largest task has, the others from their beginning again."""
+
+    batch_type = TasksBatch
 
     def __init__(self, tasks: list[Dataset]) -> None:
         self.tasks = tasks
@@ -44,6 +47,8 @@ class TaskImages(LightningDataModule):
         seed: of the order.
         num_workers: processes that fetch batches.
     """
+
+    batch_type = TasksBatch
 
     def __init__(
         self,

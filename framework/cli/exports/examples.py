@@ -9,6 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.cli.config.build import Built
+from lightspan.core.batches import batch_type_of, single_field
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
@@ -33,7 +34,7 @@ def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tu
                 f"--shape {','.join(map(str, shape))} has {shape[0]} channels, but the run standardises pictures of "
                 f"{len(known[0])}; name that many"
             )
-        return {"image": torch.zeros(1, *shape)}, known
+        return {single_field(batch_type_of(data, built.model)): torch.zeros(1, *shape)}, known
     if data is None:
         raise UserError("this run has no data to learn the inputs from; give the shape of a picture with --shape C,H,W")
     if isinstance(data, Shards | SampleSets) and (batch := data.stand_in()) is not None:

@@ -22,6 +22,7 @@ from lightspan.cli.exports.products import LOADED_BY_TIMM, Product, program, ten
 from lightspan.cli.exports.program import first_line
 from lightspan.cli.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
 from lightspan.cli.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network
+from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
 
 EXACT = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
@@ -171,7 +172,8 @@ def _prepared(request: Request) -> Request:
 
 def _read(request: Request) -> Reading:
     batch, moments = example_batch(request.built, request.shape)
-    return reading_of(request.built.model, batch, moments, request.what, _blames_shape(request))
+    kind = batch_type_of(request.built.datamodule, request.built.model)
+    return reading_of(request.built.model, batch, moments, request.what, _blames_shape(request), kind)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
         lines.append(
             f"channels are standardised {plain(inputs['standardise'])}: mean {mean}, deviation {std} in 0 to 1"
         )
-    elif "image" in inputs.get("inputs", {}):
+    elif any(len(form.get("shape", ())) > 3 for form in inputs.get("inputs", {}).values()):
         lines.append(f"pictures are standardised {plain(inputs['standardise'])}")
     return bullets(lines)
 

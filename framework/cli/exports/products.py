@@ -86,9 +86,10 @@ def write_backbone(backbone: nn.Module, reading: Reading, folder: Path) -> None:
     """Writes a network of timm as timm's folder. Raises: UserError where no arguments build it, or it reads other than
     pictures.
     """
-    if list(reading.examples) != ["image"]:
+    pictures = [x for x in reading.examples.values() if x.ndim == 4 and x.is_floating_point()]
+    if len(pictures) != 1 or len(reading.examples) != 1:
         raise UserError(f"timm's networks read pictures alone, and this method reads {', '.join(reading.examples)}")
-    channels, height, width = reading.examples["image"].shape[1:]
+    channels, height, width = pictures[0].shape[1:]
     described = reading.describe()
     mean, std = (described.get(key, [UNKNOWN] * channels) for key in ("mean", "std"))
     if not write_timm(backbone, (height, width), mean, std, folder):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightspan.core.batches import SINGLE, is_packed, read_names, single_field, views_field
 from lightspan.core.errors import UserError
 
 What = Literal["features", "predict"]
@@ -33,12 +34,14 @@ class Reading:
 
     Attributes:
         examples: each field that it reads, with a few samples, first dimension B.
-        moments: mean and deviation of the channels of `image`, each [C 1 1], if that is in [0, 1] here and is to be
-            standardised; None if fields are taken as they are.
+        moments: mean and deviation of the channels of `standardise`, each [C 1 1], if that is in [0, 1] here and is to
+            be standardised; None if fields are taken as they are.
+        standardise: the field of pictures.
     """
 
     examples: dict[str, Tensor]
     moments: tuple[Tensor, Tensor] | None = None
+    standardise: str = SINGLE
 
     def rows(self, count: int) -> tuple[Tensor, ...]:
         """A batch of `count` samples, each field's examples in turn."""
@@ -64,7 +67,7 @@ class Reading:
         if self.moments is None:
             return {"inputs": inputs, "standardise": "as the run did, with unknown mean and std, before they go in"}
         if inside:
-            inputs["image"]["range"] = [0, 1]
+            inputs[self.standardise]["range"] = [0, 1]
         mean, std = (x.flatten().tolist() for x in self.moments)
         where = "inside" if inside else "before they go in"
         return {"inputs": inputs, "standardise": where, "mean": mean, "std": std}
@@ -92,7 +95,8 @@ class Standalone(nn.Module):
     def forward(self, *fields: Tensor) -> Tensor:
         batch = dict(zip(self.reading.examples, fields, strict=True))
         if self.reading.moments is not None:
-            batch["image"] = (batch["image"] - self.mean) / self.std
+            name = self.reading.standardise
+            batch[name] = (batch[name] - self.mean) / self.std
         return answer(self.method, batch, self.what)
 
 
@@ -148,6 +152,7 @@ def reading_of(
     moments: tuple[Tensor, Tensor] | None,
     what: What = "features",
     calling: AbstractContextManager[None] | None = None,
+    batch_type: type | None = None,
 ) -> Reading:
     """Runs the method on a batch once and finds which fields it reads.
 
@@ -159,7 +164,9 @@ def reading_of(
         batch: as the data give it. Of views, the first one is the picture.
         moments: mean and deviation of its pictures, each [C 1 1], if they are known.
         calling: surrounds the call of the method, and may explain its errors.
-    Raises: UserError for a method that does not give one tensor with a row for each sample, or reads no tensor.
+        batch_type: of the batch, as the data declare it.
+    Raises: UserError for a method that does not give one tensor with a row for each sample, or reads no tensor, or one
+        with any number of rows a sample.
     """
     if not isinstance(batch, Mapping):
         raise UserError(
@@ -167,8 +174,10 @@ def reading_of(
             "let them give a dictionary of tensors, or use --to safetensors"
         )
     fields = dict(batch)
-    if "image" not in fields and (views := fields.pop("views", None)):
-        fields["image"] = views[0]
+    first = next(iter(read_names(fields, batch_type)), None)
+    if first is not None and first == views_field(batch_type):
+        first = single_field(batch_type)
+        fields[first] = fields.pop(views_field(batch_type))[0]
     noting = _Noting(fields)
     found = _tried(method, noting, what, calling or nullcontext())
     read = {name: value for name, value in noting.read.items() if isinstance(value, Tensor) and value.dim()}
@@ -177,13 +186,18 @@ def reading_of(
             f"{_call(method, what)} of a batch with {', '.join(sorted(fields))} gives {_form(found)}, and an export "
             "needs one tensor with a row for each sample; use --to safetensors"
         )
-    moments = moments if "image" in read else None
+    if packed := [name for name in read if is_packed(name, fields, batch_type)]:
+        raise UserError(
+            f"{_call(method, what)} reads {', '.join(packed)}, of any number of rows a sample, and an export needs one "
+            "row for each sample; use --to safetensors"
+        )
+    moments = moments if first in read and read[first].is_floating_point() else None
     generator = torch.Generator().manual_seed(0)
     examples = {}
     for name, x in read.items():
-        draw = torch.rand if moments is not None and name == "image" else torch.randn
+        draw = torch.rand if moments is not None and name == first else torch.randn
         examples[name] = draw(max(BATCHES), *x.shape[1:], generator=generator) if x.is_floating_point() else x
-    return Reading(examples, moments)
+    return Reading(examples, moments, first or SINGLE)
 
 
 def _tried(method: nn.Module, batch: _Noting, what: What, calling: AbstractContextManager[None]) -> Any:

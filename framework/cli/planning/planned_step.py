@@ -21,15 +21,15 @@ from lightspan.cli.planning.step_memory import (
     OptimizerStopped,
     StepCounter,
     StepMemory,
-    batch_rows,
     faked,
     idle_state_bytes,
     in_words,
     is_meta,
     largest_rows,
     nbytes,
-    resized,
 )
+from lightspan.core.batches import batch_type_of, rows_in
+from lightspan.core.collate import resized
 from lightspan.core.errors import UserError
 from lightspan.core.memory import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
@@ -197,7 +197,8 @@ class _Step:
             batch = next(iter(loader))
             whole = loader.batch_size if isinstance(loader, ExactLoader) else None
         self.batch = trainer.precision_plugin.convert_input(batch)
-        self.rows = batch_rows(self.batch)
+        self.batch_type = batch_type_of(datamodule, module)
+        self.rows = rows_in(self.batch, self.batch_type)
         if whole is not None:  # the loader gives one process what all ranks together would see
             self.rows = split_batch(whole, division.ranks, trainer.accumulate_grad_batches)
         trainer.precision_plugin.convert_module(module)
@@ -282,7 +283,7 @@ class _Step:
 
         counter = StepCounter(self.module, self._loss, make, min(2, self.trainer.accumulate_grad_batches))
         with silent(), without_logging(self.module), _detached_after(made):
-            yield lambda rows: self._at_home(counter.count(resized(self.batch, rows)), made)
+            yield lambda rows: self._at_home(counter.count(resized(self.batch, rows, self.batch_type), rows), made)
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
         """On a device, without the state that lives on the host, but with room for its transfers. What is counted here,

@@ -18,8 +18,9 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from lightspan.core.batches import rows_in
 from lightspan.core.blocks import recomputes
 from lightspan.core.memory import state_bytes
 
@@ -92,9 +93,11 @@ class StepCounter:
         self._stepping = 0
         """The most that is alive in a step of the optimisers."""
 
-    def count(self, batch: Any) -> StepMemory:
-        """Of a batch that is a tensor or nested containers of tensors, with the samples along axis 0.
+    def count(self, batch: Any, rows: int | None = None) -> StepMemory:
+        """Of a batch that is a tensor or nested containers of tensors.
 
+        Args:
+            rows: its samples; None takes those of `lightspan.core.batches.rows_in`.
         Raises: OptimizerStopped if an optimiser's step cannot run on these tensors.
         """
         inputs = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
@@ -112,7 +115,7 @@ class StepCounter:
                 self._step()
             self.module.zero_grad(set_to_none=True)
         return StepMemory(
-            rows=batch_rows(batch),
+            rows=rows_in(batch) if rows is None else rows,
             weights=nbytes(self._own),
             batch=nbytes(inputs),
             activations=activations,
@@ -176,22 +179,6 @@ def faked(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 def is_meta(module: nn.Module) -> bool:
     """Whether a module was built on the meta device, so that it has no numbers."""
     return any(tensor.is_meta for tensor in module.parameters())
-
-
-def batch_rows(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor that has an axis; 0 if there is none."""
-    return next((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
-
-
-def resized(batch: Any, rows: int) -> Any:
-    """A batch of the same layout and `rows` samples of zeros; tensors without an axis of samples are kept."""
-    old = batch_rows(batch)
-
-    def resize(leaf: Any) -> Any:
-        along = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == old
-        return torch.zeros((rows, *leaf.shape[1:]), dtype=leaf.dtype) if along else leaf
-
-    return tree_map(resize, batch)
 
 
 def largest_rows(limit: int, measure: Callable[[int], StepMemory], small: StepMemory, large: StepMemory) -> int:

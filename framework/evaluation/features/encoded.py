@@ -13,6 +13,8 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
+from lightspan.core.batches import batch_type_of, single_field
+from lightspan.core.collate import taken
 from lightspan.core.distributed import digest_of_first_rank, gather_rows, raise_on_all_ranks, rank
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
@@ -43,7 +45,8 @@ class Encoded(Input):
         encoder: the network or method.
         data: its `bank_dataloader` and the like yield mappings with `index` and perhaps `label`.
         split: "bank" (training samples without augmentation), "val" or "test".
-        field: of the batch, for an encoder without `features`.
+        field: of the batch, for an encoder without `features`; None takes the one that the data declare as read, or
+            `image` where they declare none.
         transforms: applied in order to that field as one batch: a resize, a normalisation.
         layer: counted as `lightspan.nn.tokens` counts layers, whose output is taken instead; -1 is the last.
         pool: what becomes of tokens, as `lightspan.nn.tokens.Tokens` arranges them: their "mean", the "first", or
@@ -58,7 +61,7 @@ class Encoded(Input):
         encoder: nn.Module,
         data: LightningDataModule,
         split: Split = "bank",
-        field: str = "image",
+        field: str | None = None,
         transforms: list[nn.Module] | None = None,
         layer: int | None = None,
         pool: Pool = "mean",
@@ -110,7 +113,7 @@ class Encoded(Input):
             **({} if said is None else {"preprocessing": said}),
             "encoder": encoder,
             "transforms": transforms,
-            "reads": None if self._is_method() else self.field,
+            "reads": None if self._is_method() else self._field(loader),
             "layer": self.layer,
             "tokens": self.pool,
             "dtype": self.dtype,
@@ -132,10 +135,17 @@ class Encoded(Input):
         place_N = order_N[torch.searchsorted(index_N[order_N], features.index_N)]  # a sample may come twice
         return {name: column[place_N] for name, column in zip(self.fields, columns, strict=True)}
 
+    def _batch_type(self, loader: Any) -> type | None:
+        return batch_type_of(getattr(loader, "dataset", None), self.data)
+
+    def _field(self, loader: Any) -> str:
+        return self.field or single_field(self._batch_type(loader))
+
     def _loader(self) -> Any:
         return split_loader(self.data, self.split)
 
     def _rows(self, loader: Any, done: set[int], device: torch.device) -> Iterator[Rows]:
+        kind, field = self._batch_type(loader), self._field(loader)
         modes = [(part, part.training) for part in self.encoder.modules()]
         self.encoder.to(device).eval()
         for transform in self.transforms:
@@ -148,9 +158,9 @@ class Encoded(Input):
                 if not left:
                     continue
                 if len(left) < len(batch["index"]):
-                    batch = _taken(batch, left)
+                    batch = taken(batch, left, kind)
                 with torch.no_grad():
-                    x = self._encode(_moved(batch, device)).to(DTYPES[self.dtype])
+                    x = self._encode(_moved(batch, device), field).to(DTYPES[self.dtype])
                 if len(x) != len(left):
                     raise UserError(f"{type(self.encoder).__name__} made {list(x.shape)} of {len(left)} samples")
                 rows = {"features": x, "index": batch["index"]}
@@ -159,21 +169,21 @@ class Encoded(Input):
             for part, training in modes:
                 part.training = training
 
-    def _encode(self, batch: Any) -> Tensor:
+    def _encode(self, batch: Any, field: str) -> Tensor:
         if self.layer is None:
-            return pooled(self.encoder, self._run(batch), self.pool)
+            return pooled(self.encoder, self._run(batch, field), self.pool)
         if (of_method := getattr(self.encoder, "token_features", None)) is not None:
             (tokens,) = of_method(batch, [self.layer])
         else:
-            (tokens,) = token_features(self.encoder, lambda: self._run(batch), [self.layer])
+            (tokens,) = token_features(self.encoder, lambda: self._run(batch, field), [self.layer])
         return _by(tokens, self.pool)
 
-    def _run(self, batch: Any) -> Any:
+    def _run(self, batch: Any, field: str) -> Any:
         if self._is_method():
             return self.encoder.features(batch)  # type: ignore[operator]
-        if self.field not in batch:
-            raise UserError(f"a batch has no {self.field!r}; it contains {sorted(batch)}; set field")
-        x = batch[self.field]
+        if field not in batch:
+            raise UserError(f"a batch has no {field!r}; it contains {sorted(batch)}; set field")
+        x = batch[field]
         for transform in self.transforms:
             x = transform(x)
         return self.encoder(x)
@@ -248,15 +258,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _moved(child, device) for key, child in value.items()}
     return [_moved(child, device) for child in value] if isinstance(value, list | tuple) else value
-
-
-def _taken(value: Any, rows: list[int]) -> Any:
-    """Some samples of a batch: rows of each tensor."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, dict):
-        return {key: _taken(child, rows) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        tensors = all(isinstance(child, Tensor) for child in value)
-        return [_taken(child, rows) for child in value] if tensors else [value[row] for row in rows]
-    return value

@@ -26,7 +26,7 @@ from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch, ViewsBatch
+from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of

@@ -20,7 +20,7 @@ from lightspan.core.distributed import agreed, gather_rows, rank, register_repli
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_temperatures
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.heads.directions import dot_products
 from lightspan.nn.image_numbers import index_in, training_images

@@ -25,7 +25,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_weights
 from lightspan.core.sharded import local, own_part, whole
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.evaluation.geometry.clustering import agreement, kmeans
 from lightspan.evaluation.probes.evaluated_rows import EvaluatedRows
 from lightspan.nn.clustering.feature_memory import FeatureMemory

@@ -20,7 +20,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.core.sharded import local, row_norms
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.heads.directions import dot_products, zero_grads
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.submodule_alias import submodule_alias

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightspan.adapters.factorise import factorise, factorised
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import whole
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.batch_mix import BatchMix
 from lightspan.nn.copies import copied
 from lightspan.nn.labels import labels_of

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector

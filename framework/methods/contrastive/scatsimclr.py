@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.ranges import require_temperatures, require_weights
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.pretext import PretextTask
 from lightspan.nn.views import views_of

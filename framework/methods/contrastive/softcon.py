@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.ranges import require_temperatures, require_weights
-from lightspan.datamodules.batches import SeasonsBatch, TaggedViewsBatch
+from lightspan.datamodules.image.batch import TaggedViewsBatch
+from lightspan.datamodules.multispectral.batch import SeasonsBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks

@@ -27,7 +27,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from lightspan.core.distributed import gather_rows
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_temperatures, require_weights
-from lightspan.datamodules.batches import ScoredPairBatch, TokenPairBatch
+from lightspan.datamodules.text.batch import ScoredPairBatch, TokenPairBatch
 from lightspan.evaluation.scores.recall_at_k import RecallAtK
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.nested_sizes import NestedSize, NestedSizes, Pooling, pooled_layers, require_positions

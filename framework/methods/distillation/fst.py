@@ -47,8 +47,8 @@ from lightspan.training.method import Method
 class FST(Method):
     """Labels pixels of one domain with masks, and learns to do so in another without. The student is what is kept.
 
-    A batch is a `lightspan.datamodules.batches.DomainsBatch`: `image`, `semantic`, `target_image` and `index`; with a
-    `target_semantic` the accuracy of pseudo-labels is logged. Pixels below 0 have no class: they are not learned,
+    A batch is a `lightspan.datamodules.image.batch.DomainsBatch`: `image`, `semantic`, `target_image` and `index`; with
+    a `target_semantic` the accuracy of pseudo-labels is logged. Pixels below 0 have no class: they are not learned,
     pasted or counted. Validation logs val/pixel_accuracy and val/mean_iou of the target, the latter over the classes
     that it or an answer has. Virtual steps are the run's own optimiser's, without clipping, on the first micro-batch of
     a step. With the weights go back running statistics and the optimiser's state. What a step that is skipped would

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import zero_grads
 from lightspan.nn.image_numbers import index_in

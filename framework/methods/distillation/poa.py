@@ -25,7 +25,7 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
-from lightspan.datamodules.batches import ViewsBatch
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.directions import zero_grads
 from lightspan.nn.image_numbers import index_in

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.batches import require_fields
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sums
 from lightspan.core.errors import UserError
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ViewsBatch
-from lightspan.nn.samples import require_fields
+from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.views import pictures
 from lightspan.nn.widths import require_predictor, require_projector
 from lightspan.training.method import Method

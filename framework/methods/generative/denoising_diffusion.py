@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import wide_type
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.diffusion import (

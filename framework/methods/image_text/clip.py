@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageTextBatch
+from lightspan.datamodules.image_text.batch import ImageTextBatch
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.texts import captions_of
 from lightspan.nn.views import image_of

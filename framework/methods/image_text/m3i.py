@@ -28,7 +28,7 @@ from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_weights
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import PartlyLabelledBatch
+from lightspan.datamodules.image_text.batch import PartlyLabelledBatch
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.labels import known_rows, labels_of

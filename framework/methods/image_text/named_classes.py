@@ -18,7 +18,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sums, gather_rows, register_replicated
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
 from lightspan.nn.views import image_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ChatBatch, DocumentBatch, TextBatch
+from lightspan.datamodules.text.batch import ChatBatch, DocumentBatch, TextBatch
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.sequences.texts import learned_of, places_of, texts_of, tokens_of
 from lightspan.objectives.language import next_token_loss

@@ -20,7 +20,7 @@ from lightspan.backbones.denoisers import require_denoiser, require_room
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_weights
-from lightspan.datamodules.batches import PromptBatch
+from lightspan.datamodules.text.batch import PromptBatch
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import prompts_of, target_prompts_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import LabelledPairBatch, LabelledTextBatch
+from lightspan.datamodules.text.batch import LabelledPairBatch, LabelledTextBatch
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import require_encoder, texts_of

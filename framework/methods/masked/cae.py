@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_weights
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks

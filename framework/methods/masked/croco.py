@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import PairBatch
+from lightspan.datamodules.image.batch import PairBatch
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction

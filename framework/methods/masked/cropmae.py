@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.decoders.cross_decoder import CrossDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightspan.backbones.placed_vit import SeriesViT
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import MultispectralSeriesBatch
+from lightspan.datamodules.multispectral.batch import MultispectralSeriesBatch
 from lightspan.evaluation.scores.gap_filling import between_dates
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.image_numbers import index_in

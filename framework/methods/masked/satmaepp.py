@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from lightspan.backbones.placed_vit import GroupedViT
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_weights
-from lightspan.datamodules.batches import MultispectralBatch
+from lightspan.datamodules.multispectral.batch import MultispectralBatch
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.image_numbers import image_numbers, index_in

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.ranges import require_temperatures, require_weights
-from lightspan.datamodules.batches import ImageBatch, ViewsBatch
+from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import RectangleMasks

@@ -21,7 +21,7 @@ from transformers import BertModel
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sums
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import WholeWordBatch
+from lightspan.datamodules.text.batch import WholeWordBatch
 from lightspan.nn.heads.nested_lm_head import NestedLMHead
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.image_numbers import image_numbers, index_in

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction

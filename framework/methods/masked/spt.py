@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import LabelledTextBatch, SequenceBatch
+from lightspan.datamodules.sequence.batch import SequenceBatch
+from lightspan.datamodules.text.batch import LabelledTextBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.step_masks import StepMasks
 from lightspan.nn.sequences.series import require_series, series_in

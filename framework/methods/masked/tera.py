@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import AudioBatch
+from lightspan.datamodules.audio.batch import AudioBatch
 from lightspan.nn.audio.log_mel import LogMel, Spectrogram
 from lightspan.nn.audio.waves import waves_of
 from lightspan.nn.image_numbers import index_in

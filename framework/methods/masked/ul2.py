@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from lightspan.backbones.denoisers import require_denoiser, require_room
 from lightspan.core.devices import wide
-from lightspan.datamodules.batches import DenoisingBatch
+from lightspan.datamodules.text.batch import DenoisingBatch
 from lightspan.evaluation.scores.bits_per_byte import BitsPerByte
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.sequences.texts import require_denoising

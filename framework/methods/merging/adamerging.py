@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
-from lightspan.datamodules.batches import TasksBatch
+from lightspan.datamodules.image.batch import TasksBatch
 from lightspan.merging.coefficients import Wise, wise_as
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sum, mean_over_ranks, world_size
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch, TasksBatch, ViewsBatch
+from lightspan.datamodules.image.batch import ImageBatch, TasksBatch, ViewsBatch
 from lightspan.merging.coefficients import Partitioned
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models

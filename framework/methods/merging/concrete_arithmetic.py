@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import TasksBatch
+from lightspan.datamodules.image.batch import TasksBatch
 from lightspan.merging.concrete import ConcreteMask, Final
 from lightspan.merging.learned import LearnedMerging
 from lightspan.merging.models import Models

@@ -26,7 +26,7 @@ from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_weights
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ImageBatch, ViewsBatch
+from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.nn.heads.residual_mlp import Tuned
 from lightspan.nn.labels import labels_of
 from lightspan.nn.teachers.frozen import Frozen

@@ -22,7 +22,7 @@ from lightspan.core.distributed import agreed, register_replicated
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_weights
 from lightspan.core.unit_length import unit_length
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.evaluation.geometry.clustering import agreement, kmeans, renumbered
 from lightspan.evaluation.probes.evaluated_rows import EvaluatedRows
 from lightspan.evaluation.probes.knn import recall_at_one

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of

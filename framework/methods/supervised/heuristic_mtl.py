@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.ranges import require_temperatures, require_weights
-from lightspan.datamodules.batches import ImageBatch, TaggedBatch, TaggedViewsBatch
+from lightspan.datamodules.image.batch import ImageBatch, TaggedBatch, TaggedViewsBatch
 from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.image_numbers import image_numbers, index_in

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import TableBatch
+from lightspan.datamodules.table.batch import TableBatch
 from lightspan.nn.labels import targets_of
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features, require_width

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import LabelledTextBatch, SequenceBatch
+from lightspan.datamodules.sequence.batch import SequenceBatch
+from lightspan.datamodules.text.batch import LabelledTextBatch
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.series import require_series, series_in

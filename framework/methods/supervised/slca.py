@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lightspan.core.distributed import agreed, register_replicated
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
-from lightspan.datamodules.batches import ImageBatch
+from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.evaluation.gaussians.class_gaussians import ClassGaussians
 from lightspan.evaluation.gaussians.classifier_alignment import ClassifierAlignment
 from lightspan.evaluation.geometry.moments import Moments

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.datamodules.batches import TaggedBatch
+from lightspan.datamodules.image.batch import TaggedBatch
 from lightspan.evaluation.scores.tag_precision import TagPrecision
 from lightspan.nn.tags import tags_of
 from lightspan.nn.views import image_of

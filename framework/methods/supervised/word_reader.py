@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.batches import ReadingBatch
+from lightspan.datamodules.image.batch import ReadingBatch
 from lightspan.nn.decoders.letter_decoder import LetterDecoder, LetterOrders, letters_of
 from lightspan.nn.heads.attention_pool import FeatureMerge
 from lightspan.nn.sequences.token_backbone import require_tokens

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightspan.core.batches import WHOLE, require_fields, require_rows
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import WHOLE, require_fields, require_rows
 
 
 def waves_of(batch: Mapping[str, Any], owner: object) -> tuple[Tensor, Tensor]:
-    """(wave [B S], length int [B]) of a batch; see `lightspan.datamodules.batches.AudioBatch`.
+    """(wave [B S], length int [B]) of a batch; see `lightspan.datamodules.audio.batch.AudioBatch`.
 
     Raises: UserError for a batch without them, or with ones of another kind or shape.
     """

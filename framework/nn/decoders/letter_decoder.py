@@ -18,8 +18,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from lightspan.core.batches import range_on_host, require_fields, require_rows
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import range_on_host, require_fields, require_rows
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 

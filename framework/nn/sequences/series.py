@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightspan.core.batches import WHOLE, described, require_fields
 from lightspan.core.errors import UserError
-from lightspan.nn.samples import WHOLE, described, require_fields
 
 
 def require_series(backbone: nn.Module, method: str) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightspan.core.batches import WHOLE, described, range_on_host, require_fields, require_rows
 from lightspan.core.errors import UserError
 from lightspan.nn.labels import known_rows
-from lightspan.nn.samples import WHOLE, described, range_on_host, require_fields, require_rows
 
 READ = ("tokens", "document_tokens", "inputs", "target_inputs", "decoder_inputs")
 """Fields of batches whose numbers a network looks up."""

@@ -16,12 +16,12 @@ from lightspan.cli.planning.step_memory import (
     OptimizerStopped,
     StepCounter,
     StepMemory,
-    batch_rows,
     faked,
     idle_state_bytes,
     largest_rows,
-    resized,
 )
+from lightspan.core.batches import rows_in
+from lightspan.core.collate import resized
 from lightspan.core.memory import state_bytes
 from lightspan.optim.low_rank.optimizer import LowRank
 
@@ -208,7 +208,7 @@ def test_resizing_changes_the_sample_axis_only() -> None:
         "name": "x",
     }
     larger = resized(data, 9)
-    assert batch_rows(larger) == 9
+    assert rows_in(larger) == 9
     assert {k: tuple(v.shape) for k, v in larger.items() if isinstance(v, Tensor)} == {
         "image": (9, 3, 8, 8),
         "label": (9,),

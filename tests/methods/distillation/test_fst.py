@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightspan.backbones.dense import UNet
 from lightspan.cli.planning.planned_step import make_plan
-from lightspan.cli.planning.step_memory import faked, resized
+from lightspan.cli.planning.step_memory import faked
+from lightspan.core.collate import resized
 from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.scene_data import TwoDomains
 from lightspan.datamodules.rendered.scenes import SceneSpace

@@ -1,0 +1,29 @@
+"""Batches of point clouds, packed: the points of all samples, one after another.
+
+Shapes: B clouds, N points of all of them together.
+"""
+
+from typing import Annotated, NotRequired, TypedDict
+
+from torch import Tensor
+
+from lightspan.core.batches import Field, Index, Label
+
+Points = Annotated[Tensor, Field("float32", "N 3")]
+
+
+class PointsBatch(TypedDict):
+    """Point clouds of any numbers of points, none included. A sample of a dataset is one cloud, without `offsets`.
+
+    xyz: coordinates, in the unit of the data.
+    offsets: cloud i has the points from offsets[i] up to offsets[i + 1].
+    colour: red, green and blue in [0, 1].
+    normal: of unit length.
+    """
+
+    xyz: Annotated[Tensor, Field("float32", "N 3", read=True)]
+    offsets: Annotated[Tensor, Field("int64", "B+1", read=True, cuts="N")]
+    colour: NotRequired[Points]
+    normal: NotRequired[Points]
+    label: Label
+    index: Index
