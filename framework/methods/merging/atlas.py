@@ -134,7 +134,8 @@ class AnisotropicScaling(LearnedMerging):
 
 
 class Atlas(AnisotropicScaling):
-    """The sum over tasks of cross-entropies on `TasksBatch`. What scored best in validation is the result, theta_0
+    """Task vectors are added with a coefficient for each block, learned from the sum of the tasks' cross-entropies on
+    `TasksBatch`. What scored best in validation is the result, theta_0
     included; without validation data it is what the last step left. Arguments as of `AnisotropicScaling`.
     """
 
