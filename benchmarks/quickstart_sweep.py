@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.runs.fits import Task, exits_on_sigterm, fit_command, last_lines
+from lightspan.cli.studies.queue import run_queue
 from lightspan.cli.studies.sweeps.descent import descend
-from lightspan.cli.studies.sweeps.display import run_shown
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.runs import METRICS, OUTPUT
@@ -49,16 +49,9 @@ def online_loss(name: str, rates: Rates, runs: Path = RUNS) -> float:
     words = [f"{key}={rate!r}" for key, rate in zip(RATE_KEYS, rates, strict=True)]
     words += [f"seed_everything={SEED}", f"data.init_args.seed={SEED}", "trainer.limit_val_batches=0"]
     words += ["trainer.log_every_n_steps=1"]
-    ends: list[int] = []
-
-    def ended(task: Task, status: int) -> str:
-        ends.append(status)
-        return f"{task.name} ended with status {status}"
-
     task = Task(run.name, fit_command([RECIPES[name], *words], run), run / OUTPUT)
-    run_shown(iter([task]), 1, ended, total=1, completed=0)
-    if ends != [0]:
-        raise UserError(f"{run} ended with status {ends[0]}:\n{last_lines(task.log)}")
+    if status := run_queue(iter([task]), workers=1, total=1)[task.name]:
+        raise UserError(f"{run} ended with status {status}:\n{last_lines(task.log)}")
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     losses = [row["train/loss_nats"] for row in rows if "train/loss_nats" in row]
     tail = losses[-(len(losses) // 5) :]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import fitting_rank, like
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 def soft_threshold(gates: Tensor, kappa: float) -> Tensor:
@@ -53,8 +54,7 @@ class GatedLoRA(AdapterSpec):
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"GatedLoRA rank={self.rank} must be at least 1")
+        require_in("[1, inf)", rank=self.rank)
         if self.gates not in ("normal", "ones"):
             raise UserError(f"GatedLoRA gates={self.gates!r} must be 'normal' or 'ones'")
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import like, readable_weight
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class DiffScaler(AdapterSpec):
     rank: int = 8
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError(f"DiffScaler rank={self.rank} must be at least 0")
+        require_in("[0, inf)", rank=self.rank)
 
     def build(self, layer: nn.Module, name: str) -> "Affiner":
         return Affiner(layer, self.rank)

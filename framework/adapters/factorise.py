@@ -17,6 +17,7 @@ from lightspan.adapters.layers import is_open
 from lightspan.core.distributed import rank as process_rank
 from lightspan.core.errors import UserError, printable
 from lightspan.core.patterns import matches, require_matches, require_patterns
+from lightspan.core.ranges import require_in
 from lightspan.subspaces.svd import thin_svd
 
 # A recipe may name the functions listed here.
@@ -102,8 +103,7 @@ def plan(model: nn.Module, ratio: float, exclude: list[str]) -> list[Cut]:
     Raises: UserError for a ratio below 1, a pattern that matches nothing but the defaults, or a plan that factorises
     nothing.
     """
-    if not ratio >= 1:
-        raise UserError(f"ratio={ratio} must be at least 1: a layer keeps at most 1/ratio of its weights")
+    require_in("[1, inf)", ratio=ratio)
     linear = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, nn.Linear)}
     require_patterns(exclude, "exclude")
     require_matches([p for p in exclude if p not in EXCLUDED], list(linear), f"linear layer of {type(model).__name__}")

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, like
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.subspaces.tucker import TuckerFrame, compose
 
 
@@ -38,12 +39,9 @@ class FLoRA(AdapterSpec):
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.kernel_rank < 1:
-            raise UserError(f"FLoRA rank={self.rank} and kernel_rank={self.kernel_rank} must each be at least 1")
-        if self.scale <= 0:
-            raise UserError(f"FLoRA scale={self.scale} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"FLoRA dropout={self.dropout} must be in [0, 1)")
+        require_in("[1, inf)", rank=self.rank, kernel_rank=self.kernel_rank)
+        require_in("(0, inf)", scale=self.scale)
+        require_in("[0, 1)", dropout=self.dropout)
 
     def build(self, layer: nn.Module, name: str) -> "FLoRAUpdate":
         shape = LayerShape.of(layer)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import fitting_rank, like
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,9 @@ class LoRA(AdapterSpec):
     cap: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"LoRA rank={self.rank} must be at least 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise UserError(f"LoRA alpha={self.alpha} must be above 0; leave it out for a scale of 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA dropout={self.dropout} must be in [0, 1)")
+        require_in("[1, inf)", rank=self.rank)
+        require_in("(0, inf)", alpha=self.alpha)
+        require_in("[0, 1)", dropout=self.dropout)
 
     def build(self, layer: nn.Module, name: str) -> "LoRAUpdate":
         rank = fitting_rank(self.rank, layer, name, self.cap)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightspan.adapters.adapter import Adapter, AdapterSpec
 from lightspan.adapters.layers import LayerShape, fitting_rank, readable_weight, weight_of
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.sharded import whole
 from lightspan.subspaces.singular import SingularFrame
 from lightspan.subspaces.svd import thin_svd
@@ -35,10 +36,8 @@ class SVFit(AdapterSpec):
     def __post_init__(self) -> None:
         if self.rank is not None and self.energy is not None:
             raise UserError(f"SVFit takes rank={self.rank} or energy={self.energy}, not both")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"SVFit rank={self.rank} must be at least 1; leave it out for all singular values")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UserError(f"SVFit energy={self.energy} must be in (0, 1]")
+        require_in("[1, inf)", rank=self.rank)
+        require_in("(0, 1]", energy=self.energy)
 
     def build(self, layer: nn.Module, name: str) -> "SVFitUpdate":
         wanted = None if self.rank is None else fitting_rank(self.rank, layer, name, self.cap)

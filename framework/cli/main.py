@@ -156,7 +156,7 @@ def _without_verb(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help", "help") and verb_of(arguments[1:]) is not None:
         return _run([*arguments[1:], "--help"])
     if arguments and arguments[0] not in ("-h", "--help", "help"):
-        from lightspan.cli.config.problems import nearest
+        from lightspan.core.spelling import nearest
 
         names = [verb.name for verb in VERBS]
         does = next((verb.name for verb in VERBS if arguments[0] in verb.help.split()[:1]), None)  # list, print, train

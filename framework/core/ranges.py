@@ -1,24 +1,46 @@
-"""Settings that must lie in a range, one message for each kind. Names are those of the arguments that a user sets."""
+"""Settings that must lie in a range: one check and one message. Names are those of the arguments that a user sets."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from lightspan.core.errors import UserError
 
 
+def require_in(interval: str, **settings: float | Sequence[float] | None) -> None:
+    """Raises: UserError for a setting outside an interval; of a sequence for any of its numbers. None is not set, and
+    passes; NaN lies in no interval.
+
+    Args:
+        interval: as it is written, such as "[0, 1)", "(0, inf)" or, where infinity is allowed, "[1, inf]".
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name, given in settings.items():
+        numbers = () if given is None else given if isinstance(given, Sequence) else (given,)
+        for number in numbers:
+            above = low <= number if interval[0] == "[" else low < number
+            below = number <= high if interval[-1] == "]" else number < high
+            if not (above and below):
+                shown = list(numbers) if isinstance(given, Sequence) else given
+                raise UserError(f"{name}={shown} must {_in_words(interval, low, high, number)}")
+
+
+def _in_words(interval: str, low: float, high: float, number: float) -> str:
+    if high < math.inf:
+        return f"lie in {interval}"
+    finite = "" if isinstance(number, int) else " and finite"
+    return f"be {'at least' if interval[0] == '[' else 'above'} {low:g}{finite}"
+
+
 def require_shares(**shares: float) -> None:
     """Shares of a run or of a sum, and momenta of averages. Raises: UserError for one outside [0, 1]."""
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share} must lie in [0, 1]")
+    require_in("[0, 1]", **shares)
 
 
 def require_weights(**weights: float) -> None:
     """Weights of the terms of a loss. Raises: UserError for one below 0, infinite or NaN."""
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise UserError(f"{name}={weight} must be at least 0 and finite")
+    require_in("[0, inf)", **weights)
 
 
 def require_temperatures(**temperatures: float | Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 class BankNoise(nn.Module):
@@ -37,8 +38,7 @@ class BankNoise(nn.Module):
                 f"a bank of noise holds features of pictures, floats [N, S, w] of at least one, and this one is "
                 f"{bank_NSw.dtype} {[*bank_NSw.shape]}"
             )
-        if weight < 0 or seed < 0:
-            raise UserError(f"BankNoise weight={weight} and seed={seed} must be at least 0")
+        require_in("[0, inf)", weight=weight, seed=seed)
         register_replicated(self, "bank_NSw", bank_NSw, persistent=False)
         self.weight, self.seed = weight, seed
 

@@ -5,7 +5,6 @@ identical and distinct pairs, and pairs weighted by a distance of classes.
 Shapes: N rows of all ranks, C classes. Draws come from numpy on the CPU: ranks, devices and resumed runs agree.
 """
 
-import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -16,6 +15,7 @@ from lightspan.core.devices import widest_float
 from lightspan.core.errors import UserError
 from lightspan.core.files.arrays import read_array
 from lightspan.core.files.atomic import expanded
+from lightspan.core.ranges import require_in
 from lightspan.nn.labels import require_labels
 
 
@@ -27,8 +27,7 @@ class ClassPairs(ABC):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        if seed < 0:
-            raise UserError(f"{type(self).__name__} seed={seed} is negative; use a whole number from 0 up")
+        require_in("[0, inf)", seed=seed)
         self.seed = seed
 
     def partners(self, label_N: Tensor, step: int, micro_batch: int = 0) -> Tensor:
@@ -69,8 +68,7 @@ class Distinct(ClassPairs):
 
     def __init__(self, num_classes: int, seed: int = 0) -> None:
         super().__init__(seed)
-        if num_classes < 2:
-            raise UserError(f"Distinct num_classes={num_classes}: a class has no other; it must be at least 2")
+        require_in("[2, inf)", num_classes=num_classes)
         self.num_classes = num_classes
 
     def draw(self, label_N: Tensor, generator: np.random.Generator) -> Tensor:
@@ -93,8 +91,7 @@ class ByDistance(ClassPairs):
 
     def __init__(self, distances: str | list[list[float]], alpha: float = 1.0, seed: int = 0) -> None:
         super().__init__(seed)
-        if not 0 <= alpha < math.inf:
-            raise UserError(f"ByDistance alpha={alpha} must be finite and at least 0, which makes all pairs equal")
+        require_in("[0, inf)", alpha=alpha)
         self.weight_CC = torch.from_numpy((1 + _table(distances)) ** -alpha)
 
     def draw(self, label_N: Tensor, generator: np.random.Generator) -> Tensor:

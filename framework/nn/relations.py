@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ViewParameters
 
 Column = str | int
@@ -81,8 +82,7 @@ class PlaneTurn(Relation):
 
     def __init__(self, column: Column = "angle", unit: float = 360.0) -> None:
         super().__init__()
-        if not unit > 0:
-            raise UserError(f"PlaneTurn unit={unit} must be above 0: how much of the column is a whole turn")
+        require_in("(0, inf)", unit=unit)
         self.places, self.unit = [_place(column)], unit
 
     def forward(self, parameters_B2P: Tensor) -> Tensor:

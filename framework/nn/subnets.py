@@ -4,13 +4,13 @@ Source: "POA", arXiv 2408.01031, and the authors' code, which draws from a shuff
 small networks into it several times; the paper does not mention that.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 class Size(NamedTuple):
@@ -35,8 +35,8 @@ class SubNetSampler:
     """
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], small_first: float = 3.0, seed: int = 0) -> None:
-        if not 1 <= small_first < math.inf or seed < 0:
-            raise UserError(f"small_first={small_first} must be finite and at least 1, and seed={seed} at least 0")
+        require_in("[1, inf)", small_first=small_first)
+        require_in("[0, inf)", seed=seed)
         if len(widths) * len(depths) < 2:
             raise UserError(
                 f"widths={list(widths)} and depths={list(depths)} hold the whole network alone; add a smaller size"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.objectives.means import known_mean
 
 
@@ -27,8 +28,7 @@ def require_asymmetry(positive_focus: float, negative_focus: float, margin: floa
     for name, focus in (("positive_focus", positive_focus), ("negative_focus", negative_focus)):
         if focus != 0 and not 1 <= focus < math.inf:
             raise UserError(f"{name}={focus} must be 0 or at least 1, and finite")
-    if not 0 <= margin < 1:
-        raise UserError(f"margin={margin} is a probability below which a wrong tag costs nothing; it must be in [0, 1)")
+    require_in("[0, 1)", margin=margin)
 
 
 def asymmetric_loss(

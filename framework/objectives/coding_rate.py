@@ -9,22 +9,19 @@ Features are rows, meant to be of length 1. Sums run over all ranks, in float32 
 Shapes: B rows of this rank, N rows of all ranks, D width, K clusters.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sum, all_reduce_sums, gather_rows
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import unit_length
 from lightspan.objectives.prototypes import column_potentials
 
 
 def require_distortion(distortion: float) -> None:
     """Raises: UserError for anything but a finite number above 0."""
-    if not 0 < distortion < math.inf:
-        raise UserError(f"distortion={distortion}, the squared error of a code, must be finite and above 0")
+    require_in("(0, inf)", distortion=distortion)
 
 
 def coding_rate(z_BD: Tensor, distortion: float) -> Tensor:

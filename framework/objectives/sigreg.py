@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.devices import wide
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.objectives.means import sum_over_rows
 
 SEED_STRIDE = 1_000_003
@@ -65,11 +65,9 @@ def sigreg(
     Returns: scalar >= 0, the same on all ranks.
     Raises: UserError for numbers out of range.
     """
-    if directions < 1 or not 0 < reach < float("inf") or points < 2:
-        raise UserError(
-            f"directions={directions} must be at least 1, reach={reach} above 0 and finite, and points={points} at "
-            "least 2"
-        )
+    require_in("[1, inf)", directions=directions)
+    require_in("(0, inf)", reach=reach)
+    require_in("[2, inf)", points=points)
     with torch.autocast(z_VBD.device.type, enabled=False):
         z_VBD = wide(z_VBD)
         direction_DM = random_directions(z_VBD.shape[2], directions, seed, step).to(z_VBD)

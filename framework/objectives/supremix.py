@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lightspan.core.devices import has_values, wide
 from lightspan.core.distributed import all_reduce_sums, gather_rows
-from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_temperatures
+from lightspan.core.ranges import require_in, require_temperatures
 from lightspan.objectives.info_nce import own_rows, unit
 
 
@@ -52,11 +51,8 @@ def supremix(
     Raises: UserError for a window or a weight below 0, fewer than 1 pair, or a temperature that is not above 0.
     """
     require_temperatures(temperature=temperature)
-    if window < 0 or distance_weight < 0 or (most_pairs is not None and most_pairs < 1):
-        raise UserError(
-            f"window={window} and distance_weight={distance_weight} must be at least 0, and most_pairs={most_pairs} at "
-            "least 1"
-        )
+    require_in("[0, inf)", window=window, distance_weight=distance_weight)
+    require_in("[1, inf)", most_pairs=most_pairs)
     key_ND, first = gather_rows(z_BD)
     # Targets keep float32 or more: bfloat16 would make one of neighbouring numbers.
     target_N, _ = gather_rows(wide(target_B))

@@ -133,5 +133,5 @@ def test_the_layer_is_no_part_of_its_adapter() -> None:
 
 
 def test_a_negative_rank_is_refused() -> None:
-    with pytest.raises(UserError, match="DiffScaler rank=-1 must be at least 0"):
+    with pytest.raises(UserError, match="rank=-1 must be at least 0"):
         DiffScaler(rank=-1)

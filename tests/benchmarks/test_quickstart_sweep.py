@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightspan.cli.config.resolve import resolve
-from lightspan.cli.studies.sweeps import display
+from lightspan.cli.studies import queue
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "quickstart_sweep.py"
 spec = importlib.util.spec_from_file_location("quickstart_sweep", FILE)
@@ -35,12 +35,13 @@ def test_a_point_is_one_run_judged_by_the_last_fifth_of_its_training_losses(
         for task in tasks:
             commands.append(task.command)
             task.log.parent.mkdir()
+            task.log.write_text("")
             rows = [{"step": step, "train/loss_nats": float(step)} for step in range(10)]
             rows.insert(5, {"step": 5, "lr/matrices": 1.0})
             (task.log.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             ended(task, 0)
 
-    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(queue, "run_side_by_side", run_side_by_side)
     assert sweep.online_loss("lowrank", (5e-3, 6e-3), runs=tmp_path) == (8 + 9) / 2
     (command,) = commands
     assert command[3:5] == ("fit", "language/quickstart_lowrank")

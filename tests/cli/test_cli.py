@@ -32,6 +32,7 @@ def lines(capsys) -> list[str]:
 
 AT_ONCE = {
     "recipes": 0,
+    "list methods": 0,
     "show language/quickstart": 0,
     "show language/quickstart --resolved": 0,
     "show language/quickstart --why trainer.max_steps": 0,
@@ -337,8 +338,8 @@ def test_ranks_started_from_outside_must_share_a_folder(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, show,"),
-        (["train", "language/quickstart"], "unknown verb 'train'; did you mean fit? there are: recipes, show,"),
+        (["fitt"], "unknown verb 'fitt'; did you mean fit? there are: recipes, list,"),
+        (["train", "language/quickstart"], "unknown verb 'train'; did you mean fit? there are: recipes, list,"),
         (["fit"], "the following arguments are required: RECIPE, as in `lightspan fit language/quickstart"),
         (["check", "language/quickstart", "--trainer.max_steps"], "--trainer.max_steps has no value"),
         (

@@ -78,13 +78,13 @@ def test_distances_that_are_no_square_table_of_numbers_from_zero_up_are_refused(
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match=r"Arbitrary seed=-1 is negative"):
+    with pytest.raises(UserError, match="seed=-1 must"):
         Arbitrary(-1)
-    with pytest.raises(UserError, match=r"num_classes=1: a class has no other"):
+    with pytest.raises(UserError, match="num_classes=1 must"):
         Distinct(1)
-    with pytest.raises(UserError, match=r"alpha=nan must be finite and at least 0"):
+    with pytest.raises(UserError, match=r"alpha=nan must"):
         ByDistance([[0.0]], alpha=float("nan"))
-    with pytest.raises(UserError, match=r"alpha=-0.5 must be finite and at least 0"):
+    with pytest.raises(UserError, match=r"alpha=-0.5 must"):
         ByDistance(TABLE, -0.5)
 
 

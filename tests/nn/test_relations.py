@@ -61,7 +61,7 @@ def test_what_they_cannot_tell_is_named() -> None:
         SpaceTurn(1)(torch.zeros(1, 2, 4))
     with pytest.raises(UserError, match=r"Difference columns=\[\]"):
         Difference([])
-    with pytest.raises(UserError, match=r"PlaneTurn unit=0\.0 must be above 0"):
+    with pytest.raises(UserError, match=r"unit=0\.0 must be above 0"):
         PlaneTurn(0, unit=0.0)
     with pytest.raises(UserError, match="parts is an empty list"):
         Relations([])

@@ -102,7 +102,7 @@ def test_a_mean_of_what_is_known_reads_nothing_else() -> None:
     [
         ({"positive_focus": -1.0}, r"positive_focus=-1\.0 must be 0 or at least 1"),
         ({"negative_focus": 0.5}, r"negative_focus=0\.5 must be 0 or at least 1"),
-        ({"margin": 1.0}, r"margin=1\.0 is a probability below which"),
+        ({"margin": 1.0}, r"margin=1\.0 must"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], said: str) -> None:

@@ -74,5 +74,5 @@ def test_gradient_is_that_of_differences() -> None:
 
 @pytest.mark.parametrize("bad", [{"directions": 0}, {"reach": 0.0}, {"reach": float("nan")}, {"points": 1}])
 def test_numbers_out_of_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"directions=.* must be at least 1, reach=.* above 0 and finite, and points="):
+    with pytest.raises(UserError, match=r"(directions|reach|points)=\S+ must"):
         sigreg(normal(1, 4, 3), 0, 0, **bad)

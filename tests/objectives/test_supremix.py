@@ -158,8 +158,8 @@ def test_gradcheck() -> None:
 
 def test_settings_out_of_range_are_refused() -> None:
     for given_, message in (
-        ({"window": -1.0}, "window=-1.0 and distance_weight=1.0 must be at least 0"),
-        ({"most_pairs": 0}, "most_pairs=0 at least 1"),
+        ({"window": -1.0}, "window=-1.0 must"),
+        ({"most_pairs": 0}, "most_pairs=0 must"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
     ):
         with pytest.raises(UserError, match=message):

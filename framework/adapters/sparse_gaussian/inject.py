@@ -5,7 +5,6 @@ sparsify(model, ["*"], density=0.1, dense=["conv1"])
 Source: SSVI, ICLR 2024, arXiv 2402.11025. How posteriors start is from the authors' code.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lightspan.adapters.layers import is_open, known_kind, weight_of
 from lightspan.adapters.sparse_gaussian.layer import Draw, SparseGaussian, normal
 from lightspan.core.errors import UserError
 from lightspan.core.patterns import matches, require_matches, require_patterns
+from lightspan.core.ranges import require_in
 from lightspan.subspaces.masks.allocation import PerTensorAllocation, Uniform
 from lightspan.subspaces.masks.draws import uniform
 from lightspan.subspaces.masks.top_k import top_k
@@ -40,11 +40,7 @@ class Start:
     std_spread: float = 5.0e-4
 
     def __post_init__(self) -> None:
-        if not all(0 <= value < math.inf for value in (self.mean_std or 0.0, self.std, self.std_spread)):
-            raise UserError(
-                f"Start mean_std={self.mean_std}, std={self.std} and std_spread={self.std_spread} must be at least 0 "
-                "and finite"
-            )
+        require_in("[0, inf)", mean_std=self.mean_std, std=self.std, std_spread=self.std_spread)
 
     def means(self, weight_k: Tensor, places_k: Tensor, name: str, seed: int) -> Tensor:
         if self.mean_std is None:

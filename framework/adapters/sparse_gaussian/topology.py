@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightspan.adapters.sparse_gaussian.layer import SparseGaussian
 from lightspan.core.distributed import all_reduce_max, broadcast_first_rank, mean_over_ranks, world_size
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.subspaces.masks.index_sets import count_to_drop, drop_and_grow
 from lightspan.subspaces.masks.maps import Selected
 from lightspan.subspaces.sparse_gaussian.criteria import Criterion, SizeSNR
@@ -38,11 +38,9 @@ class Topology:
     until: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or self.every < 1 or not 0 < self.until <= 1:
-            raise UserError(
-                f"Topology alpha={self.alpha} must lie in [0, 1], every={self.every} be at least 1, and "
-                f"until={self.until} lie in (0, 1]"
-            )
+        require_in("[0, 1]", alpha=self.alpha)
+        require_in("[1, inf)", every=self.every)
+        require_in("(0, 1]", until=self.until)
 
     def due(self, step: int, steps: float) -> bool:
         """Whether step number `step`, counted from 0, of a run of `steps` moves coordinates."""

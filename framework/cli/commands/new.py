@@ -21,9 +21,9 @@ from string import Template
 from typing import Any
 
 from lightspan.cli.commands.arguments import folder
-from lightspan.cli.config.problems import nearest
 from lightspan.core.errors import UserError, one_line, printable
 from lightspan.core.files.atomic import read_small
+from lightspan.core.spelling import nearest
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 LONGEST = 40

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from lightspan.cli.config import recipes
-from lightspan.cli.config.problems import nearest
 from lightspan.core.errors import UserError, printable
+from lightspan.core.spelling import nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,26 +31,31 @@ def run(args: argparse.Namespace) -> int:
         rows = [(name, about) for name, about in rows if args.word.lower() in f"{name} {about}".lower()]
         if not rows:
             raise UserError(f"no recipe has {args.word!r} in its name or description; `lightspan recipes` lists all")
-    print_table(rows)
+    columns = ("family", "modality", "paper", "evidence")
+    print_table(("name", *columns), [(name, *(str(about.get(key, "")) for key in columns)) for name, about in rows])
+    if sys.stdout.isatty():
+        print(
+            "\nlightspan show NAME says more, lightspan fit NAME trains one; lightspan run NAME if it does not train."
+        )
     return 0
 
 
-def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """Recipes as a table; tab-separated lines if the output is not a terminal, so that other tools can read them."""
-    columns = ("family", "modality", "paper", "evidence")
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose first column is a name; tab-separated lines if the output is not a terminal, so that other tools
+    can read them.
+    """
     if not sys.stdout.isatty():
-        print(printable("\t".join(("name", *columns))))
-        for name, about in rows:
-            print(printable("\t".join((name, *(str(about.get(column, "")) for column in columns)))))
+        for row in (columns, *rows):
+            print(printable("\t".join(row)))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     from lightspan.core.console import SafeConsole
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("name", *columns):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for name, about in rows:
-        table.add_row(f"[cyan]{name}[/cyan]", *(str(about.get(column, "")) for column in columns))
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
+    for name, *rest in rows:
+        table.add_row(f"[cyan]{escape(name)}[/cyan]", *map(escape, rest))
     SafeConsole().print(table)
-    print("\nlightspan show NAME says more, lightspan fit NAME trains one; lightspan run NAME if it does not train.")

@@ -130,10 +130,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _ranked(rows: Sequence[ListedRun], metric: str, mode: "Mode | None", reverse: bool) -> tuple[list[ListedRun], str]:
     """The runs that have the metric, best first, and a sentence on what counts as best."""
-    from lightspan.cli.config.problems import nearest
     from lightspan.cli.runs.direction import mode_of
     from lightspan.cli.runs.metrics import last_values
     from lightspan.core.files.runs import METRICS
+    from lightspan.core.spelling import nearest
 
     if rows and not any(metric in row.progress.values for row in rows):
         there = list(dict.fromkeys(name for row in rows for name in last_values(row.entry.folder / METRICS)))

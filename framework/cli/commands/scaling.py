@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace, study: Study, sweep: Sweep, out: Path, top: f
     """Runs what is due in the folder, and says what came of it."""
     from lightspan.cli.studies.scaling.outcome import conclude
     from lightspan.cli.studies.sweeps.outcome import known_metric
-    from lightspan.cli.studies.sweeps.queue import run_due
+    from lightspan.cli.studies.sweeps.trials import run_due
 
     with sole_use(out), exits_on_sigterm():
         refuse_changed_recipe(sweep, out)

@@ -5,10 +5,10 @@ import argparse
 from lightspan.cli.commands.arguments import add_recipe_arguments
 from lightspan.cli.config import recipes
 from lightspan.cli.config.merge import explain
-from lightspan.cli.config.problems import nearest
 from lightspan.cli.config.resolve import ANY_KIND, merged, resolve
 from lightspan.cli.config.tree import dotted, dump, walk
 from lightspan.core.errors import UserError, print_notes, printable
+from lightspan.core.spelling import nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

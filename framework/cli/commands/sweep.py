@@ -254,7 +254,7 @@ def _continued(args: argparse.Namespace, place: Path) -> int:
 def _run(args: argparse.Namespace, sweep: Sweep, given: Path | None, name: str) -> int:
     """Runs what is due in the sweep's folder, and says what came of it."""
     from lightspan.cli.studies.sweeps.outcome import conclude
-    from lightspan.cli.studies.sweeps.queue import run_due
+    from lightspan.cli.studies.sweeps.trials import run_due
 
     if given is not None:
         _joined(sweep, given)  # refuses before it makes anything

@@ -41,6 +41,13 @@ VERBS = (
         only_prints=True,
     ),
     Verb(
+        "list",
+        "list optimisers, methods or recipes with one line each",
+        ("lightspan list optimizers", "lightspan list methods distillation"),
+        "list",
+        only_prints=True,
+    ),
+    Verb(
         "show",
         "print a recipe, or its merged form",
         (

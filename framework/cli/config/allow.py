@@ -26,10 +26,11 @@ from lightspan.cli.config.parts import (
     TOPS,
 )
 from lightspan.cli.config.places import RUN, refused_places
-from lightspan.cli.config.problems import Problem, nearest
-from lightspan.cli.config.source import Absent, Definition, exported, locate, under
+from lightspan.cli.config.problems import Problem
 from lightspan.cli.config.tree import KeyPath, Node, dotted, plain, walk
 from lightspan.core.errors import UserError
+from lightspan.core.source import Absent, Definition, exported, locate, under
+from lightspan.core.spelling import nearest
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # ASCII: other alphabets have letters that only look the same
 _IMPORT_PATH = re.compile(rf"{_NAME}(?:\.{_NAME})+")

@@ -10,9 +10,20 @@ import contextlib
 import sys
 from typing import Any
 
-from lightspan.cli.config.signatures import base_definitions, descends, resolve, signature_of
-from lightspan.cli.config.source import Definition, Seen, Source, exported, load, lookup, submodules
+from lightspan.cli.config.signatures import signature_of
 from lightspan.core.files.places import PathUse
+from lightspan.core.source import (
+    Definition,
+    Seen,
+    Source,
+    base_definitions,
+    descends,
+    exported,
+    load,
+    lookup,
+    resolve,
+    submodules,
+)
 
 _SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")

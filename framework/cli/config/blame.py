@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lightspan.cli.config.allow import class_paths, permission_advice
 from lightspan.cli.config.resolve import Resolved
-from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.config.tree import KeyPath, Node, dotted
 from lightspan.core.errors import UserError
+from lightspan.core.source import Definition, locate
 
 _PYTHON = Path(sysconfig.get_path("stdlib"))
 _CALLERS = (

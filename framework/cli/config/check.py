@@ -31,11 +31,12 @@ from lightspan.cli.config.annotations import (
 from lightspan.cli.config.flags import NAME
 from lightspan.cli.config.merge import CLASS_SETTINGS, KEYED
 from lightspan.cli.config.parts import TRAINER
-from lightspan.cli.config.problems import Problem, nearest
+from lightspan.cli.config.problems import Problem
 from lightspan.cli.config.secrets import find_secrets_and_placeholders
-from lightspan.cli.config.signatures import Parameter, Signature, descends, signature, signature_of
-from lightspan.cli.config.source import Definition, locate
+from lightspan.cli.config.signatures import Parameter, Signature, signature, signature_of
 from lightspan.cli.config.tree import COMMAND_LINE, Key, KeyPath, Node, dotted, plain
+from lightspan.core.source import Definition, descends, locate
+from lightspan.core.spelling import nearest
 
 RECIPES = {  # kind of recipe, which is the key that names its class -> the keys that it may have
     "model": ("seed_everything", "trainer", "model", "data"),

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.annotations import class_names
-from lightspan.cli.config.problems import Problem, nearest
-from lightspan.cli.config.signatures import base_definitions, descends
-from lightspan.cli.config.source import Definition, Source, locate
+from lightspan.cli.config.problems import Problem
 from lightspan.cli.config.tree import Node, dotted, plain
 from lightspan.core.files.atomic import expanded
+from lightspan.core.source import Definition, Source, base_definitions, descends, locate
+from lightspan.core.spelling import nearest
 
 FEATURE_FILE = "lightspan.evaluation.features.encoded.FeatureFile"
 _LONGEST_HEADER = 2**26  # bytes; a header describes each tensor in about a hundred

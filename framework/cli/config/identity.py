@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightspan.cli.config.parts import WATCHING
-from lightspan.cli.config.source import Definition, locate
+from lightspan.core.source import Definition, locate
 
 # How long, where and with which reports a run continues; none of them alters the steps themselves.
 FREE = (

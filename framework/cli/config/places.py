@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 from lightspan.cli.config.annotations import dataclass_of, is_untyped, item_annotation, use_of
 from lightspan.cli.config.parts import FOLDER_ENDINGS, FOLDERS, NAME_PARTS, NAMES, TRAINER, USES
 from lightspan.cli.config.signatures import Parameter, Signature, signature, signature_of
-from lightspan.cli.config.source import Definition, Source, locate, under
 from lightspan.cli.config.tree import COMMAND_LINE, Key, KeyPath, Node, dotted
 from lightspan.core.files.caches import user_cache
 from lightspan.core.files.places import PathUse
+from lightspan.core.source import Definition, Source, locate, under
 
 RUN = "${run}"
 _PROTOCOL = re.compile("://|::")  # where fsspec, which Lightning opens paths with, finds the name of a file system

@@ -15,9 +15,9 @@ from typing import Any
 
 from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, member
-from lightspan.cli.config.source import Definition
 from lightspan.cli.config.user_data import Layer, UserData, fitted
 from lightspan.core.errors import UserError
+from lightspan.core.source import Definition
 
 DATA = "lightspan.datamodules.image.folder.ImageFolder"
 PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"

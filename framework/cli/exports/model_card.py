@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import Resolved, recorded
-from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.report.compare import compare
 from lightspan.cli.report.fold import fold, is_seed
 from lightspan.cli.report.runs import Run
@@ -22,6 +21,7 @@ from lightspan.core.cards import Card, bullets, code, fence, plain, table
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.runs import PROVENANCE, RESOLVED, SUMMARY
+from lightspan.core.source import Definition, locate
 
 SEED = "seed_everything"
 MOST_SIBLINGS = 500

@@ -26,6 +26,7 @@ from lightspan.adapters.sparse_gaussian.layer import OneDraw, Outputs, normal
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.init import he_normal_
@@ -100,15 +101,10 @@ class SSVI(Method):
                 f"SSVI needs the width of its backbone, and {type(backbone).__name__} has no attribute num_features; "
                 "take one of lightspan.backbones.vision or set it"
             )
-        if num_classes < 2 or draws < 0 or (train_samples is not None and train_samples < 1):
-            raise UserError(
-                f"SSVI num_classes={num_classes} must be at least 2, draws={draws} at least 0 and "
-                f"train_samples={train_samples} at least 1 or null"
-            )
-        if not 0 < prior_std < math.inf or not 0 <= kl_scale < math.inf:
-            raise UserError(
-                f"SSVI prior_std={prior_std} must be above 0 and kl_scale={kl_scale} at least 0, and both finite"
-            )
+        require_in("[2, inf)", num_classes=num_classes)
+        require_in("[0, inf)", draws=draws, kl_scale=kl_scale)
+        require_in("[1, inf)", train_samples=train_samples)
+        require_in("(0, inf)", prior_std=prior_std)
         self.num_classes = num_classes
         self.backbone, self.head = backbone, nn.Linear(width, num_classes)
         he_normal_(self.head)

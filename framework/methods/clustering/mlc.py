@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightspan.core.distributed import agreed, gather_rows, raise_on_all_ranks, rank
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_temperatures
+from lightspan.core.ranges import require_in, require_temperatures
 from lightspan.core.unit_length import unit_length
 from lightspan.evaluation.geometry.clustering import agreement, spectral
 from lightspan.nn.copies import copied
@@ -78,12 +78,11 @@ class MLC(Method):
         super().__init__(**optimization)
         require_distortion(distortion)
         require_temperatures(temperature=temperature)
-        if not 0 <= first_share <= 1 or similarity < 0:
-            raise UserError(f"first_share={first_share} must be in [0, 1] and similarity={similarity} at least 0")
-        if not 0 < second_rate < math.inf:
-            raise UserError(f"second_rate={second_rate} must be finite and above 0")
-        if iterations < 1 or (clusters is not None and clusters < 2):
-            raise UserError(f"iterations={iterations} must be at least 1, and clusters={clusters} at least 2 or null")
+        require_in("[0, 1]", first_share=first_share)
+        require_in("[0, inf)", similarity=similarity)
+        require_in("(0, inf)", second_rate=second_rate)
+        require_in("[1, inf)", iterations=iterations)
+        require_in("[2, inf)", clusters=clusters)
         require_projector(backbone, projector)
         require_width(projector, "head.in_features", getattr(head, "in_features", None))
         self.backbone, self.projector, self.head, self.cluster_head = backbone, projector, head, copied(head, "MLC")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.distributed import rank, world_size
-from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_shares, require_temperatures
+from lightspan.core.ranges import require_in, require_shares, require_temperatures
 from lightspan.core.sharded import local, row_norms
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ViewsBatch
@@ -77,10 +76,8 @@ class SwAV(Method):
         require_global_views(global_views)
         require_projector(backbone, projector)
         width = given_width(projector)
-        if min(prototypes, iterations) < 1 or queue < 0:
-            raise UserError(
-                f"prototypes={prototypes} and iterations={iterations} must be at least 1, and queue={queue} at least 0"
-            )
+        require_in("[1, inf)", prototypes=prototypes, iterations=iterations)
+        require_in("[0, inf)", queue=queue)
         self.network = MultiCropNetwork(backbone, projector)
         self.prototypes = nn.Linear(width, prototypes, bias=False)
         self.prototypes.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]

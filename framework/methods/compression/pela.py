@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.adapters.factorise import factorise, factorised
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.sharded import whole
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.batch_mix import BatchMix
@@ -64,8 +65,7 @@ class PELA(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if min(alpha, beta, lam, eps) < 0:
-            raise UserError(f"alpha={alpha}, beta={beta}, lam={lam} and eps={eps} must each be at least 0")
+        require_in("[0, inf)", alpha=alpha, beta=beta, lam=lam, eps=eps)
         self.hidden = hidden or ["blocks"]
         blocks_of(backbone, self.hidden)
         self.teacher = Frozen(copied(nn.Sequential(backbone, head), "PELA"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.multi_crop import one_pass_a_size
 from lightspan.nn.views import views_of
@@ -61,8 +62,7 @@ class LeJEPA(Method):
         super().__init__(**optimization)
         if not 0 <= lam <= 1:
             raise UserError(f"lam={lam} must lie in [0, 1]; 0.01 to 0.1 are usual")
-        if min(global_views, directions) < 1:
-            raise UserError(f"global_views={global_views} and directions={directions} must each be at least 1")
+        require_in("[1, inf)", global_views=global_views, directions=directions)
         require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.lam, self.global_views, self.directions, self.seed = lam, global_views, directions, seed

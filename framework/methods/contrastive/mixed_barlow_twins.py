@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import unit_length
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
@@ -50,8 +50,8 @@ class MixedBarlowTwins(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if lam < 0 or lam_reg < 0 or alpha <= 0:
-            raise UserError(f"lam={lam} and lam_reg={lam_reg} must be at least 0, and alpha={alpha} above 0")
+        require_in("[0, inf)", lam=lam, lam_reg=lam_reg)
+        require_in("(0, inf)", alpha=alpha)
         require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.lam, self.lam_reg, self.alpha, self.normalize = lam, lam_reg, alpha, normalize

@@ -8,13 +8,12 @@ projector's place: a linear layer, `lightspan.nn.heads.reweighting.ReweightingHe
 Shapes: B images of this rank, C H W image, D embedding width.
 """
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightspan.core.devices import wide
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import unit_length
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_projector
@@ -39,8 +38,7 @@ class SpectralContrastive(Method):
         self, backbone: nn.Module, projector: nn.Module, length: float | None = None, **optimization: Any
     ) -> None:
         super().__init__(**optimization)
-        if length is not None and not 0 < length < math.inf:
-            raise UserError(f"length={length} must be above 0 and finite, or null for embeddings as they are")
+        require_in("(0, inf)", length=length)
         require_projector(backbone, projector)
         self.backbone, self.projector, self.length = backbone, projector, length
 

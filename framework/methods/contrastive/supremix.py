@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import has_values
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_temperatures
+from lightspan.core.ranges import require_in, require_temperatures
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.labels import targets_of
 from lightspan.nn.views import require_one_size, views_of
@@ -65,15 +65,10 @@ class SupReMix(Method):
     ) -> None:
         super().__init__(**optimization)
         require_temperatures(temperature=temperature)
-        if bin_width <= 0 or min(window, distance_weight) < 0 or (most_pairs is not None and most_pairs < 1):
-            raise UserError(
-                f"SupReMix bin_width={bin_width} must be above 0, window={window}, "
-                f"distance_weight={distance_weight} at least 0, and most_pairs={most_pairs} at least 1 or null"
-            )
-        if seed < 0:
-            raise UserError(f"SupReMix seed={seed} must be at least 0")
-        if beta is not None and min(beta) <= 0:
-            raise UserError(f"SupReMix beta={list(beta)} must be two numbers above 0, or null for no mixed negatives")
+        require_in("(0, inf)", bin_width=bin_width)
+        require_in("[0, inf)", window=window, distance_weight=distance_weight, seed=seed)
+        require_in("[1, inf)", most_pairs=most_pairs)
+        require_in("(0, inf)", beta=beta)
         require_projector(backbone, projector)
         self.backbone, self.projector = backbone, projector
         self.bin_width, self.window, self.beta, self.distance_weight = bin_width, window, beta, distance_weight

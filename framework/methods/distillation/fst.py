@@ -29,7 +29,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_shares
+from lightspan.core.ranges import require_in, require_shares
 from lightspan.nn.class_mix import pasted_pixels
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.image_numbers import index_in
@@ -84,10 +84,8 @@ class FST(Method):
     ) -> None:
         super().__init__(**optimization)
         require_shares(momentum=momentum, confidence=confidence)
-        if virtual_steps < 0 or num_classes < 2:
-            raise UserError(
-                f"virtual_steps={virtual_steps} must be at least 0, and num_classes={num_classes} at least 2"
-            )
+        require_in("[0, inf)", virtual_steps=virtual_steps)
+        require_in("[2, inf)", num_classes=num_classes)
         if (width := given_features(backbone)) is None:
             raise UserError(
                 f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"

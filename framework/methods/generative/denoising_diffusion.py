@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import wide_type
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
@@ -76,8 +77,8 @@ class DenoisingDiffusion(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if levels < 2 or not 0 <= label_dropout <= 1:
-            raise UserError(f"levels={levels} must be at least 2 and label_dropout={label_dropout} in [0, 1]")
+        require_in("[2, inf)", levels=levels)
+        require_in("[0, 1]", label_dropout=label_dropout)
         self.backbone, self.label_dropout, self.prediction = backbone, label_dropout, prediction
         self.num_classes = getattr(backbone, "num_classes", 0) or None
         self.learned_variance = getattr(backbone, "learned_variance", False)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.backbones.dual_encoder import DualEncoder
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image_text.batch import ImageTextBatch
 from lightspan.nn.grad_cache import in_chunks
 from lightspan.nn.sequences.texts import captions_of
@@ -56,8 +56,8 @@ class CLIP(Method):
         self, encoders: DualEncoder, chunk: int | None = None, most_scale: float = 100.0, **optimization: Any
     ) -> None:
         super().__init__(**optimization)
-        if most_scale < 1 or (chunk is not None and chunk < 1):
-            raise UserError(f"CLIP most_scale={most_scale} and chunk={chunk} must be at least 1")
+        require_in("[1, inf]", most_scale=most_scale)
+        require_in("[1, inf)", chunk=chunk)
         self.encoders, self.chunk, self.most_scale = encoders, chunk, most_scale
 
     @property

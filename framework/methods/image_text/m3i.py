@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_weights
+from lightspan.core.ranges import require_in, require_weights
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image_text.batch import PartlyLabelledBatch
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
@@ -82,8 +82,7 @@ class M3I(Method):
         super().__init__(**optimization)
         require_weights(dense=dense, captions=captions, labels=labels)
         self.mix, self.most_scale = mix or PatchMix(), most_scale
-        if most_scale < 1:
-            raise UserError(f"M3I most_scale={most_scale} must be at least 1")
+        require_in("[1, inf]", most_scale=most_scale)
         if dense and self.mix.sources == 1 and not self.mix.hidden:
             raise UserError(
                 f"M3I dense={dense} guesses what an image does not show, and one image without hidden places shows "

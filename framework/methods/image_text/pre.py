@@ -20,6 +20,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.core.devices import has_values
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
@@ -66,8 +67,7 @@ class PRE(Method):
                 "PRE needs a lightspan.backbones.dual_encoder.DualEncoder whose text encoder reads embedded tokens, "
                 f"not {type(encoders).__name__}"
             )
-        if prompt_tokens < 1:
-            raise UserError(f"PRE prompt_tokens={prompt_tokens} must be at least 1")
+        require_in("[1, inf)", prompt_tokens=prompt_tokens)
         width: Any = encoders.text.num_features
         if encoder is not None:
             require_width(encoder, "encoders.text.num_features", width)

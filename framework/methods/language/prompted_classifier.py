@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightspan.backbones.denoisers import require_denoiser, require_room
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_weights
+from lightspan.core.ranges import require_in, require_weights
 from lightspan.datamodules.text.batch import PromptBatch
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
@@ -64,8 +64,7 @@ class PromptedClassifier(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if num_classes < 2:
-            raise UserError(f"num_classes={num_classes} leaves nothing to tell apart; it must be at least 2")
+        require_in("[2, inf)", num_classes=num_classes)
         self.backbone = require_denoiser(backbone, "PromptedClassifier")
         self.num_classes, self.alignment, self.num_tokens = num_classes, alignment, self.backbone.num_tokens
 

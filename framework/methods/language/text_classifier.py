@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.text.batch import LabelledPairBatch, LabelledTextBatch
 from lightspan.nn.heads.pooling import masked_mean
 from lightspan.nn.labels import labels_of
@@ -39,8 +39,7 @@ class TextClassifier(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if num_classes < 2:
-            raise UserError(f"num_classes={num_classes} leaves nothing to classify; it must be at least 2")
+        require_in("[2, inf)", num_classes=num_classes)
         require_encoder(backbone, "TextClassifier")
         self.backbone, self.num_classes = backbone, num_classes
         self.num_tokens = getattr(backbone.config, "vocab_size", None)

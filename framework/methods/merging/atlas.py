@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sum, mean_over_ranks, world_size
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ImageBatch, TasksBatch, ViewsBatch
 from lightspan.merging.coefficients import Partitioned
 from lightspan.merging.learned import LearnedMerging
@@ -134,7 +135,8 @@ class AnisotropicScaling(LearnedMerging):
 
 
 class Atlas(AnisotropicScaling):
-    """The sum over tasks of cross-entropies on `TasksBatch`. What scored best in validation is the result, theta_0
+    """Task vectors are added with a coefficient for each block, learned from the sum of the tasks' cross-entropies on
+    `TasksBatch`. What scored best in validation is the result, theta_0
     included; without validation data it is what the last step left. Arguments as of `AnisotropicScaling`.
     """
 
@@ -228,8 +230,7 @@ class AtlasNegation(Atlas):
             raise UserError(
                 f"AtlasNegation target={target!r} must be one of the heads {', '.join(heads)}, beside a control task"
             )
-        if not 0 <= floor <= 1:
-            raise UserError(f"AtlasNegation floor={floor} must be in [0, 1]; the paper keeps 0.95")
+        require_in("[0, 1]", floor=floor)
         super().__init__(backbone, models, heads, **settings)
         self.target, self.floor = target, floor
         self.register_buffer("control_start", torch.zeros(len(heads), dtype=torch.float64))
@@ -271,10 +272,8 @@ class AtlasTestTime(AnisotropicScaling):
     ) -> None:
         if len(heads) != 1:
             raise UserError(f"AtlasTestTime adapts to one task, and heads has {', '.join(heads) or 'none'}")
-        if not 0 <= confidence <= 1 or not temperature > 0:
-            raise UserError(
-                f"AtlasTestTime confidence={confidence} must be in [0, 1], and temperature={temperature} above 0"
-            )
+        require_in("[0, 1]", confidence=confidence)
+        require_in("(0, inf)", temperature=temperature)
         super().__init__(backbone, models, heads, **settings)
         self.confidence, self.temperature = confidence, temperature
         self._trusted_N = torch.zeros(0, dtype=torch.int64)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_weights
+from lightspan.core.ranges import require_in, require_weights
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.nn.heads.residual_mlp import Tuned
@@ -77,8 +77,8 @@ class NMTune(Method):
     ) -> None:
         super().__init__(**optimization)
         require_weights(mse=mse, covariance=covariance, svd=svd)
-        if num_classes < 2 or leading < 1:
-            raise UserError(f"NMTune num_classes={num_classes} must be at least 2 and leading={leading} at least 1")
+        require_in("[2, inf)", num_classes=num_classes)
+        require_in("[1, inf)", leading=leading)
         require_width(encoder, "mlp.in_features", getattr(mlp, "in_features", None))
         width = given_features(mlp) or given_features(encoder)
         if width is None:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.distributed import agreed, register_replicated
-from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_shares, require_weights
+from lightspan.core.ranges import require_in, require_shares, require_weights
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.evaluation.geometry.clustering import agreement, kmeans, renumbered
@@ -94,11 +93,14 @@ class ADSL(BetweenEpochs):
         require_width(backbone, "head.in_features", head.in_features)
         require_weights(boundary=boundary, margin=margin, cutoff=cutoff)
         require_shares(threshold=threshold, tune_from=tune_from)
-        if num_classes < 2 or min(patience, least_width, least_kept, recluster_every) < 1:
-            raise UserError(
-                f"ADSL num_classes={num_classes} must be at least 2, and patience={patience}, "
-                f"least_width={least_width}, least_kept={least_kept} and recluster_every={recluster_every} at least 1"
-            )
+        require_in("[2, inf)", num_classes=num_classes)
+        require_in(
+            "[1, inf)",
+            patience=patience,
+            least_width=least_width,
+            least_kept=least_kept,
+            recluster_every=recluster_every,
+        )
         self.backbone, self.head, self.num_classes = backbone, head, num_classes
         self.boundary, self.margin, self.cutoff = boundary, margin, cutoff
         self.patience, self.least_width, self.least_kept = patience, least_width, least_kept

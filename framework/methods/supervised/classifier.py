@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
@@ -44,8 +45,7 @@ class Classifier(Method):
                 f"Classifier needs the width of its backbone, but {type(backbone).__name__} has no attribute "
                 "num_features; use one of lightspan.backbones.vision or set it"
             )
-        if num_classes < 2:
-            raise UserError(f"Classifier num_classes={num_classes} must be at least 2")
+        require_in("[2, inf)", num_classes=num_classes)
         if head is None:
             head = nn.Linear(width, num_classes)
             he_normal_(head)

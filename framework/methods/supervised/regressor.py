@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.table.batch import TableBatch
 from lightspan.nn.labels import targets_of
 from lightspan.nn.views import image_of
@@ -41,8 +42,7 @@ class Regressor(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if not target_deviation > 0:
-            raise UserError(f"Regressor target_deviation={target_deviation} must be above 0")
+        require_in("(0, inf)", target_deviation=target_deviation)
         width = given_features(backbone)
         if width is None:
             raise UserError(

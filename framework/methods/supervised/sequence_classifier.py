@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.datamodules.sequence.batch import SequenceBatch
 from lightspan.datamodules.text.batch import LabelledTextBatch
 from lightspan.nn.heads.projector import Projector
@@ -37,8 +38,7 @@ class SequenceClassifier(Method):
     ) -> None:
         super().__init__(**optimization)
         require_series(backbone, "SequenceClassifier")
-        if num_classes < 2:
-            raise UserError(f"SequenceClassifier num_classes={num_classes} leaves nothing to classify; set 2 or more")
+        require_in("[2, inf)", num_classes=num_classes)
         width = int(backbone.num_features)  # type: ignore[arg-type]
         head = head or Projector(width, [width], num_classes, hidden_norm=False)
         require_width(backbone, "head.in_features", getattr(head, "in_features", None))

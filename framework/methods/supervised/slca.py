@@ -13,7 +13,6 @@ Unverified: the figures of the paper's tables.
 Shapes: B images of this rank, F features, C classes, T tasks, S samples of a class.
 """
 
-import math
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from lightspan.core.distributed import agreed, register_replicated
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_shares, require_temperatures, require_weights
+from lightspan.core.ranges import require_in, require_shares, require_temperatures, require_weights
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.evaluation.gaussians.class_gaussians import ClassGaussians
 from lightspan.evaluation.gaussians.classifier_alignment import ClassifierAlignment
@@ -80,15 +79,11 @@ class SLCA(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        if num_classes < 2 or align_epochs < 0 or samples < 1 or seed < 0:
-            raise UserError(
-                f"SLCA num_classes={num_classes} must be at least 2, samples={samples} at least 1, and "
-                f"align_epochs={align_epochs} and seed={seed} at least 0"
-            )
-        if not 0 < backbone_rate <= 1 or not 0 < align_lr < math.inf:
-            raise UserError(
-                f"SLCA backbone_rate={backbone_rate} must be in (0, 1], and align_lr={align_lr} above 0 and finite"
-            )
+        require_in("[2, inf)", num_classes=num_classes)
+        require_in("[0, inf)", align_epochs=align_epochs, seed=seed)
+        require_in("[1, inf)", samples=samples)
+        require_in("(0, 1]", backbone_rate=backbone_rate)
+        require_in("(0, inf)", align_lr=align_lr)
         require_weights(align_decay=align_decay, jitter=jitter)
         require_temperatures(temperature=temperature)
         require_shares(shrink=shrink)

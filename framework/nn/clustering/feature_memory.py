@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.distributed import gather_rows, rank, register_replicated, world_size
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
 from lightspan.nn.step_buffer import StepBuffer
 
@@ -24,8 +24,7 @@ class FeatureMemory(nn.Module):
 
     def __init__(self, images: int, width: int) -> None:
         super().__init__()
-        if images < 1:
-            raise UserError(f"images={images} must be at least 1: as many as there are training images")
+        require_in("[1, inf)", images=images)
         register_replicated(self, "rows_MF", torch.zeros(images, width))
         self._seen = StepBuffer[tuple[Tensor, Tensor]]()
 

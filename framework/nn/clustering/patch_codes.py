@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightspan.core.devices import has_values, wide
 from lightspan.core.distributed import broadcast_first_rank, gather_rows, register_replicated, world_size
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.sequences.patches import patchify
 
 
@@ -38,11 +39,9 @@ class PatchCodes(nn.Module):
         self, codes: int, patch: tuple[int, ...] | None = None, channels: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
-        if codes < 2 or any(number is not None and number < 1 for number in (*(patch or ()), channels)) or seed < 0:
-            raise UserError(
-                f"PatchCodes: codes={codes} must be at least 2, patch={patch and list(patch)} and channels={channels} "
-                f"above 0, and seed={seed} at least 0"
-            )
+        require_in("[2, inf)", codes=codes)
+        require_in("[1, inf)", patch=patch, channels=channels)
+        require_in("[0, inf)", seed=seed)
         self.codes, self.patch, self.channels, self.seed = codes, patch and tuple(patch), channels, seed
         register_replicated(self, "centres_Vd", torch.zeros(codes, 0))
         register_replicated(self, "known", torch.zeros((), dtype=torch.bool))

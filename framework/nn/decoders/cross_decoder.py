@@ -12,7 +12,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.decoders.masked_sequence import MaskedSequence, positions
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.sequences.attention import MultiHeadAttention
@@ -94,8 +94,7 @@ class CrossDecoder(LazyHead):
         place_other: bool = True,
     ) -> None:
         super().__init__()
-        if min(in_features, width, depth) < 1:
-            raise UserError(f"CrossDecoder: width={width}, depth={depth} and in_features={in_features} must be above 0")
+        require_in("[1, inf)", width=width, depth=depth, in_features=in_features)
         self.in_features, self.width, self.place_other = in_features, width, place_other
         self.sequence = MaskedSequence(in_features, width)
         self.blocks = nn.ModuleList(block(width) for _ in range(depth))

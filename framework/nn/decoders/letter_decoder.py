@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightspan.core.batches import range_on_host, require_fields, require_rows
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 
@@ -41,8 +42,7 @@ class LetterOrders:
                 f"LetterOrders count={self.count} must be 1, for left to right alone, or even, since each order comes "
                 "with its mirror"
             )
-        if self.seed < 0:
-            raise UserError(f"LetterOrders seed={self.seed} must be at least 0")
+        require_in("[0, inf)", seed=self.seed)
 
     def draw(self, letters: int, step: int) -> np.ndarray:
         """int64 [K S]: from left to right, from right to left, then pairs of a random order and its mirror, none twice.
@@ -135,8 +135,7 @@ class LetterDecoder(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if min(letters, length, depth) < 1:
-            raise UserError(f"LetterDecoder letters={letters}, length={length} and depth={depth} must be at least 1")
+        require_in("[1, inf)", letters=letters, length=length, depth=depth)
         self.letters, self.length, self.in_features = letters, length, width
         self.embed = nn.Embedding(letters + 1, width)  # 0 is the start
         self.pos_embed = nn.Parameter(torch.empty(length + 1, width))

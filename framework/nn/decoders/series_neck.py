@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.decoders.upsampler import ChannelNorm
 
 
@@ -33,11 +34,8 @@ class SeriesNeck(nn.Module):
     ) -> None:
         super().__init__()
         width = in_features if width is None else width
-        if min(in_features, dates, classes, width) < 1 or doublings < 0:
-            raise UserError(
-                f"SeriesNeck in_features={in_features}, dates={dates}, classes={classes} and width={width} must be at "
-                f"least 1, and doublings={doublings} at least 0"
-            )
+        require_in("[1, inf)", in_features=in_features, dates=dates, classes=classes, width=width)
+        require_in("[0, inf)", doublings=doublings)
         self.in_features, self.dates, layers = in_features, dates, list[nn.Module]()
         for number in range(doublings):
             given = in_features * dates if number == 0 else width

@@ -7,7 +7,7 @@ Shapes: B pictures, C bands, H W sides, F features.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -48,10 +48,7 @@ class UpsamplerPyramid(nn.Module):
     def __init__(self, channels: int, steps: int = 2, features: int | None = None) -> None:
         super().__init__()
         features = 4 * channels if features is None else features
-        if min(channels, steps, features) < 1:
-            raise UserError(
-                f"UpsamplerPyramid channels={channels}, steps={steps} and features={features} must be at least 1"
-            )
+        require_in("[1, inf)", channels=channels, steps=steps, features=features)
         self.channels, self.steps = channels, steps
         self.enter, self.norm = nn.Conv2d(channels, features, 1), ChannelNorm(features, eps=1e-6)
         self.blocks = nn.ModuleList(UpBlock(features) for _ in range(steps))

@@ -16,6 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.sequences.attention import MultiHeadAttention
 
 
@@ -90,8 +91,7 @@ class FeatureMerge(nn.Module):
         self, width: int, queries: int = 26, heads: int = 8, mlp_ratio: float = 4.0, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        if queries < 1:
-            raise UserError(f"FeatureMerge queries={queries} must be at least 1")
+        require_in("[1, inf)", queries=queries)
         self.in_features = self.out_features = width
         self.query_tokens = nn.Parameter(0.02 * torch.randn(queries, width))
         self.attention, self.norm = MultiHeadAttention(width, heads, dropout=dropout), nn.LayerNorm(width)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.labels import require_labels
 
 
@@ -28,11 +29,9 @@ class ClassPairGate(nn.Module):
 
     def __init__(self, num_classes: int, out_features: int, label_features: int = 512, hidden: int = 1024) -> None:
         super().__init__()
-        if min(num_classes, out_features, label_features, hidden) < 1:
-            raise UserError(
-                f"{type(self).__name__} num_classes={num_classes}, out_features={out_features}, "
-                f"label_features={label_features} and hidden={hidden} must each be at least 1"
-            )
+        require_in(
+            "[1, inf)", num_classes=num_classes, out_features=out_features, label_features=label_features, hidden=hidden
+        )
         self.num_classes, self.out_features = num_classes, out_features
         self.labels = nn.Embedding(num_classes, label_features)
         self.layers = nn.Sequential(

@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from lightspan.core.devices import wide
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import unit_length
 from lightspan.nn.heads.directions import dot_products
 
@@ -29,8 +29,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, in_features: int, count: int) -> None:
         super().__init__()
-        if min(in_features, count) < 1:
-            raise UserError(f"Prototypes: in_features={in_features} and count={count} must each be at least 1")
+        require_in("[1, inf)", in_features=in_features, count=count)
         self.weight = nn.Linear(in_features, count, bias=False).weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,11 +52,7 @@ class DINOHead(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_features, *hidden, bottleneck]
-        if min(widths) < 1:
-            raise UserError(
-                f"DINOHead widths in_features={in_features}, hidden={list(hidden)}, bottleneck={bottleneck}: each must "
-                "be at least 1"
-            )
+        require_in("[1, inf)", in_features=in_features, hidden=hidden, bottleneck=bottleneck)
         self.in_features = in_features
         linear = [nn.Linear(*pair) for pair in pairwise(widths)]
         for layer in linear:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import unit_length
 from lightspan.nn.widths import LazyHead
 from lightspan.subspaces.frames import Frames, random_frame
@@ -43,8 +44,7 @@ class GrassmannHead(LazyHead):
         super().__init__()
         if not 1 <= rank <= in_features:
             raise UserError(f"GrassmannHead rank={rank} must be in [1, in_features={in_features}]")
-        if not 0 < scale < float("inf"):
-            raise UserError(f"GrassmannHead scale={scale} must be finite and above 0; the paper has 25")
+        require_in("(0, inf)", scale=scale)
         self.in_features, self.rank, self.scale, self.seed = in_features, rank, scale, seed
         if out_features is not None:
             self.build(out_features)

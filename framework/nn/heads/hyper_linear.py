@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 
 class HyperLinear(nn.Module):
@@ -26,11 +26,9 @@ class HyperLinear(nn.Module):
 
     def __init__(self, condition_features: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        if min(condition_features, in_features, out_features) < 1:
-            raise UserError(
-                f"HyperLinear condition_features={condition_features}, in_features={in_features} and "
-                f"out_features={out_features} must be at least 1"
-            )
+        require_in(
+            "[1, inf)", condition_features=condition_features, in_features=in_features, out_features=out_features
+        )
         self.condition_features, self.in_features, self.out_features = condition_features, in_features, out_features
         self.weight = nn.Parameter(torch.randn(condition_features, out_features, in_features) * in_features**-0.5)
 

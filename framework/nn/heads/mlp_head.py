@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.widths import LazyHead
 
 
@@ -22,8 +22,7 @@ class MLPHead(LazyHead):
     def __init__(self, in_features: int, out_features: int | None = None, hidden: Sequence[int] = ()) -> None:
         super().__init__()
         widths = [in_features, *hidden]
-        if min(widths) < 1:
-            raise UserError(f"MLPHead: in_features={in_features} and hidden={list(hidden)} must each be at least 1")
+        require_in("[1, inf)", in_features=in_features, hidden=hidden)
         self.in_features = in_features
         parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.GELU())]
         self.layers, self.width = nn.Sequential(*parts), widths[-1]

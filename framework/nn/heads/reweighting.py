@@ -6,13 +6,11 @@ why features are read before; a fixed diagonal that does so recovers most of wha
 Shapes: B rows, D features, P embedding width.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from lightspan.core.distributed import register_replicated
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.widths import given_features, require_width
 
 
@@ -32,10 +30,7 @@ class ReweightingHead(nn.Module):
 
     def __init__(self, in_features: int, kappa: float = 1.05) -> None:
         super().__init__()
-        if in_features < 1 or not 1 <= kappa < math.inf:
-            raise UserError(
-                f"ReweightingHead in_features={in_features} must be at least 1, and kappa={kappa} at least 1 and finite"
-            )
+        require_in("[1, inf)", in_features=in_features, kappa=kappa)
         self.in_features = self.out_features = in_features
         exponent_D = torch.arange(in_features, dtype=torch.float64)
         register_replicated(self, "weight_D", (kappa**-exponent_D).float(), persistent=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.devices import wide
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.core.unit_length import LEAST_LENGTH, unit_length
 
 
@@ -29,11 +29,8 @@ class SubspaceLearners(nn.Linear):
     owner_D: Tensor
 
     def __init__(self, in_features: int, out_features: int = 128, seed: int = 0) -> None:
-        if min(in_features, out_features) < 1 or seed < 0:
-            raise UserError(
-                f"SubspaceLearners in_features={in_features} and out_features={out_features} must be at least 1, and "
-                f"seed={seed} at least 0"
-            )
+        require_in("[1, inf)", in_features=in_features, out_features=out_features)
+        require_in("[0, inf)", seed=seed)
         super().__init__(in_features, out_features)
         nn.init.xavier_normal_(self.weight)
         self.register_buffer("owner_D", torch.zeros(out_features, dtype=torch.int64))

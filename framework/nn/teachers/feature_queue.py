@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightspan.core.devices import has_values
 from lightspan.core.distributed import gather_rows, register_replicated
-from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.step_buffer import StepBuffer
 
 
@@ -29,8 +29,7 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if min(length, width) < 1:
-            raise UserError(f"FeatureQueue: length={length} and width={width} must each be at least 1")
+        require_in("[1, inf)", length=length, width=width)
         register_replicated(self, "rows_LD", torch.zeros(length, width, dtype=dtype))
         register_replicated(self, "filled", torch.zeros((), dtype=torch.int64))
         self.seen = StepBuffer[Tensor]()

@@ -49,8 +49,8 @@ from lightspan.optim.two_rates import TwoRates
 
 
 class GaLore(LowRank):
-    """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2), with decoupled weight decay. `scale` is alpha.
-    Equations: `lightspan.optim.reference.GaLore`.
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507, algorithm 2): Adam on gradients projected to their top singular
+    directions, with decoupled weight decay. `scale` is alpha. Equations: `lightspan.optim.reference.GaLore`.
 
     For comparisons with its paper, and for its recipes: `LowRank` reaches a lower loss at the same state, without SVDs.
 
@@ -71,8 +71,8 @@ class GaLore(LowRank):
 
 
 class FiraAdam(LowRank):
-    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1). Equations:
-    `lightspan.optim.reference.FiraAdam`.
+    """Fira with Adam (Chen et al. 2024, arXiv 2410.01623, algorithm 1): GaLore, and the gradient outside the subspace,
+    rescaled as inside it. Equations: `lightspan.optim.reference.FiraAdam`.
 
     For comparisons with its paper, and for its recipes: `LowRank` is Fira on a frame that costs no SVD.
 
@@ -108,8 +108,8 @@ class FiraAdam(LowRank):
 
 
 class APOLLO(LowRank):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1), scales per channel of the longer side.
-    Equations: `lightspan.optim.reference.APOLLO`.
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, algorithm 1): whole gradients, scaled per channel of the longer side
+    by Adam in a random subspace. Equations: `lightspan.optim.reference.APOLLO`.
 
     For comparisons with its paper, and where choosing a frame must cost nothing: its frames are random. `LowRank`
     reaches a lower loss at the same state.
@@ -186,8 +186,8 @@ class LDAdam(LowRank):
 
 
 class DCTAdamW(LowRank):
-    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2). Equations:
-    `lightspan.optim.reference.DCTAdamW`.
+    """DCT-AdamW (Modoranu et al. 2025, arXiv 2505.17967, algorithm 2): AdamW in the DCT columns that contain the most
+    gradient, chosen in every step, with error feedback. Equations: `lightspan.optim.reference.DCTAdamW`.
 
     For comparisons with its paper, and where frames are to cost nothing: they are columns of one fixed matrix, so none
     is stored, orthogonalised or sent between ranks. Others reach a lower loss with less state.

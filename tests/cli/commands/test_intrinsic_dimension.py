@@ -10,10 +10,10 @@ from rank_processes import PROJECT
 
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.main import main
+from lightspan.cli.studies import queue
 from lightspan.cli.studies.dimension.curve import target
 from lightspan.cli.studies.dimension.fits import layer
 from lightspan.cli.studies.dimension.search import TUNING_SEED, Fit, SearchSettings, search
-from lightspan.cli.studies.sweeps import display
 from lightspan.core.errors import UserError
 
 REFERENCES = {"untrained": {"0": 0.1, "1": 0.1, "2": 0.1}}
@@ -138,7 +138,7 @@ def stubbed(monkeypatch, tmp_path):
             task.log.write_text(" ".join(task.command))
             ended(task, 0)
 
-    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(queue, "run_side_by_side", run_side_by_side)
     return started
 
 
@@ -214,7 +214,7 @@ def test_a_real_search_of_a_tiny_recipe(monkeypatch, tmp_path, capsys):
             task.log.write_text(done.said)
             ended(task, done.statuses[0])
 
-    monkeypatch.setattr(display, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(queue, "run_side_by_side", run_side_by_side)
     flags = ["trainer.limit_val_batches=1", "trainer.val_check_interval=4", "trainer.max_steps=40"]
     assert intrinsic_dimension("--grid", "0,15", "--threshold", "0.5", "--lrs", "0.1", *flags) == 0, capsys.readouterr()
     result = json.loads((tmp_path / "out/result.json").read_text())

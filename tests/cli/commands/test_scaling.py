@@ -17,10 +17,10 @@ from rank_processes import fit as fit_of_ranks
 from lightspan.cli.commands import scaling as command
 from lightspan.cli.main import main
 from lightspan.cli.runs.fits import Task
+from lightspan.cli.studies import queue
 from lightspan.cli.studies.scaling.data import Whole
 from lightspan.cli.studies.scaling.study import SUBSET, SUBSET_SEED_KEY, read_sweep
 from lightspan.cli.studies.scaling.study import read as study_of
-from lightspan.cli.studies.sweeps import display
 from lightspan.core.errors import UserError
 from lightspan.core.files.runs import SCALING, SCALING_PICTURE, SWEEP
 from lightspan.datamodules.image.sets.small import Digits
@@ -67,7 +67,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     made = Stub()
-    monkeypatch.setattr(display, "run_side_by_side", made)
+    monkeypatch.setattr(queue, "run_side_by_side", made)
     return made
 
 

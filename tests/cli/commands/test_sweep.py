@@ -25,7 +25,8 @@ from lightspan.cli.main import main
 from lightspan.cli.runs.fits import Task
 from lightspan.cli.runs.folder import TASK_VARIABLE
 from lightspan.cli.runs.status import Status, status_of
-from lightspan.cli.studies.sweeps import display, outcome
+from lightspan.cli.studies import queue
+from lightspan.cli.studies.sweeps import outcome
 from lightspan.cli.studies.sweeps.files import read
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -67,7 +68,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     made = Stub()
-    monkeypatch.setattr(display, "run_side_by_side", made)
+    monkeypatch.setattr(queue, "run_side_by_side", made)
     return made
 
 

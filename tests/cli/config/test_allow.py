@@ -5,8 +5,8 @@ import pytest
 
 from lightspan.cli.config.allow import foreign, gate, importable, missing_modules, refusal, text_refusal, under
 from lightspan.cli.config.parts import CLASSES_OF, LIGHTNING, WATCHING
-from lightspan.cli.config.source import Definition, load, locate
 from lightspan.cli.config.tree import wrap
+from lightspan.core.source import Definition, load, locate
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from lightspan.cli.config.annotations import (
     item_annotation,
     takes_only_plain,
 )
-from lightspan.cli.config.source import Source
+from lightspan.core.source import Source
 
 MODULE = """
 from collections.abc import Callable

@@ -14,9 +14,9 @@ from lightspan.cli.config.merge import merge
 from lightspan.cli.config.parts import CLASSES_OF, FUNCTIONS_OF, LIGHTNING, TRAINER, USES
 from lightspan.cli.config.places import as_flags, kept_inside, places, refused_places
 from lightspan.cli.config.signatures import Parameter, Signature, signature, signature_of
-from lightspan.cli.config.source import Definition, exported, load, submodules
 from lightspan.cli.config.tree import Node, dotted, plain, wrap
 from lightspan.core.files.places import PathUse
+from lightspan.core.source import Definition, exported, load, submodules
 
 # How a setting for a path is called, or typed.
 _NAME = re.compile(

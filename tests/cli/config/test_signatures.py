@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from lightspan.cli.config.signatures import Signature, signature
-from lightspan.cli.config.source import Absent, Definition, Seen, load, locate, lookup
 from lightspan.cli.main import main
+from lightspan.core.source import Absent, Definition, Seen, load, locate, lookup
 
 PACKAGE = {
     "__init__.py": "from .shapes import Square as Box\nraise RuntimeError('imported')\n",

@@ -11,8 +11,8 @@ import pytest
 from lightspan.cli.report.shown import shown
 from lightspan.cli.studies.sweeps.files import Sweep, write
 from lightspan.cli.studies.sweeps.points import Choices, Range
-from lightspan.cli.studies.sweeps.queue import TrialQueue
 from lightspan.cli.studies.sweeps.ranking import by_point, ranked
+from lightspan.cli.studies.sweeps.trials import TrialQueue
 from lightspan.core.errors import UserError
 
 

@@ -59,7 +59,7 @@ def test_directions_are_a_function_of_the_step(monkeypatch: pytest.MonkeyPatch) 
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"lam=1.5 must lie in \[0, 1\]"):
         method(lam=1.5)
-    with pytest.raises(UserError, match=r"global_views=0 and directions=20 must each be at least 1"):
+    with pytest.raises(UserError, match="global_views=0 must"):
         method(global_views=0)
     with pytest.raises(UserError, match=r"the first global_views=6 are global, and this batch has 5"):
         method(global_views=6).training_step(batch(), 0)

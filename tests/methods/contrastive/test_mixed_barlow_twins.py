@@ -162,7 +162,7 @@ def test_a_projector_of_another_width_is_refused_before_training() -> None:
 
 @pytest.mark.parametrize("bad", [{"lam": -0.1}, {"lam_reg": -1.0}, {"alpha": 0.0}])
 def test_weights_outside_their_range_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"lam=.* and lam_reg=.* must be at least 0, and alpha=.* above 0"):
+    with pytest.raises(UserError, match=r"(lam|lam_reg|alpha)=\S+ must"):
         method(**bad)
 
 

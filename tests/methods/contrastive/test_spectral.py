@@ -53,7 +53,7 @@ def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"projector.in_features=5, but Pooled gives 8 features"):
         method(nn.Linear(5, 6))
     for length in (0.0, -1.0, float("inf")):
-        with pytest.raises(UserError, match=r"length=.* must be above 0 and finite, or null"):
+        with pytest.raises(UserError, match=r"length=\S+ must be above 0"):
             method(length=length)
     with pytest.raises(UserError, match=r"SpectralContrastive needs 2 views of each image, and this batch gives 5"):
         method().training_step(batch(), 0)

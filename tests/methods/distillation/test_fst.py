@@ -327,7 +327,7 @@ def test_bfloat16_restores_weights_too_and_its_virtual_steps_see_their_own_weigh
 def test_what_it_cannot_train_is_refused() -> None:
     with pytest.raises(UserError, match="virtual_steps=-1 must be at least 0"):
         method(virtual_steps=-1)
-    with pytest.raises(UserError, match="num_classes=1 at least 2"):
+    with pytest.raises(UserError, match="num_classes=1 must"):
         FST(UNet(1, 4, 1), 1, optimizer=SGD)
     with pytest.raises(UserError, match=r"confidence=2 must lie in \[0, 1\]"):
         method(confidence=2)

@@ -161,7 +161,7 @@ def test_a_single_image_trains_without_another_one_to_take_patches_from(tmp_path
 
 
 def test_bad_settings_and_parts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"contrast=-1 must be at least 0 and finite"):
+    with pytest.raises(UserError, match=r"contrast=-1 must"):
         method(contrast=-1)
     with pytest.raises(UserError, match=r"contrast_temperature=0.0 must be above 0"):
         method(contrast_temperature=0.0)

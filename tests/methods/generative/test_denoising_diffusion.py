@@ -268,7 +268,7 @@ def test_training_lowers_the_held_out_loss() -> None:
     ("settings", "message"),
     [
         ({"levels": 1}, r"levels=1 must be at least 2"),
-        ({"label_dropout": 1.5}, r"label_dropout=1\.5 in \[0, 1\]"),
+        ({"label_dropout": 1.5}, r"label_dropout=1\.5 must"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

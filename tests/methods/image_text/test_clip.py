@@ -150,7 +150,7 @@ def test_probes_read_the_image_encoder() -> None:
 
 
 def test_what_it_cannot_train_is_refused() -> None:
-    with pytest.raises(UserError, match=r"most_scale=0.5 and chunk=None must be at least 1"):
+    with pytest.raises(UserError, match=r"most_scale=0.5 must"):
         method(most_scale=0.5)
     with pytest.raises(UserError, match=r"chunk=0 must be at least 1"):
         method(chunk=0)

@@ -115,7 +115,7 @@ def test_evaluation_logs_loss_and_accuracy_under_its_stage(monkeypatch) -> None:
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(UserError, match="num_classes=1 leaves nothing to classify"):
+    with pytest.raises(UserError, match="num_classes=1 must"):
         model(1)
 
 

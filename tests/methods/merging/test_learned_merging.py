@@ -384,9 +384,9 @@ def wrong(folder: Path, **settings: Any) -> Any:
         ({"kind": Atlas, "budget": 4}, "budget=4 must be from 1 to 3"),
         ({"kind": Atlas, "parts": 0}, "groups=0 must be at least 1"),
         ({"kind": AtlasNegation, "target": "right"}, "target='right' must be one of the heads up, left, down"),
-        ({"kind": AtlasNegation, "target": "up", "floor": 2.0}, "floor=2.0 must be in"),
+        ({"kind": AtlasNegation, "target": "up", "floor": 2.0}, "floor=2.0 must"),
         ({"kind": AtlasTestTime}, "AtlasTestTime adapts to one task, and heads has up, left, down"),
-        ({"kind": AtlasTestTime, "heads": heads(("up",)), "confidence": 2.0}, "confidence=2.0 must be in"),
+        ({"kind": AtlasTestTime, "heads": heads(("up",)), "confidence": 2.0}, "confidence=2.0 must"),
         ({"prefix": "encoder."}, "is in the network but not in base"),
     ],
 )

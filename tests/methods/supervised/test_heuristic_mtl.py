@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused() -> None:
         method().training_step(given | {"views": given["views"][:1]}, 0)
     with pytest.raises(UserError, match="contrast=-1 must be at least 0"):
         method(contrast=-1)
-    with pytest.raises(UserError, match=r"margin=1\.5 is a probability"):
+    with pytest.raises(UserError, match=r"margin=1\.5 must"):
         method(margin=1.5)
     with pytest.raises(UserError, match="HeuristicMTL needs a backbone with tokens and a grid"):
         HeuristicMTL(SmallConvNet(), nn.Linear(128, 3), nn.Linear(128, 8), **sgd)

@@ -65,7 +65,7 @@ def test_it_learns_to_count(network: Any, tmp_path: Path) -> None:
     ("make", "said"),
     [
         (lambda: SequenceClassifier(MLP((1, 8, 8), (4,)), 3, **ADAM), "needs a network for sequences, and MLP has no"),
-        (lambda: SequenceClassifier(sequence_transformer(), 1, **ADAM), "num_classes=1 leaves nothing to classify"),
+        (lambda: SequenceClassifier(sequence_transformer(), 1, **ADAM), "num_classes=1 must"),
         (lambda: method(nn.Linear(7, 3)), "head.in_features=7, but SequenceNetwork gives 8"),
         (lambda: method(nn.Linear(8, 4)), "Linear tells 4 classes apart, but num_classes=3"),
         (lambda: method().features({"image": torch.zeros(2, 1, 8, 8)}), "reads values as sequence, and this batch"),

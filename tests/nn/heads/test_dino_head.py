@@ -53,7 +53,7 @@ def test_directions_are_neither_decayed_nor_projected() -> None:
 
 
 def test_widths_below_one_are_refused() -> None:
-    with pytest.raises(UserError, match=r"hidden=\[0\], bottleneck=256: each must be at least 1"):
+    with pytest.raises(UserError, match=r"hidden=\[0\] must"):
         DINOHead(6, 9, hidden=(0,))
-    with pytest.raises(UserError, match=r"count=0 must each be at least 1"):
+    with pytest.raises(UserError, match="count=0 must"):
         DINOHead(6, 0)

@@ -130,5 +130,5 @@ def test_of_a_linear_loss_it_is_what_the_loss_loses_without_the_coordinate_and_z
 def test_sizes_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match="out_features=0 must be at least 1"):
         SubspaceLearners(7, 0)
-    with pytest.raises(UserError, match="seed=-1 at least 0"):
+    with pytest.raises(UserError, match="seed=-1 must"):
         SubspaceLearners(7, 4, seed=-1)

@@ -32,7 +32,7 @@ def test_rows_have_no_gradient_keep_float32_and_are_part_of_the_state() -> None:
     other.load_state_dict(queue.state_dict())
     assert other.full
     assert torch.equal(other.rows_LD, queue.rows_LD)
-    with pytest.raises(UserError, match="length=0 and width=3 must each be at least 1"):
+    with pytest.raises(UserError, match="length=0 must"):
         FeatureQueue(0, 3)
 
 

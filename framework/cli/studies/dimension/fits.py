@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import Resolved, with_layer
 from lightspan.cli.config.tree import dump
 from lightspan.cli.report.compare import differences
-from lightspan.cli.runs.fits import Task, fit_command, last_lines
+from lightspan.cli.runs.fits import Task, fit_command
 from lightspan.cli.runs.metrics import last_values
 from lightspan.cli.studies.dimension.search import Fit, SearchSettings
-from lightspan.cli.studies.sweeps.display import run_shown
+from lightspan.cli.studies.queue import run_queue
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import remove, write_atomic
 from lightspan.core.files.foreign import settings_object
@@ -35,19 +35,15 @@ def train(resolved: Resolved, settings: SearchSettings, fits: Sequence[Fit]) -> 
     """Finished runs in the folder are kept, all others are started afresh, `workers` at a time."""
     runs = settings.out / "runs"
     waiting = [fit for fit in fits if not _finished(resolved, settings, fit)]
-    tasks = []
-    for fit in waiting:
-        remove(runs / fit.name)
-        recipe = runs / f"{fit.name}.yaml"
-        write_atomic(recipe, recipe_of(resolved, settings, fit))
-        command = fit_command([str(recipe), *resolved.permissions()], runs / fit.name)
-        tasks.append(Task(fit.name, command, runs / fit.name / OUTPUT))
 
-    def ended(task: Task, status: int) -> str:
-        said = f" failed with status {status}, see {task.log}:\n{last_lines(task.log)}\n" if status else " is done"
-        return task.name + said
+    def tasks() -> Iterator[Task]:
+        for fit in waiting:
+            run, recipe = runs / fit.name, runs / f"{fit.name}.yaml"
+            remove(run)
+            write_atomic(recipe, recipe_of(resolved, settings, fit))
+            yield Task(fit.name, fit_command([str(recipe), *resolved.permissions()], run), run / OUTPUT)
 
-    run_shown(iter(tasks), settings.workers, ended, len(fits), len(fits) - len(waiting))
+    run_queue(tasks(), settings.workers, len(fits), len(fits) - len(waiting))
     return {fit: _value(runs / fit.name, settings.metric) for fit in fits}
 
 

@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
-from lightspan.cli.config.problems import nearest
 from lightspan.cli.runs.figures import SeedScores, ended, figure, scores
 from lightspan.cli.runs.metrics import last_values, read_logged
 from lightspan.cli.runs.status import status_of
 from lightspan.cli.studies.sweeps.files import Sweep, Trial
 from lightspan.cli.studies.sweeps.points import Settings
 from lightspan.core.files.runs import METRICS
+from lightspan.core.spelling import nearest
 
 
 def ranked(sweep: Sweep, folder: Path, metric: str) -> list[tuple[Settings, SeedScores]]:

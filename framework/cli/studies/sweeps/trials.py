@@ -1,28 +1,25 @@
-"""The trials of a sweep on local workers: which are due, what comes next, and what became of each."""
+"""The trials of a sweep on local workers: which are due, what comes next, and what each reached."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
 from lightspan.cli.runs.figures import figure, scores
-from lightspan.cli.runs.fits import Task, fit_command, last_lines
-from lightspan.cli.runs.metrics import last_step, last_values
+from lightspan.cli.runs.fits import Task, fit_command
+from lightspan.cli.runs.metrics import last_values
 from lightspan.cli.runs.numbers import SCORE_DIGITS, number
 from lightspan.cli.runs.status import Status, status_of
-from lightspan.cli.studies.sweeps.display import run_shown
+from lightspan.cli.studies.queue import run_queue
 from lightspan.cli.studies.sweeps.files import Sweep, Trial, write
 from lightspan.cli.studies.sweeps.points import Settings
 from lightspan.cli.studies.sweeps.ranking import by_point, last_logged, unlogged
 from lightspan.cli.studies.sweeps.tables import scores_of
-from lightspan.core.errors import UserError, one_line, printable
-from lightspan.core.files.atomic import write_atomic
-from lightspan.core.files.runs import FAILED, METRICS, OUTPUT
+from lightspan.core.errors import UserError, printable
+from lightspan.core.files.runs import METRICS, OUTPUT
 
 MOST_SCORES = 3  # in the line of a run that has ended
-_STOPPED = 128  # a status above it says that a signal ended the run
 
 
 def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Sweep:
@@ -31,20 +28,7 @@ def run_due(sweep: Sweep, folder: Path, workers: int, retry_failed: bool) -> Swe
     before = sum(not queue.due(trial) for trial in sweep.trials)
     ended_before = f", {before} of them ended before" if before else ""
     print(printable(f"{sweep.recipe}: {sweep.total} runs -> {folder}{ended_before}"), flush=True)
-
-    def ended(task: Task, status: int) -> str:
-        became = queue.ended(task, status)
-        if became is Status.DONE:
-            return f"done  {task.name}{queue.reached(task.name)}"
-        killed = f", killed by signal {-status}" if status < 0 else ""
-        said = "" if became is Status.PREEMPTED else f"; {task.log} ends with:\n{last_lines(task.log)}\n"
-        return f"{became}  {task.name}{killed}{said}"
-
-    def standing(task: Task) -> str:
-        step = last_step(folder / task.name / METRICS)
-        return "starts" if step is None else f"step {step}"
-
-    run_shown(queue.tasks(), workers, ended, sweep.total, before, standing)
+    run_queue(queue.tasks(), workers, sweep.total, before, queue.ended)
     return queue.sweep
 
 
@@ -79,19 +63,10 @@ class TrialQueue:
             for trial in self._suggested():
                 yield self._task(trial)
 
-    def ended(self, task: Task, status: int) -> Status:
-        """What became of a run. A failure that the run could not record itself, such as a mistake in its
-        configuration, is recorded for it.
-        """
-        run = self.folder / task.name
+    def ended(self, task: Task, became: Status) -> str:
+        """Takes note of the end of a trial's run; returns what it reached, if it is done."""
         self._given.discard(task.name)
-        found = status_of(run)
-        if 0 < status < _STOPPED and found not in (Status.FAILED, Status.RUNNING):
-            said = one_line((last_lines(task.log).splitlines() or ["it said nothing"])[-1])
-            when = datetime.now().astimezone().isoformat(timespec="seconds")
-            write_atomic(run / FAILED, f"{when}: ended with status {status}: {said}\n")
-            found = Status.FAILED
-        return found
+        return self.reached(task.name) if became is Status.DONE else ""
 
     def reached(self, run: str) -> str:
         """The metric of a run that is done, in words; without one, its first scores."""

@@ -230,6 +230,64 @@ def _follow(origin: str, name: str, depth: int, glance: bool) -> Definition | Se
     return found if isinstance(found, Definition | Seen) else None
 
 
+def base_definitions(node: ast.ClassDef, source: Source) -> Iterator[Definition | None]:
+    """The base classes of a class, `object` and Generic left out; None for each that cannot be read."""
+    for base in node.bases:
+        expression = base.value if isinstance(base, ast.Subscript) else base
+        name = ast.unparse(expression)
+        if name.split(".")[-1] in ("object", "Generic", "Protocol", "ABC"):
+            continue
+        found = resolve(expression, source)
+        yield found if isinstance(found, Definition) else None
+
+
+def descends(definition: Definition, kind: str, depth: int = 0) -> bool | None:
+    """Whether a class, or the declared return type of a function, is or derives from the class defined under the full
+    name `kind`; None if that is unknown.
+    """
+    if definition.name == kind:
+        return True
+    if isinstance(definition.node, ast.FunctionDef) and definition.node.returns is not None:
+        returned = resolve(definition.node.returns, definition.source)
+        return descends(returned, kind, depth + 1) if isinstance(returned, Definition) else None
+    if not isinstance(definition.node, ast.ClassDef) or depth > 12:
+        return None
+    answers = [
+        None if base is None else descends(base, kind, depth + 1)
+        for base in base_definitions(definition.node, definition.source)
+    ]
+    return True if True in answers else None if None in answers else False
+
+
+@overload
+def resolve(expression: ast.expr, source: Source) -> Definition | Absent | None: ...
+@overload
+def resolve(expression: ast.expr, source: Source, *, glance: bool) -> Definition | Seen | Absent | None: ...
+def resolve(expression: ast.expr, source: Source, *, glance: bool = False) -> Definition | Seen | Absent | None:
+    """What a name or dotted name in a module's source stands for; `glance` as in `lookup`."""
+    if isinstance(expression, ast.Name):
+        return lookup(source, expression.id, glance=glance)
+    if isinstance(expression, ast.Attribute):
+        full = _full_name(ast.unparse(expression), source)
+        return locate(full) if full is not None else None
+    return None
+
+
+def _full_name(name: str, source: Source) -> str | None:
+    """`nn.Module` as `torch.nn.Module`, according to the imports of the module."""
+    first, _, rest = name.partition(".")
+    for statement in source.tree.body:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                if (alias.asname or alias.name.split(".")[0]) == first:
+                    return f"{alias.name if alias.asname else first}.{rest}"
+        elif isinstance(statement, ast.ImportFrom) and not statement.level:
+            for alias in statement.names:
+                if (alias.asname or alias.name) == first:
+                    return f"{statement.module}.{alias.name}.{rest}"
+    return None
+
+
 def submodules(source: Source) -> tuple[str, ...]:
     """The names of a package's public modules and packages."""
     folder = source.path.parent
