@@ -41,16 +41,16 @@ def test_every_axis_has_its_share_of_channels_the_last_axis_first(grid: tuple[in
 def test_turned_queries_and_keys_know_only_how_far_apart_they_are(grid: tuple[int, ...]) -> None:
     table, places = rotary(grid, 12, base=100.0).double(), torch.cartesian_prod(*map(torch.arange, grid))
     places = places.view(-1, len(grid))
-    q, k = torch.randn(2, 12, dtype=torch.float64)
-    turned_q, turned_k = (apply_rot_embed_cat(x.expand(len(table), -1), table) for x in (q, k))
-    torch.testing.assert_close(turned_q.norm(dim=1), q.norm().expand(len(table)))
-    products = turned_q @ turned_k.T
-    seen: dict[tuple[int, ...], float] = {}
+    q, k = torch.randn(2, 3, 12, dtype=torch.float64)  # three pairs: one may have two products that happen to be near
+    turned_q, turned_k = (apply_rot_embed_cat(x[:, None].expand(-1, len(table), -1), table) for x in (q, k))
+    torch.testing.assert_close(turned_q.norm(dim=2), q.norm(dim=1, keepdim=True).expand(-1, len(table)))
+    products = (turned_q @ turned_k.mT).permute(1, 2, 0)
+    seen: dict[tuple[int, ...], list[float]] = {}
     for i, a in enumerate(places):
         for j, b in enumerate(places):
             apart = tuple((a - b).tolist())
-            assert products[i, j] == pytest.approx(seen.setdefault(apart, float(products[i, j])), abs=1e-5)
-    assert len({round(value, 4) for value in seen.values()}) == len(seen)
+            assert products[i, j].tolist() == pytest.approx(seen.setdefault(apart, products[i, j].tolist()), abs=1e-5)
+    assert len({tuple(round(value, 4) for value in values) for values in seen.values()}) == len(seen)
 
 
 @pytest.mark.parametrize(("grid", "width"), [((4, 4), 6), ((4,), 3), ((2, 2, 2), 8), ((), 4), ((0, 2), 4)])
