@@ -6,6 +6,7 @@ adapters, kernels of the hub, packages for quantisation and weights elsewhere. H
 folder's safetensors files.
 """
 
+import base64
 import dataclasses
 import json
 from pathlib import Path
@@ -142,14 +143,23 @@ def _require_no_growth(file: Path) -> None:
     of Python, nothing stops them.
     """
     said = json.loads(content_of(file)) if file.exists() else {}
-    steps, growth = [said.get("normalizer")], 1
-    while steps:
-        step = steps.pop()
-        if isinstance(step, dict):
-            steps += [step.get("normalizer"), *(step.get("normalizers") or ())]
-            growth *= max(1, len(step.get("content") or ""))
-    if growth > _MOST_GROWTH:
-        raise ValueError(f"{file.name} makes texts more than {_MOST_GROWTH:,} times as long")
+    for part in ("normalizer", "decoder"):
+        steps, growth = [said.get(part)], 1
+        while steps:
+            step = steps.pop()
+            if isinstance(step, dict):
+                steps += [step.get("normalizer"), *(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+                growth *= max(1, len(step.get("content") or ""), _longest(step.get("precompiled_charsmap") or ""))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"{file.name} makes texts more than {_MOST_GROWTH:,} times as long")
+
+
+def _longest(charsmap: str) -> int:
+    """Bytes of the longest text in SentencePiece's map of characters: a trie, after its size in four bytes, and the
+    texts, each of which a zero ends.
+    """
+    packed = base64.b64decode(charsmap)
+    return max(map(len, packed[4 + int.from_bytes(packed[:4], "little") :].split(b"\0")))
 
 
 def _outline(folder: Path) -> PreTrainedConfig:

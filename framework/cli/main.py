@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns its exit status: 0, 2 for what the user can fix, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if argv is None:  # the command itself; a program that calls this keeps its variables
+        # The current folder may be a stranger's: what is started here imports from it by --allow-module alone.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # unencodable names must not crash
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -5,8 +5,10 @@ matrices. This changes nothing for AdamW and others that treat each number by it
 is refused.
 """
 
+import contextlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +21,12 @@ from torch.optim import Optimizer
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import explained_os_errors, replace_folder, temporary_path
 from lightspan.training.checkpoints.io import refuse_torn
-from lightspan.training.checkpoints.manifest import header, seal_folder
+from lightspan.training.checkpoints.manifest import header, packed_fault, seal_folder
+from lightspan.training.checkpoints.shards import explained_reading
 from lightspan.training.strategies import ExactMeans
 from lightspan.training.wiring.optimizers import refuse_flat_partitions
+
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class ZeRO(ExactMeans, DeepSpeedStrategy):
@@ -59,7 +64,8 @@ class ZeRO(ExactMeans, DeepSpeedStrategy):
         engine = self.deepspeed_engine.checkpoint_engine
         engine.load = partial(_load, path)
         try:
-            return super().load_checkpoint(path, weights_only=True)
+            with explained_reading(path), _weights_only():
+                return super().load_checkpoint(path, weights_only=True)
         finally:
             del engine.load
 
@@ -75,6 +81,22 @@ class ZeRO(ExactMeans, DeepSpeedStrategy):
             raise UserError(verdict)
 
 
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Inside, torch unpickles nothing freely, whatever it is asked to: DeepSpeed reads some files, such as those of a
+    universal checkpoint, which settings ask for, past its checkpoint engine.
+    """
+    before = os.environ.get(_FORCED)
+    os.environ[_FORCED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCED]
+        else:
+            os.environ[_FORCED] = before
+
+
 def _publish(head: dict[str, Any], temporary: Path, path: Path) -> None:
     seal_folder(temporary, head)
     replace_folder(temporary, path)
@@ -87,6 +109,9 @@ def _load(checkpoint: Path, path: str, map_location: Any = None) -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     try:
+        with Path(path).open("rb") as file:
+            if packed := packed_fault(file):
+                raise UserError(f"checkpoint {checkpoint}: {Path(path).name} {packed}; resume from another checkpoint")
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
@@ -94,7 +119,9 @@ def _load(checkpoint: Path, path: str, map_location: Any = None) -> Any:
             f"checkpoint {checkpoint}: {Path(path).name} contains more than tensors, plain values and DeepSpeed's own "
             "records, so it was not loaded and no code in it was run; resume from another checkpoint"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"checkpoint {checkpoint}: {Path(path).name} is damaged ({str(error).splitlines()[0]}); resume from "
             "another checkpoint"

@@ -1,7 +1,9 @@
 """Folders as transformers writes them: read as settings and tensors, never followed elsewhere, never run."""
 
+import base64
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,3 +331,24 @@ def test_a_tokenizer_that_makes_texts_very_long_is_refused(tmp_path: Path) -> No
         else:
             with pytest.raises(UserError, match="times as long"):
                 stored_tokenizer(str(tmp_path))
+
+
+def test_maps_of_characters_and_replacements_of_a_decoder_make_no_text_very_long_either(tmp_path: Path) -> None:
+    units = [0] * 512  # a trie of the letter a alone, whose text is at 0
+    units[0], units[353] = 256 << 10, ord("a") | 1 << 8 | 1 << 10
+    charsmap = base64.b64encode(struct.pack("<I512I", 2048, *units) + b"a" * 100 + b"\0").decode()
+    mapped = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    replaced = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+    backend = json.loads(Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str())
+    for times in (1, 2):
+        mapping = {"normalizer": {"type": "Sequence", "normalizers": [mapped] * times}}
+        decoding = {"decoder": {"type": "Sequence", "decoders": [replaced] * times}}
+        for steps in (mapping, decoding):
+            (tmp_path / "tokenizer.json").write_text(json.dumps(backend | steps))
+            if times == 1:
+                made = stored_tokenizer(str(tmp_path)).backend_tokenizer
+                long = made.normalizer.normalize_str("a") if steps is mapping else made.decode([0])
+                assert long == "a" * 100
+            else:
+                with pytest.raises(UserError, match="times as long"):
+                    stored_tokenizer(str(tmp_path))

@@ -1,5 +1,6 @@
 """The command line: what the verbs print, that the quick ones stay quick, and a whole run from fit to resume."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ from rank_processes import callback
 import lightspan
 from lightspan.cli.commands.verbs import VERBS
 from lightspan.cli.main import main
+from lightspan.core.errors import UserError
 
 PROJECT = Path(__file__).parents[1] / "tiny_project"
 TINY = [str(PROJECT / "tiny.yaml"), "--allow-module", "tiny_lab"]
@@ -317,6 +319,18 @@ def test_an_allowed_module_is_found_in_the_current_folder(tmp_path):
     done = subprocess.run([*command, "model.init_args.widht=3"], cwd=tmp_path / "mine", capture_output=True, text=True)
     assert done.returncode == 2
     assert "model.init_args.widht: unknown; did you mean width?" in done.stderr
+
+
+def test_the_run_id_that_a_checkpoint_has_for_wandb_is_judged_as_a_recipes(tmp_path, monkeypatch):
+    from lightspan.cli.commands import fit
+    from lightspan.cli.config.resolve import resolve
+
+    resolved = resolve("language/quickstart")
+    for given, refused in (("run-7", False), ("../../x", True), ("/etc/x", True)):
+        ids = {"lightning.pytorch.loggers.wandb.WandbLogger": given}
+        monkeypatch.setattr(fit, "run_ids", lambda _, ids=ids: ids)
+        with pytest.raises(UserError, match="leaves the run folder") if refused else contextlib.nullcontext():
+            fit.with_wandb(resolved, tmp_path / "last.ckpt")
 
 
 def test_wandb_is_offline_without_a_key_and_takes_none_from_the_configuration(monkeypatch):

@@ -8,6 +8,7 @@ import os
 import pickle
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_processes
@@ -200,6 +201,32 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt is damaged"):
         _load(tmp_path, str(file))
+
+
+@needs_deepspeed
+def test_nothing_is_unpickled_freely_also_past_the_checkpoint_engine(tmp_path, monkeypatch):
+    """DeepSpeed reads the files of a universal checkpoint, which settings ask for, by itself."""
+    from lightspan.training import deepspeed
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    file = tmp_path / "universal.pt"
+    torch.save(Evil(), file, pickle_module=pickle)
+    strategy = deepspeed.ZeRO.__new__(deepspeed.ZeRO)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    engine = SimpleNamespace(checkpoint_engine=SimpleNamespace())
+    monkeypatch.setattr(deepspeed.ZeRO, "deepspeed_engine", engine, raising=False)
+    monkeypatch.setattr(deepspeed.ZeRO, "broadcast", lambda self, value: value)
+    monkeypatch.setattr(deepspeed.ZeRO, "_on_first_rank", lambda *_: None)
+    monkeypatch.setattr(
+        deepspeed.DeepSpeedStrategy, "load_checkpoint", lambda *_, **__: torch.load(file, weights_only=False)
+    )
+    with pytest.raises(UserError, match="no code in it was run"):
+        strategy.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,6 +15,7 @@ from lightspan.cli.commands.arguments import (
 )
 from lightspan.cli.config.build import Built, Resolved, build, with_layer
 from lightspan.cli.config.flags import allow_options
+from lightspan.cli.config.tree import COMMAND_LINE
 from lightspan.cli.runs.folder import (
     LAST_CHECKPOINT,
     checkpoint_to_resume,
@@ -116,7 +117,7 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
     if checkpoint is not None:
         refuse_other_experiment(resolved, checkpoint)
     if args.wandb:
-        resolved = with_layer(resolved, _wandb_layer(checkpoint))
+        resolved = with_wandb(resolved, checkpoint)
     if args.profile or args.profile_steps:
         resolved = with_layer(resolved, _profile_layer(args.profile_steps))
     if is_first_rank():  # printed before torch is loaded, which takes seconds
@@ -238,6 +239,13 @@ def _nothing_left(checkpoint: Path, step: int, trainer: "Trainer") -> str:
     else:
         return f"no step was taken: {checkpoint} is at step {step}, and the run stopped immediately"
     return f"nothing was left to do: {checkpoint} is at step {step}, and the run ends at {end} trains longer"
+
+
+def with_wandb(resolved: Resolved, checkpoint: Path | None) -> Resolved:
+    """The configuration with the tracker. Raises: UserError for the id of a checkpoint that leaves the run folder."""
+    # The id is the word of whoever wrote the checkpoint, and judged as a recipe's.
+    where = COMMAND_LINE if checkpoint is None else f"{checkpoint}:"
+    return with_layer(resolved, _wandb_layer(checkpoint), where)
 
 
 def _wandb_layer(checkpoint: Path | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from lightspan.cli.commands.arguments import folder
 from lightspan.cli.runs.ledger import Account, balance, read_ledger
 from lightspan.core.errors import UserError, printable
+from lightspan.core.files.foreign import TooMuchError
 from lightspan.core.files.runs import LEDGER
 
 SHOWN = 20  # how many samples or damaged samples are listed by name
@@ -20,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     ledger = read_ledger(args.run)
     try:
         account = balance(ledger)
+    except TooMuchError as error:
+        raise UserError(f"{args.run / LEDGER}, one number for each sample: {error}") from error
     except MemoryError as error:
         raise UserError(f"{args.run / LEDGER}: its samples do not fit into memory (24 bytes each)") from error
     print(printable("\n".join(lines(account, ledger))))

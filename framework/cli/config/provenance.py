@@ -1,12 +1,14 @@
 """Where a run comes from: versions, command line without secrets, commit, start time."""
 
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightspan import __version__
@@ -53,18 +55,31 @@ def provenance(resolved: Resolved, arguments: Sequence[str], overlays: Sequence[
 
 
 def commit(folder: Path) -> str | None:
-    """The git commit of a folder, with `+changes` if files differ from it; None outside a repository."""
+    """The git commit of a folder, with `+changes` if files differ from it; None outside a repository.
+
+    The folder may be a stranger's, and git runs hooks, monitors and filters that the settings of a repository name: the
+    files are compared by a repository without settings, which borrows index and objects.
+    """
+    said = "rev-parse", "--path-format=absolute", "--git-path", "index", "--git-path", "objects", "--show-toplevel"
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
+        index, objects, top, head = _git(folder, os.environ, *said, "HEAD").splitlines()
+        with TemporaryDirectory() as empty:
+            for name in ("objects", "refs"):
+                Path(empty, name).mkdir()
+            Path(empty, "HEAD").write_text(f"{head}\n")
+            borrowed = {"GIT_DIR": empty, "GIT_WORK_TREE": top, "GIT_INDEX_FILE": index}
+            borrowed |= {"GIT_OBJECT_DIRECTORY": objects, "GIT_OPTIONAL_LOCKS": "0"}
+            files = "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty"
+            changed = _git(folder, os.environ | borrowed, *files)
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if changed else "")
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(folder: Path, variables: Mapping[str, str], *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=5).stdout.strip()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=5, env=variables)
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -132,7 +132,8 @@ def _step(job: Job, runtime: str) -> list[str]:
         step.append(f"--cpus-per-task={job.cores}")  # since SLURM 22.05 srun does not take it from the job
     arguments = [*job.arguments, *_flags(job)]
     if job.image is None:
-        return [*step, *_SHIELDED, sys.executable, "-m", "lightspan", *arguments]
+        # -P: nothing is imported from the folder of the job, which may be a stranger's.
+        return [*step, *_SHIELDED, sys.executable, "-P", "-m", "lightspan", *arguments]
     folders = list(dict.fromkeys((job.workdir, job.run, *job.inputs)))
     for folder in folders:
         if re.search(r"[:,\n]", folder):

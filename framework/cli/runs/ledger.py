@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightspan.cli.config.allow import RUN
 from lightspan.cli.config.resolve import recorded
 from lightspan.core.errors import UserError
-from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.foreign import NUMBERS, settings_object
 from lightspan.core.files.runs import LEDGER
 
 if TYPE_CHECKING:
@@ -118,7 +118,10 @@ def _require(holds: bool, what: str) -> None:
 
 
 def balance(ledger: dict[str, Any]) -> Account:
-    """Counts every position of every epoch, and every sample; memory: about 24 bytes per sample."""
+    """Counts every position of every epoch, and every sample; memory: about 24 bytes per sample.
+
+    Raises: TooMuchError for more samples than the limit of numbers, since a ledger of a few bytes may claim any.
+    """
     import numpy as np
 
     from lightspan.datamodules.loading.order import Order
@@ -126,6 +129,7 @@ def balance(ledger: dict[str, Any]) -> Account:
     data, ranges = ledger["data"], ledger["ranges"]
     order = Order(tuple(data["sizes"]), data["window"])
     length, used = len(order), data["epoch_samples"]
+    NUMBERS.require(length)
     last_epoch = max((epoch for epoch, _, _ in ranges), default=-1)
     times = np.zeros(length, dtype=np.int64)
     epochs: dict[int, int] = {}

@@ -29,7 +29,7 @@ from lightspan.core.files.atomic import explained_os_errors, replace_folder, req
 from lightspan.training.checkpoints.background import Background, staged
 from lightspan.training.checkpoints.bytes import HashingWriter, causes_kept, torch_save
 from lightspan.training.checkpoints.content import content_fault
-from lightspan.training.checkpoints.manifest import header, seal_folder, summed
+from lightspan.training.checkpoints.manifest import header, packed_fault, seal_folder, summed
 from lightspan.training.checkpoints.readable import readable
 from lightspan.training.checkpoints.shards import (
     SafePlanner,
@@ -175,6 +175,9 @@ def read_rest(path: Path) -> dict[str, Any]:
     """Everything in a checkpoint folder except weights and optimiser states. Raises: UserError."""
     require_regular_file(path / REST)
     with explained_reading(path):
+        with (path / REST).open("rb") as file:
+            if packed := packed_fault(file):
+                raise UserError(f"checkpoint {path} cannot be used: {REST} {packed}")
         rest = torch.load(path / REST, map_location="cpu", weights_only=True)
     if not isinstance(rest, dict):
         raise UserError(f"checkpoint {path} is not a checkpoint: {REST} contains {type(rest).__name__}")

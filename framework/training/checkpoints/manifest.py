@@ -37,6 +37,7 @@ WEIGHTS_ALONE = (
 )
 
 _END, _END_BYTES, _MOST_COMMENT = b"PK\x05\x06", 22, 2**16 - 1  # of a zip archive's last record
+_RECORD = struct.Struct("<4s6xH8xIIHHH12x")  # in its list: mark, method, both sizes, lengths of what follows
 _MOST_MANIFEST = 2**28  # bytes of COMPLETE: about 200 for each file of a folder
 _NAME = re.compile(rf"[^./\0][^/\0]{{0,240}}{re.escape(SUFFIX)}")
 _seen_whole: dict[Path, tuple[int, ...]] = {}
@@ -96,7 +97,8 @@ def manifest(path: Path) -> dict[str, Any] | None:
         if path.is_dir():
             text = file.read_bytes() if file.stat().st_size <= _MOST_MANIFEST else b""
         else:
-            text = _end_of_archive(path)[1]
+            with path.open("rb") as archive:
+                text = _end_of_archive(archive)[1]
         content = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None
@@ -208,14 +210,19 @@ def _file_fault(path: Path, contents: bool) -> Fault | None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(2)
-    if not head:
-        return Fault("is empty")
-    if head != b"PK":
-        return Fault("is not a file that torch.save wrote")
-    try:
-        at, comment = _end_of_archive(path)
-    except ValueError:
-        return Fault(f"is cut off after {size} bytes: its end is missing")
+        if not head:
+            return Fault("is empty")
+        if head != b"PK":
+            return Fault("is not a file that torch.save wrote")
+        try:
+            at, comment = _end_of_archive(file)
+        except ValueError:
+            return Fault(f"is cut off after {size} bytes: its end is missing")
+        try:
+            if packed := packed_fault(file):
+                return Fault(packed)
+        except ValueError as error:
+            return Fault(f"is damaged ({error})")
     if not comment:
         return _archive_fault(path) if contents else None
     found = manifest(path)
@@ -228,11 +235,55 @@ def _file_fault(path: Path, contents: bool) -> Fault | None:
     return None
 
 
+def packed_fault(file: BinaryIO) -> str | None:
+    """What makes the content of an archive larger than its file, as the end of a sentence about it: torch unpacks
+    compressed records, although it writes none, and reads the same bytes as several. None if there is nothing, or if
+    it is no archive.
+
+    The list of records is read where its end says that it is, as torch does; `zipfile` may find another one.
+    Raises: ValueError for a list that cannot be read.
+    """
+    file.seek(0)
+    if file.read(2) != b"PK":
+        return None
+    size = file.seek(0, os.SEEK_END)
+    held = 0
+    try:
+        start, count = _records_at(file)
+        file.seek(start)
+        for _ in range(count):
+            mark, method, stored, whole, name, extra, comment = _RECORD.unpack(file.read(_RECORD.size))
+            file.seek(name, os.SEEK_CUR)
+            further = file.read(extra)
+            file.seek(comment, os.SEEK_CUR)
+            if mark != b"PK\1\2":
+                raise ValueError("its list of records is damaged")
+            if method != zipfile.ZIP_STORED or stored != whole:
+                return "is not a file that torch.save wrote: its records are compressed"
+            # Of a large record the extra part gives the size.
+            held += whole if whole < 2**32 - 1 else struct.unpack_from("<Q", further, 4)[0]
+    except (struct.error, OSError) as error:
+        raise ValueError("its list of records is damaged") from error
+    return "is not a file that torch.save wrote: its records overlap" if held > size else None
+
+
+def _records_at(file: BinaryIO) -> tuple[int, int]:
+    """(the byte at which the list of an archive's records begins, how many they are)."""
+    end = _end_of_archive(file)[0] - (_END_BYTES - 2)
+    file.seek(max(0, end - 20))
+    mark, _, large, _ = struct.unpack("<4sIQI", file.read(20))
+    if mark == b"PK\6\7":  # of archives beyond 4 GiB, which torch always writes
+        file.seek(large)
+        _, count, _, start = struct.unpack("<32sQQQ", file.read(56))
+    else:
+        file.seek(end)
+        _, count, _, start, _ = struct.unpack("<10sHIIH", file.read(_END_BYTES))
+    return start, count
+
+
 def _archive_fault(path: Path) -> Fault | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                return Fault("is not a file that torch.save wrote: its records are compressed")
             bad = archive.testzip()
     except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError, struct.error) as error:
         return Fault(f"is damaged ({error})")
@@ -276,20 +327,18 @@ def _too_new(found: Mapping[str, Any]) -> Fault | None:
     )
 
 
-def _end_of_archive(path: Path) -> tuple[int, bytes]:
+def _end_of_archive(file: BinaryIO) -> tuple[int, bytes]:
     """(offset of the comment's length, comment) of a zip archive. Raises: ValueError if its end is missing."""
-    size = path.stat().st_size
-    start = max(0, size - _END_BYTES - _MOST_COMMENT)
-    with path.open("rb") as file:
-        file.seek(start)
-        tail = file.read()
+    start = max(0, file.seek(0, os.SEEK_END) - _END_BYTES - _MOST_COMMENT)
+    file.seek(start)
+    tail = file.read()
     at = tail.rfind(_END)
     if at < 0 or len(tail) < at + _END_BYTES:
-        raise ValueError(f"{path} has no end record")
+        raise ValueError("it has no end record")
     (length,) = struct.unpack_from("<H", tail, at + _END_BYTES - 2)
     comment = tail[at + _END_BYTES :]
     if len(comment) != length:
-        raise ValueError(f"{path} has a comment of {len(comment)} bytes, not {length}")
+        raise ValueError(f"it has a comment of {len(comment)} bytes, not {length}")
     return start + at + _END_BYTES - 2, comment
 
 

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import require_regular_file
+from lightspan.training.checkpoints.manifest import packed_fault
 
 METADATA = ".metadata"
 
@@ -45,6 +46,14 @@ class SafeReader(dcp.FileSystemReader):
                 raise UserError(f"checkpoint {path} cannot be used: its {METADATA} {fault}")
             found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
+
+    def _slice_file(self, file: Any, sinfo: Any) -> BinaryIO:
+        """The bytes of one tensor or value, which torch gives to `torch.load`."""
+        part = cast(BinaryIO, super()._slice_file(file, sinfo))
+        if packed := packed_fault(part):
+            raise UserError(f"checkpoint {self.path} cannot be used: {sinfo.relative_path} {packed}")
+        part.seek(0)
+        return part
 
 
 # Classes by name only: some are private to torch, and importing this module must not need any of them.

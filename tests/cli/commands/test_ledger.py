@@ -263,3 +263,11 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path, capsys, text) -> None:
     os.mkfifo(tmp_path / "ledger.json")
     assert main(["ledger", str(tmp_path)]) == 2
     assert "not a regular file" in capsys.readouterr().err
+
+
+def test_a_ledger_that_claims_more_samples_than_fit_into_memory_is_refused_before_they_are_counted(tmp_path, capsys):
+    data = {"sizes": [10**10], "window": 1, "epoch_samples": 10**10, "batch_size": 1, "seed": 0, "damage": []}
+    ledger = {"format": 1, "data": data, "ranges": [[0, 0, 1]], "replaced": []}
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    assert main(["ledger", str(tmp_path)]) == 2
+    assert "LIGHTSPAN_MAX_NUMBERS" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_every_name_reaches_the_ranks_as_it_is(
     assert arguments is not None
     command = arguments[arguments.index(sys.executable) :]
     assert command == [
-        *(sys.executable, "-m", "lightspan", "fit", hostile_recipe, "-c", overlay.name, "trainer.max_steps=5"),
+        *(sys.executable, "-P", "-m", "lightspan", "fit", hostile_recipe, "-c", overlay.name, "trainer.max_steps=5"),
         *("--run", str(run), "trainer.callbacks.preemption.init_args.requeue_on=[]"),
     ]
     assert run.is_dir()

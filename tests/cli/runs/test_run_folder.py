@@ -4,12 +4,16 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lightspan.cli.commands.arguments import folder
+from lightspan.cli.config import provenance
 from lightspan.cli.launch import parent
 from lightspan.cli.main import main
 from lightspan.cli.runs import folder as run_folder
@@ -179,3 +183,55 @@ def test_a_run_folder_is_told_from_a_checkpoint_before_anything_is_built(tmp_pat
     assert main(["validate", "compression/vit", "--ckpt", str(tmp_path / "a")]) == 2
     assert f"--ckpt {tmp_path / 'a'}: this run has no checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_is_told_without_running_what_a_repository_names(tmp_path):
+    """git runs monitors, filters and hooks of the settings in `.git`, which come with a stranger's folder."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    def touched(file: Path) -> None:
+        os.utime(file, (1, 1))  # so that git looks at the content
+
+    git("init")
+    file, ran, hook = (tmp_path / name for name in ("file", "ran", ".git/hooks/post-index-change"))
+    file.write_text("x")
+    git("add", "file")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x")
+    head = provenance.commit(tmp_path)
+    assert head is not None
+    assert len(head) == 40
+    evil = tmp_path / ".git" / "evil"
+    for script in (evil, hook):
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\ntouch '{ran}'\ncat\n")
+        script.chmod(0o755)
+    (tmp_path / ".git" / "info").mkdir(exist_ok=True)
+    (tmp_path / ".git" / "info" / "attributes").write_text("* filter=evil\n")
+    git("config", "filter.evil.clean", str(evil))
+    git("config", "core.fsmonitor", str(evil))
+    touched(file)
+    assert provenance.commit(tmp_path) == head
+    assert not ran.exists()
+    file.write_text("y")
+    assert provenance.commit(tmp_path) == f"{head}+changes"
+    assert not ran.exists()
+    git("status")
+    assert ran.exists()
+    assert provenance.commit(tmp_path / ".git" / "info") is None
+
+
+def test_processes_of_the_command_import_nothing_from_the_current_folder(tmp_path, monkeypatch, capsys):
+    """It may be a stranger's, with a `torch.py` in it; `python -m` and `python -c` look there first."""
+    (tmp_path / "stranger.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr(sys, "argv", ["lightspan", "--version"])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.delenv("PYTHONSAFEPATH")
+    look = [sys.executable, "-c", "import stranger"]
+    assert b"ran" in subprocess.run(look, capture_output=True).stderr
+    assert main(["--version"]) == 0
+    assert "PYTHONSAFEPATH" not in os.environ  # of a program that calls it
+    assert main() == 0
+    assert b"No module named 'stranger'" in subprocess.run(look, capture_output=True).stderr

@@ -1,5 +1,8 @@
 """A checkpoint that changed by one bit or lost one byte is found; the newest whole one is what a run goes on from."""
 
+import copy
+import hashlib
+import io
 import json
 import os
 import zipfile
@@ -16,9 +19,11 @@ from lightspan.training.checkpoints.manifest import (
     LATEST,
     checkpoints,
     fault,
+    header,
     latest,
     manifest,
     newest_whole,
+    seal_file,
     seal_folder,
     set_latest,
 )
@@ -52,6 +57,46 @@ def test_the_manifest_is_inside_and_tells_step_ranks_and_run_ids_without_torch(t
     told = manifest(save(tmp_path / "a.ckpt"))
     assert {"format": FORMAT, "step": 3, "ranks": 2, "loggers": {"a.Logger": "run-7"}}.items() <= told.items()
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def rewritten(path: Path, compression: int, twice: bool = False) -> bytes:
+    """The bytes of an archive with its records packed, or each of them twice at the same place."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w", compression) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+        if twice:
+            new.filelist += [copy.copy(record) for record in new.filelist]
+            new._didModify = True
+    return made.getvalue()
+
+
+def sealed(content: bytes) -> bytes:
+    """With a manifest that is right, as anybody can write one."""
+    file = io.BytesIO(content)
+    seal_file(file, header(checkpoint(3)), hashlib.sha256(content))
+    return file.getvalue()
+
+
+def test_archives_larger_in_memory_than_on_disk_are_refused_whatever_their_manifest_says(tmp_path):
+    """torch unpacks them: a thousand times as much as the file has."""
+    plain = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(2**14)}}, plain)
+    assert fault(plain) is None
+    stored = rewritten(plain, zipfile.ZIP_STORED)
+    packed, twice = rewritten(plain, zipfile.ZIP_DEFLATED), rewritten(plain, zipfile.ZIP_STORED, twice=True)
+    # Two lists of records, of which zipfile reads the second, and torch the first, whose place the end says.
+    end = packed.rindex(b"PK\x05\x06")
+    second = stored[stored.index(b"PK\x01\x02") :][: end - packed.index(b"PK\x01\x02")]
+    both = packed[:end] + second + packed[end:]
+    path = tmp_path / "a.ckpt"
+    for make in (bytes, sealed):
+        path.write_bytes(make(stored))
+        assert fault(path) is None
+        for content, what in ((packed, "compressed"), (twice, "overlap"), (both, "compressed")):
+            path.write_bytes(make(content))
+            for contents in (True, False):
+                assert what in fault(path, contents).text
 
 
 def test_torch_and_zip_read_the_file_as_if_there_were_no_manifest(tmp_path):

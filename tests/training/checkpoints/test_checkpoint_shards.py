@@ -1,10 +1,13 @@
 """The list of shards of a folder from elsewhere: whole, inside the folder, of known classes; or refused in words."""
 
 import copy
+import io
 import math
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,41 @@ def put(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     (folder / COMPLETE).unlink()
     seal_folder(folder, header({"global_step": 3}))
+
+
+def test_packed_parts_are_refused_before_they_are_unpacked(folder):
+    """torch unpacks records of zip archives, which a shard, a value and the rest each are."""
+
+    def packed(content: bytes) -> bytes:
+        made = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as new:
+            for record in old.infolist():
+                new.writestr(record.filename, old.read(record))
+        return made.getvalue()
+
+    shards, rest = next(folder.glob("*.distcp")), (folder / REST).read_bytes()
+    put(folder, REST, packed(rest))
+    with pytest.raises(UserError, match=rf"{REST} is not a file that torch.save wrote: its records are compressed"):
+        read_folder(folder)
+    put(folder, REST, rest)
+    places = SafeReader(folder).read_metadata().storage_data
+    for name in (NAME, next(index.fqn for index in places if "lr" in index.fqn)):
+        before = shards.read_bytes(), (folder / METADATA).read_bytes()
+        place = next(place for index, place in places.items() if index.fqn == name)
+        part = packed(before[0][place.offset :][: place.length])
+        room = len(before[0])
+
+        def moved(found: Any, name: str = name, part: bytes = part, room: int = room) -> None:
+            index = next(index for index in found.storage_data if index.fqn == name)
+            found.storage_data[index] = replace(found.storage_data[index], offset=room, length=len(part))
+
+        put(folder, shards.name, before[0] + part)
+        change(folder, moved)
+        with pytest.raises(UserError, match="its records are compressed"):
+            read_folder(folder)
+        put(folder, shards.name, before[0])
+        put(folder, METADATA, before[1])
+    read_folder(folder)
 
 
 def test_what_was_written_is_read(folder):
