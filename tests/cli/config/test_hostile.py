@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import os
+import pkgutil
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,14 @@ hostile = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(hostile)
 
 ATTEMPTS = hostile.attempts()
+
+
+def test_names_of_this_package_lead_to_something_that_must_be_refused() -> None:
+    """A name that leads nowhere is refused for that, and shows nothing of the gate."""
+    names = [name for name, _ in hostile.NAMES if re.fullmatch(r"lightspan(\.\w+)+", name, re.ASCII)]
+    assert len(names) > 40
+    for name in names:
+        pkgutil.resolve_name(name)
 
 
 @pytest.fixture(scope="module")
