@@ -35,7 +35,8 @@ def test_names_of_this_package_lead_to_something_that_must_be_refused() -> None:
     names = [name for name, _ in hostile.NAMES if re.fullmatch(r"lightspan(\.\w+)+", name, re.ASCII)]
     assert len(names) > 40
     for name in names:
-        pkgutil.resolve_name(name)
+        if "__builtins__" not in name:  # a mapping, which only code that evaluates names would enter
+            pkgutil.resolve_name(name)
 
 
 @pytest.fixture(scope="module")
