@@ -27,10 +27,10 @@ import numpy as np
 import timm
 import torch
 import transformers
-from catalogue import CONFIGS, TREES
 from dit_files import published as dit_names
 from picture_files import pixels, write_pictures
 from shard_files import add_members, png_of
+from shipped_recipes import CONFIGS, TREES
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

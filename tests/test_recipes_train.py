@@ -12,10 +12,10 @@ import pytest
 import rank_processes
 import torch
 import yaml
-from catalogue import LAYERS
 from optional import INSTALLS, skip_without_packages
 from runs_before import after_runs_before
 from safetensors.torch import save_file
+from shipped_recipes import LAYERS
 from torch import nn
 
 from lightspan.cli.config.build import build, build_parts, resolve

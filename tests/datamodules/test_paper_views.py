@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import CONFIGS
+from shipped_recipes import CONFIGS
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from lightspan.datamodules.image.augment.rendering import pixel_box

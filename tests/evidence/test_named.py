@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from catalogue import CONFIGS
-from catalogue import RECIPES as CATALOGUE
+from shipped_recipes import CONFIGS
+from shipped_recipes import RECIPES as CATALOGUE
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIERS = {"Classifier", "CausalLM", "TextClassifier"}

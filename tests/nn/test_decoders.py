@@ -114,5 +114,5 @@ def test_decoders_compute_in_half_precision_and_reach_all_weights(kind: str) -> 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="MaskDecoder: width=10 must be a multiple of heads=4"):
         MaskDecoder(6, 5, width=10, heads=4)
-    with pytest.raises(UserError, match="CrossDecoder: width=8, depth=0"):
+    with pytest.raises(UserError, match="depth=0"):
         CrossDecoder(6, 5, width=8, depth=0)

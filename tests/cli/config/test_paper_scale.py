@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from catalogue import CONFIGS
-from catalogue import RECIPES as CATALOGUE
 from optional import skip_without_packages
+from shipped_recipes import CONFIGS
+from shipped_recipes import RECIPES as CATALOGUE
 
 import lightspan.methods
 import lightspan.recipes

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from catalogue import RECIPES as CATALOGUE
 from optional import skip_without_packages
 from safetensors.torch import save_file
+from shipped_recipes import RECIPES as CATALOGUE
 from stand_ins import DATA, PUBLISHED, Asked, NoStandIn, at_scale, published, recipe_of, stand_in
 from torch import Tensor
 
 from lightspan.cli.config.build import Built, build, resolve
-from lightspan.cli.config.source import Definition, locate
 from lightspan.cli.planning.rehearsal import (
     loss_on_shapes,
     optimizers,
@@ -32,6 +31,7 @@ from lightspan.cli.planning.shapes import on_meta_first
 from lightspan.cli.planning.step_memory import is_meta
 from lightspan.core.errors import UserError
 from lightspan.core.files.tensors import stored_tensors
+from lightspan.core.source import Definition, locate
 from lightspan.methods.masked.smae import SMAE
 
 SMALL = 3_000_000

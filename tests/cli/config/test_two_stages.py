@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from catalogue import CONFIGS
+from shipped_recipes import CONFIGS
 
 EXPORTED = "/export/safetensors/model.safetensors"
 WEIGHTS = "lightspan.backbones.weights."

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalogue import LAYERS, RECIPES
 from optional import skip_without_packages
 from PIL import Image
 from runs_before import after_runs_before
+from shipped_recipes import LAYERS, RECIPES
 
 from lightspan.cli.config.build import Built, build
 from lightspan.cli.config.user_images import with_images

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from audited import writes_only_below
-from catalogue import CONFIGS, RECIPES
 from picture_files import write_pictures
 from shard_files import write_shard
+from shipped_recipes import CONFIGS, RECIPES
 
 from lightspan.cli.config.check import kind_of
 from lightspan.cli.config.tree import dump
