@@ -8,10 +8,11 @@ import os
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lightspan.cli.config import identity, provenance
 from lightspan.cli.config.resolve import Resolved, recorded
@@ -25,7 +26,7 @@ from lightspan.core.files.atomic import (
     remove_leftovers,
     write_atomic,
 )
-from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.foreign import SETTINGS_BYTES, settings_object
 from lightspan.core.files.runs import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
 from lightspan.training.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, not_a_checkpoint
 
@@ -301,13 +302,23 @@ def write_run_files(
     path = run_dir / PROVENANCE
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         before = settings_object(path)
-        starts = [before | start for start in before.pop("earlier", [])]
-        record["earlier"] = [
-            {key: start.get(key) for key in {**record, **start} if start.get(key) != record.get(key)}
-            for start in [*starts, before]
-        ]
+        record["earlier"] = _earlier(record, [*before.pop("earlier", []), {}], before)
     write_atomic(run_dir / RESOLVED, dump(resolved.document()))
     write_atomic(path, json.dumps(record, indent=2) + "\n")
+
+
+def _earlier(record: dict[str, Any], starts: Sequence[dict[str, Any]], before: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was different in starts that are told by what differs from the one `before`: the newest, as many as leave
+    half a file of settings to the rest.
+    """
+    kept, room = deque[dict[str, Any]](), SETTINGS_BYTES.most // 2
+    for differences in reversed(starts):
+        start = before | differences
+        entry = {key: start.get(key) for key in {**record, **start} if start.get(key) != record.get(key)}
+        if (room := room - len(json.dumps(entry, indent=2))) < 0:
+            break
+        kept.appendleft(entry)
+    return [*kept]
 
 
 def is_first_rank() -> bool:

@@ -174,6 +174,16 @@ def test_the_record_keeps_of_earlier_starts_what_was_different(tmp_path, monkeyp
     assert record == starts[2]
 
 
+def test_a_record_of_very_many_starts_keeps_the_newest_and_stays_a_file_of_settings(tmp_path, monkeypatch):
+    large = {"seed": 0, "note": "n" * 10**5, "earlier": [{"seed": number} for number in range(1, 1000)]}
+    (tmp_path / "provenance.json").write_text(json.dumps(large))
+    monkeypatch.setattr(run_folder.provenance, "provenance", lambda *_: {"seed": -1})
+    run_folder.write_run_files(SimpleNamespace(document=dict), tmp_path, [], [])
+    earlier = run_folder.settings_object(tmp_path / "provenance.json")["earlier"]
+    assert [start["seed"] for start in earlier[-2:]] == [999, 0]
+    assert len(earlier) < 100
+
+
 def test_a_run_folder_is_told_from_a_checkpoint_before_anything_is_built(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "resolved.yaml").write_text("{}")
