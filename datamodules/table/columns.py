@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra, one_line
-from lightspan.core.files.foreign import BYTES, CELLS, NUMBERS, opened_regular, whole_text
+from lightspan.core.files.foreign import BYTES, CELLS, NUMBERS, bounded_memory, opened_regular, whole_text
 
 Cells = np.ndarray
 """A column [N]: float64, NaN where a cell is missing; or text, None where one is missing."""
@@ -203,7 +203,8 @@ def _parquet(path: Path, missing: Collection[str]) -> Columns:
                 _require_readable(name, kind)
             # A text is stored once however many cells have it, and stays so in memory.
             texts = [name for name, kind in kinds if _is_text(kind)]
-            table = parquet.ParquetFile(file, read_dictionary=texts).read()
+            with bounded_memory():  # sizes above are what the file says of itself
+                table = parquet.ParquetFile(file, read_dictionary=texts).read(use_threads=False)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"it is no Parquet file: {one_line(error)[:200]}") from error
     return {name: _arrow(table.column(place), missing) for name, place in _places(table.column_names).items()}

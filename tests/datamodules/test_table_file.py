@@ -1,6 +1,9 @@
 """Tables of one's own: what becomes of columns, gaps, groups and times, and how files that are none are refused."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +284,26 @@ def test_a_parquet_file_takes_no_more_memory_than_its_texts_and_cells(tmp_path: 
     parquet.write_table(arrow.table({"a": arrow.ListArray.from_arrays([0, 2**20], entries)}), path)
     with pytest.raises(ValueError, match="'a' is a column of list"):
         read_columns(path)
+
+
+@pytest.mark.runs
+def test_a_parquet_file_that_belies_its_size_takes_no_more_memory_than_the_limit(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"a": ["x" * 2**28]}), path, compression="zstd", write_statistics=False)
+    size = parquet.ParquetFile(path).metadata.row_group(0).total_byte_size
+    told = bytes((2 * size >> 7 * at & 127) | (128 if at < 4 else 0) for at in range(5))  # as Thrift writes it, zigzag
+    content = path.read_bytes()
+    assert told in content
+    path.write_bytes(content.replace(told, b"\x82\x80\x80\x80\x00"))  # one byte, in as many
+    assert parquet.ParquetFile(path).metadata.row_group(0).total_byte_size == 1
+    # In a process of its own: this one still has the address space in which the file was written.
+    code = (
+        "import sys; from pathlib import Path; from lightspan.datamodules.table.columns import read_columns\n"
+        f"try: read_columns(Path({str(path)!r}))\n"
+        "except ValueError as error: sys.exit(str(error))"
+    )
+    limited = {**os.environ, "LIGHTSPAN_MAX_BYTES": str(2**26)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=limited, check=False)
+    assert done.returncode == 1
+    assert "LIGHTSPAN_MAX_BYTES" in done.stderr

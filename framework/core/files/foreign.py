@@ -79,37 +79,61 @@ SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
 """Of processor time, for a program that is part of a file, each time that it runs."""
 
 
-@contextmanager
-def bounded_program() -> Iterator[None]:
-    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
-    not how long it runs. On the main thread of Linux, where alone both can be limited; elsewhere it runs on.
+_TRUSTED = "; if you trust it, raise the limit with {} in the environment"
 
-    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+
+def _has_limits() -> bool:
+    """Whether this thread can limit what it takes: the main one of Linux."""
+    return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """For a reader whose file says how much it becomes, and may lie. On the main thread of Linux, where alone a process
+    can limit its address space in passing; elsewhere it reads on.
+
+    Raises: TooMuchError where it takes more than `BYTES` of memory.
     """
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+    if not _has_limits():
         yield
         return
-    seconds, way_out = SECONDS.most, "; if you trust it, raise the limit with {} in the environment"
-
-    def stop(*_: object) -> None:
-        raise TooMuchError(f"it runs for more than {seconds:,} seconds{way_out.format(SECONDS.setting)}")
-
     with open("/proc/self/statm", encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = taken + BYTES.most
-    handler = signal.signal(signal.SIGPROF, stop)
     try:
         if all(limit == resource.RLIM_INFINITY or most < limit for limit in (soft, hard)):
             resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
         yield
     except MemoryError as error:
-        raise TooMuchError(f"it needs more than {BYTES.most:,} bytes{way_out.format(BYTES.setting)}") from error
+        raise TooMuchError(f"it needs more than {BYTES.most:,} bytes{_TRUSTED.format(BYTES.setting)}") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def bounded_program() -> Iterator[None]:
+    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
+    not how long it runs. Limits as `bounded_memory`, and where it does.
+
+    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+    """
+    if not _has_limits():
+        yield
+        return
+    seconds = SECONDS.most
+
+    def stop(*_: object) -> None:
+        raise TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
+
+    handler = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
+        with bounded_memory():
+            yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager
