@@ -246,7 +246,7 @@ def packed_fault(file: BinaryIO) -> str | None:
     file.seek(0)
     if file.read(2) != b"PK":
         return None
-    size = file.seek(0, os.SEEK_END)
+    size = _size(file)
     held = 0
     try:
         start, count = _records_at(file)
@@ -327,9 +327,15 @@ def _too_new(found: Mapping[str, Any]) -> Fault | None:
     )
 
 
+def _size(file: BinaryIO) -> int:
+    """Asked with `tell`: `seek` of torch's view of a part of a file says where that is in the whole file."""
+    file.seek(0, os.SEEK_END)
+    return file.tell()
+
+
 def _end_of_archive(file: BinaryIO) -> tuple[int, bytes]:
     """(offset of the comment's length, comment) of a zip archive. Raises: ValueError if its end is missing."""
-    start = max(0, file.seek(0, os.SEEK_END) - _END_BYTES - _MOST_COMMENT)
+    start = max(0, _size(file) - _END_BYTES - _MOST_COMMENT)
     file.seek(start)
     tail = file.read()
     at = tail.rfind(_END)

@@ -9,17 +9,19 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lightspan.core.errors import UserError
 from lightspan.training.checkpoints.folder import REST, read_folder, read_outline, write_folder
 from lightspan.training.checkpoints.io import read_checkpoint, unusable
-from lightspan.training.checkpoints.manifest import COMPLETE, fault, header, seal_folder
+from lightspan.training.checkpoints.manifest import COMPLETE, fault, header, packed_fault, seal_folder
 from lightspan.training.checkpoints.shards import METADATA, SafeReader, _cover
 
 NAME = "state_dict.net.weight"
@@ -93,6 +95,18 @@ def test_packed_parts_are_refused_before_they_are_unpacked(folder):
         put(folder, shards.name, before[0])
         put(folder, METADATA, before[1])
     read_folder(folder)
+
+
+def test_a_large_part_behind_others_is_read_where_it_lies() -> None:
+    """Of torch's view of a part, `seek` gives a place in the whole file."""
+    whole, part = io.BytesIO(b"." * 1000), io.BytesIO()
+    torch.save(torch.zeros(2**17), part)
+    whole.seek(1000)
+    whole.write(part.getvalue())
+    view = dcp.FileSystemReader("")._slice_file(whole, SimpleNamespace(offset=1000, length=len(part.getvalue())))
+    assert packed_fault(view) is None
+    view.seek(0)
+    assert len(torch.load(view, weights_only=True)) == 2**17
 
 
 def test_what_was_written_is_read(folder):
