@@ -139,7 +139,7 @@ def test_every_recipe_that_computes_gives_its_result(name, tmp_path, monkeypatch
 
 FAMILIES = ("clustering", "contrastive", "distillation", "image_text", "masked", "supervised")
 ON_RANKS = [*SHORT, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=2"]
-LOW_RANK = ("low_rank.LowRank", *(f"presets.{name}" for name in ("GaLore", "APOLLO", "LDAdam", "DCTAdamW", "Trion")))
+LOW_RANK = ("optimizer.LowRank", *(f"presets.{name}" for name in ("GaLore", "APOLLO", "LDAdam", "DCTAdamW", "Trion")))
 
 
 def small(family: str) -> list[str]:
@@ -173,7 +173,7 @@ def test_recipes_of_representation_learning_train_on_two_ranks(family, low_rank,
     assert len(names) >= 2
     overlays: dict[str, list[str]] = {name: [] for name in names}
     for name, kind in zip(names, cycle(LOW_RANK), strict=False) if low_rank else ():
-        optimizer = {"class_path": f"lightspan.optim.{kind}", "init_args": {"lr": 0.001, "rank": 4}}
+        optimizer = {"class_path": f"lightspan.optim.low_rank.{kind}", "init_args": {"lr": 0.001, "rank": 4}}
         file = tmp_path / f"{kind}.yaml"
         file.write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}}))
         overlays[name] = [str(file)]
