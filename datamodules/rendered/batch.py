@@ -144,7 +144,7 @@ class WordBatch(ReadingBatch):
 
 
 class SpelledWordBatch(WordBatch):
-    """A `WordBatch` whose words also stand in a sentence.
+    """A `WordBatch` whose words also occur in a sentence.
 
     tokens: of the sentence with its special tokens.
     mask: 1 where a token is the sentence's own and 0 on padding, which is at the end.

@@ -308,8 +308,12 @@ def write_run_files(
 
 
 def _earlier(record: dict[str, Any], starts: Sequence[dict[str, Any]], before: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was different in starts that are told by what differs from the one `before`: the newest, as many as leave
-    half a file of settings to the rest.
+    """How earlier starts differed from this one, the newest that fit into half of a settings file.
+
+    Args:
+        record: of this start.
+        starts: how each differed from `before`, oldest first; `before` itself differs in nothing.
+        before: the record of the previous start.
     """
     kept, room = deque[dict[str, Any]](), SETTINGS_BYTES.most // 2
     for differences in reversed(starts):

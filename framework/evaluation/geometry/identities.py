@@ -220,7 +220,7 @@ class MineIdentities(Estimator):
             raise UserError("MineIdentities looks for people on pictures, and there is none; give at least one")
         if not rows_ND.isfinite().all():
             raise UserError(
-                "features contain NaN or infinite values, so nobody is told by them; the model has diverged"
+                "features contain NaN or infinite values, so nobody can be identified by them; the model has diverged"
             )
         if self.whiten:
             rows_ND = whitened(rows_ND)
