@@ -5,23 +5,29 @@ twice changes nothing. A page whose results are gone is removed.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from catalogue import read_entries, read_records, read_systems
-from claims import Record, asks, by_kind, counted, figure, held, margin, middle, number, quantity
+from claims import counted, ends, figure, margin, number, quantity, tally
 from methods_page import methods_page
+from verdicts import UNMEASURED, Claim, Record, asks, best, on_edge, passed, verdict
 
 from lightspan.core.files.atomic import write_atomic
 
 INDEX = """# Evidence
 
 One row for each measured system. Its page has every claim, all seeds, and the machine it was measured on. The main
-figure is that of the first claim. A claim over seeds holds if both their mean, shown as its value, and their median
-keep the margin. Nothing is left out: claims that did not hold are listed at the end.
+figure is that of the first claim, with the 95 % interval of its mean over seeds. Nothing is left out.
 
-What a claim asks for: *better*, that one arm is ahead of the other, so that equal arms would not keep the margin; *not
-much worse*, that none is behind by more than the margin, which equal arms keep; *level*, a number on its own.
+Verdicts are *held*, *not held* and *could not tell*. A claim can be told only if its experiment could have shown either
+answer: the floor (nothing learned in the place of the first arm) misses the margin, the ceiling (an oracle in its
+place) keeps it, each arm is ahead of its untrained network on its own training figure, and no arm's best setting is an
+edge of its search. It holds if the mean keeps the margin and the whole interval is on the claim's side: of equal arms
+where a claim asks for *better*; of the margin where it asks for *not much worse*, which equal arms keep; of the floor
+where it is *level*, a number on its own. Claims measured before floors and ceilings were recorded cannot be told until
+they are measured again.
 
 [evidence/README.md](../evidence/README.md) says how to repeat a measurement.
 
@@ -35,35 +41,80 @@ def label(system: str) -> str:
 
 
 def index(records: list[Record]) -> str:
-    """docs/evidence.md: one row a system, then what did not hold."""
-    claims = [claim for record in records for claim in record["claims"]]
+    """docs/evidence.md: one row a system, then what did not hold, then what could not be told."""
+    judged = [(record, claim, verdict(claim, record)) for record in records for claim in record["claims"]]
+    words = Counter(one.word for _, _, one in judged)
+    unmeasured = sum(one.reason == UNMEASURED for _, _, one in judged)
     lines = [
         INDEX,
-        f"{sum(claim['held'] for claim in claims)} of {len(claims)} claims held.",
+        f"Of {len(judged)} claims {words['held']} held, {words['not held']} did not, and {words['could not tell']} "
+        f"could not be told, {unmeasured} of them for want of a floor and a ceiling.",
         "",
-        *(f"- {kind}: {sum(c['held'] for c in of)} of {len(of)}" for kind, of in by_kind(claims).items()),
-        "",
-        "| system | what was measured | main figure | asks for | margin | claims held |",
+        "| system | what was measured | main figure | asks for | margin | held of told |",
         "|---|---|---|---|---|---|",
     ]
     for record in records:
-        page = f"[{label(record['system'])}](evidence/{record['system']}.md)"
         main, kind, bound = "", "", ""
         if record["claims"]:
             first = record["claims"][0]
             main, kind, bound = figure(first), asks(first), margin(first["margin"])
-        lines.append(f"| {page} | {record['title']} | {main} | {kind} | {bound} | {held(record)} |")
-    short = [(record, claim) for record in records for claim in record["claims"] if not claim["held"]]
-    if short:
-        lines += ["", "## Claims that did not hold", "", "| system | claim | value | median | asks for | margin |"]
-        lines.append("|---|---|---|---|---|---|")
-        lines += [
-            f"| [{label(record['system'])}](evidence/{record['system']}.md) | {claim['name']} "
-            f"| {quantity(claim['value'], claim['unit'])} | {middle(claim)} | {asks(claim)} "
-            f"| {margin(claim['margin'])} |"
-            for record, claim in short
+        lines.append(f"| {link(record)} | {record['title']} | {main} | {kind} | {bound} | {tally(record)} |")
+    for word, title in (("not held", "Claims that did not hold"), ("could not tell", "Claims that could not be told")):
+        rows = [
+            f"| {link(record)} | {claim['name']} | {quantity(claim['value'], claim['unit'])} | {ends(claim)} "
+            f"| {asks(claim)} | {margin(claim['margin'])} | {number(claim.get('ceiling'))} | {one.reason} |"
+            for record, claim, one in judged
+            if one.word == word and one.reason != UNMEASURED
         ]
+        head = [
+            "| system | claim | value | interval | asks for | margin | ceiling | why |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += ["", f"## {title}", "", *([*head, *rows] if rows else ["None."])]
     return "\n".join([*lines, ""])
+
+
+def link(record: Record) -> str:
+    return f"[{label(record['system'])}](evidence/{record['system']}.md)"
+
+
+def claims_table(record: Record) -> list[str]:
+    lines = [
+        "| claim | per seed | value | interval | asks for | margin | floor | ceiling | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for claim in record["claims"]:
+        seeds = ", ".join(f"{seed}: {number(value)}" for seed, value in (claim["per_seed"] or {}).items())
+        cells = [claim["name"], seeds, quantity(claim["value"], claim["unit"]), ends(claim), asks(claim)]
+        cells += [margin(claim["margin"]), measured(claim, "floor"), measured(claim, "ceiling")]
+        lines.append(f"| {' | '.join(cells)} | {verdict(claim, record)} |")
+    return [*lines, ""]
+
+
+def measured(claim: Claim, name: str) -> str:
+    return "" if claim.get(name) is None else number(claim[name])
+
+
+def learning_table(record: Record) -> list[str]:
+    """What each arm learned, and what it was searched for."""
+    lines: list[str] = []
+    if record.get("gates"):
+        lines += ["| arm | ahead of its untrained network, per seed | at least | learned |", "|---|---|---|---|"]
+        for arm, gate in record["gates"].items():
+            gains = ", ".join(f"{seed}: {number(gain)}" for seed, gain in gate["gains"].items())
+            lines.append(
+                f"| {arm} | {gains} | {quantity(gate['by'], gate['unit'])} | {'yes' if passed(gate) else '**no**'} |"
+            )
+        lines.append("")
+    for search in record.get("searches", ()):
+        lines += [f"| arm | {search['what']}: score on seed {search['seed']} | best |", "|---|---|---|"]
+        for arm, tried in search["tried"].items():
+            scores = ", ".join(f"{float(setting):g}: {number(tried[setting])}" for setting in sorted(tried, key=float))
+            chosen = best(tried)
+            edge = " (an edge)" if on_edge(search, arm) else ""
+            lines.append(f"| {arm} | {scores} | {'none' if chosen is None else f'{float(chosen):g}'}{edge} |")
+        lines.append("")
+    return lines
 
 
 def page(record: Record, picture: str | None) -> str:
@@ -74,15 +125,8 @@ def page(record: Record, picture: str | None) -> str:
     if not record["complete"]:
         lines += ["**This run stopped before its end; figures are missing.**", ""]
     if record["claims"]:
-        lines += ["| claim | per seed | value | median | asks for | margin | held |", "|---|---|---|---|---|---|---|"]
-        for claim in record["claims"]:
-            seeds = ", ".join(f"{seed}: {number(value)}" for seed, value in (claim["per_seed"] or {}).items())
-            value, verdict = quantity(claim["value"], claim["unit"]), "yes" if claim["held"] else "**no**"
-            lines.append(
-                f"| {claim['name']} | {seeds} | {value} | {middle(claim)} | {asks(claim)} | {margin(claim['margin'])} "
-                f"| {verdict} |"
-            )
-        lines.append("")
+        lines += claims_table(record)
+    lines += learning_table(record)
     if record["figures"]:
         by_name: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for each in record["figures"]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from claims import Record, held
+from claims import tally
+from verdicts import Record
 
 from lightspan.cli.config.recipes import OVERLAY_FOLDER, load
 from lightspan.cli.config.tree import plain
@@ -102,12 +103,12 @@ class Entry:
         about = [claim for claim in record["claims"] if any(name in wordy(claim["name"]) for name in self.names)]
         return about if about or papers else None
 
-    def held(self, record: Record) -> str:
-        """How many of a record's claims about this method held, in words."""
+    def tally(self, record: Record) -> str:
+        """How a record's claims about this method were judged, in words."""
         own = self.own_claims(record)
         if own is None:
-            return f"{held(record)}, of all on it"
-        return held(record, own) if own or not record["claims"] else "no claim of its own"
+            return f"{tally(record)}, of all on it"
+        return tally(record, own) if own or not record["claims"] else "no claim of its own"
 
 
 def read_systems(root: Path) -> list[System]:

@@ -1,75 +1,50 @@
 """Claims and figures of evidence records in words, as the pages show them."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-Record = dict[str, Any]
+from verdicts import Claim, Record, interval, verdict
 
 
 def number(value: float | None) -> str:
     """Four significant digits, without an exponent where it can be helped."""
-    return "not finite" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value or 0.0:.4g}"  # no -0
 
 
 def quantity(value: float | None, unit: str) -> str:
     return f"{number(value)} {unit}".strip()
 
 
-def margin(bound: dict[str, float]) -> str:
+def margin(bound: Mapping[str, float]) -> str:
     ((kind, value),) = bound.items()
     return f"{'>=' if kind == 'at_least' else '<='} {number(value)}"
 
 
-def asks(claim: dict[str, Any]) -> str:
-    """What a claim asks for: *better* where two equal arms would not keep the margin, *not much worse* where they
-    would, *level* where nothing is compared. Names tell: A minus B or A below B is a difference, A over B a ratio.
-    """
-    words = claim["name"].replace(",", "").split()
-    if not {"minus", "below", "over"} & set(words):
-        return "level"
-    equal = 0.0 if {"minus", "below"} & set(words) else 100.0 if claim["unit"] == "%" else 1.0
-    ((kind, value),) = claim["margin"].items()
-    return "not much worse" if (equal >= value if kind == "at_least" else equal <= value) else "better"
-
-
-def middle(claim: dict[str, Any]) -> str:
-    """The median over seeds; empty for a claim of one number."""
-    return "" if claim["median"] is None else number(claim["median"])
+def ends(claim: Claim) -> str:
+    """The 95 % interval of the mean over seeds; empty where there is none."""
+    between = interval(claim)
+    return "" if between is None else f"{number(between[0])} to {number(between[1])}"
 
 
 def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def held(record: Record, about: Sequence[dict[str, Any]] | None = None) -> str:
-    """How many of the claims held, or of those `about` something; bold where it is not all of them."""
-    claims = record["claims"] if about is None else about
-    count = sum(claim["held"] for claim in claims)
-    text = f"{count} of {len(claims)}"
-    if not record["complete"]:
-        text += ", incomplete"
-    return text if record["complete"] and count == len(claims) else f"**{text}**"
-
-
-def by_kind(claims: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The claims by what they ask for; kinds without a claim are left out."""
-    sorted_out: dict[str, list[dict[str, Any]]] = {"better": [], "not much worse": [], "level": []}
-    for claim in claims:
-        sorted_out[asks(claim)].append(claim)
-    return {kind: of for kind, of in sorted_out.items() if of}
-
-
-def figure(claim: dict[str, Any]) -> str:
-    """What a claim measured: `probe, ours minus theirs: 1.019 points`; with the median over seeds where the mean keeps
-    the margin and the claim failed by the median.
+def tally(record: Record, about: Sequence[Claim] | None = None) -> str:
+    """How many held of the claims that could be told, or of those `about` something, and how many could not be told;
+    bold where it is not all of them.
     """
+    claims = record["claims"] if about is None else about
+    words = Counter(verdict(claim, record).word for claim in claims)
+    told = words["held"] + words["not held"]
+    parts = [f"{words['held']} of {told}"] if told or not claims else []
+    parts += [f"{words['could not tell']} open"] * bool(words["could not tell"])
+    parts += ["incomplete"] * (not record["complete"])
+    text = ", ".join(parts)
+    return text if record["complete"] and words["held"] == len(claims) else f"**{text}**"
+
+
+def figure(claim: Claim) -> str:
+    """What a claim measured, as it was judged: `probe, ours minus theirs: 1.019 points (0.41 to 1.63)`."""
     text = f"{claim['name']}: {quantity(claim['value'], claim['unit'])}"
-    return f"{text}, median {middle(claim)}" if not claim["held"] and _keeps_the_margin(claim) else text
-
-
-def _keeps_the_margin(claim: dict[str, Any]) -> bool:
-    """Whether the mean alone does."""
-    if claim["value"] is None:
-        return False
-    ((kind, bound),) = claim["margin"].items()
-    return bool(claim["value"] >= bound if kind == "at_least" else claim["value"] <= bound)
+    return f"{text} ({ends(claim)})" if ends(claim) else text

@@ -60,7 +60,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         recorder.ended.add(pyfuncitem.nodeid)
     finally:
         recorder.write(complete=recorder.ended == pyfuncitem.config.stash[RECORDING][pyfuncitem.path])
-    fallen_short = unmet(recorder.record["claims"][before:])
+    fallen_short = unmet(recorder.record, before)
     if fallen_short:
         pytest.fail(f"recorded, and not held:\n{fallen_short}", pytrace=False)
     return result

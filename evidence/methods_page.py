@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from catalogue import Entry, System
-from claims import Record, figure, held, margin
+from claims import figure, margin, tally
+from verdicts import Record, verdict
 
 HEADER = """# Methods
 
@@ -18,32 +19,33 @@ those.
 
 ## The catalogue
 
-*Figure* is the claim that tells a system from its baseline, and *held* says whether it kept the margin that was set
-before the run. *All claims* counts what held on each page of evidence.
+*Figure* is the claim that tells a system from its baseline, with the 95 % interval of its mean over seeds. *Verdict* is
+held, not held or could not tell, by the margin that was set before the run ([evidence.md](evidence.md) says how).
+*All claims* counts, page by page, what held of what could be told, and what is open.
 
-| no. | system | family | modality | baseline | figure | margin | held | all claims | recipes |
+| no. | system | family | modality | baseline | figure | margin | verdict | all claims | recipes |
 |---|---|---|---|---|---|---|---|---|---|
 """
 BY_FAMILY = """
 ## By family
 
-*Code* is the file that a recipe names and that cites the paper. *Measured in* links to the evidence and says how many
-claims held: on a page about this paper all of them, on any other page those that name the method, perhaps as the
-baseline.
+*Code* is the file that a recipe names and that cites the paper. *Measured in* links to the evidence and counts what
+held of the claims that could be told: on a page about this paper all of them, on any other page those that name the
+method, perhaps as the baseline.
 """
 
 
-def main_claim(system: System, records: list[Record]) -> dict[str, Any] | None:
-    """The claim that tells a system from its baseline; None if nothing is claimed.
+def main_claim(system: System, records: list[Record]) -> tuple[dict[str, Any], Record] | None:
+    """The claim that tells a system from its baseline, and its record; None if nothing is claimed.
 
     Raises: ValueError if the claim that the system names is in none of the records.
     """
-    claims = [claim for record in records for claim in record["claims"]]
+    claims = [(claim, record) for record in records for claim in record["claims"]]
     if not system.figure:
         return claims[0] if claims else None
-    for claim in claims:
+    for claim, record in claims:
         if claim["name"] == system.figure:
-            return claim
+            return claim, record
     raise ValueError(f"evidence/systems.yaml, {system.number}: no record has the claim '{system.figure}'")
 
 
@@ -69,11 +71,11 @@ def system_row(system: System, entry: Entry | None) -> str:
         cells = [name, system.family, system.modality, "", "not built yet", "", "", "", ""]
     else:
         records = records_about(entry)
-        claim = main_claim(system, records)
+        found = main_claim(system, records)
         said = ["not measured yet", "", ""]
-        if claim is not None:
-            said = [figure(claim), margin(claim["margin"]), "yes" if claim["held"] else "**no**"]
-        pages = ", ".join(f"[{held(record)}](evidence/{record['system']}.md)" for record in records)
+        if found is not None:
+            said = [figure(found[0]), margin(found[0]["margin"]), verdict(*found).word]
+        pages = ", ".join(f"[{tally(record)}](evidence/{record['system']}.md)" for record in records)
         cells = [name, entry.family, entry.modality, system.baseline, *said, pages, recipe_links(entry)]
     return f"| {' | '.join((str(system.number), *cells))} |"
 
@@ -83,7 +85,7 @@ def entry_row(entry: Entry) -> str:
     title = f"{entry.title} ({paper_link(entry.arxiv)})" if entry.arxiv else entry.title
     links = ", ".join(shown(file) for file in entry.code)
     evidence = ", ".join(
-        f"[{record['system']}](evidence/{record['system']}.md) {entry.held(record)}" for record in entry.records
+        f"[{record['system']}](evidence/{record['system']}.md) {entry.tally(record)}" for record in entry.records
     )
     cells = (title, ", ".join(entry.kinds), links, recipe_links(entry), evidence or "no evidence of its own")
     return f"| {' | '.join(cells)} |"

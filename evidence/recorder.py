@@ -1,23 +1,16 @@
 """Records what an evidence run measured, also what fell short, as evidence/results/<system>.json."""
 
-import datetime
 import json
 import math
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightspan.core.files.atomic import write_atomic
+from surroundings import surroundings, threads
+from verdicts import Verdict, best, on_edge, verdict
 
-PACKAGES = ("lightspan", "torch", "lightning", "numpy", "timm", "transformers", "scikit-learn")
-OWN_OUTPUT = ("evidence/results", "docs/evidence.md", "docs/evidence", "docs/methods.md")  # a run changes these itself
+from lightspan.core.files.atomic import write_atomic
 
 Figure = float | Mapping[int, float]
 
@@ -42,6 +35,8 @@ class Recorder:
             "seconds": 0.0,
             "complete": False,
             "notes": [],
+            "searches": [],
+            "gates": {},
             "claims": [],
             "figures": [],
         }
@@ -49,6 +44,68 @@ class Recorder:
     def figure(self, name: str, value: float, seed: int | None = None, unit: str = "") -> None:
         """Records one measured number that no margin is set for."""
         self.record["figures"].append({"name": name, "value": _finite(value), "seed": seed, "unit": unit})
+
+    def search(
+        self,
+        arms: Mapping[str, Callable[[float], float]],
+        settings: Sequence[float],
+        *,
+        what: str = "rate",
+        seed: int = 100,
+        limits: Sequence[float] = (),
+        rounds: int = 4,
+    ) -> dict[str, float]:
+        """The best setting of each arm. All arms try all settings, which go on outwards, by the ratio of the outermost
+        two, until no arm's best is an edge.
+
+        Args:
+            arms: {arm: its score on validation data at a setting, higher being better}. NaN is the worst.
+            settings: at least three positive numbers in a rising order.
+            seed: the search's own, for the record; no claim is measured on it.
+            limits: settings beyond which there is nothing, such as a share of 1; a best one there is no edge.
+            rounds: extensions at most. An arm that is still best at an edge then has no claim that could be told.
+        """
+        tried: dict[str, dict[str, float | None]] = {arm: {} for arm in arms}
+        found = {"what": what, "seed": seed, "limits": list(limits), "tried": tried}
+        self.record["searches"].append(found)
+        ahead = list(settings)
+        for _ in range(rounds + 1):
+            for arm, score in arms.items():
+                tried[arm] |= {repr(setting): _finite(score(setting)) for setting in ahead}
+            bests = {arm: best(of) for arm, of in tried.items()}
+            edges = {float(bests[arm] or settings[0]) for arm in arms if on_edge(found, arm)}
+            if not edges:
+                break
+            known = sorted(float(setting) for setting in tried[next(iter(arms))])
+            ahead = [known[0] ** 2 / known[1]] * (known[0] in edges) + [known[-1] ** 2 / known[-2]] * (
+                known[-1] in edges
+            )
+        return {arm: float(bests[arm] or "nan") for arm in arms}
+
+    def gate(
+        self,
+        arm: str,
+        trained: Mapping[int, float],
+        untrained: Figure,
+        *,
+        by: float,
+        unit: str = "",
+        lower_is_better: bool = False,
+    ) -> None:
+        """Records how far an arm's own training figure is ahead of the untrained network's.
+
+        Args:
+            arm: as claims and searches name it.
+            trained: {seed: figure}, of training data or of what the arm was trained for.
+            untrained: the same of the network before training, or one number for all seeds, such as chance.
+            by: the least gain on average, above 0; each seed must gain something.
+        """
+        if by <= 0:
+            raise ValueError(f"gate {arm!r} needs by above 0, got {by}: an untrained network would pass")
+        sign = -1 if lower_is_better else 1
+        before = untrained if isinstance(untrained, Mapping) else dict.fromkeys(trained, untrained)
+        gains = {str(seed): _finite(sign * (value - before[seed])) for seed, value in trained.items()}
+        self.record["gates"][arm] = {"by": by, "gains": gains, "unit": unit}
 
     def claim(
         self,
@@ -58,37 +115,38 @@ class Recorder:
         at_least: float | None = None,
         at_most: float | None = None,
         unit: str = "",
-    ) -> bool:
-        """Records a claim with its margin and says whether it held. The test fails at its end if one did not.
+        floor: Figure | None = None,
+        ceiling: Figure | None = None,
+        arms: Sequence[str] | None = None,
+    ) -> Verdict:
+        """Records a claim with its margin and says what it is worth (verdicts.py). The test fails at its end if the
+        claim did not hold.
 
         Args:
-            value: a number, or {seed: number}, whose mean and median must both keep the margin: one run that
-                diverged, or one lucky seed, moves a mean alone. A number that is not finite fails every margin.
+            name: of a comparison "A minus B", "A below B" or "A over B".
+            value: a number, or {seed: number} of paired differences; its mean is judged. A number that is not finite
+                fails every margin.
             at_least, at_most: the margin; exactly one of them.
+            floor: the same with chance, or a network that has learned nothing, in A's place: must miss the margin.
+            ceiling: the same with an oracle in A's place, in the same protocol: must keep it. Without floor, ceiling
+                and arms the claim cannot be told.
+            arms: the arms whose gates and searches count; empty where nothing is trained.
         """
         if (at_least is None) == (at_most is None):
             raise ValueError(f"claim {name!r} needs exactly one of at_least= and at_most=")
-        per_seed = dict(value) if isinstance(value, Mapping) else None
-        if per_seed == {}:
-            raise ValueError(f"claim {name!r} has no figures")
-        mean = sum(per_seed.values()) / len(per_seed) if per_seed else float(value)  # type: ignore[arg-type]
-        middle = statistics.median(per_seed.values()) if per_seed and math.isfinite(mean) else None
-        held = all(
-            math.isfinite(one) and (one >= at_least if at_least is not None else one <= at_most)
-            for one in ((mean,) if middle is None else (mean, middle))
-        )
-        self.record["claims"].append(
-            {
-                "name": name,
-                "value": _finite(mean),
-                "median": middle if middle is None else float(middle),
-                "per_seed": {str(seed): _finite(v) for seed, v in per_seed.items()} if per_seed else None,
-                "unit": unit,
-                "margin": {"at_least": at_least} if at_least is not None else {"at_most": at_most},
-                "held": bool(held),
-            }
-        )
-        return bool(held)
+        mean, per_seed = _recorded(name, value)
+        claim = {
+            "name": name,
+            "value": mean,
+            "per_seed": per_seed,
+            "unit": unit,
+            "margin": {"at_least": at_least} if at_least is not None else {"at_most": at_most},
+            "floor": None if floor is None else _recorded(name, floor)[0],
+            "ceiling": None if ceiling is None else _recorded(name, ceiling)[0],
+            "arms": None if arms is None else list(arms),
+        }
+        self.record["claims"].append(claim)
+        return verdict(claim, self.record | {"complete": True})  # as far as this claim goes
 
     def note(self, text: str, found: Mapping[Any, Any] | None = None) -> None:
         """Records a sentence a reader of the figures needs: how a rate was chosen, what a run leaves out.
@@ -120,60 +178,25 @@ def listed(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def unmet(claims: list[dict[str, Any]]) -> str:
-    """One line for each claim that did not hold; empty when all did."""
+def unmet(record: Mapping[str, Any], first: int = 0) -> str:
+    """One line for each claim from the `first` on that did not hold; empty when all did."""
     lines = []
-    for claim in claims:
-        if not claim["held"]:
+    for claim in record["claims"][first:]:
+        judged = verdict(claim, {**record, "complete": True})  # another test may be still to come
+        if judged.word != "held":
             ((bound, margin),) = claim["margin"].items()
             seeds = f", per seed {claim['per_seed']}" if claim["per_seed"] else ""
-            median = "" if claim["median"] is None else f" (median {claim['median']})"
-            lines.append(f"{claim['name']}: {claim['value']}{median} {claim['unit']}, wanted {bound} {margin}{seeds}")
+            lines.append(f"{claim['name']}: {claim['value']} {claim['unit']}, wanted {bound} {margin}{seeds}; {judged}")
     return "\n".join(lines)
 
 
-def surroundings(folder: Path) -> dict[str, Any]:
-    """What a figure depends on besides the code: versions, commit, machine, date (UTC)."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    changed = _git(folder, "status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in OWN_OUTPUT))
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git(folder, "rev-parse", "--verify", "--quiet", "HEAD"),
-        "uncommitted_changes": None if changed is None else bool(changed),
-        "python": platform.python_version(),
-        "versions": versions,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": threads(),
-    }
-
-
-def threads() -> int | None:
-    """Threads that torch computes with; None in a run without torch."""
-    torch = sys.modules.get("torch")
-    return torch.get_num_threads() if torch else None
-
-
-def _git(folder: Path, *args: str) -> str | None:
-    existing = next(p for p in (folder, *folder.parents) if p.is_dir())
-    try:
-        done = subprocess.run(["git", *args], cwd=existing, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _recorded(name: str, value: Figure) -> tuple[float | None, dict[str, float | None] | None]:
+    """The mean, and the figures by seed; None for what is not finite, and for the seeds of a lone number."""
+    if not isinstance(value, Mapping):
+        return _finite(value), None
+    if not value:
+        raise ValueError(f"claim {name!r} has no figures")
+    return _finite(sum(value.values()) / len(value)), {str(seed): _finite(one) for seed, one in value.items()}
 
 
 def _finite(value: float) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from evidence.recorder import surroundings
+from evidence.surroundings import surroundings
 from evidence.zoo import closer, lightly_views, page, pictures, records, training
 from evidence.zoo.methods import ENCODERS, ENTRIES
 from evidence.zoo.records import OURS, SEEDS, UNTRAINED, Cell, Row

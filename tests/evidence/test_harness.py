@@ -12,21 +12,26 @@ EVIDENCE = Path(__file__).resolve().parents[2] / "evidence"
 
 TOY = '''"""A toy system: what the harness records."""
 
+SOUND = {"floor": {0: 0.0, 1: 0.1}, "ceiling": 9.0, "arms": ("ours",)}
+
 
 def test_measures(evidence):
     evidence.figure("accuracy", 0.5, seed=0, unit="%")
     evidence.figure("accuracy", 0.7, seed=1, unit="%")
-    assert evidence.claim("gain", {0: 1.0, 1: 2.0}, at_least=1.5, unit="points")
-    assert not evidence.claim("cost", 2.0, at_most=1.6)
-    assert not evidence.claim("lucky seed", {0: 80.0, 1: -1.0, 2: -2.0}, at_least=0.5)
-    assert not evidence.claim("loss", {0: float("nan"), 1: 1.0}, at_most=9.0)
+    rates = evidence.search({"ours": lambda rate: -abs(rate - 0.01)}, (0.005, 0.01, 0.02))
+    assert rates == {"ours": 0.01}
+    evidence.gate("ours", {0: 0.5, 1: 0.7}, 0.1, by=0.2)
+    assert evidence.claim("gain", {0: 1.9, 1: 2.0}, at_least=1.5, unit="points", **SOUND).word == "held"
+    assert evidence.claim("cost", 2.0, at_most=1.6, floor=2, ceiling=0, arms=("ours",)).word == "not held"
+    assert evidence.claim("loss", {0: float("nan"), 1: 1.0}, at_least=0.5, **SOUND).word == "not held"
+    assert evidence.claim("earlier", {0: 2.0, 1: 2.1}, at_least=0.5).word == "could not tell"
     evidence.note("Chosen on seed 100.")
     evidence.note("Rates", {"turned": {"LoRA": 0.003}, ("full", 0): (0.01, None)})
     evidence.figure("after the claim that failed", 3)
 
 
 def test_stands_by_itself(evidence):
-    evidence.claim("exact", 0.0, at_most=0.0)
+    evidence.claim("exact", 0.0, at_most=0.0, floor=1.0, ceiling=0.0, arms=())
 '''
 
 BROKEN = '''"""Stops in the middle."""
@@ -53,7 +58,15 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that holds the harness and two toy systems."""
     root = tmp_path_factory.mktemp("house")
     (root / "evidence").mkdir()
-    pages = ("build_docs.py", "methods_page.py", "catalogue.py", "claims.py", "systems.yaml")
+    pages = (
+        "build_docs.py",
+        "methods_page.py",
+        "catalogue.py",
+        "claims.py",
+        "verdicts.py",
+        "surroundings.py",
+        "systems.yaml",
+    )
     for name in ("conftest.py", "recorder.py", *pages):
         shutil.copy(EVIDENCE / name, root / "evidence" / name)
     (root / "evidence" / "test_77_toy.py").write_text(TOY)
@@ -80,8 +93,9 @@ def test_a_claim_that_does_not_hold_fails_its_test_alone_and_names_the_figures(t
     done, _ = toy
     assert done.returncode == 1
     assert "1 failed, 1 passed" in done.stdout
-    assert "cost: 2.0 , wanted at_most 1.6" in done.stdout
-    assert "loss: None , wanted at_most 9.0, per seed {'0': None, '1': 1.0}" in done.stdout
+    assert "cost: 2.0 , wanted at_most 1.6; not held" in done.stdout
+    assert "loss: None , wanted at_least 0.5, per seed {'0': None, '1': 1.0}; not held" in done.stdout
+    assert "earlier: 2.05 , wanted at_least 0.5, per seed {'0': 2.0, '1': 2.1}; could not tell: no floor" in done.stdout
     assert "gain" not in done.stdout.split("recorded, and not held:")[1].split("=====")[0]
 
 
@@ -90,15 +104,16 @@ def test_every_figure_is_recorded_also_those_that_fall_short(toy: tuple) -> None
     assert record["title"] == "A toy system: what the harness records."
     assert record["command"] == "make evidence SYSTEM=77"
     assert record["complete"]
-    assert [(c["name"], c["value"], c["held"]) for c in record["claims"]] == [
-        ("gain", 1.5, True),
-        ("cost", 2.0, False),
-        ("lucky seed", 77 / 3, False),
-        ("loss", None, False),
-        ("exact", 0.0, True),
+    assert [(c["name"], c["value"], c["floor"], c["ceiling"], c["arms"]) for c in record["claims"]] == [
+        ("gain", 1.95, 0.05, 9.0, ["ours"]),
+        ("cost", 2.0, 2.0, 0.0, ["ours"]),
+        ("loss", None, 0.05, 9.0, ["ours"]),
+        ("earlier", 2.05, None, None, None),
+        ("exact", 0.0, 1.0, 0.0, []),
     ]
-    assert record["claims"][0]["per_seed"] == {"0": 1.0, "1": 2.0}
-    assert [c["median"] for c in record["claims"]] == [1.5, None, -1.0, None, None]
+    assert record["claims"][0]["per_seed"] == {"0": 1.9, "1": 2.0}
+    assert record["gates"] == {"ours": {"by": 0.2, "gains": {"0": 0.4, "1": pytest.approx(0.6)}, "unit": ""}}
+    assert record["searches"][0]["tried"]["ours"].keys() == {"0.005", "0.01", "0.02"}
     assert [(f["value"], f["seed"]) for f in record["figures"]] == [(0.5, 0), (0.7, 1), (3.0, None)]
 
 
@@ -141,9 +156,12 @@ def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, t
 
 def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
     page = (house / "docs" / "evidence" / "77_toy.md").read_text()
-    assert "| gain | 0: 1, 1: 2 | 1.5 points | 1.5 | level | >= 1.5 | yes |" in page
-    assert "| cost |  | 2 |  | level | <= 1.6 | **no** |" in page
-    assert "| loss | 0: not finite, 1: 1 | not finite |  | level | <= 9 | **no** |" in page
+    assert "| gain | 0: 1.9, 1: 2 | 1.95 points | 1.315 to 2.585 | level | >= 1.5 | 0.05 | 9 | held |" in page
+    assert "| cost |  | 2 |  | level | <= 1.6 | 2 | 0 | not held |" in page
+    assert "| loss | 0: not finite, 1: 1 | not finite |  | level | >= 0.5 | 0.05 | 9 | not held |" in page
+    assert "| earlier | 0: 2, 1: 2.1 | 2.05 | 1.415 to 2.685 | level | >= 0.5 |  |  | could not tell: no floor" in page
+    assert "| ours | 0: 0.4, 1: 0.6 | 0.2 | yes |" in page
+    assert "| ours | 0.005: -0.005, 0.01: 0, 0.02: -0.01 | 0.01 |" in page
     assert "| accuracy | 0: 0.5, 1: 0.7 | 0.6 % |" in page
     assert "- Chosen on seed 100.\n- Rates: turned (LoRA: 0.003), full 0: (0.01, none)." in page
     assert "![A toy system: what the harness records.](../../evidence/results/77_toy.png)" in page

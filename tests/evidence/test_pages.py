@@ -27,16 +27,22 @@ def build_docs() -> Iterator[ModuleType]:
         yield module
 
 
-def claim(name: str, value: float | None, held: bool) -> dict[str, Any]:
+def claim(name: str, value: float | None, **more: Any) -> dict[str, Any]:
     about = {"name": name, "unit": "points", "margin": {"at_least": 1.0}, "per_seed": None}
-    return about | {"value": value, "median": None, "held": held}
+    return about | {"value": value, "floor": 0.0, "ceiling": 5.0, "arms": []} | more
 
 
 def record(system: str, *claims: dict[str, Any]) -> dict[str, Any]:
     measured = {"command": f"make evidence SYSTEM={system}", "date": "2026-11-20", "seconds": 60.0, "versions": {}}
     machine = {"cpu": "Abacus 3", "cores": 2, "threads": 1, "python": "3.11", "commit": None}
     about = {"system": system, "title": f"{system}, a system (arXiv 1234.56789).", "complete": True, "notes": []}
-    return about | measured | machine | {"uncommitted_changes": False, "claims": list(claims), "figures": []}
+    return (
+        about
+        | measured
+        | machine
+        | {"uncommitted_changes": False, "claims": list(claims), "gates": {}}
+        | {"searches": [], "figures": []}
+    )
 
 
 METHOD = '"""A method (arXiv 1234.56789)."""\n\n\nclass Toy: ...\n'
@@ -65,8 +71,8 @@ def house(tmp_path: Path) -> Path:
     """A project with three measured systems, a method, an estimator, three recipes and a catalogue."""
     results = tmp_path / "evidence" / "results"
     records = (
-        record("10_late", claim("c", 2.0, held=True)),
-        record("02_toy", claim("a", 1.25, held=True), claim("b", None, held=False)),
+        record("10_late", claim("c", 2.0)),
+        record("02_toy", claim("a", 1.25), claim("b", None)),
         record("named"),
     )
     files = {
@@ -88,7 +94,7 @@ def house(tmp_path: Path) -> Path:
 def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_docs: ModuleType, house: Path) -> None:
     build_docs.build(house)
     text = (house / "docs" / "evidence.md").read_text()
-    assert "2 of 3 claims held." in text
+    assert "Of 3 claims 2 held, 1 did not, and 0 could not be told" in text
     assert re.findall(r"^\| \[(.+?)\]\(evidence/", text, re.MULTILINE) == ["named", "02 toy", "10 late", "02 toy"]
     assert (
         "| [02 toy](evidence/02_toy.md) | 02_toy, a system (arXiv 1234.56789). "
@@ -98,7 +104,7 @@ def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_d
         "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). "
         "| c: 2 points | level | >= 1 | 1 of 1 |"
     ) in text
-    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | level | >= 1 |" in text
+    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | level | >= 1 | 5 |  |" in text
 
 
 def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: ModuleType, house: Path) -> None:
@@ -125,18 +131,28 @@ def test_a_system_has_one_row_with_its_figure_or_is_not_built_yet(build_docs: Mo
     ]  # fmt: skip
     assert "(https://arxiv.org/abs/2345.67890)) | toys | sound |  | not built yet |  |  |  |  |" in text
     assert (
-        "| toys | any | nothing | c: 2 points | >= 1 | yes "
+        "| toys | any | nothing | c: 2 points | >= 1 | held "
         "| [0 of 0](evidence/named.md), [**1 of 2**](evidence/02_toy.md), [1 of 1](evidence/10_late.md) "
         "| [toys/toy](../recipes/toys/toy.yaml) |"
     ) in text
 
 
-def test_a_figure_shows_the_median_where_the_claim_failed_by_it_alone(build_docs: ModuleType) -> None:
-    mean_keeps_it = claim("a", 2.0, held=False) | {"median": 0.5}
-    assert build_docs.figure(mean_keeps_it) == "a: 2 points, median 0.5"
-    assert build_docs.figure(mean_keeps_it | {"held": True, "median": 1.5}) == "a: 2 points"
-    assert build_docs.figure(mean_keeps_it | {"value": 0.2}) == "a: 0.2 points"
-    assert build_docs.figure(mean_keeps_it | {"margin": {"at_most": 3.0}, "median": 4.0}) == "a: 2 points, median 4"
+def test_a_figure_comes_with_the_interval_that_it_was_judged_by(build_docs: ModuleType) -> None:
+    assert build_docs.figure(claim("a", 2.0)) == "a: 2 points"
+    assert build_docs.figure(claim("a", 2.0, per_seed={"0": 1.9, "1": 2.1})) == "a: 2 points (0.7294 to 3.271)"
+
+
+def test_what_was_measured_without_floor_and_ceiling_is_counted_and_not_listed(
+    build_docs: ModuleType, house: Path
+) -> None:
+    old = record("03_old", claim("d", 2.0, floor=None, ceiling=None, arms=None), claim("e", 2.0, ceiling=0.5))
+    (house / "evidence" / "results" / "03_old.json").write_text(json.dumps(old))
+    build_docs.build(house)
+    text = (house / "docs" / "evidence.md").read_text()
+    assert "2 could not be told, 1 of them for want of a floor and a ceiling" in text
+    assert "| e | 2 points |  | level | >= 1 | 0.5 | the ceiling, 0.5, misses it |" in text
+    assert "| d |" not in text
+    assert "| **2 open** |" in text
 
 
 @pytest.mark.parametrize(("figure", "shown"), [("", "a: 1.25 points"), ("b", "b: not finite points")])
@@ -177,9 +193,9 @@ def test_a_claim_that_equal_arms_would_keep_is_told_from_one_of_a_gain(
 
 
 CLAIMS = (
-    claim("Toy minus plain", 2.0, held=True),
-    claim("linear probe, distance", 0.5, held=False),
-    claim("Toys", 2.0, held=True),
+    claim("Toy minus plain", 2.0),
+    claim("linear probe, distance", 0.5),
+    claim("Toys", 2.0),
 )
 
 
@@ -200,7 +216,7 @@ def test_of_a_page_that_methods_share_each_has_the_claims_that_name_it(
     shared = record("shared", *CLAIMS) | {"title": title}
     about: dict[str, dict[str, Any]] = {"toys/toy": {"paper": "none"}}
     entry = catalogue.Entry(key, "Toy", "toys", "image", (), about, frozenset(names), (shared,))
-    assert entry.held(shared) == said
+    assert entry.tally(shared) == said
 
 
 def test_a_method_is_named_by_its_paper_and_its_classes(build_docs: ModuleType) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 from catalogue import Entry, System, read_entries, read_records, read_systems
 from claims import figure, margin
 from methods_page import main_claim, paper_link, records_about
+from verdicts import Record, verdict
 
 HEADER = """# Gallery of methods
 
 A card for each method that has a recipe: {count} in all. A figure is the claim that tells the method from its baseline,
-measured here, in minutes on a CPU; *held* says whether it kept the margin that was set before the run, over several
-seeds by mean and median. The same as a table, with the systems that are not built yet: [methods.md](methods.md). How to
-choose: [which-method.md](which-method.md).
+measured here, in minutes on a CPU, with the 95 % interval of its mean over seeds. Its verdict is held, not held or
+could not tell ([evidence.md](evidence.md)). The same as a table, with the systems that are not built yet:
+[methods.md](methods.md). How to choose: [which-method.md](which-method.md).
 """
 # Pages that name everything, or any recipe as an example, so that they explain nothing in particular.
 LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
@@ -74,19 +75,19 @@ def name_of(entry: Entry) -> str:
 
 
 def measured(entry: Entry, system: System | None) -> str:
-    """The figure that tells the method from its baseline, and whether it held; empty if nothing was measured."""
-    claim = main_claim(system, records_about(entry)) if system else claim_on_a_shared_page(entry)
-    if claim is None:
+    """The figure that tells the method from its baseline, and its verdict; empty if nothing was measured."""
+    found = main_claim(system, records_about(entry)) if system else claim_on_a_shared_page(entry)
+    if found is None:
         return ""
-    verdict = "held" if claim["held"] else "not held"
-    badge = f'<span class="{verdict.replace(" ", "-")}">{verdict}</span>'
+    claim, word = found[0], verdict(*found).word
+    badge = f'<span class="{word.replace(" ", "-")}">{word}</span>'
     return f"{figure(claim)} (asked for: {margin(claim['margin'])}) {badge}"
 
 
-def claim_on_a_shared_page(entry: Entry) -> dict[str, Any] | None:
+def claim_on_a_shared_page(entry: Entry) -> tuple[dict[str, Any], Record] | None:
     """The first claim about a method on pages about no paper. On the page of another paper it is the baseline."""
     shared = [record for record in entry.records if "arXiv" not in record["title"]]
-    return next((claim for record in shared for claim in entry.own_claims(record) or ()), None)
+    return next(((claim, record) for record in shared for claim in entry.own_claims(record) or ()), None)
 
 
 def links(root: Path, entry: Entry, documents: dict[str, str]) -> list[str]:
