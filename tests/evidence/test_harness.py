@@ -65,6 +65,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "claims.py",
         "verdicts.py",
         "surroundings.py",
+        "reproduce.py",
         "systems.yaml",
     )
     for name in ("conftest.py", "recorder.py", *pages):
@@ -166,6 +167,42 @@ def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Pa
     assert "- Chosen on seed 100.\n- Rates: turned (LoRA: 0.003), full 0: (0.01, none)." in page
     assert "![A toy system: what the harness records.](../../evidence/results/77_toy.png)" in page
     assert "`make evidence SYSTEM=77`" in page
+
+
+def reproduce(house: Path, row: str, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "evidence/reproduce.py", row, "--out", str(house / "again"), *more]
+    return subprocess.run(command, cwd=house, capture_output=True, text=True, check=False)
+
+
+def test_a_record_is_measured_again_and_compared_with_its_spread(house: Path, toy: tuple) -> None:
+    results, pages = house / "evidence" / "results" / "77_toy.json", house / "docs" / "evidence.md"
+    stored, shown = json.loads(results.read_text()), pages.read_text()
+    done = reproduce(house, "77")
+    assert done.returncode == 0, done.stderr
+    assert "A toy system: what the harness records." in done.stdout
+    assert "inside   gain: now 1.95, stored 1.9 to 2\n" in done.stdout
+    assert "inside   loss: now not finite, stored not finite\n" in done.stdout
+    assert "5 of 5 figures lie within the stored spread" in done.stdout
+    gain, cost = stored["claims"][:2]
+    gain["per_seed"], cost["value"] = {"0": 2.1, "1": 2.2}, 2.001
+    moved = stored | {"claims": [gain, cost, *stored["claims"][2:]]}
+    results.write_text(json.dumps(moved))
+    done = reproduce(house, "77_toy")
+    results.write_text(json.dumps(stored | {"claims": toy[1]["claims"]}))
+    assert done.returncode == 1
+    assert "OUTSIDE  gain: now 1.95, stored 2.1 to 2.2\n" in done.stdout
+    assert "OUTSIDE  cost: now 2, stored 2.001\n" in done.stdout
+    assert pages.read_text() == shown
+
+
+def test_what_a_measurement_lacks_is_named_before_it_starts(house: Path, toy: tuple) -> None:
+    file = house / "evidence" / "test_77_toy.py"
+    file.write_text(f'NEEDS = ("json", "no_such_package", "R/no_such_data", "/no/such/folder")\n{TOY}')
+    done = reproduce(house, "77")
+    file.write_text(TOY)
+    assert done.returncode == 2
+    assert "needs no_such_package, R/no_such_data, /no/such/folder, which" in done.stderr
+    assert reproduce(house, "76").returncode == 2
 
 
 def test_a_claim_without_a_margin_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,12 @@ VERBS = (
         flags=True,
     ),
     Verb(
+        "reproduce",
+        "measure a row of the evidence again and compare it with what is stored",
+        ("lightspan reproduce 16_nmc", "lightspan reproduce quality/stdlib/factored_muon --out again"),
+        "reproduce",
+    ),
+    Verb(
         "report",
         "compare runs on one HTML page",
         ("lightspan report runs/mine", "lightspan report runs/mine runs/other --out compared.html --png compared.png"),
