@@ -45,7 +45,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.optim.low_rank.bases import PowerBasis
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.layout import Layout, State
+from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels import (
     backproject_update,
     dct_energies,

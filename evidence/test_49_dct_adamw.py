@@ -28,7 +28,7 @@ from lightspan.optim.low_rank.bases import DCTBasis
 from lightspan.optim.low_rank.carries import Gather, Keep
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.presets import DCTAdamW, GaLore
-from lightspan.optim.matrices.layout import Layout, State
+from lightspan.optim.matrices.stacks import Layout, State
 
 RECIPE, RANK, WIDTH = "language/dct_adamw", 16, 64
 SEEDS = (0, 1, 2)

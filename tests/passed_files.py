@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def files_passed(folder: Path) -> Iterator[set[str]]:
-    """The files below a folder of which functions are called inside, such as `matrices/layout`."""
+    """The files below a folder of which functions are called inside, such as `matrices/stacks`."""
     passed, before = set[str](), sys.getprofile()
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 from lightspan.triton_kernels.project import dot_precision
 from lightspan.triton_kernels.rounding import WINDOW, stochastic_round_
@@ -37,7 +36,7 @@ def backproject_update_reference(
 ) -> None:  # fmt: skip
     """The definition, and the CPU path: by tiles of rows, so that intermediate results stay in the caches."""
     (M, N), R, dtype = weights[0].shape, frame_BNR.shape[2], weights[0].dtype
-    wide, operand = wide_type(dtype), operand_type(dtype)
+    wide, operand = torch.promote_types(dtype, torch.float32), operand_type(dtype)
     rate, kept = lr.item(), keep.item()
     number = None if seed is None or dtype != torch.bfloat16 else int(seed)
     lefts, rights = direction_BMR.to(operand), frame_BNR.to(operand)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import wide_type
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 
 
@@ -26,7 +25,7 @@ def row_energies(gradient_MN: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project_reference(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
     """The definition, and the CPU path. Products of bfloat16 are rounded to bfloat16 once, by torch.mm."""
-    wide, narrow = wide_type(frame_BNR.dtype), torch.bfloat16
+    wide, narrow = torch.promote_types(frame_BNR.dtype, torch.float32), torch.bfloat16
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
     operand = narrow if gradients[0].dtype == narrow else wide
     frame_BNR = frame_BNR.to(operand)
@@ -134,7 +133,7 @@ def project(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tup
 
 @project.register_fake
 def _(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:
-    wide = wide_type(frame_BNR.dtype)
+    wide = torch.promote_types(frame_BNR.dtype, torch.float32)
     (B, _, R), M = frame_BNR.shape, gradients[0].shape[0]
     return frame_BNR.new_empty((B, M, R), dtype=wide), frame_BNR.new_empty((B if energy else 0, M), dtype=wide)
 

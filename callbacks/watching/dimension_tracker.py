@@ -28,7 +28,7 @@ from lightspan.evaluation.geometry.spectra import (
     stable_rank,
 )
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.layout import canonical, canonical_gradient, shards_of
+from lightspan.optim.matrices.shapes import canonical, canonical_gradient, shards_of
 
 MEASURES = ("effective_rank", "stable_rank", "top_energy")
 GRAM_NUMBERS = 2**25

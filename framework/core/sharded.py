@@ -38,11 +38,6 @@ Total = Callable[[Tensor], Tensor]
 """A sum over the ranks that have the other rows of a matrix."""
 
 
-def unsharded_total(part: Tensor) -> Tensor:
-    """The `Total` of a matrix of which this rank has all rows."""
-    return part
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks among which a tensor is split: one axis of a device mesh."""

@@ -43,8 +43,8 @@ from lightspan.core.patterns import any_matches, require_matches, require_patter
 from lightspan.core.ties import every_name
 from lightspan.optim.depth import layer_decay_factors
 from lightspan.optim.matrices.heads import query_key_heads
-from lightspan.optim.matrices.layout import require_shapes
 from lightspan.optim.matrices.projected import stacks_in
+from lightspan.optim.matrices.shapes import require_shapes
 
 Kind = Literal["matrices", "embeddings", "vectors", "frames"]
 TABLES = (

@@ -24,18 +24,17 @@ Shapes: B matrices, M rows (the longer side; those of this rank), N columns, K c
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightspan.optim.matrices.layout import WEIGHT_STREAM, Layout, State
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
 from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, shape_factor
-from lightspan.optim.matrices.stacks import Bucket, StackStep
+from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
 
@@ -50,7 +49,7 @@ class _Step(StackStep):
         self.rule = rule
 
     def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
-        gradient_BMN = torch.stack(self.not_projected()).to(self.layout.dtype)
+        gradient_BMN = torch.stack(existing(self.gradients)).to(self.layout.dtype)
         if clip is not None:
             gradient_BMN.mul_(clip.to(gradient_BMN.dtype))
         direction_BMN = self.rule.direction(gradient_BMN, self)
@@ -65,6 +64,8 @@ class _WholeMatrices(TwoRates):
 
     KEPT_IN_COPIES = ("by_heads",)
     projects_late = True
+    _valid: Sequence[dict[str, Any]] = ()
+    """The groups' settings of the rule as of the last step that checked them."""
 
     def initial(self, layout: Layout) -> State:
         return self.moments.initial(layout, "exp_avg", layout.size)
@@ -77,9 +78,11 @@ class _WholeMatrices(TwoRates):
 
     def _require_supported(self) -> None:
         super()._require_supported()
-        for number, group in enumerate(self.param_groups):  # by a schedule, or by hand
-            own = {name: group[name] for name in self.settings}
-            require_valid(f"{type(self).__name__} group {group.get('name', number)!r}:", own)
+        now = [{name: group[name] for name in self.settings} for group in self.param_groups]
+        if now != self._valid:  # changed by a schedule, or by hand
+            for number, (group, own) in enumerate(zip(self.param_groups, now, strict=True)):
+                require_valid(f"{type(self).__name__} group {group.get('name', number)!r}:", own)
+            self._valid = now
 
     @abstractmethod
     def direction(self, gradient_BMN: Tensor, step: StackStep) -> Tensor:

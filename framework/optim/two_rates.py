@@ -28,7 +28,7 @@ class TwoRates(MatrixOptimizer):
         options: of the next class in the order of resolution: `MatrixOptimizer`, or a `LowRank` that is mixed in.
     """
 
-    KEPT_IN_COPIES: tuple[str, ...] = ("other_lr", "_rates_seen")
+    KEPT_IN_COPIES: tuple[str, ...] = ("other_lr", "rates_checked")
     KEYS_OF_GROUPS = MatrixOptimizer.KEYS_OF_GROUPS | {"other_lr"}
 
     def __init__(
@@ -38,7 +38,7 @@ class TwoRates(MatrixOptimizer):
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
         own = (group["other_lr"] for group in self.param_groups if "other_lr" in group)
-        self._rates_seen = all(_alike(float(rate), float(lr)) for rate in own)  # then there is nothing to keep apart
+        self.rates_checked = all(_alike(float(rate), float(lr)) for rate in own)  # then there is nothing to keep apart
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds the group, or two: in a group without a rate, what is not projected gets `other_lr`."""
@@ -64,16 +64,14 @@ class TwoRates(MatrixOptimizer):
                 self.param_groups.append({**group, **lists, "lr": rate, **own})
         self._info = {p: self._info_of(p) for p in self._parameters()}  # in the order of groups
 
-    def _require_supported(self) -> None:
-        super()._require_supported()
-        if not self._rates_seen:
-            self._refuse_one_rate()
-            self._rates_seen = self._has_rates()
+    def require_rates(self) -> None:
+        self._refuse_one_rate()
+        self.rates_checked = self._has_rates()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `MatrixOptimizer.load_state_dict`. What has stepped at these rates before has them by choice."""
         super().load_state_dict(state_dict)
-        self._rates_seen |= bool(self.state) and self._has_rates()
+        self.rates_checked |= bool(self.state) and self._has_rates()
 
     def _has_rates(self) -> bool:
         """Whether both kinds of groups have a rate above 0: a warm-up that begins at 0 says nothing before."""

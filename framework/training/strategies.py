@@ -29,7 +29,7 @@ from lightspan.core.devices import widest_float
 from lightspan.core.distributed import broadcast_first_rank, replicated_buffers
 from lightspan.core.errors import UserError
 from lightspan.optim.groups import declared_kinds
-from lightspan.optim.matrices.layout import is_wide
+from lightspan.optim.matrices.shapes import is_wide
 
 FORWARD_METHODS = (
     *("training_step", "validation_step", "test_step", "predict_step"),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightspan.optim.low_rank.bases import ColumnSelection, DrawnBasis
 from lightspan.optim.low_rank.carries import Rotate
-from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.subspaces import frames
 
 

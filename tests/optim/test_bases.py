@@ -6,7 +6,7 @@ from optim.plain_bases import IdentityBasis, RandomBasis
 
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.bases import DCTBasis, GaussianBasis, PowerBasis, SVDBasis
-from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.stacks import Layout
 
 FIXED = [DCTBasis(), DCTBasis(fast=False), IdentityBasis()]
 ORTHONORMAL = [*FIXED, PowerBasis(), SVDBasis(), RandomBasis()]

@@ -8,8 +8,8 @@ import torch
 from lightspan.optim.low_rank.bases import DCTBasis
 from lightspan.optim.low_rank.carries import FrameChange, Gather, Keep, Rotate
 from lightspan.optim.low_rank.inner import SGD, Adam, AdamSettings, InnerContext, largest_direction
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.optim.reference.ldadam import rotated_moments
 from lightspan.subspaces.frames import random_frame
 

@@ -11,9 +11,9 @@ from lightspan.optim.low_rank.inner import Adam
 from lightspan.optim.low_rank.residuals import ErrorFeedback, Fira, NoResidual
 from lightspan.optim.low_rank.update_rule import UpdateRule
 from lightspan.optim.matrices.buckets import stacked_bucket
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import Float32Moments
 from lightspan.optim.matrices.placement import StatePlacement
+from lightspan.optim.matrices.stacks import Layout
 
 GROUP = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "scale": 1.0}
 

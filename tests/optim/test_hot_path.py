@@ -24,8 +24,8 @@ from lightspan.optim.low_rank.presets import APOLLO, APOLLOMini, DCTAdamW, GaLor
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
 from lightspan.optim.matrices import buckets
 from lightspan.optim.matrices.elementwise import SMALLEST_QUANTISED
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.optim.muon import Dion2, Muon
 from lightspan.subspaces import frames
 from lightspan.triton_kernels import backproject_update, error_feedback, tiles

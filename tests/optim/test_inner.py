@@ -6,9 +6,9 @@ from torch import nn
 
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.inner import SGD, Adam, AdamSettings, InnerContext, NewtonSchulz
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import Float32Moments
 from lightspan.optim.matrices.newton_schulz import COEFFICIENTS, orthogonalised
+from lightspan.optim.matrices.stacks import Layout
 
 STORAGE = Float32Moments()
 NUMBERS = AdamSettings((0.9, 0.99), 1e-8, torch.tensor(0))

@@ -21,8 +21,8 @@ from lightspan.optim.low_rank.carries import Gather, Keep, Rotate
 from lightspan.optim.low_rank.inner import SGD
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments, MomentStorage
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.optim.parameter_summary import parameter_summary
 
 PRESETS = {

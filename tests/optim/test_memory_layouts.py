@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightspan.optim.low_rank import presets
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.layout import canonical, canonical_gradient, put
 from lightspan.optim.matrices.moments import Int8Moments
+from lightspan.optim.matrices.shapes import canonical, canonical_gradient, is_wide
+from lightspan.optim.matrices.stacks import put
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -72,7 +73,7 @@ def test_a_matrix_of_a_parameter_is_its_numbers_in_logical_order_and_can_be_put_
         assert torch.equal(canonical_gradient(laid, weight), canonical_gradient(gradient, plain))
         assert canonical_gradient(laid, weight).stride() == matrix.stride()
     matrix.mul_(2)
-    put([matrix], [weight])
+    put(matrix, weight, is_wide(weight), None)
     assert torch.equal(weight, 2 * plain)
 
 

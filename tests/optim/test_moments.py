@@ -9,8 +9,8 @@ from torch import nn
 
 from lightspan.optim.low_rank.bases import DCTBasis
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.layout import Layout
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments, Int8Moments
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.optim.muon import FactoredMuon, Muon
 
 FORMATS = [Float32Moments(), BFloat16Moments(), Int8Moments()]

@@ -25,7 +25,7 @@ from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.bases import DCTBasis, PowerBasis
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
-from lightspan.optim.matrices.layout import canonical
+from lightspan.optim.matrices.shapes import canonical
 from lightspan.training.method import Method
 
 RANKS, STEPS, MICRO, REFRESH, RANK = 2, 20, 2, 4, 3

@@ -10,7 +10,7 @@ from lightspan.optim.low_rank.bases import DCTBasis, GaussianBasis, PowerBasis
 from lightspan.optim.low_rank.inner import SGD
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira, NoResidual, Terms
-from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.stacks import Layout
 
 LAYOUT = Layout(7, 5, 2, False, torch.float64, torch.device("cpu"), (0, 1))
 

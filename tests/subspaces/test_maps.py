@@ -19,7 +19,7 @@ from torch import Tensor
 import lightspan
 from lightspan.merging.span import TaskSpan
 from lightspan.optim.low_rank.bases import Basis, DCTBasis, GaussianBasis, PowerBasis, SVDBasis
-from lightspan.optim.matrices.layout import Layout
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.subspaces.frames import Frames
 from lightspan.subspaces.grassmann import Horizontal
 from lightspan.subspaces.maps import SubspaceMap

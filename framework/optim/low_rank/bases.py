@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.carries import Carry, Gather, Keep, Rotate
-from lightspan.optim.matrices.layout import Layout, State
+from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.subspaces import frames
 from lightspan.subspaces.svd import thin_svd
 from lightspan.triton_kernels.backproject_update import backproject_update

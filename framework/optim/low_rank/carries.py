@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightspan.optim.low_rank.inner import largest_direction
-from lightspan.optim.matrices.layout import State
 from lightspan.optim.matrices.moments import MomentStorage
+from lightspan.optim.matrices.stacks import State
 from lightspan.triton_kernels.bias_correction import bias_correction
 
 

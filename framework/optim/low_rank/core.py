@@ -11,7 +11,7 @@ Shapes: B matrices, M rows (the kept, longer side), N columns (the projected sid
 transposed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,7 @@ from lightspan.optim.low_rank.frame_changes import NewFrames, change_frames, cho
 from lightspan.optim.low_rank.inner import AdamSettings, InnerContext
 from lightspan.optim.low_rank.residuals import LostMoments, Terms
 from lightspan.optim.low_rank.update_rule import UpdateRule
-from lightspan.optim.matrices.layout import WEIGHT_STREAM, Layout, State
-from lightspan.optim.matrices.stacks import Bucket, StackStep
+from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
 from lightspan.triton_kernels.backproject_update import operand_type
 
 
@@ -71,33 +70,37 @@ class BucketStep(StackStep):
     def __init__(self, bucket: Bucket, rule: UpdateRule) -> None:
         super().__init__(bucket)
         self.first, self.due = due(bucket, self.active, rule)
-        self.rule = rule.of(bucket.group)
+        own = rule.inner.of_groups or rule.residual.of_groups
+        self.rule = rule.of(bucket.group) if own else rule
         self.pending = {place: bucket.pending[i] for place, i in enumerate(self.active) if i in bucket.pending}
         self.projected: Projected | None = None
 
     def prepare(self, energy: bool) -> list[Tensor]:
-        """The first half: coordinates of the gradients, in new frames where due, and row norms if `energy`. Rules that
-        project late do so in `apply`, after clipping.
+        """The first half: coordinates of the gradients, in new frames where due, and row norms if `energy`. With error
+        feedback that is done in `apply`, after clipping.
         """
-        if not self.active or self.rule.projects_late:
+        if not self.active or self.rule.residual.feeds_back:
             return []
-        choosing = _given(self.gradients[i] for i in (*self.first, *self.due))
+        choosing = existing(self.gradients[i] for i in (*self.first, *self.due))
         self.projected = self._projected(self.gradients, energy)
         return choosing
 
-    def not_projected(self) -> list[Tensor]:
-        return _given(self.gradients) if self.projected is None else []
-
     def squares(self, in_frames: bool) -> list[Tensor]:
-        if not self.active or self.projected is None:
+        if self.projected is None:
             return super().squares(in_frames)
         if in_frames:
             return [torch.linalg.vector_norm(self.projected.coordinates_BMR).square()]
         return [self.projected.energy_BM.sum()]
 
+    def norms(self) -> list[Tensor]:
+        """A row of a gradient that is not finite has coordinates that are not finite either."""
+        if self.projected is None:
+            return super().norms()
+        return [square for in_frames in (True, False) for square in self.squares(in_frames)]
+
     def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
         """The second half."""
-        if self.rule.projects_late:
+        if self.rule.residual.feeds_back:
             self.projected, clip = self._projected_with_error(clip), None
         assert self.projected is not None, "a step has two halves"
         group = self.bucket.group
@@ -118,11 +121,14 @@ class BucketStep(StackStep):
         changes = [
             self._new_frames(gradients, at, is_first) for at, is_first in ((self.first, True), (self.due, False)) if at
         ]
-        given = [gradient is not None for gradient in gradients]
-        parts = [
-            self._coordinates(gradients[at.start : at.stop], part, self.layout.part(at), energy)
-            for at, part in with_frames(changes, self.state, given)
-        ]
+        if changes or self.pending:
+            exist = [gradient is not None for gradient in gradients]
+            parts = [
+                self._coordinates(gradients[at.start : at.stop], part, self.layout.part(at), energy)
+                for at, part in with_frames(changes, self.state, exist)
+            ]
+        else:
+            parts = [self._coordinates(gradients, self.state, self.layout, energy)]
         coordinates, energies, seen = zip(*parts, strict=True)
         coordinates_BMR = _joined(coordinates)
         for i, coordinates_MR in self.pending.items():
@@ -135,7 +141,7 @@ class BucketStep(StackStep):
         saves.
         """
         one = torch.ones((), device=self.layout.device) if clip is None else clip
-        accumulated = self.rule.residual.accumulate(_given(self.gradients), self.state, one)
+        accumulated = self.rule.residual.accumulate(existing(self.gradients), self.state, one)
         # Products are in the dtype of other steps. What they lose of bfloat16 sums stays in the error.
         operand = operand_type(self.bucket.parameters[0].dtype)
         projected = self._projected([matrix_MN.to(operand) for matrix_MN in accumulated], self.rule.residual.rescales)
@@ -143,7 +149,7 @@ class BucketStep(StackStep):
         return replace(projected, gradients=[matrix_MN.to(self.layout.dtype) for matrix_MN in accumulated])
 
     def _new_frames(self, gradients: list[Tensor | None], positions: list[int], is_first: bool) -> NewFrames:
-        chosen, beta1 = _given(gradients[i] for i in positions), self.bucket.group["betas"][0]
+        chosen, beta1 = existing(gradients[i] for i in positions), self.bucket.group["betas"][0]
         assert len(chosen) == len(positions), "a frame is chosen from whole gradients"
         draws = [self.bucket.draws[self.active[i]] for i in positions]
         return choose_frames(chosen, positions, draws, self.state, self.layout, self.rule, beta1, first=is_first)
@@ -154,14 +160,10 @@ class BucketStep(StackStep):
         """Coordinates [b M R] of neighbours, zeros if none has a gradient; row norms [b M] or [0 M]; and their frames,
         built if they are used.
         """
-        seen, whole = self.rule.basis.prepare(state, layout), _given(gradients)
+        seen, whole = self.rule.basis.prepare(state, layout), existing(gradients)
         if not whole:
             return layout.zeros(layout.rows, layout.rank), layout.zeros(layout.rows)[:0], seen
         return *self.rule.basis.project(whole, seen, layout, energy=energy), seen
-
-
-def _given(gradients: Iterable[Tensor | None]) -> list[Tensor]:
-    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -204,7 +206,7 @@ def update_weights(
         given = Terms(direction_BMR, coordinates_BMR, energy_BM, layout)
         coefficients_BMR, scale_BM = rule.residual.terms(given, state)
         scale_BM = scale_BM if clip is None else scale_BM * clip
-        whole = _given(projected.gradients)
+        whole = existing(projected.gradients)
     seed = numbers.seed + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
     if layout.rows:  # a rank may have no rows of a small matrix
         rule.basis.update(weights, coefficients_BMR, seen, layout, whole, scale_BM, lr, keep, seed)
@@ -213,4 +215,4 @@ def update_weights(
         if lost is None:  # what moments lost is a difference of large products, which bfloat16 would not leave
             operand = operand_type(weights[0].dtype)
             coordinates_BMR, frame_BNR = coordinates_BMR.to(operand), frame_BNR.to(operand)
-        rule.residual.remember(_given(projected.gradients), coordinates_BMR, frame_BNR, lost, state, numbers.betas)
+        rule.residual.remember(existing(projected.gradients), coordinates_BMR, frame_BNR, lost, state, numbers.betas)

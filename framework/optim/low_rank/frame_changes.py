@@ -15,7 +15,7 @@ from lightspan.optim.low_rank.carries import FrameChange
 from lightspan.optim.low_rank.inner import AdamSettings
 from lightspan.optim.low_rank.residuals import LostMoments
 from lightspan.optim.low_rank.update_rule import UpdateRule
-from lightspan.optim.matrices.layout import Layout, State, part_of, write_part
+from lightspan.optim.matrices.stacks import Layout, State, part_of, write_part
 from lightspan.triton_kernels.bias_correction import bias_correction
 
 

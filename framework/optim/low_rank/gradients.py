@@ -26,7 +26,7 @@ from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.core import due
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.reduction import Reduction
-from lightspan.optim.matrices.layout import canonical_gradient
+from lightspan.optim.matrices.shapes import canonical_gradient
 
 
 class Sink:

@@ -11,10 +11,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.optim.matrices.layout import Layout, State
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import MomentStorage
 from lightspan.optim.matrices.newton_schulz import STEPS, Convention, Precision, direction_of, shape_factor
+from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
 

@@ -11,11 +11,10 @@ from lightspan.optim.low_rank.core import BucketStep
 from lightspan.optim.low_rank.inner import Adam, Inner
 from lightspan.optim.low_rank.residuals import Fira, NoResidual, Residual
 from lightspan.optim.low_rank.update_rule import UpdateRule, require_fit
-from lightspan.optim.matrices.layout import Layout, State
 from lightspan.optim.matrices.limits import refuse_unknown_settings, require_valid
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
-from lightspan.optim.matrices.stacks import Bucket
+from lightspan.optim.matrices.stacks import Bucket, Layout, State
 
 
 class Connection(Protocol):
@@ -106,7 +105,7 @@ class LowRank(MatrixOptimizer):
 
     @property
     def projects_late(self) -> bool:  # type: ignore[override]
-        return self.rule.projects_late
+        return self.rule.residual.feeds_back
 
     def initial(self, layout: Layout) -> State:
         return self.rule.initial(layout)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import Total
-from lightspan.optim.matrices.layout import Layout, State
+from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.error_feedback import add_error, quantise_error, zero_error
 
 
@@ -57,7 +57,9 @@ class Residual:
     rescales = False
     """Whether the update contains the whole gradient, scaled by row, as `terms` says. It then needs its row norms."""
     feeds_back = False
-    """Whether the gradient that is projected contains an error kept from earlier steps."""
+    """Whether the gradient that is projected contains an error kept from earlier steps. It is then projected in the
+    second half of a step, after clipping, those of one bucket at a time.
+    """
     of_groups: ClassVar[tuple[str, ...]] = ()
     """Names of its settings that every parameter group has too, see `lightspan.optim.low_rank.inner.Inner.of_groups`.
     """

@@ -10,10 +10,10 @@ from lightspan.core.errors import UserError
 from lightspan.optim.low_rank.bases import Basis, Trigger
 from lightspan.optim.low_rank.inner import Adam, Inner
 from lightspan.optim.low_rank.residuals import Residual
-from lightspan.optim.matrices.layout import Layout, State
 from lightspan.optim.matrices.limits import require_part
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import MomentStorage
+from lightspan.optim.matrices.stacks import Layout, State
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,6 @@ class UpdateRule:
         require_part("inner", self.inner, Inner)
         require_part("moments", self.moments, MomentStorage)
         require_part("refresh", self.trigger, Trigger)
-
-    @property
-    def projects_late(self) -> bool:
-        """Whether gradients are projected in the second half of a step, those of one bucket at a time: error feedback
-        adds to clipped gradients.
-        """
-        return self.residual.feeds_back
 
     @property
     def of_frames(self) -> frozenset[str]:
@@ -68,8 +61,7 @@ class UpdateRule:
         """The parts with the settings of a parameter group. Raises: UserError for a value out of range."""
         parts: dict[str, Any] = {"inner": self.inner, "residual": self.residual}
         own = {name: {key: group[key] for key in part.of_groups} for name, part in parts.items() if part.of_groups}
-        changed = {name: replace(parts[name], **settings) for name, settings in own.items()}
-        return replace(self, **changed) if changed else self
+        return replace(self, **{name: replace(parts[name], **settings) for name, settings in own.items()})
 
     def fixed(self) -> dict[str, str]:
         """The parts without what groups have, in words: what a saved state must have been made by."""
@@ -84,7 +76,7 @@ class UpdateRule:
 
 def require_fit(rule: UpdateRule, backward: str, offload: bool) -> None:
     """Raises: UserError for parts of a rule that do not fit one another, the backward mode or state on the host."""
-    if offload and rule.basis.momentum and not rule.projects_late:
+    if offload and rule.basis.momentum and not rule.residual.feeds_back:
         raise UserError(
             f"offload={offload} keeps moments on the host until gradients are projected, but PowerBasis momentum="
             f"{rule.basis.momentum} needs them for that; set momentum=0, or a residual=ErrorFeedback(), with which "

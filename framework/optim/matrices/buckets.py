@@ -9,25 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.core.devices import wide_type
+from lightspan.core.devices import wide_type, widest_float
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of
-from lightspan.optim.matrices.layout import (
-    SEED_STRIDE,
-    SHARD_STRIDE,
-    Layout,
-    State,
-    canonical,
-    is_wide,
-    matrices,
-    matrix_shape,
-    one_of,
-    shards_of,
-    slices_of,
-)
 from lightspan.optim.matrices.loading import require_same_kind
 from lightspan.optim.matrices.placement import StatePlacement
-from lightspan.optim.matrices.stacks import FIXED, Bucket
+from lightspan.optim.matrices.shapes import canonical, count_of, is_wide, matrix_shape, one_of, shards_of, slices_of
+from lightspan.optim.matrices.stacks import FIXED, SEED_STRIDE, SHARD_STRIDE, Bucket, Layout, State
 
 LARGEST_STACK = 1 << 24
 """How many numbers of whole matrices a rule that projects late widens at once, unless a single parameter, or one matrix
@@ -84,7 +72,10 @@ def stacked_bucket(
     seed = next(iter(layout.seeds), 0) * SEED_STRIDE + sum(done) + (shards.ranks.index * SHARD_STRIDE if shards else 0)
     noise = torch.full((), seed, dtype=torch.int64, device=layout.device)
     offloaded = frozenset(key for key in state if placement.is_offloaded(first, key))
-    return Bucket(group, parameters, phases, layout, state, views, done, draws, noise, stacked, offloaded)
+    return Bucket(
+        group, parameters, phases, layout, state, views, done, draws, noise, widest_float(layout.device),
+        ranks_of(first), isinstance(first, DTensor), stacked, offloaded,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, placem
     order = 0  # matrices so far: each has its own seed and phase, whatever its bucket
     for member in members:
         parameter = member.parameter
-        like, count = one_of(parameter, member.stacked), len(matrices(parameter, member.stacked))
+        like, count = one_of(parameter, member.stacked), count_of(parameter, member.stacked)
         shards, slices = shards_of(like), slices_of(parameter, member.stacked)
         matrix = local(parameter) if shards is not None and shards.moved else canonical(like)
         look = (matrix.shape, matrix.stride(), matrix_shape(like), is_wide(like), shards, count, ranks_of(parameter))
@@ -126,7 +117,7 @@ def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, placem
     buckets = []
     for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule, placement)):
         kind, together = pairs[0][0], [member for member, _ in pairs]
-        held, count = [one_of(kind.parameter, kind.stacked)], len(matrices(kind.parameter, kind.stacked))
+        held, count = [one_of(kind.parameter, kind.stacked)], count_of(kind.parameter, kind.stacked)
         places = [first + i for _, first in pairs for i in range(count)]
         seeds, phases = [seed * SEED_STRIDE + place for place in places], [place / order for place in places]
         buckets.append(
@@ -164,7 +155,7 @@ def _parts(
 def _offloaded_size(member: Member, rule: StateMaker, placement: StatePlacement) -> int:
     """Bytes of a parameter's state that live on the host; of a sharded one those of its first rank, the most."""
     slices = slices_of(member.parameter, member.stacked)
-    count = len(matrices(member.parameter, member.stacked)) if slices is None else slices.chunk
+    count = count_of(member.parameter, member.stacked) if slices is None else slices.chunk
     like = one_of(member.parameter, member.stacked)
     layout = layout_of([like], member.rank, [0] * count, torch.device("meta"))
     rows = layout.rows if layout.shards is None else layout.shards.chunk

@@ -14,8 +14,9 @@ from torch.optim.adamw import adamw
 
 from lightspan.core.devices import wide_type
 from lightspan.core.sharded import RowShards, local, ranks_of
-from lightspan.optim.matrices.layout import SEED_STRIDE, SHARD_STRIDE, WEIGHT_STREAM, Layout, State, is_dense
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
+from lightspan.optim.matrices.shapes import is_dense
+from lightspan.optim.matrices.stacks import SEED_STRIDE, SHARD_STRIDE, WEIGHT_STREAM, Layout, State
 from lightspan.triton_kernels.rounding import stochastic_round
 
 SMALLEST_QUANTISED = 4096

@@ -15,13 +15,13 @@ from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
 from lightspan.optim.matrices.buckets import Member, build_buckets, forget_unstepped, layout_of
-from lightspan.optim.matrices.layout import Layout, State, matrices, one_of, require_shapes
 from lightspan.optim.matrices.limits import refuse_unknown_settings, require_part, require_valid
 from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
-from lightspan.optim.matrices.placement import HostState, StatePlacement, StateTransfer
+from lightspan.optim.matrices.placement import HostState, StatePlacement, StateTransfer, run_offloaded
 from lightspan.optim.matrices.projected import Selection, require_some_projected
-from lightspan.optim.matrices.stacks import Bucket, Buckets, StackStep, built_for
+from lightspan.optim.matrices.shapes import count_of, one_of, require_shapes
+from lightspan.optim.matrices.stacks import Bucket, Buckets, Layout, StackStep, State, built_for
 
 KEYS_OF_OTHERS = frozenset((
     "params", "param_names", "name", "frames", "lr_scale", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum",
@@ -89,6 +89,8 @@ class MatrixOptimizer(Optimizer, ABC):
     """Whether a step widens whole matrices, those of one bucket at a time."""
     backward = "whole"
     """How gradients come, see `lightspan.optim.low_rank.optimizer.LowRank`."""
+    rates_checked = True
+    """Whether the rates of groups need no check before the next step; see `require_rates`."""
     used_gradients = False
     """Whether the last step found a gradient, whole or in coordinates; see `lightspan.optim.steps`."""
     measures_norm = False
@@ -204,7 +206,7 @@ class MatrixOptimizer(Optimizer, ABC):
         if not selection.projected:
             return elementwise.initial_state(like, self.moments)
         stacked = selection.stacked
-        seeds = [self.seed] * len(matrices(like, stacked))
+        seeds = [self.seed] * count_of(like, stacked)
         layout = layout_of([one_of(like, stacked)], selection.width, seeds, like.device)
         state = {key: value if stacked else value[0] for key, value in self.initial(layout).items()}
         return {**state, "step": torch.tensor(0.0)}
@@ -345,6 +347,8 @@ class MatrixOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._require_supported()
+        if not self.rates_checked:
+            self.require_rates()
         steps = [self.step_of(bucket) for bucket in self.buckets() if bucket.owners()]
         unprojected = [self._unprojected(group) for group in self.param_groups]
         self.used_gradients = bool(steps) or any(unprojected)
@@ -353,10 +357,17 @@ class MatrixOptimizer(Optimizer, ABC):
         # The norm is that of all gradients, so it comes after all are prepared; and nothing has been written yet.
         self.gradient_norm = self._norm(steps, unprojected) if self._needs_norm() else None
         clip = self._clip_factor()
-        self._require_finite_norms(steps, unprojected, choosing)
-        self.placement.run([step.transfer(clip) for step in steps])
+        if self.check_finite:
+            self._require_finite(steps, unprojected, choosing)
+        _run(
+            [
+                StateTransfer(b.layout.device, [b.state], [b.offloaded], partial(step.update, clip))
+                for step in steps
+                for b in (step.bucket,)
+            ]
+        )
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
-        self.placement.run(self._steps_of_unprojected(unprojected, clip))
+        _run(self._steps_of_unprojected(unprojected, clip))
         self._checked = self.measures_norm = False
         self.clips_next_at = None
         return loss
@@ -373,6 +384,11 @@ class MatrixOptimizer(Optimizer, ABC):
                     "nn.Embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
                 )
 
+    def require_rates(self) -> None:
+        """Raises: UserError for rates that no step should take. A class with `rates_checked` False, which sets it once
+        they are known, extends this.
+        """
+
     def _needs_norm(self) -> bool:
         return self.measures_norm or self._limit() is not None
 
@@ -387,9 +403,9 @@ class MatrixOptimizer(Optimizer, ABC):
 
     def _norm(self, steps: list[StackStep], unprojected: list[list[Tensor]]) -> Tensor:
         """The global norm of all gradients, 0-d; see `gradient_norm`."""
-        squares = [(step.ranks, square) for step in steps for square in step.squares(self.backward != "whole")]
+        in_frames = self.backward != "whole"
+        squares = [(step.bucket.ranks, square) for step in steps for square in step.squares(in_frames)]
         others = [(ranks_of(p), local_gradient(p)) for parameters in unprojected for p in parameters]
-        others += [(step.ranks, gradient) for step in steps for gradient in step.not_projected()]
         return total_over([*squares, *squares_by_ranks(others)]).sqrt()
 
     def _clip_factor(self) -> Tensor | None:
@@ -398,27 +414,19 @@ class MatrixOptimizer(Optimizer, ABC):
             return None
         return (limit / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
-    def _require_finite_norms(
-        self, steps: list[StackStep], unprojected: list[list[Tensor]], choosing: list[Tensor]
-    ) -> None:
-        """A row of a gradient that is not finite has coordinates that are not finite either. What new frames were
-        chosen from is checked itself, with all the rest: the host waits once.
+    def _require_finite(self, steps: list[StackStep], unprojected: list[list[Tensor]], choosing: list[Tensor]) -> None:
+        """Checks all gradients at once: what is not finite anywhere in a tensor is not finite in its norm, and second
+        moments and row norms are squares, which overflow above 1.8e19 in float32. What new frames were chosen from is
+        checked itself. All ranks raise or none does; each passes its own parts of the same gradients. Costs one host
+        synchronisation.
         """
-        if self.check_finite:
-            norms = [norm for step in steps for in_frames in (True, False) for norm in step.squares(in_frames)]
-            others = choosing + [local_gradient(p) for parameters in unprojected for p in parameters]
-            self._require_finite(norms, others + [gradient for step in steps for gradient in step.not_projected()])
-
-    def _require_finite(self, norms: list[Tensor], gradients: list[Tensor]) -> None:
-        """Checks norms, of any shape, and gradients at once: what is not finite anywhere in a tensor is not finite in
-        its norm, and second moments and row norms are squares, which overflow above 1.8e19 in float32. All ranks raise
-        or none does; each passes its own parts of the same gradients. Costs one host synchronisation.
-        """
-        norms = [*norms, square_norms(gradients)]
-        if not self.check_finite or not any(norm.numel() for norm in norms):
+        norms = [norm for step in steps for norm in step.norms()]
+        if others := choosing + [local_gradient(p) for parameters in unprojected for p in parameters]:
+            norms.append(square_norms(others))
+        if not any(norm.numel() for norm in norms):
             return
         wrong = (~torch.cat([norm.reshape(-1).isfinite().to(norms[0].device) for norm in norms])).sum()
-        for ranks in splits_of(self._parameters()):
+        for ranks in self._buckets.splits:
             wrong = ranks.total(wrong)
         if wrong:
             raise UserError(self._blame())
@@ -446,7 +454,7 @@ class MatrixOptimizer(Optimizer, ABC):
         if not given:
             return ""
         flags = torch.stack([(~value.isfinite()).sum() for value in values])
-        for ranks in splits_of(self._parameters()):
+        for ranks in self._buckets.splits:
             flags = ranks.total(flags)
         wrong = [self.called(p) for p, flag in zip(given, flags.tolist(), strict=True) if flag]
         return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -497,7 +505,8 @@ class MatrixOptimizer(Optimizer, ABC):
         before, now = self._buckets.built_for, built_for(self.param_groups)
         if before is not None and before[1] != now[1]:
             forget_unstepped(self.state, before[1], now[1])
-        self._buckets = Buckets(build_buckets(self._members(), self, self.seed, self.placement), now)
+        every = build_buckets(self._members(), self, self.seed, self.placement)
+        self._buckets = Buckets(every, now, splits_of(self._parameters()))
         for bucket in self._buckets.every:
             views = zip(bucket.parameters, bucket.views, strict=True)
             self.state.update((parameter, dict(view)) for parameter, view in views)
@@ -528,6 +537,15 @@ class MatrixOptimizer(Optimizer, ABC):
     def called(self, parameter: Tensor) -> str:
         """What messages call a parameter."""
         return self.name_of(parameter) or f"a parameter of shape {tuple(parameter.shape)}"
+
+
+def _run(transfers: Sequence[StateTransfer]) -> None:
+    """Takes the parts of a step, one after the other."""
+    if any(any(transfer.offloaded) for transfer in transfers):
+        run_offloaded(transfers)
+        return
+    for transfer in transfers:
+        transfer.apply(transfer.states)
 
 
 def local_gradient(parameter: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightspan.optim.matrices.layout import Layout, State
+from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.quantised_moments import (
     SECOND_STREAM,
     decode_first,

@@ -18,9 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightspan.core.sharded import RowShards, Total, unsharded_total
-from lightspan.optim.matrices.layout import Layout
-from lightspan.triton_kernels.project import dot_precision
+from lightspan.core.sharded import RowShards, Total
+from lightspan.optim.matrices.stacks import Layout
 
 Coefficients = tuple[float, float, float]
 COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
@@ -59,16 +58,16 @@ def direction_of(x_BmN: Tensor, layout: Layout, precision: Precision, steps: int
     return found_BmN.to(x_BmN.dtype)
 
 
-def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = unsharded_total) -> Tensor:
+def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total | None = None) -> Tensor:
     """The orthogonalised matrices, a new tensor; zeros for those whose squares overflow.
 
     Args:
         x_BMN: any rows of the matrices, if `total` has the others.
-        total: continues sums over rows to those of other ranks.
+        total: continues sums over rows to those of other ranks; None if there are none.
     """
     a, b, c = coefficients
     for step in range(steps):
-        gram_BNN = total(x_BMN.mT @ x_BMN)
+        gram_BNN = _gram(x_BMN, total)
         if not step:
             gram_BNN, scale_B11 = _normalised(gram_BNN)
             x_BMN = x_BMN * scale_B11
@@ -77,10 +76,10 @@ def by_iterating(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: T
     return x_BMN
 
 
-def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total = unsharded_total) -> Tensor:
+def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: Total | None = None) -> Tensor:
     """The same in exact arithmetic, with all iterates as multiples of X."""
     a, b, c = coefficients
-    gram_BNN, scale_B11 = _normalised(total(x_BMN.mT @ x_BMN))
+    gram_BNN, scale_B11 = _normalised(_gram(x_BMN, total))
     product_BNN: Tensor | None = None
     for left in reversed(range(steps)):
         factor_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
@@ -90,6 +89,11 @@ def by_one_gram(x_BMN: Tensor, steps: int, coefficients: Coefficients, total: To
             gram_BNN = factor_BNN @ (gram_BNN @ factor_BNN)
     assert product_BNN is not None, "at least one step"
     return x_BMN @ (product_BNN * scale_B11)
+
+
+def _gram(x_BMN: Tensor, total: Total | None) -> Tensor:
+    gram_BNN = x_BMN.mT @ x_BMN
+    return gram_BNN if total is None else total(gram_BNN)
 
 
 def _normalised(gram_BNN: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +146,7 @@ def orthogonalised_parts(
 
 @torch.compiler.assume_constant_result  # compiled code is made again when it changes
 def _is_float32_exact() -> bool:
-    return dot_precision() == "ieee"
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def bytes_of_grams(batch: int, columns: int, grams: int, shards: RowShards) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightspan.core.sharded import local, with_part
-from lightspan.optim.matrices.layout import State, is_dense
+from lightspan.optim.matrices.shapes import is_dense
+from lightspan.optim.matrices.stacks import State
 
 HOST = torch.device("cpu")
 LARGEST_TRANSFER = 1 << 26
@@ -86,11 +87,6 @@ class StatePlacement:
         """
         return 0, 0
 
-    def run(self, transfers: Sequence[StateTransfer]) -> None:
-        """Takes the parts of a step, one after the other."""
-        for transfer in transfers:
-            transfer.apply(transfer.states)
-
 
 @dataclass(frozen=True)
 class HostState(StatePlacement):
@@ -142,12 +138,15 @@ class HostState(StatePlacement):
         largest = sorted([LARGEST_TRANSFER, LARGEST_TRANSFER, *each])[-2:]
         return sum(each), min(sum(each), sum(largest))
 
-    def run(self, transfers: Sequence[StateTransfer]) -> None:
-        for (device, copies), group in groupby(transfers, lambda transfer: (transfer.device, any(transfer.offloaded))):
-            if copies:
-                _run_offloaded(device, list(group))
-            else:
-                super().run(list(group))
+
+def run_offloaded(transfers: Sequence[StateTransfer]) -> None:
+    """Takes the parts of a step, one after the other, with their state brought to the device and back."""
+    for (device, copies), group in groupby(transfers, lambda transfer: (transfer.device, any(transfer.offloaded))):
+        if copies:
+            _run_offloaded(device, list(group))
+        else:
+            for transfer in group:
+                transfer.apply(transfer.states)
 
 
 def has_host(device: torch.device) -> bool:

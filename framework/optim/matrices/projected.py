@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightspan.core.errors import UserError
 from lightspan.core.patterns import matches
 from lightspan.core.sharded import ranks_of, split_axis
-from lightspan.optim.matrices.layout import is_matrix, matrix_shape
+from lightspan.optim.matrices.shapes import is_matrix, matrix_shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,30 +1,188 @@
-"""Stacks of matrices that step together, and one step of a stack: what is the same for every rule in matrices.
+"""Stacks of matrices that step together: how a step sees them, and one step of a stack, the same for every rule.
+
+A bucket is put together once (`lightspan.optim.matrices.buckets`) and knows what its steps need of its parameters.
 
 Shapes: B matrices, M rows (the kept, longer side), N columns. Wide matrices are passed transposed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightspan.core.devices import widest_float
-from lightspan.core.sharded import Ranks, ranks_of
-from lightspan.optim.matrices.layout import (
-    Layout,
-    State,
-    canonical,
-    canonical_gradient,
-    matrices,
-    part_of,
-    put,
-    write_part,
-)
-from lightspan.optim.matrices.placement import StateTransfer
+from lightspan.core.sharded import Ranks, RowShards, from_local, local
+
+State = dict[str, Tensor]
+"""Stacked plain tensors, each with the matrix as its first axis: saved, moved and sharded like any optimiser state."""
+
+SEED_STRIDE = 1 << 24
+"""Distance between the seeds of two random streams, so that counting up in one does not reach the next."""
+SHARD_STRIDE = 1 << 40
+"""Distance between the seeds of two ranks with rows of one matrix: they round different numbers."""
+WEIGHT_STREAM = 1 << 61
+"""Added to a step's seed: the noise that rounds weights is independent of that of moments."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B matrices of one shape: M rows (the kept, longer side), N columns (the projected side), rank R.
+
+    Of sharded matrices a rank sees only its own rows: `rows` counts these, possibly none.
+
+    Args:
+        wide: whether the parameter itself is wide, so that the step sees its transpose.
+        dtype: of the arithmetic and of unquantised state: float32, or float64 for float64 weights.
+        seeds: one per matrix; all randomness of its frames comes from it.
+        shards: where the other rows are; None if they are all here.
+        heads: for rules that orthogonalise each attention head by itself, how many of the parameter's rows belong to
+            each part, in order; empty if all belong together.
+    """
+
+    rows: int
+    size: int
+    rank: int
+    wide: bool
+    dtype: torch.dtype
+    device: torch.device
+    seeds: tuple[int, ...]
+    shards: RowShards | None = None
+    heads: tuple[int, ...] = ()
+    _indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def batch(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the whole parameter with its trailing axes flattened."""
+        rows = self.rows if self.shards is None else self.shards.total
+        return (self.size, rows) if self.wide else (rows, self.size)
+
+    @property
+    def first_row(self) -> int:
+        """Where this rank's rows begin among those of whole matrices."""
+        return 0 if self.shards is None else self.shards.start
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros [B, *shape] of the state's dtype, or of another."""
+        return torch.zeros(self.batch, *shape, dtype=dtype or self.dtype, device=self.device)
+
+    def part(self, positions: Sequence[int]) -> "Layout":
+        """The layout of some of the matrices."""
+        return replace(self, seeds=tuple(self.seeds[i] for i in positions))
+
+    def drawn(self, draws: Sequence[int]) -> "Layout":
+        """The layout with the seeds of the next frames of matrices that have drawn so many."""
+        # A large odd factor separates the streams of neighbouring seeds.
+        return replace(self, seeds=tuple(seed + 1_000_003 * draw for seed, draw in zip(self.seeds, draws, strict=True)))
+
+    def select(self, positions: Sequence[int]) -> slice | Tensor:
+        """An index that selects some matrices, in ascending order, from a stack: a slice if they are neighbours, which
+        copies nothing, otherwise their indices on the device. These are sent there once, because a copy from the host
+        waits for it.
+        """
+        key = tuple(positions)
+        if key == tuple(range(key[0], key[0] + len(key))):
+            return slice(key[0], key[0] + len(key))
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(key, device=self.device)
+        return self._indices[key]
+
+    def total(self, part: Tensor) -> Tensor:
+        """A sum over this rank's rows, continued over all others."""
+        return part if self.shards is None else self.shards.ranks.total(part)
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """Whole matrices from this rank's rows [..., m, any]: for what cannot be computed as sums over rows."""
+        return part if self.shards is None else self.shards.gather(part)
+
+
+def part_of(state: State, index: slice | Tensor) -> State:
+    """Only the matrices `index`: views of the stack for a slice, otherwise copies."""
+    return {key: value[index] for key, value in state.items()}
+
+
+def write_part(state: State, index: slice | Tensor, part: State, before: State) -> None:
+    """Writes matrices back in place, so that views of the stack stay views.
+
+    Args:
+        before: what `part_of` returned for `index`; with a slice, a tensor that is still the same was changed in place.
+    """
+    for key, value in part.items():
+        if isinstance(index, Tensor) or value is not before.get(key):
+            state[key][index] = value
+
+
+def matrix_of(tensor: Tensor, wide: bool, shards: RowShards | None) -> Tensor:
+    """A matrix [M N] of a parameter, M >= N: trailing axes flattened in logical order, transposed when wide.
+
+    A convolution is out x (in * height * width), however it is laid out in memory, so state means the same in every
+    memory format. The matrix is a view if memory allows one, otherwise a copy, which `put` writes back.
+
+    Args:
+        tensor: what this rank has of the parameter, or of its gradient; if rows move between ranks, the sharded tensor,
+            of which the result has this rank's rows [m N].
+    """
+    if shards is not None and shards.moved:
+        return _moved(tensor, shards.ranks, wide)
+    matrix = tensor.detach().flatten(1)
+    return matrix.mT if wide else matrix
+
+
+def gradient_of(gradient: Tensor, weight: Tensor, wide: bool, shards: RowShards | None) -> Tensor:
+    """The gradient as `matrix_of` shows the weight, with the same strides; a view if its memory allows one."""
+    matrix = matrix_of(gradient, wide, shards)
+    if shards is not None and shards.moved:
+        return matrix
+    # Not those of the weight's matrix, which may be a copy.
+    like = weight if _flattens(weight) else torch.empty(weight.shape, device="meta")
+    strides = matrix_of(like, wide, None).stride()
+    if matrix.stride() == strides:
+        return matrix
+    return torch.empty_strided(matrix.shape, strides, dtype=matrix.dtype, device=matrix.device).copy_(matrix)
+
+
+def put(matrix_mN: Tensor, weight: Tensor, wide: bool, shards: RowShards | None) -> None:
+    """Writes a matrix back to the parameter if `matrix_of`, which must have made it, could not show it as a view."""
+    if shards is not None and shards.moved:
+        _put_moved(matrix_mN, weight, shards.ranks, wide)
+    elif not _flattens(weight):
+        weight.copy_((matrix_mN.mT if wide else matrix_mN).reshape(weight.shape))
+
+
+def _put_moved(rows_mN: Tensor, weight: Tensor, ranks: Ranks, wide: bool) -> None:
+    """Rows that came from other ranks go back there."""
+    assert isinstance(weight, DTensor)
+    shape = torch.Size((weight.shape[0], weight.shape[1:].numel()))
+    flat = from_local(rows_mN.mT if wide else rows_mN, ranks, int(wide), shape)
+    part = flat.redistribute(placements=ranks.placements(0)).to_local()
+    part = part.reshape(len(part), *weight.shape[1:])
+    there = from_local(part, ranks, 0, weight.shape).redistribute(placements=weight.placements)
+    local(weight).copy_(there.to_local())
+
+
+def _moved(tensor: Tensor, ranks: Ranks, wide: bool) -> Tensor:
+    """This rank's rows [m N] of a parameter or gradient that is split along another axis."""
+    assert isinstance(tensor, DTensor)
+    part = tensor.redistribute(placements=ranks.placements(0)).to_local().detach().flatten(1)
+    shape = torch.Size((tensor.shape[0], tensor.shape[1:].numel()))
+    matrix = from_local(part, ranks, 0, shape).redistribute(placements=ranks.placements(int(wide))).to_local()
+    return matrix.mT if wide else matrix
+
+
+def _flattens(tensor: Tensor) -> bool:
+    """Whether the trailing axes merge without a copy."""
+    axes = [axis for axis in range(1, tensor.ndim) if tensor.shape[axis] > 1]
+    return not tensor.numel() or all(
+        tensor.stride(outer) == tensor.stride(inner) * tensor.shape[inner] for outer, inner in pairwise(axes)
+    )
+
 
 FIXED = ("rank", "project", "stacks")
 """Settings of groups that decide which state there is; those without a subspace have no rank."""
@@ -42,6 +200,9 @@ class Bucket:
         draws: frames that each matrix has drawn, likewise; zeros for a basis that does not count them.
         noise: int64, 0-d, on the device: seed of the coming step's stochastic rounding. It counts the steps of all
             matrices, which the saved state knows, so a resumed run rounds like an uninterrupted one.
+        widest: dtype of rates, the widest float of the device.
+        ranks: those among which each parameter is split; None if this rank has all of it.
+        sharded: whether parameters are distributed tensors, of which this rank may have all nevertheless.
         stacked: whether each parameter is a stack [E out in] of matrices, and its state is stacked too.
         offloaded: names of the state that lives on the host, while the parameters do not; see
         `lightspan.optim.matrices.placement`.
@@ -58,6 +219,9 @@ class Bucket:
     done: list[int]
     draws: list[int]
     noise: Tensor
+    widest: torch.dtype
+    ranks: Ranks | None = None
+    sharded: bool = False
     stacked: bool = False
     offloaded: frozenset[str] = frozenset()
     pending: dict[int, Tensor] = field(default_factory=dict)
@@ -66,6 +230,12 @@ class Bucket:
         """Positions of the matrices that parameter `number` holds."""
         count = len(self.done) // len(self.parameters)
         return range(number * count, (number + 1) * count)
+
+    def held(self, tensor: Tensor) -> list[Tensor]:
+        """What `matrix_of` takes, by matrix, of a parameter or its gradient."""
+        moves = self.layout.shards is not None and self.layout.shards.moved
+        part = local(tensor) if self.sharded and not moves else tensor
+        return list(part.unbind()) if self.stacked else [part]
 
     def owners(self) -> list[int]:
         """The parameters that have a gradient, whole or in coordinates."""
@@ -88,10 +258,12 @@ class Buckets:
     Args:
         built_for: parameters and settings of the groups that they were built for, as `built_for` gives them; None if
             there are none yet.
+        splits: the different groups of ranks among which some of the optimiser's parameters are split.
     """
 
     every: list[Bucket] = field(default_factory=list)
     built_for: tuple[list[Any], list[Any]] | None = None
+    splits: list[Ranks] = field(default_factory=list)
     places: dict[Tensor, tuple[Bucket, int]] = field(init=False)
     """The bucket of each projected parameter, and its position there."""
 
@@ -133,14 +305,12 @@ class StackStep(ABC):
             self.layout, self.state = self.layout.part(self.active), part_of(self.state, self.index)
         self.gradients: list[Tensor | None] = []
         for parameter in (bucket.parameters[i] for i in self.owners):
-            held = matrices(parameter, bucket.stacked)
-            own = [None] * len(held) if parameter.grad is None else matrices(parameter.grad, bucket.stacked)
-            self.gradients += [None if g is None else canonical_gradient(g, p) for g, p in zip(own, held, strict=True)]
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """The ranks among which the matrices, or stacks of them, are split."""
-        return ranks_of(self.bucket.parameters[0])
+            held = bucket.held(parameter)
+            own = [None] * len(held) if parameter.grad is None else bucket.held(parameter.grad)
+            self.gradients += [
+                None if g is None else gradient_of(g, p, self.layout.wide, self.layout.shards)
+                for g, p in zip(own, held, strict=True)
+            ]
 
     def prepare(self, energy: bool) -> list[Tensor]:
         """Does what comes before all gradients are checked and clipped together; writes no state.
@@ -151,26 +321,23 @@ class StackStep(ABC):
         """
         return []
 
-    def not_projected(self) -> list[Tensor]:
-        """The gradients, as long as their norms follow from nothing else."""
-        return [gradient for gradient in self.gradients if gradient is not None]
-
     def squares(self, in_frames: bool) -> list[Tensor]:
-        """The squared norm of all gradients, 0-d, if `prepare` found it.
+        """Squared norms of the gradients, of any shape, which together are that of all.
 
         Args:
-            in_frames: whether gradients no longer exist, so that it is that of their coordinates.
+            in_frames: whether gradients no longer exist, so that they are those of their coordinates.
         """
-        return [] if self.active else [self.layout.zeros().sum()]
+        if not self.active:
+            return [self.layout.zeros().sum()]
+        norms = torch._foreach_norm(existing(self.gradients), 2, dtype=self.layout.dtype)
+        return [torch.stack(norms).square()]
 
-    def transfer(self, clip: Tensor | None) -> StateTransfer:
-        """`update`, with the bucket's offloaded state brought to the device for it."""
-        return StateTransfer(
-            self.bucket.layout.device, [self.bucket.state], [self.bucket.offloaded], partial(self.update, clip)
-        )
+    def norms(self) -> list[Tensor]:
+        """What is not finite if a gradient is not."""
+        return self.squares(in_frames=False)
 
     def update(self, clip: Tensor | None, states: Sequence[State]) -> None:
-        """Weights and state, in place.
+        """Weights and state, in place, by `apply`.
 
         Args:
             clip: 0-d factor by which the gradients must still be multiplied; None for none.
@@ -180,10 +347,12 @@ class StackStep(ABC):
             (stacks,) = states
             arrived = {key: value for key, value in stacks.items() if key not in self.state}
             self.state = {**self.state, **(arrived if self.index is None else part_of(arrived, self.index))}
-            owned = [m for i in self.owners for m in matrices(self.bucket.parameters[i], self.bucket.stacked)]
-            weights = [canonical(matrix) for matrix in owned]
+            wide, shards = self.layout.wide, self.layout.shards
+            owned = [part for i in self.owners for part in self.bucket.held(self.bucket.parameters[i])]
+            weights = [matrix_of(part, wide, shards) for part in owned]
             self.apply(weights, clip)
-            put(weights, owned)
+            for weight_MN, part in zip(weights, owned, strict=True):
+                put(weight_MN, part, wide, shards)
             self.bucket.noise.add_(len(self.active))
             if isinstance(self.index, Tensor):  # a slice was stepped in place
                 write_part(stacks, self.index, self.state, {})
@@ -204,10 +373,14 @@ class StackStep(ABC):
     def rates(self) -> tuple[Tensor, Tensor]:
         """lr * scale and 1 - lr * decay, on the device, filled there because a copy from the host would wait for it."""
         rate, scale, decay = (self.bucket.group[name] for name in ("lr", "scale", "weight_decay"))
-        device = self.layout.device
-        wide = widest_float(device)
+        device, wide = self.layout.device, self.bucket.widest
         if isinstance(rate, Tensor):
             rate = rate.to(device, wide).reshape(())
             return rate * scale, 1 - rate * decay
         lr, keep = (torch.full((), value, dtype=wide, device=device) for value in (rate * scale, 1 - rate * decay))
         return lr, keep
+
+
+def existing(gradients: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that exist."""
+    return [gradient for gradient in gradients if gradient is not None]
