@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.datamodules.image.augment.steps import blurred
+from lightspan.datamodules.image.augment.rendering import blurred
 from lightspan.datamodules.image.sets.small import FashionMNIST, Labelled
 from lightspan.evaluation.dense.dense_probes import LinearSegmentation
 from lightspan.evaluation.features.features import Features

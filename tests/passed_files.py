@@ -7,19 +7,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightspan.core import errors
+
+ROOT = Path(errors.__file__).parents[2]
+
 
 @contextmanager
-def files_passed(folder: Path) -> Iterator[set[str]]:
-    """The files below a folder of which functions are called inside, such as `matrices/stacks`."""
+def files_passed() -> Iterator[set[str]]:
+    """The files of the project of which functions are called inside, such as `framework/optim/muon`."""
     passed, before = set[str](), sys.getprofile()
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
         path = Path(frame.f_code.co_filename)
-        if event == "call" and folder in path.parents:
-            passed.add(path.relative_to(folder).with_suffix("").as_posix())
+        if event == "call" and ROOT in path.parents and "site-packages" not in path.parts:
+            passed.add(path.relative_to(ROOT).with_suffix("").as_posix())
 
     sys.setprofile(watch)
     try:
         yield passed
     finally:
         sys.setprofile(before)
+        passed -= {file for file in passed if file.startswith("tests/")}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.image.augment.steps import LUMA, blurred
+from lightspan.datamodules.image.augment.rendering import LUMA, blurred
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.outlines import REACH, cover
 from lightspan.datamodules.rendered.textures import PALETTE, TEXTURES, hue_turned, woven

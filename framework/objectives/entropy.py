@@ -3,16 +3,10 @@
 Shapes: B batch of this rank, C classes.
 """
 
-import torch
 from torch import Tensor
 
 from lightspan.core.devices import wide
 from lightspan.objectives.means import mean
-
-
-def entropy(probability_BC: Tensor) -> Tensor:
-    """H of each row of probabilities, [B], in nats; a class without probability adds nothing."""
-    return -torch.xlogy(probability_BC, probability_BC).sum(dim=1)
 
 
 def prediction_entropy(logits_BC: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ class Method(LightningModule):
     ) -> Any:
         """Lightning's, after which `lightspan.nn.image_numbers` reads the batch's `index` on the host."""
         moved = super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
-        keep_on_host(batch, moved)
+        if (device or self.device).type != "cpu":  # there a batch stays where it is
+            keep_on_host(batch, moved)
         return moved
 
     def features(self, batch: Any) -> Tensor:

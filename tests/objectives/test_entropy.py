@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lightspan.objectives.entropy import entropy, prediction_entropy
+from lightspan.objectives.entropy import prediction_entropy
 from lightspan.objectives.pseudo_labels import UNTRUSTED, pseudo_label_loss
 
 
@@ -16,11 +16,6 @@ def test_entropy_is_the_logarithm_of_equal_answers_and_zero_of_a_sure_one() -> N
     torch.testing.assert_close(prediction_entropy(p.log() + 3), by_hand)
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(prediction_entropy, x)
-
-
-def test_entropy_counts_classes_without_probability_as_nothing() -> None:
-    uniform_K, certain_K = torch.full((1, 4), 0.25), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(entropy(torch.cat([uniform_K, certain_K])), torch.tensor([4.0, 1.0]).log())
 
 
 def test_targets_are_trusted_labels_or_sharpened_sure_answers_and_nothing_else_counts() -> None:

@@ -33,7 +33,6 @@ from lightspan.nn.init import he_normal_
 from lightspan.nn.labels import labels_of
 from lightspan.nn.views import image_of
 from lightspan.objectives.classes import label_cross_entropy, share_right
-from lightspan.objectives.entropy import entropy
 from lightspan.objectives.means import own_mean
 from lightspan.optim.masks.follow import require_entrywise
 from lightspan.optim.masks.reindex import reindex
@@ -200,7 +199,7 @@ class SSVI(Method):
         inside_B = self._evaluate("test", batch)
         image_BCHW = batch["image"]
         noise_BCHW = normal(self.seed, STEP_OF_NOISE, "noise", image_BCHW.shape, index_in(batch, self)).to(image_BCHW)
-        outside_B = entropy(self.probabilities(noise_BCHW))
+        outside_B = torch.special.entr(self.probabilities(noise_BCHW)).sum(dim=1)
         told_B = torch.cat([torch.zeros_like(inside_B), torch.ones_like(outside_B)]).long()
         self.auroc(torch.cat([inside_B, outside_B]), told_B)
         self.log("test/auroc_noise", self.auroc, on_step=False, on_epoch=True, batch_size=len(inside_B))
@@ -212,7 +211,7 @@ class SSVI(Method):
     def _evaluate(self, stage: str, batch: ImageBatch) -> Tensor:
         """Logs, and returns the entropy of each prediction [B]."""
         probability_BK, label_B = self.probabilities(batch["image"]), labels_of(batch, "SSVI")
-        entropy_B = entropy(probability_BK)
+        entropy_B = torch.special.entr(probability_BK).sum(dim=1)
         log_p_BK = probability_BK.clamp_min(torch.finfo(probability_BK.dtype).tiny).log()
         measured = {
             "accuracy": share_right(probability_BK, label_B),

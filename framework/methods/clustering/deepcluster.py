@@ -22,7 +22,7 @@ from lightspan.core.ranges import require_temperatures
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.nn.clustering.spherical_kmeans import drawn_rows, spherical_kmeans
-from lightspan.nn.heads.directions import dot_products
+from lightspan.nn.heads.dino_head import dot_products
 from lightspan.nn.image_numbers import index_in, training_images
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.step_buffer import StepBuffer

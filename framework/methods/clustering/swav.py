@@ -20,13 +20,12 @@ from lightspan.core.ranges import require_in, require_shares, require_temperatur
 from lightspan.core.sharded import local, row_norms
 from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ViewsBatch
-from lightspan.nn.heads.directions import dot_products, zero_grads
+from lightspan.nn.heads.dino_head import dot_products, zero_grads
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.feature_queue import FeatureQueue
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import given_width, require_projector
-from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
 from lightspan.training.method import Method
 
@@ -105,7 +104,7 @@ class SwAV(Method):
             (wide(scores_VBK.detach()) / self.temperature).softmax(dim=-1).flatten(0, 1).mean(dim=0, keepdim=True)
         )
         # log K while all prototypes are predicted alike, 0 if one is predicted of all images.
-        self.log_training({"train/loss": loss, "train/prototype_entropy_nats": entropy(answer_1K)[0]})
+        self.log_training({"train/loss": loss, "train/prototype_entropy_nats": torch.special.entr(answer_1K).sum()})
         return loss
 
     @torch.no_grad()

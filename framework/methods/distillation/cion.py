@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lightspan.core.ranges import require_shares, require_temperatures
 from lightspan.datamodules.image.batch import ViewsBatch
-from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.heads.directions import zero_grads
+from lightspan.nn.heads.dino_head import DINOHead, zero_grads
 from lightspan.nn.labels import labels_of
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.submodule_alias import submodule_alias
@@ -30,7 +29,6 @@ from lightspan.nn.teachers.centring import Centre
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import global_first, require_global_views
 from lightspan.nn.widths import require_width
-from lightspan.objectives.entropy import entropy
 from lightspan.objectives.prototypes import centred_softmax, cross_view_loss, mixed_targets
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.training.method import Method
@@ -102,7 +100,8 @@ class CION(Method):
         targets_GBP = mixed_targets(targets_RP.view_as(taught_GBP), label_B)
         loss = cross_view_loss(targets_GBP, self.student(views), self.student_temperature)
         # 0 if all draw one prototype each time, log P if none is preferred: both are collapses.
-        self.log_training({"train/loss": loss, "train/target_entropy_nats": entropy(targets_RP).mean()})
+        entropy = torch.special.entr(targets_RP).sum(dim=1).mean()
+        self.log_training({"train/loss": loss, "train/target_entropy_nats": entropy})
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from lightspan.core.ranges import require_shares, require_temperatures, require_weights
 from lightspan.datamodules.image.batch import ViewsBatch
-from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.heads.directions import zero_grads
+from lightspan.nn.heads.dino_head import DINOHead, zero_grads
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.view_masks import masks_of_views

@@ -76,10 +76,11 @@ class EMATeacher(Frozen):
             else:
                 buffers[name].copy_(buffer)
 
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: as `require_wide`."""
         self.require_wide()
-        return super().forward(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def require_wide(self) -> None:
         """For a method that calls the copy with weights of its own. Raises: UserError for weights in half precision, in
