@@ -40,7 +40,7 @@ from lightspan.adapters.sparse_gaussian.layer import Mean, OneDraw, Outputs, Spa
 from lightspan.adapters.sparse_gaussian.topology import Topology, move
 from lightspan.backbones.vision import MLP
 from lightspan.datamodules.image.sets.small import Digits, FashionMNIST
-from lightspan.methods.bayesian.ssvi import entropy, kl_weight
+from lightspan.methods.bayesian.ssvi import kl_weight
 from lightspan.nn.init import he_normal_
 from lightspan.optim.masks.reindex import reindex
 from lightspan.optim.schedules import WarmupCosine
@@ -190,7 +190,7 @@ def outcome(arm: str, model: nn.Module, seed: int, val_size: int) -> Outcome:
         return torch.stack(networks).mean(0)
 
     def told(outside: Tensor) -> float:
-        found = torch.cat([entropy(probability), entropy(probabilities(outside))])
+        found = torch.special.entr(torch.cat([probability, probabilities(outside)])).sum(dim=1)
         return binary_auroc(found, (torch.arange(len(found)) >= len(probability)).long()).item()
 
     probability = probabilities(image)

@@ -31,7 +31,6 @@ from lightspan.datamodules.image.sets.small import FashionMNIST
 from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.nn.heads.projector import Projector
-from lightspan.objectives.entropy import entropy
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS = (0, 1, 2)
@@ -91,7 +90,10 @@ def measure(trained: SwAV, val_size: int = 0) -> dict[str, float]:
         ]
     nearest = trained.prototypes(F.normalize(trained.network.head(sides[2]), dim=1)).argmax(dim=1)
     share_1K = torch.bincount(nearest, minlength=K)[None] / len(nearest)
-    return {"linear": 100 * float(linear_probe_accuracy(*sides)), "use": float(entropy(share_1K)) / math.log(K)}
+    return {
+        "linear": 100 * float(linear_probe_accuracy(*sides)),
+        "use": float(torch.special.entr(share_1K).sum()) / math.log(K),
+    }
 
 
 def test_swav(evidence) -> None:

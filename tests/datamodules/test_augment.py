@@ -8,8 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lightspan.datamodules.image.augment import steps
-from lightspan.datamodules.image.augment.rendering import NO_LABEL, WHOLE, Drawn, Rendering, unit_float
+from lightspan.datamodules.image.augment.rendering import (
+    NO_LABEL,
+    WHOLE,
+    Drawn,
+    Rendering,
+    blurred,
+    hue_turned,
+    resampled,
+    turned,
+    unit_float,
+)
 from lightspan.datamodules.image.augment.views import (
     DrawnViews,
     MultiCrop,
@@ -137,7 +146,7 @@ def test_resampling_is_torchvisions_crop_and_resize(
     height, width = (data.draw(st.integers(1, side)) for side in size)
     top, left = (data.draw(st.integers(0, side - kept)) for side, kept in zip(size, (height, width), strict=True))
     image = torch.rand(1, 2, *size, generator=torch.Generator().manual_seed(1))
-    ours = steps.resampled(image, torch.tensor([[top, left, height, width]]).float(), *target)
+    ours = resampled(image, torch.tensor([[top, left, height, width]]).float(), *target)
     theirs = F.resized_crop_image(image, top, left, height, width, list(target), antialias=True)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -146,16 +155,16 @@ def test_resampling_is_torchvisions_crop_and_resize(
 def test_turning_is_torchvisions(angle: float) -> None:
     image = unit_float(colours())
     theirs = F.rotate_image(image, angle, F.InterpolationMode.BILINEAR)
-    torch.testing.assert_close(steps.turned(image, torch.full([len(image)], angle)), theirs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(turned(image, torch.full([len(image)], angle)), theirs, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.2, 0.0, 0.1, 0.5])
 def test_hue_is_torchvisions(turns: float) -> None:
     image = unit_float(colours())
     theirs = F.adjust_hue_image(image, turns)
-    torch.testing.assert_close(steps.hue_turned(image, turns), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hue_turned(image, turns), theirs, atol=1e-5, rtol=0)
     rows = torch.full([len(image), 1, 1, 1], turns)
-    torch.testing.assert_close(steps.hue_turned(image, rows), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hue_turned(image, rows), theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("deviation", [0.1, 0.5, 1.3, 40.0])
@@ -164,9 +173,9 @@ def test_blur_is_torchvisions_and_none_is_none(deviation: float) -> None:
     # torchvision has one radius for both sides, and so has a blur that the border limits.
     radius = min(int(-(-2 * deviation // 1)), image.shape[2] - 1)
     theirs = F.gaussian_blur_image(image, [2 * radius + 1] * 2, [deviation] * 2)
-    torch.testing.assert_close(steps.blurred(image, deviation, deviation), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(blurred(image, deviation, deviation), theirs, atol=1e-5, rtol=0)
     rows = torch.tensor([deviation, 0.0]).repeat(3)[:, None, None, None]
-    mixed = steps.blurred(image, rows, deviation)
+    mixed = blurred(image, rows, deviation)
     torch.testing.assert_close(mixed[0::2], theirs[0::2], atol=1e-5, rtol=0)
     assert torch.equal(mixed[1::2], image[1::2])
 
