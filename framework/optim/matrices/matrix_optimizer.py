@@ -359,13 +359,10 @@ class MatrixOptimizer(Optimizer, ABC):
         clip = self._clip_factor()
         if self.check_finite:
             self._require_finite(steps, unprojected, choosing)
-        _run(
-            [
-                StateTransfer(b.layout.device, [b.state], [b.offloaded], partial(step.update, clip))
-                for step in steps
-                for b in (step.bucket,)
-            ]
-        )
+        _run([
+            StateTransfer(step.layout.device, [step.bucket.state], [step.bucket.offloaded], partial(step.update, clip))
+            for step in steps
+        ])  # fmt: skip
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
         _run(self._steps_of_unprojected(unprojected, clip))
         self._checked = self.measures_norm = False
