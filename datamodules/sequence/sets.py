@@ -20,13 +20,10 @@ from lightspan.datamodules.text.batch import LabelledTextBatch
 
 
 class ValueRows(NamedTuple):
-    """rows: float32 [N, L, C], or uint8, of which 0 becomes -1 and 255 becomes 1; labels: int64 [N]; groups: as of
-    `SymbolRows`.
-    """
+    """rows: float32 [N, L, C], or uint8, of which 0 becomes -1 and 255 becomes 1; labels: int64 [N]."""
 
     rows: np.ndarray
     labels: np.ndarray
-    groups: np.ndarray | None = None
 
     def fields(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
@@ -36,13 +33,12 @@ class ValueRows(NamedTuple):
 
 class SymbolRows(NamedTuple):
     """rows: whole numbers [N, L], padded at the end; labels: int64 [N]; lengths: int64 [N], symbols that are not
-    padding; groups: int64 [N], what belongs together, such as the pieces of one file, or None.
+    padding.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
-    groups: np.ndarray | None = None
 
     def fields(self, index: int) -> dict[str, Tensor]:
         tokens = torch.from_numpy(self.rows[index].astype(np.int64))
@@ -54,7 +50,7 @@ Labelled = ValueRows | SymbolRows
 
 def taken(data: Labelled, indices: np.ndarray) -> Labelled:
     """Some of the sequences."""
-    return data._replace(**{name: column[indices] for name, column in data._asdict().items() if column is not None})
+    return type(data)(*(column[indices] for column in data))
 
 
 class SequenceSamples:
@@ -83,7 +79,7 @@ class SequenceSets(SampleSets):
 
     Which sequences are trained on depends on `train_size` and `val_size` alone. Two recipes with equal ones, as for
     both stages of SPT, train on the same; none that is validated or tested on is among them, nor one that is equal to
-    such, nor one of a group (the pieces of a file) of which some are held out.
+    such.
 
     Args:
         batch_size: sequences of one optimiser step over all ranks.
@@ -146,11 +142,9 @@ class SequenceSets(SampleSets):
 
 
 def _apart(training: Labelled, held: np.ndarray, test: Labelled) -> np.ndarray:
-    """Indices of the training sequences that are neither held out, nor equal to one that is, nor of its group."""
+    """Indices of the training sequences that are neither held out nor equal to one that is."""
     left = np.ones(len(training.labels), dtype=bool)
     left[held] = False
-    if training.groups is not None:
-        left &= ~np.isin(training.groups, training.groups[held])
     kept_out = {row.tobytes() for rows in (training.rows[held], test.rows) for row in rows}
     left &= np.array([row.tobytes() not in kept_out for row in training.rows], dtype=bool)
     return np.flatnonzero(left)
