@@ -304,10 +304,8 @@ class Chat(SampleSets):
         return trimmed(batch, SIDES) if self.trim else batch
 
     def _rows(self, path: str, setting: str) -> list[Conversation]:
-        rows = [row_of(*line) for line in json_lines(path, f"data.init_args.{setting}")]
-        if not rows:
-            raise UserError(f"{path} has no conversation; write a JSON object with messages in each line")
-        return rows
+        lines = json_lines(path, f"data.init_args.{setting}", "conversation", "messages")
+        return [row_of(*line) for line in lines]
 
     def _samples(self, rows: Iterable[Conversation], skipped: Skipped, what: str) -> ChatSamples:
         kept = []

@@ -25,7 +25,7 @@ from lightspan.datamodules.text.batch import DenoisingBatch, PromptBatch
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
 
 SIDES = {
@@ -85,33 +85,27 @@ class DomainFiles(Domains):
         return _labelled(self._rows("source"))
 
     def target(self) -> UnlabelledTexts:
-        return UnlabelledTexts([row["text"] for _, row in self._rows("target")])
+        return UnlabelledTexts([text_in(*line, "text") for line in self._rows("target")])
 
     def target_test(self) -> LabelledTexts:
         if self.paths["test"] is None:
             raise UserError("there are no labels of the target domain to judge by; name a file with them as test")
         return _labelled(self._rows("test"))
 
-    def _rows(self, which: str) -> list[tuple[str, dict[str, Any]]]:
+    def _rows(self, which: str) -> list[tuple[str, Any]]:
         """(where a line is, what it says)."""
-        path, setting = self.paths[which], f"data.init_args.domains.init_args.{which}"
+        path = self.paths[which]
         assert path is not None
-        rows = json_lines(path, setting)
-        for where, row in rows:
-            text = row.get("text") if isinstance(row, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where} has no text, or an empty one")
-        if not rows:
-            raise UserError(f"{setting}={path} has no text")
-        return rows
+        return json_lines(path, f"data.init_args.domains.init_args.{which}", "text", "text")
 
 
-def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> LabelledTexts:
+def _labelled(rows: list[tuple[str, Any]]) -> LabelledTexts:
+    texts = [text_in(*line, "text") for line in rows]
     for where, row in rows:
         label = row.get("label")
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise UserError(f"{where} has no label that is a whole number from 0 up")
-    return LabelledTexts([row["text"] for _, row in rows], [row["label"] for _, row in rows])
+    return LabelledTexts(texts, [row["label"] for _, row in rows])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Texts as tokens, with the word of each token: for masks of whole words. Shapes: N texts, T tokens."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.batch import WholeWordBatch
 from lightspan.datamodules.text.functions import library_functions
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.tokenized import require_length
 from lightspan.datamodules.text.windows import in_validation
 
@@ -143,13 +142,5 @@ class WholeWords(SampleSets):
         """(what the hash is of, text)."""
         if self.path is None:
             return [(function.file, function.body) for function in library_functions(self.folder)]
-        texts = [text_of(*line) for line in json_lines(self.path, "data.init_args.path")]
-        return [(text, text) for text in texts]
-
-
-def text_of(where: str, found: Any) -> str:
-    """A text of what a JSON says. Raises: UserError if it has none, or an empty one."""
-    text = found.get("text") if isinstance(found, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} has no text, or an empty one; it must be a text")
-    return text
+        lines = json_lines(self.path, "data.init_args.path", "text", "text")
+        return [(text, text) for text in (text_in(*line, "text") for line in lines)]
