@@ -11,9 +11,8 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.image.sets.small import ImageSamples, Labelled, channel_moments, evenly
 from lightspan.datamodules.image_text.batch import LabelledImageTextBatch
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_sizes
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
 
@@ -47,7 +46,7 @@ class PairSamples:
         return sample | text
 
 
-class CaptionedImages(SampleSets):
+class CaptionedImages(SplitSampleSets):
     """Pictures, each with a caption and a class: batches of `LabelledImageTextBatch`.
 
     Images are standardised with the mean and deviation of the training images. `class_names` says what the classes
@@ -127,9 +126,6 @@ class CaptionedImages(SampleSets):
             f"pairs: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))} with captions"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
     def _samples(self, pairs: Captioned, view: Views | None = None) -> PairSamples:
         images = ImageSamples(Labelled(pairs.images, pairs.labels), *self.moments, view)

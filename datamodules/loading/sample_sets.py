@@ -81,6 +81,15 @@ class SampleSets(LightningDataModule, ABC):
         return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
 
 
+class SplitSampleSets(SampleSets):
+    """Those with a set to test on as well, `test`, which `setup` of a subclass makes too."""
+
+    test: Dataset
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
+
+
 def require_sizes(train_size: int | None, val_size: int) -> None:
     """Raises: UserError for fewer than one sample to train on (None is all), or fewer than none held out."""
     if train_size is not None and train_size < 1:

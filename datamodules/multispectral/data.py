@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.batch import MultispectralBatch, MultispectralSeriesBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
@@ -74,7 +73,7 @@ class FoundScenes:
     content: str
 
 
-class SpectralSets(SampleSets):
+class SpectralSets(SplitSampleSets):
     """Pictures of many bands: batches of `MultispectralBatch`. A subclass finds them.
 
     Bands are standardised with mean and deviation of up to 2,000 training pictures, spread evenly, over their valid
@@ -142,6 +141,3 @@ class SpectralSets(SampleSets):
 
     def training_content(self) -> str:
         return self._content
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import channel_moments
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets
 
 MOST = 2**32  # samples of a set
 SEEDS = 2**63
@@ -63,7 +62,7 @@ class RenderedSamples(ABC):
         return {name: [x[0] for x in field] if isinstance(field, list) else field[0] for name, field in batch.items()}
 
 
-class DrawnSets(SampleSets):
+class DrawnSets(SplitSampleSets):
     """Loaders of three sets of drawn samples that share none.
 
     Args:
@@ -114,9 +113,6 @@ class DrawnSets(SampleSets):
             f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
             f"test samples of {self.described()}"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class RenderedSets(DrawnSets):

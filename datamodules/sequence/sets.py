@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lightspan.datamodules.image.sets.small import evenly
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_enough, require_sizes
 from lightspan.datamodules.sequence.batch import SequenceBatch
 from lightspan.datamodules.text.batch import LabelledTextBatch
 
@@ -74,7 +73,7 @@ class SequenceSamples:
         return {**self.data.fields(index), "label": label, "index": torch.tensor(index)}
 
 
-class SequenceSets(SampleSets):
+class SequenceSets(SplitSampleSets):
     """A subclass names its classes and loads. Values give batches of `SequenceBatch`, symbols of `LabelledTextBatch`.
 
     Which sequences are trained on depends on `train_size` and `val_size` alone. Two recipes with equal ones, as for
@@ -136,9 +135,6 @@ class SequenceSets(SampleSets):
             f"sequences: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
             f"{len(self.test)} test sequences of {' x '.join(map(str, training.rows.shape[1:]))}"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 def _apart(training: Labelled, held: np.ndarray, test: Labelled) -> np.ndarray:

@@ -14,9 +14,8 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import seeded
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.table.batch import LabelledTableBatch, LabelledTableViewsBatch, TableBatch, TableViewsBatch
 from lightspan.datamodules.table.parts import Parts, Rows, divided, shuffled
@@ -71,7 +70,7 @@ class RowSamples:
             return {"views": self.views(row_F), **rest}
 
 
-class TableData(SampleSets):
+class TableData(SplitSampleSets):
     """What tables share. A subclass says how many columns it has, and loads. Rows are divided and standardised by
     `lightspan.datamodules.table.parts.divided`.
 
@@ -128,9 +127,6 @@ class TableData(SampleSets):
         validated = None if parts.val is parts.test else len(self.val)
         samples = f"rows of {parts.train.table.shape[1]} columns"
         say(f"rows: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class Diabetes(TableData):

@@ -4,15 +4,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.files.places import ReadPath
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.labelled import LabelledTextSamples, LabelledTokens
 from lightspan.datamodules.text.tokenized import require_length
 
 
-class FoodReviews(SampleSets):
+class FoodReviews(SplitSampleSets):
     """4,000 training and 1,000 test reviews of food (McAuley and Leskovec 2013), batches of `LabelledTextBatch`.
 
     Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is truncated
@@ -71,9 +70,6 @@ class FoodReviews(SampleSets):
             f"reviews: {sizes(len(self.train), validated, len(self.test), 'reviews')}, "
             f"{self.val.data.labels.mean():.1%} of the validation reviews great"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
     def _tokenize(self, texts: list[str], scores: list[str]) -> LabelledTokens:
         return LabelledTokens.of(self.tokenizer, texts, [score == "great" for score in scores], self.length)

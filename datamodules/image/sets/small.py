@@ -22,10 +22,9 @@ from lightspan.core.files.foreign import BYTES, content_of, drained
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.loading.sample_sets import SampleSets, SplitSampleSets, require_enough, require_sizes
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -167,7 +166,7 @@ def per_channel(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
-class ImageData(SampleSets):
+class ImageData(SplitSampleSets):
     """What image sets share. A subclass names its classes and shape, and loads.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
@@ -265,9 +264,6 @@ class ImageData(SampleSets):
         """Black and white after standardising: the least and greatest value of an image, each [C, 1, 1]."""
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class Digits(ImageData):
