@@ -79,11 +79,9 @@ class AudioData(SplitSampleSets):
         rate: of the waves, in Hz.
         seconds: of the longest segment, which all waves are padded to.
         level_db: root mean square of each segment in dB of full scale, such as -25; None leaves levels as they are.
-        batch_size: recordings of one optimiser step over all ranks.
-        seed: of the order and of the segments.
-        num_workers: processes that read.
         skip_damaged: True trains without recordings that cannot be read and names those found at the start; False
             refuses to start.
+        settings: those of `SampleSets`.
 
     Attributes:
         classes: names of the labels, known after `setup`; none where there are no labels.
@@ -94,15 +92,12 @@ class AudioData(SplitSampleSets):
         rate: int = 16_000,
         seconds: float = 15.0,
         level_db: float | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
         skip_damaged: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         self.reader = WaveReader(rate, seconds, level_db)
-        self.rate, self.batch_size, self.seed, self.num_workers = rate, batch_size, seed, num_workers
-        self.skip_damaged = skip_damaged
+        self.rate, self.skip_damaged = rate, skip_damaged
         self.classes: tuple[str, ...] = ()
 
     @abstractmethod

@@ -61,8 +61,7 @@ class CaptionedImages(SplitSampleSets):
         val_size: validate on this many pairs held out from training, so that settings can be chosen without the test
             pairs. 0 trains on all and validates on the test pairs.
         train_classes: train on pairs of these classes alone; None on all. Validation and test pairs have all classes.
-        seed: of the order and of the views.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     image_shape: ClassVar[tuple[int, int, int]]  # C H W
@@ -77,10 +76,9 @@ class CaptionedImages(SplitSampleSets):
         train_size: int | None = None,
         val_size: int = 0,
         train_classes: list[int] | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(length)
         require_sizes(train_size, val_size)
         if view is not None and getattr(view, "count", 1) != 1:
@@ -90,9 +88,8 @@ class CaptionedImages(SplitSampleSets):
                 f"train_classes={train_classes} must name classes of {type(self).__name__}, from 0 to "
                 f"{self.num_classes - 1}"
             )
-        self.tokenizer, self.length, self.batch_size, self.view = tokenizer, length, batch_size, view
+        self.tokenizer, self.length, self.view = tokenizer, length, view
         self.train_size, self.val_size, self.train_classes = train_size, val_size, train_classes
-        self.seed, self.num_workers = seed, num_workers
         self.train: PairSamples | None = None
 
     @property

@@ -83,8 +83,7 @@ class SpectralSets(SplitSampleSets):
         bands: see `lightspan.datamodules.multispectral.bands.Bands`.
         batch_size: pictures of one optimiser step over all ranks.
         crops: random crops of a training picture; None trains on them as they are.
-        seed: of the order and the crops.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -97,13 +96,10 @@ class SpectralSets(SplitSampleSets):
         bands: Bands,
         batch_size: int = 128,
         crops: SpectralCrops | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.bands, self.batch_size, self.crops, self.seed, self.num_workers = (
-            bands, batch_size, crops, seed, num_workers,
-        )  # fmt: skip
+        super().__init__(batch_size, **settings)
+        self.bands, self.crops = bands, crops
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: SpectralSamples | None = None
 

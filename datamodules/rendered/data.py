@@ -70,8 +70,7 @@ class DrawnSets(SplitSampleSets):
             grows, and the others with them.
         batch_size: samples of one optimiser step over all ranks.
         draw_seed: of the samples, in [0, 2**63).
-        seed: of their order, and of what is random anew in each epoch.
-        num_workers: processes that draw batches.
+        settings: the others of `SampleSets`.
     """
 
     def __init__(
@@ -81,17 +80,15 @@ class DrawnSets(SplitSampleSets):
         test_size: int = 1024,
         batch_size: int = 128,
         draw_seed: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         if not all(1 <= count <= MOST for count in (size, val_size, test_size)) or not 0 <= draw_seed < SEEDS:
             raise UserError(
                 f"size={size}, val_size={val_size} and test_size={test_size} must be in [1, {MOST}], and "
                 f"draw_seed={draw_seed} in [0, 2**63)"
             )
-        self.size, self.val_size, self.test_size, self.batch_size = size, val_size, test_size, batch_size
-        self.draw_seed, self.seed, self.num_workers = draw_seed, seed, num_workers
+        self.size, self.val_size, self.test_size, self.draw_seed = size, val_size, test_size, draw_seed
 
     @abstractmethod
     def sets(self) -> Callable[[int, int], RenderedSamples]:

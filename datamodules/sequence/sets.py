@@ -5,7 +5,7 @@ Shapes: N sequences of a set, L steps, C numbers of a step.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,12 +81,10 @@ class SequenceSets(SplitSampleSets):
     such.
 
     Args:
-        batch_size: sequences of one optimiser step over all ranks.
         train_size: train on this many, with the classes in turn; None uses all.
         val_size: validate on this many training sequences, held out, so that settings can be chosen without the test
             sequences. 0 trains on all and validates on the test sequences.
-        seed: of the order of training sequences.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
     """
 
     num_classes: int
@@ -94,18 +92,10 @@ class SequenceSets(SplitSampleSets):
     bank: SequenceSamples
     val: SequenceSamples
 
-    def __init__(
-        self,
-        batch_size: int = 32,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, train_size: int | None = None, val_size: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
         require_sizes(train_size, val_size)
-        self.batch_size, self.train_size, self.val_size = batch_size, train_size, val_size
-        self.seed, self.num_workers = seed, num_workers
+        self.train_size, self.val_size = train_size, val_size
         self.train = None
 
     @abstractmethod

@@ -84,7 +84,7 @@ class TableData(SplitSampleSets):
         leave_out: no training row has a target from the first of these two numbers up to the second, to see what is
             predicted in the gap. None leaves out none.
         split_seed: of what is for testing and validation. `seed` is that of the order and the views.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     columns: int
@@ -97,15 +97,13 @@ class TableData(SplitSampleSets):
         val_size: int = 0,
         leave_out: tuple[float, float] | None = None,
         split_seed: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_sizes(None, val_size)
         if leave_out is not None and not leave_out[0] < leave_out[1]:
             raise UserError(f"leave_out={list(leave_out)} must be two numbers with the smaller one first")
-        self.batch_size, self.views, self.val_size, self.leave_out = batch_size, views, val_size, leave_out
-        self.split_seed, self.seed, self.num_workers = split_seed, seed, num_workers
+        self.views, self.val_size, self.leave_out, self.split_seed = views, val_size, leave_out, split_seed
         self.train: RowSamples | None = None
 
     @abstractmethod

@@ -285,9 +285,7 @@ class DomainTexts(SampleSets):
         tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
         val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced. None
             takes a tenth, at most 200.
-        batch_size: texts of one optimiser step over all ranks.
-        seed: of the order and of what is random in a sample.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Attributes:
         num_tokens: numbers of tokens, from 0 up, with sentinels.
@@ -304,16 +302,14 @@ class DomainTexts(SampleSets):
         length: int = 128,
         tokens: DenoisingTokens | None = None,
         val_size: int | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         if val_size is not None and val_size < 1:
             raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
         self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
         self.num_tokens, self.inputs = self.reader.num_tokens, length
-        self.val_size, self.batch_size, self.seed, self.num_workers = val_size, batch_size, seed, num_workers
+        self.val_size = val_size
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Leaves out the columns in which no text of the batch has a token."""

@@ -118,9 +118,7 @@ class LabelledTextFiles(SampleSets):
         fields: the text's name in a line, or the names of two.
         label: the class's name in a line.
         length: T, tokens that are read, at least 3; of two texts the longer one is cut first.
-        batch_size: samples of one optimiser step over all ranks.
-        seed: of the order.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Attributes:
         num_classes: of the training file; after `setup`.
@@ -141,18 +139,15 @@ class LabelledTextFiles(SampleSets):
         fields: tuple[str, ...] = ("text",),
         label: str = "label",
         length: int = 128,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         require_length(length)
         if len(fields) not in (1, 2) or len({*fields, label}) <= len(fields):
             raise UserError(f"fields={[*fields]} must be the names of one text or two, other than label={label}")
         require_val_size(val_size)
         self.path, self.val_path, self.test_path, self.val_size = path, val_path, test_path, val_size
         self.tokenizer, self.fields, self.label, self.length = tokenizer, tuple(fields), label, length
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all files, once."""

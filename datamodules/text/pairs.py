@@ -141,8 +141,7 @@ class Pairs(SampleSets):
         tokenizer: turns a text into tokens, special tokens included; one for both sides.
         query_length, document_length: T and U, tokens that are read, at least 3.
         batch_size: queries of one optimiser step over all ranks.
-        seed: of the order, and of which negatives a query gets.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     def __init__(
@@ -151,14 +150,12 @@ class Pairs(SampleSets):
         query_length: int = 32,
         document_length: int = 128,
         batch_size: int = 128,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(query_length)
         require_length(document_length)
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def training_content(self) -> str:
         return content_of(self.train.arrays())  # type: ignore[union-attr]

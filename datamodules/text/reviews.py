@@ -1,5 +1,7 @@
 """Food reviews with a verdict, from the R package modeldata. Nothing is downloaded. Shapes: T tokens."""
 
+from typing import Any
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +22,11 @@ class FoodReviews(SplitSampleSets):
     Args:
         tokenizer: turns a review into tokens, special tokens included.
         length: T, tokens of a review that are read; half of the reviews have fewer than 70 words.
-        batch_size: reviews of one optimiser step over all ranks.
         train_size: train on this many reviews, evenly spaced; None uses all.
         val_size: validate on this many training reviews, evenly spaced and held out from training, so that settings can
             be chosen without the test reviews. 0 trains on all and validates on the test reviews.
         library: folder of R packages that contains modeldata; None searches the usual places.
-        seed: of the order of training reviews.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Raises: UserError at setup if the reviews are not installed or too few for the requested sizes.
     """
@@ -37,18 +37,16 @@ class FoodReviews(SplitSampleSets):
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int = 128,
-        batch_size: int = 32,
         train_size: int | None = None,
         val_size: int = 0,
         library: ReadPath | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         require_length(length)
         require_sizes(train_size, val_size)
-        self.tokenizer, self.length, self.batch_size, self.library = tokenizer, length, batch_size, library
-        self.train_size, self.val_size, self.seed, self.num_workers = train_size, val_size, seed, num_workers
+        self.tokenizer, self.length, self.library = tokenizer, length, library
+        self.train_size, self.val_size = train_size, val_size
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once."""

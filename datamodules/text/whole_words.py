@@ -1,6 +1,7 @@
 """Texts as tokens, with the word of each token: for masks of whole words. Shapes: N texts, T tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,8 +95,7 @@ class WholeWords(SampleSets):
         length: T, tokens that are read, at least 3.
         val_fraction: of the files, or of the lines by a hash of the text, held out to validate on, in (0, 1).
         batch_size: texts of one optimiser step over all ranks.
-        seed: of the order, and of what is read of long texts.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     Raises: UserError at setup for a file that cannot be read, naming the line, or if one of the sets is empty.
     """
 
@@ -107,17 +107,15 @@ class WholeWords(SampleSets):
         length: int = 128,
         val_fraction: float = 0.15,
         batch_size: int = 64,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         if path is not None and folder is not None:
             raise UserError(f"path={path} and folder={folder} both say what to read; leave one of them out")
         if not 0 < val_fraction < 1:
             raise UserError(f"val_fraction={val_fraction} must lie in (0, 1)")
         self.cutter = WordCutter(tokenizer, length)
         self.path, self.folder, self.val_fraction = path, folder, val_fraction
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all texts, once."""

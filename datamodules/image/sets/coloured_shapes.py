@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightspan.datamodules.image.sets.drawn import DrawnImages
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
 from lightspan.datamodules.image.sets.shapes import SIDE
 from lightspan.datamodules.image.sets.small import Labelled
 from lightspan.datamodules.rendered.outlines import cover, frames
@@ -58,11 +58,11 @@ def _textured(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
     return woven(texture, a, b)
 
 
-class ColouredShapes(DrawnImages):
+class ColouredShapes(DrawnPictures):
     """64 classes of coloured, textured shapes, 28 x 28 in colour, as many of each; `factors` tells a class's factors.
 
     Args:
-        size, noise, draw_seed, settings: those of `DrawnImages`.
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = CLASSES

@@ -9,7 +9,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
 
 
-class DrawnImages(ImageData):
+class DrawnPictures(ImageData):
     """Pictures that need no file. A subclass draws them.
 
     Args:

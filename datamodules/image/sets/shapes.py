@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.image.sets.drawn import DrawnImages
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
 from lightspan.datamodules.image.sets.small import Labelled
 from lightspan.datamodules.rendered.outlines import NAMES, cover, frames
 
@@ -39,12 +39,12 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator, varie
     return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
 
 
-class Shapes(DrawnImages):
+class Shapes(DrawnPictures):
     """Ten shapes (`NAMES`), 28 x 28 grey, equally many of each.
 
     Args:
         variety: as in `draw`, in [0, 1].
-        size, noise, draw_seed, settings: those of `DrawnImages`.
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = len(NAMES)

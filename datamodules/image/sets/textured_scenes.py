@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lightspan.datamodules.image.sets.drawn import DrawnImages
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
 from lightspan.datamodules.image.sets.small import Labelled
 
 SIDE = 32
@@ -54,12 +54,12 @@ def _texture(x: np.ndarray, y: np.ndarray, count: int, generator: np.random.Gene
     return first + wave[:, None] * (second - first)
 
 
-class TexturedScenes(DrawnImages):
+class TexturedScenes(DrawnPictures):
     """Scenes of 32 x 32 pixels in colour, whose class says whether two or three objects can be seen (or fewer, where
     one hides another).
 
     Args:
-        size, noise, draw_seed, settings: those of `DrawnImages`.
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = 2
