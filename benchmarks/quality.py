@@ -51,12 +51,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from descent import descend, neighbour
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightspan.backbones.language import llama
-from lightspan.cli.studies.sweeps.descent import descend, neighbour
 from lightspan.core.drawing import COLOURS, canvas, png, tidy
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic

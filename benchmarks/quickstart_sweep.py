@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from descent import descend
+
 from lightspan.cli.runs.fits import Task, exits_on_sigterm, fit_command, last_lines
 from lightspan.cli.studies.queue import run_queue
-from lightspan.cli.studies.sweeps.descent import descend
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.runs import METRICS, OUTPUT

@@ -1,9 +1,9 @@
 """Data sets of R packages, read without R from where Debian and Ubuntu install them.
 
-An R package has each data set in a file of its own, `NAME.rda`, or all in two files. Of these `Rdata.rdx` is a list
-in R's own serialisation whose `variables` give offset and length of each data set in `Rdata.rdb`. Such a piece is 4
-bytes of unpacked size, big-endian, and then a zlib stream, or a letter and data packed as it says: `2` bzip2, `Z` raw
-LZMA2, `0` uncompressed. Source: R's src/main/serialize.c, R_compress1 to R_compress3.
+An R package has its data sets in two files. `Rdata.rdx` is a list in R's own serialisation whose `variables` give
+offset and length of each data set in `Rdata.rdb`. Such a piece is 4 bytes of unpacked size, big-endian, and then a zlib
+stream, or a letter and data packed as it says: `2` bzip2, `Z` raw LZMA2, `0` uncompressed. Source: R's
+src/main/serialize.c, R_compress1 to R_compress3.
 """
 
 import bz2
@@ -38,12 +38,9 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
         from rdata.parser import parse_data
     except ImportError as error:
         raise UserError("reading data of R packages needs rdata, which is not installed: pip install rdata") from error
-    folder = find_package(package, library, names)
+    folder = find_package(package, library)
     classes = {**DEFAULT_CLASS_MAP, "tbl_df": DEFAULT_CLASS_MAP["data.frame"]}  # a tibble is a data frame
     try:
-        if not (folder / "Rdata.rdx").is_file():
-            files = [parse_data(unpacked(content_of(folder / f"{name}.rda")), extension=".rda") for name in names]
-            return [plain(convert(file, classes)[name]) for file, name in zip(files, names, strict=True)]
         index = convert(parse_data(unpacked(content_of(folder / "Rdata.rdx")), extension=".rds"))["variables"]
         content = content_of(folder / "Rdata.rdb")
         places = [(int(index[name][0]), int(index[name][1])) for name in names]
@@ -56,17 +53,12 @@ def read_r_data(package: str, names: tuple[str, ...], library: str | None = None
         ) from error
 
 
-def find_package(package: str, library: str | None, names: tuple[str, ...] = ()) -> Path:
-    """Folder with the data of an installed R package. Raises: UserError if there is none.
-
-    Args:
-        names: of data sets, each of which may be a file of its own.
-    """
+def find_package(package: str, library: str | None) -> Path:
+    """Folder with the data of an installed R package. Raises: UserError if there is none."""
     libraries = LIBRARIES if library is None else (expanded(library, "data.init_args.library"),)
     for place in libraries:
         folder = place / package / "data"
-        alone = bool(names) and all((folder / f"{name}.rda").is_file() for name in names)
-        if (folder / "Rdata.rdx").is_file() or alone:
+        if (folder / "Rdata.rdx").is_file():
             return folder
     raise UserError(
         f"the R package {package} is not in {' or '.join(map(str, libraries))}; install it with `apt-get install "

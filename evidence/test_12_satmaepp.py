@@ -14,6 +14,7 @@ import math
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.backbones.placed_vit import GroupedViT
-from lightspan.datamodules.multispectral.scene import LandsatScene
+from lightspan.core.errors import UserError
+from lightspan.datamodules.multispectral.bands import Bands
+from lightspan.datamodules.multispectral.scene import SceneBlocks
+from lightspan.datamodules.r_data import LIBRARIES
 from lightspan.datamodules.rendered.land import LandScenes
 from lightspan.datamodules.rendered.spectra import MATERIALS
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
@@ -125,9 +129,17 @@ def run(arm: str, seed: int, rate: float, part: str, steps: int = STEPS) -> dict
     return found
 
 
+def landsat_scene() -> Path:
+    """352 x 349 pixels of six bands of Landsat 7, 30 m each, at the coast of Olinda, Brazil: of the R package stars."""
+    for library in LIBRARIES:
+        if (found := library / "stars/tif/L7_ETMs.tif").is_file():
+            return found
+    raise UserError(f"r-cran-stars is not in {' or '.join(map(str, LIBRARIES))}; install it with `make evidence-data`")
+
+
 def on_landsat(seed: int, steps: int) -> dict[str, float]:
     """Trained on random corners of the real scene's training blocks, read on its test blocks."""
-    data = LandsatScene(patch=SIDE, block=116, stride=4)
+    data = SceneBlocks(str(landsat_scene()), Bands("landsat-7", scale=1 / 255), patch=SIDE, block=116, stride=4)
     data.setup()
     assert data.train is not None
     image, unseen = (

@@ -64,9 +64,8 @@ def method(arm: str, rate: float) -> MMC:
 
 
 def scenes(seed: int) -> TexturedScenes:
-    return TexturedScenes(
-        BATCH, TwoViews(scale=(0.5, 1.0), saturation=0.4, hue=0.1), size=TRAINING, noise=NOISE, seed=seed
-    )
+    views = TwoViews(scale=(0.5, 1.0), saturation=0.4, hue=0.1)
+    return TexturedScenes(TRAINING, NOISE, batch_size=BATCH, views=views, seed=seed)
 
 
 def train(arm: str, rate: float, seed: int) -> tuple[MMC, MMC]:

@@ -71,9 +71,8 @@ def shapes(seed: int, val_size: int = 0) -> Shapes:
     common = {"degrees": 30.0, "grain": 0.05}
     large = RandomViews(count=2, size=28, scale=(0.5, 1.0), **common)
     small = RandomViews(count=2, size=14, scale=(0.15, 0.5), **common)
-    return Shapes(
-        BATCH, MultiCrop([large, small]), size=2000, noise=0.05, seed=seed, val_size=val_size, variety=VARIETY
-    )
+    views = MultiCrop([large, small])
+    return Shapes(2000, 0.05, variety=VARIETY, batch_size=BATCH, views=views, seed=seed, val_size=val_size)
 
 
 def train(arm: str, rate: float, seed: int, val_size: int = 0) -> tuple[POA | IBOT, POA | IBOT, float]:

@@ -88,8 +88,7 @@ class Volumes(SampleSets):
     samples: Any = VolumeSamples
 
     def __init__(self, batch_size: int = 6) -> None:
-        super().__init__()
-        self.batch_size, self.seed, self.num_workers = batch_size, 0, 0
+        super().__init__(batch_size)
 
     def setup(self, stage: str | None = None) -> None:
         self.train = self.bank = self.val = self.samples()

@@ -16,14 +16,13 @@ from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
-from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets
 from lightspan.datamodules.loading.workers import Damaged
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
-MOST_NAMED = 1000  # damaged files in one message
 
 
 class Recordings:
@@ -70,7 +69,7 @@ class Recordings:
         return {**wave, **labels, "index": torch.tensor(index)}
 
 
-class AudioData(SampleSets):
+class AudioData(SplitSampleSets):
     """Recordings in files. A subclass finds them.
 
     Each is mixed to one channel and resampled to `rate`. In training a long one gives a segment of `seconds` that is
@@ -80,11 +79,9 @@ class AudioData(SampleSets):
         rate: of the waves, in Hz.
         seconds: of the longest segment, which all waves are padded to.
         level_db: root mean square of each segment in dB of full scale, such as -25; None leaves levels as they are.
-        batch_size: recordings of one optimiser step over all ranks.
-        seed: of the order and of the segments.
-        num_workers: processes that read.
         skip_damaged: True trains without recordings that cannot be read and names those found at the start; False
             refuses to start.
+        settings: those of `SampleSets`.
 
     Attributes:
         classes: names of the labels, known after `setup`; none where there are no labels.
@@ -95,15 +92,12 @@ class AudioData(SampleSets):
         rate: int = 16_000,
         seconds: float = 15.0,
         level_db: float | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
         skip_damaged: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         self.reader = WaveReader(rate, seconds, level_db)
-        self.rate, self.batch_size, self.seed, self.num_workers = rate, batch_size, seed, num_workers
-        self.skip_damaged = skip_damaged
+        self.rate, self.skip_damaged = rate, skip_damaged
         self.classes: tuple[str, ...] = ()
 
     @abstractmethod
@@ -141,9 +135,6 @@ class AudioData(SampleSets):
     def training_content(self) -> str:
         return self._content
 
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
-
     def _samples(
         self, files: Sequence[Path], labels: Mapping[str, np.ndarray], places: np.ndarray, drawn: bool
     ) -> Recordings:
@@ -163,8 +154,10 @@ class AudioData(SampleSets):
                     silent += is_silent(wave_N)
                     clipped += is_clipped(wave_N)
             except (ValueError, OSError) as error:
-                damage[place] = one_line(str(error))
-        self._report_damage(files, damage)
+                damage[place] = str(error)
+        report_damage(
+            [(files[place], why) for place, why in damage.items()], len(files), "recordings", self.skip_damaged
+        )
         of = f"of {len(listened):,} recordings that were listened to"
         if clipped:
             say(f"{clipped:,} {of} are clipped: equal samples at full scale follow one another")
@@ -173,19 +166,3 @@ class AudioData(SampleSets):
         if lower:
             say(f"{lower:,} recordings have a sample rate below {self.rate:,} Hz: the highest frequencies are empty")
         return {*damage}
-
-    def _report_damage(self, files: Sequence[Path], damage: Mapping[int, str]) -> None:
-        if not damage:
-            return
-        lines = [f"  {one_line(str(files[place]))}: {why}" for place, why in damage.items()]
-        more = [f"  and {len(lines) - MOST_NAMED:,} more"] if len(lines) > MOST_NAMED else []
-        listed = "\n".join([*lines[:MOST_NAMED], *more])
-        if len(damage) == len(files):
-            raise UserError(f"none of the {len(files):,} recordings can be read:\n{listed}\nName another folder")
-        counted = f"{len(damage):,} of {len(files):,} recordings cannot be read"
-        if not self.skip_damaged:
-            raise UserError(
-                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
-                "data.init_args.skip_damaged=true"
-            )
-        say(f"{counted} and are left out:\n{listed}")

@@ -7,7 +7,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,8 +102,6 @@ class PictureData(SampleSets):
         batch_size: pictures of one optimiser step over all ranks.
         views: makes the views of a training picture; None trains on the pictures themselves.
         val_share: share of each class held out for validation, in (0, 1); see `held_out`.
-        seed: of the order and of the views.
-        num_workers: processes that fetch batches.
         views_on: "workers" makes views one picture at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers.
         per_class: pictures of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None
@@ -112,6 +110,7 @@ class PictureData(SampleSets):
             `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
         mean, std: of each channel of pixels in [0, 1]: those that a pretrained network was trained with. None takes
             those of the training pictures.
+        settings: the others of `SampleSets`.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -126,24 +125,22 @@ class PictureData(SampleSets):
         batch_size: int = 128,
         views: Views | None = None,
         val_share: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
         views_on: Place = "workers",
         per_class: int | None = None,
         groups: GroupSizes | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_one_order(per_class, groups)
         require_moments(mean, std)
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
-        self.size, self.batch_size, self.views, self.val_share = size, batch_size, views, val_share
-        self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
-        self.groups, self.mean, self.std = groups, mean, std
+        self.size, self.views, self.val_share, self.views_on = size, views, val_share, views_on
+        self.per_class, self.groups, self.mean, self.std = per_class, groups, mean, std
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: ImageSamples | None = None
 

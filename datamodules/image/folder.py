@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lightspan.core.errors import UserError, one_line
+from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.datamodules.image.data import Found, PictureData, held_out
 from lightspan.datamodules.image.packed import Decoder, Fit, PackedPictures, PictureCache
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_pictures
+from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-
-MOST_NAMED = 1000  # damaged files in one message
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,12 @@ class ImageFolder(PictureData):
         if self.val_folder is not None:
             sets.append(self._files(self.val_folder).like(training))
         packs = [self.cache.packed(files, self.decode, self.num_workers) for files in sets]
-        self._report_damage(sets, packs)
+        damage = [
+            (files.folder / files.names[number], why)
+            for files, pack in zip(sets, packs, strict=True)
+            for number, why in pack.damage.items()
+        ]
+        report_damage(damage, sum(len(files.names) for files in sets), "pictures", self.skip_damaged)
         firsts = [0, len(training.names)][: len(sets)]
         sound = [
             first + np.delete(np.arange(len(files.names)), sorted(pack.damage))
@@ -113,24 +117,3 @@ class ImageFolder(PictureData):
         for remark in files.remarks:
             say(f"{folder}: {remark}")
         return files
-
-    def _report_damage(self, sets: Sequence[PictureFiles], packs: Sequence[PackedPictures]) -> None:
-        damaged = [
-            f"  {one_line(files.folder / files.names[number])}: {one_line(why)}"
-            for files, pack in zip(sets, packs, strict=True)
-            for number, why in pack.damage.items()
-        ]
-        if not damaged:
-            return
-        total = sum(len(files.names) for files in sets)
-        more = [f"  and {len(damaged) - MOST_NAMED:,} more"] if len(damaged) > MOST_NAMED else []
-        listed = "\n".join([*damaged[:MOST_NAMED], *more])
-        if len(damaged) == total:
-            raise UserError(f"none of the {total:,} pictures can be read:\n{listed}\nName another folder")
-        counted = f"{len(damaged):,} of {total:,} pictures cannot be read"
-        if not self.skip_damaged:
-            raise UserError(
-                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
-                "data.init_args.skip_damaged=true"
-            )
-        say(f"{counted} and are left out:\n{listed}")

@@ -11,9 +11,8 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.image.sets.small import ImageSamples, Labelled, channel_moments, evenly
 from lightspan.datamodules.image_text.batch import LabelledImageTextBatch
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_sizes
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 
 
@@ -47,7 +46,7 @@ class PairSamples:
         return sample | text
 
 
-class CaptionedImages(SampleSets):
+class CaptionedImages(SplitSampleSets):
     """Pictures, each with a caption and a class: batches of `LabelledImageTextBatch`.
 
     Images are standardised with the mean and deviation of the training images. `class_names` says what the classes
@@ -62,8 +61,7 @@ class CaptionedImages(SampleSets):
         val_size: validate on this many pairs held out from training, so that settings can be chosen without the test
             pairs. 0 trains on all and validates on the test pairs.
         train_classes: train on pairs of these classes alone; None on all. Validation and test pairs have all classes.
-        seed: of the order and of the views.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     image_shape: ClassVar[tuple[int, int, int]]  # C H W
@@ -78,10 +76,9 @@ class CaptionedImages(SampleSets):
         train_size: int | None = None,
         val_size: int = 0,
         train_classes: list[int] | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(length)
         require_sizes(train_size, val_size)
         if view is not None and getattr(view, "count", 1) != 1:
@@ -91,9 +88,8 @@ class CaptionedImages(SampleSets):
                 f"train_classes={train_classes} must name classes of {type(self).__name__}, from 0 to "
                 f"{self.num_classes - 1}"
             )
-        self.tokenizer, self.length, self.batch_size, self.view = tokenizer, length, batch_size, view
+        self.tokenizer, self.length, self.view = tokenizer, length, view
         self.train_size, self.val_size, self.train_classes = train_size, val_size, train_classes
-        self.seed, self.num_workers = seed, num_workers
         self.train: PairSamples | None = None
 
     @property
@@ -127,9 +123,6 @@ class CaptionedImages(SampleSets):
             f"pairs: {type(self).__name__}, {len(self.train)} training, {len(self.val)} validation and "
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))} with captions"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
     def _samples(self, pairs: Captioned, view: Views | None = None) -> PairSamples:
         images = ImageSamples(Labelled(pairs.images, pairs.labels), *self.moments, view)

@@ -20,11 +20,13 @@ S = TypeVar("S")
 class SampleSets(LightningDataModule, ABC):
     """Loaders of `train`, `bank` and `val`, which `setup` of a subclass makes; the first is None before.
 
-    Attributes:
-        bank: the training samples as they are, without anything random: what probes fit on.
+    Args:
         batch_size: samples of one optimiser step over all ranks.
         seed: of the order and of what is random in a training sample.
         num_workers: processes that fetch batches.
+
+    Attributes:
+        bank: the training samples as they are, without anything random: what probes fit on.
         clusters: epoch -> the cluster of each training sample, int64, for orders with batches of one cluster each. A
             method that clusters its data sets it before training starts.
     """
@@ -33,9 +35,10 @@ class SampleSets(LightningDataModule, ABC):
     train: Dataset | None = None
     bank: Dataset
     val: Dataset
-    batch_size: int
-    seed: int
-    num_workers: int
+
+    def __init__(self, batch_size: int = 32, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     @property
     def batch_type(self) -> type | None:
@@ -79,6 +82,15 @@ class SampleSets(LightningDataModule, ABC):
 
     def _evaluate(self, samples: Dataset) -> EvaluationLoader:
         return evaluation_loader(samples, self.batch_size, self.num_workers, self.trainer)
+
+
+class SplitSampleSets(SampleSets):
+    """Those with a set to test on as well, `test`, which `setup` of a subclass makes too."""
+
+    test: Dataset
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self._evaluate(self.test)
 
 
 def require_sizes(train_size: int | None, val_size: int) -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.batch import MultispectralBatch, MultispectralSeriesBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
@@ -74,7 +73,7 @@ class FoundScenes:
     content: str
 
 
-class SpectralSets(SampleSets):
+class SpectralSets(SplitSampleSets):
     """Pictures of many bands: batches of `MultispectralBatch`. A subclass finds them.
 
     Bands are standardised with mean and deviation of up to 2,000 training pictures, spread evenly, over their valid
@@ -84,8 +83,7 @@ class SpectralSets(SampleSets):
         bands: see `lightspan.datamodules.multispectral.bands.Bands`.
         batch_size: pictures of one optimiser step over all ranks.
         crops: random crops of a training picture; None trains on them as they are.
-        seed: of the order and the crops.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
 
     Attributes:
         labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
@@ -98,13 +96,10 @@ class SpectralSets(SampleSets):
         bands: Bands,
         batch_size: int = 128,
         crops: SpectralCrops | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.bands, self.batch_size, self.crops, self.seed, self.num_workers = (
-            bands, batch_size, crops, seed, num_workers,
-        )  # fmt: skip
+        super().__init__(batch_size, **settings)
+        self.bands, self.crops = bands, crops
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: SpectralSamples | None = None
 
@@ -142,6 +137,3 @@ class SpectralSets(SampleSets):
 
     def training_content(self) -> str:
         return self._content
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)

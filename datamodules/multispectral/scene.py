@@ -6,7 +6,6 @@ Shapes: C bands, H W pixels of the scene, P pixels a side of a patch.
 import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,6 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.data import FoundScenes, SpectralSets
 from lightspan.datamodules.multispectral.tiffs import read_tiff
-from lightspan.datamodules.r_data import LIBRARIES
-
-LANDSAT_7 = Path("stars/tif/L7_ETMs.tif")
-"""In a library of R packages: 352 x 349 pixels of six bands, at the coast of Olinda, Brazil."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,8 @@ class SceneBlocks(SpectralSets):
         self.scene, self.patch, self.block, self.stride = scene, patch, block, stride
         self.held_out, self.split_seed = held_out, split_seed
 
-    def path(self) -> Path:
-        return expanded(self.scene, "data.init_args.scene")
-
     def find(self) -> FoundScenes:
-        path = self.path()
+        path = expanded(self.scene, "data.init_args.scene")
         try:
             values, valid = self.bands.reflectance(read_tiff(path, len(self.bands.stored_names)))
         except (ValueError, OSError) as error:
@@ -112,29 +104,3 @@ class SceneBlocks(SpectralSets):
         train, val, test = (np.arange(*pair) for pair in pairwise(ends))
         digest = hashlib.sha256(values.tobytes() + valid.tobytes() + sets[0].tobytes()).hexdigest()[:32]
         return FoundScenes(Patches(values, valid, np.concatenate(sets), self.patch), train, val, test, [], digest)
-
-
-class LandsatScene(SceneBlocks):
-    """A real scene of Landsat 7 in six bands, 30 m a pixel, 8 bits, which Debian and Ubuntu have in r-cran-stars.
-
-    Args:
-        scene: the TIFF; None looks for it among R packages at their usual places.
-        bands: None takes all six, as numbers from 0 to 1.
-        settings: those of `SceneBlocks`.
-    """
-
-    def __init__(self, scene: ReadPath | None = None, bands: Bands | None = None, **settings: Any) -> None:
-        super().__init__(scene or "", bands or Bands("landsat-7", scale=1 / 255), **settings)
-
-    def path(self) -> Path:
-        """Raises: UserError where the package is not installed."""
-        if self.scene:
-            return super().path()
-        for library in LIBRARIES:
-            if (found := library / LANDSAT_7).is_file():
-                return found
-        raise UserError(
-            f"{LANDSAT_7} is not in {' or '.join(map(str, LIBRARIES))}; install it with `apt-get install "
-            "r-cran-stars`, or unpack it with `apt-get download r-cran-stars` and `dpkg -x r-cran-stars*.deb FOLDER`, "
-            f"and set data.init_args.scene=FOLDER/usr/lib/R/site-library/{LANDSAT_7}"
-        )

@@ -3,14 +3,11 @@
 Shapes: S bands stored, C bands taken, T dates, H W pixels.
 """
 
-import io
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import ReadPath
@@ -23,6 +20,7 @@ from lightspan.datamodules.multispectral.resampling import SpectralCrops, square
 from lightspan.datamodules.multispectral.tiffs import bands_first, read_tiff
 from lightspan.datamodules.shards.decoders import decode_array, decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
+from lightspan.datamodules.shards.stand_ins import NOWHERE, npy
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
 TIFFS, CLOUDS = ("tif", "tiff"), "clouds.npy"
@@ -192,13 +190,8 @@ class MultispectralShards(Shards):
     def bounds(self) -> None:  # type: ignore[override]
         """Reflectance has no black and white: pictures show the range of most of it."""
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two empty pictures of 264 x 264, where no shard is."""
-        if not self.is_absent():
-            return None
+    def example(self) -> dict[str, Any]:
+        """An empty picture of 264 x 264, or a series of them."""
         dates = [] if self.decode.dates is None else [self.decode.dates]
-        stored = io.BytesIO()
-        np.save(stored, np.zeros((*dates, len(self.bands.stored_names), 264, 264), np.float32))
-        members = {"__url__": "none", "__key__": "none", "npy": stored.getvalue()}
-        decode: Callable[..., dict[str, Any]] = self.decode
-        return default_collate([decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+        empty = np.zeros((*dates, len(self.bands.stored_names), 264, 264), np.float32)
+        return self.decode(NOWHERE | {"npy": npy(empty)}, seed=0)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import channel_moments
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets
 
 MOST = 2**32  # samples of a set
 SEEDS = 2**63
@@ -63,7 +62,7 @@ class RenderedSamples(ABC):
         return {name: [x[0] for x in field] if isinstance(field, list) else field[0] for name, field in batch.items()}
 
 
-class DrawnSets(SampleSets):
+class DrawnSets(SplitSampleSets):
     """Loaders of three sets of drawn samples that share none.
 
     Args:
@@ -71,8 +70,7 @@ class DrawnSets(SampleSets):
             grows, and the others with them.
         batch_size: samples of one optimiser step over all ranks.
         draw_seed: of the samples, in [0, 2**63).
-        seed: of their order, and of what is random anew in each epoch.
-        num_workers: processes that draw batches.
+        settings: the others of `SampleSets`.
     """
 
     def __init__(
@@ -82,17 +80,15 @@ class DrawnSets(SampleSets):
         test_size: int = 1024,
         batch_size: int = 128,
         draw_seed: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         if not all(1 <= count <= MOST for count in (size, val_size, test_size)) or not 0 <= draw_seed < SEEDS:
             raise UserError(
                 f"size={size}, val_size={val_size} and test_size={test_size} must be in [1, {MOST}], and "
                 f"draw_seed={draw_seed} in [0, 2**63)"
             )
-        self.size, self.val_size, self.test_size, self.batch_size = size, val_size, test_size, batch_size
-        self.draw_seed, self.seed, self.num_workers = draw_seed, seed, num_workers
+        self.size, self.val_size, self.test_size, self.draw_seed = size, val_size, test_size, draw_seed
 
     @abstractmethod
     def sets(self) -> Callable[[int, int], RenderedSamples]:
@@ -114,9 +110,6 @@ class DrawnSets(SampleSets):
             f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
             f"test samples of {self.described()}"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class RenderedSets(DrawnSets):

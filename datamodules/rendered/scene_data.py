@@ -282,7 +282,7 @@ class RenderedObjects(ImageData):
         side: of a picture, in pixels.
         style: how they are painted; None is `Style()`.
         draw_seed: of the pictures, in [0, 2**63). `seed` is that of their order.
-        batch_size, views, settings: those of `ImageData`.
+        settings: those of `ImageData`.
     """
 
     def __init__(
@@ -292,11 +292,9 @@ class RenderedObjects(ImageData):
         side: int = 32,
         style: Style | None = None,
         draw_seed: int = 0,
-        batch_size: int = 128,
-        views: Views | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(batch_size, views, **settings)
+        super().__init__(**settings)
         if not classes or len(set(classes)) < len(classes) or not set(classes) <= set(FACTORS):
             raise UserError(f"classes={[*classes]} must name some of {[*FACTORS]}, each once")
         if size < 4 or not 0 <= draw_seed < SEEDS:

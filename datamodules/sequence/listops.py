@@ -153,5 +153,5 @@ class ListOps(SequenceSets):
         rows, lengths, values = (np.array(column) for column in zip(*found[:wanted], strict=True))
         data = SymbolRows(rows, values.astype(np.int64), lengths.astype(np.int64))
         parts = slice(self.test_size, None), slice(self.test_size)
-        training, test = (SymbolRows(*(column[part] for column in data[:3])) for part in parts)
+        training, test = (SymbolRows(*(column[part] for column in data)) for part in parts)
         return training, test

@@ -5,28 +5,24 @@ Shapes: N sequences of a set, L steps, C numbers of a step.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightspan.datamodules.image.sets.small import evenly
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_enough, require_sizes
 from lightspan.datamodules.sequence.batch import SequenceBatch
 from lightspan.datamodules.text.batch import LabelledTextBatch
 
 
 class ValueRows(NamedTuple):
-    """rows: float32 [N, L, C], or uint8, of which 0 becomes -1 and 255 becomes 1; labels: int64 [N]; groups: as of
-    `SymbolRows`.
-    """
+    """rows: float32 [N, L, C], or uint8, of which 0 becomes -1 and 255 becomes 1; labels: int64 [N]."""
 
     rows: np.ndarray
     labels: np.ndarray
-    groups: np.ndarray | None = None
 
     def fields(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
@@ -36,13 +32,12 @@ class ValueRows(NamedTuple):
 
 class SymbolRows(NamedTuple):
     """rows: whole numbers [N, L], padded at the end; labels: int64 [N]; lengths: int64 [N], symbols that are not
-    padding; groups: int64 [N], what belongs together, such as the pieces of one file, or None.
+    padding.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
-    groups: np.ndarray | None = None
 
     def fields(self, index: int) -> dict[str, Tensor]:
         tokens = torch.from_numpy(self.rows[index].astype(np.int64))
@@ -54,7 +49,7 @@ Labelled = ValueRows | SymbolRows
 
 def taken(data: Labelled, indices: np.ndarray) -> Labelled:
     """Some of the sequences."""
-    return data._replace(**{name: column[indices] for name, column in data._asdict().items() if column is not None})
+    return type(data)(*(column[indices] for column in data))
 
 
 class SequenceSamples:
@@ -78,20 +73,18 @@ class SequenceSamples:
         return {**self.data.fields(index), "label": label, "index": torch.tensor(index)}
 
 
-class SequenceSets(SampleSets):
+class SequenceSets(SplitSampleSets):
     """A subclass names its classes and loads. Values give batches of `SequenceBatch`, symbols of `LabelledTextBatch`.
 
     Which sequences are trained on depends on `train_size` and `val_size` alone. Two recipes with equal ones, as for
     both stages of SPT, train on the same; none that is validated or tested on is among them, nor one that is equal to
-    such, nor one of a group (the pieces of a file) of which some are held out.
+    such.
 
     Args:
-        batch_size: sequences of one optimiser step over all ranks.
         train_size: train on this many, with the classes in turn; None uses all.
         val_size: validate on this many training sequences, held out, so that settings can be chosen without the test
             sequences. 0 trains on all and validates on the test sequences.
-        seed: of the order of training sequences.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
     """
 
     num_classes: int
@@ -99,18 +92,10 @@ class SequenceSets(SampleSets):
     bank: SequenceSamples
     val: SequenceSamples
 
-    def __init__(
-        self,
-        batch_size: int = 32,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, train_size: int | None = None, val_size: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
         require_sizes(train_size, val_size)
-        self.batch_size, self.train_size, self.val_size = batch_size, train_size, val_size
-        self.seed, self.num_workers = seed, num_workers
+        self.train_size, self.val_size = train_size, val_size
         self.train = None
 
     @abstractmethod
@@ -141,16 +126,11 @@ class SequenceSets(SampleSets):
             f"{len(self.test)} test sequences of {' x '.join(map(str, training.rows.shape[1:]))}"
         )
 
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
-
 
 def _apart(training: Labelled, held: np.ndarray, test: Labelled) -> np.ndarray:
-    """Indices of the training sequences that are neither held out, nor equal to one that is, nor of its group."""
+    """Indices of the training sequences that are neither held out nor equal to one that is."""
     left = np.ones(len(training.labels), dtype=bool)
     left[held] = False
-    if training.groups is not None:
-        left &= ~np.isin(training.groups, training.groups[held])
     kept_out = {row.tobytes() for rows in (training.rows[held], test.rows) for row in rows}
     left &= np.array([row.tobytes() not in kept_out for row in training.rows], dtype=bool)
     return np.flatnonzero(left)

@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import default_collate
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.errors import UserError
@@ -24,6 +21,7 @@ from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say, train_loader
 from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields, place_of
 from lightspan.datamodules.shards.samples import ShardSamples
+from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
 from lightspan.datamodules.shards.stream import Decoding, Shards, tell, written_out
 
 
@@ -192,12 +190,7 @@ class DomainShards(Shards):
         order = pairs.order(self.window)
         return train_loader(pairs, self.batch_size, self.seed, self.num_workers, self.trainer, order)
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two samples of black pictures, all of class 0, where no shard is."""
-        if not self.is_absent():
-            return None
-        black = torch.zeros(3, 720, 1280, dtype=torch.uint8)
-        picture, mask = (encode_png(each).numpy().tobytes() for each in (black, black[:1]))
-        members = {"__url__": "none", "__key__": "none", "png": picture, MASK: mask}
-        sample = self.decode(members, 0) | self.decode_target(members, 1)
-        return default_collate([sample | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """Black pictures, all of class 0."""
+        members = NOWHERE | {"png": black_png(720, 1280), MASK: black_png(720, 1280, channels=1)}
+        return self.decode(members, 0) | self.decode_target(members, 1)

@@ -4,20 +4,19 @@ Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion M
 Shapes: C channels, H W latent.
 """
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.datamodules.shards.decoders import decode_array, decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
+from lightspan.datamodules.shards.stand_ins import NOWHERE, npy
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
 LOG_VARIANCES = (-30.0, 20.0)  # to which the autoencoder of Stable Diffusion clips its logarithms of variances
@@ -99,11 +98,6 @@ class LatentShards(Shards):
     def bounds(self) -> None:  # type: ignore[override]
         """Latents have no black and white."""
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two latents of zeros with class 0, where no shard is."""
-        if not self.is_absent():
-            return None
-        stored = io.BytesIO()
-        np.save(stored, np.zeros(self.decode.shape, np.float32))
-        members = {"__url__": "none", "__key__": "none", "npy": stored.getvalue()}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """A latent of zeros with class 0."""
+        return self.decode(NOWHERE | {"npy": npy(np.zeros(self.decode.shape, np.float32))}, seed=0)

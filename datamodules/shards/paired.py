@@ -3,15 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch.utils.data import default_collate
-from torchvision.io import encode_png
-
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import PairBatch
-from lightspan.datamodules.shards.decoders import IMAGES
+from lightspan.datamodules.shards.decoders import IMAGES, place_of
+from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
 
@@ -25,8 +22,7 @@ class PairedDecoding(Decoding):
         names = sorted(name for name in members if name.rpartition(".")[2] in IMAGES)
         if len(names) != 2:
             raise UserError(
-                f"shard {members['__url__']}: sample {members['__key__']} has {len(names)} pictures; a pair has two, "
-                "such as KEY.1.jpg and KEY.2.jpg"
+                f"{place_of(members)} has {len(names)} pictures; a pair has two, such as KEY.1.jpg and KEY.2.jpg"
             )
         views = []
         for number, name in enumerate(names):
@@ -57,10 +53,6 @@ class PairedShards(Shards):
         image = replace(self.decode.image, views=view)
         self.decode = PairedDecoding(**vars(self.decode) | {"image": image})
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two pairs of black pictures, where no shard is."""
-        if not self.is_absent():
-            return None
-        picture = encode_png(torch.zeros(3, 256, 256, dtype=torch.uint8)).numpy().tobytes()
-        members = {"__url__": "none", "__key__": "none", "1.png": picture, "2.png": picture}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """A pair of black pictures."""
+        return self.decode(NOWHERE | dict.fromkeys(("1.png", "2.png"), black_png(256, 256)), seed=0)

@@ -1,20 +1,18 @@
 """Two renders of each object with the parameters of both, from tar shards, such as 3DIEBench's packed by object."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
-from torchvision.io import encode_png
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import seeded
 from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
-from lightspan.datamodules.shards.decoders import IMAGES, decode_fields
+from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
+from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png, npy
 from lightspan.datamodules.shards.stream import Decoding, Shards
 
 
@@ -35,13 +33,12 @@ class PosedDecoding(Decoding):
         return ViewsBatch if self.paired else ImageBatch
 
     def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
-        where = f"shard {members['__url__']}: sample {members['__key__']}"
         renders = sorted(name for name in members if name.rpartition(".")[2] in IMAGES)
         table: Tensor = decode_fields(members, {"parameters": "npy"})["parameters"]
         if len(renders) < 2 or table.shape != (len(renders), self.columns):
             raise UserError(
-                f"{where} has {len(renders)} renders and parameters {list(table.shape)}; it needs two or more and "
-                f"columns={self.columns} numbers for each"
+                f"{place_of(members)} has {len(renders)} renders and parameters {list(table.shape)}; it needs two or "
+                f"more and columns={self.columns} numbers for each"
             )
         if not self.paired:
             return self._render(members, renders[0], seed)
@@ -85,12 +82,8 @@ class PosedShards(Shards):
             assert self.val is not None
             self.bank, self.val = (samples.decoded_by(self.decode_single) for samples in (self.bank, self.val))
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two objects of two black renders each, where no shard is."""
-        if not self.is_absent():
-            return None
-        picture, table = encode_png(torch.zeros(3, 256, 256, dtype=torch.uint8)).numpy().tobytes(), io.BytesIO()
-        np.save(table, np.ones((2, self.columns), np.float32))
-        members = {"__url__": "none", "__key__": "none", "cls": b"0", "npy": table.getvalue()}
-        members |= {f"{number:03}.png": picture for number in range(2)}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """An object of two black renders."""
+        renders = dict.fromkeys(("000.png", "001.png"), black_png(256, 256))
+        table = npy(np.ones((2, self.columns), np.float32))
+        return self.decode(NOWHERE | {"cls": b"0", "npy": table, **renders}, seed=0)

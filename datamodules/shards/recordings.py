@@ -5,7 +5,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
@@ -77,9 +76,7 @@ class RecordingShards(Shards):
         self.rate, self.reader = rate, WaveReader(rate, seconds, level_db)
         self.decode = RecordingDecoding(**vars(self.decode), reader=self.reader)
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two silent recordings of the greatest length, where no shard is."""
-        if not self.is_absent():
-            return None
+    def example(self) -> dict[str, Any]:
+        """A silent recording of the greatest length."""
         silence = self.reader.padded(np.zeros(self.reader.samples, dtype=np.float32))
-        return default_collate([{**silence, "label": torch.tensor(0), "index": torch.tensor(i)} for i in range(2)])
+        return {**silence, "label": torch.tensor(0)}

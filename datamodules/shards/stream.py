@@ -13,7 +13,6 @@ from lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.batches import batch_type_of
@@ -28,6 +27,7 @@ from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.decoders import IMAGES, check_fields, decode_fields
 from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_braces, local_path
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
+from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
 
 GIB = 2**30
 OPENED_BETWEEN_MEETINGS = 4  # how many shards a rank opens before all ranks exchange what they found
@@ -224,19 +224,21 @@ class Shards(LightningDataModule):
         return not any("://" in shard or Path(shard).exists() for shard in self.shards)
 
     def stand_in(self) -> dict[str, Any] | None:
-        """A training batch of two black pictures of ImageNet's usual size with class 0, for a plan where no shard is.
-
-        None where a shard is at hand, behind https or here, and for fields whose shape only the shards know (npy).
+        """A training batch of two examples, for a plan where no shard is. None where one is at hand, behind https or
+        here, and for fields whose shape only the shards know.
         """
-        if not self.is_absent():
-            return None
-        picture = encode_png(torch.zeros(3, 375, 500, dtype=torch.uint8)).numpy().tobytes()
-        known = {**dict.fromkeys(IMAGES, picture), "cls": b"0", "txt": b"", "json": b"null"}
+        sample = self.example() if self.is_absent() else None
+        return None if sample is None else default_collate([sample | {"index": torch.tensor(i)} for i in range(2)])
+
+    def example(self) -> dict[str, Any] | None:
+        """A training sample made of nothing: a black picture of ImageNet's usual size with class 0. None for fields
+        whose shape only the shards know (npy).
+        """
+        known = {**dict.fromkeys(IMAGES, black_png(375, 500)), "cls": b"0", "txt": b"", "json": b"null"}
         endings = [ending for field in self.decode.fields.values() for ending in field.split("|")]
         if not known.keys() >= set(endings):
             return None
-        members = {"__url__": "none", "__key__": "none"} | {ending: known[ending] for ending in endings}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+        return self.decode(NOWHERE | {ending: known[ending] for ending in endings}, seed=0)
 
     def _samples(self, setting: str, shards: list[str], decode: Decoding) -> ShardSamples:
         opened, problem = self._opened(setting, shards)

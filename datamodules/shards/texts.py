@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
+from lightspan.datamodules.shards.stand_ins import NOWHERE
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.batch import TokenPairBatch, WholeWordBatch
 from lightspan.datamodules.text.pairs import pair_of
@@ -82,11 +82,9 @@ class QueryShards(Shards):
             assert self.val is not None
             self.val = self.val.decoded_by(self.decode_alone)
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two queries of a letter each, where no shard is."""
-        if not self.is_absent():
-            return None
-        return _two(self.decode, "json", b'{"query": "a", "document": "a", "negatives": ["a"]}')
+    def example(self) -> dict[str, Any]:
+        """A query of a letter."""
+        return self.decode(NOWHERE | {"json": b'{"query": "a", "document": "a", "negatives": ["a"]}'}, seed=0)
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,6 @@ class WholeWordShards(Shards):
         super().__init__(shards, val_shards, fields={"text": "txt"}, **settings)
         self.decode = WordDecodingOfTexts(**vars(self.decode), cutter=WordCutter(tokenizer, length))
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two texts of a letter, where no shard is."""
-        return _two(self.decode, "txt", b"a") if self.is_absent() else None
-
-
-def _two(decode: Decoding, ending: str, content: bytes) -> dict[str, Any]:
-    members = {"__url__": "none", "__key__": "none", ending: content}
-    return default_collate([decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """A text of a letter."""
+        return self.decode(NOWHERE | {"txt": b"a"}, seed=0)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.errors import UserError
@@ -13,6 +11,7 @@ from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.image.batch import ReadingBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
+from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.spelling import normalised, require_alphabet, spelled
 
@@ -81,10 +80,6 @@ class WordShards(Shards):
         self.alphabet, self.longest = require_alphabet(alphabet), longest
         self.decode = WordDecoding(**vars(self.decode), sides=sides, longest=longest, alphabet=self.alphabet)
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two black pictures of a word of one letter, where no shard is."""
-        if not self.is_absent():
-            return None
-        picture = encode_png(torch.zeros(3, 64, 256, dtype=torch.uint8)).numpy().tobytes()
-        members = {"__url__": "none", "__key__": "none", "png": picture, "txt": self.alphabet[0].encode()}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """A black picture of a word of one letter."""
+        return self.decode(NOWHERE | {"png": black_png(64, 256), "txt": self.alphabet[0].encode()}, seed=0)

@@ -14,9 +14,8 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.views import seeded
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sizes
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.table.batch import LabelledTableBatch, LabelledTableViewsBatch, TableBatch, TableViewsBatch
 from lightspan.datamodules.table.parts import Parts, Rows, divided, shuffled
@@ -71,7 +70,7 @@ class RowSamples:
             return {"views": self.views(row_F), **rest}
 
 
-class TableData(SampleSets):
+class TableData(SplitSampleSets):
     """What tables share. A subclass says how many columns it has, and loads. Rows are divided and standardised by
     `lightspan.datamodules.table.parts.divided`.
 
@@ -85,7 +84,7 @@ class TableData(SampleSets):
         leave_out: no training row has a target from the first of these two numbers up to the second, to see what is
             predicted in the gap. None leaves out none.
         split_seed: of what is for testing and validation. `seed` is that of the order and the views.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     columns: int
@@ -98,15 +97,13 @@ class TableData(SampleSets):
         val_size: int = 0,
         leave_out: tuple[float, float] | None = None,
         split_seed: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_sizes(None, val_size)
         if leave_out is not None and not leave_out[0] < leave_out[1]:
             raise UserError(f"leave_out={list(leave_out)} must be two numbers with the smaller one first")
-        self.batch_size, self.views, self.val_size, self.leave_out = batch_size, views, val_size, leave_out
-        self.split_seed, self.seed, self.num_workers = split_seed, seed, num_workers
+        self.views, self.val_size, self.leave_out, self.split_seed = views, val_size, leave_out, split_seed
         self.train: RowSamples | None = None
 
     @abstractmethod
@@ -128,9 +125,6 @@ class TableData(SampleSets):
         validated = None if parts.val is parts.test else len(self.val)
         samples = f"rows of {parts.train.table.shape[1]} columns"
         say(f"rows: {type(self).__name__}, {sizes(len(self.train), validated, len(self.test), samples)}")
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class Diabetes(TableData):

@@ -1,6 +1,6 @@
 """Six novels by Jane Austen, 0.7 million words, from the R package janeaustenr. Nothing is downloaded."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ class Austen(TextData):
         val_fraction: share of each book trained on, at its end, that is held out to validate on, in [0, 1).
             0 trains on all of them and validates on the books held out.
         library: folder of R packages that contains janeaustenr; None searches the usual places.
-        context, batch_size, val_windows, seed, num_workers: as in `TextData`.
+        context, batch_size, settings: those of `TextData`.
 
     Attributes:
         bytes_per_token: mean over the training books; `CausalLM` needs it to turn nats per token into bits per byte.
@@ -42,11 +42,9 @@ class Austen(TextData):
         library: ReadPath | None = None,
         context: int = 128,
         batch_size: int = 8,
-        val_windows: int = 256,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(context, batch_size, val_windows, seed, num_workers)
+        super().__init__(context, batch_size, **settings)
         if not 0 <= val_fraction < 1:
             raise UserError(f"val_fraction={val_fraction} is outside [0, 1); 0 validates on the books held out")
         unknown = [book for book in held_out if book not in BOOKS]

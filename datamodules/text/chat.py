@@ -243,8 +243,7 @@ class Chat(SampleSets):
         trim: whether columns that are padding in all rows of a batch to train on are left out, which saves their time;
             a network that is compiled is compiled anew for each width.
         batch_size: conversations of one optimiser step over all ranks.
-        seed: of the order.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     Raises: UserError at setup for a file that cannot be read, naming the line, or too few conversations.
     """
 
@@ -259,15 +258,13 @@ class Chat(SampleSets):
         pack: bool = False,
         trim: bool = False,
         batch_size: int = 16,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(length)
         require_val_size(val_size)
         self.path, self.val_path, self.val_size, self.length = path, val_path, val_size, length
         self.renderer, self.pack, self.trim = Renderer(tokenizer, turns), pack, trim
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all conversations, once."""
@@ -304,10 +301,8 @@ class Chat(SampleSets):
         return trimmed(batch, SIDES) if self.trim else batch
 
     def _rows(self, path: str, setting: str) -> list[Conversation]:
-        rows = [row_of(*line) for line in json_lines(path, f"data.init_args.{setting}")]
-        if not rows:
-            raise UserError(f"{path} has no conversation; write a JSON object with messages in each line")
-        return rows
+        lines = json_lines(path, f"data.init_args.{setting}", "conversation", "messages")
+        return [row_of(*line) for line in lines]
 
     def _samples(self, rows: Iterable[Conversation], skipped: Skipped, what: str) -> ChatSamples:
         kept = []

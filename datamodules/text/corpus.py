@@ -90,8 +90,7 @@ class Corpus(SampleSets):
         batch_size: pieces of one optimiser step over all ranks.
         val_fraction: share of the documents held out, in (0, 1).
         val_pieces: validation reads this many pieces, evenly spaced and always the same; None reads all.
-        seed: of the order and of what is random in a sample.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
 
     Attributes:
         num_tokens: numbers of tokens, from 0 up, with those that `form` adds; after `setup`.
@@ -110,16 +109,14 @@ class Corpus(SampleSets):
         batch_size: int = 16,
         val_fraction: float = VAL_FRACTION,
         val_pieces: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_paths(paths, suffixes, val_fraction)
         if val_pieces is not None and val_pieces < 1:
             raise UserError(f"val_pieces={val_pieces} leaves nothing to validate on; it must be at least 1")
         self.paths, self.tokenizer, self.form, self.suffixes = paths, tokenizer, form or Padded(), tuple(suffixes)
-        self.batch_size, self.val_fraction, self.val_pieces = batch_size, val_fraction, val_pieces
-        self.seed, self.num_workers = seed, num_workers
+        self.val_fraction, self.val_pieces = val_fraction, val_pieces
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once."""

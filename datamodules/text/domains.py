@@ -25,7 +25,7 @@ from lightspan.datamodules.text.batch import DenoisingBatch, PromptBatch
 from lightspan.datamodules.text.denoising import DenoisingTokens, appended, corrupted
 from lightspan.datamodules.text.documents import TextTokens, encoded, numbers_of
 from lightspan.datamodules.text.forms import padded
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.word_choices import RandomWords, WordChoice, plain_word
 
 SIDES = {
@@ -85,33 +85,27 @@ class DomainFiles(Domains):
         return _labelled(self._rows("source"))
 
     def target(self) -> UnlabelledTexts:
-        return UnlabelledTexts([row["text"] for _, row in self._rows("target")])
+        return UnlabelledTexts([text_in(*line, "text") for line in self._rows("target")])
 
     def target_test(self) -> LabelledTexts:
         if self.paths["test"] is None:
             raise UserError("there are no labels of the target domain to judge by; name a file with them as test")
         return _labelled(self._rows("test"))
 
-    def _rows(self, which: str) -> list[tuple[str, dict[str, Any]]]:
+    def _rows(self, which: str) -> list[tuple[str, Any]]:
         """(where a line is, what it says)."""
-        path, setting = self.paths[which], f"data.init_args.domains.init_args.{which}"
+        path = self.paths[which]
         assert path is not None
-        rows = json_lines(path, setting)
-        for where, row in rows:
-            text = row.get("text") if isinstance(row, dict) else None
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where} has no text, or an empty one")
-        if not rows:
-            raise UserError(f"{setting}={path} has no text")
-        return rows
+        return json_lines(path, f"data.init_args.domains.init_args.{which}", "text", "text")
 
 
-def _labelled(rows: list[tuple[str, dict[str, Any]]]) -> LabelledTexts:
+def _labelled(rows: list[tuple[str, Any]]) -> LabelledTexts:
+    texts = [text_in(*line, "text") for line in rows]
     for where, row in rows:
         label = row.get("label")
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise UserError(f"{where} has no label that is a whole number from 0 up")
-    return LabelledTexts([row["text"] for _, row in rows], [row["label"] for _, row in rows])
+    return LabelledTexts(texts, [row["label"] for _, row in rows])
 
 
 @dataclass(frozen=True)
@@ -291,9 +285,7 @@ class DomainTexts(SampleSets):
         tokenizer, prompt, length, tokens: as in `PromptReader`; the same in both stages.
         val_size: texts of the source held out to validate on, at least 1: of each label its share, evenly spaced. None
             takes a tenth, at most 200.
-        batch_size: texts of one optimiser step over all ranks.
-        seed: of the order and of what is random in a sample.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Attributes:
         num_tokens: numbers of tokens, from 0 up, with sentinels.
@@ -310,16 +302,14 @@ class DomainTexts(SampleSets):
         length: int = 128,
         tokens: DenoisingTokens | None = None,
         val_size: int | None = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         if val_size is not None and val_size < 1:
             raise UserError(f"val_size={val_size} must be at least 1: settings are chosen by the source alone")
         self.domains, self.reader = domains, PromptReader(tokenizer, prompt or Prompt(), length, tokens)
         self.num_tokens, self.inputs = self.reader.num_tokens, length
-        self.val_size, self.batch_size, self.seed, self.num_workers = val_size, batch_size, seed, num_workers
+        self.val_size = val_size
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Leaves out the columns in which no text of the batch has a token."""

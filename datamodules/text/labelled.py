@@ -20,7 +20,7 @@ from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.batch import LabelledPairBatch, LabelledTextBatch
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.tokenized import require_length, tokenized, tokenized_pairs
 
 MOST_CLASSES = 2**20
@@ -95,15 +95,12 @@ class LabelledRow(NamedTuple):
 
 def labelled_row(where: str, found: Any, fields: Sequence[str], label: str) -> LabelledRow:
     """What a JSON says. Raises: UserError that names the line for missing or empty texts, or for no label."""
-    texts = [found.get(field) if isinstance(found, dict) else None for field in fields]
-    for field, text in zip(fields, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where} has no {field}, or an empty one; it must be a text")
+    texts = tuple(text_in(where, found, field) for field in fields)
     own = found.get(label)
     is_number = isinstance(own, int) and not isinstance(own, bool) and 0 <= own < MOST_CLASSES
     if not (is_number or (isinstance(own, str) and own)):
         raise UserError(f"{where} has no {label} that is a whole number in [0, {MOST_CLASSES:,}), or a class's name")
-    return LabelledRow(where, tuple(map(str, texts)), own)
+    return LabelledRow(where, texts, own)
 
 
 class LabelledTextFiles(SampleSets):
@@ -121,9 +118,7 @@ class LabelledTextFiles(SampleSets):
         fields: the text's name in a line, or the names of two.
         label: the class's name in a line.
         length: T, tokens that are read, at least 3; of two texts the longer one is cut first.
-        batch_size: samples of one optimiser step over all ranks.
-        seed: of the order.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Attributes:
         num_classes: of the training file; after `setup`.
@@ -144,18 +139,15 @@ class LabelledTextFiles(SampleSets):
         fields: tuple[str, ...] = ("text",),
         label: str = "label",
         length: int = 128,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         require_length(length)
         if len(fields) not in (1, 2) or len({*fields, label}) <= len(fields):
             raise UserError(f"fields={[*fields]} must be the names of one text or two, other than label={label}")
         require_val_size(val_size)
         self.path, self.val_path, self.test_path, self.val_size = path, val_path, test_path, val_size
         self.tokenizer, self.fields, self.label, self.length = tokenizer, tuple(fields), label, length
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all files, once."""
@@ -203,12 +195,8 @@ class LabelledTextFiles(SampleSets):
         return self._evaluate(self.test)
 
     def _rows(self, path: str, setting: str) -> list[LabelledRow]:
-        found = json_lines(path, f"data.init_args.{setting}")
-        if not found:
-            raise UserError(
-                f"{path} has no text; write a JSON object with {self.fields[0]} and {self.label} in each line"
-            )
-        return [labelled_row(*line, self.fields, self.label) for line in found]
+        lines = json_lines(path, f"data.init_args.{setting}", "text", f"{self.fields[0]} and {self.label}")
+        return [labelled_row(*line, self.fields, self.label) for line in lines]
 
     def _samples(self, rows: Sequence[LabelledRow], classes: dict[int | str, int]) -> LabelledTextSamples:
         for row in rows:

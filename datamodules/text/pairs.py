@@ -18,7 +18,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
 from lightspan.datamodules.text.batch import ScoredPairBatch, TokenPairBatch
 from lightspan.datamodules.text.functions import library_functions
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.tokenized import require_length, tokenized
 from lightspan.datamodules.text.windows import in_validation
 
@@ -113,18 +113,13 @@ def read_pairs(path: str, negatives: int, scored: bool) -> list[Pair]:
 
     Raises: UserError naming the line.
     """
-    pairs = [pair_of(*line, negatives, scored) for line in json_lines(path, "data.init_args.path")]
-    if not pairs:
-        raise UserError(f"{path} has no pair: write a JSON object with query and document in each line")
-    return pairs
+    lines = json_lines(path, "data.init_args.path", "pair", "query and document")
+    return [pair_of(*line, negatives, scored) for line in lines]
 
 
 def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pair:
     """A pair of what a JSON says. Raises: UserError for missing or empty texts, or too few of them."""
-    texts: list[Any] = [found.get(name) if isinstance(found, dict) else None for name in ("query", "document")]
-    for name, text in zip(("query", "document"), texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where} has no {name}, or an empty one; it must be a text")
+    query, document = (text_in(where, found, name) for name in ("query", "document"))
     others = found.get("negatives", [])
     if not isinstance(others, list) or not all(isinstance(text, str) and text.strip() for text in others):
         raise UserError(f"{where}: negatives must be a list of texts, none of them empty")
@@ -136,7 +131,7 @@ def pair_of(where: str, found: Any, negatives: int, scored: bool = False) -> Pai
     # NaN is not below either. What float32 would round to infinity is refused with it.
     if scored and (isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= LARGEST_SCORE):
         raise UserError(f"{where} has no score that is a finite number of 32 bits")
-    return Pair(texts[0], texts[1], tuple(others), float(score) if scored else None)
+    return Pair(query, document, tuple(others), float(score) if scored else None)
 
 
 class Pairs(SampleSets):
@@ -146,8 +141,7 @@ class Pairs(SampleSets):
         tokenizer: turns a text into tokens, special tokens included; one for both sides.
         query_length, document_length: T and U, tokens that are read, at least 3.
         batch_size: queries of one optimiser step over all ranks.
-        seed: of the order, and of which negatives a query gets.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     """
 
     def __init__(
@@ -156,14 +150,12 @@ class Pairs(SampleSets):
         query_length: int = 32,
         document_length: int = 128,
         batch_size: int = 128,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(query_length)
         require_length(document_length)
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def training_content(self) -> str:
         return content_of(self.train.arrays())  # type: ignore[union-attr]

@@ -1,18 +1,19 @@
 """Food reviews with a verdict, from the R package modeldata. Nothing is downloaded. Shapes: T tokens."""
 
+from typing import Any
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.files.places import ReadPath
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes, spaced
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_enough, require_sizes, spaced
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.text.labelled import LabelledTextSamples, LabelledTokens
 from lightspan.datamodules.text.tokenized import require_length
 
 
-class FoodReviews(SampleSets):
+class FoodReviews(SplitSampleSets):
     """4,000 training and 1,000 test reviews of food (McAuley and Leskovec 2013), batches of `LabelledTextBatch`.
 
     Label 1 is the verdict `great` (the best score), 0 any other; about two thirds are great. Each review is truncated
@@ -21,13 +22,11 @@ class FoodReviews(SampleSets):
     Args:
         tokenizer: turns a review into tokens, special tokens included.
         length: T, tokens of a review that are read; half of the reviews have fewer than 70 words.
-        batch_size: reviews of one optimiser step over all ranks.
         train_size: train on this many reviews, evenly spaced; None uses all.
         val_size: validate on this many training reviews, evenly spaced and held out from training, so that settings can
             be chosen without the test reviews. 0 trains on all and validates on the test reviews.
         library: folder of R packages that contains modeldata; None searches the usual places.
-        seed: of the order of training reviews.
-        num_workers: processes that fetch batches.
+        settings: those of `SampleSets`.
 
     Raises: UserError at setup if the reviews are not installed or too few for the requested sizes.
     """
@@ -38,18 +37,16 @@ class FoodReviews(SampleSets):
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int = 128,
-        batch_size: int = 32,
         train_size: int | None = None,
         val_size: int = 0,
         library: ReadPath | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**settings)
         require_length(length)
         require_sizes(train_size, val_size)
-        self.tokenizer, self.length, self.batch_size, self.library = tokenizer, length, batch_size, library
-        self.train_size, self.val_size, self.seed, self.num_workers = train_size, val_size, seed, num_workers
+        self.tokenizer, self.length, self.library = tokenizer, length, library
+        self.train_size, self.val_size = train_size, val_size
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once."""
@@ -71,9 +68,6 @@ class FoodReviews(SampleSets):
             f"reviews: {sizes(len(self.train), validated, len(self.test), 'reviews')}, "
             f"{self.val.data.labels.mean():.1%} of the validation reviews great"
         )
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
     def _tokenize(self, texts: list[str], scores: list[str]) -> LabelledTokens:
         return LabelledTokens.of(self.tokenizer, texts, [score == "great" for score in scores], self.length)

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
+from lightspan.datamodules.shards.stand_ins import NOWHERE
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.text.documents import FIELD, encoded, numbers_of
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training, window
@@ -77,9 +76,6 @@ class TextShards(Shards):
         """Lets `form` join the rows of a batch to train on."""
         return joined_in_training(self, self.form.joined, batch)
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two documents that fill a row, where no shard is."""
-        if not self.is_absent():
-            return None
-        members = {"__url__": "none", "__key__": "none", "txt": b"to be or not to be " * self.form.longest}
-        return default_collate([self.decode(members, seed=0) | {"index": torch.tensor(i)} for i in range(2)])
+    def example(self) -> dict[str, Any]:
+        """A document that fills a row."""
+        return self.decode(NOWHERE | {"txt": b"to be or not to be " * self.form.longest}, seed=0)

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,8 +110,7 @@ class WordList(SampleSets):
         length: tokens of a sentence that are read, special ones included, at least 3.
         val_size: words, evenly spaced, held out to validate on, at least 1.
         batch_size: words of one optimiser step over all ranks.
-        seed: of the order of training words.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     Raises: UserError at setup for a file that cannot be read, too few words, or a letter outside the alphabet.
     """
 
@@ -124,17 +124,15 @@ class WordList(SampleSets):
         length: int = 77,
         val_size: int = 1000,
         batch_size: int = 384,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_length(length)
         sentences([], sentence)
         if longest < 1 or val_size < 1:
             raise UserError(f"WordList longest={longest} and val_size={val_size} must be at least 1")
         self.path, self.tokenizer, self.alphabet = path, tokenizer, require_alphabet(alphabet)
         self.longest, self.sentence, self.length, self.val_size = longest, sentence, length, val_size
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks all words, once."""

@@ -15,7 +15,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.batch import WholeWordBatch
 from lightspan.datamodules.text.functions import library_functions
-from lightspan.datamodules.text.json_lines import json_lines
+from lightspan.datamodules.text.json_lines import json_lines, text_in
 from lightspan.datamodules.text.tokenized import require_length
 from lightspan.datamodules.text.windows import in_validation
 
@@ -95,8 +95,7 @@ class WholeWords(SampleSets):
         length: T, tokens that are read, at least 3.
         val_fraction: of the files, or of the lines by a hash of the text, held out to validate on, in (0, 1).
         batch_size: texts of one optimiser step over all ranks.
-        seed: of the order, and of what is read of long texts.
-        num_workers: processes that fetch batches.
+        settings: the others of `SampleSets`.
     Raises: UserError at setup for a file that cannot be read, naming the line, or if one of the sets is empty.
     """
 
@@ -108,17 +107,15 @@ class WholeWords(SampleSets):
         length: int = 128,
         val_fraction: float = 0.15,
         batch_size: int = 64,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         if path is not None and folder is not None:
             raise UserError(f"path={path} and folder={folder} both say what to read; leave one of them out")
         if not 0 < val_fraction < 1:
             raise UserError(f"val_fraction={val_fraction} must lie in (0, 1)")
         self.cutter = WordCutter(tokenizer, length)
         self.path, self.folder, self.val_fraction = path, folder, val_fraction
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises all texts, once."""
@@ -143,13 +140,5 @@ class WholeWords(SampleSets):
         """(what the hash is of, text)."""
         if self.path is None:
             return [(function.file, function.body) for function in library_functions(self.folder)]
-        texts = [text_of(*line) for line in json_lines(self.path, "data.init_args.path")]
-        return [(text, text) for text in texts]
-
-
-def text_of(where: str, found: Any) -> str:
-    """A text of what a JSON says. Raises: UserError if it has none, or an empty one."""
-    text = found.get("text") if isinstance(found, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} has no text, or an empty one; it must be a text")
-    return text
+        lines = json_lines(self.path, "data.init_args.path", "text", "text")
+        return [(text, text) for text in (text_in(*line, "text") for line in lines)]

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,9 @@ class TextData(LightningDataModule, ABC):
 
     batch_type = TextBatch
 
-    def __init__(self, context: int, batch_size: int, val_windows: int, seed: int, num_workers: int) -> None:
+    def __init__(
+        self, context: int, batch_size: int, val_windows: int = 256, seed: int = 0, num_workers: int = 0
+    ) -> None:
         super().__init__()
         if context < 1:
             raise UserError(f"context={context} tokens is too short; it must be at least 1")
@@ -179,7 +182,7 @@ class ByteText(TextData):
             it is.
         suffixes: endings of the file names taken from folders.
         val_fraction: share of the files held out, in (0, 1).
-        context, batch_size, val_windows, seed, num_workers: as in `TextData`.
+        context, batch_size, settings: those of `TextData`.
 
     Raises: UserError at setup for a missing path, a folder without a matching file, or too little text.
     """
@@ -193,11 +196,9 @@ class ByteText(TextData):
         context: int = 256,
         batch_size: int = 16,
         val_fraction: float = 0.05,
-        val_windows: int = 256,
-        seed: int = 0,
-        num_workers: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(context, batch_size, val_windows, seed, num_workers)
+        super().__init__(context, batch_size, **settings)
         require_paths(paths, suffixes, val_fraction)
         self.paths, self.suffixes, self.val_fraction = paths, tuple(suffixes), val_fraction
 

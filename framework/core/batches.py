@@ -15,7 +15,7 @@ without a declared type are plain dicts of tensors, of which the functions below
 Shapes: B samples, N rows of all samples together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -214,59 +214,65 @@ def require_declared(batch: Mapping[str, Any], batch_type: type, owner: str) -> 
         and for numbers of rows that there are not.
     """
     schema = schema_of(batch_type)
-    sizes, known_by = dict[str, int](), dict[str, str]()
-    for name, field in schema.fields.items():
-        if name not in batch:
-            if name in schema.required:
-                raise UserError(
-                    f"a batch of {owner} has no {name}, which {schema.name} declares as {field} (it holds "
-                    f"{', '.join(sorted(batch))}); let each sample give it, or declare another batch_type"
-                )
-            continue
-        value = batch[name]
-        parts = value if isinstance(value, list | tuple) else [value]
-        axes, listed = field.sizes, True
-        if parts is value:
-            listed, axes = _bind(axes[0], len(parts), name, sizes, known_by), axes[1:]
-        fits = (
-            bool(parts)
-            and listed
-            and all(
-                isinstance(x, Tensor)
-                and field.torch_dtype in (None, x.dtype)
-                and x.ndim == len(axes)
-                and all(_bind(axis, size, name, sizes, known_by) for axis, size in zip(axes, x.shape, strict=True))
-                for x in parts
-            )
+    if lacking := [name for name in schema.fields if name in schema.required and name not in batch]:
+        raise UserError(
+            f"a batch of {owner} has no {lacking[0]}, which {schema.name} declares as {schema.fields[lacking[0]]} (it "
+            f"holds {', '.join(sorted(batch))}); let each sample give it, or declare another batch_type"
         )
-        if not fits:
-            found = ", ".join(map(described, parts)) or "an empty list"
-            fixed = ", ".join(f"{axis} = {sizes[axis]} by {by}" for axis, by in known_by.items() if by != name)
+    fields, sizes = {name: field for name, field in schema.fields.items() if name in batch}, _Sizes()
+    for name, field in fields.items():
+        if not sizes.fit(name, field, batch[name]):
+            parts = batch[name] if isinstance(batch[name], list | tuple) else [batch[name]]
             raise UserError(
-                f"{name} in a batch of {owner} is {found}, and {schema.name} declares {field}"
-                + (f" with {fixed}" if fixed else "")
-                + "; let each sample give it so, or declare another batch_type"
+                f"{name} in a batch of {owner} is {', '.join(map(described, parts)) or 'an empty list'}, and "
+                f"{schema.name} declares {field}{sizes.fixed_before(name)}; let each sample give it so, or declare "
+                "another batch_type"
             )
-    for name, field in schema.fields.items():
-        if name in batch and field.cuts is not None:
-            _require_cuts(batch[name], sizes.get(field.cuts), name, owner)
-        if name in batch and field.points_to is not None and batch[name].numel():
-            least, largest = (int(end) for end in batch[name].aminmax())
-            if least < 0 or largest >= sizes[field.points_to]:
-                raise UserError(
-                    f"{name} in a batch of {owner} numbers rows from {least} to {largest}, and there are "
-                    f"{sizes[field.points_to]}; number the rows of each sample from 0 up"
-                )
+    for name, field in fields.items():
+        if field.cuts is not None:
+            _require_cuts(batch[name], sizes.known.get(field.cuts), name, owner)
+        if field.points_to is not None:
+            _require_rows(batch[name], sizes.known.get(field.points_to, 0), name, owner)
 
 
-def _bind(axis: tuple[str, int], size: int, name: str, sizes: dict[str, int], known_by: dict[str, str]) -> bool:
-    letter, more = axis
-    if letter.isdigit():
-        return size == int(letter)
-    if letter.islower():
-        return True
-    known_by.setdefault(letter, name)
-    return sizes.setdefault(letter, size - more) == size - more
+class _Sizes:
+    """The size of each named axis of a batch, which the first field that has the axis fixes for the others."""
+
+    def __init__(self) -> None:
+        self.known, self.by = dict[str, int](), dict[str, str]()
+
+    def fit(self, name: str, field: Field, value: Any) -> bool:
+        """Whether a value has the dtype and the axes of its field."""
+        if isinstance(value, list | tuple):
+            first, *others = field.sizes
+            return (
+                bool(value)
+                and self._bind(name, first, len(value))
+                and all(self._fit(name, field, others, x) for x in value)
+            )
+        return self._fit(name, field, field.sizes, value)
+
+    def fixed_before(self, name: str) -> str:
+        """What other fields have fixed, for messages."""
+        fixed = ", ".join(f"{axis} = {self.known[axis]} by {by}" for axis, by in self.by.items() if by != name)
+        return fixed and f" with {fixed}"
+
+    def _fit(self, name: str, field: Field, axes: Sequence[tuple[str, int]], x: Any) -> bool:
+        return (
+            isinstance(x, Tensor)
+            and field.torch_dtype in (None, x.dtype)
+            and x.ndim == len(axes)
+            and all(self._bind(name, axis, size) for axis, size in zip(axes, x.shape, strict=True))
+        )
+
+    def _bind(self, name: str, axis: tuple[str, int], size: int) -> bool:
+        letter, more = axis
+        if letter.isdigit():
+            return size == int(letter)
+        if letter.islower():
+            return True
+        self.by.setdefault(letter, name)
+        return self.known.setdefault(letter, size - more) == size - more
 
 
 def _require_cuts(offsets: Tensor, rows: int | None, name: str, owner: str) -> None:
@@ -275,6 +281,15 @@ def _require_cuts(offsets: Tensor, rows: int | None, name: str, owner: str) -> N
         raise UserError(
             f"{name} in a batch of {owner} must ascend from 0 to the {rows} rows of all samples, and is {ends[:8]}"
             + (" ..." if len(ends) > 8 else "")
+        )
+
+
+def _require_rows(numbers: Tensor, rows: int, name: str, owner: str) -> None:
+    least, largest = (int(end) for end in numbers.aminmax()) if numbers.numel() else (0, -1)
+    if least < 0 or largest >= rows:
+        raise UserError(
+            f"{name} in a batch of {owner} numbers rows from {least} to {largest}, and there are {rows}; number the "
+            "rows of each sample from 0 up"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
-from lightspan.core.batches import Field, described, fields_of, rows_in, samples_in, schema_of
+from lightspan.core.batches import Field, described, fields_of, rows_in
 from lightspan.core.errors import UserError
 
 
@@ -77,33 +77,30 @@ def _stacked(name: str, values: list[Any]) -> Any:
 
 def separated(batch: Mapping[str, Any], batch_type: type) -> list[dict[str, Any]]:
     """The samples of a batch, of its declared fields alone: what `collated` makes a batch of."""
-    schema, count = schema_of(batch_type), samples_in(batch, batch_type) or 0
-    samples: list[dict[str, Any]] = [{} for _ in range(count)]
-    parts = {
-        field.cuts: batch[name].diff().tolist()
-        for name, field in schema.fields.items()
-        if field.cuts is not None and name in batch
-    }
-    firsts = {axis: [0, *torch.tensor(sizes).cumsum(0).tolist()] for axis, sizes in parts.items()}
+    fields = {name: field for name, field in fields_of(batch_type).items() if name in batch}
+    lengths = {field.cuts: batch[name].diff() for name, field in fields.items() if field.cuts is not None}
     # What numbers the rows of another axis, such as edges, belongs to the sample of the first row that it names.
-    for name, field in schema.fields.items():
-        if field.points_to is not None and name in batch:
-            ends = torch.tensor(firsts[field.points_to][1:])
-            places = batch[name].movedim(field.packed or 0, 0).flatten(1)[:, 0]
-            parts[_packed_axis(field)] = torch.bucketize(places, ends, right=True).bincount(minlength=count).tolist()
-    for name, field in schema.fields.items():
-        if name not in batch or field.cuts is not None:
-            continue
-        value = batch[name]
-        if isinstance(value, list | tuple):
-            rows: Any = [list(row) for row in zip(*value, strict=True)]
-        elif field.packed is None:
-            rows = value.unbind(0)
-        else:
-            rows = value.split(parts[_packed_axis(field)], field.packed)
-        for number, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-            sample[name] = row if field.points_to is None else row - firsts[field.points_to][number]
-    return samples
+    for name, field in fields.items():
+        if field.points_to is not None:
+            cut = lengths[field.points_to]
+            named = batch[name].movedim(field.packed or 0, 0).flatten(1)[:, 0]
+            owner = torch.bucketize(named, cut.cumsum(0), right=True)
+            lengths[_packed_axis(field)] = owner.bincount(minlength=len(cut))
+    columns = {name: _by_sample(batch[name], field, lengths) for name, field in fields.items() if field.cuts is None}
+    return [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
+
+
+def _by_sample(value: Any, field: Field, lengths: Mapping[str, Tensor]) -> list[Any]:
+    """What each sample has of a field; rows that are numbered count from 0 in each sample again."""
+    if isinstance(value, list | tuple):
+        return [list(row) for row in zip(*value, strict=True)]
+    if field.packed is None:
+        return [*value.unbind(0)]
+    parts = value.split(lengths[_packed_axis(field)].tolist(), field.packed)
+    if field.points_to is None:
+        return [*parts]
+    ends = lengths[field.points_to].cumsum(0)
+    return [part - first for part, first in zip(parts, (ends - lengths[field.points_to]).tolist(), strict=True)]
 
 
 def taken(batch: Any, places: Sequence[int], batch_type: type | None = None) -> Any:

@@ -46,10 +46,9 @@ from lightspan.datamodules.image_text.swapped_captions import SwappedCaptions
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.folder import TiffFolder
 from lightspan.datamodules.multispectral.resampling import SpectralCrops
-from lightspan.datamodules.multispectral.scene import LandsatScene, SceneBlocks
+from lightspan.datamodules.multispectral.scene import SceneBlocks
 from lightspan.datamodules.multispectral.seasons import SeasonShards
 from lightspan.datamodules.multispectral.shards import MultispectralShards
-from lightspan.datamodules.multispectral.statlog import StatlogLandsat
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -61,7 +60,6 @@ from lightspan.datamodules.sequence.blank import BlankSequences
 from lightspan.datamodules.sequence.listops import ListOps
 from lightspan.datamodules.sequence.own import OwnSequences
 from lightspan.datamodules.sequence.pixels import PixelSequences
-from lightspan.datamodules.sequence.python_bytes import PythonBytes
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.latents import LatentShards
 from lightspan.datamodules.shards.paired import PairedShards
@@ -198,9 +196,9 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "FashionMNIST": (lambda folder: FashionMNIST(4), "ImageBatch"),
     "MNIST5k": (lambda folder: MNIST5k(4), "ImageBatch"),
-    "Shapes": (lambda folder: Shapes(4, size=64), "ImageBatch"),
+    "Shapes": (lambda folder: Shapes(size=64, batch_size=4), "ImageBatch"),
     "ClassSubset": (lambda folder: ClassSubset(Digits(), [1, 2], batch_size=4), "ImageBatch"),
-    "ColouredShapes": (lambda folder: ColouredShapes(4, size=256), "ImageBatch"),
+    "ColouredShapes": (lambda folder: ColouredShapes(size=256, batch_size=4), "ImageBatch"),
     "NoisyLabels": (lambda folder: NoisyLabels(Digits(), batch_size=4), "ImageBatch"),
     "RepeatedImages": (lambda folder: RepeatedImages(Digits(), count=3, times=2, batch_size=4), "ImageBatch"),
     "Blank": (lambda folder: Blank(3, (3, 6, 8), 9, batch_size=4), "ImageBatch"),
@@ -370,8 +368,6 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         ),
         "MultispectralBatch",
     ),
-    "LandsatScene": (lambda folder: LandsatScene(batch_size=4), "MultispectralBatch"),
-    "StatlogLandsat": (lambda folder: StatlogLandsat(batch_size=4), "MultispectralBatch"),
     "Diabetes": (lambda folder: Diabetes(batch_size=4), "TableBatch"),
     "Diabetes, two views": (lambda folder: Diabetes(batch_size=4, views=RowViews()), "TableViewsBatch"),
     "BreastCancer": (lambda folder: BreastCancer(batch_size=4), "LabelledTableBatch"),
@@ -402,7 +398,6 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: ListOps(9, 4, shortest=4, longest=20, depth=2, batch_size=4),
         "LabelledTextBatch",
     ),
-    "PythonBytes": (lambda folder: PythonBytes(64, ["http", "xml"], batch_size=4), "LabelledTextBatch"),
     "PixelSequences": (lambda folder: PixelSequences(Digits(), batch_size=4), "SequenceBatch"),
     "BlankSequences": (lambda folder: BlankSequences(5, 2, batch_size=4), "SequenceBatch"),
     "OwnSequences": (own_sequences, "SequenceBatch"),

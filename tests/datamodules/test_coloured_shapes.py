@@ -42,7 +42,7 @@ def test_a_picture_shows_the_factors_of_its_class() -> None:
 
 
 def test_sizes_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match=r"size=255 must be at least 256, and noise=0\.05 and draw_seed=0 at least 0"):
+    with pytest.raises(UserError, match="size=255 must be at least 256"):
         ColouredShapes(size=255)
     with pytest.raises(UserError, match=r"noise=-1\.0"):
         ColouredShapes(noise=-1.0)

@@ -90,19 +90,3 @@ def test_damage_is_one_readable_line(tmp_path: Path, damage: str) -> None:
         (folder / "Rdata.rdx").write_bytes(b"\x1f\x8b nonsense")
     with pytest.raises(UserError, match=r"novels.*does not contain .* reinstall r-cran-novels"):
         read_r_data("novels", ("b" if damage == "name" else "a",), str(tmp_path))
-
-
-def test_a_data_set_may_be_a_file_of_its_own(tmp_path: Path) -> None:
-    pytest.importorskip("rdata")
-    folder = tmp_path / "mlbench" / "data"
-    folder.mkdir(parents=True)
-    # A file of R's `save`: a pairlist of one name and its value.
-    symbol = struct.pack(">i", 1) + text("words")
-    saved = struct.pack(">i", 0x402) + symbol + texts(["one", "two"]) + struct.pack(">i", 254)
-    (folder / "words.rda").write_bytes(lzma.compress(b"RDX3\n" + XDR + saved))
-    assert read_r_data("mlbench", ("words",), str(tmp_path)) == [["one", "two"]]
-    with pytest.raises(UserError, match="the R package mlbench is not in"):
-        read_r_data("mlbench", ("other",), str(tmp_path))
-    (folder / "words.rda").write_bytes(b"RDX3\n")
-    with pytest.raises(UserError, match=r"does not contain words .* reinstall r-cran-mlbench"):
-        read_r_data("mlbench", ("words",), str(tmp_path))

@@ -16,7 +16,6 @@ from lightspan.datamodules.sequence.blank import BlankSequences
 from lightspan.datamodules.sequence.listops import SYMBOLS, Expressions, ListOps, draw, values_of
 from lightspan.datamodules.sequence.own import OwnSequences
 from lightspan.datamodules.sequence.pixels import PixelSequences
-from lightspan.datamodules.sequence.python_bytes import PythonBytes
 from lightspan.datamodules.sequence.sets import SequenceSets
 
 
@@ -145,48 +144,6 @@ def test_a_larger_set_begins_with_the_smaller_one_and_all_differ() -> None:
 def test_expressions_that_cannot_be_had_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         listops(**settings)
-
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    draw = np.random.default_rng(0)
-    for package in ("a", "b"):
-        (tmp_path / package / "deep").mkdir(parents=True)
-        for number in range(10):
-            content = bytes(draw.integers(32, 127, size=150 + number))
-            folder = tmp_path / package / ("deep" if number % 2 else "")
-            (folder / f"{number}.py").write_bytes(content if number else b"same " * 40)
-    return tmp_path
-
-
-def test_programs_are_cut_into_pieces_and_held_out_by_file(programs: Path) -> None:
-    data = ready(PythonBytes(64, ["a", "b"], str(programs), val_size=6, batch_size=4))
-    files = {part: set(getattr(data, part).data.groups.tolist()) for part in ("train", "val", "test")}
-    assert files["train"]
-    assert not files["train"] & files["val"]
-    assert not (files["train"] | files["val"]) & files["test"]
-    assert len(files["test"]) == 4  # a fifth of ten, of each class
-    assert not rows_of(data, "train") & (rows_of(data, "val") | rows_of(data, "test"))
-    everything = b"".join(path.read_bytes() for path in programs.rglob("*.py"))
-    for row, length in zip(data.train.data.rows, data.train.data.lengths, strict=True):
-        assert bytes((row[:length] - 1).astype(np.uint8)) in everything
-        assert not row[length:].any()
-        assert length >= 32
-    assert set(data.train.data.labels.tolist()) == {0, 1}
-
-
-def test_the_librarys_own_packages_are_found() -> None:
-    data = ready(PythonBytes(256, train_size=80))
-    assert np.bincount(data.train.data.labels).tolist() == [10] * 8
-    assert (np.bincount(data.test.data.labels) > 0).all()
-
-
-def test_programs_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="/a has 0 files of Python with at least 32 bytes"):
-        ready(PythonBytes(64, ["a", "b"], str(tmp_path)))
-    for wrong in ({"length": 3}, {"packages": ["a"]}, {"packages": ["a", "a"]}):
-        with pytest.raises(UserError, match="PythonBytes length="):
-            PythonBytes(**wrong)  # type: ignore[arg-type]
 
 
 def test_pixels_stand_row_by_row_from_minus_1_to_1() -> None:

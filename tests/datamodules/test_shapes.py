@@ -52,9 +52,9 @@ def test_without_variety_a_shape_differs_in_brightness_alone() -> None:
 
 
 def test_sizes_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match=r"size=39 must be at least 40, noise=0\.1 and draw_seed=0 at least 0"):
+    with pytest.raises(UserError, match="size=39 must be at least 40"):
         Shapes(size=39)
     with pytest.raises(UserError, match=r"noise=-1\.0"):
         Shapes(noise=-1.0)
-    with pytest.raises(UserError, match=r"variety=1\.5 in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"variety=1\.5"):
         Shapes(variety=1.5)

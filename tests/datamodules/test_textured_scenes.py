@@ -31,5 +31,5 @@ def test_pictures_are_functions_of_the_seed_and_labels_tell_the_number_of_object
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(UserError, match=r"size=3 must be at least 4, and noise=0.05"):
+    with pytest.raises(UserError, match="size=3 must be at least 4"):
         TexturedScenes(size=3)

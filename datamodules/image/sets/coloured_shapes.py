@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightspan.core.errors import UserError
-from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
 from lightspan.datamodules.image.sets.shapes import SIDE
-from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.datamodules.image.sets.small import Labelled
 from lightspan.datamodules.rendered.outlines import cover, frames
 from lightspan.datamodules.rendered.textures import TEXTURES, woven
 
@@ -59,38 +58,20 @@ def _textured(texture: np.ndarray, generator: np.random.Generator) -> np.ndarray
     return woven(texture, a, b)
 
 
-class ColouredShapes(ImageData):
+class ColouredShapes(DrawnPictures):
     """64 classes of coloured, textured shapes, 28 x 28 in colour, as many of each; `factors` tells a class's factors.
 
     Args:
-        size: training images; a quarter as many are drawn for testing, from another stream.
-        noise: as in `draw`, >= 0.
-        draw_seed: of the pictures. `seed` is that of their order.
-        batch_size, views, settings: those of `ImageData`.
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = CLASSES
     image_shape = (3, SIDE, SIDE)
+    least_size = 4 * CLASSES
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        views: Views | None = None,
-        size: int = 6400,
-        noise: float = 0.05,
-        draw_seed: int = 0,
-        **settings: Any,
-    ) -> None:
-        super().__init__(batch_size, views, **settings)
-        if size < 4 * CLASSES or noise < 0 or draw_seed < 0:
-            raise UserError(
-                f"size={size} must be at least {4 * CLASSES}, and noise={noise} and draw_seed={draw_seed} at least 0"
-            )
-        self.size, self.noise, self.draw_seed = size, noise, draw_seed
+    def __init__(self, size: int = 6400, noise: float = 0.05, draw_seed: int = 0, **settings: Any) -> None:
+        super().__init__(size, noise, draw_seed, **settings)
 
-    def load(self) -> tuple[Labelled, Labelled]:
-        return self._drawn(self.size, stream=0), self._drawn(self.size // 4, stream=1)
-
-    def _drawn(self, count: int, stream: int) -> Labelled:
+    def drawn(self, count: int, generator: np.random.Generator) -> Labelled:
         labels = np.arange(count, dtype=np.int64) % CLASSES
-        return Labelled(draw(labels, self.noise, np.random.default_rng((self.draw_seed, stream))), labels)
+        return Labelled(draw(labels, self.noise, generator), labels)

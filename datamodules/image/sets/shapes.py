@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.image.augment.views import Views
-from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
+from lightspan.datamodules.image.sets.small import Labelled
 from lightspan.datamodules.rendered.outlines import NAMES, cover, frames
 
 SIDE = 28
@@ -39,41 +39,26 @@ def draw(labels: np.ndarray, noise: float, generator: np.random.Generator, varie
     return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
 
 
-class Shapes(ImageData):
+class Shapes(DrawnPictures):
     """Ten shapes (`NAMES`), 28 x 28 grey, equally many of each.
 
     Args:
-        size: training images; a quarter as many are drawn for testing, from another stream.
-        noise, variety: as in `draw`; noise >= 0, variety in [0, 1].
-        draw_seed: seed of the pictures. `seed` is that of their order.
-        batch_size, views, settings: those of `ImageData`.
+        variety: as in `draw`, in [0, 1].
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = len(NAMES)
     image_shape = (1, SIDE, SIDE)
+    least_size = 4 * len(NAMES)
 
     def __init__(
-        self,
-        batch_size: int = 128,
-        views: Views | None = None,
-        size: int = 6000,
-        noise: float = 0.1,
-        draw_seed: int = 0,
-        variety: float = 1.0,
-        **settings: Any,
+        self, size: int = 6000, noise: float = 0.1, draw_seed: int = 0, variety: float = 1.0, **settings: Any
     ) -> None:
-        super().__init__(batch_size, views, **settings)
-        if size < 4 * len(NAMES) or noise < 0 or draw_seed < 0 or not 0 <= variety <= 1:
-            raise UserError(
-                f"size={size} must be at least {4 * len(NAMES)}, noise={noise} and draw_seed={draw_seed} at least 0, "
-                f"and variety={variety} in [0, 1]"
-            )
-        self.size, self.noise, self.draw_seed, self.variety = size, noise, draw_seed, variety
+        super().__init__(size, noise, draw_seed, **settings)
+        if not 0 <= variety <= 1:
+            raise UserError(f"Shapes variety={variety} must be in [0, 1]")
+        self.variety = variety
 
-    def load(self) -> tuple[Labelled, Labelled]:
-        return self._drawn(self.size, stream=0), self._drawn(self.size // 4, stream=1)
-
-    def _drawn(self, count: int, stream: int) -> Labelled:
+    def drawn(self, count: int, generator: np.random.Generator) -> Labelled:
         labels = np.arange(count, dtype=np.int64) % len(NAMES)
-        generator = np.random.default_rng((self.draw_seed, stream))
         return Labelled(draw(labels, self.noise, generator, self.variety), labels)

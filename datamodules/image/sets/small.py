@@ -22,10 +22,9 @@ from lightspan.core.files.foreign import BYTES, content_of, drained
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
-from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import ClassBalanced, ClassGroups, GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say, sizes
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, require_sizes
+from lightspan.datamodules.loading.sample_sets import SampleSets, SplitSampleSets, require_enough, require_sizes
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -167,7 +166,7 @@ def per_channel(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None, None]
 
 
-class ImageData(SampleSets):
+class ImageData(SplitSampleSets):
     """What image sets share. A subclass names its classes and shape, and loads.
 
     Training batches are `ViewsBatch` if `views` is given, else `ImageBatch`; all other batches are `ImageBatch`.
@@ -179,8 +178,6 @@ class ImageData(SampleSets):
         train_size: train on this many images, with the classes in turn; None uses all.
         val_size: validate on this many images held out from training, so that settings can be chosen without the test
             images. 0 trains on all and validates on the test images.
-        seed: seed of the order and of the views.
-        num_workers: processes that fetch batches.
         views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers.
         per_class: images of each class in a batch, see `lightspan.datamodules.loading.order.ClassBalanced`; None mixes
@@ -189,6 +186,7 @@ class ImageData(SampleSets):
             `lightspan.datamodules.loading.order.ClassGroups`; not with `per_class`.
         mean, std: of each channel of pixels in [0, 1]: those that a pretrained network was trained with. None takes
             those of the training images.
+        settings: the others of `SampleSets`.
     """
 
     num_classes: ClassVar[int]
@@ -203,21 +201,19 @@ class ImageData(SampleSets):
         views: Views | None = None,
         train_size: int | None = None,
         val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
         views_on: Place = "workers",
         per_class: int | None = None,
         groups: GroupSizes | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, **settings)
         require_one_order(per_class, groups)
         require_moments(mean, std)
         require_sizes(train_size, val_size)
-        self.batch_size, self.views, self.train_size, self.val_size = batch_size, views, train_size, val_size
-        self.seed, self.num_workers, self.views_on, self.per_class = seed, num_workers, views_on, per_class
-        self.groups, self.mean, self.std = groups, mean, std
+        self.views, self.train_size, self.val_size, self.views_on = views, train_size, val_size, views_on
+        self.per_class, self.groups, self.mean, self.std = per_class, groups, mean, std
         self.train: ImageSamples | None = None
 
     def training_order(self) -> Order | None:
@@ -265,9 +261,6 @@ class ImageData(SampleSets):
         """Black and white after standardising: the least and greatest value of an image, each [C, 1, 1]."""
         assert self.train is not None
         return -self.train.mean / self.train.std, (1 - self.train.mean) / self.train.std
-
-    def test_dataloader(self) -> EvaluationLoader:
-        return self._evaluate(self.test)
 
 
 class Digits(ImageData):

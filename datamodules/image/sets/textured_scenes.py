@@ -3,13 +3,12 @@
 Shapes: N images, S pixels a side.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from lightspan.core.errors import UserError
-from lightspan.datamodules.image.augment.views import Views
-from lightspan.datamodules.image.sets.small import ImageData, Labelled
+from lightspan.datamodules.image.sets.drawn import DrawnPictures
+from lightspan.datamodules.image.sets.small import Labelled
 
 SIDE = 32
 MOST = 3  # objects in a picture
@@ -55,40 +54,20 @@ def _texture(x: np.ndarray, y: np.ndarray, count: int, generator: np.random.Gene
     return first + wave[:, None] * (second - first)
 
 
-class TexturedScenes(ImageData):
+class TexturedScenes(DrawnPictures):
     """Scenes of 32 x 32 pixels in colour, whose class says whether two or three objects can be seen (or fewer, where
     one hides another).
 
     Args:
-        size: training images; a quarter as many are drawn for testing, from another stream.
-        noise: as in `draw`, >= 0.
-        draw_seed: of the pictures. `seed` is that of their order.
-        batch_size, views, train_size, val_size, seed, num_workers: as in `ImageData`.
+        size, noise, draw_seed, settings: those of `DrawnPictures`.
     """
 
     num_classes: ClassVar[int] = 2
     image_shape = (3, SIDE, SIDE)
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        views: Views | None = None,
-        size: int = 4000,
-        noise: float = 0.05,
-        draw_seed: int = 0,
-        train_size: int | None = None,
-        val_size: int = 0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size, views, train_size, val_size, seed, num_workers)
-        if size < 4 or noise < 0 or draw_seed < 0:
-            raise UserError(f"size={size} must be at least 4, and noise={noise} and draw_seed={draw_seed} at least 0")
-        self.size, self.noise, self.draw_seed = size, noise, draw_seed
+    def __init__(self, size: int = 4000, noise: float = 0.05, draw_seed: int = 0, **settings: Any) -> None:
+        super().__init__(size, noise, draw_seed, **settings)
 
-    def load(self) -> tuple[Labelled, Labelled]:
-        return self._drawn(self.size, stream=0), self._drawn(self.size // 4, stream=1)
-
-    def _drawn(self, count: int, stream: int) -> Labelled:
-        scenes = draw(count, self.noise, np.random.default_rng((self.draw_seed, stream)))
+    def drawn(self, count: int, generator: np.random.Generator) -> Labelled:
+        scenes = draw(count, self.noise, generator)
         return Labelled(scenes.images, (scenes.objects.max(axis=(1, 2)) == MOST).astype(np.int64))

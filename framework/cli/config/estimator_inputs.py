@@ -9,9 +9,10 @@ from typing import Any
 
 from lightspan.cli.config.annotations import class_names
 from lightspan.cli.config.problems import Problem
+from lightspan.cli.config.signatures import member_of, signature_of_method
 from lightspan.cli.config.tree import Node, dotted, plain
 from lightspan.core.files.atomic import expanded
-from lightspan.core.source import Definition, Source, base_definitions, descends, locate
+from lightspan.core.source import Definition, Source, descends, locate
 from lightspan.core.spelling import nearest
 
 FEATURE_FILE = "lightspan.evaluation.features.encoded.FeatureFile"
@@ -26,21 +27,18 @@ def mismatched_inputs(root: Node) -> Iterator[Problem]:
     if fit is None or (inputs is not None and not isinstance(inputs.value, dict)):
         return
     function, source = fit
-    arguments = function.args
-    if arguments.vararg is not None:
+    if function.args.vararg is not None:
         return  # the declaration of Estimator itself
-    taken = {a.arg: a.annotation for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs][1:]}
-    positional = len(taken) - len(arguments.kwonlyargs)
-    optional = set(list(taken)[positional - len(arguments.defaults) : positional])
-    optional |= {a.arg for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value}
+    known, others = signature_of_method(function, source), function.args.kwarg
+    taken = {name: parameter.annotation for name, parameter in known.parameters.items()}
     given: dict[Any, Node] = inputs.value if inputs is not None else {}
     where = inputs if inputs is not None else root
     name = estimator.name.rpartition(".")[2] if estimator is not None and estimator.name else "the estimator"
-    rest = arguments.kwarg.annotation if arguments.kwarg is not None else None
-    for missing in (key for key in taken if key not in given and key not in optional):
+    rest = others.annotation if others is not None else None
+    for missing in (key for key, parameter in known.parameters.items() if parameter.required and key not in given):
         yield Problem(where.where, f"inputs.{missing}", f"missing; {name} takes the inputs {', '.join(taken)}")
     for key, node in given.items():
-        if key not in taken and arguments.kwarg is None:
+        if key not in taken and not known.open:
             hint = nearest(key, taken)
             yield Problem(node.where, f"inputs.{key}", f"unknown; {hint}{name} takes the inputs {', '.join(taken)}")
         elif (annotation := taken.get(key, rest)) is not None:
@@ -127,14 +125,7 @@ def _class_at(node: Node | None) -> Definition | None:
     return found if isinstance(found, Definition) and found.is_class else None
 
 
-def _method(owner: Definition, name: str, depth: int = 0) -> tuple[ast.FunctionDef, Source] | None:
+def _method(owner: Definition, name: str) -> tuple[ast.FunctionDef, Source] | None:
     """A class's method, its own or inherited, and the module whose names its annotations use."""
-    if not isinstance(owner.node, ast.ClassDef) or depth > 12:
-        return None
-    for statement in owner.node.body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == name:
-            return statement, owner.source
-    for base in base_definitions(owner.node, owner.source):
-        if base is not None and (found := _method(base, name, depth + 1)) is not None:
-            return found
-    return None
+    found = member_of(owner, name)
+    return (found.node, found.source) if found is not None and isinstance(found.node, ast.FunctionDef) else None

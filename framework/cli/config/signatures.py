@@ -63,14 +63,15 @@ def is_dataclass(definition: Definition | Absent | None) -> bool:
 
 
 def member(class_path: str, name: str) -> Definition | None:
+    """As `member_of`, of the class that a full import path names."""
+    found = locate(class_path)
+    return member_of(found, name) if isinstance(found, Definition) else None
+
+
+def member_of(definition: Definition, name: str, depth: int = 0) -> Definition | None:
     """The method `name` of a class, or the expression it is set to in the class; of its first base that has it. None if
     there is none, or the source does not tell.
     """
-    found = locate(class_path)
-    return _member(found, name, 0) if isinstance(found, Definition) else None
-
-
-def _member(definition: Definition, name: str, depth: int) -> Definition | None:
     if not isinstance(definition.node, ast.ClassDef) or depth > 12:
         return None
     for statement in definition.node.body:
@@ -81,9 +82,14 @@ def _member(definition: Definition, name: str, depth: int) -> Definition | None:
         if value is not None and any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return Definition(value, definition.source)
     for base in base_definitions(definition.node, definition.source):
-        if base is not None and (found := _member(base, name, depth + 1)) is not None:
+        if base is not None and (found := member_of(base, name, depth + 1)) is not None:
             return found
     return None
+
+
+def signature_of_method(method: ast.FunctionDef, source: Source) -> Signature:
+    """What a method takes."""
+    return _of_function(method, source, skip_first=True)
 
 
 def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
@@ -91,7 +97,7 @@ def _of_class(node: ast.ClassDef, source: Source, depth: int) -> Signature:
         return Signature(open=True)
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            own = _of_function(statement, source, skip_first=True)
+            own = signature_of_method(statement, source)
             if not own.open:
                 return own
             if not _hands_on(statement) and any(base is not None for base in base_definitions(node, source)):

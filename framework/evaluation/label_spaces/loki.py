@@ -55,7 +55,7 @@ def frechet_labels(p_BK: Tensor, observed_K: Tensor, metric: LabelMetric) -> Ten
         )
     if not (p_BK.isfinite() & (p_BK >= 0)).all():
         raise UserError("probabilities of labels must be finite and at least 0; the model has diverged, or gave logits")
-    p_BK = p_BK.double().cpu()
+    p_BK = p_BK.detach().double().cpu()
     least_B = torch.full((len(p_BK),), math.inf, dtype=torch.float64)
     label_B, start = torch.zeros(len(p_BK), dtype=torch.int64), 0
     for block_Kn in metric.squared_blocks(observed_K.cpu()):

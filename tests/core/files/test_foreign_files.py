@@ -71,7 +71,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "sequences": ("a.npz", lambda path: OwnSequences(str(path)).setup()),
     "shard": ("a.tar", lambda path: _scanned(path)),
     "sums": ("SHA256SUMS", lambda path: listed(path.parent)),
-    "R data": ("R/data/x.rda", lambda path: read_r_data("R", ("x",), str(path.parents[2]))),
+    "R data": ("R/data/Rdata.rdx", lambda path: read_r_data("R", ("x",), str(path.parents[2]))),
     "WordNet": ("data.noun", lambda path: read_nouns(str(path.parent))),
     "tensors": ("a.safetensors", stored_tensors),
     "index": ("model.safetensors.index.json", lambda path: shards_of(path.parent) or _nothing()),

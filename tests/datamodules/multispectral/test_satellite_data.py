@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from optional import skip_without_packages
 from picture_files import write_tiffs
 from shard_files import array_shard
 
@@ -15,9 +14,8 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.folder import TiffFolder
 from lightspan.datamodules.multispectral.resampling import SpectralCrops
-from lightspan.datamodules.multispectral.scene import LandsatScene, SceneBlocks, corners
+from lightspan.datamodules.multispectral.scene import SceneBlocks, corners
 from lightspan.datamodules.multispectral.shards import MultispectralShards
-from lightspan.datamodules.multispectral.statlog import CLASSES, StatlogLandsat
 from lightspan.datamodules.multispectral.tiffs import bands_first, read_tiff
 from lightspan.datamodules.shards.decoders import DECODERS, damage_of
 
@@ -214,35 +212,6 @@ def test_no_pixel_of_a_scene_is_in_two_sets(tmp_path: Path, stride: int) -> None
         SceneBlocks(str(tmp_path / "b.tif"), XY).setup()
     with pytest.raises(UserError, match="patch=32 must be at least 1 and at most block=16"):
         SceneBlocks("x", XY, block=16)
-
-
-def test_the_scene_of_landsat_has_green_fields_and_dark_water_in_the_near_infrared() -> None:
-    with skip_without_packages():
-        data = LandsatScene(patch=16, batch_size=4)
-        data.setup()
-    values = data.train.album.values
-    assert values.shape == (6, 352, 349)
-    assert 0 <= values.min() < values.max() <= 1
-    assert np.corrcoef(values[0].ravel(), values[1].ravel())[0, 1] > 0.9  # blue and green
-    assert data.shown_bands == (2, 1, 0)
-
-
-def test_where_the_scene_is_missing_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lightspan.datamodules.multispectral.scene.LIBRARIES", (tmp_path,))
-    with pytest.raises(UserError, match=r"apt-get install r-cran-stars.*data.init_args.scene="):
-        LandsatScene().setup()
-
-
-def test_windows_of_statlog_are_divided_as_there() -> None:
-    with skip_without_packages():
-        data = StatlogLandsat()
-        data.setup()
-    labels = data.train.album.labels
-    assert np.bincount(labels[:4435]).tolist() == [1072, 479, 961, 415, 470, 1038]  # of the repository's sat.trn
-    assert (len(data.train), len(data.val), len(data.test), len(CLASSES)) == (3935, 500, 2000, 6)
-    first = np.rint(data.train.album.values[0] * 255)
-    assert first[:, 0, 0].tolist() == [92, 115, 120, 94]  # the first line of sat.trn
-    assert not set(data.train.numbers) & set(data.val.numbers)
 
 
 def shards(tmp_path: Path, arrays: list[np.ndarray], bands: Bands = XY, others: dict | None = None, **settings: object):

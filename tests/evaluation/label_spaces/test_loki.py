@@ -166,6 +166,12 @@ def test_the_distance_of_predictions_is_a_mean_over_all_batches() -> None:
         measured.update(torch.tensor([0]), torch.tensor([0, 1]))
 
 
+def test_probabilities_of_a_classifier_that_trains_give_the_same_labels() -> None:
+    p = shares(20, 3)
+    found = frechet_labels(p.clone().requires_grad_(), torch.tensor([0, 3, 5]), ring(7))
+    assert torch.equal(found, frechet_labels(p, torch.tensor([0, 3, 5]), ring(7)))
+
+
 def test_what_it_cannot_weigh_is_refused() -> None:
     metric = ring(4)
     for p, observed, said in (

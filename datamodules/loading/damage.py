@@ -1,0 +1,34 @@
+"""What is said of a user's files that cannot be read, before anything trains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightspan.core.errors import UserError, one_line
+from lightspan.datamodules.loading.ranks import say
+
+MOST_NAMED = 1000
+
+
+def report_damage(damage: Sequence[tuple[Path, str]], total: int, what: str, skips: bool) -> None:
+    """Says which files are left out.
+
+    Args:
+        damage: the damaged files, and what is wrong with each.
+        total: how many files there are, sound ones included.
+        what: they are called, such as "pictures".
+        skips: whether the user allows to train without them.
+    Raises: UserError for damaged files that may not be skipped, or if there are no others.
+    """
+    if not damage:
+        return
+    lines = [f"  {one_line(file)}: {one_line(why)}" for file, why in damage[:MOST_NAMED]]
+    lines += [f"  and {len(damage) - MOST_NAMED:,} more"] if len(damage) > MOST_NAMED else []
+    listed = "\n".join(lines)
+    if len(damage) == total:
+        raise UserError(f"none of the {total:,} {what} can be read:\n{listed}\nName another folder")
+    counted = f"{len(damage):,} of {total:,} {what} cannot be read"
+    if not skips:
+        raise UserError(
+            f"{counted}:\n{listed}\nRepair or remove them, or train without them with data.init_args.skip_damaged=true"
+        )
+    say(f"{counted} and are left out:\n{listed}")
