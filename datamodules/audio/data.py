@@ -17,13 +17,13 @@ from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.packs import report_damage
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.loading.workers import Damaged
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
-MOST_NAMED = 1000  # damaged files in one message
 
 
 class Recordings:
@@ -164,7 +164,8 @@ class AudioData(SampleSets):
                     clipped += is_clipped(wave_N)
             except (ValueError, OSError) as error:
                 damage[place] = one_line(str(error))
-        self._report_damage(files, damage)
+        named = [f"{one_line(str(files[place]))}: {why}" for place, why in damage.items()]
+        report_damage(named, len(files), "recordings", self.skip_damaged)
         of = f"of {len(listened):,} recordings that were listened to"
         if clipped:
             say(f"{clipped:,} {of} are clipped: equal samples at full scale follow one another")
@@ -173,19 +174,3 @@ class AudioData(SampleSets):
         if lower:
             say(f"{lower:,} recordings have a sample rate below {self.rate:,} Hz: the highest frequencies are empty")
         return {*damage}
-
-    def _report_damage(self, files: Sequence[Path], damage: Mapping[int, str]) -> None:
-        if not damage:
-            return
-        lines = [f"  {one_line(str(files[place]))}: {why}" for place, why in damage.items()]
-        more = [f"  and {len(lines) - MOST_NAMED:,} more"] if len(lines) > MOST_NAMED else []
-        listed = "\n".join([*lines[:MOST_NAMED], *more])
-        if len(damage) == len(files):
-            raise UserError(f"none of the {len(files):,} recordings can be read:\n{listed}\nName another folder")
-        counted = f"{len(damage):,} of {len(files):,} recordings cannot be read"
-        if not self.skip_damaged:
-            raise UserError(
-                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
-                "data.init_args.skip_damaged=true"
-            )
-        say(f"{counted} and are left out:\n{listed}")

@@ -14,9 +14,8 @@ from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.datamodules.image.data import Found, PictureData, held_out
 from lightspan.datamodules.image.packed import Decoder, Fit, PackedPictures, PictureCache
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_pictures
+from lightspan.datamodules.loading.packs import report_damage
 from lightspan.datamodules.loading.ranks import say
-
-MOST_NAMED = 1000  # damaged files in one message
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,6 @@ class ImageFolder(PictureData):
         super().__init__(**settings)
         if not 0 <= background <= 255:
             raise UserError(f"background={background} is not a grey in [0, 255]")
-        if cache_gib <= 0:
-            raise UserError(f"cache_gib={cache_gib} must be above 0")
         self.folder = expanded(folder, "data.init_args.folder")
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.labels, self.links, self.skip_damaged = labels, links, skip_damaged
@@ -116,21 +113,8 @@ class ImageFolder(PictureData):
 
     def _report_damage(self, sets: Sequence[PictureFiles], packs: Sequence[PackedPictures]) -> None:
         damaged = [
-            f"  {one_line(files.folder / files.names[number])}: {one_line(why)}"
+            f"{one_line(files.folder / files.names[number])}: {one_line(why)}"
             for files, pack in zip(sets, packs, strict=True)
             for number, why in pack.damage.items()
         ]
-        if not damaged:
-            return
-        total = sum(len(files.names) for files in sets)
-        more = [f"  and {len(damaged) - MOST_NAMED:,} more"] if len(damaged) > MOST_NAMED else []
-        listed = "\n".join([*damaged[:MOST_NAMED], *more])
-        if len(damaged) == total:
-            raise UserError(f"none of the {total:,} pictures can be read:\n{listed}\nName another folder")
-        counted = f"{len(damaged):,} of {total:,} pictures cannot be read"
-        if not self.skip_damaged:
-            raise UserError(
-                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
-                "data.init_args.skip_damaged=true"
-            )
-        say(f"{counted} and are left out:\n{listed}")
+        report_damage(damaged, sum(len(files.names) for files in sets), "pictures", self.skip_damaged)
