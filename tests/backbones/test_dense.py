@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused() -> None:
         EncodedMaps(mix_transformer(), dropout=1.0)
     with pytest.raises(UserError, match=r"UNet of 3 levels needs sides that are multiples of 4, .* \[6, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 6, 8))
-    with pytest.raises(UserError, match=r"two of them, .* \[4, 8, 8\]"):
+    with pytest.raises(UserError, match=r"2 of them, .* \[4, 8, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 4, 8, 8))
     with pytest.raises(UserError, match="width=6 a multiple of 4"):
         UNet(1, 6)

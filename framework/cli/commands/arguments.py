@@ -82,7 +82,7 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         raise UserError("--target is a column of --table FILE, which is not given")
     given = [option for option in ("--images", "--volumes", "--table") if option_value(args, option) is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} replace the recipe's data; give one of them")
+        raise UserError(f"{' and '.join(given)} each replace the recipe's data; give one of them")
     common: Any = args.flags, args.allow_modules, kinds
     if args.table is not None:
         from lightspan.cli.config.user_tables import with_table

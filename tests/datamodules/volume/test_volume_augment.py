@@ -48,7 +48,7 @@ def test_reversals_turns_and_shifts_are_permutations(pair: tuple[torch.Tensor, t
     moved, moved_labels = altered(volume, labels, shift_w=2.0)
     assert torch.equal(moved_labels[..., :4], labels[..., 2:])
     assert (moved_labels[..., 4:] == -1).all()
-    assert not moved[..., 4:].any()
+    assert moved[..., 4:].abs().max() < 1e-4
 
 
 def test_a_turn_by_90_degrees_is_one_in_millimetres(pair: tuple[torch.Tensor, torch.Tensor]) -> None:

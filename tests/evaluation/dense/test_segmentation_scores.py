@@ -43,7 +43,7 @@ def test_scores_of_a_moved_cube_by_hand() -> None:
     assert 0 < scores.surface_mm[1] <= 2
     assert scores.hausdorff95_mm[1] == 2
     assert np.isnan([scores.dice[2], scores.surface_mm[2], scores.hausdorff95_mm[3]]).all()
-    same = segmentation_scores(truth, truth.clamp_min(0), 2)
+    same = segmentation_scores(truth.clamp_min(0), truth, 2)
     assert same.dice.tolist() == [1, 1]
     nothing = segmentation_scores(torch.zeros_like(truth), truth, 2)
     assert nothing.dice[1] == 0
