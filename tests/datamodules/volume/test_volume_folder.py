@@ -163,6 +163,12 @@ def test_other_spacings_are_resampled_and_read_once(tmp_path: Path, monkeypatch:
         opened(tmp_path / "in", cache_gib=1e-8)
 
 
+def test_no_file_stays_open_behind_a_sample(tmp_path: Path) -> None:
+    data = opened(write_volumes(tmp_path / "in", 3))
+    samples = [data.bank.sample(number, 0) for number in range(len(data.bank))]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(), len(samples)
+
+
 def test_settings_out_of_range_are_named() -> None:
     for settings, said in (
         ({"size": 0}, "size=0"),
