@@ -107,16 +107,18 @@ class VolumeAugmentation:
             return float(generator.uniform(-width, width))
 
         turns = int(generator.integers(1, 4)) * (generator.random() < self.turn)
-        return Alteration(
-            self.elastic * float(generator.random()),
-            *(between(self.shift) for _ in range(3)),
-            *(between(self.degrees) for _ in range(3)),
-            1 + between(self.scale),
-            float(turns),
-            *(float(generator.random() < chance) for chance in self.flip),
-            1 + between(self.gain),
-            between(self.offset),
-            1 + between(self.gamma),
+        return Alteration._make(
+            [
+                self.elastic * float(generator.random()),
+                *(between(self.shift) for _ in range(3)),
+                *(between(self.degrees) for _ in range(3)),
+                1 + between(self.scale),
+                float(turns),
+                *(float(generator.random() < chance) for chance in self.flip),
+                1 + between(self.gain),
+                between(self.offset),
+                1 + between(self.gamma),
+            ]
         )
 
     def altered(

@@ -6,7 +6,7 @@ Shapes: N volumes, C channels, D H W voxels, V crops.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+
+T = TypeVar("T", int, float)
 
 
 class Volume(NamedTuple):
@@ -38,9 +40,12 @@ class Volume(NamedTuple):
 
 
 class Archive(Protocol):
-    """Volumes by number: all with as many channels, and with a segmentation or all without. labels: int64 [N]."""
+    """Volumes by number: all with as many channels, and with a segmentation or all without."""
 
-    labels: np.ndarray
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+        ...
 
     def read(self, number: int) -> Volume: ...
 
@@ -64,13 +69,18 @@ def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill
         values: [... D H W].
     """
     crop = np.full((*values.shape[:-3], *size), fill, values.dtype)
-    inside, there = [], []
+    inside, there = list[slice](), list[slice]()
     for first, side, length in zip(corner, size, values.shape[-3:], strict=True):
         start, stop = max(first, 0), max(min(first + side, length), 0)
         inside.append(slice(start, stop))
         there.append(slice(start - first, stop - first))
-    crop[(..., *there)] = values[(..., *inside)]
+    crop[..., *there] = values[..., *inside]
     return crop
+
+
+def along_axes(one_or_three: T | tuple[T, T, T]) -> tuple[T, T, T]:
+    """A setting for each of D, H and W."""
+    return one_or_three if isinstance(one_or_three, tuple) else (one_or_three,) * 3
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class VolumeSets(SampleSets):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.size = (size,) * 3 if isinstance(size, int) else tuple(size)
+        self.size = along_axes(size)
         if min(self.size) < 1 or (crops is not None and crops < 1):
             raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")
         if augment is not None:

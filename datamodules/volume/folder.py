@@ -16,7 +16,7 @@ from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Links
 from lightspan.datamodules.loading.packs import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets
+from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets, along_axes
 from lightspan.datamodules.volume.intensity import Intensity, Percentiles
 from lightspan.datamodules.volume.packed import PackedVolumes, VolumeCache, VolumeDecoder
 from lightspan.datamodules.volume.subjects import ALL, FoundSubjects, find_subjects
@@ -86,8 +86,7 @@ class VolumeFolder(VolumeSets):
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.modalities, self.segmentation, self.val_share = modalities or ALL, segmentation, val_share
         self.links, self.skip_damaged = links, skip_damaged
-        wanted = (spacing,) * 3 if isinstance(spacing, int | float) else spacing
-        self.decode = VolumeDecoder(None if wanted is None else tuple(map(float, wanted)), intensity or Percentiles())
+        self.decode = VolumeDecoder(None if spacing is None else along_axes(spacing), intensity or Percentiles())
         self.cache = VolumeCache(cache_dir, cache_gib)
 
     def find(self) -> FoundVolumes:

@@ -71,23 +71,23 @@ def sliding_window(
         x_BC = torch.nn.functional.pad(x_BC, [n for more in reversed(room) for n in (0, more)])
     starts = [window_starts(side, own, overlap) for side, own in zip(x_BC.shape[2:], window, strict=True)]
     places = [
-        (row, *(slice(first, first + own) for first, own in zip(corner, window, strict=True)))
+        (row, tuple(slice(first, first + own) for first, own in zip(corner, window, strict=True)))
         for row in range(len(x_BC))
         for corner in product(*starts)
     ]
     weights, total, seen = gaussian_window(window, sigma).to(x_BC.device), None, None
     for at in range(0, len(places), batch):
         some = places[at : at + batch]
-        maps_bF = network(torch.stack([x_BC[(row, slice(None), *box)] for row, *box in some]))
+        maps_bF = network(torch.stack([x_BC[row][(slice(None), *box)] for row, box in some]))
         if maps_bF.shape[2:] != tuple(window):
             raise UserError(f"the network gives maps of {[*maps_bF.shape[2:]]} for windows of {[*window]}")
         if total is None or seen is None:
             shape = len(x_BC), maps_bF.shape[1], *x_BC.shape[2:]
             total, seen = x_BC.new_zeros(shape, dtype=torch.float32), x_BC.new_zeros((len(x_BC), 1, *shape[2:]))
             seen = seen.float()
-        for (row, *box), maps_F in zip(some, maps_bF.float(), strict=True):
-            total[(row, slice(None), *box)] += weights * maps_F
-            seen[(row, slice(None), *box)] += weights
+        for (row, box), maps_F in zip(some, maps_bF.float(), strict=True):
+            total[row][(slice(None), *box)] += weights * maps_F
+            seen[row][(slice(None), *box)] += weights
     assert total is not None
     assert seen is not None
     return (total / seen)[(slice(None), slice(None), *(slice(side) for side in sides))]

@@ -74,7 +74,6 @@ def test_one_line_trains_on_a_folder_and_draws_it(tmp_path: Path, monkeypatch: A
     given = [RECIPE, "--volumes", str(tmp_path / "in"), "data.init_args.spacing=1.5", "data.init_args.size=16"]
     given += ["trainer.max_steps=2", "trainer.accelerator=cpu", "data.init_args.num_workers=0"]
     given += ["trainer.log_every_n_steps=1"]
-    assert main(["plan", *given]) == 0
     assert main(["fit", *given, "--dry-run"]) == 0
     assert not (tmp_path / "cache" / "lightspan" / "volumes").exists()
     assert main(["fit", *given, "--run", str(tmp_path / "run")]) == 0

@@ -157,7 +157,7 @@ def test_other_spacings_are_resampled_and_read_once(tmp_path: Path, monkeypatch:
     assert data.train.archive.read(0).values.shape == (1, 4, 4, 4)
     assert data.bank.sample(0, 0)["spacing"].tolist() == [2, 2, 2]
     monkeypatch.setattr("lightspan.datamodules.volume.packed._write", lambda *_: pytest.fail("read again"))
-    again = opened(tmp_path / "in", spacing=[2.0, 2.0, 2.0])
+    again = opened(tmp_path / "in", spacing=(2.0, 2.0, 2.0))
     assert torch.equal(again.bank.sample(0, 0)["volume"], data.bank.sample(0, 0)["volume"])
     with pytest.raises(UserError, match="cache_gib"):
         opened(tmp_path / "in", cache_gib=1e-8)
