@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
@@ -30,8 +30,9 @@ class FirstBatch(Callback):
     """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
 
     Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight
-    pictures form a row. What is black and white, the data module says by `bounds`. Pictures of several tasks, slices of
-    a volume and frames of a clip are columns, evenly spaced. Of pictures with many bands three are shown, those that
+    pictures form a row. What is black and white, the data module says by `bounds`. Of each channel of a volume three
+    planes through its middle are columns (`planes`); pictures of several tasks and frames of a clip are columns, evenly
+    spaced. Of pictures with many bands three are shown, those that
     the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
     a table, colours are its standardised numbers; a cloud of points is seen from above and from the side. For any other
@@ -93,7 +94,7 @@ def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tens
     if name is None:
         return [], 0
     if name == views_field(batch_type):
-        columns = list(batch[name])
+        columns = [part for view in batch[name] for part in (planes(view) if _has_depth(name, batch_type) else [view])]
     elif (columns := _columns(batch[name], name, batch_type)) and len(columns) == 1:
         return ([columns[0][: 8 * rows].detach().float().cpu()], 8) if _is_picture(columns[0]) else ([], 0)
     if not columns or not all(map(_is_picture, columns)):
@@ -114,7 +115,28 @@ def _columns(value: Any, name: str, batch_type: type | None) -> list[Tensor]:
     if len(names) != value.ndim or not set("BCHW") <= set(names) or len(more) > 1:
         return []
     ordered = value.permute([names.index(axis) for axis in (*more, *"BCHW")])
+    if more == ["D"]:
+        return planes(ordered.permute(1, 2, 0, 3, 4))
     return list(ordered) if more else [ordered]
+
+
+def _has_depth(views: str, batch_type: type | None) -> bool:
+    """Whether declared views are of volumes."""
+    return batch_type is not None and "d" in (axis for axis, _ in schema_of(batch_type).fields[views].sizes)
+
+
+def planes(volume_BCDHW: Tensor) -> list[Tensor]:
+    """Of each channel the axial, coronal and sagittal plane through the middle, [B 1 s s] with borders of the least
+    value: head or front above, and the patient's right on the left, as radiologists have it.
+    """
+    shown = volume_BCDHW.flip(2, 3, 4)
+    d, h, w = (side // 2 for side in shown.shape[2:])
+    parts, side = [shown[:, :, d], shown[:, :, :, h], shown[:, :, :, :, w]], max(shown.shape[2:])
+    least, same = float(shown.float().min()), []
+    for part in parts:
+        high, wide = side - part.shape[2], side - part.shape[3]
+        same.append(pad(part, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=least))
+    return [part[:, channel, None] for channel in range(shown.shape[1]) for part in same]
 
 
 def _is_picture(value: Any) -> bool:

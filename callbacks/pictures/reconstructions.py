@@ -18,6 +18,7 @@ from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
 from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
 from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_in_range
 from lightspan.callbacks.watching.detached import detached
+from lightspan.core.batches import batch_type_of, read_names
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import RunPath
 from lightspan.nn.masking.hidden_patches import Reconstruction
@@ -70,8 +71,8 @@ class Reconstructions(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = data.val_dataloader().dataset
-        numbers_B = evenly_spaced(len(dataset), self.rows)
-        pictures = default_collate([_pictures(dataset.sample(int(number), 0)) for number in numbers_B])
+        numbers_B, kind = evenly_spaced(len(dataset), self.rows), batch_type_of(dataset)
+        pictures = default_collate([_pictures(dataset.sample(int(number), 0), kind) for number in numbers_B])
         batch = trainer.precision_plugin.convert_input({**pictures, "index": numbers_B})
         # By all ranks, since the blocks of a sharded model are gathered by all of them.
         with gathered(pl_module), detached(pl_module), trainer.precision_plugin.forward_context():
@@ -103,10 +104,10 @@ def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple
     return found, band_bounds(image_BCHW.float().cpu())
 
 
-def _pictures(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The image of a sample, and its valid pixels if it says so; its views if it has no image; or its wave."""
-    kept = ("wave", "length") if "wave" in sample else ("image", "valid") if "image" in sample else ("views",)
-    return {name: sample[name] for name in kept if name in sample}
+def _pictures(sample: Mapping[str, Any], batch_type: type | None) -> dict[str, Any]:
+    """What a network reads of a sample, such as its image, and its valid pixels or the length of its wave."""
+    kept = {*read_names(sample, batch_type), "valid", "length"}
+    return {name: value for name, value in sample.items() if name in kept}
 
 
 def shown(found: Reconstruction, bounds: tuple[Tensor, Tensor] | None) -> Tensor:

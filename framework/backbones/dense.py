@@ -1,9 +1,10 @@
 """Backbones that say something of every pixel: [B C H W] -> maps [B F H W], with F as `num_features`.
 
-Shapes: B images, C channels, H W image, F width of the maps.
+Shapes: B images, C channels, H W image, F width of the maps. Of `UNet` H W stand for as many axes as samples have.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,49 +13,95 @@ from torch.nn import functional as F
 
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.core.errors import UserError
+from lightspan.nn.init import CONVOLUTIONS
 
 # A recipe may name the classes listed here.
-__all__ = ["EncodedMaps", "PyramidMaps", "UNet"]
+__all__ = ["EncodedMaps", "PyramidMaps", "UNet", "UNetEncoder"]
+
+_POOLS = F.max_pool1d, F.max_pool2d, F.max_pool3d
 
 
-class UNet(nn.Module):
-    """Two convolutions a level, each level half as large and twice as wide as the one before, and back up with what the
-    level held (Ronneberger, Fischer, Brox, 2015, arXiv 1505.04597). Norms are of groups, so that images do not see one
-    another and nothing runs along.
+class _Levels(nn.Module):
+    """Two convolutions a level, each level half as large and twice as wide as the one before.
 
-    Args:
-        in_chans: image channels.
-        width: F, a multiple of 4.
-        levels: at least 1; sides must be multiples of 2^(levels - 1).
+    Attributes:
+        widths: of the maps, from the finest on.
     """
 
-    def __init__(self, in_chans: int = 3, width: int = 16, levels: int = 3) -> None:
+    def __init__(self, in_chans: int, width: int, levels: int, axes: int) -> None:
         super().__init__()
+        name = type(self).__name__
         if min(in_chans, levels) < 1 or width < 4 or width % 4:
             raise UserError(
-                f"UNet in_chans={in_chans} and levels={levels} must be at least 1, and width={width} a multiple of 4"
+                f"{name} in_chans={in_chans} and levels={levels} must be at least 1, and width={width} a multiple of 4"
             )
+        if not 1 <= axes <= len(CONVOLUTIONS):
+            raise UserError(f"{name} axes={axes} must lie in [1, {len(CONVOLUTIONS)}]: 2 for images, 3 for volumes")
+        self.axes, self.widths = axes, [width * 2**level for level in range(levels)]
+        self.down = nn.ModuleList(_convolutions(*pair, axes) for pair in pairwise([in_chans, *self.widths]))
+
+    def maps(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Of each level, from the finest on.
+
+        Raises: UserError for sides that do not halve so often, or samples of another number of axes.
+        """
+        least = 2 ** (len(self.down) - 1)
+        if x_BCHW.ndim != 2 + self.axes or any(side % least for side in x_BCHW.shape[2:]):
+            raise UserError(
+                f"{type(self).__name__} of {len(self.down)} levels needs sides that are multiples of {least}, "
+                f"{self.axes} of them, and those of these samples are {[*x_BCHW.shape[2:]]}; change data.init_args or "
+                "levels"
+            )
+        found = [self.down[0](x_BCHW)]
+        for level in self.down[1:]:
+            found.append(level(_POOLS[self.axes - 1](found[-1], 2)))
+        return found
+
+
+class UNet(_Levels):
+    """Convolutions at ever coarser levels and back up with what each level held (Ronneberger, Fischer, Brox, 2015,
+    arXiv 1505.04597; of volumes Çiçek et al., 2016, arXiv 1606.06650). Norms are of groups, so that samples do not see
+    one another and nothing runs along.
+
+    Args:
+        in_chans: channels of a sample.
+        width: F, a multiple of 4.
+        levels: at least 1; sides must be multiples of 2^(levels - 1).
+        axes: of a sample, 2 of images, 3 of volumes.
+    """
+
+    def __init__(self, in_chans: int = 3, width: int = 16, levels: int = 3, axes: int = 2) -> None:
+        super().__init__(in_chans, width, levels, axes)
         self.num_features = width
-        widths = [width * 2**level for level in range(levels)]
-        self.down = nn.ModuleList(map(_convolutions, [in_chans, *widths], widths))
-        self.up = nn.ModuleList(_convolutions(3 * each, each) for each in reversed(widths[:-1]))
+        self.up = nn.ModuleList(_convolutions(3 * each, each, axes) for each in reversed(self.widths[:-1]))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Raises: UserError for sides that do not halve so often, or samples that are not images."""
-        least = 2 ** (len(self.down) - 1)
-        if x_BCHW.ndim != 4 or any(side % least for side in x_BCHW.shape[2:]):
-            raise UserError(
-                f"UNet of {len(self.down)} levels needs sides that are multiples of {least}, two of them, and those of "
-                f"these samples are {[*x_BCHW.shape[2:]]}; change data.init_args or levels"
-            )
-        held: list[Tensor] = []
-        x = self.down[0](x_BCHW)
-        for level in self.down[1:]:
-            held.append(x)
-            x = level(F.max_pool2d(x, 2))
+        """Raises: UserError as `maps`."""
+        *held, x = self.maps(x_BCHW)
         for level in self.up:
             x = level(torch.cat([held.pop(), F.interpolate(x, scale_factor=2.0, mode="nearest")], dim=1))
         return x
+
+
+class UNetEncoder(_Levels):
+    """The way down of a `UNet`, its weights with the same names: [B C ...] -> [B num_features], the mean over the
+    coarsest map. `lightspan.nn.tokens` reads its levels as layers.
+
+    Args:
+        in_chans, width, levels, axes: as in `UNet`.
+    """
+
+    def __init__(self, in_chans: int = 3, width: int = 16, levels: int = 3, axes: int = 2) -> None:
+        super().__init__(in_chans, width, levels, axes)
+        self.num_features = self.widths[-1]
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        return list(self.down)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Raises: UserError as `maps`."""
+        return self.maps(x_BCHW)[-1].flatten(2).mean(dim=2)
 
 
 class EncodedMaps(nn.Module):
@@ -120,8 +167,9 @@ class PyramidMaps(EncodedMaps):
         super().__init__(encoder, width, dropout)
 
 
-def _convolutions(taken: int, given: int) -> nn.Sequential:
+def _convolutions(taken: int, given: int, axes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in (taken, given):
-        layers += [nn.Conv2d(width, given, 3, padding=1, bias=False), nn.GroupNorm(4, given), nn.ReLU(inplace=True)]
+        convolution = CONVOLUTIONS[axes - 1](width, given, 3, padding=1, bias=False)
+        layers += [convolution, nn.GroupNorm(4, given), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

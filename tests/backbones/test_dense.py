@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.backbones.dense import EncodedMaps, PyramidMaps, UNet
+from lightspan.backbones.dense import EncodedMaps, PyramidMaps, UNet, UNetEncoder
 from lightspan.backbones.mix_transformer import MixTransformer
 from lightspan.core.errors import UserError
 
@@ -23,6 +23,23 @@ def test_a_unet_gives_maps_of_the_images_size_from_all_its_weights(levels: int) 
 def test_images_do_not_see_one_another() -> None:
     network, image = UNet(1, width=4, levels=2), torch.randn(3, 1, 8, 8)
     torch.testing.assert_close(network(image)[:1], network(image[:1]))
+
+
+def test_a_unet_of_volumes_holds_its_encoder() -> None:
+    network, encoder = UNet(2, 4, 3, axes=3), UNetEncoder(2, 4, 3, axes=3)
+    volume = torch.randn(2, 2, 4, 8, 12)
+    assert network(volume).shape == (2, 4, 4, 8, 12)
+    weights = encoder.state_dict()
+    encoder.load_state_dict({name: value for name, value in network.state_dict().items() if name in weights})
+    maps = encoder.maps(volume)
+    assert [tuple(one.shape[1:]) for one in maps] == [(4, 4, 8, 12), (8, 2, 4, 6), (16, 1, 2, 3)]
+    assert encoder.widths == [4, 8, 16]
+    assert encoder.num_features == 16
+    torch.testing.assert_close(encoder(volume), network.maps(volume)[-1].mean(dim=(2, 3, 4)))
+    for axes in (1, 2):
+        assert UNet(1, 4, 2, axes=axes)(torch.zeros(1, 1, *[4] * axes)).shape == (1, 4, *[4] * axes)
+    with pytest.raises(UserError, match="axes=4"):
+        UNetEncoder(1, 4, 2, axes=4)
 
 
 def test_a_pyramid_of_a_timm_network_too() -> None:
@@ -73,7 +90,7 @@ def test_what_does_not_fit_is_refused() -> None:
         EncodedMaps(mix_transformer(), dropout=1.0)
     with pytest.raises(UserError, match=r"UNet of 3 levels needs sides that are multiples of 4, .* \[6, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 6, 8))
-    with pytest.raises(UserError, match=r"two of them, .* \[4, 8, 8\]"):
+    with pytest.raises(UserError, match=r"2 of them, .* \[4, 8, 8\]"):
         UNet(1, 4, 3)(torch.zeros(1, 1, 4, 8, 8))
     with pytest.raises(UserError, match="width=6 a multiple of 4"):
         UNet(1, 6)

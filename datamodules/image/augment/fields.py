@@ -15,6 +15,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.rendering import Drawn, unit_float
 from lightspan.datamodules.image.augment.views import DrawnViews, Views, seeded
 from lightspan.datamodules.image.batch import DrawnViewsBatch, ImageBatch, ViewParameters, ViewsBatch
+from lightspan.datamodules.loading.on_device import finish_on_device
 
 Place = Literal["workers", "device"]
 
@@ -80,9 +81,7 @@ class ImageFields:
             assert self.views is not None
             assert self.views.drawn is not None
             means, stds = self.mean.flatten().tolist(), self.std.flatten().tolist()
-            finish = _Finish(data, self.views.drawn, means, stds)
-            # Not a method of the class: Lightning would take this hook away from every module that has one.
-            data.on_after_batch_transfer = finish.on_after_batch_transfer  # type: ignore[method-assign]
+            finish_on_device(data, _Finish(self.views.drawn, means, stds))
 
     def _standardised(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
@@ -92,19 +91,11 @@ class ImageFields:
 class _Finish:
     """Makes the views of batches that are on their device. `means` and `stds` are those of the C channels."""
 
-    data: LightningDataModule
     views: DrawnViews
     means: list[float]
     stds: list[float]
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        trainer = self.data.trainer
-        if isinstance(batch, Mapping) and "drawn" in batch:
-            batch = self._finished(batch)
-            batch = batch if trainer is None else trainer.precision_plugin.convert_input(batch)
-        return batch if trainer is None else trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)
-
-    def _finished(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with views in place of image, numbers and seed."""
         rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
         image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)

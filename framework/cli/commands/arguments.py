@@ -10,7 +10,7 @@ from lightspan.cli.config.resolve import TRAINED, Resolved, resolve
 from lightspan.core.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
-DATA_OPTIONS = ("--images", "--image-size", "--table", "--target")
+DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--table", "--target")
 """Options that replace a recipe's data with the user's own; each takes a value."""
 
 
@@ -38,8 +38,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images FOLDER and --image-size PIXELS, or --table FILE and --target COLUMN, which `resolved_from` lays over the
-    recipe.
+    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, or --table FILE and --target COLUMN, which
+    `resolved_from` lays over the recipe.
     """
     parser.add_argument(
         "--images",
@@ -54,6 +54,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
     )
     parser.add_argument(
+        "--volumes",
+        type=folder,
+        metavar="FOLDER",
+        help="the NIfTI files and DICOM series in this folder instead of the recipe's data",
+    )
+    parser.add_argument(
         "--table",
         type=file,
         metavar="FILE",
@@ -63,30 +69,35 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> Resolved:
-    """The recipe of a command line with its overlays, --images or --table, and flags, in this order.
+    """The recipe of a command line with its overlays, --images, --volumes or --table, and flags, in this order.
 
     Args:
         kinds: of recipes that the verb can use.
-    Raises: UserError as `lightspan.cli.config.resolve.resolve`, for pictures or rows that a recipe cannot use, for both
-    of
-        them, and for an --image-size without --images or a --target without --table.
+    Raises: UserError as `lightspan.cli.config.resolve.resolve`, for data that a recipe cannot use, for two of them, and
+        for an --image-size without --images or a --target without --table.
     """
     if args.images is None and args.image_size is not None:
         raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
     if args.table is None and args.target is not None:
         raise UserError("--target is a column of --table FILE, which is not given")
+    given = [option for option in ("--images", "--volumes", "--table") if option_value(args, option) is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} each replace the recipe's data; give one of them")
+    common: Any = args.flags, args.allow_modules, kinds
     if args.table is not None:
-        if args.images is not None:
-            raise UserError("--images and --table both replace the recipe's data; give one of them")
         from lightspan.cli.config.user_tables import with_table
 
-        return with_table(args.recipe, args.overlays, args.table, args.target, args.flags, args.allow_modules, kinds)
-    if args.images is None:
-        return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, kinds)
-    from lightspan.cli.config.user_images import with_images
+        return with_table(args.recipe, args.overlays, args.table, args.target, *common)
+    if args.volumes is not None:
+        from lightspan.cli.config.user_volumes import with_volumes
 
-    size = IMAGE_SIZE if args.image_size is None else args.image_size
-    return with_images(args.recipe, args.overlays, args.images, size, args.flags, args.allow_modules, kinds)
+        return with_volumes(args.recipe, args.overlays, args.volumes, *common)
+    if args.images is not None:
+        from lightspan.cli.config.user_images import with_images
+
+        size = IMAGE_SIZE if args.image_size is None else args.image_size
+        return with_images(args.recipe, args.overlays, args.images, size, *common)
+    return resolve(args.recipe, args.overlays, *common)
 
 
 def configuration_words(args: argparse.Namespace) -> list[str]:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 MOST_NAMED = 5
-"""Damaged pictures in one message."""
+"""Damaged files in one message."""
+MOST_VOLUMES = 2_000
+"""Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
 WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
 
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolved_from(args, ANY_KIND)
     problems, notes = of_files(resolved.tree)
     data = resolved.config.get("data") or {}
-    damage, skipped = _damaged_pictures(data), (data.get("init_args") or {}).get("skip_damaged")
+    damage, skipped = _damaged_files(data), (data.get("init_args") or {}).get("skip_damaged")
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
     print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
     flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
@@ -109,27 +111,50 @@ def _is_here(place: str) -> bool:
     return all(os.path.lexists(os.path.expanduser(one)) for one in expand_braces(place))
 
 
-def _damaged_pictures(data: dict[str, Any]) -> list[str]:
-    """What to say of damaged files in the folders of pictures that the data name; nothing of other data."""
-    from lightspan.cli.config.user_images import DATA
+def _damaged_files(data: dict[str, Any]) -> list[str]:
+    """What to say of damaged files in the folders of pictures or volumes that the data name; nothing of other data."""
+    from lightspan.cli.config import user_images, user_volumes
 
-    if data.get("class_path") != DATA:
+    kinds = {user_images.DATA: ("pictures", _damaged_pictures), user_volumes.DATA: ("subjects", _damaged_volumes)}
+    if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
-    from lightspan.datamodules.image.picture_files import find_pictures
-    from lightspan.datamodules.shards.headers import damaged, looked_at
-
-    settings, said = data.get("init_args") or {}, []
+    (what, damaged), settings, said = kind, data.get("init_args") or {}, []
     for key in ("folder", "val_folder"):
         if not isinstance(given := settings.get(key), str):
             continue
         if not (folder := expanded(given, f"data.init_args.{key}")).is_dir():
             continue
-        names = find_pictures(folder, settings.get("links", "skip"), "none").names
-        seen = [names[number] for number in looked_at(len(names))]
-        if found := damaged(folder, seen):
-            named = [f"{one_line(name)} ({one_line(why)})" for name, why in [*found.items()][:MOST_NAMED]]
+        found, seen, count = damaged(folder, settings)
+        if found:
+            named = [one_line(line) for line in found[:MOST_NAMED]]
             named += [f"and {len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else []
-            counted = f"{len(found):,} of {len(seen):,} pictures"
-            counted += "" if len(seen) == len(names) else f" that were looked at, of {len(names):,},"
+            counted = f"{len(found):,} of {seen:,} {what}"
+            counted += "" if seen == count else f" that were looked at, of {count:,},"
             said.append(f"data.init_args.{key}: {counted} cannot be read: {', '.join(named)}")
     return said
+
+
+def _damaged_pictures(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+    """(a line for each damaged file, how many were looked at, how many there are)."""
+    from lightspan.datamodules.image.picture_files import find_pictures
+    from lightspan.datamodules.shards.headers import damaged, looked_at
+
+    names = find_pictures(folder, settings.get("links", "skip"), "none").names
+    seen = [names[number] for number in looked_at(len(names))]
+    return [f"{name} ({why})" for name, why in damaged(folder, seen).items()], len(seen), len(names)
+
+
+def _damaged_volumes(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+    """As `_damaged_pictures`, of subjects, by the headers of their files."""
+    from lightspan.datamodules.shards.headers import looked_at
+    from lightspan.datamodules.volume.subjects import ALL, Unreadable, find_subjects
+
+    patterns = settings.get("modalities") or ALL, settings.get("segmentation"), settings.get("links", "skip")
+    subjects, said = find_subjects(folder, *patterns).subjects, []
+    seen = looked_at(len(subjects), MOST_VOLUMES)
+    for number in seen:
+        try:
+            subjects[number].grid(folder)
+        except Unreadable as error:
+            said.append(str(error))
+    return said, len(seen), len(subjects)

@@ -168,7 +168,9 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
         if checkpoint is not None and step == built.trainer.global_step:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
-            _show_features(resolved, built, run_dir)
+            _write_encoder(resolved, built, run_dir)
+        if args.images is not None or args.volumes is not None:
+            _write_report(run_dir)
         print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", form, *allow_options(resolved.allow_modules)]
@@ -192,13 +194,10 @@ def _format_for(model: Any) -> str:
     return "safetensors"
 
 
-def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
-    """The encoder as files for other programs, if the method has one, and the report, after training on --images."""
+def _write_encoder(resolved: Resolved, built: Built, run_dir: Path) -> None:
+    """The encoder as files for other programs, if the method has one, after training on --images."""
     from lightspan.cli.exports.encoder import WrittenEncoder, write_encoder
     from lightspan.cli.exports.model_card import CardFacts, model_card
-    from lightspan.cli.report.page import render
-    from lightspan.cli.report.runs import load_runs
-    from lightspan.core.files.atomic import write_atomic
     from lightspan.core.sharded import ranks_of
     from lightspan.datamodules.image.data import PictureData
 
@@ -223,6 +222,13 @@ def _show_features(resolved: Resolved, built: Built, run_dir: Path) -> None:
                 f"{written.difference:.3g}"
             )
         )
+
+
+def _write_report(run_dir: Path) -> None:
+    from lightspan.cli.report.page import render
+    from lightspan.cli.report.runs import load_runs
+    from lightspan.core.files.atomic import write_atomic
+
     page = run_dir / REPORT_FOLDER / REPORT
     runs = load_runs([run_dir])
     write_atomic(page, render(runs, runs[0].name))

@@ -232,6 +232,7 @@ _ONLY_FOR = {
     "time": ("slurm", "kubernetes"),
     "image": ("slurm", "kubernetes"),
     "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
+    "volumes": ("slurm", "local"),
 }
 
 
@@ -302,7 +303,7 @@ def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list
         time=args.time,
         image=args.image,
         wandb=args.wandb,
-        inputs=tuple(str(place.absolute()) for place in (args.images, args.table) if place is not None),
+        inputs=tuple(str(place.absolute()) for place in (args.images, args.volumes, args.table) if place is not None),
         array=workload.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),

@@ -7,7 +7,6 @@ class; what else follows from these, parts take from each other.
 
 import ast
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +15,18 @@ from typing import Any
 from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, member
 from lightspan.cli.config.user_data import Layer, UserData, fitted
+from lightspan.cli.config.user_folders import fewer, split_folders, watching_callbacks, without_labels, workers
 from lightspan.core.errors import UserError
 from lightspan.core.source import Definition
 
 DATA = "lightspan.datamodules.image.folder.ImageFolder"
-PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
-NEAREST, LINEAR = "lightspan.evaluation.probes.probes.KNN", "lightspan.evaluation.probes.probes.LinearProbe"
-FIRST_BATCH = "lightspan.callbacks.pictures.first_batch.FirstBatch"
-FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePictures"
-RECONSTRUCTIONS = "lightspan.callbacks.pictures.reconstructions.Reconstructions"
-SAMPLES = "lightspan.callbacks.watching.picture_samples.PictureSamples"
 CHANNELS = 3
 BATCH = 128
-KNN, PROBE_EVERY = 20, 10
-VALIDATION = ("val", "valid", "validation", "test")  # folders beside `train`, the first that is there validates
 COLOUR = {"saturation": 0.4, "hue": 0.1, "grey": 0.2}  # half of SimCLR's strength, as the small recipes jitter
 RANDOM_VIEWS = (
     "lightspan.datamodules.image.augment.views.RandomViews",
     "lightspan.datamodules.image.augment.views.TwoViews",
 )
-MOST_WORKERS = 8
 FITTED = {"folder", "size", "views", "batch_size"}
 """Settings of the data that follow from the command line, or from the pictures and what recipe and overlays say."""
 
@@ -68,7 +59,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     """
     if size < 1:
         raise UserError(f"--image-size {size} must be at least 1 pixel")
-    training, validation = _folders(folder.absolute())
+    training, validation = split_folders(folder.absolute())
     from lightspan.datamodules.image.picture_files import find_pictures  # numpy, which other commands can do without
 
     found = find_pictures(training)
@@ -81,10 +72,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     patches = _patches(model, side, size)
     ordered = {name: before[name] for name in ("groups", "per_class") if before.get(name) is not None}
     if not found.classes and ("num_classes" in (model.get("init_args") or {}) or ordered):
-        raise UserError(
-            f"{resolved.name} learns from labels, but {training} has none; put the pictures of each class into a "
-            "sub-folder of its name, or take a recipe that learns without labels"
-        )
+        raise without_labels(resolved, training, "put the pictures of each class into a sub-folder of its name")
     model_layer = {"init_args": fitted(model, UserImages(size, len(found.classes), patches).wanted, notes)}
     places = (model.get("init_args") or {}).get("images")
     if isinstance(places, int) and places < len(found.names):  # of a memory of all pictures
@@ -95,9 +83,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
         if channels == 1 and _in_colour(views):
             notes.append("the recipe's pictures were grey: the views also change saturation and hue, and drop colours")
     batch = before.get("batch_size", BATCH)
-    if isinstance(batch, int) and batch > (most := max(1, len(found.names) * 4 // 5)):
-        batch = 2 ** (most.bit_length() - 1)
-        notes.append(f"data.init_args.batch_size={batch}, since there are few pictures")
+    batch = fewer(batch, len(found.names), "pictures", notes)
     if isinstance(batch, int) and batch != (whole := _of_classes(batch, ordered, len(found.classes))):
         batch = whole
         notes.append(f"data.init_args.batch_size={batch}, as there are {len(found.classes)} classes to draw it from")
@@ -109,7 +95,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     layer = {
         "data": {"class_path": DATA, "init_args": settings},
         "model": model_layer,
-        "trainer": {"callbacks": _callbacks(resolved, bool(found.classes), len(found.names))},
+        "trainer": {"callbacks": watching_callbacks(resolved, bool(found.classes), len(found.names))},
     }
     return layer, notes
 
@@ -143,21 +129,6 @@ class UserImages:
         if settings.get("align") in self.patches:  # of masks that hide whole patches
             found["align"] = self.patches[settings["align"]]
         return {key: value for key, value in found.items() if settings.get(key) != value}
-
-
-def workers() -> int:
-    """Half of the processor cores that this process may use, since the other half trains: in [1, 8], 0 of one core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, cores // 2)
-
-
-def _folders(folder: Path) -> tuple[Path, Path | None]:
-    """(training folder, validation folder or None)."""
-    inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
-    if "train" not in inside or not inside <= {"train", *VALIDATION}:
-        return folder, None
-    beside = next((name for name in VALIDATION if name in inside), None)
-    return folder / "train", None if beside is None else folder / beside
 
 
 def _shape_before(data: dict[str, Any], model: dict[str, Any]) -> tuple[int, int | None]:
@@ -242,45 +213,3 @@ def _in_colour(views: Any) -> bool:
     for child in children:
         added = _in_colour(child) or added
     return added
-
-
-def _callbacks(resolved: Resolved, labelled: bool, count: int) -> dict[str, Any]:
-    """Probes if there are labels, and the pictures that are drawn; of features only if the method has any."""
-    given = (resolved.config.get("trainer") or {}).get("callbacks") or {}
-    method = resolved.config["model"]["class_path"]
-    has_features = not _is_none(member(method, "features"))
-    probes = {name for name, spec in given.items() if spec.get("class_path") == PROBES}
-    others = {name for name in probes if _reads_others(given[name])}  # which a folder does not have
-    probes -= others
-    neighbours = min(KNN, max(1, count // 2))
-    if not (labelled and has_features):
-        callbacks: dict[str, Any] = dict.fromkeys(probes | others)
-    else:
-        nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
-        both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
-        new = {"class_probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
-        new = new if others else {"probes": new["class_probes"]}
-        callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
-        callbacks |= dict.fromkeys(others)
-    samples = [name for name, spec in given.items() if spec.get("class_path") == SAMPLES]
-    callbacks |= {name: {"init_args": {"shape": None, "classes": None}} for name in samples}
-    drawn = {"first_batch": FIRST_BATCH}
-    drawn |= {"feature_pictures": FEATURE_PICTURES} if has_features else {}
-    drawn |= {"reconstructions": RECONSTRUCTIONS} if member(method, "reconstruct") is not None else {}
-    folder = {"init_args": {"folder": "${run}/pictures"}}
-    return callbacks | {name: {"class_path": path, **folder} for name, path in drawn.items()}
-
-
-def _reads_others(callback: dict[str, Any]) -> bool:
-    """Whether probes of a callback read other fields than the class."""
-    probes = ((callback.get("init_args") or {}).get("probes") or {}).values()
-    return any(
-        probe.get("class_path") not in (NEAREST, LINEAR)
-        or (probe.get("init_args") or {}).get("field", "label") != "label"
-        for probe in probes
-        if isinstance(probe, dict)
-    )
-
-
-def _is_none(found: Definition | None) -> bool:
-    return found is not None and isinstance(found.node, ast.Constant) and found.node.value is None

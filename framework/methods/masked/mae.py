@@ -19,7 +19,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.hidden_patches import HiddenPatches, Reconstruction
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks
 from lightspan.nn.sequences.token_backbone import require_tokens, settle_patch_decoder
-from lightspan.nn.views import views_of
+from lightspan.nn.views import image_of, views_of
 from lightspan.objectives.masked import denormalised_patches, patch_regression
 from lightspan.training.method import Method
 
@@ -63,7 +63,7 @@ class MAE(Method):
         """See `lightspan.nn.masking.hidden_patches`. Normalised guesses get the brightness and contrast of what was
         hidden.
         """
-        hidden = self.hidden(batch["image"], index_in(batch, self))
+        hidden = self.hidden(image_of(batch, "MAE"), index_in(batch, self))
         guess_BMd = self.guess(hidden.image_BChw, hidden.see_BK, hidden.hide_BM)
         return hidden.reconstruction(denormalised_patches(guess_BMd, hidden.pixels()) if self.normalise else guess_BMd)
 

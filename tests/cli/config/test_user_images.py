@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from picture_files import write_pictures
 
-from lightspan.cli.config import user_images
+from lightspan.cli.config import user_folders, user_images
 from lightspan.cli.config.resolve import Resolved, resolve
-from lightspan.cli.config.user_images import with_images, workers
+from lightspan.cli.config.user_folders import workers
+from lightspan.cli.config.user_images import with_images
 from lightspan.core.errors import UserError
 
 VIT = "lightspan.backbones.elastic.ElasticViT"
@@ -204,7 +205,7 @@ def test_guesses_are_drawn_of_methods_that_make_them(folder: Path) -> None:
         name: with_folder(name, folder).config["trainer"]["callbacks"].get("reconstructions")
         for name in ("masked/mae", "masked/cae", "masked/cropmae", "masked/i_jepa")
     }
-    spec = {"class_path": user_images.RECONSTRUCTIONS, "init_args": {"folder": "${run}/pictures"}}
+    spec = {"class_path": user_folders.RECONSTRUCTIONS, "init_args": {"folder": "${run}/pictures"}}
     assert drawn == {"masked/mae": spec, "masked/cae": spec, "masked/cropmae": spec, "masked/i_jepa": None}
 
 

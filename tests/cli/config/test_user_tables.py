@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused_by_name(file: Path) -> None:
 def test_options_that_contradict_one_another_are_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--target", "price"], "--target is a column of --table"),
-        (["--table", str(file), "--images", str(file.parent)], "--images and --table both"),
+        (["--table", str(file), "--images", str(file.parent)], "--images and --table each"),
         (["--table", str(file.parent / "none.csv"), "--target", "price"], "none.csv cannot be read as a table"),
     ):
         assert main(["check", REGRESSION, "--fast", *words]) == 2

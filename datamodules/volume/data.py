@@ -1,0 +1,219 @@
+"""What data modules of volumes share: crops, their augmentation, the loaders.
+
+Shapes: N volumes, C channels, D H W voxels, V crops.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from lightspan.core.errors import UserError
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.on_device import finish_on_device
+from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
+from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+
+T = TypeVar("T", int, float)
+
+
+class Volume(NamedTuple):
+    """A volume as it is kept.
+
+    values: floats [C D H W], often mapped from a file.
+    present: bool [C]; a channel that is missing is 0.
+    segmentation: whole numbers [D H W], -1 where a voxel has no label; None where the data have none.
+    affine: of (d, h, w, 1) to millimetres (right, anterior, superior, 1), float64 [4, 4].
+    label: 0 without labels.
+    """
+
+    values: np.ndarray
+    present: np.ndarray
+    segmentation: np.ndarray | None
+    affine: np.ndarray
+    label: int
+
+
+class Archive(Protocol):
+    """Volumes by number: all with as many channels, and with a segmentation or all without."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+        ...
+
+    def read(self, number: int) -> Volume: ...
+
+
+class FoundVolumes(NamedTuple):
+    """What a data module found: all volumes; the numbers of those that train and validate, int64, ascending; names of
+    the classes, none without labels; and what identifies the training volumes, with which alone a run resumes.
+    """
+
+    archive: Archive
+    train: np.ndarray
+    val: np.ndarray
+    classes: Sequence[str]
+    content: str
+
+
+def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
+    """A copy of the crop [... *size] whose first voxel is `corner`, which may be negative; `fill` is what lies outside.
+
+    Args:
+        values: [... D H W].
+    """
+    crop = np.full((*values.shape[:-3], *size), fill, values.dtype)
+    inside, there = list[slice](), list[slice]()
+    for first, side, length in zip(corner, size, values.shape[-3:], strict=True):
+        start, stop = max(first, 0), max(min(first + side, length), 0)
+        inside.append(slice(start, stop))
+        there.append(slice(start - first, stop - first))
+    crop[..., *there] = values[..., *inside]
+    return crop
+
+
+def along_axes(one_or_three: T | tuple[T, T, T]) -> tuple[T, T, T]:
+    """A setting for each of D, H and W."""
+    return one_or_three if isinstance(one_or_three, tuple) else (one_or_three,) * 3
+
+
+@dataclass(frozen=True)
+class VolumeSamples:
+    """Samples of `VolumeBatch`, or with `crops` of `VolumeViewsBatch`: a function of number and seed.
+
+    Args:
+        numbers: of the archive's volumes, int64 [N].
+        size: of a crop, (D, H, W).
+        random: whether crops are anywhere, or in the middle.
+        crops: V; None is one, as `volume`, with its segmentation.
+        augment: what is drawn for each crop, and made on the device.
+    """
+
+    archive: Archive
+    numbers: np.ndarray
+    size: tuple[int, int, int]
+    random: bool = False
+    crops: int | None = None
+    augment: VolumeAugmentation | None = None
+
+    @property
+    def batch_type(self) -> type:
+        return VolumeBatch if self.crops is None else VolumeViewsBatch
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+        return self.archive.labels[self.numbers]
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        volume, generator = self.archive.read(int(self.numbers[index])), np.random.default_rng(seed)
+        sides = volume.values.shape[1:]
+        corners_V3 = [self._corner(sides, generator) for _ in range(self.crops or 1)]
+        views = [
+            torch.from_numpy(cropped(volume.values, corner, self.size, 0).astype(np.float32)) for corner in corners_V3
+        ]
+        spacing = np.linalg.norm(volume.affine[:3, :3], axis=0).astype(np.float32)
+        fields = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
+        if self.augment is not None:
+            drawn = bits([self.augment.draw(generator) for _ in views])
+            fields |= {"drawn": drawn, "seed": torch.tensor(seed)}
+        if self.crops is None:
+            fields |= {"volume": views[0], "corner": torch.tensor(corners_V3[0])}
+            if volume.segmentation is not None:
+                labels = cropped(volume.segmentation, corners_V3[0], self.size, NO_LABEL)
+                fields["segmentation"] = torch.from_numpy(labels.astype(np.int64))
+        else:
+            fields["corner"] = torch.tensor(corners_V3)
+        views_too = {} if self.crops is None else {"views": views}
+        return {**views_too, **fields, "label": torch.tensor(volume.label), "index": torch.tensor(index)}
+
+    def _corner(self, sides: Sequence[int], generator: np.random.Generator) -> list[int]:
+        """In the middle along an axis on which the crop is at least as long as the volume."""
+        room = [length - side for length, side in zip(sides, self.size, strict=True)]
+        return [int(generator.integers(free + 1)) if self.random and free > 0 else free // 2 for free in room]
+
+
+class VolumeSets(SampleSets):
+    """Volumes: training batches of random crops, `VolumeBatch`, or with `crops` of several of each volume,
+    `VolumeViewsBatch`; all other batches are a `VolumeBatch` of the crop in the middle. A subclass finds the volumes.
+
+    Crops and augmentation are functions of (seed, epoch, sample), so that any number of ranks and workers and a run
+    that resumes see the same. The parts of a crop that lie outside of its volume are 0, and have the label -1.
+
+    Args:
+        size: of a crop in voxels, (D, H, W), or one number for all three.
+        batch_size: volumes of one optimiser step over all ranks.
+        crops: of a volume, for methods that compare them, at least 1; None is one, with its segmentation.
+        augment: of training crops, made on the device; None leaves them as they are.
+        seed: of the order, the crops and the augmentation.
+        num_workers: processes that fetch batches.
+
+    Attributes:
+        labelled: whether volumes have labels, known after `setup`; without, all labels are 0.
+        classes: their names.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int, int] = 64,
+        batch_size: int = 8,
+        crops: int | None = None,
+        augment: VolumeAugmentation | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.size = along_axes(size)
+        if min(self.size) < 1 or (crops is not None and crops < 1):
+            raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")
+        if augment is not None:
+            augment.require_size(self.size)
+        self.batch_size, self.crops, self.augment = batch_size, crops, augment
+        self.seed, self.num_workers = seed, num_workers
+        self.labelled, self.classes = False, tuple[str, ...]()
+        self.train: VolumeSamples | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes as they stand in a sentence: with spaces for underscores."""
+        return tuple(name.replace("_", " ") for name in self.classes)
+
+    @abstractmethod
+    def find(self) -> FoundVolumes:
+        """Finds and splits the volumes; says what is unusual about them."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Once. Raises: UserError where nothing is left to train or to validate on, and what `find` raises."""
+        if self.train is not None:
+            return
+        found = self.find()
+        if not (len(found.train) and len(found.val)):
+            raise UserError(
+                f"{len(found.train)} volumes to train and {len(found.val)} to validate are too few; give at least one "
+                "of each: a class with a single subject holds none out"
+            )
+        self.train = VolumeSamples(found.archive, found.train, self.size, True, self.crops, self.augment)
+        self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
+        if self.augment is not None:
+            finish_on_device(self, AlteredVolumes(self.augment))
+        self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
+        say(
+            f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
+            f"{' x '.join(map(str, self.size))} voxels, "
+            + (f"{len(self.classes):,} classes" if self.classes else "without labels")
+        )
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The validation volumes: no others are held out."""
+        return self.val_dataloader()
+
+    def training_content(self) -> str:
+        return self._content

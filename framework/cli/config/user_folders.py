@@ -1,0 +1,101 @@
+"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes (`user_data`)."""
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.signatures import member
+from lightspan.core.errors import UserError
+from lightspan.core.source import Definition
+
+PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
+NEAREST, LINEAR = "lightspan.evaluation.probes.probes.KNN", "lightspan.evaluation.probes.probes.LinearProbe"
+FIRST_BATCH = "lightspan.callbacks.pictures.first_batch.FirstBatch"
+FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePictures"
+RECONSTRUCTIONS = "lightspan.callbacks.pictures.reconstructions.Reconstructions"
+SAMPLES = "lightspan.callbacks.watching.picture_samples.PictureSamples"
+KNN, PROBE_EVERY = 20, 10
+VALIDATION = ("val", "valid", "validation", "test")  # folders beside `train`, the first that is there validates
+MOST_WORKERS = 8
+
+
+def workers() -> int:
+    """Half of the processor cores that this process may use, since the other half trains: in [1, 8], 0 of one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores // 2)
+
+
+def split_folders(folder: Path) -> tuple[Path, Path | None]:
+    """(training folder, validation folder or None): of a folder with `train` and perhaps one of `VALIDATION`, and
+    nothing else, these.
+    """
+    inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    if "train" not in inside or not inside <= {"train", *VALIDATION}:
+        return folder, None
+    beside = next((name for name in VALIDATION if name in inside), None)
+    return folder / "train", None if beside is None else folder / beside
+
+
+def without_labels(resolved: Resolved, training: Path, way_out: str) -> UserError:
+    return UserError(
+        f"{resolved.name} learns from labels, but {training} has none; {way_out}, or take a recipe that learns without "
+        "labels"
+    )
+
+
+def fewer(batch: Any, count: int, name: str, notes: list[str]) -> Any:
+    """A batch size that leaves whole batches of `count` samples, of which some are held out; a line joins `notes`."""
+    if not isinstance(batch, int) or batch <= (most := max(1, count * 4 // 5)):
+        return batch
+    batch = 2 ** (most.bit_length() - 1)
+    notes.append(f"data.init_args.batch_size={batch}, since there are few {name}")
+    return batch
+
+
+def watching_callbacks(resolved: Resolved, labelled: bool, count: int, maps: bool = True) -> dict[str, Any]:
+    """Probes if there are labels, and the pictures that are drawn; of features only if the method has any.
+
+    Args:
+        count: of all samples.
+        maps: whether the samples can be drawn beside their neighbours.
+    """
+    given = (resolved.config.get("trainer") or {}).get("callbacks") or {}
+    method = resolved.config["model"]["class_path"]
+    has_features = not _is_none(member(method, "features"))
+    probes = {name for name, spec in given.items() if spec.get("class_path") == PROBES}
+    others = {name for name in probes if _reads_others(given[name])}  # which a folder does not have
+    probes -= others
+    neighbours = min(KNN, max(1, count // 2))
+    if not (labelled and has_features):
+        callbacks: dict[str, Any] = dict.fromkeys(probes | others)
+    else:
+        nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}
+        both = {"probes": {"knn": nearest, "linear": {"class_path": LINEAR}}}
+        new = {"class_probes": {"class_path": PROBES, "init_args": {"every_n_epochs": PROBE_EVERY, **both}}}
+        new = new if others else {"probes": new["class_probes"]}
+        callbacks = {name: {"init_args": both} for name in probes if neighbours < KNN} if probes else new
+        callbacks |= dict.fromkeys(others)
+    samples = [name for name, spec in given.items() if spec.get("class_path") == SAMPLES]
+    callbacks |= {name: {"init_args": {"shape": None, "classes": None}} for name in samples}
+    drawn = {"first_batch": FIRST_BATCH}
+    drawn |= {"feature_pictures": FEATURE_PICTURES} if has_features and maps else {}
+    drawn |= {"reconstructions": RECONSTRUCTIONS} if member(method, "reconstruct") is not None else {}
+    folder = {"init_args": {"folder": "${run}/pictures"}}
+    return callbacks | {name: {"class_path": path, **folder} for name, path in drawn.items()}
+
+
+def _reads_others(callback: dict[str, Any]) -> bool:
+    """Whether probes of a callback read other fields than the class."""
+    probes = ((callback.get("init_args") or {}).get("probes") or {}).values()
+    return any(
+        probe.get("class_path") not in (NEAREST, LINEAR)
+        or (probe.get("init_args") or {}).get("field", "label") != "label"
+        for probe in probes
+        if isinstance(probe, dict)
+    )
+
+
+def _is_none(found: Definition | None) -> bool:
+    return found is not None and isinstance(found.node, ast.Constant) and found.node.value is None

@@ -1,0 +1,71 @@
+"""`lightspan fit RECIPE --volumes FOLDER`: the layer that gives a recipe the user's own volumes (`user_data`).
+
+It replaces the data, keeps their crops, augmentation and batch size, and changes what depends on the volumes: the
+channels of the network's first layer, and the number of classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.resolve import TRAINED, Resolved
+from lightspan.cli.config.signatures import Signature
+from lightspan.cli.config.user_data import Layer, UserData, fitted
+from lightspan.cli.config.user_folders import fewer, split_folders, watching_callbacks, without_labels, workers
+from lightspan.core.files.atomic import expanded
+
+DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
+KEPT = ("size", "batch_size", "crops", "augment", "seed")
+FITTED = {"folder", "num_workers", *KEPT}
+
+
+def with_volumes(
+    recipe: str,
+    overlays: Sequence[str],
+    folder: Path,
+    flags: Sequence[str],
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
+) -> Resolved:
+    """The recipe with its overlays, then the volumes, then the flags.
+
+    Raises: UserError for a recipe of other data, a folder without volumes, and as `resolve`.
+    """
+    hint = "`lightspan recipes --modality volume` lists those for volumes"
+    layers = (lambda found: _data_layer(found, folder)), _model_layer
+    volumes = UserData("--volumes", "volume", hint, DATA, FITTED, "volumes", folder, *layers)
+    return volumes.laid_over(recipe, overlays, flags, allow_modules, kinds)
+
+
+def _data_layer(resolved: Resolved, folder: Path) -> Layer:
+    training, validation = split_folders(folder.absolute())
+    before = (resolved.config.get("data") or {}).get("init_args") or {}
+    settings = {"folder": str(training), "val_folder": None if validation is None else str(validation)}
+    settings |= {"num_workers": workers()} | {key: before[key] for key in KEPT if key in before}
+    return {"data": {"class_path": DATA, "init_args": settings}}, []
+
+
+def _model_layer(resolved: Resolved) -> Layer:
+    from lightspan.datamodules.volume.subjects import ALL, find_subjects  # numpy, which other commands do without
+
+    given = resolved.config["data"]["init_args"]
+    training, modalities = expanded(given["folder"], "data.init_args.folder"), given.get("modalities") or ALL
+    segmentation = given.get("segmentation")
+    found = find_subjects(training, modalities, segmentation, given.get("links", "skip"))
+    model, count = resolved.config["model"], len(found.subjects)
+    if "num_classes" in (model.get("init_args") or {}) and not found.classes and segmentation is None:
+        way_out = "name where they are, as data.init_args.modalities={volume: '{class}/**'}"
+        raise without_labels(resolved, training, way_out)
+
+    def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
+        own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
+        known = {"in_chans": len(modalities)}
+        known |= {"num_classes": len(found.classes)} if found.classes and settings.get("num_classes") else {}
+        return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
+
+    notes = [f"--volumes: {count:,} subjects in {training}, of {len(modalities)} modalities"]
+    layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
+    if (batch := fewer(given.get("batch_size"), count, "volumes", notes)) != given.get("batch_size"):
+        layer["data"] = {"init_args": {"batch_size": batch}}
+    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(found.classes), count, maps=False)}
+    return layer, notes
