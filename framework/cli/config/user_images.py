@@ -17,6 +17,7 @@ from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, member
 from lightspan.cli.config.user_data import Layer, UserData, fitted
 from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import refuse_link_out
 from lightspan.core.source import Definition
 
 DATA = "lightspan.datamodules.image.folder.ImageFolder"
@@ -152,11 +153,13 @@ def workers() -> int:
 
 
 def _folders(folder: Path) -> tuple[Path, Path | None]:
-    """(training folder, validation folder or None)."""
+    """(training folder, validation folder or None). Raises: UserError for one that is a link out of the folder."""
     inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     if "train" not in inside or not inside <= {"train", *VALIDATION}:
         return folder, None
     beside = next((name for name in VALIDATION if name in inside), None)
+    for name in ("train", beside or "train"):  # as links inside of them, none is followed unasked
+        refuse_link_out(folder / name, folder, "its folder")
     return folder / "train", None if beside is None else folder / beside
 
 
