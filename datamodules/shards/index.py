@@ -19,7 +19,7 @@ import numpy as np
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import require_regular_file
-from lightspan.core.files.foreign import BYTES
+from lightspan.core.files.foreign import BYTES, TooMuchError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.shards.tars import group_members, read_members, split_name
 
@@ -189,8 +189,11 @@ def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: in
             # Before the read: a wrong index could ask for more bytes than there is memory.
             if end > os.fstat(stream.fileno()).st_size:
                 raise UserError(f"{index.where(number)} is cut short; write or fetch the shard again")
+            BYTES.require(end - start)
             stream.seek(start)
             content = stream.read(end - start)
+    except TooMuchError as error:
+        raise UserError(f"{index.where(number)} cannot be read: {error}") from error
     except OSError as error:
         raise UserError(f"{index.where(number)} cannot be read: {error}; restore the shard") from error
     found = zlib.crc32(content)

@@ -130,9 +130,9 @@ def _csv(path: Path, delimiter: str | None, missing: Collection[str]) -> Columns
     if not text.strip():
         raise ValueError("it is empty")
     first = text.partition("\n")[0]
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter or max(DELIMITERS, key=first.count), strict=True
-    )
+    delimiter = delimiter or max(DELIMITERS, key=first.count)
+    CELLS.require(text.count(delimiter))  # before a line of any number of fields becomes a list
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     most, cells, line = CELLS.most, 0, 1
     names: list[str] = []
     columns: list[list[str | None]] = []

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.r_data import read_r_data
@@ -95,5 +96,5 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase | None) -> np.ndarray:
     """Whole numbers [N]: the tokens of a text of any length without special tokens, or its bytes."""
     if tokenizer is None:
         return np.frombuffer(text.encode(), dtype=np.uint8)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: it warns of long texts
+    ids = cut(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: it warns of long texts
     return np.asarray(ids, dtype=np.int32)

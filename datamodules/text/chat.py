@@ -19,6 +19,7 @@ from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.foreign import TooMuchError, bounded_program
 from lightspan.core.files.places import ReadPath
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
@@ -157,14 +158,14 @@ class Renderer:
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}  # they stand in the text; it is long
         if self.tokenizer.is_fast:
             ends = [*accumulate(len(part.text) for part in parts)]
-            made = self.tokenizer("".join(part.text for part in parts), return_offsets_mapping=True, **options)
+            made = self._cut(row, "".join(part.text for part in parts), return_offsets_mapping=True, **options)
             tokens = np.asarray(made["input_ids"], dtype=np.int32)
             begins = np.asarray([begin for begin, _ in made["offset_mapping"]], dtype=np.int64)
             of = np.searchsorted(ends, begins, side="right").clip(max=len(parts) - 1)
         else:
-            cut = [self.tokenizer(part.text, **options)["input_ids"] for part in parts]
-            tokens = np.asarray([token for each in cut for token in each], dtype=np.int32)
-            of = np.repeat(np.arange(len(parts)), [len(each) for each in cut])
+            pieces = [self._cut(row, part.text, **options)["input_ids"] for part in parts]
+            tokens = np.asarray([token for each in pieces for token in each], dtype=np.int32)
+            of = np.repeat(np.arange(len(parts)), [len(each) for each in pieces])
         learned = np.asarray([part.learned for part in parts], dtype=bool)[of]
         learned[:1] = False
         return tokens, learned
@@ -174,9 +175,15 @@ class Renderer:
         said = [*row.texts, *(message["content"] for message in row.messages)]
         return any(token in text for token in self.tokenizer.all_special_tokens for text in said)
 
+    def _cut(self, row: Conversation, text: str, **options: Any) -> Any:
+        try:
+            return cut(self.tokenizer, text, **options)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+
     def _start(self) -> str:
         """The token that begins a text, if the tokenizer gives texts one."""
-        first = self.tokenizer("")["input_ids"][:1]
+        first = cut(self.tokenizer, "")["input_ids"][:1]
         return self.tokenizer.bos_token if first and first == [self.tokenizer.bos_token_id] else ""
 
     def _rendered(self, row: Conversation, count: int, add_generation_prompt: bool = False) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError, one_line
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.text.windows import SEPARATOR, text_content, text_files
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def encoded(content: bytes, tokenizer: "PreTrainedTokenizerBase | None") -> Text
         tokens = np.frombuffer(content, dtype=np.uint8).astype(np.int32)
         return TextTokens(tokens, np.ones_like(tokens))
     text = content.decode()
-    made = tokenizer(
+    made = cut(
+        tokenizer,
         text,
         add_special_tokens=False,
         split_special_tokens=True,

@@ -1,11 +1,15 @@
 """Texts as tokens of one length. Shapes: N texts, T tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
+from lightspan.core.tokenizing import cut
+
+AT_ONCE = 2**20
+"""Characters of the texts that are cut at once, unless one has more: each takes about 300 bytes meanwhile."""
 
 
 def require_length(length: int) -> None:
@@ -34,12 +38,30 @@ def tokenized_pairs(
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, length: int, *texts: list[str]) -> dict[str, np.ndarray]:
-    encoded = tokenizer(
-        *texts,
-        truncation=True,
-        max_length=length,
-        padding="max_length",
-        padding_side="right",
-        split_special_tokens=True,
-    )
-    return {name: np.asarray(values, dtype=np.int64) for name, values in encoded.items()}
+    """Raises: UserError for a tokenizer that puts as many special tokens around a text as there is room for."""
+    if (special := tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)) >= length:
+        raise UserError(f"length={length} leaves no room beside the {special} special tokens of a text")
+    encoded = [
+        cut(
+            tokenizer,
+            *(column[some] for column in texts),
+            truncation=True,
+            max_length=length,
+            padding="max_length",
+            padding_side="right",
+            split_special_tokens=True,
+        )
+        for some in _pieces(texts)
+    ]
+    return {name: np.concatenate([np.asarray(each[name], dtype=np.int64) for each in encoded]) for name in encoded[0]}
+
+
+def _pieces(texts: Sequence[list[str]]) -> Iterator[slice]:
+    """Rows that are cut at once, in their order."""
+    begin = characters = 0
+    for row, own in enumerate(zip(*texts, strict=True)):
+        characters += (size := sum(map(len, own)))
+        if characters > AT_ONCE and row > begin:
+            yield slice(begin, row)
+            begin, characters = row, size
+    yield slice(begin, None)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
@@ -35,7 +36,7 @@ class WordCutter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         require_length(length)
         self.tokenizer, self.length = tokenizer, length
-        own, around = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+        own, around = (list(cut(tokenizer, "a", add_special_tokens=special)["input_ids"]) for special in (False, True))
         places = (place for place in range(len(around)) if around[place : place + len(own)] == own)
         start = next(places, 0)
         self.before, self.after = around[:start], around[start + len(own) :]
@@ -46,7 +47,7 @@ class WordCutter:
     def tokens_and_words(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 [L], without special tokens."""
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-        encoded = self.tokenizer(text, verbose=False, **options)
+        encoded = cut(self.tokenizer, text, verbose=False, **options)
         tokens = encoded["input_ids"]
         words = encoded.word_ids() if self.tokenizer.is_fast else range(len(tokens))
         return np.asarray(tokens, np.int32), np.asarray([-1 if word is None else word for word in words], np.int32)

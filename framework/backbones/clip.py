@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import timm.models.byobnet
-import timm.models.vision_transformer
 import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -17,6 +15,7 @@ from transformers import CLIPModel
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.huggingface import stored_network
 from lightspan.backbones.text import TextTransformer, last_states
+from lightspan.backbones.timm_networks import under_timm_names
 from lightspan.backbones.vision import timm_backbone
 from lightspan.backbones.weights import fill, require_fit, tensors_behind, with_weights
 from lightspan.core.errors import UserError
@@ -60,7 +59,7 @@ def openai_clip(name: str, path: ReadPath) -> DualEncoder:
             "timm/resnet50_clip.openai"
         )
     image = timm_backbone(name)
-    state = {f"image.{key}": tensor for key, tensor in _image_state(tensors, image).items()}
+    state = {f"image.{key}": tensor for key, tensor in under_timm_names(tensors, image, path).items()}
     # The map into the common space, which timm takes for a classifier.
     is_resnet = "image.head.proj.weight" in state
     head = "image.head.proj." if is_resnet else "image.head."
@@ -132,13 +131,6 @@ class _Texts(nn.Module):
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         # Without the mask: attention is causal, and what follows a text's last token does not change its state.
         return last_states(self.network(input_ids=tokens_BT).last_hidden_state, mask_BT)
-
-
-def _image_state(tensors: Mapping[str, Tensor], image: nn.Module) -> dict[str, Tensor]:
-    """Under timm's names."""
-    kind = timm.models.byobnet if isinstance(image, timm.models.byobnet.ByobNet) else timm.models.vision_transformer
-    state: dict[str, Tensor] = kind.checkpoint_filter_fn(dict(tensors), image)
-    return state
 
 
 def _text_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

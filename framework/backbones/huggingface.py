@@ -25,8 +25,9 @@ from lightspan.backbones.weights import no_larger_than
 from lightspan.core.absent import MissingFile
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
-from lightspan.core.files.foreign import BYTES, SETTINGS_BYTES, content_of, settings_object
+from lightspan.core.files.foreign import SETTINGS_BYTES, VOCABULARY_BYTES, content_of, settings_object
 from lightspan.core.files.tensors import safetensors_of, stored_tensors
+from lightspan.core.tokenizing import panics_as_errors
 
 N = TypeVar("N", bound=PreTrainedModel)
 
@@ -34,11 +35,11 @@ CONFIG = "config.json"
 _UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
 _TOKENIZER_FILES = {
-    "*.json": BYTES, "*.txt": BYTES, "*.model": BYTES,
+    "*.json": VOCABULARY_BYTES, "*.txt": VOCABULARY_BYTES, "*.model": VOCABULARY_BYTES,
     "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES,
 }  # fmt: skip
 """Vocabularies, settings and templates of conversations."""
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _MOST_GROWTH = 2**12
 _MOST_LAYERS = 2**16
 _MOST_UNSTORED = 2.0
@@ -119,47 +120,70 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
         for pattern, limit in _TOKENIZER_FILES.items():  # which are read whole, before anything is made of them
             for file in sorted(folder.glob(pattern)):
                 content_of(file, limit)
-        _require_own_files(folder / _TOKENIZER_CONFIG)
-        _require_no_growth(folder / "tokenizer.json")
+        _require_own_files(folder)
         config = {"config": _outline(folder)} if (folder / CONFIG).exists() else {}
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **config, **settings
-        )
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **config, **settings
+            )
+        _require_no_growth(tokenizer)
+        return tokenizer
     except Exception as error:  # whatever transformers, tokenizers, protobuf and sentencepiece raise
         raise UserError(f"{folder} has no tokenizer that transformers can read: {one_line(error)[:400]}") from error
 
 
-def _require_own_files(file: Path) -> None:
+def _require_own_files(folder: Path) -> None:
     """Raises: ValueError for settings of a tokenizer that name a file elsewhere, which transformers would open."""
+    if (tokens := folder / _SPECIAL_TOKENS).exists():  # transformers takes any setting from it
+        strange = [name for name in settings_object(tokens) if not name.endswith(("_token", "_tokens"))]
+        if strange:
+            raise ValueError(f"its {_SPECIAL_TOKENS} says {strange[0]!r:.80}, which is no special token")
+    file = folder / _TOKENIZER_CONFIG
     said = settings_object(file) if file.exists() else {}
     named = [name for name in said.get("fast_tokenizer_files") or () if Path(str(name)).name != name]
-    named += [said[key] for key in ("vocab", "merges") if isinstance(said.get(key), str)]
+    opened = [said.get("vocab"), said.get("merges"), said.get("gguf_file")]
+    opened += [*(said.get("init_inputs") or ()), *(said.get("sp_model_kwargs") or {}).values()]
+    named += [each for each in opened if isinstance(each, str)]
     if named:
         raise ValueError(f"its {file.name} names {str(named[0])!r:.80}, which may be outside the folder")
 
 
-def _require_no_growth(file: Path) -> None:
+def _require_no_growth(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises: ValueError for replacements in a row that make a text much longer, each that of the one before: outside
-    of Python, nothing stops them.
+    of Python, nothing stops them. They are looked for in what was made, whichever file of the folder had them.
     """
-    said = json.loads(content_of(file)) if file.exists() else {}
+    growths = {}
+    if (pieces := getattr(tokenizer, "sp_model", None)) is not None:
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(pieces.serialized_model_proto())
+        growths["normalizer"] = _longest(model.normalizer_spec.precompiled_charsmap)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
-        steps, growth = [said.get(part)], 1
-        while steps:
-            step = steps.pop()
-            if isinstance(step, dict):
-                steps += [step.get("normalizer"), *(step.get("normalizers") or ()), *(step.get("decoders") or ())]
-                growth *= max(1, len(step.get("content") or ""), _longest(step.get("precompiled_charsmap") or ""))
+        if (made := getattr(backend, part, None)) is not None:
+            growths[part] = _growth(json.loads(made.__getstate__()))
+    for part, growth in growths.items():
         if growth > _MOST_GROWTH:
-            raise ValueError(f"{file.name} makes texts more than {_MOST_GROWTH:,} times as long")
+            raise ValueError(f"its {part} makes texts more than {_MOST_GROWTH:,} times as long")
 
 
-def _longest(charsmap: str) -> int:
+def _growth(step: Any) -> int:
+    """How many times as long a text becomes at most, by a step as the library tokenizers describes it."""
+    steps, growth = [step], 1
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += [step.get("normalizer"), *(step.get("normalizers") or ()), *(step.get("decoders") or ())]
+            charsmap = base64.b64decode(step.get("precompiled_charsmap") or "")
+            growth *= max(1, len(step.get("content") or ""), _longest(charsmap))
+    return growth
+
+
+def _longest(charsmap: bytes) -> int:
     """Bytes of the longest text in SentencePiece's map of characters: a trie, after its size in four bytes, and the
     texts, each of which a zero ends.
     """
-    packed = base64.b64decode(charsmap)
-    return max(map(len, packed[4 + int.from_bytes(packed[:4], "little") :].split(b"\0")))
+    return max(map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
 
 
 def _outline(folder: Path) -> PreTrainedConfig:

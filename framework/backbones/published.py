@@ -11,11 +11,11 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers.utils import cached_file
 
-from lightspan.backbones.timm_networks import require_known, timm_network
+from lightspan.backbones.timm_networks import require_known, timm_network, under_timm_names
 from lightspan.backbones.weights import fill, tensors_behind
 from lightspan.core.absent import MissingFile, unless_missing
 from lightspan.core.errors import UserError
@@ -76,7 +76,7 @@ def timm_vit(
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
     if path is not None:
         with unless_missing():
-            tensors = checkpoint_filter_fn(tensors_behind(path, prefix), network)
+            tensors = under_timm_names(tensors_behind(path, prefix), network, path)
             kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
             fill(network, kept, path, prefix)
     return network

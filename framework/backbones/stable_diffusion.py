@@ -19,6 +19,7 @@ from lightspan.core.files.atomic import expanded
 from lightspan.core.files.foreign import NUMBERS, settings_object, whole_text
 from lightspan.core.files.places import ReadPath
 from lightspan.core.files.tensors import stored_tensors
+from lightspan.core.tokenizing import cut
 
 # A recipe may name the function listed here.
 __all__ = ["stable_diffusion"]
@@ -83,7 +84,7 @@ def encoded(place: Path, texts: list[str]) -> Tensor:
         NUMBERS.require(len(texts) * length * encoder.config.hidden_size)
     except ValueError as error:
         raise UserError(f"the states of {len(texts):,} captions cannot be kept: {error}") from error
-    tokens_KT = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    tokens_KT = cut(tokenizer, texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     chunks = tokens_KT.input_ids.split(CAPTIONS_AT_ONCE)
     return torch.cat([encoder(input_ids=some_BT).last_hidden_state for some_BT in chunks])
 

@@ -5,14 +5,17 @@ others wrote. Here a name is the name of a network.
 """
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor, nn
 
 from lightspan.core.absent import MissingFile
 from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.foreign import bounded_program
 
 
 def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
@@ -31,6 +34,22 @@ def timm_network(name: str, pretrained: bool = False, **settings: Any) -> Any:
         raise MissingFile(
             f"the weights of {name} are neither in the cache of Hugging Face nor can they be fetched: "
             f"{one_line(error)[:200]}"
+        ) from error
+
+
+def under_timm_names(tensors: Mapping[str, Tensor], network: nn.Module, path: str) -> dict[str, Tensor]:
+    """The tensors of a file as the network's module of timm renames them, positions resampled to the network's size.
+
+    Raises: UserError for tensors that it cannot rename, or resamples with more than the limits of memory and time: from
+        a kernel of patches, with the square of its places.
+    """
+    rename = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    try:
+        with bounded_program():
+            return dict(tensors) if rename is None else rename(dict(tensors), network)
+    except Exception as error:  # whatever timm and torch raise
+        raise UserError(
+            f"timm cannot take the tensors of {path} for a {type(network).__name__}: {one_line(error)[:400]}"
         ) from error
 
 

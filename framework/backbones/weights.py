@@ -134,7 +134,8 @@ def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "de
     """As `with_weights`, of an autoencoder's decoder, whose outputs, if open, become as many as the file's."""
     with unless_missing():
         head = tensors_behind(path, prefix).get("head.weight")
-        if head is not None and head.ndim and head.numel():
+        # A narrow table may have any number of rows: of another width it gives no outputs, and nothing then fits.
+        if head is not None and head.ndim == 2 and head.shape[1] == decoder.width and len(head):
             decoder.build(len(head))
     with_weights(decoder, path, prefix)
     return decoder

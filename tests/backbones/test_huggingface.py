@@ -306,10 +306,20 @@ def test_a_tokenizer_opens_no_file_outside_of_its_folder(tmp_path: Path) -> None
     for said in (
         {"fast_tokenizer_files": ["../tokenizer.4.0.json"]},
         {"tokenizer_class": "BertTokenizer", "vocab": str(tmp_path / "vocab.txt")},
+        {"tokenizer_class": "BertTokenizer", "init_inputs": [str(tmp_path / "vocab.txt")]},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "gguf_file": "../vocab.txt"},
+        {"tokenizer_class": "SiglipTokenizer", "sp_model_kwargs": {"model_file": str(tmp_path / "vocab.txt")}},
     ):
         (folder / "tokenizer_config.json").write_text(json.dumps(said))
         with pytest.raises(UserError, match=r"tokenizer_config\.json names"):
             stored_tokenizer(str(folder))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    for setting in ("vocab", "vocab_file"):  # from this file, too, transformers takes any setting
+        (folder / "special_tokens_map.json").write_text(json.dumps({setting: str(tmp_path / "vocab.txt")}))
+        with pytest.raises(UserError, match=r"special_tokens_map\.json says"):
+            stored_tokenizer(str(folder))
+    (folder / "special_tokens_map.json").write_text('{"sep_token": "[X]", "additional_special_tokens": ["[Y]"]}')
+    assert stored_tokenizer(str(folder)).sep_token == "[X]"
 
 
 def test_a_vocabulary_that_is_a_pipe_is_named(tmp_path: Path) -> None:
@@ -352,3 +362,33 @@ def test_maps_of_characters_and_replacements_of_a_decoder_make_no_text_very_long
             else:
                 with pytest.raises(UserError, match="times as long"):
                     stored_tokenizer(str(tmp_path))
+
+
+def test_a_map_of_characters_counts_whichever_file_has_it(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "texts").write_text("the cat sat on the mat\nb c d e f g\n" * 50)
+    for times in (10, 2**13):
+        (tmp_path / "rules").write_text(f"61\t{' '.join(['62'] * times)}\n")  # a becomes many b
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "texts"), model_prefix=str(tmp_path / "m"), vocab_size=24, hard_vocab_limit=False,
+            normalization_rule_tsv=str(tmp_path / "rules"), minloglevel=2,
+        )  # fmt: skip
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        (folder / "spiece.model").write_bytes((tmp_path / "m.model").read_bytes())
+        for kind in ("SiglipTokenizer", "T5Tokenizer"):  # run by SentencePiece, and by the library tokenizers
+            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+            if times == 10:
+                assert len(stored_tokenizer(str(folder)).tokenize("a")) >= times // 2
+            else:
+                with pytest.raises(UserError, match="times as long"):
+                    stored_tokenizer(str(folder))
+
+
+def test_a_damaged_map_of_characters_is_no_panic(tmp_path: Path) -> None:
+    backend = json.loads(Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).to_str())
+    for charsmap in ("", "!!!", base64.b64encode(b"\xff\xff\xff\x7fabc").decode()):
+        damaged = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(backend | damaged))
+        with pytest.raises(UserError, match="has no tokenizer that transformers can read"):
+            stored_tokenizer(str(tmp_path))

@@ -14,6 +14,7 @@ from lightspan.backbones.published import timm_published, timm_vit, torchvision_
 from lightspan.cli.config.build import build
 from lightspan.cli.config.resolve import resolve
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES
 
 
 def test_what_the_cache_of_hugging_face_holds_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +132,14 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytes
         timm_published("resnet18.mine")
     with pytest.raises(UserError, match="torchvision has no network named 'resnet19'; did you mean resnet18"):
         torchvision_published("resnet19")
+
+
+def test_a_kernel_whose_resampling_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "a.safetensors")
+    monkeypatch.setenv(BYTES.setting, str(2**29))
+    for kernel in (torch.zeros(1, 1, 150, 150, dtype=torch.uint8), torch.zeros(1)):  # 2 GB, and what has no places
+        save_file({"patch_embed.proj.weight": kernel}, path)
+        with pytest.raises(UserError, match="timm cannot take the tensors"):
+            timm_vit("vit_tiny_patch16_224", path)

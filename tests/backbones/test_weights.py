@@ -111,10 +111,11 @@ def test_tensors_without_numbers_make_no_layer_of_their_size(tmp_path: Path) -> 
     save_file({"head.weight": torch.zeros(2**40, 0), "head.bias": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="do not fit Linear: bias is"):
         stored_linear(path)
-    for head in (torch.zeros(()), torch.zeros(2**40, 0)):
+    for head in (torch.zeros(()), torch.zeros(2**40, 0), torch.zeros(2**9, 1)):
         save_file({"decoder.head.weight": head}, path)
         with pytest.raises(UserError, match="do not fit MaskDecoder"):
-            decoder_with_weights(MaskDecoder(8, 5, width=4, depth=1, heads=1), path)
+            decoder_with_weights(decoder := MaskDecoder(8, width=4, depth=1, heads=1), path)
+        assert decoder.out_features is None  # a narrow table makes no wide layer
 
 
 def test_the_home_of_nobody_is_named() -> None:

@@ -144,6 +144,14 @@ def test_a_template_that_refuses_or_reaches_out_of_its_sandbox_names_the_line(te
         Renderer(tokenizer(template)).parts(row_of("line 3", TURNS))
 
 
+def test_a_template_that_makes_a_conversation_very_long_is_refused_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, template = row_of("line 3", TURNS), tokenizer("{{ 'a' * 1000 }}")
+    assert len(Renderer(template).tokens(row)[0])
+    monkeypatch.setenv("LIGHTSPAN_MAX_CHARACTERS", "999")
+    with pytest.raises(UserError, match=r"line 3: .*LIGHTSPAN_MAX_CHARACTERS"):
+        Renderer(template).tokens(row)
+
+
 BAD = [
     ("{", "line 1 is not JSON"),
     ([], "line 1 has no conversation"),

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -12,7 +13,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.core.errors import UserError
+from lightspan.datamodules.text import tokenized as tokenized_module
 from lightspan.datamodules.text.labelled import LabelledTextFiles
+from lightspan.datamodules.text.tokenized import tokenized, tokenized_pairs
 from lightspan.methods.language.text_classifier import TextClassifier
 
 WORDS = HashedWords()
@@ -86,6 +89,24 @@ def test_of_two_texts_the_tokenizer_tells_which_is_the_second_and_the_network_is
     plain = opened(write(tmp_path, rows), fields=["s1", "s2"])
     expected = WORDS("a a", "b")["input_ids"]
     assert plain.val.sample(0, 0)["tokens"][: len(expected)].tolist() == expected
+
+
+def test_texts_are_the_same_tokens_in_however_many_pieces_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts, seconds = ["a b", "a" * 40, "", "b"], ["b", "a", "b b b", ""]
+    whole = tokenized(pieces(), firsts, 8), tokenized_pairs(pieces(), firsts, seconds, 8)
+    monkeypatch.setattr(tokenized_module, "AT_ONCE", 4)
+    apart = tokenized(pieces(), firsts, 8), tokenized_pairs(pieces(), firsts, seconds, 8)
+    for before, after in zip(whole, apart, strict=True):
+        assert all(map(np.array_equal, before, after))
+
+
+def test_a_tokenizer_with_more_special_tokens_than_the_rows_are_long_is_refused() -> None:
+    for length in (3, 4):
+        if length == 4:
+            assert tokenized_pairs(pieces(), ["a"], ["b"], length)[0].shape == (1, 4)
+        else:
+            with pytest.raises(UserError, match="length=3 leaves no room beside the 3 special tokens"):
+                tokenized_pairs(pieces(), ["a"], ["b"], length)
 
 
 BAD = [

@@ -11,6 +11,7 @@ import pytest
 from shard_files import damage, write_shard
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES
 from lightspan.datamodules.shards.index import from_json, read_sample, scan
 
 MIB = 2**20
@@ -142,3 +143,17 @@ def test_an_index_that_asks_for_more_than_there_is_reads_nothing(shard: Path) ->
     huge = replace(index, ends=np.append(index.ends[:-1], 2**60))
     with pytest.raises(UserError, match=r"sample 5 at byte .* is cut short"):
         read_sample(huge, 5, shard, MIB)
+
+
+def test_a_sample_that_an_index_makes_as_large_as_a_sparse_shard_is_not_read(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, _ = scan(shard, "a.tar", MIB)
+    first = int(index.ends[0] - index.starts[0])
+    for most in (first, first - 1):
+        monkeypatch.setenv(BYTES.setting, str(most))
+        if most == first:
+            assert read_sample(index, 0, shard, MIB)["cls"] == b"0"
+        else:
+            with pytest.raises(UserError, match=r"sample 0 at byte 0 cannot be read: it has .* LIGHTSPAN_MAX_BYTES"):
+                read_sample(index, 0, shard, MIB)

@@ -194,6 +194,9 @@ def test_what_is_no_table_is_refused_by_its_line(made: Any, monkeypatch: pytest.
     monkeypatch.setenv("LIGHTSPAN_MAX_CELLS", "39")
     with pytest.raises(UserError, match=r"has 40 cells, .* LIGHTSPAN_MAX_CELLS"):
         made().setup()
+    monkeypatch.setenv("LIGHTSPAN_MAX_CELLS", "3")
+    with pytest.raises(UserError, match=r"has 4 cells, .* LIGHTSPAN_MAX_CELLS"):
+        made(",,,,").setup()  # a line of any number of names
 
 
 def test_columns_that_do_not_fit_are_named(made: Any) -> None:

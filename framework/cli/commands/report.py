@@ -82,11 +82,16 @@ def run(args: argparse.Namespace) -> int:
 
 def summary_json(runs: Sequence["Run"]) -> str:
     """{run name: its summary}; values that are not finite become null, since JSON cannot express them."""
-    table = {run.name: {key: _finite_or_none(value) for key, value in run.summary.items()} for run in runs}
+    table = {run.name: _finite_or_none(run.summary) for run in runs}
     return json.dumps(table, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _finite_or_none(value: Any) -> Any:
+    """Also inside of what others wrote into a summary, at any of the few levels that are read."""
+    if isinstance(value, dict):
+        return {key: _finite_or_none(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_none(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

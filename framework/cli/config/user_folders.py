@@ -8,6 +8,7 @@ from typing import Any
 from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.config.signatures import member
 from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import refuse_link_out
 from lightspan.core.source import Definition
 
 PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
@@ -29,12 +30,14 @@ def workers() -> int:
 
 def split_folders(folder: Path) -> tuple[Path, Path | None]:
     """(training folder, validation folder or None): of a folder with `train` and perhaps one of `VALIDATION`, and
-    nothing else, these.
+    nothing else, these. Raises: UserError for one that is a link out of the folder.
     """
     inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     if "train" not in inside or not inside <= {"train", *VALIDATION}:
         return folder, None
     beside = next((name for name in VALIDATION if name in inside), None)
+    for name in ("train", beside or "train"):  # as links inside of them, none is followed unasked
+        refuse_link_out(folder / name, folder, "its folder")
     return folder / "train", None if beside is None else folder / beside
 
 

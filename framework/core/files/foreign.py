@@ -7,6 +7,7 @@ Faults are ValueErrors that say what "it" is, and the reader names the file and 
 """
 
 import bz2
+import faulthandler
 import json
 import lzma
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,8 +74,10 @@ BYTES = Limit("bytes", 2**32, "LIGHTSPAN_MAX_BYTES")
 """Of a file that is read whole, and of what is unpacked from one."""
 SETTINGS_BYTES = Limit("bytes", 2**24, "LIGHTSPAN_MAX_SETTINGS_BYTES")
 """Of settings and lists of files as JSON, which take twenty times as much memory once read."""
-
-
+VOCABULARY_BYTES = Limit("bytes", 2**28, "LIGHTSPAN_MAX_VOCABULARY_BYTES")
+"""Of a tokenizer's vocabulary, which takes as much again: the largest that are published have an eighth of it."""
+CHARACTERS = Limit("characters", 2**24, "LIGHTSPAN_MAX_CHARACTERS")
+"""Of the texts that a tokenizer cuts at once, each of which takes about 300 bytes meanwhile."""
 SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
 """Of processor time, for a program that is part of a file, each time that it runs."""
 
@@ -112,11 +115,13 @@ def bounded_memory() -> Iterator[None]:
 
 
 @contextmanager
-def bounded_program() -> Iterator[None]:
-    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
-    not how long it runs. Limits as `bounded_memory`, and where it does.
+def bounded_time() -> Iterator[None]:
+    """For a program that is part of a file, such as a regular expression, and for a list that a file makes long. On the
+    main thread of Linux, as `bounded_memory`.
 
-    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+    Raises: TooMuchError where it takes more than `SECONDS` of processor time. Where no exception can stop it, since it
+        stays inside one operation of C or Rust, the process ends by SIGVTALRM after twice as many, and Python says
+        where it was.
     """
     if not _has_limits():
         yield
@@ -127,13 +132,30 @@ def bounded_program() -> Iterator[None]:
         raise TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
 
     handler = signal.signal(signal.SIGPROF, stop)
+    last_resort = signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+    with suppress(RuntimeError, ValueError, OSError):  # a program without standard error
+        faulthandler.register(signal.SIGVTALRM, sys.__stderr__, all_threads=False, chain=True)
     try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
         signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
-        with bounded_memory():
-            yield
+        yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        faulthandler.unregister(signal.SIGVTALRM)
+        signal.signal(signal.SIGVTALRM, last_resort)
         signal.signal(signal.SIGPROF, handler)
+
+
+@contextmanager
+def bounded_program() -> Iterator[None]:
+    """For a program that is part of a file, such as a template in Jinja, whose language confines what it reaches and
+    not how long it runs. Limits as `bounded_time` and `bounded_memory`.
+
+    Raises: TooMuchError where it takes more than `SECONDS` of processor time, or `BYTES` of memory.
+    """
+    with bounded_time(), bounded_memory():
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
+from lightspan.core.tokenizing import cut
 from lightspan.evaluation.labels import require_labels
 
 
@@ -35,7 +36,7 @@ def class_rows(
         )
     rows = []
     for template in templates:
-        texts = tokenizer([template.format(name) for name in class_names], padding=True, padding_side="right")
+        texts = cut(tokenizer, [template.format(name) for name in class_names], padding=True, padding_side="right")
         tokens_CT, mask_CT = (torch.as_tensor(texts[name]) for name in ("input_ids", "attention_mask"))
         rows.append(normalize(encode(tokens_CT, mask_CT).float(), dim=1))
     return normalize(torch.stack(rows).mean(dim=0), dim=1)

@@ -18,6 +18,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sums, gather_rows, register_replicated
 from lightspan.core.errors import UserError
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
@@ -91,7 +92,7 @@ class NamedClasses(Method):
     def name_classes(self, names: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Reads the sentences of the classes. Raises: UserError for one that is longer than the text encoder reads."""
         sentences = [self.template.format(name) for name in names]
-        read = tokenizer(sentences, padding=True, padding_side="right")
+        read = cut(tokenizer, sentences, padding=True, padding_side="right")
         # Buffers, so that they go where the method goes; the sentences are no part of a checkpoint.
         for buffer, key in (("tokens_CT", "input_ids"), ("mask_CT", "attention_mask")):
             register_replicated(self, buffer, torch.as_tensor(read[key], device=self.device), persistent=False)

@@ -21,6 +21,7 @@ from lightspan.core.devices import has_values
 from lightspan.core.distributed import register_replicated
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.core.tokenizing import cut
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.nn.labels import labels_of
 from lightspan.nn.sequences.texts import names_and_tokenizer
@@ -95,7 +96,7 @@ class PRE(Method):
         classes = self.base_classes
         if classes is not None and (not classes or not set(classes) <= set(range(len(names)))):
             raise UserError(f"PRE base_classes={classes} must name some of the {len(names)} classes, counted from 0")
-        read = tokenizer([f"{name}." for name in names], padding=True, padding_side="right")
+        read = cut(tokenizer, [f"{name}." for name in names], padding=True, padding_side="right")
         device, rows = self.prompt_tokens.device, len(self.prompt_tokens)
         # Buffers, so that they go where the method goes; the names are no part of a checkpoint.
         for buffer, key in (("name_tokens_CT", "input_ids"), ("name_mask_CT", "attention_mask")):
@@ -108,7 +109,7 @@ class PRE(Method):
             )
         self.num_classes = len(names)
         if self.phrase is not None:
-            words = torch.as_tensor(tokenizer(self.phrase, add_special_tokens=False)["input_ids"], device=device)
+            words = torch.as_tensor(cut(tokenizer, self.phrase, add_special_tokens=False)["input_ids"], device=device)
             if len(words) != rows:
                 raise UserError(
                     f"phrase={self.phrase!r} has {len(words)} tokens, but prompt_tokens={rows}; make them equal"

@@ -271,3 +271,13 @@ def test_a_ledger_that_claims_more_samples_than_fit_into_memory_is_refused_befor
     (tmp_path / "ledger.json").write_text(json.dumps(ledger))
     assert main(["ledger", str(tmp_path)]) == 2
     assert "LIGHTSPAN_MAX_NUMBERS" in capsys.readouterr().err
+
+
+def test_a_ledger_that_claims_very_many_epochs_of_a_large_set_is_not_counted_for_days(tmp_path, capsys, monkeypatch):
+    samples = 2**20
+    data = {"sizes": [samples], "window": 1, "epoch_samples": samples, "batch_size": 1, "seed": 0, "damage": []}
+    ledger = {"format": 1, "data": data, "ranges": [[epoch, 0, 1] for epoch in range(10**4)], "replaced": []}
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    monkeypatch.setenv("LIGHTSPAN_MAX_SECONDS", "1")
+    assert main(["ledger", str(tmp_path)]) == 2
+    assert "more than 1 seconds" in capsys.readouterr().err

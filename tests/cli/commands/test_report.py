@@ -252,7 +252,9 @@ def test_numbers_at_the_edge_of_floats_are_drawn_or_counted(
     lines = [f'{{"step": {at}, "time_s": {at}, "val/b": 1, "{name}": {value}}}' for at, value in enumerate((edge, 1))]
     lines += [f'{{"step": 3, "val/b": 2, "{name}": {edge}, "spectrum/w/1": 2.0, "spectrum/v/{HUGE}": {edge}}}']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-    (folder / "summary.json").write_text(f'{{"val_loss_nats": {edge}, "seconds": {edge}, "steps": {edge}}}')
+    (folder / "summary.json").write_text(
+        f'{{"val_loss_nats": {edge}, "seconds": {edge}, "steps": {edge}, "best": [{{"a": {edge}}}]}}'
+    )
     page = page_of(tmp_path, folder, make_run("b"), "--png", tmp_path / "curves.png")
     assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
 

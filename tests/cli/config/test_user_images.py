@@ -171,6 +171,16 @@ def test_train_and_validation_folders_are_no_classes(tmp_path: Path) -> None:
     assert data["val_folder"] == str(tmp_path / "in" / "validation")
 
 
+def test_a_train_or_validation_folder_that_is_a_link_out_is_not_followed(tmp_path: Path) -> None:
+    for number, names in enumerate((("train", "val"), ("val", "train"))):
+        inside, outside = tmp_path / f"in{number}", tmp_path / f"out{number}"
+        for place, name in zip((inside, outside), names, strict=True):
+            write_pictures(place, {f"{name}/a": 2, f"{name}/b": 2})
+        (inside / names[1]).symlink_to(outside / names[1])
+        with pytest.raises(UserError, match=f"{names[1]} is a link that leads out"):
+            with_folder("contrastive/barlow_twins", inside)
+
+
 def test_what_cannot_be_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="language/quickstart is a recipe for data of modality text; name data"):
         with_folder("language/quickstart", folder)

@@ -7,6 +7,8 @@ import io
 import lzma
 import os
 import signal
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,7 +27,18 @@ from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.weights import with_weights
 from lightspan.core.errors import UserError
 from lightspan.core.files.arrays import mapped_array, read_array, read_arrays
-from lightspan.core.files.foreign import BYTES, NUMBERS, PIXELS, content_of, settings_object, unpacked, whole_text
+from lightspan.core.files.foreign import (
+    BYTES,
+    CHARACTERS,
+    NUMBERS,
+    PIXELS,
+    SECONDS,
+    VOCABULARY_BYTES,
+    content_of,
+    settings_object,
+    unpacked,
+    whole_text,
+)
 from lightspan.core.files.tensors import shards_of, stored_tensors
 from lightspan.datamodules.audio import sound
 from lightspan.datamodules.image.packed import Decoder
@@ -176,6 +189,19 @@ def test_limits_leave_room_for_what_people_train_on() -> None:
     assert PIXELS.default >= 8_000 * 8_000
     assert NUMBERS.default >= 3_600 * 48_000  # an hour of sound
     assert BYTES.default >= 2**32
+    assert CHARACTERS.default >= 2**24  # five Bibles
+    assert VOCABULARY_BYTES.default >= 2**26  # twice the largest that are published
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
+def test_a_program_that_stays_inside_one_operation_of_c_ends_with_its_process() -> None:
+    equal = "[x] * 10**8 == [y] * 10**8"  # 10^15 letters are compared, and no signal is looked at meanwhile
+    code = "from lightspan.core.files.foreign import bounded_program\n"
+    code += f"x, y = ''.join(['a'] * 10**7), ''.join(['a'] * 10**7)\nwith bounded_program():\n    {equal}\n"
+    limited = os.environ | {SECONDS.setting: "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=limited, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGVTALRM
+    assert "line 4" in ended.stderr
 
 
 def test_what_unpacks_to_more_than_the_limit_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
