@@ -69,12 +69,13 @@ def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill
         values: [... D H W].
     """
     crop = np.full((*values.shape[:-3], *size), fill, values.dtype)
-    inside, there = list[slice](), list[slice]()
+    inside: list[Any] = [...]
+    there: list[Any] = [...]
     for first, side, length in zip(corner, size, values.shape[-3:], strict=True):
         start, stop = max(first, 0), max(min(first + side, length), 0)
         inside.append(slice(start, stop))
         there.append(slice(start - first, stop - first))
-    crop[..., *there] = values[..., *inside]
+    crop[tuple(there)] = values[tuple(inside)]
     return crop
 
 
