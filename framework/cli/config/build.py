@@ -114,6 +114,8 @@ def quiet() -> None:
 
 
 def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
+    import torch
+    from lightning.pytorch import LightningDataModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -122,7 +124,12 @@ def _instantiate(config: dict[str, Any], resolved: Resolved) -> Built:
     register_ddp()
     refused: list[tuple[type, Exception]] = []
     # However the recipe names it: a resumed run sums as an uninterrupted one does.
-    construct = _constructor(refused, {DDPStrategy: DDP})
+    make = _constructor(refused, {DDPStrategy: DDP})
+
+    def construct(constructed: type, *arguments: Any, **settings: Any) -> Any:
+        # Samples have numbers, also where the network is built on the meta device.
+        with torch.device("cpu") if issubclass(constructed, LightningDataModule) else contextlib.nullcontext():
+            return make(constructed, *arguments, **settings)
 
     class Builder(LightningCLI):
         """LightningCLI on one dict: without its own command line, environment or configuration file."""

@@ -96,6 +96,6 @@ class UL2(Method):
     def _measure(self, names: tuple[str, ...]) -> None:
         """Metrics of all denoisers together, and of each."""
         self.names, count = names, 1 + len(names)
-        means = [MeanMetric().set_dtype(torch.float64) for _ in range(count)]
-        self.nats_per_token = nn.ModuleList(means).to(self.device)
-        self.bits_per_byte = nn.ModuleList([BitsPerByte() for _ in range(count)]).to(self.device)
+        with torch.device(self.device):
+            self.nats_per_token = nn.ModuleList([MeanMetric().set_dtype(torch.float64) for _ in range(count)])
+            self.bits_per_byte = nn.ModuleList([BitsPerByte() for _ in range(count)])
