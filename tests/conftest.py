@@ -37,7 +37,8 @@ STARTED_S = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="skip the tests that have not begun after so many minutes")
-    parser.addoption("--except-passed", type=Path, metavar="REPORT", help="leave out what passed by this --junitxml")
+    passed = "leave out what passed by this --junitxml; may be given again"
+    parser.addoption("--except-passed", action="append", default=[], type=Path, metavar="REPORT", help=passed)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,8 +92,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         leave_out(group, sample)
     for group in cases.values():
         leave_out(group, spread(group, group[0].get_closest_marker("sample").args[0]))
-    if report := config.getoption("--except-passed"):
-        passed = passed_in(report)
+    if reports := config.getoption("--except-passed"):
+        passed = set().union(*map(passed_in, reports))
         config.hook.pytest_deselected(items=[item for item in items if in_report(item) in passed])
         items[:] = [item for item in items if in_report(item) not in passed]
     if config.getoption("--minutes") is None:
