@@ -2,13 +2,13 @@
 passed over where everything is installed.
 """
 
+import contextlib
 import os
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+import rank_processes
 from pairwise import covering
 
 CASES = """
@@ -75,17 +75,21 @@ def test_is_known_to_fail():
 def verdicts(folder: Path, *flags: str) -> tuple[dict[str, str], str]:
     """What became of each case, and all that was said."""
     (folder / "test_cases.py").write_text(CASES)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-rA", "-p", "no:cacheprovider", *flags, "."],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "LIGHTSPAN_NO_SKIP": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    summary = done.stdout.partition("short test summary")[2]
-    said = {line.partition("::")[2].split(" ")[0]: line for line in summary.splitlines() if "::test_" in line}
-    return {name: line.split(" ")[0] for name, line in said.items()}, done.stdout
+    rank_processes.start(_pytest, 1, folder, flags)
+    said = (folder / SAID).read_text()
+    summary = said.partition("short test summary")[2]
+    lines = {line.partition("::")[2].split(" ")[0]: line for line in summary.splitlines() if "::test_" in line}
+    return {name: line.split(" ")[0] for name, line in lines.items()}, said
+
+
+SAID = "said.txt"
+
+
+def _pytest(rank: int, folder: Path, flags: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    os.environ["LIGHTSPAN_NO_SKIP"] = "1"
+    with Path(SAID).open("w") as said, contextlib.redirect_stdout(said):
+        pytest.main(["-p", "conftest", "-rA", "-p", "no:cacheprovider", *flags, "."])
 
 
 @pytest.mark.runs
@@ -123,9 +127,11 @@ def test_of_each_long_kind_and_of_many_cases_a_sample_stays(tmp_path: Path) -> N
 
 
 @pytest.mark.runs
-def test_what_passed_in_another_run_is_left_out(tmp_path: Path) -> None:
-    verdicts(tmp_path, "--junitxml=report.xml", "-k", "quick or first or lacks")
-    found, said = verdicts(tmp_path, "--except-passed", "report.xml", "-k", "quick or first or lacks or fixture")
+def test_what_passed_in_other_runs_is_left_out(tmp_path: Path) -> None:
+    for report, chosen in {"one.xml": "quick or lacks", "another.xml": "first"}.items():
+        verdicts(tmp_path, f"--junitxml={report}", "-k", chosen)
+    reports = ("--except-passed=one.xml", "--except-passed=another.xml")
+    found, said = verdicts(tmp_path, *reports, "-k", "quick or first or lacks or fixture")
     assert found == {
         "test_has_a_dear_fixture": "PASSED",
         "test_lacks_a_browser": "FAILED",
