@@ -86,6 +86,8 @@ from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.datamodules.video.folder import VideoFolder
 from lightspan.datamodules.video.sets.moving_digits import MovingDigits
+from lightspan.datamodules.volume.folder import VolumeFolder
+from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
 
 PREFIX = f"{datamodules.__name__}."
@@ -97,7 +99,7 @@ BATCHES = {
     for name, kind in vars(module).items()
     if is_typeddict(kind) and kind.__module__ == module.__name__
 }
-WITHOUT_READERS = {"VolumeBatch", "PointsBatch", "GraphBatch"}
+WITHOUT_READERS = {"PointsBatch", "GraphBatch"}
 """Types of data that are yet to come; `tests/test_new_modalities.py` has some of them."""
 ON_DEVICE = "DrawnViewsBatch"  # becomes another one there
 
@@ -106,6 +108,9 @@ class Letters:
     """Stands for a tokenizer: one token a letter, padded with 0."""
 
     vocab_size = 128
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 0
 
     def __call__(self, texts: list[str], truncation: bool, max_length: int, **options: Any) -> dict[str, Any]:
         rows = [[min(ord(letter), 127) for letter in text[:max_length]] for text in texts]
@@ -150,6 +155,12 @@ def videos(folder: Path, **options: Any) -> VideoFolder:
         files.write_video(folder / "in" / f"{number}.mkv", files.numbered(6))
     settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "batch_size": 4}
     return VideoFolder(str(folder / "in"), **settings | options)
+
+
+def volumes(folder: Path, **options: Any) -> VolumeFolder:
+    importlib.import_module("volume_files").write_volumes(folder / "in", 5)
+    settings: dict[str, Any] = {"modalities": {"mr": "{subject}"}, "cache_dir": str(folder / "cache"), "batch_size": 4}
+    return VolumeFolder(str(folder / "in"), **settings | options)
 
 
 def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
@@ -415,6 +426,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: videos(folder, views=RandomViews(count=1), views_on="device"),
         "DrawnClipsBatch",
     ),
+    "VolumeFolder": (volumes, "VolumeBatch"),
+    "Phantoms": (lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4), "VolumeBatch"),
+    "Phantoms, two crops": (
+        lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4, crop=(4, 4, 4), crops=2),
+        "VolumeViewsBatch",
+    ),
     "RenderedSpeech": (lambda folder: RenderedSpeech(batch_size=4), "SpeechBatch"),
     "ByteText": (text, "TextBatch"),
     "Corpus": (
@@ -486,7 +503,7 @@ def test_the_first_batch_has_the_declared_fields_and_no_others(name: str, tmp_pa
     assert data.batch_type is BATCHES[kind]  # type: ignore[attr-defined]
     batch = next(iter(data.train_dataloader()))
     require_declared(batch, BATCHES[kind], name)
-    assert set(batch) == schema_of(BATCHES[kind]).fields.keys()
+    assert BATCHES[kind].__required_keys__ <= set(batch) <= schema_of(BATCHES[kind]).fields.keys()
     assert samples_in(batch, BATCHES[kind]) == 4
     images = [batch[key] for key in ("image", "target_image") if key in batch and kind != ON_DEVICE]
     for image in batch.get("views", images):

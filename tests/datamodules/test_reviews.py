@@ -15,6 +15,9 @@ from lightspan.datamodules.text.reviews import FoodReviews
 class Letters:
     """Stands for a tokenizer: one token a letter between 1 and 2, padded with 0."""
 
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 2
+
     def __call__(
         self, texts: list[str], truncation, max_length: int, padding: str, padding_side: str, split_special_tokens: bool
     ) -> dict:

@@ -135,8 +135,8 @@ def bounded_time() -> Iterator[None]:
 
     handler = signal.signal(signal.SIGPROF, stop)
     last_resort = signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
-    with suppress(RuntimeError, ValueError, OSError):  # a program without standard error
-        faulthandler.register(signal.SIGVTALRM, sys.__stderr__, all_threads=False, chain=True)
+    with suppress(RuntimeError, ValueError, OSError, AttributeError):  # a program without standard error
+        faulthandler.register(signal.SIGVTALRM, sys.__stderr__, all_threads=False, chain=True)  # type: ignore[arg-type]
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)
         signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
