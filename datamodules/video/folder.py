@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lightspan.core.errors import UserError, one_line
+from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_in
@@ -19,7 +19,7 @@ from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.packed import Fit
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.image.sets.small import per_channel
-from lightspan.datamodules.loading.packs import report_damage
+from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.video.clips import ClipFields, ClipSamples, ClipTimes, VideoPart
@@ -128,8 +128,7 @@ class VideoFolder(SampleSets):
             say("videos: those that were not here before are decoded once, to find their cuts")
         indices = self.cache.indexed(files, self.samples == "shots", self.num_workers)
         parts, damage = self._parts(files, indices, labels)
-        named = [f"{one_line(str(files[video]))}: {why}" for video, why in damage.items()]
-        report_damage(named, len(files), "videos", self.skip_damaged)
+        report_damage([(files[video], why) for video, why in damage.items()], len(files), "videos", self.skip_damaged)
         here = {part.video for part in parts}
         train, val = self._split(parts, training, here)
         if not (train and val):

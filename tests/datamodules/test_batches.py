@@ -429,7 +429,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "VolumeFolder": (volumes, "VolumeBatch"),
     "Phantoms": (lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4), "VolumeBatch"),
     "Phantoms, two crops": (
-        lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4, crop=(4, 4, 4), crops=2),
+        lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4, size=4, crops=2),
         "VolumeViewsBatch",
     ),
     "RenderedSpeech": (lambda folder: RenderedSpeech(batch_size=4), "SpeechBatch"),
