@@ -33,6 +33,7 @@ ONE_PLACE = {
     "timm.create_model": {"framework/backbones/timm_networks.py", "framework/cli/exports/timm_folder.py"},
     "tifffile.TiffFile": {"datamodules/multispectral/tiffs.py"},
     "soundfile.SoundFile": {"datamodules/audio/sound.py"},
+    "av.open": {"datamodules/video/reader.py"},
     "Image.open": {"datamodules/shards/headers.py"},
     "format.read_array": {"framework/core/files/arrays.py"},
     "open_memmap": {"framework/core/files/arrays.py"},

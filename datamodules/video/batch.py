@@ -1,9 +1,10 @@
 """Batches of video.
 
-Shapes: B clips, C channels, T frames, H W pixels.
+Shapes: B samples, V clips of a sample, C channels, T frames, H W pixels, K clips that were augmented by themselves,
+P parameters of a view.
 """
 
-from typing import Annotated, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -13,10 +14,40 @@ from lightspan.core.batches import Field, Index, Label
 class ClipBatch(TypedDict):
     """Clips of one length, standardised per channel.
 
-    fps: frames in a second, above 0.
+    fps: frames of the clip per second of the video, above 0.
+    frames: which of the video's frames each one is, counted from 0 in the order in which they are shown.
     """
 
     clip: Annotated[Tensor, Field("float32", "B C T H W", read=True)]
     fps: Annotated[Tensor, Field("float32", "B")]
+    frames: NotRequired[Annotated[Tensor, Field("int64", "B T")]]
+    label: Label
+    index: Index
+
+
+class ClipsBatch(TypedDict):
+    """Several clips of each video, as in `ClipBatch`: each start at each speed, those of one start side by side."""
+
+    clips: Annotated[list[Tensor], Field("float32", "V B C T h w", read=True, of="clip")]
+    fps: Annotated[Tensor, Field("float32", "B V")]
+    frames: Annotated[Tensor, Field("int64", "B V T")]
+    label: Label
+    index: Index
+
+
+class DrawnClipsBatch(TypedDict):
+    """Clips whose augmentation is drawn and will be made on the device, where the batch becomes a `ClipBatch` or a
+    `ClipsBatch`.
+
+    clips: as they are, uint8.
+    drawn: the bits of `lightspan.datamodules.image.batch.ViewParameters`, once for all speeds of a start.
+    seed: of the grain.
+    """
+
+    clips: Annotated[list[Tensor], Field("uint8", "V B C T H W", read=True)]
+    drawn: Annotated[Tensor, Field("int32", "B K P")]
+    seed: Annotated[Tensor, Field("int64", "B K")]
+    fps: Annotated[Tensor, Field("float32", "B V")]
+    frames: Annotated[Tensor, Field("int64", "B V T")]
     label: Label
     index: Index

@@ -86,6 +86,7 @@ from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
+from lightspan.datamodules.video.folder import VideoFolder
 
 PREFIX = f"{datamodules.__name__}."
 MODULES = [importlib.import_module(info.name) for info in pkgutil.walk_packages(datamodules.__path__, PREFIX)]
@@ -96,7 +97,7 @@ BATCHES = {
     for name, kind in vars(module).items()
     if is_typeddict(kind) and kind.__module__ == module.__name__
 }
-WITHOUT_READERS = {"VolumeBatch", "ClipBatch", "PointsBatch", "GraphBatch"}
+WITHOUT_READERS = {"VolumeBatch", "PointsBatch", "GraphBatch"}
 """Types of data that are yet to come; `tests/test_new_modalities.py` has some of them."""
 ON_DEVICE = "DrawnViewsBatch"  # becomes another one there
 
@@ -141,6 +142,14 @@ def sounds() -> ModuleType:
 def recordings(folder: Path) -> AudioFolder:
     sounds().write_recordings(folder, {"a": 4, "b": 4})
     return AudioFolder(str(folder), seconds=0.2, batch_size=4)
+
+
+def videos(folder: Path, **options: Any) -> VideoFolder:
+    files = importlib.import_module("video_files")  # which needs an extra
+    for number in range(5):
+        files.write_video(folder / "in" / f"{number}.mkv", files.numbered(6))
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "batch_size": 4}
+    return VideoFolder(str(folder / "in"), **settings | options)
 
 
 def spoken(folder: Path) -> SpokenCaptions:
@@ -387,6 +396,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "AudioFolder": (recordings, "AudioBatch"),
     "SpokenCaptions": (spoken, "SpokenBatch"),
+    "VideoFolder": (videos, "ClipBatch"),
+    "VideoFolder, two clips": (lambda folder: videos(folder, speeds=(1, 2)), "ClipsBatch"),
+    "VideoFolder, views on the device": (
+        lambda folder: videos(folder, views=RandomViews(count=1), views_on="device"),
+        "DrawnClipsBatch",
+    ),
     "RenderedSpeech": (lambda folder: RenderedSpeech(batch_size=4), "SpeechBatch"),
     "ByteText": (text, "TextBatch"),
     "Corpus": (

@@ -5,6 +5,7 @@ Shapes: B samples, C channels, H W image, V views, P parameters.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -60,14 +61,16 @@ class ImageFields:
         return DrawnViewsBatch if self.made_on == "device" else views
 
     def __call__(self, image: Tensor, seed: int) -> dict[str, Any]:
-        """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W]."""
+        """Fields of one sample from its image, uint8 or, in [0, 1], float32 [C, H, W], or, of drawn views, from frames
+        [T, C, H, W] that get the same view.
+        """
         if self.views is None:
             return {"image": self._standardised(unit_float(image))}
         kind = self.views.drawn
         with seeded(seed):
             if kind is None:
                 return {"views": [self._standardised(view) for view in self.views(image)]}
-            drawn = kind.draw(tuple(image.shape))
+            drawn = kind.draw(tuple(image.shape[-3:]))
         if self.made_on == "device":
             # Whole numbers, because mixed or low precision rounds all others before they are on the device.
             bits_VP = _table(drawn).view(torch.int32)
@@ -78,33 +81,48 @@ class ImageFields:
     def attach(self, data: LightningDataModule) -> None:
         """Lets `data` finish its batches when they are on the device, if that is where views are made."""
         if self.made_on == "device":
-            assert self.views is not None
-            assert self.views.drawn is not None
-            means, stds = self.mean.flatten().tolist(), self.std.flatten().tolist()
-            finish_on_device(data, _Finish(self.views.drawn, means, stds))
+            finish_on_device(data, partial(_finished, self.device_views()))
+
+    def device_views(self) -> "DeviceViews":
+        """What makes the views of images that are on their device."""
+        assert self.views is not None
+        assert self.views.drawn is not None
+        return DeviceViews(self.views.drawn, self.mean.flatten().tolist(), self.std.flatten().tolist())
 
     def _standardised(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
 
 
 @dataclass(frozen=True)
-class _Finish:
-    """Makes the views of batches that are on their device. `means` and `stds` are those of the C channels."""
+class DeviceViews:
+    """Makes the views of images that are on their device. `means` and `stds` are those of the C channels."""
 
     views: DrawnViews
     means: list[float]
     stds: list[float]
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with views in place of image, numbers and seed."""
-        rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
-        image_BCHW, parameters_BVP = unit_float(batch["image"]), batch["drawn"].view(torch.float32)
+    def __call__(self, image_BCHW: Tensor, drawn_BVP: Tensor, seed_B: Tensor) -> list[Tensor]:
+        """The V views, each [B C h w] and standardised.
+
+        Args:
+            image_BCHW: bytes, or in [0, 1].
+            drawn_BVP: the bits of their parameters, int32.
+            seed_B: int64, of the grain.
+        """
+        image_BCHW, parameters_BVP = unit_float(image_BCHW), drawn_BVP.view(torch.float32)
         mean_C11, std_C11 = (_filled(values, image_BCHW.device) for values in (self.means, self.stds))
         views = []
         for number, rendering in enumerate(self.views.renderings):
             p = ViewParameters(*parameters_BVP[:, number].unbind(1))
-            views.append((rendering.many(image_BCHW, p, batch["seed"], number) - mean_C11) / std_C11)
-        return {"views": views, "parameters": parameters_BVP, **rest}
+            views.append((rendering.many(image_BCHW, p, seed_B, number) - mean_C11) / std_C11)
+        return views
+
+
+def _finished(made: DeviceViews, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with views in place of image, numbers and seed."""
+    rest = {name: value for name, value in batch.items() if name not in ("image", "drawn", "seed")}
+    views = made(batch["image"], batch["drawn"], batch["seed"])
+    return {"views": views, "parameters": batch["drawn"].view(torch.float32), **rest}
 
 
 def _filled(values: list[float], device: torch.device) -> Tensor:

@@ -54,8 +54,8 @@ class Rendering:
     widest: ViewParameters[float] = WHOLE
 
     def one(self, image: Tensor, drawn: Drawn) -> Tensor:
-        """The view [C, h, w] of an image, float or uint8 [C, H, W]."""
-        p, sides = drawn.parameters, image.shape[1:]
+        """The view [C, h, w] of an image, float or uint8 [C, H, W]; of frames [T, C, H, W] the same view of each."""
+        p, sides = drawn.parameters, image.shape[-2:]
         height, width = [self.size] * 2 if self.size else sides
         # Cropped before bytes become floats, of which there are then fewer, with the same result.
         view = F.resize_image(unit_float(F.crop_image(image, *pixel_box(p, *sides))), [height, width], antialias=True)
@@ -63,7 +63,7 @@ class Rendering:
             view = F.rotate_image(view, p.angle, F.InterpolationMode.BILINEAR)
         if p.mirrored:
             view = F.horizontal_flip_image(view)
-        return _coloured(view[None], p, p, drawn.noise)[0]
+        return _coloured(view[None], p, p, drawn.noise)[0] if view.ndim == 3 else _coloured(view, p, p, drawn.noise)
 
     def labels(self, label_HW: Tensor, drawn: Drawn) -> Tensor:
         """The labels [h w] of what `one` shows of an image with these of its pixels, each that of the nearest pixel;

@@ -41,6 +41,7 @@ from lightspan.datamodules.text.documents import Skipped, find_documents
 from lightspan.datamodules.text.json_lines import json_lines
 from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.windows import ByteText
+from lightspan.datamodules.video.reader import index_of
 from lightspan.evaluation.features.encoded import FeatureFile
 from lightspan.evaluation.features.label_distances import LabelDistances
 from lightspan.evaluation.label_spaces.wordnet import read_nouns
@@ -57,6 +58,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "picture": ("a.png", Decoder(8, "crop", 255)),
     "stamp": ("a.png", thumbnail),
     "recording": ("a.wav", sound.read),
+    "video": ("a.mp4", index_of),
     "header of a recording": ("a.wav", sound.header),
     "scene": ("a.tif", partial(read_tiff, bands=None)),
     "array": ("a.npy", read_array),
@@ -143,7 +145,8 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_names_what_is_no_file_of_its_kind(reader: str, tmp_path: Path) -> None:
-    for module in {"recording": ["soundfile"], "scene": ["tifffile"], "R data": ["rdata"]}.get(reader.split()[-1], []):
+    needed = {"recording": "soundfile", "scene": "tifffile", "R data": "rdata", "video": "av"}
+    if (module := needed.get(reader.split()[-1])) is not None:
         pytest.importorskip(module)
     name, read = READERS[reader]
     for number, make in enumerate(HOSTILE):
