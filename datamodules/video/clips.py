@@ -218,6 +218,8 @@ class ClipSamples:
         path = self.files[video]
         try:
             frames = torch.stack(read_frames(path, self.indices[video], wanted.tolist(), make))
+        except UserError:  # of this machine, not of the video
+            raise
         except (ValueError, OSError) as error:
             message = f"{one_line(str(path))}: {one_line(str(error))}"
             if self.skip_damaged:

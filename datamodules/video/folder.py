@@ -19,6 +19,7 @@ from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.packed import Fit
 from lightspan.datamodules.image.picture_files import Kind, Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.image.sets.small import per_channel
+from lightspan.datamodules.loading.packs import report_damage
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.video.clips import ClipFields, ClipSamples, ClipTimes, VideoPart
@@ -26,7 +27,6 @@ from lightspan.datamodules.video.indices import IndexCache
 from lightspan.datamodules.video.reader import ENDINGS, VideoIndex, shots
 
 VIDEOS = Kind("video", "MP4, MOV, MKV, WebM, AVI or MPEG", ENDINGS)
-MOST_NAMED = 1000  # damaged files in one message
 
 
 class VideoFolder(SampleSets):
@@ -129,7 +129,8 @@ class VideoFolder(SampleSets):
             say("videos: those that were not here before are decoded once, to find their cuts")
         indices = self.cache.indexed(files, self.samples == "shots", self.num_workers)
         parts, damage = self._parts(files, indices, labels)
-        self._report_damage(files, damage)
+        named = [f"{one_line(str(files[video]))}: {why}" for video, why in damage.items()]
+        report_damage(named, len(files), "videos", self.skip_damaged)
         here = {part.video for part in parts}
         train, val = self._split(parts, training, here)
         if not (train and val):
@@ -217,22 +218,6 @@ class VideoFolder(SampleSets):
             [part for part, holds in zip(parts, validates.tolist(), strict=True) if not holds],
             [part for part, holds in zip(parts, validates.tolist(), strict=True) if holds],
         )
-
-    def _report_damage(self, files: Sequence[Path], damage: dict[int, str]) -> None:
-        if not damage:
-            return
-        lines = [f"  {one_line(str(files[video]))}: {why}" for video, why in damage.items()]
-        more = [f"  and {len(lines) - MOST_NAMED:,} more"] if len(lines) > MOST_NAMED else []
-        listed = "\n".join([*lines[:MOST_NAMED], *more])
-        if len(damage) == len(files):
-            raise UserError(f"none of the {len(files):,} videos can be used:\n{listed}\nName another folder")
-        counted = f"{len(damage):,} of {len(files):,} videos cannot be used"
-        if not self.skip_damaged:
-            raise UserError(
-                f"{counted}:\n{listed}\nRepair or remove them, or train without them with "
-                "data.init_args.skip_damaged=true"
-            )
-        say(f"{counted} and are left out:\n{listed}")
 
 
 _NONE = VideoIndex(np.zeros(1, np.int64), 1.0, np.empty(0, np.float32))  # of a video that no sample is of

@@ -1,7 +1,6 @@
 """The indices of many videos, made once and kept in the user's cache."""
 
 import hashlib
-import io
 import json
 import os
 import sys
@@ -11,93 +10,76 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from filelock import FileLock
 from rich.progress import track
 
-from lightspan.core.errors import one_line
+from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.arrays import read_arrays
-from lightspan.core.files.atomic import explained_os_errors, write_atomic
-from lightspan.core.files.caches import CacheFolder
 from lightspan.core.files.places import CachePath, PathUse
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.packs import PackCache, file_state
 from lightspan.datamodules.video.reader import VideoIndex, index_of
 
 VERSION = 1  # raise it where the same file gives another index
-SETTING = "data.init_args.cache_dir"
+INDEX = "index.npz"
+GIB = 1.0
+"""Of all indices: 12 bytes a frame, 25 MB for a day of 25 frames a second."""
 
 
 class IndexCache:
-    """Indices of videos, told apart by the files' paths, sizes and times. One takes 8 bytes a frame, and 12 where the
-    video was decoded for it.
-
-    In a dry run an index that is there is read, and any other is written to a temporary folder.
+    """Indices of videos, told apart by the files' paths, sizes and times.
 
     Args:
         folder: None means $XDG_CACHE_HOME/lightspan/videos, usually below ~/.cache.
     """
 
     def __init__(self, folder: CachePath | None) -> None:
-        self.cache = CacheFolder(folder, "videos", SETTING)
+        self.packs = PackCache(folder, "videos", GIB)
 
     def indexed(self, paths: Sequence[Path], through: bool, num_workers: int) -> list[VideoIndex | str]:
-        """The index of each video, or what is wrong with it; other processes wait meanwhile.
+        """The index of each video, or what is wrong with it.
 
         Args:
             through: as in `index_of`.
             num_workers: processes that read.
         """
-        names = [_name(path, through) for path in paths]
-        part = self.cache.part()
-        damage = dict[Path, str]()
-        lock = part / "lightspan-videos.lock"
-        with explained_os_errors(lock, setting=SETTING), FileLock(lock):
-            new = [place for place, name in enumerate(names) if self._file(part, name) is None]
-            making = _Making([paths[place] for place in new], [part / names[place] for place in new], through)
-            silent = len(new) < 2 or not sys.stdout.isatty()
-            loader = EvaluationLoader(making, 1, num_workers=min(num_workers, len(new)))
-            for batch in track(loader, "indexing videos", transient=True, disable=silent):
-                damage |= {
-                    paths[new[int(at)]]: why for at, why in zip(batch["at"], batch["damage"], strict=True) if why
-                }
-        return [damage.get(path) or self._read(part, name) for path, name in zip(paths, names, strict=True)]
+        making = _Making(paths, self.packs, through)
+        silent = len(paths) < 2 or not sys.stdout.isatty()
+        loader = EvaluationLoader(making, 1, num_workers=min(num_workers, len(paths)))
+        made = track(loader, "indexing videos", transient=True, disable=silent)
+        return [batch["damage"][0] or _read(Path(batch["pack"][0])) for batch in made]
 
-    def _file(self, part: Path, name: str) -> Path | None:
-        return part / name if (part / name).is_file() else self.cache.held(name)
 
-    def _read(self, part: Path, name: str) -> VideoIndex:
-        file = self._file(part, name)
-        assert file is not None
-        arrays = read_arrays(file)
-        return VideoIndex(arrays["ticks"], float(arrays["tick_s"]), arrays["change"])
+def _read(pack: Annotated[Path, PathUse.READ]) -> VideoIndex:
+    arrays = read_arrays(pack / INDEX)
+    return VideoIndex(arrays["ticks"], float(arrays["tick_s"]), arrays["change"])
 
 
 @dataclass(frozen=True)
 class _Making:
-    """The videos that have no index yet; each sample writes one."""
+    """Videos as a loader fetches them: the pack of each one's index, written now unless it is there, and what is wrong
+    with it.
+    """
 
     videos: Sequence[Annotated[Path, PathUse.READ]]
-    files: Sequence[Annotated[Path, PathUse.CACHE]]
+    packs: PackCache
     through: bool
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
+        video = self.videos[index]
+
+        def write(pack: Path) -> dict[str, Any]:
+            made = index_of(video, self.through)
+            np.savez(pack / INDEX, ticks=made.ticks, tick_s=np.array(made.tick_s), change=made.change)
+            return {"video": str(video)}
+
+        said = json.dumps([VERSION, self.through, os.path.realpath(video), *file_state(video)])
         try:
-            made = index_of(self.videos[index], self.through)
+            pack, _ = self.packs.pack(hashlib.sha256(said.encode()).hexdigest()[:32], 0, write)
+        except UserError:  # of this machine, not of the video
+            raise
         except (ValueError, OSError) as error:
-            return {"at": index, "damage": one_line(str(error)) or type(error).__name__}
-        content = io.BytesIO()
-        np.savez(content, ticks=made.ticks, tick_s=np.array(made.tick_s), change=made.change)
-        write_atomic(self.files[index], content.getvalue(), SETTING)
-        return {"at": index, "damage": ""}
-
-
-def _name(path: Path, through: bool) -> str:
-    try:
-        stat = os.stat(path)
-        state = (stat.st_size, stat.st_mtime_ns)
-    except OSError:  # a link to nothing: reading says so
-        state = (-1, -1)
-    said = json.dumps([VERSION, through, os.path.realpath(path), *state])
-    return f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.npz"
+            return {"pack": "", "damage": one_line(str(error)) or type(error).__name__}
+        return {"pack": str(pack), "damage": ""}
