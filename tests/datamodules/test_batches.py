@@ -87,6 +87,7 @@ from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.datamodules.video.folder import VideoFolder
+from lightspan.datamodules.worlds.steps import StepShards, step_members
 
 PREFIX = f"{datamodules.__name__}."
 MODULES = [importlib.import_module(info.name) for info in pkgutil.walk_packages(datamodules.__path__, PREFIX)]
@@ -150,6 +151,13 @@ def videos(folder: Path, **options: Any) -> VideoFolder:
         files.write_video(folder / "in" / f"{number}.mkv", files.numbered(6))
     settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "batch_size": 4}
     return VideoFolder(str(folder / "in"), **settings | options)
+
+
+def agent_steps(folder: Path, action: Any, **options: Any) -> StepShards:
+    frames = [np.zeros((8, 8, 3), np.uint8)] * 2
+    members = step_members("k", frames, 1, "go", action=action, state=np.zeros(2, np.float32))
+    sample = {name.removeprefix("k."): content for name, content in members.items()}
+    return StepShards([sound_shard(folder / "s.tar", [sample] * 4)], batch_size=4, **options)
 
 
 def spoken(folder: Path) -> SpokenCaptions:
@@ -396,6 +404,8 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "AudioFolder": (recordings, "AudioBatch"),
     "SpokenCaptions": (spoken, "SpokenBatch"),
+    "StepShards": (lambda folder: agent_steps(folder, np.int64(6)), "StepBatch"),
+    "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
     "VideoFolder": (videos, "ClipBatch"),
     "VideoFolder, two clips": (lambda folder: videos(folder, speeds=(1, 2)), "ClipsBatch"),
     "VideoFolder, views on the device": (
