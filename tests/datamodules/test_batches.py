@@ -87,6 +87,7 @@ from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.datamodules.video.folder import VideoFolder
+from lightspan.datamodules.video.sets.moving_digits import MovingDigits
 from lightspan.datamodules.worlds.steps import StepShards, step_members
 
 PREFIX = f"{datamodules.__name__}."
@@ -406,6 +407,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "SpokenCaptions": (spoken, "SpokenBatch"),
     "StepShards": (lambda folder: agent_steps(folder, np.int64(6)), "StepBatch"),
     "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
+    "MovingDigits": (lambda folder: MovingDigits(batch_size=4), "ClipBatch"),
     "VideoFolder": (videos, "ClipBatch"),
     "VideoFolder, two clips": (lambda folder: videos(folder, speeds=(1, 2)), "ClipsBatch"),
     "VideoFolder, views on the device": (
