@@ -93,8 +93,12 @@ def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tens
     name = next(iter(read_names(batch, batch_type)), None) if isinstance(batch, dict) else None
     if name is None:
         return [], 0
-    if name == views_field(batch_type):
-        columns = [part for view in batch[name] for part in (planes(view) if _has_depth(name, batch_type) else [view])]
+    if name == views_field(batch_type) and _has_axis("T", name, batch_type):  # a row for each clip
+        columns = list(torch.stack(list(batch[name]), dim=1).flatten(0, 1).unbind(2))
+    elif name == views_field(batch_type):
+        columns = [
+            part for view in batch[name] for part in (planes(view) if _has_axis("d", name, batch_type) else [view])
+        ]
     elif (columns := _columns(batch[name], name, batch_type)) and len(columns) == 1:
         return ([columns[0][: 8 * rows].detach().float().cpu()], 8) if _is_picture(columns[0]) else ([], 0)
     if not columns or not all(map(_is_picture, columns)):
@@ -120,9 +124,9 @@ def _columns(value: Any, name: str, batch_type: type | None) -> list[Tensor]:
     return list(ordered) if more else [ordered]
 
 
-def _has_depth(views: str, batch_type: type | None) -> bool:
-    """Whether declared views are of volumes."""
-    return batch_type is not None and "d" in (axis for axis, _ in schema_of(batch_type).fields[views].sizes)
+def _has_axis(axis: str, views: str, batch_type: type | None) -> bool:
+    """Whether declared views have this axis, as those of volumes and of clips have."""
+    return batch_type is not None and axis in (name for name, _ in schema_of(batch_type).fields[views].sizes)
 
 
 def planes(volume_BCDHW: Tensor) -> list[Tensor]:

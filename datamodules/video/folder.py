@@ -17,16 +17,15 @@ from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.packed import Fit
-from lightspan.datamodules.image.picture_files import Kind, Labels, Links, PictureFiles, find_labelled
+from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.image.sets.small import per_channel
 from lightspan.datamodules.loading.packs import report_damage
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.video.clips import ClipFields, ClipSamples, ClipTimes, VideoPart
+from lightspan.datamodules.video.files import VIDEOS
 from lightspan.datamodules.video.indices import IndexCache
-from lightspan.datamodules.video.reader import ENDINGS, VideoIndex, shots
-
-VIDEOS = Kind("video", "MP4, MOV, MKV, WebM, AVI or MPEG", ENDINGS)
+from lightspan.datamodules.video.reader import VideoIndex, shots
 
 
 class VideoFolder(SampleSets):

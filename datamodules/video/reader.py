@@ -16,13 +16,13 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import FRAMES, PIXELS, opened_regular
+from lightspan.datamodules.video.files import VIDEOS
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 _DEMUXERS = "mov,mp4,matroska,webm,avi,mpeg"
 """Others, such as playlists, name further files and addresses, which FFmpeg would open."""
 _ACROSS, _DOWN, _LEVELS = 64, 36, 4  # of the pictures whose colours are compared, and of a colour channel
@@ -204,7 +204,7 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
                 stream.codec_context.options = {**limits, "err_detect": "explode"}
                 yield container, stream
         except av.FFmpegError as error:
-            raise ValueError(f"FFmpeg cannot read it as {', '.join(ENDINGS)}: {error.strerror}") from error
+            raise ValueError(f"FFmpeg cannot read it as {VIDEOS.formats}: {error.strerror}") from error
 
 
 def _is_cover(stream: "VideoStream") -> bool:

@@ -10,7 +10,8 @@ from lightspan.cli.config.resolve import TRAINED, Resolved, resolve
 from lightspan.core.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
-DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--table", "--target")
+REPLACING = ("--images", "--volumes", "--videos", "--table")
+DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--videos", "--table", "--target")
 """Options that replace a recipe's data with the user's own; each takes a value."""
 
 
@@ -38,8 +39,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, or --table FILE and --target COLUMN, which
-    `resolved_from` lays over the recipe.
+    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, --videos FOLDER, or --table FILE and --target COLUMN,
+    which `resolved_from` lays over the recipe.
     """
     parser.add_argument(
         "--images",
@@ -60,6 +61,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="the NIfTI files and DICOM series in this folder instead of the recipe's data",
     )
     parser.add_argument(
+        "--videos",
+        type=folder,
+        metavar="FOLDER",
+        help="the videos in this folder instead of the recipe's data",
+    )
+    parser.add_argument(
         "--table",
         type=file,
         metavar="FILE",
@@ -69,7 +76,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> Resolved:
-    """The recipe of a command line with its overlays, --images, --volumes or --table, and flags, in this order.
+    """The recipe of a command line with its overlays, the user's data (one of `REPLACING`), and flags, in this order.
 
     Args:
         kinds: of recipes that the verb can use.
@@ -80,7 +87,7 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
     if args.table is None and args.target is not None:
         raise UserError("--target is a column of --table FILE, which is not given")
-    given = [option for option in ("--images", "--volumes", "--table") if option_value(args, option) is not None]
+    given = [option for option in REPLACING if option_value(args, option) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each replace the recipe's data; give one of them")
     common: Any = args.flags, args.allow_modules, kinds
@@ -92,6 +99,10 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         from lightspan.cli.config.user_volumes import with_volumes
 
         return with_volumes(args.recipe, args.overlays, args.volumes, *common)
+    if args.videos is not None:
+        from lightspan.cli.config.user_videos import with_videos
+
+        return with_videos(args.recipe, args.overlays, args.videos, *common)
     if args.images is not None:
         from lightspan.cli.config.user_images import with_images
 

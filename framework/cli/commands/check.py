@@ -16,7 +16,7 @@ from lightspan.cli.config.recipes import stand_ins
 from lightspan.cli.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
 from lightspan.cli.config.tree import COMMAND_LINE, dotted
 from lightspan.core.absent import MissingFile, without_missing_weights
-from lightspan.core.errors import one_line, print_notes, printable
+from lightspan.core.errors import UserError, one_line, print_notes, printable
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.shards.fetch import expand_braces
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 5
 """Damaged files in one message."""
+MOST_VIDEOS = 500
+"""Videos that are read through, without decoding them: each takes as long as reading its file."""
 MOST_VOLUMES = 2_000
 """Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
 WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
@@ -112,10 +114,14 @@ def _is_here(place: str) -> bool:
 
 
 def _damaged_files(data: dict[str, Any]) -> list[str]:
-    """What to say of damaged files in the folders of pictures or volumes that the data name; nothing of other data."""
-    from lightspan.cli.config import user_images, user_volumes
+    """What to say of damaged files in the folders of pictures, volumes or videos that data name; nothing of others."""
+    from lightspan.cli.config import user_images, user_videos, user_volumes
 
-    kinds = {user_images.DATA: ("pictures", _damaged_pictures), user_volumes.DATA: ("subjects", _damaged_volumes)}
+    kinds = {
+        user_images.DATA: ("pictures", _damaged_pictures),
+        user_volumes.DATA: ("subjects", _damaged_volumes),
+        user_videos.DATA: ("videos", _damaged_videos),
+    }
     if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
     (what, damaged), settings, said = kind, data.get("init_args") or {}, []
@@ -158,3 +164,22 @@ def _damaged_volumes(folder: Path, settings: dict[str, Any]) -> tuple[list[str],
         except Unreadable as error:
             said.append(str(error))
     return said, len(seen), len(subjects)
+
+
+def _damaged_videos(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+    """As `_damaged_pictures`, of videos, by their packets and their first frames."""
+    from lightspan.datamodules.image.picture_files import find_labelled
+    from lightspan.datamodules.shards.headers import looked_at
+    from lightspan.datamodules.video.files import VIDEOS
+    from lightspan.datamodules.video.reader import index_of
+
+    names, said = find_labelled(folder, VIDEOS, settings.get("links", "skip"), "none").names, []
+    seen = looked_at(len(names), MOST_VIDEOS)
+    for number in seen:
+        try:
+            index_of(folder / names[number])
+        except UserError:  # of this machine, not of the video
+            raise
+        except ValueError as error:
+            said.append(f"{names[number]}: {error}")
+    return said, len(seen), len(names)

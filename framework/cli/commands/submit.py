@@ -233,6 +233,7 @@ _ONLY_FOR = {
     "image": ("slurm", "kubernetes"),
     "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
     "volumes": ("slurm", "local"),
+    "videos": ("slurm", "local"),
 }
 
 
@@ -303,7 +304,9 @@ def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list
         time=args.time,
         image=args.image,
         wandb=args.wandb,
-        inputs=tuple(str(place.absolute()) for place in (args.images, args.volumes, args.table) if place is not None),
+        inputs=tuple(
+            str(place.absolute()) for place in (args.images, args.volumes, args.videos, args.table) if place is not None
+        ),
         array=workload.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),

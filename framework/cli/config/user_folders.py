@@ -1,4 +1,4 @@
-"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes (`user_data`)."""
+"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos (`user_data`)."""
 
 import ast
 import os

@@ -23,7 +23,17 @@ SEED_KEY = "seed_everything"
 MOST_BYTES = 2**26
 _FOLDER = re.compile(r"[0-9A-Za-z][\w.+-]{0,199}")
 # Of `arguments`, each with a value.
-_OPTIONS = ("-c", "--config", "--images", "--image-size", "--table", "--target", "--allow-module")
+_OPTIONS = (
+    "-c",
+    "--config",
+    "--images",
+    "--image-size",
+    "--volumes",
+    "--videos",
+    "--table",
+    "--target",
+    "--allow-module",
+)
 _SWITCHES = ("--wandb",)
 
 

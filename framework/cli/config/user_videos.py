@@ -1,0 +1,71 @@
+"""`lightspan fit RECIPE --videos FOLDER`: the layer that gives a recipe the user's own videos (`user_data`).
+
+It replaces the data, keeps their clips, views and batch size, and changes what depends on the videos: the channels of
+the network's first layer, and the number of classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.resolve import TRAINED, Resolved
+from lightspan.cli.config.signatures import Signature
+from lightspan.cli.config.user_data import Layer, UserData, fitted
+from lightspan.cli.config.user_folders import fewer, split_folders, watching_callbacks, without_labels, workers
+from lightspan.core.files.atomic import expanded
+
+DATA = "lightspan.datamodules.video.folder.VideoFolder"
+KEPT = ("frames", "fps", "clips", "speeds", "size", "views", "views_on", "batch_size", "seed")
+FITTED = {"folder", "num_workers", *KEPT}
+CHANNELS = 3
+
+
+def with_videos(
+    recipe: str,
+    overlays: Sequence[str],
+    folder: Path,
+    flags: Sequence[str],
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
+) -> Resolved:
+    """The recipe with its overlays, then the videos, then the flags.
+
+    Raises: UserError for a recipe of other data, a folder without videos, and as `resolve`.
+    """
+    hint = "`lightspan recipes --modality video` lists those for videos"
+    layers = (lambda found: _data_layer(found, folder)), _model_layer
+    videos = UserData("--videos", "video", hint, DATA, FITTED, "videos", folder, *layers)
+    return videos.laid_over(recipe, overlays, flags, allow_modules, kinds)
+
+
+def _data_layer(resolved: Resolved, folder: Path) -> Layer:
+    training, validation = split_folders(folder.absolute())
+    before = (resolved.config.get("data") or {}).get("init_args") or {}
+    settings = {"folder": str(training), "val_folder": None if validation is None else str(validation)}
+    settings |= {"num_workers": workers()} | {key: before[key] for key in KEPT if key in before}
+    return {"data": {"class_path": DATA, "init_args": settings}}, []
+
+
+def _model_layer(resolved: Resolved) -> Layer:
+    from lightspan.datamodules.image.picture_files import find_labelled  # numpy, which other commands do without
+    from lightspan.datamodules.video.files import VIDEOS
+
+    given = resolved.config["data"]["init_args"]
+    training = expanded(given["folder"], "data.init_args.folder")
+    found = find_labelled(training, VIDEOS, given.get("links", "skip"), given.get("labels", "auto"))
+    model, count, classes = resolved.config["model"], len(found.names), len(found.classes)
+    if "num_classes" in (model.get("init_args") or {}) and not classes:
+        raise without_labels(resolved, training, "put the videos of each class into a sub-folder of its name")
+
+    def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
+        own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
+        known = {"in_chans": CHANNELS} | ({"num_classes": classes} if settings.get("num_classes") else {})
+        return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
+
+    notes = [f"--videos: {count:,} video files in {training}"]
+    layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
+    if given.get("samples") != "shots":  # of which there are more than videos
+        batch = fewer(given.get("batch_size"), count, "videos", notes)
+        layer |= {"data": {"init_args": {"batch_size": batch}}} if batch != given.get("batch_size") else {}
+    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(classes), count, maps=False)}
+    return layer, notes

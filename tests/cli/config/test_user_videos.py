@@ -1,0 +1,74 @@
+"""`--videos FOLDER`: what of a recipe follows from the user's videos, and what stays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from video_files import numbered, write_video
+
+from lightspan.cli.config.resolve import resolve
+from lightspan.cli.config.user_videos import DATA, with_videos
+from lightspan.cli.main import main
+from lightspan.core.errors import UserError
+
+RECIPE = "masked/videomae_small"
+
+
+def videos(folder: Path, count: int = 6) -> Path:
+    for number in range(count):
+        write_video(folder / f"{number}.mkv", numbered(12))
+    return folder
+
+
+def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path: Path) -> None:
+    before, after = resolve(RECIPE), with_videos(RECIPE, (), videos(tmp_path / "in"), ["data.init_args.fps=10"])
+    data = after.config["data"]
+    assert data["class_path"] == DATA
+    given, kept = data["init_args"], before.config["data"]["init_args"]
+    assert (given["folder"], given["frames"], given["size"]) == (str(tmp_path / "in"), kept["frames"], kept["size"])
+    assert (given["batch_size"], given["fps"]) == (4, 10)
+    assert after.config["model"]["init_args"]["backbone"]["init_args"]["in_chans"] == 3
+    assert after.about["title"] == f"{RECIPE} on the videos of in"
+    assert after.notes == [
+        f"--videos: 6 video files in {tmp_path / 'in'}",
+        "model.init_args.backbone.init_args.in_chans=3",
+        "data.init_args.batch_size=4, since there are few videos",
+    ]
+    assert "probes" not in after.config["trainer"]["callbacks"]
+
+
+def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_path: Path) -> None:
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        videos(tmp_path / "in" / place, 1)
+    found = with_videos(RECIPE, (), tmp_path / "in", []).config
+    assert found["data"]["init_args"]["val_folder"] == str(tmp_path / "in" / "val")
+    assert "probes" in found["trainer"]["callbacks"]
+
+
+def test_recipes_of_other_data_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="contrastive/simclr is a recipe for data of modality image"):
+        with_videos("contrastive/simclr", (), videos(tmp_path / "in", 1), [])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="the folder is empty"):
+        with_videos(RECIPE, (), tmp_path / "none", [])
+    assert main(["check", RECIPE, "--videos", str(tmp_path / "in"), "--images", str(tmp_path), "--fast"]) == 2
+
+
+def test_check_names_damaged_videos(tmp_path: Path, capsys: Any) -> None:
+    folder = videos(tmp_path / "in", 3)
+    assert main(["check", RECIPE, "--videos", str(folder), "--fast"]) == 0
+    (folder / "1.mkv").write_bytes((folder / "0.mkv").read_bytes()[:-9])
+    assert main(["check", RECIPE, "--videos", str(folder), "--fast"]) == 2
+    assert "1 of 3 videos cannot be read: 1.mkv: it is cut short" in capsys.readouterr().err
+
+
+@pytest.mark.runs
+def test_one_line_trains_on_a_folder_and_draws_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = [RECIPE, "--videos", str(videos(tmp_path / "in")), "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    given += ["data.init_args.num_workers=0", "trainer.log_every_n_steps=1"]
+    assert main(["fit", *given, "--dry-run"]) == 0
+    assert not (tmp_path / "cache" / "lightspan" / "videos").exists()
+    assert main(["fit", *given, "--run", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "pictures" / "first-batch.png").stat().st_size > 1000
+    assert "report:" in capsys.readouterr().out
