@@ -4,15 +4,12 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.shards.pack import pack
 from lightspan.datamodules.worlds.steps import step_members
 
 ACTIONS = 7
@@ -31,9 +28,9 @@ class Step(NamedTuple):
 
 @dataclass
 class Demonstrations:
-    """What `record` writes. A sample is a step: the whole grid from above before it and `ahead` steps later, the bot's
-    action, the mission's text, and as its state the agent's column and row as shares of the grid's and the direction in
-    which it looks as (east, south).
+    """What `lightspan.datamodules.worlds.steps.record` writes. A sample is a step: the whole grid from above before
+    it and `ahead` steps later, the bot's action, the mission's text, and as its state the agent's column and row as
+    shares of the grid's and the direction in which it looks as (east, south).
 
     Args:
         levels: of BabyAI, such as "BabyAI-GoToLocal-v0"; episodes go through them in turn.
@@ -139,14 +136,3 @@ def _made(level: str) -> Any:
     except gymnasium.error.Error as error:
         raise UserError(f"{level} is no level of BabyAI: {error}") from error
     return env
-
-
-def record(demonstrations: Demonstrations, out: Path, shard_bytes: int = 2**26) -> int:
-    """Writes `out`, a new folder of shards, for `lightspan.datamodules.worlds.steps.StepShards`; its classes.json has
-    the missions. The same settings give the same bytes.
-
-    Returns: how many steps there are.
-    Raises: UserError as `Demonstrations.samples` and `pack`.
-    """
-    written = pack(demonstrations.samples(), demonstrations.tasks, out, shard_bytes)
-    return max(track(written, "recording steps", transient=True, total=None))

@@ -26,6 +26,17 @@ class StepBatch(ImageBatch):
     state: Annotated[Tensor, Field("float32", "B S")]
 
 
+class WalkBatch(StepBatch):
+    """Steps with the truth about each pixel of the image.
+
+    depth: from 0 near to 255 far.
+    objects: the number of the object, 0 of none.
+    """
+
+    depth: Annotated[Tensor, Field("float32", "B h w")]
+    objects: Annotated[Tensor, Field("int64", "B h w")]
+
+
 class ControlBatch(ImageBatch):
     """As `StepBatch`, of an agent whose action is A numbers, each in [-1, 1]."""
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lightspan.callbacks.pictures.batch_panels import panels, text_of
-from lightspan.callbacks.pictures.first_batch import FirstBatch, planes
+from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
 from lightspan.core.drawing import png
+from lightspan.datamodules.video.batch import ClipsBatch
 
 
 class Words:
@@ -108,3 +109,13 @@ def test_a_volume_is_three_planes_with_the_head_and_the_right_where_radiologists
     assert axial[0, 0] == 2  # front above, right on the left
     assert coronal[0, 0] == 3  # head above, right on the left
     assert sagittal[0, 0] == 4  # head above, front on the left
+
+
+def test_several_clips_of_a_video_are_rows_of_their_frames():
+    frames = torch.arange(2 * 2 * 3).view(2, 2, 1, 3, 1, 1) / 11.0  # clip, sample, channel, time
+    clips = [clip.expand(2, 1, 3, 64, 64) for clip in frames]
+    batch = {"clips": clips, "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+    views, columns = _pictures(batch, 8, ClipsBatch)
+    assert columns == 3
+    shown = torch.stack(views, dim=1)[..., 0, 0, 0]  # row, time
+    assert torch.equal(shown, torch.stack([frames[0, 0], frames[1, 0], frames[0, 1], frames[1, 1]])[:, 0, :, 0, 0])

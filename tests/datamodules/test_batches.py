@@ -88,7 +88,7 @@ from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
 from lightspan.datamodules.video.folder import VideoFolder
 from lightspan.datamodules.video.sets.moving_digits import MovingDigits
-from lightspan.datamodules.worlds.steps import StepShards, step_members
+from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
 
 PREFIX = f"{datamodules.__name__}."
 MODULES = [importlib.import_module(info.name) for info in pkgutil.walk_packages(datamodules.__path__, PREFIX)]
@@ -154,10 +154,11 @@ def videos(folder: Path, **options: Any) -> VideoFolder:
     return VideoFolder(str(folder / "in"), **settings | options)
 
 
-def agent_steps(folder: Path, action: Any, **options: Any) -> StepShards:
+def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
     frames = [np.zeros((8, 8, 3), np.uint8)] * 2
     members = step_members("k", frames, 1, "go", action=action, state=np.zeros(2, np.float32))
     sample = {name.removeprefix("k."): content for name, content in members.items()}
+    sample |= {name: npy(np.zeros((8, 8), np.uint8)) for name in more}
     return StepShards([sound_shard(folder / "s.tar", [sample] * 4)], batch_size=4, **options)
 
 
@@ -406,6 +407,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "AudioFolder": (recordings, "AudioBatch"),
     "SpokenCaptions": (spoken, "SpokenBatch"),
     "StepShards": (lambda folder: agent_steps(folder, np.int64(6)), "StepBatch"),
+    "StepShards, truth": (
+        lambda folder: agent_steps(folder, np.int64(2), truth=True, more=("depth.npy", "objects.npy")),
+        "WalkBatch",
+    ),
     "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
     "MovingDigits": (lambda folder: MovingDigits(batch_size=4), "ClipBatch"),
     "VideoFolder": (videos, "ClipBatch"),

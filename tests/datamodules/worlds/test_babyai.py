@@ -13,8 +13,8 @@ from shard_files import sound_shard
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import RandomViews
-from lightspan.datamodules.worlds.babyai import Demonstrations, record
-from lightspan.datamodules.worlds.steps import StepShards, step_members
+from lightspan.datamodules.worlds.babyai import Demonstrations
+from lightspan.datamodules.worlds.steps import StepShards, record, step_members
 
 LEVEL = "BabyAI-GoToRedBallGrey-v0"
 
