@@ -95,7 +95,7 @@ def index_of(path: Path, through: bool = False) -> VideoIndex:
         for frame in _frames(container, stream):
             small = frame.reformat(_ACROSS, _DOWN, "rgb24")
             now = colours(small.to_ndarray())
-            if (number := numbers.get(frame.pts)) is not None:
+            if frame.pts is not None and (number := numbers.get(frame.pts)) is not None:
                 change[number] = 0 if before is None else np.abs(now - before).sum() / 2
             before = now
     if np.isnan(change).all():
@@ -136,11 +136,12 @@ def read_frames(path: Path, index: VideoIndex, numbers: Sequence[int], make: Cal
         for place in (first, int(index.ticks[0])):
             container.seek(place, stream=stream)
             for frame in _frames(container, stream):
-                if frame.pts > first and not made:
+                tick = frame.pts or 0  # those without are left out
+                if tick > first and not made:
                     break
-                if frame.pts in wanted:
-                    made[wanted[frame.pts]] = make(_upright(frame))
-                if frame.pts >= last:
+                if tick in wanted:
+                    made[wanted[tick]] = make(_upright(frame))
+                if tick >= last:
                     break
             if made:
                 break
@@ -187,7 +188,7 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         # The decoder refuses larger pictures before it takes memory for them, whatever the header says.
         limits = {"max_pixels": str(PIXELS.most), "format_whitelist": _DEMUXERS}
         try:
-            with av.open(file, options=limits, metadata_errors="replace") as container:
+            with av.open(file, mode="r", options=limits, metadata_errors="replace") as container:
                 stream = next((one for one in container.streams.video if not _is_cover(one)), None)
                 if stream is None:
                     raise ValueError("it has no video stream")

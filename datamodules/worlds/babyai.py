@@ -10,6 +10,7 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import step_members
 
 ACTIONS = 7
@@ -63,7 +64,7 @@ class Demonstrations:
         if not self.levels:
             raise UserError("levels is an empty list; name one such as BabyAI-GoToLocal-v0")
 
-    def samples(self) -> Iterator[dict[str, bytes]]:
+    def samples(self) -> Iterator[Members]:
         """The members of each step, by episode.
 
         Raises: UserError for an unknown level, for levels whose grids have other sizes, and where none of so many
@@ -86,7 +87,7 @@ class Demonstrations:
                 kept += 1
                 yield from self._written(mission, steps, kept - 1)
 
-    def _written(self, mission: str, steps: Sequence[Step], episode: int) -> Iterator[dict[str, bytes]]:
+    def _written(self, mission: str, steps: Sequence[Step], episode: int) -> Iterator[Members]:
         if mission not in self.tasks:
             self.tasks.append(mission)
         task = self.tasks.index(mission)

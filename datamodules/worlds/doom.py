@@ -14,6 +14,7 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import npy, step_members
 
 BUTTONS = ("MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT")
@@ -71,7 +72,7 @@ class Walks:
         if not self.maps:
             raise UserError("maps is an empty list; name one such as map02")
 
-    def samples(self) -> Iterator[dict[str, bytes]]:
+    def samples(self) -> Iterator[Members]:
         """The members of each step, level by level. Raises: UserError for an unknown level."""
         for task, level in enumerate(self.maps):
             self.tasks.append(level)
@@ -79,7 +80,7 @@ class Walks:
                 for walk in range(self.walks):
                     yield from self._walk(game, self.seed + walk, task, f"{level}_{walk:04}")
 
-    def _walk(self, game: Any, seed: int, task: int, key: str) -> Iterator[dict[str, bytes]]:
+    def _walk(self, game: Any, seed: int, task: int, key: str) -> Iterator[Members]:
         game.set_seed(seed)
         game.new_episode()
         draws, action = np.random.default_rng([seed, task]), 0
@@ -95,7 +96,7 @@ class Walks:
                 yield self._members(f"{key}_{at - self.ahead:04}", now, later, done, task)
             game.make_action([float(action == button) for button in range(len(BUTTONS))], _TICS)
 
-    def _members(self, key: str, now: View, later: View, action: int, task: int) -> dict[str, bytes]:
+    def _members(self, key: str, now: View, later: View, action: int, task: int) -> Members:
         x, y, z, degrees = now.place.tolist()
         angle = np.deg2rad(degrees)
         state = np.array([x, y, z, np.sin(angle), np.cos(angle)], np.float32)

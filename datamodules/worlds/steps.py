@@ -19,6 +19,7 @@ from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.shards.decoders import decode_array, decode_fields, decode_image, decode_text, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.pack import pack
+from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.datamodules.worlds.batch import ControlBatch, StepBatch, WalkBatch
 
@@ -33,7 +34,7 @@ class Recorded(Protocol):
 
     tasks: list[str]
 
-    def samples(self) -> Iterator[dict[str, bytes]]:
+    def samples(self) -> Iterator[Members]:
         """The members of each step, see `step_members`."""
 
 
@@ -48,7 +49,7 @@ def record(recorded: Recorded, out: Path, shard_bytes: int = 2**26) -> int:
     return max(track(written, "recording steps", transient=True, total=None))
 
 
-def step_members(key: str, frames: Iterable[np.ndarray], task: int, mission: str, **arrays: Any) -> dict[str, bytes]:
+def step_members(key: str, frames: Iterable[np.ndarray], task: int, mission: str, **arrays: Any) -> Members:
     """A step as members of a shard.
 
     Args:
@@ -188,7 +189,7 @@ class StepShards(Shards):
         """Two steps of black images of 64 x 64, where no shard is."""
         if not self.is_absent():
             return None
-        action = np.int64(0) if self.decode.actions is not None else np.zeros(1, np.float32)
+        action = np.int64(0) if self.batch_type is StepBatch else np.zeros(1, np.float32)
         black = np.zeros((64, 64, 3), np.uint8)
         members = step_members("", [black] * 2, 0, "", action=action, state=np.zeros(1, np.float32))
         sample = {"__url__": "none", "__key__": "none"} | {name[1:]: content for name, content in members.items()}

@@ -2,11 +2,13 @@
 
 import ast
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.config.signatures import member
+from lightspan.cli.config.user_data import Layer
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import refuse_link_out
 from lightspan.core.source import Definition
@@ -39,6 +41,17 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
     for name in ("train", beside or "train"):  # as links inside of them, none is followed unasked
         refuse_link_out(folder / name, folder, "its folder")
     return folder / "train", None if beside is None else folder / beside
+
+
+def data_layer(resolved: Resolved, folder: Path, data: str, kept: Sequence[str]) -> Layer:
+    """The layer that puts a data module of a folder in the place of the recipe's, with those of its settings that are
+    kept.
+    """
+    training, validation = split_folders(folder.absolute())
+    before = (resolved.config.get("data") or {}).get("init_args") or {}
+    settings = {"folder": str(training), "val_folder": None if validation is None else str(validation)}
+    settings |= {"num_workers": workers()} | {key: before[key] for key in kept if key in before}
+    return {"data": {"class_path": data, "init_args": settings}}, []
 
 
 def without_labels(resolved: Resolved, training: Path, way_out: str) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature
 from lightspan.cli.config.user_data import Layer, UserData, fitted
-from lightspan.cli.config.user_folders import fewer, split_folders, watching_callbacks, without_labels, workers
+from lightspan.cli.config.user_folders import data_layer, fewer, watching_callbacks, without_labels
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
@@ -32,17 +32,9 @@ def with_volumes(
     Raises: UserError for a recipe of other data, a folder without volumes, and as `resolve`.
     """
     hint = "`lightspan recipes --modality volume` lists those for volumes"
-    layers = (lambda found: _data_layer(found, folder)), _model_layer
+    layers = (lambda found: data_layer(found, folder, DATA, KEPT)), _model_layer
     volumes = UserData("--volumes", "volume", hint, DATA, FITTED, "volumes", folder, *layers)
     return volumes.laid_over(recipe, overlays, flags, allow_modules, kinds)
-
-
-def _data_layer(resolved: Resolved, folder: Path) -> Layer:
-    training, validation = split_folders(folder.absolute())
-    before = (resolved.config.get("data") or {}).get("init_args") or {}
-    settings = {"folder": str(training), "val_folder": None if validation is None else str(validation)}
-    settings |= {"num_workers": workers()} | {key: before[key] for key in KEPT if key in before}
-    return {"data": {"class_path": DATA, "init_args": settings}}, []
 
 
 def _model_layer(resolved: Resolved) -> Layer:
