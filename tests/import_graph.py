@@ -26,7 +26,7 @@ def sources() -> list[tuple[str, Path]]:
 
 @functools.cache
 def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def statements(node: ast.AST) -> Iterator[ast.stmt]:

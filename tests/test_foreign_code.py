@@ -38,11 +38,15 @@ ONE_PLACE = {
     "format.read_array": {"framework/core/files/arrays.py"},
     "open_memmap": {"framework/core/files/arrays.py"},
     # The project's own: an asset, and a cache.
-    "np.load": {"datamodules/image/sets/small.py", "datamodules/image/packed.py"},
+    "np.load": {
+        "datamodules/image/sets/small.py",
+        "datamodules/image/packed.py",
+        "datamodules/volume/packed.py",
+    },
 }
 
 OWN_JSON = {
-    "datamodules/image/packed.py",  # the cache of this user
+    "datamodules/loading/packs.py",  # the cache of this user
     "framework/cli/exports/timm_folder.py",  # just written
     "framework/evaluation/features/description.py",  # of an installed package
     "callbacks/resilience/watchdog.py",  # of this run

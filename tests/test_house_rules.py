@@ -224,5 +224,5 @@ def test_no_test_fails_because_a_machine_is_slow(rule, lines) -> None:
     files = sorted((ROOT / "tests").rglob("*.py"))
     assert len(files) > 400
     files.remove(Path(__file__))
-    wrong = [f"{file.relative_to(ROOT)}:{line}" for file in files for line in rule(file.read_text())]
+    wrong = [f"{file.relative_to(ROOT)}:{line}" for file in files for line in rule(file.read_text(encoding="utf-8"))]
     assert not wrong, "\n".join(wrong)
