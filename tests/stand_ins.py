@@ -37,6 +37,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from video_files import numbered, write_video
 
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.text import TextTransformer
@@ -453,6 +454,12 @@ def folder_of_pictures(place: Path, each: Asked) -> None:
     write_pictures(place, {f"class{number:02}": SAMPLES for number in range(each.classes)})
 
 
+def folder_of_videos(place: Path, each: Asked) -> None:
+    rate = round(each.settings["fps"])
+    for number in range(SAMPLES):
+        write_video(place / "a" / f"{number}.mkv", numbered(2 * each.settings["frames"], 32, number), rate=rate)
+
+
 def reviews(place: Path, each: Asked) -> None:
     place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
 
@@ -502,6 +509,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "multispectral.shards.MultispectralShards": shard(spectral),
         "multispectral.seasons.SeasonShards": shard(seasons),
         "image.folder.ImageFolder": folder_of_pictures,
+        "video.folder.VideoFolder": folder_of_videos,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

@@ -202,7 +202,7 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     ("lightspan.callbacks.__loader__.load_module", {}),
     ("lightspan.datamodules.shards.pack.remove", {"path": "@VICTIM@"}),
     ("lightspan.datamodules.shards.pack.pack", {}),
-    ("lightspan.datamodules.image.packed.shutil.rmtree", {"path": "@VICTIM@"}),
+    ("lightspan.datamodules.loading.packs.shutil.rmtree", {"path": "@VICTIM@"}),
     ("lightspan.datamodules.shards.tars.read_members", {"stream": "pipe:touch @CANARY@"}),
     ("lightspan.datamodules.r_data.read_r_data", {"package": "x", "names": []}),
     ("lightspan.adapters.state.save_adapter", {"model": None, "path": "@CANARY@"}),

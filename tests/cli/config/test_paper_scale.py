@@ -52,6 +52,8 @@ def at_scale(config: dict[str, Any]) -> bool:
     files = (
         "'shards': ",
         ".folder.ImageFolder'",
+        ".folder.VideoFolder'",
+        ".folder.VolumeFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",

@@ -82,7 +82,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "words": ("a.txt", lambda path: WordList(str(path), stored_tokenizer).setup()),
     "text in windows": ("a.txt", lambda path: ByteText([str(path)]).setup()),
     "documents": ("a.txt", lambda path: _documents(path)),
-    "JSON Lines": ("a.jsonl", lambda path: json_lines(str(path), "data.init_args.path")),
+    "JSON Lines": ("a.jsonl", lambda path: json_lines(str(path), "data.init_args.path", "text", "text")),
     "sequences": ("a.npz", lambda path: OwnSequences(str(path)).setup()),
     "shard": ("a.tar", lambda path: _scanned(path)),
     "sums": ("SHA256SUMS", lambda path: listed(path.parent)),
@@ -167,7 +167,7 @@ def test_every_reader_names_what_is_no_file_of_its_kind(reader: str, tmp_path: P
         path.parent.mkdir(parents=True)
         (path.parent / "index.noun").write_text("")
         make(path)
-        if reader in ("bytes", "text", "documents", "JSON Lines") and make is Path.touch:
+        if reader in ("bytes", "text", "documents") and make is Path.touch:
             assert not read(path)  # nothing is a text too
             continue
         with pytest.raises(ValueError, match=r"\S") as refused:
