@@ -230,7 +230,11 @@ def _write_report(run_dir: Path) -> None:
     from lightspan.core.files.atomic import write_atomic
 
     page = run_dir / REPORT_FOLDER / REPORT
-    runs = load_runs([run_dir])
+    try:
+        runs = load_runs([run_dir])
+    except UserError as error:  # a short run that has logged nothing is a sound run
+        print_notes([f"no report was written: {error}"])
+        return
     write_atomic(page, render(runs, runs[0].name))
     print(printable(f"report: {page}"))
 

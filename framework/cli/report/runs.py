@@ -156,7 +156,7 @@ def load_run(folder: Path, name: str) -> Run:
             "Trainer(logger=lightspan.training.loggers.jsonl.JsonlLogger(save_dir=FOLDER))"
         )
         if (folder / RESOLVED).is_file():
-            raise UserError(f"run {str(folder)!r} has logged no metric yet; wait until its first steps are done")
+            raise _no_metric(folder)
         raise UserError(f"{str(folder)!r} is not a run folder: it has no {METRICS}; {hint}")
     for file in (METRICS, SUMMARY, RESOLVED, PROVENANCE, SAMPLES, PICTURES, FAILED):
         refuse_link_out(folder / file, folder, "its run folder")
@@ -181,12 +181,19 @@ def load_run(folder: Path, name: str) -> Run:
             raise UserError(
                 f"run {str(folder)!r} failed before it logged a metric ({text}); start it again, or leave it out"
             )
-        raise UserError(
-            f"run {str(folder)!r} has logged no metric yet: {METRICS} has {len(rows)} lines without one; wait until it "
-            "has reached trainer.log_every_n_steps, or lower that number"
-        )
+        raise _no_metric(folder)
     run = replace(run, remarks=tuple(remarks))
     return run if run.summary else _with_derived_summary(run)
+
+
+def _no_metric(folder: Path) -> UserError:
+    if (folder / SUMMARY).is_file():
+        way_out = "it ended before trainer.log_every_n_steps; lower that number, or train for longer"
+        return UserError(f"run {str(folder)!r} has logged no metric: {way_out}")
+    return UserError(
+        f"run {str(folder)!r} has logged no metric yet; wait until it has reached trainer.log_every_n_steps, or lower "
+        "that number"
+    )
 
 
 def _last_lines(path: Path, most: int, remarks: list[str]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from torchvision.io import encode_png
 from waiting import HANG_S
 
-from lightspan.cli.commands import report
+from lightspan.cli.commands import fit, report
 from lightspan.core.errors import UserError
 
 MakeRun = Callable[..., Path]
@@ -226,14 +226,27 @@ def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: 
 
 def test_a_run_without_metrics_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("a", rows=[{"step": 0, "time_s": 0.0, "epoch": 0}])
-    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet: metrics.jsonl has 1 lines without one"):
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .* log_every_n_steps"):
         run_report(folder, "--out", tmp_path / "out")
+
+
+def test_a_short_run_that_logged_nothing_ends_well_and_says_how_to_get_a_report(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("a", rows=[{"step": 0, "time_s": 0.0, "epoch": 0}], summary={"steps": 1})
+    with pytest.raises(UserError, match=r"has logged no metric: .* lower"):
+        run_report(folder, "--out", tmp_path / "out")
+    fit._write_report(folder)  # as `fit --images` does at its end
+    assert "no report was written" in capsys.readouterr().err
+    assert not (folder / "report").exists()
 
 
 def test_a_run_that_has_only_begun_is_told_apart_from_a_folder_that_is_none(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("a", resolved={"trainer": {"max_steps": 3}})
     (folder / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait until its first steps are done"):
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .* log_every_n_steps"):
         run_report(folder, "--out", tmp_path / "out")
 
 
