@@ -227,7 +227,7 @@ def test_a_folder_of_runs_tells_which_runs_to_name(make_run: MakeRun, tmp_path: 
 def test_a_run_without_metrics_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("a", rows=[{"step": 0, "time_s": 0.0, "epoch": 0}])
     (folder / "summary.json").unlink()
-    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .* log_every_n_steps"):
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .*log_every_n_steps"):
         run_report(folder, "--out", tmp_path / "out")
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_has_only_begun_is_told_apart_from_a_folder_that_is_none(make
     folder = make_run("a", resolved={"trainer": {"max_steps": 3}})
     (folder / "metrics.jsonl").unlink()
     (folder / "summary.json").unlink()
-    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .* log_every_n_steps"):
+    with pytest.raises(UserError, match=r"run '.*/a' has logged no metric yet; wait .*log_every_n_steps"):
         run_report(folder, "--out", tmp_path / "out")
 
 
