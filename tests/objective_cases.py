@@ -323,7 +323,6 @@ PARTS = {
     *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(
-        "entropy.entropy",
         "masked.normalised_patches",
         "masked.denormalised_patches",
         "classes.share_right",

@@ -135,4 +135,4 @@ def test_a_value_that_is_no_number_has_a_loss_that_is_none_and_one_beyond_all_le
 def test_lines_may_begin_with_the_mark_of_windows(tmp_path: Any) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "\xef\xbb\xbfb"}\r\n')
-    assert [row["text"] for _, row in json_lines(str(file), "path")] == ["a", "\ufeffb"]
+    assert [row["text"] for _, row in json_lines(str(file), "path", "text", "text")] == ["a", "\ufeffb"]
