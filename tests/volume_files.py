@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightspan.datamodules.volume.reading import same_locale
+
 nibabel = pytest.importorskip("nibabel", reason="the extra `volumes` is not installed")
 sitk = pytest.importorskip("SimpleITK", reason="the extra `volumes` is not installed")
 
@@ -45,5 +47,6 @@ def write_series(folder: Path, values: np.ndarray, series: str = "1.2.3", skip: 
         for tag, text in {**tags, "0020|0032": f"0\\0\\{3 * number}", "0020|0037": "1\\0\\0\\0\\1\\0"}.items():
             image.SetMetaData(tag, text)
         writer.SetFileName(str(folder / f"{99 - number:03}.dcm"))  # names do not give the order
-        writer.Execute(image)
+        with same_locale():
+            writer.Execute(image)
     return folder

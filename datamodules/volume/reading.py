@@ -6,8 +6,11 @@ nearest of these axes, and keeps its tilt in the affine map.
 Shapes: D slices, H W pixels of a slice.
 """
 
+import locale
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,7 +225,8 @@ def _opened_series(paths: list[Path]) -> tuple[VoxelGrid, Any]:
 
     def values() -> np.ndarray:
         try:
-            parts = [sitk.GetArrayFromImage(sitk.ReadImage(str(slices[at].path))) for at in order]
+            with same_locale():
+                parts = [sitk.GetArrayFromImage(sitk.ReadImage(str(slices[at].path))) for at in order]
         except RuntimeError as error:
             raise ValueError(f"a slice cannot be decoded: {_last_line(error)}") from error
         whole_zyx = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts]).astype(np.float32)
@@ -238,7 +242,8 @@ def _slice(sitk: Any, path: Path) -> _Slice:
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with same_locale():
+            reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"{path.name} is not a DICOM image, or is damaged: {_last_line(error)}") from error
     if reader.GetNumberOfComponents() != 1:
@@ -249,6 +254,16 @@ def _slice(sitk: Any, path: Path) -> _Slice:
     direction = direction.reshape(3, 3) if direction.size == 9 else np.eye(3)
     origin = np.array((*reader.GetOrigin(), 0.0)[:3], float)
     return _Slice(path, series, tuple(map(int, size)), origin, direction, spacing)
+
+
+@contextmanager
+def same_locale() -> Iterator[None]:
+    """GDCM leaves the locale "C" behind, in which Python opens texts as ASCII from then on."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _last_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import locale
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,13 @@ def test_a_series_is_ordered_by_the_places_of_its_slices(tmp_path: Path) -> None
     assert np.allclose(grid.spacing, (3, 2, 1))
     write_series(tmp_path / "one", values[:1])
     assert VolumeFile("one", ("099.dcm",)).read(tmp_path)[0].shape == (1, 3, 2)
+
+
+def test_reading_a_series_leaves_the_encoding_of_texts_as_it_is(tmp_path: Path) -> None:
+    before = locale.getencoding()
+    write_series(tmp_path / "ct", noise(0, (2, 3, 2)))
+    find_subjects(tmp_path).subjects[0].files[0].read(tmp_path)
+    assert locale.getencoding() == before
 
 
 def spoilt(change: Callable[[bytearray], None]) -> Callable[[Path], object]:
