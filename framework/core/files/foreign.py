@@ -116,19 +116,25 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+_timed = False  # whether the main thread is inside of `bounded_time`
+
+
 @contextmanager
 def bounded_time() -> Iterator[None]:
     """For a program that is part of a file, such as a regular expression, and for a list that a file makes long. On the
     main thread of Linux, as `bounded_memory`.
 
+    Inside of another one it leaves the time to that.
+
     Raises: TooMuchError where it takes more than `SECONDS` of processor time. Where no exception can stop it, since it
         stays inside one operation of C or Rust, the process ends by SIGVTALRM after twice as many, and Python says
         where it was.
     """
-    if not _has_limits():
+    global _timed
+    if not _has_limits() or _timed:
         yield
         return
-    seconds = SECONDS.most
+    seconds, _timed = SECONDS.most, True
 
     def stop(*_: object) -> None:
         raise TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
@@ -142,6 +148,7 @@ def bounded_time() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, seconds, seconds)  # again: compilers of templates ignore errors
         yield
     finally:
+        _timed = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         faulthandler.unregister(signal.SIGVTALRM)

@@ -34,6 +34,8 @@ from lightspan.core.files.foreign import (
     PIXELS,
     SECONDS,
     VOCABULARY_BYTES,
+    TooMuchError,
+    bounded_time,
     content_of,
     settings_object,
     unpacked,
@@ -194,6 +196,16 @@ def test_limits_leave_room_for_what_people_train_on() -> None:
     assert BYTES.default >= 2**32
     assert CHARACTERS.default >= 2**24  # five Bibles
     assert VOCABULARY_BYTES.default >= 2**26  # twice the largest that are published
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
+def test_a_limit_of_time_inside_another_leaves_that_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECONDS.setting, "1")
+    with pytest.raises(TooMuchError, match=SECONDS.setting), bounded_time():  # noqa: PT012
+        with bounded_time():
+            pass
+        while True:
+            pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
