@@ -254,7 +254,7 @@ def test_the_index_of_evidence_links_every_page_of_it() -> None:
     [
         ("framework/optim/reference/galore.py", "R = G Q"),
         ("framework/optim/reference/muon.py", "N_ij = O_ij / "),  # FactoredMuon
-        ("framework/methods/distillation/dino.py", "(eq. 3)"),
+        ("framework/methods/distillation/dino.py", "-sum_k P_t(x)_k log P_s(x')_k"),
     ],
 )
 def test_equations_are_two_clicks_from_the_readme(source: str, equation: str) -> None:

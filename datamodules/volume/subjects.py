@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.places import PathUse
 from lightspan.datamodules.image.picture_files import Kind, Links, find_labelled
 from lightspan.datamodules.volume.reading import DICOM, NIFTI, VolumeFile, VoxelGrid
 
@@ -80,7 +81,7 @@ class Subject:
 class FoundSubjects:
     """The subjects of a folder by name, the names of their classes, none without any, and what was left out."""
 
-    folder: Path
+    folder: Annotated[Path, PathUse.READ]
     subjects: list[Subject]
     classes: list[str]
     remarks: list[str]

@@ -161,7 +161,7 @@ class ElasticViT(VisionTransformer):
         if mask_BHW is not None:
             x_BHWw = torch.where(mask_BHW[..., None], self.mask_token[:width].to(x_BHWw.dtype), x_BHWw)
         places_Tw = resampled(positions[0, 1:], self.patch_embed.grid_size, x_BHWw.shape[1:3])
-        x_BTw = torch.cat([self.cls_token[..., :width].expand(len(x_BHWw), -1, -1), x_BHWw.flatten(1, 2)], dim=1)
+        x_BTw = torch.cat([self.cls_token[..., :width].expand(x_BHWw.shape[0], -1, -1), x_BHWw.flatten(1, 2)], dim=1)
         return x_BTw + torch.cat([positions[0, :1], places_Tw])
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -79,7 +79,7 @@ class PlacedViT(nn.Module, ABC):
             tokens_BND = tokens_BND + self.learned(grid).to(tokens_BND.dtype)
         if keep_BK is not None:
             tokens_BND = at_places(tokens_BND, keep_BK)
-        first_B1D = self.cls_token.to(tokens_BND.dtype).expand(len(tokens_BND), 1, -1)
+        first_B1D = self.cls_token.to(tokens_BND.dtype).expand(tokens_BND.shape[0], 1, -1)
         return self.norm(self.blocks(torch.cat([first_B1D, tokens_BND], dim=1)))
 
     def forward(self, image: Tensor) -> Tensor:

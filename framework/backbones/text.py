@@ -127,4 +127,4 @@ class TextMemory(nn.Module):
 def last_states(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """That of each text's last token, of a text without any its first: [B D]."""
     end_B = (mask_BT.sum(dim=1) - 1).clamp_min(0)
-    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), end_B]
+    return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), end_B]

@@ -172,3 +172,14 @@ def test_networks_of_pictures_say_that_volumes_have_an_axis_too_many() -> None:
     for net in (vit(16, 1, 2, img_size=32), swin("swin_tiny_patch4_window7_224", img_size=32)):
         with pytest.raises(UserError, match="samples have 3 axes after the channels, and patches 2"):
             net(volume)
+
+
+def test_programs_of_networks_on_grids_take_batches_of_any_size() -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"width": 48, "depth": 1, "heads": 2}
+    for network, rows in (
+        (GridViT((1, 2, 3), 2, **small), samples((2, 3, 2), (1, 2, 3))),
+        (GroupedViT(((0,), (1,)), **small, patch_size=2, group_width=16), samples((4, 4), (2, 2))),
+    ):
+        program = torch.export.export(network.eval(), (rows,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        close(program.module()(rows[:2]), network(rows[:2]))

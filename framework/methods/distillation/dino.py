@@ -1,8 +1,12 @@
 """DINO: self-distillation without labels, from large crops seen by a teacher to all crops seen by a student.
 
-Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021, arXiv 2104.14294:
-cross-view loss (eq. 3), centring (eq. 4) and sharpening (section 3.1), schedules and the last layer that waits for an
-epoch (section 3.2, appendix C, and the authors' code). The last layer's rows have unit length, as that code's
+    P_s(x) = softmax(g_s(x) / tau_s),  P_t(x) = softmax((g_t(x) - c) / tau_t)
+    loss   = mean over global views x and other views x' of -sum_k P_t(x)_k log P_s(x')_k     (eq. 3)
+    c     <- m c + (1 - m) mean over rows of g_t(x)                                           (eq. 4)
+
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), 2021, arXiv 2104.14294, with
+the sharpening of section 3.1, and schedules and the last layer that waits for an epoch as in section 3.2, appendix C
+and the authors' code. The last layer's rows have unit length, as that code's
 `norm_last_layer` keeps them. A step's targets are all centred before they move the centre.
 Shapes: B images of this rank, G global and V views, R = G B rows, K prototypes.
 """

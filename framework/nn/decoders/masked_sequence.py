@@ -53,4 +53,4 @@ def positions(like_BSw: Tensor, grid: Sequence[int], axis_widths: Sequence[int] 
         table_Tw = sincos(grid, like_BSw.shape[2], device=like_BSw.device)
     else:
         table_Tw = sincos_by_axis(grid, axis_widths, device=like_BSw.device)
-    return table_Tw.to(like_BSw.dtype).expand(len(like_BSw), -1, -1)
+    return table_Tw.to(like_BSw.dtype).expand(like_BSw.shape[0], -1, -1)
