@@ -34,11 +34,16 @@ N = TypeVar("N", bound=PreTrainedModel)
 CONFIG = "config.json"
 _UNDECLARED = {"tie_word_embeddings", "scale_decoder_outputs", "decoder_start_token_id"}
 """Settings that the networks read although their config's class declares no such field."""
-_TOKENIZER_FILES = {
-    "*.json": VOCABULARY_BYTES, "*.txt": VOCABULARY_BYTES, "*.model": VOCABULARY_BYTES,
-    "*.jinja": SETTINGS_BYTES, "additional_chat_templates/*.jinja": SETTINGS_BYTES,
-}  # fmt: skip
-"""Vocabularies, settings and templates of conversations."""
+_VOCABULARIES = (
+    "*token*.json", "*vocab*.json", "*tekken*.json", "*config.json", "chat_template.json", "byte_maps.json",
+    "emoji.json", "normalizer.json", "word_pronunciation.json", "word_shape.json",
+    "*vocab*.txt", "*merges*.txt", "dict.txt", "*.model", "*.spm", "*.codes", "*.tokenizer",
+)  # fmt: skip
+_TEMPLATES = "*.jinja", "additional_chat_templates/*.jinja"
+_TOKENIZER_FILES = dict.fromkeys(_VOCABULARIES, VOCABULARY_BYTES) | dict.fromkeys(_TEMPLATES, SETTINGS_BYTES)
+"""Vocabularies, settings and templates of conversations: whatever transformers reads for a tokenizer. Other files of
+the folder, such as data, are not its.
+"""
 _TOKENIZER_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _MOST_GROWTH = 2**12
 _MOST_LAYERS = 2**16
@@ -119,7 +124,8 @@ def stored_tokenizer_of(folder: Path, **settings: str) -> PreTrainedTokenizerBas
     try:
         for pattern, limit in _TOKENIZER_FILES.items():  # which are read whole, before anything is made of them
             for file in sorted(folder.glob(pattern)):
-                content_of(file, limit)
+                if not file.is_dir():
+                    content_of(file, limit)
         _require_own_files(folder)
         config = {"config": _outline(folder)} if (folder / CONFIG).exists() else {}
         with panics_as_errors():

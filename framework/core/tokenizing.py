@@ -16,11 +16,12 @@ def cut(tokenizer: Any, *texts: str | Sequence[str], **options: Any) -> Any:
     Args:
         texts: a text or several, or the first and second texts of pairs.
     Raises: UserError for more than the limit of `CHARACTERS` at once, and where the tokenizer fails or takes longer
-        than that of `SECONDS`.
+        than that of `SECONDS`, of which texts above the usual limit of characters have as many times more.
     """
     try:
-        CHARACTERS.require(sum(len(each) if isinstance(each, str) else sum(map(len, each)) for each in texts))
-        with bounded_time(), panics_as_errors():
+        count = sum(len(each) if isinstance(each, str) else sum(map(len, each)) for each in texts)
+        CHARACTERS.require(count)
+        with bounded_time(max(1.0, count / CHARACTERS.default)), panics_as_errors():
             return tokenizer(*texts, **options)
     except Exception as error:  # whatever transformers and tokenizers raise
         raise UserError(f"the tokenizer cannot cut a text into tokens: {one_line(error)[:400]}") from error

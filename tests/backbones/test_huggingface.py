@@ -3,13 +3,16 @@
 import base64
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -32,6 +35,7 @@ from transformers import (
     RobertaModel,
 )
 
+from lightspan.backbones import huggingface
 from lightspan.backbones.attended import FeatureMaps
 from lightspan.backbones.clip import stored_clip
 from lightspan.backbones.dense import PyramidMaps
@@ -39,6 +43,7 @@ from lightspan.backbones.language import bert, llama, stored_causal_lm, stored_e
 from lightspan.backbones.tokenizers import stored_tokenizer
 from lightspan.backbones.vision import timm_backbone
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import VOCABULARY_BYTES
 
 SIZES = {"vocab_size": 40, "width": 16, "depth": 2, "heads": 2, "mlp_width": 32}
 
@@ -320,6 +325,32 @@ def test_a_tokenizer_opens_no_file_outside_of_its_folder(tmp_path: Path) -> None
             stored_tokenizer(str(folder))
     (folder / "special_tokens_map.json").write_text('{"sep_token": "[X]", "additional_special_tokens": ["[Y]"]}')
     assert stored_tokenizer(str(folder)).sep_token == "[X]"
+
+
+def test_what_lies_beside_a_tokenizer_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setenv(VOCABULARY_BYTES.setting, str((tmp_path / "tokenizer.json").stat().st_size))
+    for name in ("train.txt", "trainer_state.json"):
+        (tmp_path / name).write_bytes(bytes(10_000))
+    for name in ("best.model", "vocab.json.d", "logs.txt", "old_tokenizer.json"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "queue.txt")
+    assert len(stored_tokenizer(str(tmp_path))) == 2
+    for name in ("vocab.json", "spiece.model", "tokenizer.4.0.json", "bpe.codes"):
+        (tmp_path / name).write_bytes(bytes(10_000))
+        with pytest.raises(UserError, match=VOCABULARY_BYTES.setting):
+            stored_tokenizer(str(tmp_path))
+        (tmp_path / name).unlink()
+
+
+def test_each_vocabulary_that_transformers_reads_has_a_limit() -> None:
+    """By the names that its modules declare."""
+    declared = re.compile(r"^VOCAB_FILES_NAMES = \{(.*?)\}", re.MULTILINE | re.DOTALL)
+    sources = Path(transformers.__file__).parent.rglob("tokenization*.py")
+    texts = [found for file in sources for found in declared.findall(file.read_text(encoding="utf-8"))]
+    names = {name for text in texts for name in re.findall(r': "([^"]+)"', text)}
+    assert {"vocab.json", "merges.txt", "spiece.model"} < names
+    assert [name for name in names if not any(fnmatch(name, one) for one in huggingface._TOKENIZER_FILES)] == []
 
 
 def test_a_vocabulary_that_is_a_pipe_is_named(tmp_path: Path) -> None:

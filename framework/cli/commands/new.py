@@ -22,7 +22,7 @@ from typing import Any
 
 from lightspan.cli.commands.arguments import folder
 from lightspan.core.errors import UserError, one_line, printable
-from lightspan.core.files.atomic import read_small
+from lightspan.core.files.atomic import read_small, refuse_link_out
 from lightspan.core.spelling import nearest
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -98,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     texts = {path: _filled(kind, part, given, tail, own) if part else "" for path, part in layout.files.items()}
     _require_class_of_its_own(args.name, _class_of(name), texts)
     new = {root / path: text for path, text in texts.items() if not (root / path).exists()}
+    for file in layout.files:
+        for parent in Path(file).parents[:-1]:
+            refuse_link_out(root / parent, root, "the folder of --in")
     for path, text in new.items():
         write_atomic(path, text, setting="--in")
     # Printed when all is there: where nobody reads it, printing raises.

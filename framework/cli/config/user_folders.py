@@ -32,14 +32,17 @@ def workers() -> int:
 
 def split_folders(folder: Path) -> tuple[Path, Path | None]:
     """(training folder, validation folder or None): of a folder with `train` and perhaps one of `VALIDATION`, and
-    nothing else, these. Raises: UserError for one that is a link out of the folder.
+    nothing else, these. Raises: UserError for one that is a link out of the folder: whoever made the folder chose where
+    it leads, so the user has to name that place.
     """
     inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     if "train" not in inside or not inside <= {"train", *VALIDATION}:
         return folder, None
     beside = next((name for name in VALIDATION if name in inside), None)
+    way_out = f"if you trust it, name {os.path.realpath(folder / 'train')} instead of {folder}"
+    way_out += "" if beside is None else f", with data.init_args.val_folder={os.path.realpath(folder / beside)}"
     for name in ("train", beside or "train"):  # as links inside of them, none is followed unasked
-        refuse_link_out(folder / name, folder, "its folder")
+        refuse_link_out(folder / name, folder, "its folder", way_out)
     return folder / "train", None if beside is None else folder / beside
 
 

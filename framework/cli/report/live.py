@@ -40,7 +40,7 @@ MOST_WAITING = 64
 """Connections that have not yet said what they want; the oldest one is closed when there are more."""
 _PART = 2**16  # bytes
 REST = 4.0
-"""How many times as long as the rendering of a page took the next one waits."""
+"""How many times as long as a look at the files, or the rendering of a page, took the next one waits."""
 _WATCHED = (METRICS, SUMMARY, RESOLVED, SAMPLES, PICTURES, SWEEP)
 _SCRIPT = """
 const every = 2000, note = document.createElement("p");
@@ -90,16 +90,27 @@ class Live:
     mode: Mode | None = None
     _script: Script = field(default_factory=lambda: Script(secrets.token_urlsafe(16), _SCRIPT), init=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _look: threading.Lock = field(default_factory=threading.Lock, init=False)
     _version: str = field(default="", init=False)
+    _rendered_version: str = field(default="", init=False)
     _page: bytes = field(default=b"", init=False)
     _rests_until_s: float = field(default=-math.inf, init=False)
 
     def version(self) -> str:
-        """A text that changes whenever a file of the runs does, or a run begins or ends; after a page that took long to
-        render, not before it has rested: the runs may need this machine's processor more.
+        """A text that changes whenever a file of the runs does, or a run begins or ends; after a look at the files, or
+        a page, that took long, not before it has rested: the runs may need this machine's processor more.
         """
-        if time.monotonic() < self._rests_until_s:
+        with self._look:
+            if (began_s := time.monotonic()) >= self._rests_until_s:
+                self._version = self._stamps()
+                self._rest(began_s)
             return self._version
+
+    def _rest(self, began_s: float) -> None:
+        ended_s = time.monotonic()
+        self._rests_until_s = max(self._rests_until_s, ended_s + REST * (ended_s - began_s))
+
+    def _stamps(self) -> str:
         digest = hashlib.sha256()
         for folder in self.folders:
             for place in _run_folders(folder):
@@ -112,11 +123,10 @@ class Live:
         """The page, rendered anew if the version has changed."""
         with self._turn:
             version = self.version()
-            if version != self._version:
+            if version != self._rendered_version:
                 began_s = time.monotonic()
-                self._page, self._version = self._rendered().encode("utf-8", "replace"), version
-                ended_s = time.monotonic()
-                self._rests_until_s = ended_s + REST * (ended_s - began_s)
+                self._page, self._rendered_version = self._rendered().encode("utf-8", "replace"), version
+                self._rest(began_s)
             return self._page
 
     @property

@@ -89,20 +89,21 @@ def require_regular_file(path: str | Path, what: str = "") -> None:
         raise UserError(f"{what} {path} {reason}; name a file".lstrip())
 
 
-def refuse_link_out(path: Path, home: Path, whose: str) -> None:
+def refuse_link_out(path: Path, home: Path, whose: str, way_out: str = "copy what it leads to, or remove it") -> None:
     """For folders that others may have written: no file of the reader becomes part of what is shown of them.
 
     Args:
         home: the folder in which a link has to stay.
         whose: what `home` is, for the message.
+        way_out: for the message on a link that leads somewhere.
     Raises: UserError if `path` is a link that leads out of `home`, or nowhere.
     """
     if not path.is_symlink():
         return
     place = Path(os.path.realpath(path))  # of circular links the link itself, where `resolve` fails
     if place.is_symlink() or home.resolve() not in place.parents:
-        where = "nowhere" if place.is_symlink() else f"out of {whose}"
-        raise UserError(f"{path} is a link that leads {where}; copy what it leads to, or remove it")
+        where = "nowhere; remove it" if place.is_symlink() or not place.exists() else f"out of {whose}; {way_out}"
+        raise UserError(f"{path} is a link that leads {where}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import bz2
 import faulthandler
 import json
 import lzma
+import math
 import os
 import resource
 import signal
@@ -38,11 +39,13 @@ class Limit:
         unit: what is counted, in the plural.
         default: the limit unless the environment sets another one.
         setting: the variable of the environment that does.
+        instead: what to do rather than raise the limit, for the message.
     """
 
     unit: str
     default: int
     setting: str
+    instead: str = ""
 
     @property
     def most(self) -> int:
@@ -59,8 +62,8 @@ class Limit:
         if count > self.most:
             shown = f"{count:,}" if count < 2**63 else "more than 2^63"
             raise TooMuchError(
-                f"it has {shown} {self.unit}, and the limit is {self.most:,}; if you trust it, raise the limit with "
-                f"{self.setting} in the environment"
+                f"it has {shown} {self.unit}, and the limit is {self.most:,}; {self.instead}if you trust it, raise the "
+                f"limit with {self.setting} in the environment"
             )
 
 
@@ -78,7 +81,12 @@ SETTINGS_BYTES = Limit("bytes", 2**24, "LIGHTSPAN_MAX_SETTINGS_BYTES")
 """Of settings and lists of files as JSON, which take twenty times as much memory once read."""
 VOCABULARY_BYTES = Limit("bytes", 2**28, "LIGHTSPAN_MAX_VOCABULARY_BYTES")
 """Of a tokenizer's vocabulary, which takes as much again: the largest that are published have an eighth of it."""
-CHARACTERS = Limit("characters", 2**24, "LIGHTSPAN_MAX_CHARACTERS")
+CHARACTERS = Limit(
+    "characters",
+    2**24,
+    "LIGHTSPAN_MAX_CHARACTERS",
+    "split it into shorter texts, such as files of one document each or one JSON object a line (.jsonl), or, ",
+)
 """Of the texts that a tokenizer cuts at once, each of which takes about 300 bytes meanwhile."""
 SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
 """Of processor time, for a program that is part of a file, each time that it runs."""
@@ -120,21 +128,23 @@ _timed = False  # whether the main thread is inside of `bounded_time`
 
 
 @contextmanager
-def bounded_time() -> Iterator[None]:
+def bounded_time(share: float = 1.0) -> Iterator[None]:
     """For a program that is part of a file, such as a regular expression, and for a list that a file makes long. On the
     main thread of Linux, as `bounded_memory`.
 
     Inside of another one it leaves the time to that.
 
-    Raises: TooMuchError where it takes more than `SECONDS` of processor time. Where no exception can stop it, since it
-        stays inside one operation of C or Rust, the process ends by SIGVTALRM after twice as many, and Python says
-        where it was.
+    Args:
+        share: of `SECONDS`; above 1 for more work than usual.
+    Raises: TooMuchError where it takes more than its share of `SECONDS` of processor time. Where no exception can stop
+        it, since it stays inside one operation of C or Rust, the process ends by SIGVTALRM after twice as many, and
+        Python says where it was.
     """
     global _timed
     if not _has_limits() or _timed:
         yield
         return
-    seconds, _timed = SECONDS.most, True
+    seconds, _timed = math.ceil(share * SECONDS.most), True
 
     def stop(*_: object) -> None:
         raise TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")

@@ -5,6 +5,7 @@ first) without gaps: https://github.com/huggingface/safetensors. Its own writer 
 """
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightspan.core.errors import UserError, one_line
-from lightspan.core.files.atomic import irregular, require_regular_file
-from lightspan.core.files.foreign import settings_object
+from lightspan.core.files.atomic import irregular, opened, require_regular_file
+from lightspan.core.files.foreign import SETTINGS_BYTES, TooMuchError, settings_object
 from lightspan.core.files.runs import MODEL
 
 INDEX = f"{MODEL}.index.json"
@@ -144,14 +145,28 @@ def facts_of(metadata: Mapping[str, str], path: str | Path, **kinds: type) -> di
 def opened_tensors(path: str | Path, way_out: str = "write or export it again") -> Iterator[Any]:
     """A safetensors file as `safetensors.safe_open` gives it: its tensors are memory-mapped until they are used.
 
-    Raises: UserError for what is no regular file, is damaged, or lacks a tensor that is asked for.
+    Raises: UserError for what is no regular file, is damaged, has a header above the limit of `SETTINGS_BYTES`, or
+        lacks a tensor that is asked for.
     """
     require_regular_file(path, "safetensors file")
+    try:
+        SETTINGS_BYTES.require(_header_bytes(path))
+    except TooMuchError as error:
+        raise UserError(f"{path} has too long a list of tensors: {error}") from error
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({one_line(error)[:200]}); {way_out}") from error
+
+
+def _header_bytes(path: str | Path) -> int:
+    """How long a file's header is; 0 of a file that is shorter than that, or cannot be opened."""
+    with opened(path) as file:
+        if file is None:
+            return 0
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        return length if 8 + length <= os.fstat(file.fileno()).st_size else 0
 
 
 def stored_tensors(

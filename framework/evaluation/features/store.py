@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from lightspan.core.files.atomic import (
     expanded,
     explained_os_errors,
     make_folder,
+    refuse_link_out,
     remove,
     remove_leftovers,
 )
 from lightspan.core.files.caches import user_cache
 from lightspan.core.files.places import CachePath
-from lightspan.core.files.tensors import Form, opened_tensors, write_tensors
+from lightspan.core.files.tensors import Form, stored_tensors, write_tensors
 from lightspan.evaluation.features.features import Features
 from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, fault, manifest, seal_folder
 
@@ -43,6 +44,7 @@ ENTRY, CONTENT, PARTS, LOCK = "entry", "features.safetensors", "parts", "lock"
 PART_BYTES = 2**26  # collected in memory before they are written
 ROWS_AT_A_TIME = 4096
 GIB = 2**30
+_ANEW = "delete {}, and the features are computed again"
 
 Rows = Mapping[str, Tensor]
 """`features` [B ...], `index` [B] and perhaps `label` [B ...] of some samples."""
@@ -98,11 +100,11 @@ class FeatureStore:
     def _compute(self, parts: Path, compute: Callable[[set[int]], Iterable[Rows]]) -> None:
         make_folder(parts, SETTING)
         there = sorted(parts.glob("*.safetensors"))
-        done = {index for path in there for index in _column(path, "index").tolist()}
+        done = {index for path in there for index in _stored(path)["index"].tolist()}
         before, mine = sum(path.stat().st_size for path in there), 0
         held: list[Rows] = []
         for rows in compute(done):
-            _require_rows(rows)
+            _require_rows(rows, "rows for a feature store")
             held.append(rows)
             if (size := sum(map(_bytes, held))) >= PART_BYTES:
                 mine += size
@@ -126,20 +128,23 @@ class FeatureStore:
 
     def _assemble(self, key: Mapping[str, Any], parts: Path) -> None:
         """One sorted file of all parts; at most a few thousand rows are in memory at a time."""
-        paths = sorted(parts.glob("*.safetensors"))
-        index = [_column(path, "index") for path in paths]
-        lengths = torch.tensor([len(column) for column in index], dtype=torch.int64)
+        stored = [_stored(path) for path in sorted(parts.glob("*.safetensors"))]
+        lengths = torch.tensor([len(rows["index"]) for rows in stored], dtype=torch.int64)
         if not int(lengths.sum()):
             raise UserError("there is no sample to compute features of; give the data set samples")
-        index_N = torch.cat(index)
+        if len({frozenset(rows) for rows in stored}) > 1:
+            raise UserError(f"the files in {parts} have different columns; {_ANEW.format(parts)}")
+        index_N = torch.cat([rows["index"] for rows in stored])
         order_N = index_N.argsort(stable=True)
         first_N = torch.ones_like(order_N, dtype=torch.bool)
         first_N[1:] = index_N[order_N].diff() != 0
         order_N = order_N[first_N]
-        part_N = torch.repeat_interleave(torch.arange(len(paths)), lengths)[order_N]
+        part_N = torch.repeat_interleave(torch.arange(len(stored)), lengths)[order_N]
         place_N = order_N - (lengths.cumsum(0) - lengths)[part_N]
-        columns = {name: [_column(path, name) for path in paths] for name in _names(paths[0])}
-        forms = {name: Form((len(order_N), *_one_form(name, c).shape[1:]), c[0].dtype) for name, c in columns.items()}
+        columns = {name: [rows[name] for rows in stored] for name in stored[0]}
+        other_runs = f"; if they are of other runs, {_ANEW.format(parts)}"
+        firsts = {name: _one_form(name, column, other_runs) for name, column in columns.items()}
+        forms = {name: Form((len(order_N), *first.shape[1:]), first.dtype) for name, first in firsts.items()}
         entry = self.entry(key)
         with atomic_path(entry, over_folder=True, setting=SETTING) as temporary:
             temporary.mkdir()
@@ -152,13 +157,13 @@ class FeatureStore:
     def _open(self, key: Mapping[str, Any]) -> Features:
         entry = self.entry(key)
         if reason := fault(entry, contents=False):
-            raise UserError(f"the features at {entry} {reason.text}; delete that folder, and they are computed again")
-        columns = {name: _column(entry / CONTENT, name) for name in _names(entry / CONTENT)}
+            raise UserError(f"the features at {entry} {reason.text}; {_ANEW.format(entry)}")
+        columns = _stored(entry / CONTENT)
         stored = (manifest(entry) or {}).get("key")
         if stored != json.loads(json.dumps(key)):
             raise UserError(
                 f"the features at {entry} were stored under another key than the one asked for: {_apart(stored, key)}; "
-                "delete that folder, and they are computed again"
+                f"{_ANEW.format(entry)}"
             )
         key_text = json.dumps(stored, sort_keys=True)
         return Features(columns["features"], columns.get("label"), columns["index"], key_text)
@@ -171,6 +176,10 @@ class FeatureStore:
         try:
             with raise_on_all_ranks("open the feature store"):
                 if rank() == 0:
+                    # Files are written, moved and deleted in these, and a store may be that of others.
+                    refuse_link_out(folder, self.folder, "the feature store")
+                    for name in (ENTRY, PARTS, LOCK):
+                        refuse_link_out(folder / name, folder, "its entry of the feature store")
                     make_folder(folder, SETTING)
                     with explained_os_errors(folder, "lock", setting=SETTING):
                         lock.acquire()
@@ -190,13 +199,13 @@ def _apart(stored: Any, asked: Mapping[str, Any]) -> str:
     )
 
 
-def _require_rows(rows: Rows) -> None:
-    lengths = {name: len(column) for name, column in rows.items()}
-    if not {"features", "index"} <= rows.keys() or len(set(lengths.values())) > 1:
-        raise UserError(f"rows for a feature store need `features` and `index` of the same length, but have {lengths}")
+def _require_rows(rows: Rows, name: str, way_out: str = "") -> None:
+    shapes = {column: list(x.shape) for column, x in rows.items()}
+    if not {"features", "index"} <= rows.keys() or len({(*shape[:1],) for shape in shapes.values()}) > 1:
+        raise UserError(f"{name} need `features` and `index` of the same length, but have {shapes}{way_out}")
     index = rows["index"]
     if index.dtype != torch.int64 or index.ndim != 1:
-        raise UserError(f"the index of samples must be int64 [B], but is {index.dtype} {list(index.shape)}")
+        raise UserError(f"{name} need an `index` that is int64 [B], but have {index.dtype} {shapes['index']}{way_out}")
 
 
 def _joined(name: str, held: Sequence[Rows]) -> Tensor:
@@ -207,13 +216,14 @@ def _joined(name: str, held: Sequence[Rows]) -> Tensor:
     return torch.cat([column.detach().cpu() for column in columns])
 
 
-def _one_form(name: str, columns: Sequence[Tensor]) -> Tensor:
+def _one_form(name: str, columns: Sequence[Tensor], way_out: str = "") -> Tensor:
     """The first column. Raises: UserError if samples differ in shape or dtype."""
     for column in columns:
         if column.shape[1:] != columns[0].shape[1:] or column.dtype != columns[0].dtype:
             raise UserError(
                 f"{name} of one sample is {list(columns[0].shape[1:])} in {columns[0].dtype}, of another "
                 f"{list(column.shape[1:])} in {column.dtype}; a store needs a single form: pool, or resize the samples"
+                f"{way_out}"
             )
     return columns[0]
 
@@ -230,19 +240,12 @@ def _sorted(columns: Sequence[Tensor], part_N: Tensor, place_N: Tensor) -> Itera
         yield piece
 
 
-def _names(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(file.keys())
+def _stored(path: Path) -> Rows:
+    """The columns of a file, memory-mapped: numbers are read when they are used. Another program may have written it.
 
-
-def _column(path: Path, name: str) -> Tensor:
-    """A tensor of a file, memory-mapped: numbers are read when they are used. Raises: UserError for a damaged file."""
-    with _opened(path) as file:
-        if name not in file.keys():  # noqa: SIM118 - no mapping
-            raise UserError(f"{path} contains no {name!r}; delete its folder, and the features are computed again")
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _opened(path: Path) -> AbstractContextManager[Any]:
-    return opened_tensors(path, "delete its folder, and the features are computed again")
+    Raises: UserError for a file that is damaged, or has no rows.
+    """
+    way_out = _ANEW.format(path.parent)
+    columns, _ = stored_tensors(path, way_out)
+    _require_rows(columns, f"the rows in {path}", f"; {way_out}")
+    return columns

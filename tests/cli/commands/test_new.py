@@ -129,6 +129,23 @@ def test_nothing_is_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (own / f"{NAME}/__init__.py").exists()
 
 
+def test_nothing_is_written_through_a_link_out_of_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pyproject.toml", "framework/training/method.py"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text((ROOT / name).read_text())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "in" / "recipes").symlink_to(tmp_path / "out")
+    (tmp_path / "linked").symlink_to(tmp_path / "in")
+    before = written(tmp_path)
+    assert main(["new", "supervised/abc", "--in", str(tmp_path / "in")]) == 2
+    assert "recipes is a link that leads out of the folder of --in" in capsys.readouterr().err
+    assert written(tmp_path) == before
+    (tmp_path / "in" / "recipes").unlink()
+    assert main(["new", "supervised/abc", "--in", str(tmp_path / "linked")]) == 0  # which the user named
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

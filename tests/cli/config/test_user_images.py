@@ -177,8 +177,13 @@ def test_a_train_or_validation_folder_that_is_a_link_out_is_not_followed(tmp_pat
         for place, name in zip((inside, outside), names, strict=True):
             write_pictures(place, {f"{name}/a": 2, f"{name}/b": 2})
         (inside / names[1]).symlink_to(outside / names[1])
-        with pytest.raises(UserError, match=f"{names[1]} is a link that leads out"):
+        with pytest.raises(UserError, match=f"{names[1]} is a link that leads out") as refused:
             with_folder("contrastive/barlow_twins", inside)
+        places = {name: str(place / name) for place, name in zip((inside, outside), names, strict=True)}
+        flag = f"data.init_args.val_folder={places['val']}"
+        assert str(refused.value).endswith(f"name {places['train']} instead of {inside}, with {flag}")
+        found = with_images("contrastive/barlow_twins", (), Path(places["train"]), 32, [flag])
+        assert [settings(found, "data")[name] for name in ("folder", "val_folder")] == [places["train"], places["val"]]
 
 
 def test_what_cannot_be_is_refused_before_anything_is_built(folder: Path, tmp_path: Path) -> None:

@@ -333,13 +333,20 @@ def test_a_port_that_is_taken_or_does_not_exist_is_refused(
             LiveServer(page, port)
 
 
-def test_a_page_that_takes_long_leaves_the_processor_to_the_runs(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run("a")
-    page, now = Live([run]), [100.0]
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that only the test moves, in seconds; with it pages rest."""
+    now = [100.0]
     monkeypatch.setattr(live, "REST", 4.0)
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_page_that_takes_long_leaves_the_processor_to_the_runs(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, now: list[float]
+) -> None:
+    run = make_run("a")
+    page = Live([run])
 
     def rendered(self: Live) -> str:
         now[0] += 3.0
@@ -351,6 +358,29 @@ def test_a_page_that_takes_long_leaves_the_processor_to_the_runs(
     (run / "failed.txt").write_text("loss is NaN")
     now[0] += 4.0 * 3.0 - 0.1
     assert (page.version(), page.page()) == (first, b"page of 103.0")  # a browser asks for no page it has
+    now[0] += 0.2
+    assert page.version() != first
+    assert page.page() == f"page of {now[0]}".encode()
+
+
+def test_looking_at_many_folders_leaves_the_processor_to_the_runs(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, now: list[float]
+) -> None:
+    run = make_run("a")
+    page = Live([run])
+    status_of = live.status_of
+
+    def slowly(folder: Path) -> str:
+        now[0] += 0.7
+        return status_of(folder)
+
+    monkeypatch.setattr(live, "status_of", slowly)
+    monkeypatch.setattr(Live, "_rendered", lambda self: f"page of {now[0]}")
+    first = page.version()
+    (run / "failed.txt").write_text("loss is NaN")
+    assert page.page() == b"page of 100.7"  # of that version, although the folders are not looked at again
+    now[0] += 4.0 * 0.7 - 0.1
+    assert page.version() == first
     now[0] += 0.2
     assert page.version() != first
     assert page.page() == f"page of {now[0]}".encode()

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.tensors import DTYPES, Form, write_tensors
+from lightspan.core.files.foreign import SETTINGS_BYTES
+from lightspan.core.files.tensors import DTYPES, Form, header, stored_tensors, write_tensors
 
 TENSORS = {f"x{i}": torch.arange(6).reshape(2, 3).to(dtype) for i, dtype in enumerate(DTYPES)}
 TENSORS |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "strided": torch.arange(6.0).reshape(2, 3).T}
@@ -50,3 +51,18 @@ def test_pieces_that_are_not_what_was_said_end_the_write(pieces: list[tuple[str,
 def test_a_kind_of_tensor_without_a_name_in_the_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tensor z is torch\.complex128, which safetensors files cannot contain"):
         write_tensors(tmp_path / "t", {"z": Form((1,), torch.complex128)}, [], {})
+
+
+def test_a_header_above_the_limit_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its tensors takes more memory than its description, though none has a number."""
+    path, content = tmp_path / "t.safetensors", header({str(i): Form((0,), torch.int8) for i in range(99)}, {})
+    path.write_bytes(content)
+    monkeypatch.setenv(SETTINGS_BYTES.setting, str(len(content) - 8))
+    assert len(stored_tensors(path)[0]) == 99
+    monkeypatch.setenv(SETTINGS_BYTES.setting, str(len(content) - 9))
+    with pytest.raises(UserError, match=rf"t\.safetensors.*{SETTINGS_BYTES.setting}"):
+        stored_tensors(path)
+    for damaged in (b"", content[:4], content[:-1], b"\xff" * 2000):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a complete safetensors file"):
+            stored_tensors(path)

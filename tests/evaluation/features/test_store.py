@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 from lightning import LightningDataModule
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -313,6 +314,54 @@ def test_a_damaged_entry_is_computed_anew(tmp_path: Path) -> None:
     assert content.read_bytes() == sound
 
 
+def stranger(folder: Path) -> tuple[FeatureStore, Path]:
+    """A store, and the folder of a key in it."""
+    store = FeatureStore(folder)
+    place = store.entry({}).parent
+    place.mkdir(parents=True)
+    return store, place
+
+
+def of_three(done: set[int]) -> Iterator[dict[str, Tensor]]:
+    yield {"features": torch.zeros(3, 4), "index": torch.arange(3)}
+
+
+def test_nothing_is_written_or_deleted_where_a_link_of_a_store_leads(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / ".lightspan-00-x.tmp").write_text("mine")
+    for name in ("parts", "entry", "lock", "."):
+        store, place = stranger(tmp_path / f"store {name}")
+        if name == ".":
+            place.rmdir()
+        (place / name).symlink_to(outside / ".lightspan-00-x.tmp" if name == "lock" else outside)
+        with pytest.raises(UserError, match=f"{(place / name).name} is a link that leads out"):
+            store.get({}, of_three)
+        assert [(path.name, path.read_text()) for path in outside.iterdir()] == [(".lightspan-00-x.tmp", "mine")]
+
+
+def test_parts_of_another_form_are_named(tmp_path: Path) -> None:
+    two, four = torch.arange(2), torch.zeros(2, 4)
+    for number, rows in enumerate(
+        (
+            {"features": four, "index": torch.zeros(2, 2).long()},
+            {"features": four, "index": torch.tensor(9)},
+            {"features": four, "index": two.float()},
+            {"features": four[:1], "index": two},
+            {"features": torch.tensor(1.0), "index": two},
+            {"features": torch.tensor(1.0), "index": torch.tensor(9)},
+            {"index": two},
+            {"features": four, "index": two + 7, "label": two},
+            {"features": four[:, :3].contiguous(), "index": two + 7},
+        )
+    ):
+        store, place = stranger(tmp_path / str(number))
+        (place / "parts").mkdir()
+        save_file(rows, place / "parts" / "0.safetensors")
+        with pytest.raises(UserError, match=f"delete {place / 'parts'}, and the features are computed again"):
+            store.get({}, of_three)
+
+
 def test_an_entry_over_the_limit_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GiB, the limit of an entry; pool them, store bfloat16"):
         encoded().load(FeatureStore(tmp_path, limit_gib=1e-9))
@@ -387,8 +436,6 @@ def test_what_gives_no_features_is_refused(make: Callable[[], Encoded], message:
 
 
 def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"features": torch.ones(3, 2)}, tmp_path / "f.safetensors")
     assert FeatureFile(str(tmp_path / "f.safetensors")).load(FeatureStore(tmp_path)).x.shape == (3, 2)
     camera = torch.tensor([1, 0, 2])
