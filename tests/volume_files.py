@@ -1,5 +1,6 @@
 """Folders of small NIfTI files and DICOM series, for tests."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,25 @@ def write_series(folder: Path, values: np.ndarray, series: str = "1.2.3", skip: 
         with same_locale():
             writer.Execute(image)
     return folder
+
+
+def element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
+    """Of a DICOM file: PS3.5, section 7.1.2."""
+    value += b"\0" * (len(value) % 2)
+    length = struct.pack("<HI", 0, len(value)) if kind in (b"OB", b"OW", b"SQ") else struct.pack("<H", len(value))
+    return struct.pack("<HH", group, number) + kind + length + value
+
+
+def dicom(rows: int, columns: int, pixels: bytes, syntax: bytes = b"1.2.840.10008.1.2.1", more: bytes = b"") -> bytes:
+    """A slice of 16 bits. more: elements of group 9."""
+    shorts = ((0x02, 1), (0x10, rows), (0x11, columns), (0x100, 16), (0x101, 16), (0x102, 15), (0x103, 0))
+    head = element(2, 0x10, b"UI", syntax)
+    return b"".join(
+        [
+            *(bytes(128), b"DICM", element(2, 0, b"UL", struct.pack("<I", len(head))), head),
+            *(element(8, 0x16, b"UI", b"1.2.840.10008.5.1.4.1.1.2"), more, element(0x20, 0x32, b"DS", b"0\\0\\0")),
+            element(0x20, 0x37, b"DS", b"1\\0\\0\\0\\1\\0"),
+            *(element(0x28, number, b"US", struct.pack("<H", value)) for number, value in shorts),
+            *(element(0x28, 4, b"CS", b"MONOCHROME2"), element(0x7FE0, 0x10, b"OW", pixels)),
+        ]
+    )

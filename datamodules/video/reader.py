@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.foreign import FRAMES, PIXELS, opened_regular
+from lightspan.core.files.foreign import FRAMES, PIXELS, bounded_memory, opened_regular
 from lightspan.datamodules.video.files import VIDEOS
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _DEMUXERS = "mov,mp4,matroska,webm,avi,mpeg"
 """Others, such as playlists, name further files and addresses, which FFmpeg would open."""
 _ACROSS, _DOWN, _LEVELS = 64, 36, 4  # of the pictures whose colours are compared, and of a colour channel
+_BOXES = 2**20  # of an MP4 file side by side: hours of fragments of one frame each
 _SEGMENT = b"\x18\x53\x80\x67"
 T = TypeVar("T")
 
@@ -188,7 +189,9 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         # The decoder refuses larger pictures before it takes memory for them, whatever the header says.
         limits = {"max_pixels": str(PIXELS.most), "format_whitelist": _DEMUXERS}
         try:
-            with av.open(file, mode="r", options=limits, metadata_errors="replace") as container:
+            with bounded_memory():  # a few bytes may say that there are any number of frames
+                whole = av.open(file, mode="r", options=limits, metadata_errors="replace")
+            with whole as container:
                 stream = next((one for one in container.streams.video if not _is_cover(one)), None)
                 if stream is None:
                     raise ValueError("it has no video stream")
@@ -223,7 +226,9 @@ def _require_end(file: BinaryIO, size: int) -> None:
     elif start[:4] == b"\x1a\x45\xdf\xa3":  # Matroska and WebM: a header, then one element with everything
         end = _end_of_segment(file)
     elif start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-        while at + 8 <= size:
+        for _ in range(_BOXES + 1):
+            if at + 8 > size:
+                break
             file.seek(at)
             length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
             if length == 1:
@@ -232,6 +237,8 @@ def _require_end(file: BinaryIO, size: int) -> None:
                 break
             at += max(length, 8)
             end = at
+        else:
+            raise ValueError(f"it has more than {_BOXES:,} parts; write it anew, such as by `ffmpeg -i`")
     file.seek(0)
     if end > size:
         raise ValueError(f"it is cut short: it has {size:,} bytes of {end:,}")

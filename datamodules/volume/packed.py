@@ -45,9 +45,10 @@ class VolumeDecoder:
     intensity: Intensity
 
     def grid(self, subject: Subject, folder: Path) -> VoxelGrid:
-        """Of the decoded volume, from headers alone. Raises: as `Subject.grid`."""
+        """Of the decoded volume, from headers alone. Raises: as `Subject.grid`; Unreadable for too many voxels."""
         own = subject.grid(folder)
-        return own if self.spacing is None else respaced(own, self.spacing)
+        first = next(file for file in subject.files if file is not None)
+        return own if self.spacing is None else reading(first, respaced, own, self.spacing)
 
     def __call__(self, subject: Subject, folder: Path) -> tuple[np.ndarray, np.ndarray | None, VoxelGrid]:
         """(float16 [C D H W], 0 where a modality is missing; int16 [D H W] or None; the grid). Raises: Unreadable."""

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.files.atomic import irregular
-from lightspan.core.files.foreign import NUMBERS, content_of, opened_regular, unpacked
+from lightspan.core.files.foreign import NUMBERS, bounded_memory, content_of, opened_regular, unpacked
+from lightspan.datamodules.volume.elements import StoredPixels
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 _HEADERS = {348: 1, 540: 2}  # bytes of a header -> version of NIfTI
+_AFTER = 2**20  # bytes that may follow the voxels
 _UNEVEN = 0.05  # of the distance between slices
 
 
@@ -139,9 +140,10 @@ def _opened_nifti(path: Path) -> tuple[VoxelGrid, Any]:
     grid, turn = _turned(shape, affine)
 
     def values() -> np.ndarray:
-        content, count = unpacked(content_of(path)), math.prod(shape)
-        first = int(at) if math.isfinite(at) else -1
-        if first < 0 or first + count * dtype.itemsize > len(content):
+        count, first = math.prod(shape), int(at) if math.isfinite(at) else -1
+        end = first + count * dtype.itemsize
+        content = unpacked(content_of(path), max(0, end) + _AFTER)
+        if first < 0 or end > len(content):
             raise ValueError(f"it is cut short: {len(content):,} bytes are too few for {' x '.join(map(str, shape))}")
         stored = np.frombuffer(content, dtype, count, first).reshape(shape, order="F").astype(np.float32)
         scale, shift = 1.0 if slope is None else slope, 0.0 if offset is None else offset
@@ -225,8 +227,7 @@ def _opened_series(paths: list[Path]) -> tuple[VoxelGrid, Any]:
 
     def values() -> np.ndarray:
         try:
-            with same_locale():
-                parts = [sitk.GetArrayFromImage(sitk.ReadImage(str(slices[at].path))) for at in order]
+            parts = [_voxels(sitk, slices[at].path) for at in order]
         except RuntimeError as error:
             raise ValueError(f"a slice cannot be decoded: {_last_line(error)}") from error
         whole_zyx = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts]).astype(np.float32)
@@ -235,19 +236,34 @@ def _opened_series(paths: list[Path]) -> tuple[VoxelGrid, Any]:
     return grid, values
 
 
+def _voxels(sitk: Any, path: Path) -> Any:
+    with bounded_memory(), same_locale():
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
 def _slice(sitk: Any, path: Path) -> _Slice:
-    if (why := irregular(path)) is not None:
-        raise ValueError(f"{path.name} {why}")
+    """Raises: ValueError, with the file's name."""
+    try:
+        return _read_slice(sitk, path)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _read_slice(sitk: Any, path: Path) -> _Slice:
+    pixels = StoredPixels.of(content_of(path))
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
-        with same_locale():
+        with bounded_memory(), same_locale():
             reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"{path.name} is not a DICOM image, or is damaged: {_last_line(error)}") from error
+        raise ValueError(f"it is not a DICOM image, or is damaged: {_last_line(error)}") from error
     if reader.GetNumberOfComponents() != 1:
-        raise ValueError(f"{path.name} has {reader.GetNumberOfComponents()} colours a voxel, not single numbers")
+        raise ValueError(f"it has {reader.GetNumberOfComponents()} colours a voxel, not single numbers")
+    # The decoder makes up the rest of pixels that are cut short, from whatever was in memory.
+    bits = reader.GetMetaData("0028|0100") if reader.HasMetaDataKey("0028|0100") else "8"
+    pixels.require(math.prod(reader.GetSize()), int(bits))
     series = reader.GetMetaData("0020|000e").strip() if reader.HasMetaDataKey("0020|000e") else ""
     size, spacing = (*reader.GetSize(), 1, 1)[:3], (*reader.GetSpacing(), 1.0)[:3]
     direction = np.array(reader.GetDirection(), float)

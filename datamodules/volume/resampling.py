@@ -3,19 +3,28 @@
 The middle of a volume stays where it is. Shapes: D H W voxels.
 """
 
-import numpy as np
+import math
+from typing import Any
 
+import numpy as np
+from scipy import sparse
+
+from lightspan.core.files.foreign import NUMBERS
 from lightspan.datamodules.volume.reading import VoxelGrid
 
 
 def respaced(grid: VoxelGrid, spacing: tuple[float, float, float]) -> VoxelGrid:
-    """The grid of this spacing, in mm along D, H and W, that has about the same extent: at least one voxel a side."""
-    ratio = np.array(spacing) / grid.spacing
+    """The grid of this spacing, in mm along D, H and W, that has about the same extent: at least one voxel a side.
+
+    Raises: ValueError for more voxels than the limit of `NUMBERS`.
+    """
+    ratio = np.maximum(np.array(spacing) / grid.spacing, 2.0**-62)  # finer ones are above any limit
     ratio = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
-    shape = tuple(max(1, round(side / each)) for side, each in zip(grid.shape, ratio, strict=True))
-    first = [_places(new, old, each)[0] for new, old, each in zip(shape, grid.shape, ratio, strict=True)]
+    sides = np.maximum(1, np.rint(grid.shape / ratio))
+    shape = tuple(map(int, sides))
+    NUMBERS.require(math.prod(shape))
     affine = grid.affine @ np.diag([*ratio, 1.0])
-    affine[:3, 3] = (grid.affine @ [*first, 1.0])[:3]
+    affine[:3, 3] = (grid.affine @ [*_places(0, sides, np.array(grid.shape), ratio), 1.0])[:3]
     return VoxelGrid(shape, affine)
 
 
@@ -24,22 +33,35 @@ def resampled(values: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray
     for axis, (side, ratio) in enumerate(zip(new.shape, new.spacing / grid.spacing, strict=True)):
         if (old := values.shape[axis]) == side and abs(ratio - 1) < 1e-6:
             continue
-        places = np.clip(_places(side, old, ratio), 0, old - 1)  # what rounding puts outside repeats the edge
-        weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)) / max(ratio, 1))
-        weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-        values = np.moveaxis(np.tensordot(weights, values, axes=(1, axis)), 0, axis)
+        moved = np.moveaxis(values, axis, 0)
+        mean = _weights(side, old, ratio) @ moved.reshape(old, -1)
+        values = np.moveaxis(mean.reshape(side, *moved.shape[1:]), 0, axis)
     return np.ascontiguousarray(values)
+
+
+def _weights(new: int, old: int, ratio: float) -> sparse.csr_array:
+    """Of old voxels in new ones, float32 [new old], whose rows sum to 1: only those within reach are stored."""
+    places = np.clip(
+        _places(np.arange(new), new, old, ratio), 0, old - 1
+    )  # what rounding puts outside repeats the edge
+    width = max(ratio, 1)
+    reach = min(math.ceil(width), old)
+    taps = np.floor(places).astype(int)[:, None] + np.arange(1 - reach, reach + 1)
+    weights = np.maximum(0, 1 - np.abs(places[:, None] - taps) / width) * ((taps >= 0) & (taps < old))
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    row, tap = np.nonzero(weights)
+    return sparse.csr_array((weights[row, tap], (row, taps[row, tap])), shape=(new, old))
 
 
 def nearest(labels: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray:
     """Labels [D H W] on a `respaced` grid: of the voxel in which the middle of a new one lies."""
     for axis, (side, ratio) in enumerate(zip(new.shape, new.spacing / grid.spacing, strict=True)):
         old = labels.shape[axis]
-        places = np.floor(_places(side, old, ratio) + 0.5).astype(int).clip(0, old - 1)
+        places = np.floor(_places(np.arange(side), side, old, ratio) + 0.5).astype(int).clip(0, old - 1)
         labels = labels.take(places, axis=axis)
     return labels
 
 
-def _places(new: int, old: int, ratio: float) -> np.ndarray:
-    """Where the middles of `new` voxels, each as wide as `ratio` old ones, lie among the `old`: float64 [new]."""
-    return (np.arange(new) - (new - 1) / 2) * ratio + (old - 1) / 2
+def _places(at: Any, new: Any, old: Any, ratio: Any) -> Any:
+    """Where the middle of voxel `at` of `new`, each as wide as `ratio` old ones, lies among the `old`: float64."""
+    return (at - (new - 1) / 2) * ratio + (old - 1) / 2

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.foreign import TooMuchError, bounded_time
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.image.picture_files import Kind, Links, find_labelled
 from lightspan.datamodules.volume.reading import DICOM, NIFTI, VolumeFile, VoxelGrid
@@ -98,8 +99,8 @@ def find_subjects(
             a part of the name, of at least one letter and without "/". Without `{subject}` each file is a subject.
         segmentation: pattern of labels. A file that fits it is no volume.
         links: as in `lightspan.datamodules.image.picture_files.find_labelled`.
-    Raises: UserError for no volume, a pattern that nothing fits or that is none, and two files of one subject for one
-        modality.
+    Raises: UserError for no volume, a pattern that nothing fits, that is none or that takes too long to match, and two
+        files of one subject for one modality.
     """
     if not modalities:
         raise UserError("modalities is empty; give the name and the pattern of at least one")
@@ -119,10 +120,12 @@ def find_subjects(
     groups: dict[tuple[str, str], str] = {}
     used = dict.fromkeys([*wanted, *(["segmentation"] if labels is not None else [])], 0)
     others = 0
-    for file in files:
-        bare = _without_ending(file, folder)
-        regexes = {"segmentation": labels} if labels is not None and labels.fullmatch(bare) else wanted
-        fits = {name: match for name, regex in regexes.items() if (match := regex.fullmatch(bare)) is not None}
+    bares = [_without_ending(file, folder) for file in files]
+    labelled = _matches("segmentation", labels, bares)
+    matches = {name: _matches(f"modalities.{name}", regex, bares) for name, regex in wanted.items()}
+    for at, (file, bare) in enumerate(zip(files, bares, strict=True)):
+        of_each = {name: match for name, found_at in matches.items() if (match := found_at[at]) is not None}
+        fits = of_each if (label := labelled[at]) is None else {"segmentation": label}
         others += not fits
         for name, match in fits.items():
             parts = match.groupdict()
@@ -184,7 +187,9 @@ def _bare(name: str) -> str:
 
 def _regex(setting: str, pattern: str) -> re.Pattern[str]:
     written, seen = "", set[str]()
-    for part in re.split(r"(\*\*/|\*\*|\*|\{[^{}]*\})", _bare(pattern)):
+    # Each wildcard tries every length with every length of the others: neighbours are one.
+    joined = re.sub(r"(\*\*/)+", "**/", re.sub(r"\*{3,}", "**", _bare(pattern)))
+    for part in re.split(r"(\*\*/|\*\*|\*|\{[^{}]*\})", joined):
         if part.startswith("{") and (name := part[1:-1]) not in _PARTS:
             raise UserError(f"{setting}={pattern!r}: {part} is none of {', '.join(f'{{{one}}}' for one in _PARTS)}")
         if part.startswith("{"):
@@ -193,3 +198,12 @@ def _regex(setting: str, pattern: str) -> re.Pattern[str]:
         else:
             written += {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}.get(part, re.escape(part))
     return re.compile(written, re.DOTALL)
+
+
+def _matches(setting: str, regex: re.Pattern[str] | None, names: list[str]) -> list[re.Match[str] | None]:
+    """Of each name; None without a pattern."""
+    try:
+        with bounded_time():
+            return [None if regex is None else regex.fullmatch(name) for name in names]
+    except TooMuchError as error:
+        raise UserError(f"{setting} has too many wildcards, `*` or {{...}}, to match names with: {error}") from error

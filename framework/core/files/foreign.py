@@ -225,10 +225,12 @@ def settings_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def unpacked(packed: bytes) -> bytes:
+def unpacked(packed: bytes, most: int | None = None) -> bytes:
     """What gzip, zlib, bzip2 or xz has packed, as its first bytes tell; any other content is returned as it is.
 
-    Raises: ValueError for more than the limit of `BYTES`, or for damage.
+    Args:
+        most: bytes that it may become, where its reader knows; never more than the limit of `BYTES`.
+    Raises: ValueError for more, or for damage.
     """
     made: Any
     if packed[:2] == b"\x1f\x8b" or packed[:1] == b"\x78":
@@ -239,6 +241,8 @@ def unpacked(packed: bytes) -> bytes:
         made = lzma.LZMADecompressor()
     else:
         return packed
+    if most is not None and most < BYTES.most:
+        return drained(made, packed, most, ", far more than its header tells of")
     return drained(made, packed, BYTES.most, f"; if you trust it, raise the limit with {BYTES.setting}")
 
 

@@ -1,5 +1,6 @@
 """Frames are found by their times, and files that are damaged, cut short or something else are refused."""
 
+import resource
 import struct
 import sys
 import wave
@@ -119,6 +120,29 @@ def test_limits_come_before_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     at = huge.index(b"mp4v") + 4 + 24  # width and height of the sample entry: ISO/IEC 14496-12, section 12.1.3
     (tmp_path / "huge.mp4").write_bytes(huge[:at] + struct.pack(">HH", 65535, 65535) + huge[at + 4 :])
     index_of(tmp_path / "huge.mp4")  # the stream itself says what it has
+
+
+def test_a_few_bytes_that_say_that_there_are_many_frames_take_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = write_video(tmp_path / "a.mp4", numbered(3), codec="mpeg4").read_bytes()
+    many, sizes, times = 2**24, content.index(b"stsz") + 8, content.index(b"stts") + 12
+    runs = content.index(b"stsc") + 16
+    content = bytearray(content)
+    for at, said in ((sizes, (1, many)), (times, (many,)), (runs, (many,))):
+        struct.pack_into(f">{len(said)}I", content, at, *said)
+    (tmp_path / "a.mp4").write_bytes(content)
+    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**26))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="its"):
+        index_of(tmp_path / "a.mp4")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB; 36 bytes a frame are 576 MiB
+
+
+def test_a_file_of_many_small_parts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(struct.pack(">I4s", 8, b"free") * (2**20 + 1))
+    with pytest.raises(ValueError, match="1,048,576 parts"):
+        index_of(tmp_path / "a.mp4")
 
 
 def test_frames_after_damage_are_lost_until_the_next_whole_one(tmp_path: Path) -> None:

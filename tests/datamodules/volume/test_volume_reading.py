@@ -3,16 +3,22 @@
 import gzip
 import itertools
 import locale
+import struct
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from volume_files import nibabel, noise, write_nifti, write_series
+from volume_files import dicom, element, nibabel, noise, write_nifti, write_series
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES, SECONDS
+from lightspan.datamodules.volume.elements import MOST_NESTED, StoredPixels
 from lightspan.datamodules.volume.intensity import IntensityWindow, Percentiles, ZScore, finite
+from lightspan.datamodules.volume.packed import VolumeDecoder
 from lightspan.datamodules.volume.reading import VolumeFile, VoxelGrid
 from lightspan.datamodules.volume.resampling import nearest, resampled, respaced
 from lightspan.datamodules.volume.subjects import Unreadable, find_subjects, reading
@@ -109,6 +115,29 @@ def no_orientation(content: bytearray) -> None:
     content[280:328] = bytes(48)
 
 
+def much_more_than_it_says(folder: Path) -> None:
+    whole = write_nifti(folder / "x.nii", noise(0)).read_bytes() + bytes(2**21)
+    (folder / "x.nii.gz").write_bytes(gzip.compress(whole))
+    (folder / "x.nii").unlink()
+
+
+def written(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / "x.dcm").write_bytes(content)
+
+
+def nested(levels: int, open_ended: bool) -> bytes:
+    if open_ended:
+        begin, end = struct.pack("<HH2sHI", 9, 0x1010, b"SQ", 0, 2**32 - 1), struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+        item, item_end = (
+            struct.pack("<HHI", 0xFFFE, number, length) for number, length in ((0xE000, 2**32 - 1), (0xE00D, 0))
+        )
+        return (begin + item) * levels + (item_end + end) * levels
+    made = b""
+    for _ in range(levels):
+        made = element(9, 0x1010, b"SQ", struct.pack("<HHI", 0xFFFE, 0xE000, len(made)) + made)
+    return made
+
+
 def two_series(folder: Path) -> None:
     write_series(folder / "ct", noise(0, (3, 2, 2)), "1.2.3")
     (folder / "ct" / "099.dcm").rename(folder / "ct" / "a.dcm")
@@ -133,6 +162,11 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
         "x.nii: its voxels are complex numbers",
     ),
     (lambda folder: write_series(folder / "ct", np.ones((2, 4, 4, 3), np.uint8)), "ct: .*3 colours a voxel"),
+    (much_more_than_it_says, "x.nii.gz: it unpacks to more than"),
+    (written(dicom(64, 64, bytes(200))), r"x\.dcm: it is cut short: it has 200 bytes of 8,192"),
+    (written(dicom(64, 64, bytes(8192))[:-5000]), r"x\.dcm: it is .* damaged"),
+    (written(dicom(4, 4, bytes(32), more=nested(MOST_NESTED + 1, True))), r"x\.dcm: its sequences are nested"),
+    (written(dicom(4, 4, bytes(32), more=nested(MOST_NESTED + 1, False))), r"x\.dcm: its sequences are nested"),
     (two_series, "ct: it holds slices of 2 series"),
     (lambda folder: write_series(folder / "ct", noise(0, (5, 2, 2)), skip=2), "ct: its slices are 3 to 6 mm apart"),
     (lambda folder: (write_series(folder / "ct", noise(0, (2, 2, 2))) / "099.dcm").write_bytes(b"DICM"), "ct: 099.dcm"),
@@ -146,6 +180,35 @@ def test_what_cannot_be_read_is_said_with_its_name(tmp_path: Path) -> None:
         (subject,) = find_subjects(folder).subjects
         with pytest.raises(Unreadable, match=said):
             reading(subject.files[0], subject.files[0].read, folder)
+
+
+def deflated(content: bytes) -> bytes:
+    """The same file in DICOM's deflated syntax."""
+    plain = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1")
+    at = content.index(plain) + len(plain)
+    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    head = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1.99")
+    start = content[:132] + element(2, 0, b"UL", struct.pack("<I", len(head))) + head
+    return start + packed.compress(content[at:]) + packed.flush()
+
+
+def test_every_syntax_of_dicom_is_read_and_keeps_its_pixels_to_the_end(tmp_path: Path) -> None:
+    pixels, file = np.arange(16, dtype="<u2"), VolumeFile(".", ("x.dcm",))
+    plain = dicom(4, 4, pixels.tobytes(), more=nested(9, True) + nested(9, False))
+    for content in (plain, deflated(plain)):
+        written(content)(tmp_path)
+        assert sorted(file.read(tmp_path)[0].ravel().tolist()) == pixels.tolist()
+    icon = element(0x88, 0x200, b"SQ", struct.pack("<HHI", 0xFFFE, 0xE000, 14) + element(0x7FE0, 0x10, b"OW", b"ab"))
+    assert StoredPixels.of(icon + element(0x7FE0, 0x10, b"OW", bytes(32))).count == 32
+
+
+def test_a_deflated_slice_takes_no_more_memory_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = deflated(dicom(4, 4, bytes(32), more=element(9, 0x1010, b"OB", bytes(2**25))))
+    assert len(bomb) < 2**16
+    written(bomb)(tmp_path)
+    monkeypatch.setenv(BYTES.setting, str(2**20))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        VolumeFile(".", ("x.dcm",)).grid(tmp_path)
 
 
 def test_without_the_extra_its_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +237,35 @@ def test_resampling_keeps_places_means_and_labels() -> None:
         assert np.abs(labels - height).max() <= 0.5 + 1e-6 or spacing[0] == 50
     same = respaced(grid, (1.0, 2, 3))
     assert np.array_equal(resampled(ramp, grid, same), ramp)
+
+
+def test_resampling_weighs_all_old_voxels_within_reach_and_no_others() -> None:
+    for old, ratio in ((7, 0.3), (8, 1.0), (9, 1.5), (10, 2.0), (12, 3.7), (3, 40.0), (1, 0.2)):
+        grid, values = VoxelGrid((old, 1, 1), np.eye(4)), noise(0, (old, 1, 1)).astype(np.float32)
+        new = respaced(grid, (ratio, 1.0, 1.0))
+        places = (np.arange(new.shape[0]) - (new.shape[0] - 1) / 2) * ratio + (old - 1) / 2
+        hat = np.maximum(0, 1 - np.abs(places.clip(0, old - 1)[:, None] - np.arange(old)) / max(ratio, 1))
+        mean = (hat / hat.sum(axis=1, keepdims=True)) @ values[:, 0, 0]
+        assert np.allclose(resampled(values, grid, new)[:, 0, 0], mean, rtol=1e-5), ratio
+
+
+def test_a_long_line_of_voxels_is_resampled_in_little_memory() -> None:
+    grid, values = VoxelGrid((2**17, 1, 1), np.eye(4)), np.ones((2**17, 1, 1), np.float32)
+    new = respaced(grid, (1.1, 1.0, 1.0))
+    tracemalloc.start()
+    try:
+        assert np.allclose(resampled(values, grid, new), 1)
+        assert tracemalloc.get_traced_memory()[1] < 2**27  # of the 2^37 that every pair of an old and a new one takes
+    finally:
+        tracemalloc.stop()
+
+
+def test_more_voxels_than_the_limit_are_not_made(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "x.nii", noise(0, (10, 2, 2)), (3e8, 3e8, 3e8))
+    (subject,) = find_subjects(tmp_path).subjects
+    for spacing in (1.0, 1e-300):
+        with pytest.raises(Unreadable, match=r"x\.nii: .*LIGHTSPAN_MAX_NUMBERS"):
+            VolumeDecoder((spacing,) * 3, Percentiles()).grid(subject, tmp_path)
 
 
 def test_intensities_are_finite_whatever_a_scan_holds() -> None:
@@ -225,6 +317,21 @@ def test_subjects_follow_from_patterns(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
         find_subjects(tmp_path / "empty")
+
+
+def test_neighbouring_wildcards_are_one(tmp_path: Path) -> None:
+    write_nifti(tmp_path / f"{'a' * 60}/x.nii", noise(0, (1, 1, 1)))
+    for pattern in ("********{subject}********!", "**/**/**/**/**/**/{subject}/!"):
+        with pytest.raises(UserError, match="no volume"):
+            find_subjects(tmp_path, {"t1": pattern})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the time of an expression")
+def test_a_pattern_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nifti(tmp_path / f"{'a' * 200}.nii", noise(0, (1, 1, 1)))
+    monkeypatch.setenv(SECONDS.setting, "1")
+    with pytest.raises(UserError, match=r"modalities\.t1.*wildcards"):
+        find_subjects(tmp_path, {"t1": "*a" * 20 + "!"})
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
