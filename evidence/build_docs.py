@@ -21,13 +21,13 @@ INDEX = """# Evidence
 One row for each measured system. Its page has every claim, all seeds, and the machine it was measured on. The main
 figure is that of the first claim, with the 95 % interval of its mean over seeds. Nothing is left out.
 
-Verdicts are *held*, *not held* and *could not tell*. A claim can be told only if its experiment could have shown either
-answer: the floor (nothing learned in the place of the first arm) misses the margin, the ceiling (an oracle in its
-place) keeps it, each arm is ahead of its untrained network on its own training figure, and no arm's best setting is an
-edge of its search. It holds if the mean keeps the margin and the whole interval is on the claim's side: of equal arms
-where a claim asks for *better*; of the margin where it asks for *not much worse*, which equal arms keep; of the floor
-where it is *level*, a number on its own. Claims measured before floors and ceilings were recorded cannot be told until
-they are measured again.
+Verdicts are *held*, *not held* and *could not tell*. A claim can be told only if its experiment could have shown
+either answer: the floor (an arm that learned nothing instead of the first) misses the margin, the ceiling (an oracle
+instead) keeps it, each arm is ahead of its untrained network on its own training figure, and no arm's best setting is
+an edge of its search. It holds if the mean keeps the margin and the whole interval is on the claim's side: of equal
+arms where a claim asks for *better*; of the margin where it asks for *not much worse*, which equal arms keep; of the
+floor where it is *level*, a number on its own. Claims measured before floors and ceilings were recorded cannot be
+told until they are measured again.
 
 `lightspan reproduce ROW` measures a row again and compares it with what is stored;
 [evidence/README.md](../evidence/README.md) says how to write one.

@@ -55,8 +55,8 @@ class Recorder:
         limits: Sequence[float] = (),
         rounds: int = 4,
     ) -> dict[str, float]:
-        """The best setting of each arm. All arms try all settings, which go on outwards, by the ratio of the outermost
-        two, until no arm's best is an edge.
+        """The best setting of each arm. All arms try all settings, whose range is widened, by the ratio of the
+        outermost two, until no arm's best is an edge.
 
         Args:
             arms: {arm: its score on validation data at a setting, higher being better}. NaN is the worst.

@@ -1,10 +1,10 @@
 """What a claim of a record is worth: held, not held, or could not tell, and why.
 
-A claim can be judged only where the same protocol could have shown both answers: its *floor*, the value with nothing
-learned in the place of the first arm, misses the margin; its *ceiling*, the value with an oracle there, keeps it; each
-arm passed its *gate*, so that it learned what it was trained on; and no arm's best setting is an edge of its search.
-Then it holds if the mean over seeds keeps the margin and the interval of the mean lies beyond the point where nothing
-would be gained. Everything is worked out from the record, so that a better rule judges old records too.
+A claim can be judged only where the same protocol could have shown both answers: its *floor*, the value with an arm
+that learned nothing instead of the first, misses the margin; its *ceiling*, the value with an oracle instead, keeps
+it; each arm passed its *gate*, so that it learned what it was trained on; and no arm's best setting is an edge of its
+search. Then it holds if the mean over seeds keeps the margin and the interval of the mean lies beyond the point where
+nothing would be gained. Everything is worked out from the record, so that a better rule judges old records too.
 """
 
 import math

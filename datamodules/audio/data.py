@@ -12,14 +12,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from lightspan.core.errors import UserError, one_line
+from lightspan.core.errors import UserError
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
-from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.damage import report_damage, unreadable
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SplitSampleSets
-from lightspan.datamodules.loading.workers import Damaged
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
@@ -59,12 +58,7 @@ class Recordings:
         try:
             wave = self.reader(self.files[index], seed if self.drawn else None)
         except (ValueError, OSError) as error:
-            message = f"{one_line(str(self.files[index]))}: {one_line(str(error))}"
-            if self.skip_damaged:
-                raise Damaged(message) from error
-            raise UserError(
-                f"{message}; repair or remove it, or train without it with data.init_args.skip_damaged=true"
-            ) from error
+            raise unreadable(self.files[index], error, self.skip_damaged) from error
         labels = {name: torch.tensor(int(label_N[index])) for name, label_N in self.labels.items()}
         return {**wave, **labels, "index": torch.tensor(index)}
 

@@ -146,7 +146,7 @@ class PictureData(SampleSets):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes as they stand in a sentence: with spaces for underscores."""
+        """The classes as words, with spaces for underscores."""
         return tuple(name.replace("_", " ") for name in self.classes)
 
     @abstractmethod

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.datamodules.loading.ranks import say
+from lightspan.datamodules.loading.workers import Damaged
 
 MOST_NAMED = 1000
 
@@ -32,3 +33,15 @@ def report_damage(damage: Sequence[tuple[Path, str]], total: int, what: str, ski
             f"{counted}:\n{listed}\nRepair or remove them, or train without them with data.init_args.skip_damaged=true"
         )
     say(f"{counted} and are left out:\n{listed}")
+
+
+def unreadable(file: Path, why: Exception, skips: bool) -> Damaged | UserError:
+    """What to raise where a sample of a file cannot be read after training has begun: a loader passes over `Damaged`.
+
+    Args:
+        skips: whether the user allows to train without it.
+    """
+    message = f"{one_line(str(file))}: {one_line(str(why))}"
+    if skips:
+        return Damaged(message)
+    return UserError(f"{message}; repair or remove it, or train without it with data.init_args.skip_damaged=true")

@@ -15,12 +15,12 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from lightspan.core.errors import UserError, one_line
+from lightspan.core.errors import UserError
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.image.augment.fields import DeviceViews, ImageFields
 from lightspan.datamodules.image.packed import Fit, fitted
+from lightspan.datamodules.loading.damage import unreadable
 from lightspan.datamodules.loading.on_device import finish_on_device
-from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.video.batch import ClipBatch, ClipsBatch, DrawnClipsBatch
 from lightspan.datamodules.video.reader import VideoIndex, read_frames
 
@@ -221,10 +221,5 @@ class ClipSamples:
         except UserError:  # of this machine, not of the video
             raise
         except (ValueError, OSError) as error:
-            message = f"{one_line(str(path))}: {one_line(str(error))}"
-            if self.skip_damaged:
-                raise Damaged(message) from error
-            raise UserError(
-                f"{message}; repair or remove it, or train without it with data.init_args.skip_damaged=true"
-            ) from error
+            raise unreadable(path, error, self.skip_damaged) from error
         return frames[torch.from_numpy(places.reshape(numbers_KST.shape))]

@@ -101,7 +101,7 @@ class VideoFolder(SampleSets):
         skip_damaged: bool = False,
         cache_dir: CachePath | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed, num_workers)
         require_in("(0, 1)", val_share=val_share)
         require_in("[0, 1]", cut=cut)
         require_in("[1, inf)", size=size)
@@ -111,8 +111,7 @@ class VideoFolder(SampleSets):
         self.times = ClipTimes(frames, fps, clips, tuple(speeds))
         self.fields = ClipFields(ImageFields(per_channel(mean), per_channel(std), views, views_on), len(speeds))
         self.samples, self.cut, self.size, self.fit = samples, cut, size, fit
-        self.batch_size, self.seed, self.num_workers, self.val_share = batch_size, seed, num_workers, val_share
-        self.labels, self.links, self.skip_damaged = labels, links, skip_damaged
+        self.val_share, self.labels, self.links, self.skip_damaged = val_share, labels, links, skip_damaged
         self.cache = IndexCache(cache_dir)
         self.classes: tuple[str, ...] = ()
 

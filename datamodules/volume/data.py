@@ -171,20 +171,19 @@ class VolumeSets(SampleSets):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed, num_workers)
         self.size = along_axes(size)
         if min(self.size) < 1 or (crops is not None and crops < 1):
             raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")
         if augment is not None:
             augment.require_size(self.size)
-        self.batch_size, self.crops, self.augment = batch_size, crops, augment
-        self.seed, self.num_workers = seed, num_workers
+        self.crops, self.augment = crops, augment
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes as they stand in a sentence: with spaces for underscores."""
+        """The classes as words, with spaces for underscores."""
         return tuple(name.replace("_", " ") for name in self.classes)
 
     @abstractmethod

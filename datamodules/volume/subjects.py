@@ -45,7 +45,7 @@ class Subject:
     """Registered volumes of one subject, at one session.
 
     Attributes:
-        subject: by which training and validation are told apart.
+        subject: whose volumes are all for training or all for validation.
         session: empty if the patterns name none.
         group: the class; empty if the patterns name none.
         files: of each modality in their order; None where it is missing.

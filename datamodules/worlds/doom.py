@@ -22,7 +22,7 @@ BUTTONS = ("MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT")
 SEEN = ("POSITION_X", "POSITION_Y", "POSITION_Z", "ANGLE")
 _WEIGHTS = (0.6, 0.2, 0.2)  # of the actions
 _TICS = 6  # of the game, of which there are 35 a second, for each action
-_HELD = 4  # actions for which the walker goes on with the last one, on average
+_HELD = 4  # actions for which the walker repeats the last one, on average
 
 
 class View(NamedTuple):

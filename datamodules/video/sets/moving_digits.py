@@ -52,13 +52,12 @@ class MovingDigits(SampleSets):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed, num_workers)
         require_in("[1, inf)", frames=frames)
         require_in(f"[{SIDE}, inf)", size=size)
         if not 0 <= speed[0] <= speed[1] < math.inf:
             raise UserError(f"speed={list(speed)} must be the least and the most, at least 0")
         self.frames, self.size, self.label, self.speed = frames, size, label, speed
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
     @property
     def num_classes(self) -> int:

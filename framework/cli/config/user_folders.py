@@ -2,12 +2,12 @@
 
 import ast
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import Resolved
-from lightspan.cli.config.signatures import member
+from lightspan.cli.config.signatures import Signature, member
 from lightspan.cli.config.user_data import Layer
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import refuse_link_out
@@ -47,14 +47,28 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
 
 
 def data_layer(resolved: Resolved, folder: Path, data: str, kept: Sequence[str]) -> Layer:
-    """The layer that puts a data module of a folder in the place of the recipe's, with those of its settings that are
-    kept.
-    """
+    """The layer that replaces the recipe's data module by that of a folder, and keeps some of its settings."""
     training, validation = split_folders(folder.absolute())
     before = (resolved.config.get("data") or {}).get("init_args") or {}
     settings = {"folder": str(training), "val_folder": None if validation is None else str(validation)}
     settings |= {"num_workers": workers()} | {key: before[key] for key in kept if key in before}
     return {"data": {"class_path": data, "init_args": settings}}, []
+
+
+def fitting(channels: int, classes: int | None) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    """What `fitted` asks of each class with its settings and signature: those that follow from the data.
+
+    Args:
+        classes: None leaves numbers of classes as they are.
+    """
+
+    def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
+        own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
+        known = {"in_chans": channels}
+        known |= {"num_classes": classes} if classes is not None and settings.get("num_classes") else {}
+        return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
+
+    return wanted
 
 
 def without_labels(resolved: Resolved, training: Path, way_out: str) -> UserError:

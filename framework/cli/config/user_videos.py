@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import TRAINED, Resolved
-from lightspan.cli.config.signatures import Signature
 from lightspan.cli.config.user_data import Layer, UserData, fitted
-from lightspan.cli.config.user_folders import data_layer, fewer, watching_callbacks, without_labels
+from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watching_callbacks, without_labels
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.video.folder.VideoFolder"
@@ -49,13 +48,8 @@ def _model_layer(resolved: Resolved) -> Layer:
     if "num_classes" in (model.get("init_args") or {}) and not classes:
         raise without_labels(resolved, training, "put the videos of each class into a sub-folder of its name")
 
-    def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
-        own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
-        known = {"in_chans": CHANNELS} | ({"num_classes": classes} if settings.get("num_classes") else {})
-        return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
-
     notes = [f"--videos: {count:,} video files in {training}"]
-    layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
+    layer: dict[str, Any] = {"model": {"init_args": fitted(model, fitting(CHANNELS, classes), notes)}}
     if given.get("samples") != "shots":  # of which there are more than videos
         batch = fewer(given.get("batch_size"), count, "videos", notes)
         layer |= {"data": {"init_args": {"batch_size": batch}}} if batch != given.get("batch_size") else {}

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import TRAINED, Resolved
-from lightspan.cli.config.signatures import Signature
 from lightspan.cli.config.user_data import Layer, UserData, fitted
-from lightspan.cli.config.user_folders import data_layer, fewer, watching_callbacks, without_labels
+from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watching_callbacks, without_labels
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
@@ -49,13 +48,8 @@ def _model_layer(resolved: Resolved) -> Layer:
         way_out = "name where they are, as data.init_args.modalities={volume: '{class}/**'}"
         raise without_labels(resolved, training, way_out)
 
-    def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
-        own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
-        known = {"in_chans": len(modalities)}
-        known |= {"num_classes": len(found.classes)} if found.classes and settings.get("num_classes") else {}
-        return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
-
     notes = [f"--volumes: {count:,} subjects in {training}, of {len(modalities)} modalities"]
+    wanted = fitting(len(modalities), len(found.classes) or None)
     layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
     if (batch := fewer(given.get("batch_size"), count, "volumes", notes)) != given.get("batch_size"):
         layer["data"] = {"init_args": {"batch_size": batch}}
