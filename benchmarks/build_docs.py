@@ -32,7 +32,7 @@ COMMANDS = {
     "robustness": "python benchmarks/robustness.py",
     "kernels": "python benchmarks/kernels.py",
     "projections": "python benchmarks/projections.py",
-    "adapters": "python benchmarks/adapters.py --json benchmarks/results/adapters.json",
+    "adapted_layers": "python benchmarks/adapted_layers.py --json benchmarks/results/adapted_layers.json",
     "plan_error": "python benchmarks/plan_error.py",
     "views": "python benchmarks/views.py",
 }
@@ -442,9 +442,9 @@ def projections(results: Path) -> list[str]:
     ]
 
 
-def adapters(results: Path) -> list[str]:
+def adapted_layers(results: Path) -> list[str]:
     """Section on adapters beside LoRA."""
-    record = read(results / "adapters.json")
+    record = read(results / "adapted_layers.json")
     if record is None:
         return [MISSING, ""]
     rows = [
@@ -457,7 +457,7 @@ def adapters(results: Path) -> list[str]:
         "",
         *markdown(("layer", "work", "adapter", "ms", "x LoRA"), rows),
         *goals([("SVFit and FLoRA, x LoRA, at worst", "<=", record["limit"], worst, "")]),
-        *provenance(COMMANDS["adapters"], facts(record, "processor", "threads", "rounds", "torch")),
+        *provenance(COMMANDS["adapted_layers"], facts(record, "processor", "threads", "rounds", "torch")),
     ]
 
 
@@ -489,7 +489,7 @@ def page(results: Path) -> str:
         "Kernels on a GPU": cards or [MISSING, ""],
         "Memory that a plan predicts": plan_error(results),
         "Random projections on a CPU": projections(results),
-        "Adapters on a CPU": adapters(results),
+        "Adapters on a CPU": adapted_layers(results),
         "Views of pictures on a CPU": views(results),
     }
     return "\n".join([HEADER, *(line for title, lines in sections.items() for line in (f"## {title}", "", *lines))])

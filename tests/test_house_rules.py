@@ -226,3 +226,11 @@ def test_no_test_fails_because_a_machine_is_slow(rule, lines) -> None:
     files.remove(Path(__file__))
     wrong = [f"{file.relative_to(ROOT)}:{line}" for file in files for line in rule(file.read_text(encoding="utf-8"))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_folders_of_tests_are_found_under_their_names() -> None:
+    """A module of the same name beside them, as in benchmarks, hides a folder from whoever imports it first."""
+    files = [*(ROOT / "tests").rglob("*.py")]
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in files if path.parent != ROOT / "tests"}
+    assert len(folders) > 10
+    assert not folders & {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

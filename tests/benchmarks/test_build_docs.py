@@ -149,7 +149,7 @@ def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType
     layers = [
         {"layer": "l", "work": "w", "adapter": a, "ms": 1.0, "of_lora": x} for a, x in (("LoRA", 1), ("FLoRA", 1.1))
     ]
-    (tmp_path / "adapters.json").write_text(json.dumps({"rows": layers, "limit": 1.15, "rank": 16}))
+    (tmp_path / "adapted_layers.json").write_text(json.dumps({"rows": layers, "limit": 1.15, "rank": 16}))
     found = sections(build_docs.page(tmp_path))
     assert "| Fastfood | 2,048 | 16 | 1.50 | 2.00 | 5.00 | 6.00 | 8.0 |" in found["Random projections on a CPU"]
     assert "| push of Fastfood, x floor, at worst | <= 4 | 5 | **no** |" in found["Random projections on a CPU"]

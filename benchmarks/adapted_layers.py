@@ -1,5 +1,5 @@
 """Forward and forward with backward of an adapted layer, as a ratio to LoRA of the same rank: `python
-benchmarks/adapters.py [--json benchmarks/results/adapters.json]`.
+benchmarks/adapted_layers.py [--json benchmarks/results/adapted_layers.json]`.
 
 One process and one thread, in processor time, so that what else runs on the machine counts little. A round times every
 adapter once, in an order that rotates from round to round; a ratio is taken within its round, and the median over
