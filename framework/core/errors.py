@@ -31,6 +31,14 @@ def one_line(text: object) -> str:
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def first_lines(error: BaseException, count: int = 1) -> str:
+    """What a library says of its failure, without the pages that follow: the first lines as one, of at most 200
+    characters each, or the kind of an error that says nothing.
+    """
+    lines = str(error).strip().splitlines()[:count] or [type(error).__name__]
+    return " ".join(one_line(line.strip())[:200] for line in lines)
+
+
 def install_extra(name: str) -> str:
     """How to install one of lightspan's extras, which no package index has: see README."""
     return f"pip install '.[{name}]' in a checkout of lightspan"

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.optim import Optimizer
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 from lightspan.core.files.atomic import explained_os_errors, replace_folder, temporary_path
 from lightspan.training.checkpoints.io import refuse_torn
 from lightspan.training.checkpoints.manifest import header, packed_fault, seal_folder
@@ -123,6 +123,6 @@ def _load(checkpoint: Path, path: str, map_location: Any = None) -> Any:
         raise
     except (RuntimeError, EOFError, ValueError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: {Path(path).name} is damaged ({str(error).splitlines()[0]}); resume from "
+            f"checkpoint {checkpoint}: {Path(path).name} is damaged ({first_lines(error)}); resume from "
             "another checkpoint"
         ) from error

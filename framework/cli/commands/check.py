@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightspan.cli.commands.arguments import add_data_arguments, add_recipe_arguments, resolved_from
+from lightspan.cli.commands.arguments import REPLACING, add_data_arguments, add_recipe_arguments, resolved_from
 from lightspan.cli.config.blame import first_user_error
 from lightspan.cli.config.estimator_inputs import of_files
 from lightspan.cli.config.places import places
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     damage, skipped = _damaged_files(data), (data.get("init_args") or {}).get("skip_damaged")
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
     print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
-    flags = sum(place == COMMAND_LINE for place in resolved.sources.values())
+    flags = sum(place in (COMMAND_LINE, *REPLACING) for place in resolved.sources.values())
     said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
     print(printable(said), flush=True)  # what follows takes seconds
     if resolved.kind in TRAINED and not args.fast:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightspan.core.errors import install_extra
+from lightspan.core.errors import first_lines, install_extra
 from lightspan.training.loggers.wandb_key import wandb_key_place
 
 GIB = 2**30
@@ -123,7 +123,7 @@ def device_findings() -> list[Finding]:
     try:
         import torch
     except Exception as error:  # a broken binary raises whatever its loader raises
-        return [Finding("devices", "bad", f"torch does not import: {str(error).splitlines()[0]}", "reinstall torch")]
+        return [Finding("devices", "bad", f"torch does not import: {first_lines(error)}", "reinstall torch")]
     threads = torch.get_num_threads()
     findings = [Finding("processor", "ok", f"{cores} usable cores, {threads} threads in torch")]
     if threads > cores:

@@ -5,8 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lightspan.cli.commands.arguments import add_recipe_arguments, folder
-from lightspan.cli.config.resolve import Resolved, resolve
+from lightspan.cli.commands.arguments import add_data_arguments, add_recipe_arguments, folder, resolved_from
+from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.runs.fits import exits_on_sigterm
 from lightspan.cli.runs.proof import ProofSettings, planned_runs, refuse_uneven_batches, start, verdicts
 from lightspan.cli.runs.seed import with_seed
@@ -17,6 +17,7 @@ DIFFERENT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--kills", type=int, default=2, metavar="N", help="how often a run is killed (default 2)")
     parser.add_argument("--ranks", default="1", metavar="1,2", help="numbers of ranks to test (default 1)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     by itself.
     """
     settings = _settings(args)
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules)
+    resolved = resolved_from(args)
     own = resolved.config.get("trainer", {}).get("max_steps")
     if isinstance(own, int) and 0 <= own < settings.steps:
         raise UserError(

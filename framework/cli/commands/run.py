@@ -14,7 +14,7 @@ from lightspan.cli.commands.arguments import add_recipe_arguments, folder
 from lightspan.cli.config.resolve import Resolved, resolve
 from lightspan.cli.config.tree import dump
 from lightspan.cli.runs.folder import is_first_rank, run_folder, sole_use, write_run_files
-from lightspan.core.errors import UserError, print_notes, printable
+from lightspan.core.errors import UserError, first_lines, print_notes, printable
 from lightspan.core.files.runs import CHECKPOINTS, MERGED, MERGED_FOLDER, METRICS, PICTURE, RESULT, TABLE, TENSORS
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _store(args: argparse.Namespace) -> "FeatureStore":
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}; use cpu or auto") from error
+        raise UserError(f"--device {device}: {first_lines(error)}; use cpu or auto") from error
     return FeatureStore(args.features, args.features_limit, device)
 
 

@@ -138,7 +138,7 @@ def _ranked(rows: Sequence[ListedRun], metric: str, mode: "Mode | None", reverse
     if rows and not any(metric in row.progress.values for row in rows):
         there = list(dict.fromkeys(name for row in rows for name in last_values(row.entry.folder / METRICS)))
         known = f"{nearest(metric, there)}they logged {', '.join(there) or 'nothing yet'}"
-        raise UserError(f"--best {metric}: none of these {len(rows):,} runs logged it; {known}")
+        raise UserError(f"--best {metric}: no run of {len(rows):,} logged it; {known}")
     chosen = mode_of(metric, mode, "--best")
     ranked = []
     for row in rows:

@@ -15,11 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightspan.cli.commands.arguments import (
+    REPLACING,
     add_data_arguments,
     add_recipe_arguments,
     configuration_words,
     count,
     folder,
+    option_value,
     resolved_from,
 )
 from lightspan.cli.config.flags import allow_options
@@ -231,9 +233,8 @@ _ONLY_FOR = {
     "claim": ("kubernetes",),
     "time": ("slurm", "kubernetes"),
     "image": ("slurm", "kubernetes"),
-    "images": ("slurm", "local"),  # a folder of this machine or of storage that it shares; pods have neither
-    "volumes": ("slurm", "local"),
-    "videos": ("slurm", "local"),
+    # Files of this machine or of storage that it shares; pods have neither.
+    **{option.removeprefix("--"): ("slurm", "local") for option in REPLACING},
 }
 
 
@@ -288,7 +289,7 @@ def _job_of_files(args: argparse.Namespace, workload: Workload) -> Job:
 
 
 def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list[str]) -> Job:
-    resolved = workload.resolved
+    resolved, places = workload.resolved, [option_value(args, option) for option in REPLACING]
     trainer = resolved.config["trainer"]
     arguments = [*workload.command(recipe, folder), *allow_options(args.allow_modules)]
     return Job(
@@ -304,9 +305,7 @@ def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list
         time=args.time,
         image=args.image,
         wandb=args.wandb,
-        inputs=tuple(
-            str(place.absolute()) for place in (args.images, args.volumes, args.videos, args.table) if place is not None
-        ),
+        inputs=tuple(str(place.absolute()) for place in places if place is not None),
         array=workload.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -184,7 +184,7 @@ def parse(text: str, label: str, *, line_numbers: bool = True) -> Node:
         problem = " ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{place}: not YAML: {problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{label}: not YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{label}: not YAML: {first_lines(error)}") from error
 
 
 def dump(value: Any) -> str:

@@ -87,11 +87,14 @@ def fewer(batch: Any, count: int, name: str, notes: list[str]) -> Any:
     return batch
 
 
-def watching_callbacks(resolved: Resolved, labelled: bool, count: int, maps: bool = True) -> dict[str, Any]:
+def watching_callbacks(
+    resolved: Resolved, labelled: bool, count: int, notes: list[str], maps: bool = True
+) -> dict[str, Any]:
     """Probes if there are labels, and the pictures that are drawn; of features only if the method has any.
 
     Args:
         count: of all samples.
+        notes: a line joins them if the recipe's own probes have to go.
         maps: whether the samples can be drawn beside their neighbours.
     """
     given = (resolved.config.get("trainer") or {}).get("callbacks") or {}
@@ -102,6 +105,9 @@ def watching_callbacks(resolved: Resolved, labelled: bool, count: int, maps: boo
     probes -= others
     neighbours = min(KNN, max(1, count // 2))
     if not (labelled and has_features):
+        if probes and has_features:
+            left_out = ", ".join(f"trainer.callbacks.{name}" for name in sorted(probes))
+            notes.append(f"{left_out} left out: probes need classes, and the folder has none")
         callbacks: dict[str, Any] = dict.fromkeys(probes | others)
     else:
         nearest = {"class_path": NEAREST, "init_args": {"k": neighbours}}

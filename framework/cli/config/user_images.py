@@ -95,7 +95,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
     layer = {
         "data": {"class_path": DATA, "init_args": settings},
         "model": model_layer,
-        "trainer": {"callbacks": watching_callbacks(resolved, bool(found.classes), len(found.names))},
+        "trainer": {"callbacks": watching_callbacks(resolved, bool(found.classes), len(found.names), notes)},
     }
     return layer, notes
 

@@ -53,5 +53,5 @@ def _model_layer(resolved: Resolved) -> Layer:
     if given.get("samples") != "shots":  # of which there are more than videos
         batch = fewer(given.get("batch_size"), count, "videos", notes)
         layer |= {"data": {"init_args": {"batch_size": batch}}} if batch != given.get("batch_size") else {}
-    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(classes), count, maps=False)}
+    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(classes), count, notes, maps=False)}
     return layer, notes

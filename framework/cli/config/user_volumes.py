@@ -48,10 +48,11 @@ def _model_layer(resolved: Resolved) -> Layer:
         way_out = "name where they are, as data.init_args.modalities={volume: '{class}/**'}"
         raise without_labels(resolved, training, way_out)
 
-    notes = [f"--volumes: {count:,} subjects in {training}, of {len(modalities)} modalities"]
+    kinds = "one modality" if len(modalities) == 1 else f"{len(modalities)} modalities"
+    notes = [f"--volumes: {count:,} subjects in {training}, of {kinds}"]
     wanted = fitting(len(modalities), len(found.classes) or None)
     layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
     if (batch := fewer(given.get("batch_size"), count, "volumes", notes)) != given.get("batch_size"):
         layer["data"] = {"init_args": {"batch_size": batch}}
-    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(found.classes), count, maps=False)}
+    layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(found.classes), count, notes, maps=False)}
     return layer, notes

@@ -19,11 +19,10 @@ from lightspan.cli.config.build import Built
 from lightspan.cli.exports.examples import example_batch
 from lightspan.cli.exports.onnx_file import FILE, OUTPUT, Precision, precision_of, write_onnx
 from lightspan.cli.exports.products import LOADED_BY_TIMM, Product, program, tensors, timm_folder, write_backbone
-from lightspan.cli.exports.program import first_line
 from lightspan.cli.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
 from lightspan.cli.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network
 from lightspan.core.batches import batch_type_of
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 
 EXACT = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 PROGRAM = "model.pt2"
@@ -188,5 +187,5 @@ def _blames_shape(request: Request) -> Iterator[None]:
             raise
         raise UserError(
             f"--shape {','.join(map(str, request.shape))}: {type(request.built.model).__name__} cannot read such "
-            f"pictures ({first_line(error)}); give the shape that it was trained on"
+            f"pictures ({first_lines(error)}); give the shape that it was trained on"
         ) from error

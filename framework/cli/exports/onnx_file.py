@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightspan.cli.exports.program import first_line, traced
+from lightspan.cli.exports.program import traced
 from lightspan.cli.exports.standalone import Compared, Standalone, compare
-from lightspan.core.errors import UserError, install_extra
+from lightspan.core.errors import UserError, first_lines, install_extra
 
 FILE, OUTPUT = "model.onnx", "output"
 LARGEST_FILE = (
@@ -74,7 +74,7 @@ def _to_onnx(network: Standalone) -> Any:
             written = torch.onnx.export(program, dynamo=True, input_names=names, output_names=[OUTPUT], verbose=False)
     except Exception as error:  # it raises whatever the operator that it misses raises
         raise UserError(
-            f"torch.onnx cannot write {type(network.method).__name__}: {first_line(error)}; use --to torch-export or "
+            f"torch.onnx cannot write {type(network.method).__name__}: {first_lines(error)}; use --to torch-export or "
             "--to safetensors"
         ) from error
     assert written is not None
@@ -120,7 +120,7 @@ def _compare(network: Standalone, path: Path, tolerance: float) -> Compared:
         return compare(network, run, tolerance)
     except Exception as error:  # onnxruntime's own exceptions have no common class
         raise UserError(
-            f"onnxruntime cannot run what torch.onnx wrote of {type(network.method).__name__}: {first_line(error)}; "
+            f"onnxruntime cannot run what torch.onnx wrote of {type(network.method).__name__}: {first_lines(error)}; "
             "use --to torch-export"
         ) from error
 

@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from lightspan.cli.exports.standalone import Compared, Standalone, compare
-from lightspan.core.errors import UserError, one_line
+from lightspan.core.errors import UserError, first_lines
 
 ABOUT = "about.json"
 """The name under which `torch.export.load(PATH, extra_files={ABOUT: ""})` gives inputs and origin."""
@@ -44,15 +44,9 @@ def _trace(network: Standalone) -> ExportedProgram:
             return torch.export.export(network, rows, dynamic_shapes=(tuple({0: batch} for _ in rows),))
     except Exception as error:  # it raises whatever the code that it traces meets
         raise UserError(
-            f"torch.export cannot follow {type(network.method).__name__}: {first_line(error)}; its weights "
+            f"torch.export cannot follow {type(network.method).__name__}: {first_lines(error, 2)}; its weights "
             "alone can be written, with --to safetensors"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says of its failure, without the pages that follow."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return one_line(lines[0])[:200]
 
 
 def write_program(network: Standalone, path: Path, about: Mapping[str, Any]) -> Compared:

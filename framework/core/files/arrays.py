@@ -11,6 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from lightspan.core.errors import first_lines
 from lightspan.core.files.foreign import BYTES, NUMBERS, opened_regular
 
 _DAMAGE = (ValueError, TypeError, OSError, EOFError, SyntaxError, TokenError, MemoryError, RecursionError)
@@ -46,7 +47,7 @@ def mapped_array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except _DAMAGE as error:
-        raise ValueError(f"it is no .npy file: {_first_line(error)}") from error
+        raise ValueError(f"it is no .npy file: {first_lines(error)}") from error
 
 
 def _array(file: BinaryIO | io.BytesIO) -> np.ndarray:
@@ -56,7 +57,7 @@ def _array(file: BinaryIO | io.BytesIO) -> np.ndarray:
         shape, _, dtype = read_header(file)
         numbers = math.prod(shape)
     except _DAMAGE as error:
-        raise ValueError(f"it is no .npy file: {_first_line(error)}") from error
+        raise ValueError(f"it is no .npy file: {first_lines(error)}") from error
     NUMBERS.require(numbers)
     at = file.tell()
     if not dtype.hasobject and file.seek(0, io.SEEK_END) - at < numbers * dtype.itemsize:
@@ -65,9 +66,4 @@ def _array(file: BinaryIO | io.BytesIO) -> np.ndarray:
     try:
         return np.lib.format.read_array(file, allow_pickle=False)
     except _DAMAGE as error:
-        raise ValueError(f"it is no .npy file that can be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """What NumPy says, without its advice to trust the file."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"it is no .npy file that can be read: {first_lines(error)}") from error

@@ -29,7 +29,7 @@ from lightspan.training.checkpoints.manifest import (
     seal_file,
 )
 from lightspan.training.checkpoints.readable import readable
-from lightspan.training.checkpoints.shards import METADATA, first_line
+from lightspan.training.checkpoints.shards import METADATA, cause_of
 
 
 class WholeFileCheckpointIO(CheckpointIO):
@@ -175,10 +175,10 @@ def _read(path: Path, map_location: Any, mmap: bool = False) -> Any:
     except UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
-            f"was run ({first_line(error)}); {_others(path)}"
+            f"was run ({cause_of(error)}); {_others(path)}"
         ) from error
     except Exception as error:  # whatever torch raises for an untrusted file
-        raise UserError(f"checkpoint {path} is damaged ({first_line(error)}); {_others(path)}") from error
+        raise UserError(f"checkpoint {path} is damaged ({cause_of(error)}); {_others(path)}") from error
     if found := expanded(content):
         raise UserError(
             f"checkpoint {path} cannot be used: its entry {found}; save it with `tensor.contiguous()`; {_others(path)}"

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightspan.core.errors import UserError
 from lightspan.training.checkpoints.content import counts_fault, described, state_fault
 from lightspan.training.checkpoints.names import OwnFiles
-from lightspan.training.checkpoints.shards import first_line
+from lightspan.training.checkpoints.shards import cause_of
 
 Fault = str | None
 _GLOO = "gloo/transport/"  # gloo raises plain RuntimeErrors whose text begins with the place in its source
@@ -69,7 +69,7 @@ def explained_restoring(path: object, entry: str) -> Iterator[None]:
             raise
         what = "has no such key" if isinstance(error, KeyError) else type(error).__name__
         raise UserError(
-            f"checkpoint {path} cannot be used: its entry {entry} cannot be restored ({what}: {first_line(error)})"
+            f"checkpoint {path} cannot be used: its entry {entry} cannot be restored ({what}: {cause_of(error)})"
         ) from error
 
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 from lightspan.core.files.atomic import require_regular_file
 from lightspan.training.checkpoints.manifest import packed_fault
 
@@ -134,17 +134,16 @@ def explained_reading(path: Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} contains more than tensors and plain values, so it was not loaded and no code in it "
-            f"was run ({first_line(error)})"
+            f"was run ({cause_of(error)})"
         ) from error
     except Exception as error:
-        raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {cause_of(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """What an error says, without what torch adds: places in its code, and advice to load unsafe files."""
-    text = str(error).strip()
-    inner = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
-    return ((inner[1] if inner else text).splitlines() or [type(error).__name__])[0][:200]
+    inner = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
+    return inner[1][:200] if inner else first_lines(error)
 
 
 def _is_tensor(entry: Any) -> bool:

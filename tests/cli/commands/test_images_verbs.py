@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from picture_files import write_every_kind, write_pictures
 
-from lightspan.cli.commands import arguments, check, evaluate, fit, plan, submit
+from lightspan.cli.commands import arguments
+from lightspan.cli.commands.arguments import REPLACING
 from lightspan.cli.main import main
 from lightspan.datamodules.shards.headers import looked_at
 
@@ -31,10 +32,13 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_pictures(Path("in"), {"cat": 6, "bird": 6})
 
 
-def test_six_verbs_take_pictures_and_all_ask_one_place() -> None:
-    modules = (fit, plan, check, submit, evaluate)
-    assert all("resolved_from(args" in Path(str(module.__file__)).read_text() for module in modules)
-    assert not any(re.search(r"\bresolve\(args", Path(str(module.__file__)).read_text()) for module in modules)
+def test_every_verb_that_trains_takes_the_users_data_and_all_ask_one_place() -> None:
+    without = {"run", "show"}  # which do not train
+    commands = {path.stem: path.read_text() for path in Path(str(arguments.__file__)).parent.glob("*.py")}
+    verbs = {name for name, text in commands.items() if "add_recipe_arguments(parser)" in text} - without
+    assert len(verbs) > 8
+    assert verbs == {name for name, text in commands.items() if "add_data_arguments(parser)" in text}
+    assert not any(re.search(r"\bresolve\(args", commands[name]) for name in verbs)
     assert arguments.IMAGE_SIZE == 64
 
 
@@ -97,8 +101,19 @@ def test_a_job_gets_the_pictures_and_its_container_sees_them(capsys: pytest.Capt
     script = capsys.readouterr().out
     assert "fit masked/mae --images in --image-size 8 trainer.devices=1" in script
     assert f"--bind={Path('in').absolute()}" in script
-    assert main(["submit", "masked/mae", *TINY, "--to", "kubernetes", "--image", "a", "--print", *one]) == 2
-    assert "--images does not work with --to kubernetes, only with slurm and local" in capsys.readouterr().err
+    for option in REPLACING:
+        Path("table").touch()
+        place = "table" if option == "--table" else "in"
+        pods = ["--to", "kubernetes", "--image", "a", "--print"]
+        assert main(["submit", "masked/mae", option, place, *pods, *one]) == 2
+        assert f"{option} does not work with --to kubernetes, only with slurm and local" in capsys.readouterr().err
+
+
+def test_a_check_counts_the_settings_that_the_users_data_brought(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *MAE, "--fast"]) == 0
+    counted = re.search(r"(\d+) of them from the command line", capsys.readouterr().out)
+    assert counted is not None
+    assert int(counted[1]) > sum("=" in word for word in MAE)
 
 
 @pytest.mark.runs

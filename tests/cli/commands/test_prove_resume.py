@@ -84,6 +84,16 @@ def test_a_loader_that_forgets_its_place_is_found_out(tmp_path, capsys):
     assert len(provenance["earlier"]) == 1  # it was started twice
 
 
+@pytest.mark.ranks
+@pytest.mark.usefixtures("quick_starts")
+def test_the_users_own_data_are_proved_too(tmp_path, capsys):
+    rows = [f"{row},{row % 7},{'xy'[row % 2]}" for row in range(64)]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,kind", *rows]))
+    own = ["supervised/table_classification", "--table", "rows.csv", "--target", "kind", "--steps", "4", "--kills", "1"]
+    assert main(["prove-resume", *own, "trainer.accelerator=cpu", "data.init_args.batch_size=8"]) == 0
+    assert "\nequal " in capsys.readouterr().out
+
+
 @pytest.mark.runs
 @pytest.mark.usefixtures("quick_starts")
 def test_a_run_that_fails_by_itself_is_no_proof(capsys):

@@ -157,7 +157,9 @@ def test_probes_come_with_labels_and_go_without(folder: Path, tmp_path: Path) ->
     flat = write_pictures(tmp_path / "flat", {"": 8})
     labelled = with_folder("contrastive/barlow_twins", folder).config["trainer"]["callbacks"]
     assert labelled["probes"]["init_args"]["probes"]["knn"]["init_args"] == {"k": 4}
-    assert "probes" not in with_folder("contrastive/barlow_twins", flat).config["trainer"]["callbacks"]
+    unlabelled = with_folder("contrastive/barlow_twins", flat)
+    assert "probes" not in unlabelled.config["trainer"]["callbacks"]
+    assert any("trainer.callbacks.probes" in note for note in unlabelled.notes)
     added = with_folder("contrastive/hydra_imagenet", folder).config["trainer"]["callbacks"]
     assert added["probes"]["init_args"] == {**labelled["probes"]["init_args"], "every_n_epochs": 10}
     for callbacks in (labelled, added):
