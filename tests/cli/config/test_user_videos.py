@@ -33,6 +33,7 @@ def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path:
         f"--videos: 6 video files in {tmp_path / 'in'}",
         "model.init_args.backbone.init_args.in_chans=3",
         "data.init_args.batch_size=4, since there are few videos",
+        "trainer.callbacks.probes left out: probes need classes, and the folder has none",
     ]
     assert "probes" not in after.config["trainer"]["callbacks"]
 
