@@ -100,9 +100,11 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.regressor import Regressor
+from lightspan.methods.supervised.segmenter import Segmenter
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.tag_classifier import TagClassifier
+from lightspan.methods.supervised.volume_fusion import VolumeFusion
 from lightspan.methods.supervised.word_reader import WordReader
 from lightspan.nn.audio.log_mel import LogMel
 from lightspan.nn.bank_noise import BankNoise
@@ -125,6 +127,7 @@ from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
+from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
 from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
@@ -238,6 +241,11 @@ def domains(rows: int, seed: int) -> dict[str, Any]:
     image, target = (torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2))
     index = torch.arange(rows) + ROWS * seed
     return {"image": image, "target_image": target, "semantic": (image[:, 0] > 0.3).long() + 1, "index": index}
+
+
+def labelled_pixels(rows: int, seed: int) -> dict[str, Any]:
+    """Images, and a class for each pixel."""
+    return {name: value for name, value in domains(rows, seed).items() if name != "target_image"}
 
 
 def images(labels: tuple[int, ...] = (0, 1, 2)) -> Callable[[int, int], dict[str, Any]]:
@@ -540,6 +548,10 @@ def fst(**settings: Any) -> FST:
     return FST(UNet(1, width=4, levels=2), 3, virtual_steps=2, momentum=0.9, confidence=0.4, **settings)
 
 
+def volume_fusion(**optimization: Any) -> VolumeFusion:
+    return VolumeFusion(UNet(1, width=4, levels=2), CoefficientMaps(edges=(2, 4)), supervised_scales=2, **optimization)
+
+
 def poa(**optimization: Any) -> POA:
     heads = [dino_head(16, prototypes) for prototypes in (4, 9)]
     settings = {"masks": BlockMasks(probability=0.8), "patch_loss_from": 0.0}
@@ -828,10 +840,12 @@ CASES: dict[str, Case] = {
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
+    "supervised.segmenter": Case(lambda **o: Segmenter(UNet(1, width=4, levels=2), 3, **o), labelled_pixels),
     "supervised.sequence_classifier": Case(
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),
     "supervised.classifier": Case(lambda **o: Classifier(Pooled(), 3, **o), images()),

@@ -75,12 +75,18 @@ class UNet(_Levels):
         self.num_features = width
         self.up = nn.ModuleList(_convolutions(3 * each, each, axes) for each in reversed(self.widths[:-1]))
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Raises: UserError as `maps`."""
+    def scales(self, x_BCHW: Tensor) -> list[Tensor]:
+        """Maps on the way up, from the finest on, of the widths `widths`. Raises: UserError as `maps`."""
         *held, x = self.maps(x_BCHW)
+        found = [x]
         for level in self.up:
             x = level(torch.cat([held.pop(), F.interpolate(x, scale_factor=2.0, mode="nearest")], dim=1))
-        return x
+            found.append(x)
+        return found[::-1]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Raises: UserError as `maps`."""
+        return self.scales(x_BCHW)[0]
 
 
 class UNetEncoder(_Levels):

@@ -32,13 +32,14 @@ class WindowAttention(nn.Module):
         width, heads: width a multiple of heads.
         window: sides.
         shifted: whether windows lie half a window further on, but for axes that one window covers.
+        dropout: of attention and of what it gives, in [0, 1).
     """
 
     parameter_kinds = {"relative": "vectors"}  # noqa: RUF012 - read by lightspan.optim.groups
 
-    def __init__(self, width: int, heads: int, window: Sequence[int], shifted: bool) -> None:
+    def __init__(self, width: int, heads: int, window: Sequence[int], shifted: bool, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.window, self.shifted = heads, tuple(window), shifted
+        self.heads, self.window, self.shifted, self.dropout = heads, tuple(window), shifted, dropout
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.relative = nn.Parameter(torch.empty(math.prod(2 * side - 1 for side in window), heads))
         nn.init.trunc_normal_(self.relative, std=0.02)
@@ -57,8 +58,9 @@ class WindowAttention(nn.Module):
         mask_WhTT = self._bias(window).to(q.dtype)[None]
         if (apart_WTT := _apart(grid, padded, window, shift, q.device)) is not None:
             mask_WhTT = mask_WhTT.masked_fill(apart_WTT[:, None], -math.inf)
-        out_BWhTd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_WhTT)
-        out = self.proj(out_BWhTd.transpose(2, 3).flatten(3)).flatten(2)
+        dropout = self.dropout if self.training else 0.0
+        out_BWhTd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_WhTT, dropout_p=dropout)
+        out = F.dropout(self.proj(out_BWhTd.transpose(2, 3).flatten(3)).flatten(2), self.dropout, self.training)
         grids = [length // side for side, length in zip(window, padded, strict=True)]
         x_BD = unpatchify(out, window, grids).movedim(1, -1).roll(shift, axes)
         return x_BD[(slice(None), *(slice(length) for length in grid))]
@@ -96,11 +98,16 @@ def _apart(
 class SwinBlock(nn.Module):
     """Window attention and an MLP, each after a norm and beside the identity: [B grid... D] -> the same."""
 
-    def __init__(self, width: int, heads: int, window: Sequence[int], shifted: bool, drop_path: float) -> None:
+    def __init__(
+        self, width: int, heads: int, window: Sequence[int], shifted: bool, drop_path: float, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = WindowAttention(width, heads, window, shifted)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.attn = WindowAttention(width, heads, window, shifted, dropout)
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout)),
+            *(nn.Linear(4 * width, width), nn.Dropout(dropout)),
+        )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x_BD: Tensor) -> Tensor:

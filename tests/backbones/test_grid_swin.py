@@ -16,7 +16,7 @@ def torchvision_weights(network: SwinTransformer) -> dict[str, Tensor]:
     """Under the names of a `GridSwin`."""
     found = {}
     for name, value in network.state_dict().items():
-        part, *rest = name.replace("relative_position_bias_table", "relative").replace("mlp.3", "mlp.2").split(".")
+        part, *rest = name.replace("relative_position_bias_table", "relative").split(".")
         if part == "norm":
             found[name] = value
         if part != "features" or rest[-1] == "relative_position_index":

@@ -1,4 +1,7 @@
-"""A class for each pixel, from maps of a backbone. Shapes: B images, C H W, F width of the maps, K classes."""
+"""A class for each pixel or voxel, from maps of a backbone.
+
+Shapes: B images or volumes, C channels, H W their sides, of any number, F width of the maps, K classes.
+"""
 
 from torch import Tensor, nn
 
@@ -6,7 +9,7 @@ from lightspan.core.errors import UserError
 
 
 class PixelClassifier(nn.Sequential):
-    """A backbone and a 1 x 1 convolution: images [B C H W] -> logits [B K H W].
+    """A backbone and a convolution of single pixels: images [B C H W] -> logits [B K H W].
 
     Raises: UserError for a backbone that gives no maps of the images' size.
     """
@@ -14,7 +17,7 @@ class PixelClassifier(nn.Sequential):
     def forward(self, image_BCHW: Tensor) -> Tensor:
         backbone, head = self
         maps_BFHW = backbone(image_BCHW)
-        if maps_BFHW.ndim != 4 or maps_BFHW.shape[2:] != image_BCHW.shape[2:]:
+        if maps_BFHW.shape[2:] != image_BCHW.shape[2:]:
             raise UserError(
                 f"each pixel is classified, and of images {[*image_BCHW.shape]} the backbone "
                 f"{type(backbone).__name__} gives {[*maps_BFHW.shape]}; use one that gives maps of their size, such as "
