@@ -31,7 +31,7 @@ class Recorder:
             "system": system,
             "title": title,
             "command": f"make evidence SYSTEM={system.split('_')[0]}",
-            **surroundings(path.parent),
+            **surroundings(),
             "seconds": 0.0,
             "complete": False,
             "notes": [],

@@ -13,7 +13,7 @@ PACKAGES = ("lightspan", "torch", "lightning", "numpy", "timm", "transformers", 
 OWN_OUTPUT = ("evidence/results", "docs/evidence.md", "docs/evidence", "docs/methods.md")  # a run changes these itself
 
 
-def surroundings(folder: Path) -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
     """What a figure depends on besides the code: versions, commit, machine, date (UTC)."""
     versions = {}
     for package in PACKAGES:
@@ -21,10 +21,10 @@ def surroundings(folder: Path) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    changed = _git(folder, "status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in OWN_OUTPUT))
+    changed = _git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in OWN_OUTPUT))
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git(folder, "rev-parse", "--verify", "--quiet", "HEAD"),
+        "commit": _git("rev-parse", "--verify", "--quiet", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "versions": versions,
@@ -40,10 +40,10 @@ def threads() -> int | None:
     return torch.get_num_threads() if torch else None
 
 
-def _git(folder: Path, *args: str) -> str | None:
-    existing = next(p for p in (folder, *folder.parents) if p.is_dir())
+def _git(*args: str) -> str | None:
+    """What git says of the code that measures, wherever the records go."""
     try:
-        done = subprocess.run(["git", *args], cwd=existing, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

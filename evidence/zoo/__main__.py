@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = records.read(options.records)
-    around = surroundings(Path(__file__).parent)
+    around = surroundings()
     about = {name: around[name] for name in ("commit", "uncommitted_changes", "date", "cpu")}
     about["torch"] = torch.__version__
 
