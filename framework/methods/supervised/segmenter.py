@@ -10,20 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassF1Score
 
-from lightspan.core.batches import require_fields
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
 from lightspan.nn.init import CONVOLUTIONS
-from lightspan.nn.labels import require_classes
+from lightspan.nn.labels import VOXEL_LABELS, require_classes, voxel_labels_of
 from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
 from lightspan.objectives.segmentation import dice_and_cross_entropy
 from lightspan.training.method import Method
-
-FIELDS = ("segmentation", "semantic")
-"""What batches of volumes and of images call their labels."""
 
 
 class Segmenter(Method):
@@ -57,7 +53,7 @@ class Segmenter(Method):
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         if isinstance(batch, Mapping):
-            for field in set(FIELDS) & batch.keys():
+            for field in set(VOXEL_LABELS) & batch.keys():
                 require_classes(batch[field], self.num_classes, "Segmenter", field)
         return batch
 
@@ -77,25 +73,15 @@ class Segmenter(Method):
         return {"loss": (found["dice"] + found["nats"]) / 2, "loss_dice": found["dice"], "loss_nats": found["nats"]}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = self.losses(self(image_of(batch, "Segmenter")), labels_of_voxels(batch))
+        x_BCN = image_of(batch, "Segmenter")
+        losses = self.losses(self(x_BCN), voxel_labels_of(batch, "Segmenter", x_BCN))
         self.log_training({f"train/{name}": value for name, value in losses.items()})
         return losses["loss"]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        logits_BKN, label_BN = self(image_of(batch, "Segmenter")), labels_of_voxels(batch)
+        x_BCN = image_of(batch, "Segmenter")
+        logits_BKN, label_BN = self(x_BCN), voxel_labels_of(batch, "Segmenter", x_BCN)
         self.dice.update(logits_BKN.argmax(dim=1), label_BN)
         losses = {f"val/{name}": value for name, value in self.losses(logits_BKN, label_BN).items()}
         self.log_dict(losses, batch_size=len(label_BN), sync_dist=True)
         self.log("val/dice", self.dice, prog_bar=True)
-
-
-def labels_of_voxels(batch: Mapping[str, Any]) -> Tensor:
-    """int64 [B N]. Raises: UserError for a batch without labels of voxels."""
-    require_fields(batch, "Segmenter")
-    found = [batch[field] for field in FIELDS if field in batch]
-    if not found:
-        raise UserError(
-            f"Segmenter learns from a class for each voxel, and this batch holds {', '.join(sorted(batch))}; name the "
-            "files that have them, as data.init_args.segmentation"
-        )
-    return found[0].long()

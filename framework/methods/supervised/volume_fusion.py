@@ -83,7 +83,8 @@ class VolumeFusion(Method):
         alpha_B1DHW = (label_BDHW / self.coefficients.levels)[:, None].to(front_BCDHW)
         fused_BCDHW = torch.lerp(back_BCDHW, front_BCDHW, alpha_B1DHW)
         draws = [np.random.default_rng((self.coefficients.seed, step, index, 1)).random() for index in indices]
-        kept_B = torch.tensor([draw >= self.inversion for draw in draws], device=fused_BCDHW.device)
+        kept = [draw >= self.inversion for draw in draws]
+        kept_B = torch.tensor(kept, dtype=torch.bool, device=fused_BCDHW.device)
         return fused_BCDHW.where(kept_B.view(-1, *(1 for _ in fused_BCDHW.shape[1:])), 1 - fused_BCDHW), label_BDHW
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -44,7 +44,8 @@ class CoefficientMaps:
         Args:
             indices: the samples' numbers in their dataset.
         """
-        return np.stack([self._map(size, np.random.default_rng((self.seed, step, index))) for index in indices])
+        maps = [self._map(size, np.random.default_rng((self.seed, step, index))) for index in indices]
+        return np.array(maps, dtype=np.int64).reshape(len(indices), *size)
 
     def _map(self, size: Sequence[int], generator: np.random.Generator) -> np.ndarray:
         shortest, longest = self.edges

@@ -38,6 +38,7 @@ def test_all_coefficients_of_the_foreground_are_equally_likely() -> None:
 
 def test_an_edge_that_is_longer_than_the_sample_is_cut_and_ratios_may_be_nothing_or_all() -> None:
     assert (CoefficientMaps(1, (50, 60), 1.0).draw((4, 4, 1), 0, [0]) == 1).all()
+    assert CoefficientMaps().draw((4, 4, 4), 0, []).shape == (0, 4, 4, 4)
     assert not CoefficientMaps(1, (2, 2), 0.0).draw((4, 4, 4), 0, [0]).any()
 
 
