@@ -1,15 +1,26 @@
 """Folders of small NIfTI files and DICOM series, for tests."""
 
+import locale
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lightspan.datamodules.volume.reading import same_locale
-
 nibabel = pytest.importorskip("nibabel", reason="the extra `volumes` is not installed")
 sitk = pytest.importorskip("SimpleITK", reason="the extra `volumes` is not installed")
+
+
+@contextmanager
+def same_locale() -> Iterator[None]:
+    """GDCM leaves the locale "C" behind, in which Python opens texts as ASCII from then on."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def write_nifti(path: Path, values: np.ndarray, spacing: tuple[float, float, float] = (1, 1, 1), **header: int) -> Path:

@@ -13,7 +13,6 @@ from lightning import LightningDataModule
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import default_collate
-from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.batches import batch_type_of
 from lightspan.core.distributed import rank, world_size
@@ -21,6 +20,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.packed import fitted
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
@@ -67,9 +67,7 @@ class Decoding:
     def _resized(self, image: Tensor) -> Tensor:
         if self.image_size is None:
             return image
-        size, shorter = self.image_size, min(image.shape[1:])
-        scaled = [round(side * size / shorter) for side in image.shape[1:]]
-        return F.center_crop_image(F.resize_image(image, scaled, antialias=True), [size, size])
+        return fitted(image, self.image_size, "crop", background=0)
 
 
 class Shards(LightningDataModule):

@@ -74,6 +74,7 @@ def index_of(path: Path, through: bool = False) -> VideoIndex:
     """
     ticks = list[int]()
     with _opened(path) as (container, stream):
+        size = container.size
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
                 continue
@@ -83,6 +84,8 @@ def index_of(path: Path, through: bool = False) -> VideoIndex:
                 raise ValueError(f"frame {len(ticks):,} has no time; write it anew, such as by `ffmpeg -i`")
             ticks.append(packet.pts)
             FRAMES.require(len(ticks))
+            if len(ticks) > size:
+                raise ValueError(f"its list of frames is damaged: it has {size:,} bytes and names more frames")
         tick_s = float(stream.time_base or 0)
     if not ticks or tick_s <= 0:
         raise ValueError("its video stream has no frame")
@@ -166,7 +169,8 @@ def _frames(container: "InputContainer", stream: "VideoStream") -> "Iterator[Vid
     sound = True
     for packet in container.demux(stream):
         try:
-            decoded: Any = packet.decode()
+            with bounded_memory():  # a decoder keeps several large pictures at a time
+                decoded: Any = packet.decode()
         except FFmpegError:
             sound, decoded = False, []
         for frame in decoded:
@@ -224,7 +228,7 @@ def _require_end(file: BinaryIO, size: int) -> None:
     if start[:4] == b"RIFF":
         end = 8 + int.from_bytes(start[4:8], "little")
     elif start[:4] == b"\x1a\x45\xdf\xa3":  # Matroska and WebM: a header, then one element with everything
-        end = _end_of_segment(file)
+        end = _end_of_segment(file, size)
     elif start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         for _ in range(_BOXES + 1):
             if at + 8 > size:
@@ -244,10 +248,12 @@ def _require_end(file: BinaryIO, size: int) -> None:
         raise ValueError(f"it is cut short: it has {size:,} bytes of {end:,}")
 
 
-def _end_of_segment(file: BinaryIO) -> int:
+def _end_of_segment(file: BinaryIO, size: int) -> int:
     """0 where it is not known, as of a stream that was written while it came."""
     file.seek(4)
     length, _ = _vint(file)
+    if length > size:
+        return 0
     file.seek(length, os.SEEK_CUR)
     if file.read(4) != _SEGMENT:
         return 0

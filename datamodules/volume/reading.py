@@ -6,20 +6,21 @@ nearest of these axes, and keeps its tilt in the affine map.
 Shapes: D slices, H W pixels of a slice.
 """
 
-import locale
 import math
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.files.foreign import NUMBERS, bounded_memory, content_of, opened_regular, unpacked
+from lightspan.core.files.foreign import NUMBERS, content_of, opened_regular, unpacked
+from lightspan.datamodules.volume import dicom
 from lightspan.datamodules.volume.elements import StoredPixels
+
+T = TypeVar("T")
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
@@ -87,21 +88,8 @@ def _nibabel() -> Any:
     try:
         import nibabel
     except ImportError as error:
-        raise _without("nibabel") from error
+        raise UserError(f"volumes are read by nibabel, which is not installed: {install_extra('volumes')}") from error
     return nibabel
-
-
-def _sitk() -> Any:
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise _without("SimpleITK") from error
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is said once, by us
-    return SimpleITK
-
-
-def _without(package: str) -> UserError:
-    return UserError(f"volumes are read by {package}, which is not installed: {install_extra('volumes')}")
 
 
 def _turned(shape_xyz: tuple[int, ...], affine_xyz: np.ndarray) -> tuple[VoxelGrid, Any]:
@@ -198,8 +186,7 @@ class _Slice(NamedTuple):
 
 
 def _opened_series(paths: list[Path]) -> tuple[VoxelGrid, Any]:
-    sitk = _sitk()
-    slices = [_slice(sitk, path) for path in paths]
+    slices = [_slice(path) for path in paths]
     first = slices[0]
     if len(count := {one.series for one in slices}) > 1:
         raise ValueError(f"it holds slices of {len(count)} series; put each series into a folder of its own")
@@ -226,61 +213,37 @@ def _opened_series(paths: list[Path]) -> tuple[VoxelGrid, Any]:
     grid, turn = _turned(sides, np.diag([-1.0, -1, 1, 1]) @ affine)  # DICOM counts towards left and posterior
 
     def values() -> np.ndarray:
-        try:
-            parts = [_voxels(sitk, slices[at].path) for at in order]
-        except RuntimeError as error:
-            raise ValueError(f"a slice cannot be decoded: {_last_line(error)}") from error
+        parts = [_of(slices[at].path, dicom.voxels) for at in order]
         whole_zyx = np.concatenate([part.reshape(-1, *part.shape[-2:]) for part in parts]).astype(np.float32)
         return turn(whole_zyx.transpose(2, 1, 0))
 
     return grid, values
 
 
-def _voxels(sitk: Any, path: Path) -> Any:
-    with bounded_memory(), same_locale():
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-
-
-def _slice(sitk: Any, path: Path) -> _Slice:
+def _of(path: Path, read: Callable[[Path], T]) -> T:
     """Raises: ValueError, with the file's name."""
     try:
-        return _read_slice(sitk, path)
+        return read(path)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _read_slice(sitk: Any, path: Path) -> _Slice:
+def _slice(path: Path) -> _Slice:
+    return _of(path, _read_slice)
+
+
+def _read_slice(path: Path) -> _Slice:
     pixels = StoredPixels.of(content_of(path))
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
     try:
-        with bounded_memory(), same_locale():
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ValueError(f"it is not a DICOM image, or is damaged: {_last_line(error)}") from error
-    if reader.GetNumberOfComponents() != 1:
-        raise ValueError(f"it has {reader.GetNumberOfComponents()} colours a voxel, not single numbers")
+        told = dicom.header(path)
+    except ValueError as error:
+        raise ValueError(f"it is not a DICOM image, or is damaged: {error}") from error
+    if told["components"] != 1:
+        raise ValueError(f"it has {told['components']} colours a voxel, not single numbers")
     # The decoder makes up the rest of pixels that are cut short, from whatever was in memory.
-    bits = reader.GetMetaData("0028|0100") if reader.HasMetaDataKey("0028|0100") else "8"
-    pixels.require(math.prod(reader.GetSize()), int(bits))
-    series = reader.GetMetaData("0020|000e").strip() if reader.HasMetaDataKey("0020|000e") else ""
-    size, spacing = (*reader.GetSize(), 1, 1)[:3], (*reader.GetSpacing(), 1.0)[:3]
-    direction = np.array(reader.GetDirection(), float)
+    pixels.require(math.prod(told["size"]), int(told.get("bits", "8")))
+    size, spacing = (*told["size"], 1, 1)[:3], (*told["spacing"], 1.0)[:3]
+    direction = np.array(told["direction"], float)
     direction = direction.reshape(3, 3) if direction.size == 9 else np.eye(3)
-    origin = np.array((*reader.GetOrigin(), 0.0)[:3], float)
-    return _Slice(path, series, tuple(map(int, size)), origin, direction, spacing)
-
-
-@contextmanager
-def same_locale() -> Iterator[None]:
-    """GDCM leaves the locale "C" behind, in which Python opens texts as ASCII from then on."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    origin = np.array((*told["origin"], 0.0)[:3], float)
+    return _Slice(path, told.get("series", "").strip(), tuple(map(int, size)), origin, direction, spacing)

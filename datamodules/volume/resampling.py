@@ -30,7 +30,7 @@ def respaced(grid: VoxelGrid, spacing: tuple[float, float, float]) -> VoxelGrid:
 
 def resampled(values: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray:
     """float32 [D H W] on a `respaced` grid: linear along each axis, over as many voxels as a new one is wide."""
-    for axis, (side, ratio) in enumerate(zip(new.shape, new.spacing / grid.spacing, strict=True)):
+    for axis, side, ratio in _shrinking_first(grid, new):
         if (old := values.shape[axis]) == side and abs(ratio - 1) < 1e-6:
             continue
         moved = np.moveaxis(values, axis, 0)
@@ -55,11 +55,17 @@ def _weights(new: int, old: int, ratio: float) -> sparse.csr_array:
 
 def nearest(labels: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray:
     """Labels [D H W] on a `respaced` grid: of the voxel in which the middle of a new one lies."""
-    for axis, (side, ratio) in enumerate(zip(new.shape, new.spacing / grid.spacing, strict=True)):
+    for axis, side, ratio in _shrinking_first(grid, new):
         old = labels.shape[axis]
         places = np.floor(_places(np.arange(side), side, old, ratio) + 0.5).astype(int).clip(0, old - 1)
         labels = labels.take(places, axis=axis)
     return labels
+
+
+def _shrinking_first(grid: VoxelGrid, new: VoxelGrid) -> list[tuple[int, int, float]]:
+    """(axis, new side, ratio of spacings) in an order in which nothing between is larger than the larger of both."""
+    axes = zip(range(3), new.shape, (new.spacing / grid.spacing).tolist(), strict=True)
+    return sorted(axes, key=lambda one: one[1] / grid.shape[one[0]])
 
 
 def _places(at: Any, new: Any, old: Any, ratio: Any) -> Any:

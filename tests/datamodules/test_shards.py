@@ -35,7 +35,7 @@ from lightspan.datamodules.loading.workers import Replacement
 from lightspan.datamodules.shards import samples as shard_samples
 from lightspan.datamodules.shards import stream as shards_module
 from lightspan.datamodules.shards.index import SUFFIX, scan
-from lightspan.datamodules.shards.stream import Shards
+from lightspan.datamodules.shards.stream import Decoding, Shards
 from lightspan.evaluation.probes.probes import KNN, LinearProbe
 
 
@@ -170,6 +170,11 @@ def test_views_are_made_in_training_alone_and_are_a_function_of_the_seed(shards:
     assert "views" not in next(iter(data.val_dataloader()))
     assert labels(list(data.bank_dataloader())) == list(range(12))
     assert "views" not in next(iter(data.bank_dataloader()))
+
+
+def test_a_long_strip_is_cut_before_it_is_scaled() -> None:
+    strip = Decoding({"image": "png"}, 32, None)._resized(torch.full((3, 1, 200_000), 7, dtype=torch.uint8))
+    assert torch.equal(strip, torch.full((3, 32, 32), 7, dtype=torch.uint8))
 
 
 def test_image_size_scales_the_shorter_side_and_cuts_out_the_middle(tmp_path: Path) -> None:

@@ -180,6 +180,6 @@ def _damaged_videos(folder: Path, settings: dict[str, Any]) -> tuple[list[str], 
             index_of(folder / names[number])
         except UserError:  # of this machine, not of the video
             raise
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             said.append(f"{names[number]}: {error}")
     return said, len(seen), len(names)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkout",
         type=folder,
-        help="the clone of lightspan whose code and figures are meant (default: the one here)",
+        help="the clone of lightspan whose code is run (default: the one that is installed here)",
     )
     parser.add_argument("--out", type=Path, help="where the new record is kept (default: build/reproduce in the clone)")
     parser.epilog = (
@@ -31,14 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises: UserError outside of a clone."""
-    here = Path.cwd()
-    places = [args.checkout] if args.checkout else [here, *here.parents]
-    root = next((place for place in places if (place / SCRIPT).is_file()), None)
-    if root is None:
+    """Raises: UserError for a folder that is no clone."""
+    # Not the current folder's code, which somebody else may have written: that runs only if the user names it.
+    root = args.checkout or Path(__file__).resolve().parents[3]
+    if not (root / SCRIPT).is_file():
         raise UserError(
-            f"{places[0]} is not inside a clone of lightspan, which holds the measurements; change to one, or give "
-            "--checkout=FOLDER"
+            f"{root} is not a clone of lightspan, which holds the measurements; name one by --checkout=FOLDER, whose "
+            "code is then run"
         )
     out = ["--out", str(args.out.absolute())] if args.out else []
     return subprocess.run([sys.executable, str(root / SCRIPT), args.row, *out], cwd=root, check=False).returncode

@@ -8,6 +8,8 @@ Faults are ValueErrors that say what "it" is, and the reader names the file and 
 
 import bz2
 import faulthandler
+import gzip
+import io
 import json
 import lzma
 import math
@@ -17,7 +19,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +227,14 @@ def settings_object(path: Path) -> dict[str, Any]:
     return found
 
 
+_PACKERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+}
+"""By the first bytes of what they packed; each reads on where several packed files were put one after the other."""
+
+
 def unpacked(packed: bytes, most: int | None = None) -> bytes:
     """What gzip, zlib, bzip2 or xz has packed, as its first bytes tell; any other content is returned as it is.
 
@@ -232,18 +242,24 @@ def unpacked(packed: bytes, most: int | None = None) -> bytes:
         most: bytes that it may become, where its reader knows; never more than the limit of `BYTES`.
     Raises: ValueError for more, or for damage.
     """
-    made: Any
-    if packed[:2] == b"\x1f\x8b" or packed[:1] == b"\x78":
-        made = zlib.decompressobj(wbits=47)  # 32 + 15: gzip or zlib, by its first bytes
-    elif packed[:3] == b"BZh":
-        made = bz2.BZ2Decompressor()
-    elif packed[:6] == b"\xfd7zXZ\x00":
-        made = lzma.LZMADecompressor()
-    else:
+    most, way_out = (
+        (most, ", far more than its header tells of")
+        if most is not None and most < BYTES.most
+        else (BYTES.most, f"; if you trust it, raise the limit with {BYTES.setting}")
+    )
+    if packed[:1] == b"\x78":
+        return drained(zlib.decompressobj(), packed, most, way_out)
+    opener = next((opener for start, opener in _PACKERS.items() if packed.startswith(start)), None)
+    if opener is None:
         return packed
-    if most is not None and most < BYTES.most:
-        return drained(made, packed, most, ", far more than its header tells of")
-    return drained(made, packed, BYTES.most, f"; if you trust it, raise the limit with {BYTES.setting}")
+    try:
+        with opener(io.BytesIO(packed)) as file:
+            content: bytes = file.read(most + 1)
+    except EOFError as error:
+        raise ValueError("it is cut short") from error
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"it cannot be unpacked: {error}") from error
+    return _few_enough(content, most, way_out)
 
 
 def drained(decompressor: Any, packed: bytes, most: int, way_out: str = "") -> bytes:
@@ -254,8 +270,13 @@ def drained(decompressor: Any, packed: bytes, most: int, way_out: str = "") -> b
         content: bytes = decompressor.decompress(packed, most + 1)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"it cannot be unpacked: {error}") from error
-    if len(content) > most:
-        raise ValueError(f"it unpacks to more than {most:,} bytes{way_out}")
+    _few_enough(content, most, way_out)
     if not decompressor.eof:
         raise ValueError("it is cut short")
+    return content
+
+
+def _few_enough(content: bytes, most: int, way_out: str) -> bytes:
+    if len(content) > most:
+        raise ValueError(f"it unpacks to more than {most:,} bytes{way_out}")
     return content

@@ -106,6 +106,12 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
             index_of(tmp_path / name)
 
 
+def test_a_header_of_any_length_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.mkv").write_bytes(b"\x1a\x45\xdf\xa3\x01" + b"\xff" * 6 + b"\xfe" + bytes(64))
+    with pytest.raises(ValueError, match="FFmpeg cannot read it"):
+        index_of(tmp_path / "a.mkv")
+
+
 def test_limits_come_before_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mkv", numbered(8))
     monkeypatch.setenv("LIGHTSPAN_MAX_FRAMES", "7")

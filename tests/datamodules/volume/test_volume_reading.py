@@ -211,6 +211,30 @@ def test_a_deflated_slice_takes_no_more_memory_than_the_limit(tmp_path: Path, mo
         VolumeFile(".", ("x.dcm",)).grid(tmp_path)
 
 
+def test_a_file_that_crashes_its_decoder_is_damaged_and_the_next_one_is_read(tmp_path: Path) -> None:
+    rle = b"1.2.840.10008.1.2.5"
+    fragments = [b"", bytes(64)]  # no table of places; then one fragment, which says that it has no segment
+    packed = b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(part)) + part for part in fragments)
+    crashing = dicom(4, 4, b"", syntax=rle)[: -len(element(0x7FE0, 0x10, b"OW", b""))]
+    crashing += (
+        struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1) + packed + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    )
+    (tmp_path / "crash").mkdir()
+    written(crashing)(tmp_path / "crash")
+    written(dicom(4, 4, np.arange(16, dtype="<u2").tobytes()))(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x\.dcm: it .* damaged"):
+            VolumeFile("crash", ("x.dcm",)).read(tmp_path)
+        assert VolumeFile(".", ("x.dcm",)).read(tmp_path)[0].sum() == 120
+
+
+def test_packed_files_one_after_the_other_are_one_volume(tmp_path: Path) -> None:
+    """As pigz, bgzip and cat write them."""
+    content = write_nifti(tmp_path / "x.nii", noise(0)).read_bytes()
+    (tmp_path / "y.nii.gz").write_bytes(gzip.compress(content[:500]) + gzip.compress(content[500:]))
+    assert np.array_equal(VolumeFile("y.nii.gz").read(tmp_path)[0], noise(0))
+
+
 def test_without_the_extra_its_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nifti(tmp_path / "x.nii", noise(0))
     monkeypatch.setitem(sys.modules, "nibabel", None)
@@ -258,6 +282,20 @@ def test_a_long_line_of_voxels_is_resampled_in_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**27  # of the 2^37 that every pair of an old and a new one takes
     finally:
         tracemalloc.stop()
+
+
+def test_between_two_grids_nothing_is_larger_than_the_larger_of_both() -> None:
+    """Axes that shrink come first: one slice of 512 x 512 pixels of 0.01 mm becomes 100 x 5 x 5 voxels of 1 mm."""
+    grid = VoxelGrid((1, 512, 512), np.diag([100.0, 0.01, 0.01, 1.0]))
+    new, values = respaced(grid, (1.0, 1.0, 1.0)), np.ones(grid.shape, np.float32)
+    labels = np.ones(grid.shape, np.int8)
+    tracemalloc.start()
+    found, same = resampled(values, grid, new), nearest(labels, grid, new)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.shape == same.shape == (100, 5, 5)
+    assert found == pytest.approx(1)
+    assert peak < 8 * values.nbytes
 
 
 def test_more_voxels_than_the_limit_are_not_made(tmp_path: Path) -> None:
