@@ -56,7 +56,7 @@ class StoredPixels:
         """Looks at the elements from `at` on, or at those of the header, and gives the place after them."""
         tags, short, long = (struct.Struct(order + kind).unpack_from for kind in ("HH", "H", "I"))
         around = [(len(content), False)]  # of each sequence and item here: where it ends at the latest; whether open
-        while at + 12 <= len(content):
+        while at + 8 <= len(content):
             while len(around) > 1 and at >= around[-1][0]:
                 around.pop()
             tag, kind = tags(content, at), content[at + 4 : at + 6]
@@ -71,6 +71,8 @@ class StoredPixels:
                 kind = b"UN"  # sequences of kind UN are implicit inside, and some programs mix both
                 (length,), first = long(content, at + 4), at + 8
             elif kind in _LONG:
+                if at + 12 > len(content):
+                    return len(content)
                 (length,), first = long(content, at + 8), at + 12
             else:
                 (length,), first = short(content, at + 6), at + 8
