@@ -132,6 +132,13 @@ def seen_group_regression(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: T
     return masked.seen_group_regression(*parts, hidden_BGL)
 
 
+def regression_by_modality(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Of two modalities, to one of which each row's two patches belong; of some rows neither is known."""
+    guess_BHn, patches_BHn = (part.unflatten(1, (2, 2)) for part in (x @ weight, x.sin()))
+    modality_BH = (label_B % 2)[:, None].expand(-1, 2)
+    return masked.regression_by_modality(guess_BHn, patches_BHn, modality_BH, x[:, :2] > -0.5, 2).sum()
+
+
 def hidden_absolute_error(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     """Ranks differ in how much is hidden."""
     return masked.hidden_absolute_error(x @ weight, x.sin(), (label_B % 2 == 0)[:, None])
@@ -304,6 +311,7 @@ CASES = {
     "masked.seen_absolute_error": Case(
         lambda x, weight, label_B, mixed_B: masked.seen_absolute_error(x @ weight, x.sin(), x > -0.5)
     ),
+    "masked.regression_by_modality": Case(regression_by_modality),
     "masked.seen_group_regression": Case(seen_group_regression),
     "prototypes.class_and_patch_losses": Case(class_and_patch_losses, 4),
     "prototypes.cross_view_loss": Case(cross_view_loss),

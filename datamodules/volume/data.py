@@ -200,16 +200,20 @@ class VolumeSets(SampleSets):
                 f"{len(found.train)} volumes to train and {len(found.val)} to validate are too few; give at least one "
                 "of each: a class with a single subject holds none out"
             )
-        self.train = VolumeSamples(found.archive, found.train, self.size, True, self.crops, self.augment)
+        self.train = self.training(found.archive, found.train)
         self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
-        if self.augment is not None:
-            finish_on_device(self, AlteredVolumes(self.augment))
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
         say(
             f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
             f"{' x '.join(map(str, self.size))} voxels, "
             + (f"{len(self.classes):,} classes" if self.classes else "without labels")
         )
+
+    def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
+        """Training samples of these volumes, whose augmentation is made on the device."""
+        if self.augment is not None:
+            finish_on_device(self, AlteredVolumes(self.augment))
+        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

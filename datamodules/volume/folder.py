@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
@@ -32,6 +33,17 @@ class _Folders:
     def read(self, number: int) -> Volume:
         first = len(self.packs[0].subjects)
         return self.packs[0].read(number) if number < first else self.packs[1].read(number - first)
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Two volumes that are one."""
+
+    volume: Volume
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
+
+    def read(self, number: int) -> Volume:
+        return self.volume
 
 
 class VolumeFolder(VolumeSets):
@@ -109,6 +121,16 @@ class VolumeFolder(VolumeSets):
         for number in train.tolist():
             digest.update(packs[0].known[number]["content"].encode())
         return FoundVolumes(_Folders(packs, joined), train, val, classes, digest.hexdigest()[:32])
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """Two subjects of zeros of the size of a crop, where the folder is not here."""
+        if self.folder.exists():
+            return None
+        channels, nothing = len(self.modalities), np.zeros(self.size, np.float16)
+        labels = None if self.segmentation is None else nothing.astype(np.int64)
+        zeros = Volume(np.stack([nothing] * channels), np.ones(channels, bool), labels, np.eye(4), 0)
+        samples = self.training(_Zeros(zeros), np.arange(2))
+        return default_collate([samples.sample(index, 0) for index in range(2)])
 
     def _subjects(self, folder: Path) -> FoundSubjects:
         found = find_subjects(folder, self.modalities, self.segmentation, self.links)

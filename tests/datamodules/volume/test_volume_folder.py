@@ -10,7 +10,9 @@ from volume_files import noise, write_nifti, write_volumes
 
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
+from lightspan.datamodules.rendered.slices import ANATOMY
 from lightspan.datamodules.volume.augment import VolumeAugmentation
+from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 from lightspan.datamodules.volume.data import VolumeSets, cropped
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.intensity import IntensityWindow
@@ -181,6 +183,50 @@ def test_settings_out_of_range_are_named() -> None:
     ):
         with pytest.raises(UserError, match=said):
             VolumeFolder(".", **settings)
+
+
+def test_a_folder_that_is_not_here_has_a_batch_of_the_right_shapes_for_plans(tmp_path: Path) -> None:
+    modalities = {"t1": "{subject}_t1", "t2": "{subject}_t2"}
+    for settings in (
+        {}, {"crops": 2}, {"augment": VolumeAugmentation(gain=0.1)}, {"segmentation": "{subject}_seg"},
+        {"modalities": modalities, "crops": 1, "augment": VolumeAugmentation(flip=(0.5, 0, 0))},
+    ):  # fmt: skip
+        away = VolumeFolder(str(tmp_path / "away"), size=(2, 4, 6), **settings)
+        batch: Any = away.stand_in()
+        require_declared(batch, VolumeViewsBatch if "crops" in settings else VolumeBatch, "VolumeFolder")
+        volumes = batch["views"] if "crops" in settings else [batch["volume"]]
+        assert {volume.shape for volume in volumes} == {(2, len(settings.get("modalities", "1")), 2, 4, 6)}
+        assert ("segmentation" in batch) == ("segmentation" in settings)
+        finished = away.on_after_batch_transfer(batch, 0)
+        assert ("parameters" in finished) == ("augment" in settings)
+    assert VolumeFolder(str(tmp_path)).stand_in() is None
+
+
+def test_phantoms_are_one_body_in_contrasts_of_which_every_second_has_no_lesion() -> None:
+    settings: dict[str, Any] = {"patients": 4, "cuts": 16, "side": 24, "noise": 0.0, "val_size": 1, "diseased": 1.0}
+    one, three = (Phantoms(contrasts=contrasts, **settings).find() for contrasts in (1, 3))
+    assert one.content != three.content
+    greys, lesions = [grey for grey, *_ in ANATOMY.values()], 0
+    for number in range(4):
+        plain, volume = one.archive.read(number), three.archive.read(number)
+        assert volume.values.shape == (3, 16, 24, 24)
+        assert volume.present.tolist() == [True] * 3
+        assert np.array_equal(volume.values[0], plain.values[0])
+        assert np.array_equal(volume.segmentation, plain.segmentation)
+        first, second, third = volume.values.astype(np.float32)
+        for contrast, image in enumerate((first, second, third)):
+            for organ in (ORGANS.index("liver"), ORGANS.index("muscle")):
+                expected = greys[(organ - 1 + contrast) % len(greys)]
+                assert np.median(image[volume.segmentation == organ]) == pytest.approx(expected, abs=0.05)
+        # What is more than the greys of patients differ is a vessel, or a lesion, which the second contrast lacks.
+        own, next_one, shifted = (np.array([0, *greys, *greys[:2]])[volume.segmentation + at] for at in range(3))
+        inside = volume.segmentation > 0
+        clear = inside & (np.abs(first - own) > 0.25) & (first > 0.02) & (third > 0.02) & (third < 0.98)
+        np.testing.assert_allclose((third - shifted)[clear], (first - own)[clear], atol=2e-3)
+        lesions += int((inside & (np.abs(first - own) > 0.25) & (np.abs(second - next_one) < 1e-3)).sum())
+    assert lesions
+    with pytest.raises(UserError, match="contrasts=0"):
+        Phantoms(contrasts=0)
 
 
 def test_phantoms_have_each_organ_where_it_belongs() -> None:
