@@ -58,6 +58,8 @@ from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval,
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
+from lightspan.methods.contrastive.voco import VoCo
+from lightspan.methods.contrastive.voco_large import VoCoLarge
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
@@ -233,6 +235,12 @@ def placed_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views and how each was turned, in degrees."""
     turns = 360 * torch.rand(rows, 2, 1, generator=torch.Generator().manual_seed(seed + 100))
     return views()(rows, seed) | {"parameters": turns}
+
+
+def base_crops(rows: int, seed: int) -> dict[str, Any]:
+    """Three base crops, two others, and the share of each of these in each of the first."""
+    overlap = torch.rand(rows, 2, 3, generator=torch.Generator().manual_seed(seed + 100)).log().softmax(dim=2)
+    return views(5)(rows, seed) | {"overlap": overlap}
 
 
 def domains(rows: int, seed: int) -> dict[str, Any]:
@@ -735,6 +743,11 @@ CASES: dict[str, Case] = {
         lambda **o: VICReg(Pooled(), projector(), **o),
         views(),
         halves_differ=AMONG_ROWS,
+    ),
+    "contrastive.voco": Case(lambda **o: VoCo(Pooled(), projector(), **o), base_crops),
+    "contrastive.voco, with a teacher": Case(lambda **o: VoCo(Pooled(), projector(), momentum=0.5, **o), base_crops),
+    "contrastive.voco_large": Case(
+        lambda **o: VoCoLarge(Pooled(), projector(), momentum=0.5, **o), base_crops, halves_differ=AMONG_ROWS
     ),
     "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
     "distillation.cion": Case(lambda **o: CION(Pooled(), dino_head(8, 9), **MOMENTA, **FREE, **o), persons),

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class VolumeFolder(VolumeSets):
             order. None reads each file as a subject of its own. A modality that a subject lacks is 0, and `present`
             says so.
         segmentation: pattern of the labels, whole numbers from -1 (none). A subject without a file has -1 everywhere.
-        spacing: between voxels in mm, one number or those along D, H and W; None keeps that of the files.
+        spacing: between voxels in mm, one number or those along D, H and W; None keeps that of the files, or with
+            `bases` brings the box around each body to the size of the grid, so that a cell is at one place in all.
         intensity: of each volume by itself; None is `Percentiles`, for MR. For CT take an `IntensityWindow`.
         val_share: share of the subjects of each class held out, in (0, 1), by a hash of their names.
         links: "skip" or "follow".
@@ -98,7 +100,9 @@ class VolumeFolder(VolumeSets):
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.modalities, self.segmentation, self.val_share = modalities or ALL, segmentation, val_share
         self.links, self.skip_damaged = links, skip_damaged
-        self.decode = VolumeDecoder(None if spacing is None else along_axes(spacing), intensity or Percentiles())
+        whole = None if self.bases is None else along_axes(tuple(map(mul, self.bases, self.size)))
+        spacings = None if spacing is None else along_axes(spacing)
+        self.decode = VolumeDecoder(spacings, intensity or Percentiles(), whole if spacing is None else None)
         self.cache = VolumeCache(cache_dir, cache_gib)
 
     def find(self) -> FoundVolumes:

@@ -340,6 +340,8 @@ LEFT_OUT = {
     "SoftCon": "learns from tags, of which these pictures have none",
     "TagClassifier": "learns from tags, of which these pictures have none",
     "TERA": "learns from sound",
+    "VoCo": "learns where in a volume a crop lies, and these pictures are no volumes",
+    "VoCoLarge": "learns where in a volume a crop lies, and these pictures are no volumes",
     "Starbucks": "learns from text",
     "SupReMix": "learns from labels that are numbers, of which these pictures have none",
 }

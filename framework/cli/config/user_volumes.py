@@ -14,7 +14,7 @@ from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watchi
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
-KEPT = ("size", "batch_size", "crops", "augment", "seed")
+KEPT = ("size", "batch_size", "crops", "augment", "bases", "seed")
 FITTED = {"folder", "num_workers", *KEPT}
 
 
