@@ -48,6 +48,7 @@ from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.rspnet import RSPNet
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
@@ -704,6 +705,11 @@ CASES: dict[str, Case] = {
         lambda **o: MoCoV3(Pooled(), projector(), Projector(6, [10], 6, hidden_norm=False), **o),
         views(),
         halves_differ=AMONG_ROWS,
+    ),
+    "contrastive.rspnet": Case(
+        lambda **o: RSPNet(Pooled(), nn.Linear(8, 6), nn.Linear(8, 6), queue=12, momentum=0.9, **o),
+        views(4),
+        halves_differ="half of the rows of a micro-batch play fast",
     ),
     "contrastive.scatsimclr": Case(
         lambda **o: ScatSimCLR(Pooled(), projector(), QuarterTurn(8, hidden=(6, 5), dropout=0.0), **o),

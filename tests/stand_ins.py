@@ -455,7 +455,7 @@ def folder_of_pictures(place: Path, each: Asked) -> None:
 
 
 def folder_of_videos(place: Path, each: Asked) -> None:
-    rate = round(each.settings["fps"])
+    rate = round(each.settings.get("fps") or 25)
     for number in range(SAMPLES):
         write_video(place / "a" / f"{number}.mkv", numbered(2 * each.settings["frames"], 32, number), rate=rate)
 

@@ -105,7 +105,7 @@ class ClipFields:
         made = [self.image(frames.flatten(0, 1), seed) for frames, seed in zip(starts, seeds, strict=True)]
         clips = [clip for one in made for clip in self._divided(one["views"][0] if "views" in one else one["image"])]
         if "drawn" not in made[0]:
-            return {"clips": clips}
+            return {"views": clips}
         drawn = torch.cat([one["drawn"] for one in made])
         return {"clips": clips, "drawn": drawn, "seed": torch.stack([one["seed"] for one in made])}
 
@@ -127,7 +127,7 @@ def _finished(made: DeviceViews, speeds: int, batch: Mapping[str, Any]) -> dict[
         drawn_NP, seed_N = (batch[name][:, at // speeds].repeat_interleave(T, 0) for name in ("drawn", "seed"))
         (view_NChw,) = made(clip_BCTHW.transpose(1, 2).flatten(0, 1), drawn_NP[:, None], seed_N)
         clips.append(view_NChw.unflatten(0, (B, T)).transpose(1, 2))
-    return single({"clips": clips, **rest}, axis=1)
+    return single({"views": clips, **rest}, axis=1)
 
 
 def single(fields: dict[str, Any], axis: int = 0) -> dict[str, Any]:
@@ -136,11 +136,11 @@ def single(fields: dict[str, Any], axis: int = 0) -> dict[str, Any]:
     Args:
         axis: of V in the others: 0 of a sample, 1 of a batch.
     """
-    if len(fields["clips"]) > 1:
+    if len(fields["views"]) > 1:
         return fields
-    rest = {name: value for name, value in fields.items() if name not in ("clips", "fps", "frames")}
+    rest = {name: value for name, value in fields.items() if name not in ("views", "fps", "frames")}
     return {
-        "clip": fields["clips"][0],
+        "clip": fields["views"][0],
         "fps": fields["fps"].squeeze(axis),
         "frames": fields["frames"].squeeze(axis),
         **rest,
@@ -202,11 +202,23 @@ class ClipSamples:
             numbers.append(times.numbers(video, part.first, part.end, part.first + at))
             seeds.append(int(draws.integers(2**63)))
         starts = self._read(part.video, np.stack(numbers))
-        rates = torch.tensor(times.rates(video) * times.clips, dtype=torch.float32)
-        made = self.fields(list(starts), seeds)
-        shown = torch.from_numpy(np.concatenate(numbers))
-        sample = {**made, "fps": rates, "frames": shown, "label": part.label, "index": index}
-        return sample if "drawn" in made else single(sample)
+        rest = {"frames": torch.from_numpy(np.concatenate(numbers)), "label": part.label, "index": index}
+        return self._made(starts, seeds, times.rates(video), rest)
+
+    def blank(self, index: int) -> dict[str, Any]:
+        """A sample of black frames, for a plan where no video is."""
+        clips, speeds, frames = self.times.clips, len(self.times.speeds), self.times.frames
+        starts = torch.zeros(clips, speeds, frames, 3, self.size, self.size, dtype=torch.uint8)
+        numbers = torch.zeros(clips * speeds, frames, dtype=torch.int64)
+        return self._made(starts, [0] * clips, [1.0] * speeds, {"frames": numbers, "label": 0, "index": index})
+
+    def _made(
+        self, starts_KSTCHW: Tensor, seeds: Sequence[int], rates: Sequence[float], rest: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A sample of these frames, with the other fields of several clips."""
+        fps = torch.tensor([*rates] * self.times.clips, dtype=torch.float32)
+        sample = {**self.fields(list(starts_KSTCHW), seeds), "fps": fps, **rest}
+        return sample if "drawn" in sample else single(sample)
 
     def _read(self, video: int, numbers_KST: np.ndarray) -> Tensor:
         """uint8 [K S T C H W]. Each frame is decoded once."""

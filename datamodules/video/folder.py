@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
@@ -114,6 +115,19 @@ class VideoFolder(SampleSets):
         self.val_share, self.labels, self.links, self.skip_damaged = val_share, labels, links, skip_damaged
         self.cache = IndexCache(cache_dir)
         self.classes: tuple[str, ...] = ()
+        self.fields.attach(self)
+
+    @property
+    def batch_type(self) -> type:
+        """Of training batches."""
+        return self._training([], [], []).batch_type
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """Two samples of black frames, where the folder is not."""
+        if self.folder.exists():
+            return None
+        samples = self._training([], [], [])
+        return default_collate([samples.blank(index) for index in range(2)])
 
     def setup(self, stage: str | None = None) -> None:
         """Once. Raises: UserError for no video, damaged or short ones, and none left to train or validate with."""
@@ -137,12 +151,10 @@ class VideoFolder(SampleSets):
             )
         sound = [index if isinstance(index, VideoIndex) else _NONE for index in indices]
         plain = replace(self.fields.image, views=None, made_on="workers")
-        settings = (self.size, self.fit)
-        self.train = ClipSamples(files, sound, train, self.times, self.fields, *settings, True, self.skip_damaged)
-        self.fields.attach(self)
+        self.train = samples = self._training(files, sound, train)
         middle = replace(self.times, clips=1, speeds=self.times.speeds[:1])
         self.bank, self.val = (
-            ClipSamples(files, sound, chosen, middle, ClipFields(plain), *settings, False, self.skip_damaged)
+            replace(samples, parts=chosen, times=middle, fields=ClipFields(plain), drawn=False)
             for chosen in (train, val)
         )
         self.classes, self._content = tuple(training.classes), _content(files, sound, train)
@@ -161,6 +173,12 @@ class VideoFolder(SampleSets):
 
     def training_content(self) -> str:
         return self._content
+
+    def _training(
+        self, files: Sequence[Path], indices: Sequence[VideoIndex], parts: Sequence[VideoPart]
+    ) -> ClipSamples:
+        settings = (self.times, self.fields, self.size, self.fit)
+        return ClipSamples(files, indices, parts, *settings, drawn=True, skip_damaged=self.skip_damaged)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, VIDEOS, self.links, self.labels)
