@@ -61,6 +61,13 @@ class ClipTimes:
         fps = index.fps if self.fps is None else self.fps
         return [fps / speed for speed in self.speeds]
 
+    def steady(self, later: int = 0) -> VideoIndex:
+        """A video of `fps`, or else 25, frames a second, just long enough for clips that begin with any of its first
+        `later` + 1 frames.
+        """
+        length = later + math.ceil(self.frames * max(1.0, *self.speeds)) + 1
+        return VideoIndex(np.arange(length), 1 / (self.fps or 25.0), np.empty(0, np.float32))
+
     def starts(self, index: VideoIndex, first: int, end: int) -> int:
         """How many frames from `first` on can be the first of a clip that lies in [first, end); 0 if none can."""
         span = (self.frames - 1) / (min(self.rates(index)) * index.tick_s)
@@ -202,23 +209,11 @@ class ClipSamples:
             numbers.append(times.numbers(video, part.first, part.end, part.first + at))
             seeds.append(int(draws.integers(2**63)))
         starts = self._read(part.video, np.stack(numbers))
-        rest = {"frames": torch.from_numpy(np.concatenate(numbers)), "label": part.label, "index": index}
-        return self._made(starts, seeds, times.rates(video), rest)
-
-    def blank(self, index: int) -> dict[str, Any]:
-        """A sample of black frames, for a plan where no video is."""
-        clips, speeds, frames = self.times.clips, len(self.times.speeds), self.times.frames
-        starts = torch.zeros(clips, speeds, frames, 3, self.size, self.size, dtype=torch.uint8)
-        numbers = torch.zeros(clips * speeds, frames, dtype=torch.int64)
-        return self._made(starts, [0] * clips, [1.0] * speeds, {"frames": numbers, "label": 0, "index": index})
-
-    def _made(
-        self, starts_KSTCHW: Tensor, seeds: Sequence[int], rates: Sequence[float], rest: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """A sample of these frames, with the other fields of several clips."""
-        fps = torch.tensor([*rates] * self.times.clips, dtype=torch.float32)
-        sample = {**self.fields(list(starts_KSTCHW), seeds), "fps": fps, **rest}
-        return sample if "drawn" in sample else single(sample)
+        rates = torch.tensor(times.rates(video) * times.clips, dtype=torch.float32)
+        made = self.fields(list(starts), seeds)
+        shown = torch.from_numpy(np.concatenate(numbers))
+        sample = {**made, "fps": rates, "frames": shown, "label": part.label, "index": index}
+        return sample if "drawn" in made else single(sample)
 
     def _read(self, video: int, numbers_KST: np.ndarray) -> Tensor:
         """uint8 [K S T C H W]. Each frame is decoded once."""
@@ -235,3 +230,11 @@ class ClipSamples:
         except (ValueError, OSError) as error:
             raise unreadable(path, error, self.skip_damaged) from error
         return frames[torch.from_numpy(places.reshape(numbers_KST.shape))]
+
+
+@dataclass(frozen=True)
+class BlackClips(ClipSamples):
+    """Those of videos that are not here: every frame is black."""
+
+    def _read(self, video: int, numbers_KST: np.ndarray) -> Tensor:
+        return torch.zeros(*numbers_KST.shape, 3, self.size, self.size, dtype=torch.uint8)

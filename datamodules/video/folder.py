@@ -4,13 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
-from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_in
@@ -22,11 +20,13 @@ from lightspan.datamodules.image.picture_files import Labels, Links, PictureFile
 from lightspan.datamodules.image.sets.small import per_channel
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
-from lightspan.datamodules.video.clips import ClipFields, ClipSamples, ClipTimes, VideoPart
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
+from lightspan.datamodules.video.clips import BlackClips, ClipFields, ClipSamples, ClipTimes, VideoPart
 from lightspan.datamodules.video.files import VIDEOS
 from lightspan.datamodules.video.indices import IndexCache
 from lightspan.datamodules.video.reader import VideoIndex, shots
+
+C = TypeVar("C", bound=ClipSamples)
 
 
 class VideoFolder(SampleSets):
@@ -117,17 +117,12 @@ class VideoFolder(SampleSets):
         self.classes: tuple[str, ...] = ()
         self.fields.attach(self)
 
-    @property
-    def batch_type(self) -> type:
-        """Of training batches."""
-        return self._training([], [], []).batch_type
-
-    def stand_in(self) -> dict[str, Any] | None:
-        """Two samples of black frames, where the folder is not."""
+    def blank(self) -> BlackClips | None:
+        """Two videos of black frames, where the folder is not here."""
         if self.folder.exists():
             return None
-        samples = self._training([], [], [])
-        return default_collate([samples.blank(index) for index in range(2)])
+        steady = self.times.steady()
+        return self._training(BlackClips, [], [steady], [VideoPart(0, 0, len(steady), 0)] * 2)
 
     def setup(self, stage: str | None = None) -> None:
         """Once. Raises: UserError for no video, damaged or short ones, and none left to train or validate with."""
@@ -144,21 +139,17 @@ class VideoFolder(SampleSets):
         report_damage([(files[video], why) for video, why in damage.items()], len(files), "videos", self.skip_damaged)
         here = {part.video for part in parts}
         train, val = self._split(parts, training, here)
-        if not (train and val):
-            raise UserError(
-                f"{len(here)} videos that can be read leave none to {'validate' if train else 'train'} with: one must "
-                "train and another one validate; give a class two videos, or name data.init_args.val_folder"
-            )
+        pieces = "shots" if self.samples == "shots" else "videos"
+        require_split(f"readable {pieces}", train=train, val=val)
         sound = [index if isinstance(index, VideoIndex) else _NONE for index in indices]
         plain = replace(self.fields.image, views=None, made_on="workers")
-        self.train = samples = self._training(files, sound, train)
+        self.train = samples = self._training(ClipSamples, files, sound, train)
         middle = replace(self.times, clips=1, speeds=self.times.speeds[:1])
         self.bank, self.val = (
             replace(samples, parts=chosen, times=middle, fields=ClipFields(plain), drawn=False)
             for chosen in (train, val)
         )
         self.classes, self._content = tuple(training.classes), _content(files, sound, train)
-        pieces = "shots" if self.samples == "shots" else "videos"
         say(
             f"videos: {len(here):,}, {len(train):,} {pieces} for training and {len(val):,} for validation, clips of "
             f"{self.times.frames} x {self.size} x {self.size}, "
@@ -175,10 +166,10 @@ class VideoFolder(SampleSets):
         return self._content
 
     def _training(
-        self, files: Sequence[Path], indices: Sequence[VideoIndex], parts: Sequence[VideoPart]
-    ) -> ClipSamples:
+        self, kind: type[C], files: Sequence[Path], indices: Sequence[VideoIndex], parts: Sequence[VideoPart]
+    ) -> C:
         settings = (self.times, self.fields, self.size, self.fit)
-        return ClipSamples(files, indices, parts, *settings, drawn=True, skip_damaged=self.skip_damaged)
+        return kind(files, indices, parts, *settings, drawn=True, skip_damaged=self.skip_damaged)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, VIDEOS, self.links, self.labels)

@@ -6,6 +6,7 @@ Shapes: N volumes, C channels, D H W voxels, V crops, of which K are base crops 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 
@@ -48,6 +49,20 @@ class Archive(Protocol):
         ...
 
     def read(self, number: int) -> Volume: ...
+
+
+@dataclass(frozen=True)
+class KeptVolumes:
+    """Volumes in memory."""
+
+    volumes: Sequence[Volume]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.array([volume.label for volume in self.volumes], np.int64)
+
+    def read(self, number: int) -> Volume:
+        return self.volumes[number]
 
 
 class FoundVolumes(NamedTuple):
@@ -218,6 +233,8 @@ class VolumeSets(SampleSets):
         self.crops, self.augment, self.bases = crops, augment, bases
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
+        if augment is not None:
+            finish_on_device(self, AlteredVolumes(augment))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -233,11 +250,7 @@ class VolumeSets(SampleSets):
         if self.train is not None:
             return
         found = self.find()
-        if not (len(found.train) and len(found.val)):
-            raise UserError(
-                f"{len(found.train)} volumes to train and {len(found.val)} to validate are too few; give at least one "
-                "of each: a class with a single subject holds none out"
-            )
+        require_split("readable volumes", train=found.train, val=found.val)
         self.train = self.training(found.archive, found.train)
         self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
@@ -248,9 +261,7 @@ class VolumeSets(SampleSets):
         )
 
     def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
-        """Training samples of these volumes, whose augmentation is made on the device."""
-        if self.augment is not None:
-            finish_on_device(self, AlteredVolumes(self.augment))
+        """Training samples of these volumes."""
         return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases)
 
     def test_dataloader(self) -> EvaluationLoader:

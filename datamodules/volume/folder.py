@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
@@ -18,7 +17,7 @@ from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Links
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets, along_axes
+from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets, along_axes
 from lightspan.datamodules.volume.intensity import Intensity, Percentiles
 from lightspan.datamodules.volume.packed import PackedVolumes, VolumeCache, VolumeDecoder
 from lightspan.datamodules.volume.subjects import ALL, FoundSubjects, find_subjects
@@ -34,17 +33,6 @@ class _Folders:
     def read(self, number: int) -> Volume:
         first = len(self.packs[0].subjects)
         return self.packs[0].read(number) if number < first else self.packs[1].read(number - first)
-
-
-@dataclass(frozen=True)
-class _Zeros:
-    """Two volumes that are one."""
-
-    volume: Volume
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-
-    def read(self, number: int) -> Volume:
-        return self.volume
 
 
 class VolumeFolder(VolumeSets):
@@ -126,15 +114,14 @@ class VolumeFolder(VolumeSets):
             digest.update(packs[0].known[number]["content"].encode())
         return FoundVolumes(_Folders(packs, joined), train, val, classes, digest.hexdigest()[:32])
 
-    def stand_in(self) -> dict[str, Any] | None:
+    def blank(self) -> VolumeSamples | None:
         """Two subjects of zeros of the size of a crop, where the folder is not here."""
         if self.folder.exists():
             return None
         channels, nothing = len(self.modalities), np.zeros(self.size, np.float16)
         labels = None if self.segmentation is None else nothing.astype(np.int64)
         zeros = Volume(np.stack([nothing] * channels), np.ones(channels, bool), labels, np.eye(4), 0)
-        samples = self.training(_Zeros(zeros), np.arange(2))
-        return default_collate([samples.sample(index, 0) for index in range(2)])
+        return self.training(KeptVolumes([zeros, zeros]), np.arange(2))
 
     def _subjects(self, folder: Path) -> FoundSubjects:
         found = find_subjects(folder, self.modalities, self.segmentation, self.links)

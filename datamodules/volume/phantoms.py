@@ -3,7 +3,6 @@
 Shapes: D H W voxels.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,12 @@ import numpy as np
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.rendered.slices import ANATOMY, KINDS, CutSlices, Ward
-from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets
+from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSets
 
 ORGANS = ("outside", *ANATOMY)
 """What the numbers of a segmentation mean."""
 HEIGHT_MM, WIDTH_MM = 480.0, 400.0  # of what a volume shows
 _GREYS = np.array([0.0, *(tissue[0] for tissue in ANATOMY.values())], np.float32)
-
-
-@dataclass(frozen=True)
-class _Patients:
-    """labels: of each patient, a place in `KINDS`, int64 [N]."""
-
-    volumes: list[Volume]
-    labels: np.ndarray
-
-    def read(self, number: int) -> Volume:
-        return self.volumes[number]
 
 
 def _drawn(ward: Ward, contrasts: int, draw_seed: int, number: int) -> Volume:
@@ -100,7 +88,6 @@ class Phantoms(VolumeSets):
 
     def find(self) -> FoundVolumes:
         drawn = [_drawn(self.ward, self.contrasts, self.draw_seed, number) for number in range(self.patients)]
-        archive = _Patients(drawn, np.array([volume.label for volume in drawn], np.int64))
         numbers, first = np.arange(self.patients), self.patients - self.val_size
         content = f"{self.ward} {self.contrasts} {self.draw_seed} {first}"
-        return FoundVolumes(archive, numbers[:first], numbers[first:], KINDS, content)
+        return FoundVolumes(KeptVolumes(drawn), numbers[:first], numbers[first:], KINDS, content)

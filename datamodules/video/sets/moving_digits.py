@@ -21,7 +21,6 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.video.batch import ClipBatch, ClipsBatch
 from lightspan.datamodules.video.clips import ClipFields, ClipTimes, single
-from lightspan.datamodules.video.reader import VideoIndex
 
 DIRECTIONS = 8
 FPS = 25.0
@@ -148,9 +147,8 @@ class MovingSamples:
     def _numbers(self, draws: np.random.Generator) -> np.ndarray:
         """The frames of the clips, int64 [K S T], of a video that goes on until the last clip ends."""
         firsts = [0, *draws.integers(LATER + 1, size=self.times.clips - 1).tolist()]
-        end = LATER + math.ceil(self.times.frames * max(self.times.speeds)) + 1
-        video = VideoIndex(np.arange(end), 1 / FPS, np.empty(0, np.float32))
-        return np.stack([self.times.numbers(video, 0, end, first) for first in firsts])
+        video = self.times.steady(LATER)
+        return np.stack([self.times.numbers(video, 0, len(video), first) for first in firsts])
 
     def _picture(self, index: int) -> np.ndarray:
         """The digit in a corner, uint8 [H W]."""
