@@ -216,6 +216,8 @@ def test_bad_videos_are_named_and_can_be_left_out(tmp_path: Path, capsys: pytest
     assert len(data.train) + len(data.val) == 4
     with pytest.raises(UserError, match=r"none of the 7 videos"):
         ready(tmp_path, frames=25)
+    with pytest.raises(UserError, match="no readable videos are left for val: 1 for train, 0 for val"):
+        ready(videos(tmp_path / "alone", 1).parent)
 
 
 def test_damage_found_while_reading_names_the_file(tmp_path: Path) -> None:

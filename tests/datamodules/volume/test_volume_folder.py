@@ -248,17 +248,25 @@ def test_a_folder_that_is_not_here_has_a_batch_of_the_right_shapes_for_plans(tmp
     modalities = {"t1": "{subject}_t1", "t2": "{subject}_t2"}
     for settings in (
         {}, {"crops": 2}, {"augment": VolumeAugmentation(gain=0.1)}, {"segmentation": "{subject}_seg"},
+        {"crops": 1, "bases": (1, 2, 2)},
         {"modalities": modalities, "crops": 1, "augment": VolumeAugmentation(flip=(0.5, 0, 0))},
     ):  # fmt: skip
         away = VolumeFolder(str(tmp_path / "away"), size=(2, 4, 6), **settings)
         batch: Any = away.stand_in()
-        require_declared(batch, VolumeViewsBatch if "crops" in settings else VolumeBatch, "VolumeFolder")
+        assert away.batch_type is (VolumeViewsBatch if "crops" in settings else VolumeBatch)
+        require_declared(batch, away.batch_type, "VolumeFolder")
         volumes = batch["views"] if "crops" in settings else [batch["volume"]]
         assert {volume.shape for volume in volumes} == {(2, len(settings.get("modalities", "1")), 2, 4, 6)}
         assert ("segmentation" in batch) == ("segmentation" in settings)
         finished = away.on_after_batch_transfer(batch, 0)
         assert ("parameters" in finished) == ("augment" in settings)
     assert VolumeFolder(str(tmp_path)).stand_in() is None
+    assert VolumeFolder(str(tmp_path)).batch_type is None
+
+
+def test_one_subject_leaves_none_to_validate_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no readable volumes are left for val: 1 for train, 0 for val"):
+        opened(write_volumes(tmp_path / "in", 1))
 
 
 def test_phantoms_are_one_body_in_contrasts_of_which_every_second_has_no_lesion() -> None:
