@@ -28,7 +28,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
-from lightspan.backbones.placed_vit import GroupedViT, SeriesViT, series_widths
+from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
@@ -48,6 +48,7 @@ from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
 from lightspan.methods.contrastive.moco import MoCo
 from lightspan.methods.contrastive.moco_v3 import MoCoV3
+from lightspan.methods.contrastive.rspnet import RSPNet
 from lightspan.methods.contrastive.scatsimclr import ScatSimCLR
 from lightspan.methods.contrastive.selfie import Selfie
 from lightspan.methods.contrastive.sie import SIE
@@ -58,6 +59,8 @@ from lightspan.methods.contrastive.starbucks import CoSENT, PairLoss, Retrieval,
 from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.supremix import SupReMix
 from lightspan.methods.contrastive.vicreg import VICReg
+from lightspan.methods.contrastive.voco import VoCo
+from lightspan.methods.contrastive.voco_large import VoCoLarge
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
@@ -77,6 +80,7 @@ from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
@@ -115,6 +119,7 @@ from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
@@ -154,6 +159,7 @@ AMONG_LETTERS = "each letter weighs the same: a micro-batch has words of its own
 AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as its texts are long"
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
+AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -233,6 +239,12 @@ def placed_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views and how each was turned, in degrees."""
     turns = 360 * torch.rand(rows, 2, 1, generator=torch.Generator().manual_seed(seed + 100))
     return views()(rows, seed) | {"parameters": turns}
+
+
+def base_crops(rows: int, seed: int) -> dict[str, Any]:
+    """Three base crops, two others, and the share of each of these in each of the first."""
+    overlap = torch.rand(rows, 2, 3, generator=torch.Generator().manual_seed(seed + 100)).log().softmax(dim=2)
+    return views(5)(rows, seed) | {"overlap": overlap}
 
 
 def domains(rows: int, seed: int) -> dict[str, Any]:
@@ -533,6 +545,24 @@ def satmaepp(upsampler: bool, **optimization: Any) -> SatMAEpp:
     return SatMAEpp(backbone, decoder, UpsamplerPyramid(3, 1, 4) if upsampler else None, steps=1, **optimization)
 
 
+def modalities(rows: int, seed: int) -> dict[str, Any]:
+    """Volumes of three modalities, of which each row lacks some and one row in eight all."""
+    generator = torch.Generator().manual_seed(seed)
+    volume = torch.randn(rows, 3, 4, 4, 4, generator=generator)
+    present = (torch.arange(rows)[:, None] + 1) >> torch.arange(3) & 1 > 0
+    return {
+        "volume": volume * present[:, :, None, None, None],
+        "present": present,
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def bm_mae(**optimization: Any) -> BMMAE:
+    decoder = ModalityDecoder(12, width=12, depth=1, heads=2, dropout=0.0)
+    return BMMAE(ModalityViT((2, 2, 2), 3, 12, 2, 2), decoder, **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -688,6 +718,11 @@ CASES: dict[str, Case] = {
         views(),
         halves_differ=AMONG_ROWS,
     ),
+    "contrastive.rspnet": Case(
+        lambda **o: RSPNet(Pooled(), nn.Linear(8, 6), nn.Linear(8, 6), queue=12, momentum=0.9, **o),
+        views(4),
+        halves_differ="half of the rows of a micro-batch play fast",
+    ),
     "contrastive.scatsimclr": Case(
         lambda **o: ScatSimCLR(Pooled(), projector(), QuarterTurn(8, hidden=(6, 5), dropout=0.0), **o),
         views(6),
@@ -726,6 +761,11 @@ CASES: dict[str, Case] = {
         lambda **o: VICReg(Pooled(), projector(), **o),
         views(),
         halves_differ=AMONG_ROWS,
+    ),
+    "contrastive.voco": Case(lambda **o: VoCo(Pooled(), projector(), **o), base_crops),
+    "contrastive.voco, with a teacher": Case(lambda **o: VoCo(Pooled(), projector(), momentum=0.5, **o), base_crops),
+    "contrastive.voco_large": Case(
+        lambda **o: VoCoLarge(Pooled(), projector(), momentum=0.5, **o), base_crops, halves_differ=AMONG_ROWS
     ),
     "distillation.byol": Case(lambda **o: BYOL(Pooled(), nn.Linear(8, 8), nn.Linear(8, 8), momentum=0.5, **o), views()),
     "distillation.cion": Case(lambda **o: CION(Pooled(), dino_head(8, 9), **MOMENTA, **FREE, **o), persons),
@@ -783,6 +823,7 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_TARGETS,
         refuses_no_row="needs a text on every rank",
     ),
+    "masked.bm_mae": Case(bm_mae, modalities, halves_differ=AMONG_MODALITIES),
     "masked.cae": Case(partial(cae, 5), views(1), halves_differ="the first micro-batch alone gives the codes"),
     "masked.cae, pixels": Case(partial(cae, None), views(1)),
     "masked.croco": Case(croco, views(2)),

@@ -30,6 +30,7 @@ from lightspan.objectives import (
     margin,
     masked,
     mmd,
+    overlaps,
     prototypes,
     pseudo_labels,
     sigreg,
@@ -59,6 +60,20 @@ class Case:
 def asymmetric_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     """Ranks differ in how much is known."""
     return asymmetric.asymmetric_loss(x @ weight, x.sin() > 0, (label_B % 2 == 0)[:, None] & (x.cos() > 0))
+
+
+def overlap_similarities(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of two crops of each volume in two base crops, and how alike they are."""
+    crops, bases = (torch.stack([rows @ weight, rows.cos() @ weight], dim=1) for rows in (x, x.tanh() + 1))
+    return (x.sin().relu() / 2).unflatten(1, (2, 2)), overlaps.positive_cosines(crops, bases)
+
+
+def overlap_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return overlaps.overlap_loss(*overlap_similarities(x, weight))
+
+
+def split_overlap_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    return overlaps.split_overlap_loss(*overlap_similarities(x, weight))
 
 
 def barlow_twins_loss(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
@@ -132,6 +147,13 @@ def seen_group_regression(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: T
     return masked.seen_group_regression(*parts, hidden_BGL)
 
 
+def regression_by_modality(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
+    """Of two modalities, to one of which each row's two patches belong; of some rows neither is known."""
+    guess_BHn, patches_BHn = (part.unflatten(1, (2, 2)) for part in (x @ weight, x.sin()))
+    modality_BH = (label_B % 2)[:, None].expand(-1, 2)
+    return masked.regression_by_modality(guess_BHn, patches_BHn, modality_BH, x[:, :2] > -0.5, 2).sum()
+
+
 def hidden_absolute_error(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Tensor) -> Tensor:
     """Ranks differ in how much is hidden."""
     return masked.hidden_absolute_error(x @ weight, x.sin(), (label_B % 2 == 0)[:, None])
@@ -202,6 +224,8 @@ CASES = {
         lambda x, weight, label_B, mixed_B: classes.known_cross_entropy(x @ weight, label_B % 4, x[:, 0] > 0), 1
     ),
     "asymmetric.asymmetric_loss": Case(asymmetric_loss, 1),
+    "overlaps.overlap_loss": Case(overlap_loss),
+    "overlaps.split_overlap_loss": Case(split_overlap_loss),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
     "diffusion.prediction_loss": Case(
@@ -304,6 +328,7 @@ CASES = {
     "masked.seen_absolute_error": Case(
         lambda x, weight, label_B, mixed_B: masked.seen_absolute_error(x @ weight, x.sin(), x > -0.5)
     ),
+    "masked.regression_by_modality": Case(regression_by_modality),
     "masked.seen_group_regression": Case(seen_group_regression),
     "prototypes.class_and_patch_losses": Case(class_and_patch_losses, 4),
     "prototypes.cross_view_loss": Case(cross_view_loss),
@@ -316,6 +341,7 @@ PARTS = {
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
     *("asymmetric.require_asymmetry", "mmd.require_widths"),
     *("barlow.standardise", "barlow.cross_correlation"),
+    *("overlaps.positive_cosines", "overlaps.surprise", "overlaps.base_similarities"),
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back", "diffusion.scaled_linear_kept", "diffusion.variance_ends"),
     *("diffusion.log_variance", "diffusion.log_pixel_probability"),

@@ -455,9 +455,17 @@ def folder_of_pictures(place: Path, each: Asked) -> None:
 
 
 def folder_of_videos(place: Path, each: Asked) -> None:
-    rate = round(each.settings["fps"])
+    rate = round(each.settings.get("fps") or 25)
     for number in range(SAMPLES):
         write_video(place / "a" / f"{number}.mkv", numbered(2 * each.settings["frames"], 32, number), rate=rate)
+
+
+def folder_of_volumes(place: Path, each: Asked) -> None:
+    from volume_files import noise, write_nifti  # which need packages
+
+    for number in range(SAMPLES):
+        for pattern in (each.settings.get("modalities") or {"volume": "{subject}"}).values():
+            write_nifti(place / f"{pattern.format(subject=f's{number}').replace('*', 'x')}.nii.gz", noise(number))
 
 
 def reviews(place: Path, each: Asked) -> None:
@@ -510,6 +518,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "multispectral.seasons.SeasonShards": shard(seasons),
         "image.folder.ImageFolder": folder_of_pictures,
         "video.folder.VideoFolder": folder_of_videos,
+        "volume.folder.VolumeFolder": folder_of_volumes,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

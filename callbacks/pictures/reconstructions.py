@@ -105,8 +105,10 @@ def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple
 
 
 def _pictures(sample: Mapping[str, Any], batch_type: type | None) -> dict[str, Any]:
-    """What a network reads of a sample, such as its image, and its valid pixels or the length of its wave."""
-    kept = {*read_names(sample, batch_type), "valid", "length"}
+    """What a network reads of a sample, such as its image, and its valid pixels, the channels that it has or the length
+    of its wave.
+    """
+    kept = {*read_names(sample, batch_type), "valid", "length", "present"}
     return {name: value for name, value in sample.items() if name in kept}
 
 

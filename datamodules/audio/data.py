@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from lightspan.core.errors import UserError
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
 from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.damage import report_damage, unreadable
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SplitSampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_split
 
 LISTENED = 500
 """Recordings, spread evenly, that are decoded before training starts; of all others the header alone is read."""
@@ -105,11 +104,7 @@ class AudioData(SplitSampleSets):
         files, labels, parts = self.find()
         damaged = self._heard(files)
         sets = {name: places[~np.isin(places, sorted(damaged))] for name, places in parts.items()}
-        if lacking := [name for name, places in sets.items() if not len(places)]:
-            raise UserError(
-                f"{type(self).__name__} has {len(files) - len(damaged)} readable recordings, and none is left for "
-                f"{lacking[0]}; give more, or change the shares that are held out"
-            )
+        require_split("readable recordings", **sets)
         made = {name: self._samples(files, labels, places, False) for name, places in sets.items()}
         self.train = self._samples(files, labels, sets["train"], True)
         self.bank, self.val, self.test = made["train"], made["val"], made["test"]

@@ -26,7 +26,7 @@ from lightspan.datamodules.image.sets.small import (
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import GroupSizes, Order
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 
 
 class Album(Protocol):
@@ -158,17 +158,7 @@ class PictureData(SampleSets):
         if self.train is not None:
             return
         found = self.find()
-        count = len(found.train) + len(found.val)
-        if count < 2:
-            raise UserError(
-                f"{count} readable {'picture is' if count == 1 else 'pictures are'} too few: one must train and "
-                "another one validate; give at least two"
-            )
-        if not (len(found.train) and len(found.val)):
-            raise UserError(
-                f"{count} readable pictures leave none to {'validate' if len(found.train) else 'train'} with: a class "
-                "with a single picture holds none out; give a class two pictures"
-            )
+        require_split("readable pictures", train=found.train, val=found.val)
         mean, std = self._moments(found)
         train, val = (Chosen(found.album, numbers) for numbers in (found.train, found.val))
         self.train = ImageSamples(train, mean, std, self.views, self.views_on)

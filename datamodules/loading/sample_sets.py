@@ -1,11 +1,12 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any, TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
+from torch.utils.data import default_collate
 
 from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
@@ -42,18 +43,23 @@ class SampleSets(LightningDataModule, ABC):
 
     @property
     def batch_type(self) -> type | None:
-        """Of training batches, as the training set declares it; None before `setup`."""
-        return batch_type_of(self.train)
+        """Of training batches, as the training set declares it; before `setup` None, unless samples are `blank`."""
+        return batch_type_of(self.blank() if self.train is None else self.train)
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Makes the sets, once."""
 
-    def stand_in(self) -> dict[str, Any] | None:
-        """A training batch of the right shapes for a plan where the data are not here; None where they are, or nobody
-        knows the shapes without them.
+    def blank(self) -> Dataset | None:
+        """Two training samples of the right shapes, made of nothing, for plans where the data are not here; None where
+        they are, or nobody knows the shapes without them.
         """
         return None
+
+    def stand_in(self) -> dict[str, Any] | None:
+        """A training batch of the `blank` samples, if there are any."""
+        samples = self.blank()
+        return None if samples is None else default_collate([samples.sample(index, 0) for index in range(2)])
 
     def training_content(self) -> str:
         """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same
@@ -111,6 +117,20 @@ def require_enough(train_size: int | None, val_size: int, count: int, samples: s
         asked = "one to train on" if train_size is None else f"train_size={train_size}"
         way_out = "lower val_size, or give more" if train_size is None else "lower one of them"
         raise UserError(f"{asked} and val_size={val_size} ask for more than the {count} {samples}; {way_out}")
+
+
+def require_split(samples: str, **parts: Sized) -> None:
+    """Raises: UserError for a part without samples, such as `val`.
+
+    Args:
+        samples: what they are called, such as "readable pictures".
+    """
+    if empty := [name for name, part in parts.items() if not len(part)]:
+        counts = ", ".join(f"{len(part):,} for {name}" for name, part in parts.items())
+        raise UserError(
+            f"no {samples} are left for {empty[0]}: {counts}; give more, at least two of each class, since a class of "
+            "one holds none out, or change what is held out"
+        )
 
 
 def held_out_size(val_size: int | None, count: int, most: int) -> int:

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SplitSampleSets
+from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_split
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.batch import MultispectralBatch, MultispectralSeriesBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
@@ -116,11 +115,7 @@ class SpectralSets(SplitSampleSets):
         if self.train is not None:
             return
         found = self.find()
-        if not (len(found.train) and len(found.val)):
-            raise UserError(
-                f"{len(found.train)} pictures to train and {len(found.val)} to validate are too few; give at least one "
-                "of each, more pictures or another share for validation"
-            )
+        require_split("readable pictures", train=found.train, val=found.val)
         taken = np.linspace(0, len(found.train) - 1, min(len(found.train), MEASURED)).astype(int)
         moments = band_moments((found.album.read(int(number))[:2] for number in found.train[taken]), len(self.bands))
         self.train = SpectralSamples(found.album, found.train, moments, self.crops)

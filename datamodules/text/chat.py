@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError, one_line
@@ -287,13 +286,12 @@ class Chat(SampleSets):
             f"tokens to train on are learned{skipped}"
         )
 
-    def stand_in(self) -> dict[str, Any] | None:
+    def blank(self) -> ChatSamples | None:
         """Two rows full of what is learned, where the file is not here."""
         if expanded(self.path, "data.init_args.path").exists():
             return None
         row = np.zeros(self.length, np.int32), np.ones(self.length, bool)
-        samples = ChatSamples([row, row], self.length)
-        return default_collate([samples.sample(index, 0) for index in range(2)])
+        return ChatSamples([row, row], self.length)
 
     def training_content(self) -> str:
         return content_of([self.train.tokens, self.train.learned, self.train.ends])  # type: ignore[union-attr]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
@@ -175,15 +174,14 @@ class LabelledTextFiles(SampleSets):
             f"on, of {self.num_classes} classes; the largest has {largest:.1%} of those to validate on"
         )
 
-    def stand_in(self) -> dict[str, Any] | None:
+    def blank(self) -> LabelledTextSamples | None:
         """Two texts that fill their rows, of class 0, where the file is not here."""
         if expanded(self.path, "data.init_args.path").exists():
             return None
         words = ["to be or not to be " * self.length] * 2
-        samples = LabelledTextSamples(
+        return LabelledTextSamples(
             LabelledTokens.of(self.tokenizer, words, [0, 0], self.length, words if len(self.fields) == 2 else None)
         )
-        return default_collate([samples.sample(index, 0) for index in range(2)])
 
     def training_content(self) -> str:
         data: LabelledTokens = self.train.data  # type: ignore[union-attr]

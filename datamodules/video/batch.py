@@ -28,7 +28,7 @@ class ClipBatch(TypedDict):
 class ClipsBatch(TypedDict):
     """Several clips of each video, as in `ClipBatch`: each start at each speed, those of one start side by side."""
 
-    clips: Annotated[list[Tensor], Field("float32", "V B C T h w", read=True, of="clip")]
+    views: Annotated[list[Tensor], Field("float32", "V B C T h w", read=True, of="clip")]
     fps: Annotated[Tensor, Field("float32", "B V")]
     frames: Annotated[Tensor, Field("int64", "B V T")]
     label: Label

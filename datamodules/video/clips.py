@@ -61,6 +61,13 @@ class ClipTimes:
         fps = index.fps if self.fps is None else self.fps
         return [fps / speed for speed in self.speeds]
 
+    def steady(self, later: int = 0) -> VideoIndex:
+        """A video of `fps`, or else 25, frames a second, just long enough for clips that begin with any of its first
+        `later` + 1 frames.
+        """
+        length = later + math.ceil(self.frames * max(1.0, *self.speeds)) + 1
+        return VideoIndex(np.arange(length), 1 / (self.fps or 25.0), np.empty(0, np.float32))
+
     def starts(self, index: VideoIndex, first: int, end: int) -> int:
         """How many frames from `first` on can be the first of a clip that lies in [first, end); 0 if none can."""
         span = (self.frames - 1) / (min(self.rates(index)) * index.tick_s)
@@ -105,7 +112,7 @@ class ClipFields:
         made = [self.image(frames.flatten(0, 1), seed) for frames, seed in zip(starts, seeds, strict=True)]
         clips = [clip for one in made for clip in self._divided(one["views"][0] if "views" in one else one["image"])]
         if "drawn" not in made[0]:
-            return {"clips": clips}
+            return {"views": clips}
         drawn = torch.cat([one["drawn"] for one in made])
         return {"clips": clips, "drawn": drawn, "seed": torch.stack([one["seed"] for one in made])}
 
@@ -127,7 +134,7 @@ def _finished(made: DeviceViews, speeds: int, batch: Mapping[str, Any]) -> dict[
         drawn_NP, seed_N = (batch[name][:, at // speeds].repeat_interleave(T, 0) for name in ("drawn", "seed"))
         (view_NChw,) = made(clip_BCTHW.transpose(1, 2).flatten(0, 1), drawn_NP[:, None], seed_N)
         clips.append(view_NChw.unflatten(0, (B, T)).transpose(1, 2))
-    return single({"clips": clips, **rest}, axis=1)
+    return single({"views": clips, **rest}, axis=1)
 
 
 def single(fields: dict[str, Any], axis: int = 0) -> dict[str, Any]:
@@ -136,11 +143,11 @@ def single(fields: dict[str, Any], axis: int = 0) -> dict[str, Any]:
     Args:
         axis: of V in the others: 0 of a sample, 1 of a batch.
     """
-    if len(fields["clips"]) > 1:
+    if len(fields["views"]) > 1:
         return fields
-    rest = {name: value for name, value in fields.items() if name not in ("clips", "fps", "frames")}
+    rest = {name: value for name, value in fields.items() if name not in ("views", "fps", "frames")}
     return {
-        "clip": fields["clips"][0],
+        "clip": fields["views"][0],
         "fps": fields["fps"].squeeze(axis),
         "frames": fields["frames"].squeeze(axis),
         **rest,
@@ -223,3 +230,11 @@ class ClipSamples:
         except (ValueError, OSError) as error:
             raise unreadable(path, error, self.skip_damaged) from error
         return frames[torch.from_numpy(places.reshape(numbers_KST.shape))]
+
+
+@dataclass(frozen=True)
+class BlackClips(ClipSamples):
+    """Those of videos that are not here: every frame is black."""
+
+    def _read(self, video: int, numbers_KST: np.ndarray) -> Tensor:
+        return torch.zeros(*numbers_KST.shape, 3, self.size, self.size, dtype=torch.uint8)

@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
-from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_in
@@ -21,11 +20,13 @@ from lightspan.datamodules.image.picture_files import Labels, Links, PictureFile
 from lightspan.datamodules.image.sets.small import per_channel
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
-from lightspan.datamodules.video.clips import ClipFields, ClipSamples, ClipTimes, VideoPart
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
+from lightspan.datamodules.video.clips import BlackClips, ClipFields, ClipSamples, ClipTimes, VideoPart
 from lightspan.datamodules.video.files import VIDEOS
 from lightspan.datamodules.video.indices import IndexCache
 from lightspan.datamodules.video.reader import VideoIndex, shots
+
+C = TypeVar("C", bound=ClipSamples)
 
 
 class VideoFolder(SampleSets):
@@ -114,6 +115,14 @@ class VideoFolder(SampleSets):
         self.val_share, self.labels, self.links, self.skip_damaged = val_share, labels, links, skip_damaged
         self.cache = IndexCache(cache_dir)
         self.classes: tuple[str, ...] = ()
+        self.fields.attach(self)
+
+    def blank(self) -> BlackClips | None:
+        """Two videos of black frames, where the folder is not here."""
+        if self.folder.exists():
+            return None
+        steady = self.times.steady()
+        return self._training(BlackClips, [], [steady], [VideoPart(0, 0, len(steady), 0)] * 2)
 
     def setup(self, stage: str | None = None) -> None:
         """Once. Raises: UserError for no video, damaged or short ones, and none left to train or validate with."""
@@ -130,23 +139,17 @@ class VideoFolder(SampleSets):
         report_damage([(files[video], why) for video, why in damage.items()], len(files), "videos", self.skip_damaged)
         here = {part.video for part in parts}
         train, val = self._split(parts, training, here)
-        if not (train and val):
-            raise UserError(
-                f"{len(here)} videos that can be read leave none to {'validate' if train else 'train'} with: one must "
-                "train and another one validate; give a class two videos, or name data.init_args.val_folder"
-            )
+        pieces = "shots" if self.samples == "shots" else "videos"
+        require_split(f"readable {pieces}", train=train, val=val)
         sound = [index if isinstance(index, VideoIndex) else _NONE for index in indices]
         plain = replace(self.fields.image, views=None, made_on="workers")
-        settings = (self.size, self.fit)
-        self.train = ClipSamples(files, sound, train, self.times, self.fields, *settings, True, self.skip_damaged)
-        self.fields.attach(self)
+        self.train = samples = self._training(ClipSamples, files, sound, train)
         middle = replace(self.times, clips=1, speeds=self.times.speeds[:1])
         self.bank, self.val = (
-            ClipSamples(files, sound, chosen, middle, ClipFields(plain), *settings, False, self.skip_damaged)
+            replace(samples, parts=chosen, times=middle, fields=ClipFields(plain), drawn=False)
             for chosen in (train, val)
         )
         self.classes, self._content = tuple(training.classes), _content(files, sound, train)
-        pieces = "shots" if self.samples == "shots" else "videos"
         say(
             f"videos: {len(here):,}, {len(train):,} {pieces} for training and {len(val):,} for validation, clips of "
             f"{self.times.frames} x {self.size} x {self.size}, "
@@ -161,6 +164,12 @@ class VideoFolder(SampleSets):
 
     def training_content(self) -> str:
         return self._content
+
+    def _training(
+        self, kind: type[C], files: Sequence[Path], indices: Sequence[VideoIndex], parts: Sequence[VideoPart]
+    ) -> C:
+        settings = (self.times, self.fields, self.size, self.fit)
+        return kind(files, indices, parts, *settings, drawn=True, skip_damaged=self.skip_damaged)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, VIDEOS, self.links, self.labels)

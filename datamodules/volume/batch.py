@@ -2,7 +2,8 @@
 
 D ascends from the feet to the head, H from the back to the front, and W from the patient's left to the right (RAS+, its
 axes in reverse).
-Shapes: B samples, C channels, D slices, H W pixels of a slice, V crops, P parameters of an augmentation.
+Shapes: B samples, C channels, D slices, H W pixels of a slice, V crops, of which K are base crops and M at random
+places, P parameters of an augmentation.
 """
 
 from typing import Annotated, NotRequired, TypedDict
@@ -43,12 +44,15 @@ class VolumeViewsBatch(TypedDict):
     """Several crops of each volume; row i of every crop comes from the same one.
 
     corner, drawn, seed, parameters: as in `VolumeBatch`, of each crop.
+    overlap: where the first K views are base crops, on a grid: the share of each of the other M that lies in each of
+        these, in [0, 1].
     """
 
     views: Annotated[list[Tensor], Field("float32", "V B C d h w", read=True, of="volume")]
     spacing: Spacing
     present: NotRequired[Present]
     corner: Annotated[Tensor, Field("int64", "B V 3")]
+    overlap: NotRequired[Annotated[Tensor, Field("float32", "B M K")]]
     drawn: NotRequired[Annotated[Tensor, Field("int32", "B V P")]]
     seed: NotRequired[Seed]
     parameters: NotRequired[Annotated[Tensor, Field("float32", "B V P")]]

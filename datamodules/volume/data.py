@@ -1,11 +1,12 @@
 """What data modules of volumes share: crops, their augmentation, the loaders.
 
-Shapes: N volumes, C channels, D H W voxels, V crops.
+Shapes: N volumes, C channels, D H W voxels, V crops, of which K are base crops and M at random places.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 
@@ -50,6 +51,20 @@ class Archive(Protocol):
     def read(self, number: int) -> Volume: ...
 
 
+@dataclass(frozen=True)
+class KeptVolumes:
+    """Volumes in memory."""
+
+    volumes: Sequence[Volume]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.array([volume.label for volume in self.volumes], np.int64)
+
+    def read(self, number: int) -> Volume:
+        return self.volumes[number]
+
+
 class FoundVolumes(NamedTuple):
     """What a data module found: all volumes; the numbers of those that train and validate, int64, ascending; names of
     the classes, none without labels; and what identifies the training volumes, with which alone a run resumes.
@@ -79,6 +94,17 @@ def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill
     return crop
 
 
+def overlaps(corners_M3: np.ndarray, bases_K3: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """The share of the voxels of each crop that lie in each base crop, float64 [M K]; all are of one size.
+
+    Args:
+        corners_M3, bases_K3: first voxels, whole numbers.
+        size: (D, H, W).
+    """
+    apart_MK3 = np.abs(corners_M3[:, None] - bases_K3[None]) / np.array(size)
+    return np.maximum(1 - apart_MK3, 0).prod(axis=2)
+
+
 def along_axes(one_or_three: T | tuple[T, T, T]) -> tuple[T, T, T]:
     """A setting for each of D, H and W."""
     return one_or_three if isinstance(one_or_three, tuple) else (one_or_three,) * 3
@@ -94,6 +120,8 @@ class VolumeSamples:
         random: whether crops are anywhere, or in the middle.
         crops: V; None is one, as `volume`, with its segmentation.
         augment: what is drawn for each crop, and made on the device.
+        bases: cells along D, H and W of a grid in the middle of the volume, each a crop and a view before the V at
+            random places, which then lie anywhere within the grid; None is no grid.
     """
 
     archive: Archive
@@ -102,6 +130,7 @@ class VolumeSamples:
     random: bool = False
     crops: int | None = None
     augment: VolumeAugmentation | None = None
+    bases: tuple[int, int, int] | None = None
 
     @property
     def batch_type(self) -> type:
@@ -117,7 +146,8 @@ class VolumeSamples:
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         volume, generator = self.archive.read(int(self.numbers[index])), np.random.default_rng(seed)
         sides = volume.values.shape[1:]
-        corners_V3 = [self._corner(sides, generator) for _ in range(self.crops or 1)]
+        bases_K3, random_V3 = self._corners(sides, generator)
+        corners_V3 = bases_K3 + random_V3
         views = [
             torch.from_numpy(cropped(volume.values, corner, self.size, 0).astype(np.float32)) for corner in corners_V3
         ]
@@ -133,8 +163,22 @@ class VolumeSamples:
                 fields["segmentation"] = torch.from_numpy(labels.astype(np.int64))
         else:
             fields["corner"] = torch.tensor(corners_V3)
+            if bases_K3:
+                shares_MK = overlaps(np.array(random_V3), np.array(bases_K3), self.size)
+                fields["overlap"] = torch.from_numpy(shares_MK.astype(np.float32))
         views_too = {} if self.crops is None else {"views": views}
         return {**views_too, **fields, "label": torch.tensor(volume.label), "index": torch.tensor(index)}
+
+    def _corners(self, sides: Sequence[int], generator: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
+        """Of the base crops, none without a grid, and of those at random places."""
+        bases_K3, first = list[list[int]](), [0, 0, 0]
+        if self.bases is not None:
+            whole = [count * side for count, side in zip(self.bases, self.size, strict=True)]
+            first = [(length - extent) // 2 for length, extent in zip(sides, whole, strict=True)]
+            cells = (np.array(list(np.ndindex(self.bases))) * self.size + first).tolist()
+            bases_K3, sides = cells, whole
+        own = (self._corner(sides, generator) for _ in range(self.crops or 1))
+        return bases_K3, [[at + more for at, more in zip(corner, first, strict=True)] for corner in own]
 
     def _corner(self, sides: Sequence[int], generator: np.random.Generator) -> list[int]:
         """In the middle along an axis on which the crop is at least as long as the volume."""
@@ -154,6 +198,9 @@ class VolumeSets(SampleSets):
         batch_size: volumes of one optimiser step over all ranks.
         crops: of a volume, for methods that compare them, at least 1; None is one, with its segmentation.
         augment: of training crops, made on the device; None leaves them as they are.
+        bases: cells along D, H and W of a grid of base crops, for methods that tell where crops are: each cell is a
+            view before the `crops`, which lie within the grid, and `overlap` says how much of a crop lies in a cell.
+            The grid is in the middle of the volume.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
 
@@ -168,6 +215,7 @@ class VolumeSets(SampleSets):
         batch_size: int = 8,
         crops: int | None = None,
         augment: VolumeAugmentation | None = None,
+        bases: tuple[int, int, int] | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -177,9 +225,16 @@ class VolumeSets(SampleSets):
             raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")
         if augment is not None:
             augment.require_size(self.size)
-        self.crops, self.augment = crops, augment
+        if bases is not None and (min(bases) < 1 or crops is None):
+            raise UserError(
+                f"bases={list(bases)} must be at least 1 along each axis, and needs crops to compare with them, not "
+                f"crops={crops}; set data.init_args.crops"
+            )
+        self.crops, self.augment, self.bases = crops, augment, bases
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
+        if augment is not None:
+            finish_on_device(self, AlteredVolumes(augment))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -195,21 +250,19 @@ class VolumeSets(SampleSets):
         if self.train is not None:
             return
         found = self.find()
-        if not (len(found.train) and len(found.val)):
-            raise UserError(
-                f"{len(found.train)} volumes to train and {len(found.val)} to validate are too few; give at least one "
-                "of each: a class with a single subject holds none out"
-            )
-        self.train = VolumeSamples(found.archive, found.train, self.size, True, self.crops, self.augment)
+        require_split("readable volumes", train=found.train, val=found.val)
+        self.train = self.training(found.archive, found.train)
         self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
-        if self.augment is not None:
-            finish_on_device(self, AlteredVolumes(self.augment))
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
         say(
             f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
             f"{' x '.join(map(str, self.size))} voxels, "
             + (f"{len(self.classes):,} classes" if self.classes else "without labels")
         )
+
+    def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
+        """Training samples of these volumes."""
+        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

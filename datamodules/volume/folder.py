@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Links
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets, along_axes
+from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets, along_axes
 from lightspan.datamodules.volume.intensity import Intensity, Percentiles
 from lightspan.datamodules.volume.packed import PackedVolumes, VolumeCache, VolumeDecoder
 from lightspan.datamodules.volume.subjects import ALL, FoundSubjects, find_subjects
@@ -49,7 +50,8 @@ class VolumeFolder(VolumeSets):
             order. None reads each file as a subject of its own. A modality that a subject lacks is 0, and `present`
             says so.
         segmentation: pattern of the labels, whole numbers from -1 (none). A subject without a file has -1 everywhere.
-        spacing: between voxels in mm, one number or those along D, H and W; None keeps that of the files.
+        spacing: between voxels in mm, one number or those along D, H and W; None keeps that of the files, or with
+            `bases` brings the box around each body to the size of the grid, so that a cell is at one place in all.
         intensity: of each volume by itself; None is `Percentiles`, for MR. For CT take an `IntensityWindow`.
         val_share: share of the subjects of each class held out, in (0, 1), by a hash of their names.
         links: "skip" or "follow".
@@ -86,7 +88,9 @@ class VolumeFolder(VolumeSets):
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.modalities, self.segmentation, self.val_share = modalities or ALL, segmentation, val_share
         self.links, self.skip_damaged = links, skip_damaged
-        self.decode = VolumeDecoder(None if spacing is None else along_axes(spacing), intensity or Percentiles())
+        whole = None if self.bases is None else along_axes(tuple(map(mul, self.bases, self.size)))
+        spacings = None if spacing is None else along_axes(spacing)
+        self.decode = VolumeDecoder(spacings, intensity or Percentiles(), whole if spacing is None else None)
         self.cache = VolumeCache(cache_dir, cache_gib)
 
     def find(self) -> FoundVolumes:
@@ -109,6 +113,15 @@ class VolumeFolder(VolumeSets):
         for number in train.tolist():
             digest.update(packs[0].known[number]["content"].encode())
         return FoundVolumes(_Folders(packs, joined), train, val, classes, digest.hexdigest()[:32])
+
+    def blank(self) -> VolumeSamples | None:
+        """Two subjects of zeros of the size of a crop, where the folder is not here."""
+        if self.folder.exists():
+            return None
+        channels, nothing = len(self.modalities), np.zeros(self.size, np.float16)
+        labels = None if self.segmentation is None else nothing.astype(np.int64)
+        zeros = Volume(np.stack([nothing] * channels), np.ones(channels, bool), labels, np.eye(4), 0)
+        return self.training(KeptVolumes([zeros, zeros]), np.arange(2))
 
     def _subjects(self, folder: Path) -> FoundSubjects:
         found = find_subjects(folder, self.modalities, self.segmentation, self.links)

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +25,14 @@ from lightspan.datamodules.loading.packs import PackCache, file_state
 from lightspan.datamodules.volume.data import Volume
 from lightspan.datamodules.volume.intensity import Intensity, finite
 from lightspan.datamodules.volume.reading import VolumeFile, VoxelGrid
-from lightspan.datamodules.volume.resampling import nearest, resampled, respaced
+from lightspan.datamodules.volume.resampling import nearest, resampled, reshaped, respaced, trimmed
 from lightspan.datamodules.volume.subjects import FoundSubjects, Subject, Unreadable, reading
 
 VERSION = 1  # of what becomes of a volume; another one packs anew
 MOST_LABEL = 2**15 - 1
+FOREGROUND = 0.3
+"""What is brighter belongs to the body, where intensities lie in [0, 1]: VoCo's threshold (its official code)."""
+WHOLE = (slice(None),) * 3
 
 
 @dataclass(frozen=True)
@@ -39,40 +42,60 @@ class VolumeDecoder:
     Args:
         spacing: in mm along D, H and W; None keeps that of the files.
         intensity: of each modality by itself.
+        shape: voxels of the decoded volume along D, H and W, over the least box with all that is brighter than
+            `FOREGROUND` in some modality, or over the whole volume if nothing is; None follows `spacing`.
     """
 
     spacing: tuple[float, float, float] | None
     intensity: Intensity
+    shape: tuple[int, int, int] | None = None
 
     def grid(self, subject: Subject, folder: Path) -> VoxelGrid:
         """Of the decoded volume, from headers alone. Raises: as `Subject.grid`; Unreadable for too many voxels."""
-        own = subject.grid(folder)
+        return self._new(subject, subject.grid(folder))
+
+    def _new(self, subject: Subject, own: VoxelGrid) -> VoxelGrid:
         first = next(file for file in subject.files if file is not None)
+        if self.shape is not None:
+            return reading(first, reshaped, own, self.shape)
         return own if self.spacing is None else reading(first, respaced, own, self.spacing)
 
     def __call__(self, subject: Subject, folder: Path) -> tuple[np.ndarray, np.ndarray | None, VoxelGrid]:
         """(float16 [C D H W], 0 where a modality is missing; int16 [D H W] or None; the grid). Raises: Unreadable."""
-        new = self.grid(subject, folder)
+        own = subject.grid(folder)
+        box = WHOLE if self.shape is None else self._body(subject, folder)
+        new = self._new(subject, trimmed(own, box))
         values = np.zeros((len(subject.files), *new.shape), np.float16)
         for channel, file in enumerate(subject.files):
             if file is not None:
-                values[channel] = reading(file, self._channel, file, folder, new)
+                values[channel] = reading(file, self._channel, file, folder, box, new)
         labels = subject.segmentation
-        return values, None if labels is None else reading(labels, _labels, labels, folder, new), new
+        return values, None if labels is None else reading(labels, _labels, labels, folder, box, new), new
 
-    def _channel(self, file: VolumeFile, folder: Path, new: VoxelGrid) -> np.ndarray:
+    def _channel(self, file: VolumeFile, folder: Path, box: Sequence[slice], new: VoxelGrid) -> np.ndarray:
         scan, grid = file.read(folder)
-        return self.intensity(resampled(finite(scan), grid, new))
+        return self.intensity(resampled(finite(scan)[tuple(box)], trimmed(grid, box), new))
+
+    def _body(self, subject: Subject, folder: Path) -> Sequence[slice]:
+        files = (file for file in subject.files if file is not None)
+        bright_DHW = reduce(np.logical_or, (reading(file, self._bright, file, folder) for file in files))
+        if not bright_DHW.any():
+            return WHOLE
+        seen = [np.flatnonzero(bright_DHW.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+        return [slice(int(at[0]), int(at[-1]) + 1) for at in seen]
+
+    def _bright(self, file: VolumeFile, folder: Path) -> np.ndarray:
+        return self.intensity(finite(file.read(folder)[0])) > FOREGROUND
 
 
-def _labels(file: VolumeFile, folder: Path, new: VoxelGrid) -> np.ndarray:
+def _labels(file: VolumeFile, folder: Path, box: Sequence[slice], new: VoxelGrid) -> np.ndarray:
     values, grid = file.read(folder)
     whole = np.isfinite(values) & (np.rint(values) == values) & (values >= -1) & (values <= MOST_LABEL)
     if not whole.all():
         raise ValueError(
             f"it holds {float(values[~whole][0]):g}, and labels are whole numbers from -1 to {MOST_LABEL:,}"
         )
-    return nearest(values.astype(np.int16), grid, new)
+    return nearest(values[tuple(box)].astype(np.int16), trimmed(grid, box), new)
 
 
 @dataclass(frozen=True)
@@ -177,7 +200,8 @@ def _write(found: FoundSubjects, decode: VolumeDecoder, num_workers: int, to: Pa
 
 
 def _key(found: FoundSubjects, decode: VolumeDecoder) -> str:
-    digest = hashlib.sha256(json.dumps([VERSION, NUMBERS.most, decode.spacing, repr(decode.intensity)]).encode())
+    settings = [VERSION, NUMBERS.most, decode.spacing, decode.shape, repr(decode.intensity)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for subject in found.subjects:
         for file in (*subject.files, subject.segmentation):
             paths = [] if file is None else file.paths(found.folder)

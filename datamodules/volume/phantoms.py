@@ -3,47 +3,50 @@
 Shapes: D H W voxels.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import held_out_size
-from lightspan.datamodules.rendered.slices import ANATOMY, KINDS, Ward
-from lightspan.datamodules.volume.data import FoundVolumes, Volume, VolumeSets
+from lightspan.datamodules.rendered.slices import ANATOMY, KINDS, CutSlices, Ward
+from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSets
 
 ORGANS = ("outside", *ANATOMY)
 """What the numbers of a segmentation mean."""
 HEIGHT_MM, WIDTH_MM = 480.0, 400.0  # of what a volume shows
+_GREYS = np.array([0.0, *(tissue[0] for tissue in ANATOMY.values())], np.float32)
 
 
-@dataclass(frozen=True)
-class _Patients:
-    """labels: of each patient, a place in `KINDS`, int64 [N]."""
-
-    volumes: list[Volume]
-    labels: np.ndarray
-
-    def read(self, number: int) -> Volume:
-        return self.volumes[number]
-
-
-def _drawn(ward: Ward, draw_seed: int, number: int) -> Volume:
+def _drawn(ward: Ward, contrasts: int, draw_seed: int, number: int) -> Volume:
     cut = ward.slices(draw_seed, number * ward.cuts + np.arange(ward.cuts))
+    first_DHW = cut.images[:, 0] / np.float32(255)
+    images = [first_DHW, *(_recoloured(first_DHW, cut, contrast) for contrast in range(1, contrasts))]
     # Slices are drawn from above, rows from the front and columns from the patient's right; here all three ascend.
-    values, organs = (array[::-1, ::-1, ::-1] for array in (cut.images[:, 0], cut.organs))
+    values, organs = (array[..., ::-1, ::-1, ::-1] for array in (np.stack(images), cut.organs))
     spacing = HEIGHT_MM / ward.cuts, WIDTH_MM / ward.side, WIDTH_MM / ward.side
     affine = np.zeros((4, 4))
     affine[[2, 1, 0], [0, 1, 2]], affine[3, 3] = spacing, 1
-    scaled = (values / np.float32(255)).astype(np.float16)[None]
-    return Volume(scaled, np.ones(1, bool), organs.astype(np.int8), affine, int(cut.label.max()))
+    present = np.ones(contrasts, bool)
+    return Volume(values.astype(np.float16), present, organs.astype(np.int8), affine, int(cut.label.max()))
+
+
+def _recoloured(first_DHW: np.ndarray, cut: CutSlices, contrast: int) -> np.ndarray:
+    """The same body in another contrast: tissues exchange their greys, each with the one `contrast` places further on;
+    vessels and grain keep their distance from them, and a lesion keeps it in every second contrast and is missing in
+    the others.
+    """
+    greys = np.concatenate([_GREYS[:1], np.roll(_GREYS[1:], -contrast)])
+    detail_DHW = first_DHW - _GREYS[cut.organs]
+    if contrast % 2:
+        detail_DHW = np.where(cut.lesion, 0, detail_DHW)
+    return np.clip(greys[cut.organs] + detail_DHW, 0, 1)
 
 
 class Phantoms(VolumeSets):
     """Trunks of `patients` as computed tomography shows them, intensities in [0, 1], with exact labels of twelve organs
-    (`ORGANS`). The class of a volume is the kind of its lesion, 0 for none. All are kept in memory once drawn, at 3
-    bytes a voxel.
+    (`ORGANS`). The class of a volume is the kind of its lesion, 0 for none. All are kept in memory once drawn, at 1 +
+    2 `contrasts` bytes a voxel.
 
     Args:
         patients: at least 2.
@@ -52,6 +55,8 @@ class Phantoms(VolumeSets):
         noise: standard deviation of the grain, >= 0, where white is 1.
         draw_seed: of the patients. `seed` is that of order and crops.
         val_size: patients for validation, the last ones; None is a tenth.
+        contrasts: channels, at least 1: registered images of one body in which tissues have other greys, as sequences
+            of magnetic resonance are; the second, fourth and so on do not show lesions.
         settings: those of `VolumeSets`.
     """
 
@@ -64,6 +69,7 @@ class Phantoms(VolumeSets):
         noise: float = 0.04,
         draw_seed: int = 0,
         val_size: int | None = None,
+        contrasts: int = 1,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -73,13 +79,15 @@ class Phantoms(VolumeSets):
                 f"noise={noise} and draw_seed={draw_seed} be at least 0"
             )
         val_size = held_out_size(val_size, patients, patients - 1)
+        if contrasts < 1:
+            raise UserError(f"Phantoms contrasts={contrasts} must be at least 1")
         if patients < 2 or not 1 <= val_size < patients:
             raise UserError(f"Phantoms patients={patients} must be at least 2, and more than val_size={val_size} >= 1")
-        self.patients, self.val_size, self.draw_seed = patients, val_size, draw_seed
+        self.patients, self.val_size, self.draw_seed, self.contrasts = patients, val_size, draw_seed, contrasts
         self.ward = Ward(side, cuts, diseased, noise)
 
     def find(self) -> FoundVolumes:
-        drawn = [_drawn(self.ward, self.draw_seed, number) for number in range(self.patients)]
-        archive = _Patients(drawn, np.array([volume.label for volume in drawn], np.int64))
+        drawn = [_drawn(self.ward, self.contrasts, self.draw_seed, number) for number in range(self.patients)]
         numbers, first = np.arange(self.patients), self.patients - self.val_size
-        return FoundVolumes(archive, numbers[:first], numbers[first:], KINDS, f"{self.ward} {self.draw_seed} {first}")
+        content = f"{self.ward} {self.contrasts} {self.draw_seed} {first}"
+        return FoundVolumes(KeptVolumes(drawn), numbers[:first], numbers[first:], KINDS, content)

@@ -4,6 +4,7 @@ The middle of a volume stays where it is. Shapes: D H W voxels.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,34 @@ def respaced(grid: VoxelGrid, spacing: tuple[float, float, float]) -> VoxelGrid:
     ratio = np.maximum(np.array(spacing) / grid.spacing, 2.0**-62)  # finer ones are above any limit
     ratio = np.where(np.abs(ratio - 1) < 1e-3, 1.0, ratio)
     sides = np.maximum(1, np.rint(grid.shape / ratio))
-    shape = tuple(map(int, sides))
+    return _recut(grid, tuple(map(int, sides)), ratio)
+
+
+def reshaped(grid: VoxelGrid, shape: tuple[int, int, int]) -> VoxelGrid:
+    """The grid of so many voxels that has the same extent. Raises: as `respaced`."""
+    return _recut(grid, shape, np.array(grid.shape) / shape)
+
+
+def trimmed(grid: VoxelGrid, box: Sequence[slice]) -> VoxelGrid:
+    """The part of a grid that is inside of a box."""
+    ends = [along.indices(side)[:2] for along, side in zip(box, grid.shape, strict=True)]
+    affine = grid.affine.copy()
+    affine[:3, 3] = (grid.affine @ [*(first for first, _ in ends), 1.0])[:3]
+    return VoxelGrid(tuple(end - first for first, end in ends), affine)
+
+
+def _recut(grid: VoxelGrid, shape: tuple[int, ...], ratio: np.ndarray) -> VoxelGrid:
     NUMBERS.require(math.prod(shape))
+    first = _places(0, np.array(shape), np.array(grid.shape), ratio)
     affine = grid.affine @ np.diag([*ratio, 1.0])
-    affine[:3, 3] = (grid.affine @ [*_places(0, sides, np.array(grid.shape), ratio), 1.0])[:3]
+    affine[:3, 3] = (grid.affine @ [*first, 1.0])[:3]
     return VoxelGrid(shape, affine)
 
 
 def resampled(values: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray:
-    """float32 [D H W] on a `respaced` grid: linear along each axis, over as many voxels as a new one is wide."""
+    """float32 [D H W] on a `respaced` or `reshaped` grid: linear along each axis, over as many voxels as a new one is
+    wide.
+    """
     for axis, side, ratio in _shrinking_first(grid, new):
         if (old := values.shape[axis]) == side and abs(ratio - 1) < 1e-6:
             continue
@@ -54,7 +74,7 @@ def _weights(new: int, old: int, ratio: float) -> sparse.csr_array:
 
 
 def nearest(labels: np.ndarray, grid: VoxelGrid, new: VoxelGrid) -> np.ndarray:
-    """Labels [D H W] on a `respaced` grid: of the voxel in which the middle of a new one lies."""
+    """Labels [D H W] on a `respaced` or `reshaped` grid: of the voxel in which the middle of a new one lies."""
     for axis, side, ratio in _shrinking_first(grid, new):
         old = labels.shape[axis]
         places = np.floor(_places(np.arange(side), side, old, ratio) + 0.5).astype(int).clip(0, old - 1)

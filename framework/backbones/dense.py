@@ -16,7 +16,7 @@ from lightspan.core.errors import UserError
 from lightspan.nn.init import CONVOLUTIONS
 
 # A recipe may name the classes listed here.
-__all__ = ["EncodedMaps", "PyramidMaps", "UNet", "UNetEncoder"]
+__all__ = ["EncodedMaps", "PooledMaps", "PyramidMaps", "UNet", "UNetEncoder"]
 
 _POOLS = F.max_pool1d, F.max_pool2d, F.max_pool3d
 
@@ -108,6 +108,36 @@ class UNetEncoder(_Levels):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Raises: UserError as `maps`."""
         return self.maps(x_BCHW)[-1].flatten(2).mean(dim=2)
+
+
+class PooledMaps(nn.Module):
+    """Means over the maps of all levels, one after the other: [B C ...] -> [B num_features].
+
+    Args:
+        encoder: whose `maps` are those of its levels, from the finest on, and `widths` their widths, such as a
+            `UNetEncoder` or a `lightspan.backbones.grid_swin.GridSwin`.
+    Raises: UserError for an encoder without them.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        widths: Sequence[int] = getattr(encoder, "widths", ())
+        if not callable(getattr(encoder, "maps", None)) or not widths:
+            raise UserError(
+                f"PooledMaps: {type(encoder).__name__} does not tell the maps of its levels as `maps` and their widths "
+                "as `widths`; take a UNetEncoder or a GridSwin"
+            )
+        self.encoder: Any = encoder
+        self.num_features = sum(widths)
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The encoder's: one layer of features each, see `lightspan.nn.tokens`."""
+        return self.encoder.feature_modules
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        """Raises: UserError as the encoder's `maps`."""
+        return torch.cat([each.flatten(2).mean(dim=2) for each in self.encoder.maps(x_BC)], dim=1)
 
 
 class EncodedMaps(nn.Module):

@@ -1,10 +1,11 @@
 """Vision transformers of samples with any number of axes: of series, pictures, volumes and clips, of groups of bands
-beside rows and columns, and of dates.
+beside rows and columns, of registered modalities, and of dates.
 
 Shapes: B samples, C channels or bands, h w their sides (as many as there are axes), T dates, t of them in a patch, G
-groups, grid of N patches, D width, K kept patches, P prefix tokens.
+groups, M modalities, grid of N patches, D width, K kept patches, P prefix tokens, L = P + N or P + K.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +13,19 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.decoders.grouped_mask_decoder import axis_widths
 from lightspan.nn.decoders.masked_sequence import positions
+from lightspan.nn.decoders.modality_decoder import widths_of_places
 from lightspan.nn.init import CONVOLUTIONS, xavier_uniform_
 from lightspan.nn.sequences.patches import at_places, grid_of
 from lightspan.nn.sequences.positions import LearnedPositions
 
 # A recipe may name the classes listed here.
-__all__ = ["GridViT", "GroupedViT", "SeriesViT"]
+__all__ = ["GridViT", "GroupedViT", "ModalityViT", "SeriesViT"]
 
 
 class PlacedViT(nn.Module, ABC):
@@ -33,6 +37,7 @@ class PlacedViT(nn.Module, ABC):
     Args:
         width, depth, heads: of the blocks, width a multiple of heads.
         widths: channels of fixed positions of each axis, which sum to width; None shares them evenly.
+        mlp_ratio: hidden width of the blocks' MLPs over `width`, above 0.
 
     Attributes:
         patch_embed: samples to embedded patches without positions, [B grid... D]; made by the subclass.
@@ -42,8 +47,11 @@ class PlacedViT(nn.Module, ABC):
     num_prefix_tokens = 1
     patch_embed: nn.Module
 
-    def __init__(self, width: int, depth: int, heads: int, widths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, width: int, depth: int, heads: int, widths: Sequence[int] | None = None, mlp_ratio: float = 4.0
+    ) -> None:
         super().__init__()
+        require_in("(0, inf)", mlp_ratio=mlp_ratio)
         if min(width, depth, heads) < 1 or width % heads:
             raise UserError(
                 f"{type(self).__name__}: width={width} must be a multiple of heads={heads}, and all and depth={depth} "
@@ -51,7 +59,7 @@ class PlacedViT(nn.Module, ABC):
             )
         self.num_features, self.axis_widths = width, None if widths is None else tuple(widths)
         self.cls_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.learned: LearnedPositions | None = None
 
@@ -69,6 +77,10 @@ class PlacedViT(nn.Module, ABC):
 
         Raises: UserError for a mask: hidden patches are left out.
         """
+        return self.norm(self.blocks(self.placed(image, mask_BHW, keep_BK)))
+
+    def placed(self, image: Tensor, mask_BHW: Tensor | None, keep_BK: Tensor | None) -> Tensor:
+        """What the blocks get: the class token and patches with positions, [B L D]. Arguments as in `tokens`."""
         if mask_BHW is not None:
             raise UserError(f"{type(self).__name__} has no mask token; leave hidden patches out by keep_BK")
         grid = self.grid(image)
@@ -80,7 +92,7 @@ class PlacedViT(nn.Module, ABC):
         if keep_BK is not None:
             tokens_BND = at_places(tokens_BND, keep_BK)
         first_B1D = self.cls_token.to(tokens_BND.dtype).expand(tokens_BND.shape[0], 1, -1)
-        return self.norm(self.blocks(torch.cat([first_B1D, tokens_BND], dim=1)))
+        return torch.cat([first_B1D, tokens_BND], dim=1)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.tokens(image)[:, 1:].mean(dim=1)
@@ -101,7 +113,7 @@ class GridPatches(nn.Module):
 
 
 class GroupPatches(nn.Module):
-    """Patches of each group of bands by a linear map of its own: [B C h w] -> [B G H W D]."""
+    """Patches of each group of channels by a linear map of its own: [B C sides...] -> [B G grid... D]."""
 
     flatten, output_fmt = False, "NHWC"
 
@@ -110,9 +122,9 @@ class GroupPatches(nn.Module):
         self.groups = groups
         self.parts = nn.ModuleList(GridPatches(len(group), width, patch) for group in groups)
 
-    def forward(self, x_BChw: Tensor) -> Tensor:
+    def forward(self, x_BC: Tensor) -> Tensor:
         parts = zip(self.parts, self.groups, strict=True)
-        return torch.stack([part(x_BChw[:, list(group)]) for part, group in parts], dim=1)
+        return torch.stack([part(x_BC[:, list(group)]) for part, group in parts], dim=1)
 
 
 class GridViT(PlacedViT):
@@ -129,6 +141,7 @@ class GridViT(PlacedViT):
             sum to width; None shares them evenly.
         learned_grid: patches along each axis for which positions are learned, and interpolated for other sizes; None
             takes fixed sines and cosines.
+        mlp_ratio: hidden width of the blocks' MLPs over `width`.
     Raises: UserError for sizes that do not fit.
     """
 
@@ -141,6 +154,7 @@ class GridViT(PlacedViT):
         heads: int = 12,
         axis_widths: Sequence[int] | None = None,
         learned_grid: Sequence[int] | None = None,
+        mlp_ratio: float = 4.0,
     ) -> None:
         name = type(self).__name__
         if not 1 <= len(patch) <= len(CONVOLUTIONS) or min(*patch, in_chans) < 1:
@@ -155,7 +169,7 @@ class GridViT(PlacedViT):
             )
         if learned_grid is not None and len(learned_grid) != len(patch):
             raise UserError(f"{name}: learned_grid={[*learned_grid]} must have the {len(patch)} axes of patch")
-        super().__init__(width, depth, heads, axis_widths)
+        super().__init__(width, depth, heads, axis_widths, mlp_ratio)
         self.in_chans, self.patch = in_chans, tuple(patch)
         self.patch_embed = GridPatches(in_chans, width, self.patch)
         xavier_uniform_(self)
@@ -229,6 +243,79 @@ class GroupedViT(PlacedViT):
                 "channels, count bands"
             )
         return len(self.groups), *grid_of(image.shape[2:], (self.patch_size, self.patch_size))
+
+
+class ModalityViT(GridViT):
+    """Registered modalities, such as MR sequences, each with tokens of its own: [B M D h w] -> [B D], with tokens of a
+    grid (M, D/p, h/p, w/p).
+
+    Source: "BM-MAE", 2025, arXiv 2505.00568: a linear map for each modality, and the same fixed positions for
+    all of them; nothing else tells modalities apart. The tokens of the modalities that a sample has come out as if
+    there were no others.
+
+    Args:
+        patch: sides of a patch, one for each of 1 to 3 axes.
+        in_chans: M.
+        width, depth, heads, mlp_ratio: 768, 12, 12 and 2 is the source's. Width is a multiple of 2 for each axis.
+    Raises: UserError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        patch: Sequence[int],
+        in_chans: int = 4,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 2.0,
+    ) -> None:
+        super().__init__(patch, in_chans, width, depth, heads, mlp_ratio=mlp_ratio)
+        self.axis_widths = widths_of_places(width, len(self.patch))
+        self.patch_embed = GroupPatches([[modality] for modality in range(in_chans)], width, self.patch)
+        xavier_uniform_(self.patch_embed)
+
+    def grid(self, image: Tensor) -> tuple[int, ...]:
+        return self.in_chans, *super().grid(image)
+
+    def tokens(
+        self,
+        image: Tensor,
+        mask_BHW: Tensor | None = None,
+        keep_BK: Tensor | None = None,
+        present_BM: Tensor | None = None,
+    ) -> Tensor:
+        """See `PlacedViT.tokens`.
+
+        Args:
+            present_BM: bool, the modalities that a sample has; no token sees those of others, which come out as
+                anything. None: all.
+        """
+        tokens_BLD = self.placed(image, mask_BHW, keep_BK)
+        if present_BM is None:
+            return self.norm(self.blocks(tokens_BLD))
+        seen_BL = F.pad(self.known(present_BM, self.grid(image), keep_BK), (1, 0), value=True)
+        for block in self.blocks:
+            tokens_BLD = block(tokens_BLD, attn_mask=seen_BL[:, None, None])
+        return self.norm(tokens_BLD)
+
+    def known(self, present_BM: Tensor, grid: Sequence[int], keep_BK: Tensor | None = None) -> Tensor:
+        """Whether a token is of a modality that its sample has: bool [B N], or [B K] of the kept ones."""
+        known_BN = present_BM.repeat_interleave(math.prod(grid[1:]), dim=1)
+        return known_BN if keep_BK is None else known_BN.gather(1, keep_BK)
+
+    def at_places(self, image: Tensor, present_BM: Tensor | None = None) -> Tensor:
+        """For each place the mean of its tokens over the modalities that a sample has, as the source's segmentation
+        reads them: [B N/M D], row by row; 0 where a sample has none.
+        """
+        tokens_BMND = self.tokens(image, present_BM=present_BM)[:, 1:].unflatten(1, (self.in_chans, -1))
+        if present_BM is None:
+            return tokens_BMND.mean(dim=1)
+        total_BND = tokens_BMND.masked_fill(~present_BM[:, :, None, None], 0).sum(dim=1)
+        return total_BND / present_BM.sum(dim=1).clamp_min(1)[:, None, None]
+
+    def forward(self, image: Tensor, present_BM: Tensor | None = None) -> Tensor:
+        """The mean over the tokens of the modalities that a sample has."""
+        return self.at_places(image, present_BM).mean(dim=1)
 
 
 class SeriesViT(GridViT):

@@ -1,4 +1,4 @@
-"""Which pixels of a batch were seen, and pictures reduced to the means over what was.
+"""Which pixels and channels of a batch were seen, and pictures reduced to the means over what was.
 
 Shapes: B pictures, C bands, H W pixels; a series has an axis of its dates before these.
 """
@@ -31,6 +31,28 @@ def valid_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor:
             f"{[*image.shape]} and valid {found}; let the dataset give both in one shape, or no valid"
         )
     return valid > 0
+
+
+def present_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor | None:
+    """`present` of a batch, bool [B C]: which channels a sample has; None where the batch does not say: all are there.
+
+    Args:
+        image: what the method reads of the batch, [B C ...].
+        method: its name, for messages.
+    Raises: UserError for anything else.
+    """
+    present_BC = batch.get("present")
+    if present_BC is None:
+        return None
+    if not isinstance(present_BC, Tensor) or present_BC.shape != image.shape[:2] or present_BC.is_floating_point():
+        found = (
+            f"{present_BC.dtype} {[*present_BC.shape]}" if isinstance(present_BC, Tensor) else type(present_BC).__name__
+        )
+        raise UserError(
+            f"{method} needs to know of each channel whether a sample has it, bool {[*image.shape[:2]]}, and this "
+            f"batch gives {found} as present; let the dataset give that, or none"
+        )
+    return present_BC > 0
 
 
 def area_reduced(image_BCHW: Tensor, valid_BCHW: Tensor, factor: int) -> tuple[Tensor, Tensor]:

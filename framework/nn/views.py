@@ -11,6 +11,7 @@ from lightspan.core.distributed import rank
 from lightspan.core.errors import UserError
 from lightspan.nn.labels import labels_of
 
+RANDOM_VIEWS = "lightspan.datamodules.image.augment.views.RandomViews"
 TWO_VIEWS = "lightspan.datamodules.image.augment.views.TwoViews"
 MULTI_CROP = "lightspan.datamodules.image.augment.views.MultiCrop"
 
@@ -19,7 +20,8 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     """The views [B ...] of a batch.
 
     Without `views` in the batch the one view is what a network reads of it, such as its images, as the data give them.
-    A method that can train on them says so once: contrast without random changes of the images is seldom meant.
+    A method that trains on images like that says so once, since contrast without random changes of them is seldom
+    meant; clips and crops of volumes are at random places as it is.
 
     Args:
         method: its name, for messages.
@@ -30,18 +32,32 @@ def views_of(batch: Mapping[str, Any], method: str, count: int | None = None) ->
     require_fields(batch, method)
     views = list(batch[VIEWS]) if VIEWS in batch else [batch[name] for name in read_names(batch)[:1]]
     if len(views) != count if count is not None else not views:
-        way_out = "data.init_args.views=null" if count == 1 else f"data.init_args.views.class_path={TWO_VIEWS}"
         raise UserError(
-            f"{method} needs {count or 'some'} view{'' if count == 1 else 's'} of each image, and this batch gives "
-            f"{len(views)} (it holds {', '.join(sorted(batch))}); set {way_out}"
+            f"{method} needs {count or 'some'} view{'' if count == 1 else 's'} of each {_shown(batch)}, and this batch "
+            f"gives {len(views)} (it holds {', '.join(sorted(batch))}); set {_way_out(batch, count or 2)}"
         )
-    if VIEWS not in batch and rank() == 0:
+    if VIEWS not in batch and _shown(batch) == "image" and rank() == 0:
+        kind = f"{RANDOM_VIEWS} and data.init_args.views.init_args.count=1" if count == 1 else TWO_VIEWS
         warnings.warn(
             f"{method} trains on one view of each image, which nothing changes at random; if that is not meant, set "
-            f"data.init_args.views.class_path={TWO_VIEWS}",
+            f"data.init_args.views.class_path={kind}",
             stacklevel=2,
         )
     return pictures(views, method)
+
+
+def _shown(batch: Mapping[str, Any]) -> str:
+    """What the samples of a batch are, by a field that only batches of such have."""
+    return next((name for field, name in (("fps", "video"), ("spacing", "volume")) if field in batch), "image")
+
+
+def _way_out(batch: Mapping[str, Any], count: int) -> str:
+    """The settings by which data give `count` views of each sample."""
+    if (shown := _shown(batch)) == "video":
+        return f"data.init_args.clips={count} and data.init_args.speeds=[1]"
+    if shown == "volume":
+        return f"data.init_args.crops={count} and data.init_args.bases=null"
+    return "data.init_args.views=null" if count == 1 else f"data.init_args.views.class_path={TWO_VIEWS}"
 
 
 def pictures(views: Iterable[Any], method: str) -> list[Tensor]:

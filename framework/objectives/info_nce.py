@@ -63,6 +63,12 @@ def unit(x_BD: Tensor) -> Tensor:
     return x_BD * _inverse_root(x_BD.square().sum(dim=1, keepdim=True))
 
 
+def row_cosine(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """cos(a_b, b_b) of the rows of two tensors, [B], as `unit` has them."""
+    with torch.autocast(a_BD.device.type, enabled=False):
+        return (unit(a_BD) * unit(b_BD)).sum(dim=1)
+
+
 def _inverse_root(squares: Tensor) -> Tensor:
     """1 / sqrt, and 0 with a gradient of 0 below the square of `LEAST_NORM`."""
     return squares.masked_fill(squares < LEAST_NORM**2, torch.inf).rsqrt()
@@ -165,8 +171,7 @@ def queued_info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperat
     Raises: UserError as `nt_xent` does.
     """
     require_temperatures(temperature=temperature)
-    with torch.autocast(query_BD.device.type, enabled=False):
-        own_B1 = (unit(query_BD) * unit(key_BD)).sum(dim=1, keepdim=True)
+    own_B1 = row_cosine(query_BD, key_BD)[:, None]
     logits = torch.cat([own_B1, gated_cosine(query_BD, queue_KD)], dim=1) / temperature
     target = torch.zeros_like(logits, dtype=torch.bool)
     target[:, 0] = True

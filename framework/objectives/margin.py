@@ -1,17 +1,20 @@
-"""Margin loss on pairs: rows of one class within a distance of one another, rows of two classes beyond it.
+"""Losses with a margin. On pairs: rows of one class within a distance of one another, rows of two classes beyond it. On
+rankings: one score above another.
 
-Source: Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, arXiv 1706.07567, equation 4, with the
-choice of negatives of ADSL's code (arXiv 2206.09068), the hardest beyond a cutoff, not drawn by distance, and its
-constant boundary, which Wu et al. learn.
+Source of the first: Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, arXiv 1706.07567, equation 4,
+with the choice of negatives of ADSL's code (arXiv 2206.09068), the hardest beyond a cutoff, not drawn by distance, and
+its constant boundary, which Wu et al. learn.
 Shapes: B anchors of this rank, N rows of all ranks, D embedding width.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightspan.core.devices import wide
 from lightspan.core.distributed import all_reduce_sums, gather_rows
 from lightspan.objectives.info_nce import own_rows
+from lightspan.objectives.means import mean_of
 
 LEAST_SQUARE = 1e-8
 """Added to squared distances: the root of zero has no slope."""
@@ -59,3 +62,12 @@ def _distances(z_BD: Tensor, z_ND: Tensor) -> Tensor:
     with torch.autocast(z_BD.device.type, enabled=False):
         squares_BN = z_BD.square().sum(dim=1, keepdim=True) + z_ND.square().sum(dim=1) - 2 * z_BD @ z_ND.T
     return (squares_BN.clamp_min(0) + LEAST_SQUARE).sqrt()
+
+
+def ranking_loss(higher_B: Tensor, lower_B: Tensor, margin: float) -> Tensor:
+    """Mean over the rows of all ranks of relu(margin - (higher - lower)): 0 where every `higher` exceeds its `lower` by
+    `margin`, and without rows.
+    """
+    higher_B, lower_B = wide(higher_B), wide(lower_B)
+    total = F.margin_ranking_loss(higher_B, lower_B, torch.ones_like(lower_B), margin=margin, reduction="sum")
+    return mean_of(total, higher_B.numel())

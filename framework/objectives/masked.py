@@ -1,7 +1,7 @@
 """Losses of masked modelling: pixels of hidden patches, and features of hidden patches.
 
 Shapes: B images, M hidden patches of each, d numbers of a patch, D width of features, G groups of bands with L tokens
-each, n numbers of a patch of a group.
+each, n numbers of a patch of a group or modality.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.devices import wide
+from lightspan.core.distributed import all_reduce_sums
 from lightspan.objectives.means import known_mean, mean, mean_of, squared_error
 
 LEAST_VARIANCE = 1e-6
@@ -92,6 +93,25 @@ def seen_group_regression(
     errors = [(wide(guess) - wide(target)).where(seen, 0).square().mean(dim=2) for guess, target, seen in parts]
     error_BGL = torch.stack(errors, dim=1)
     return known_mean(error_BGL, hidden_BGL)
+
+
+def regression_by_modality(
+    guess_BHn: Tensor, patches_BHn: Tensor, modality_BH: Tensor, known_BH: Tensor, modalities: int
+) -> Tensor:
+    """Mean squared error of each modality, over all numbers of its known patches on all ranks: [modalities] in float32
+    or wider, 0 for one without any. Their sum weighs modalities alike, however many patches of each are hidden.
+
+    Source: "BM-MAE", 2025, arXiv 2505.00568, and its code.
+
+    Args:
+        guess_BHn, patches_BHn: of hidden patches, H for each sample.
+        modality_BH: int64, to which modality a patch belongs.
+        known_BH: bool; others may hold anything.
+    """
+    error_BH = (wide(guess_BHn) - wide(patches_BHn)).square().mean(dim=2)
+    own_MBH = (modality_BH == torch.arange(modalities, device=error_BH.device)[:, None, None]) & known_BH
+    total_M, count_M = all_reduce_sums(error_BH.where(own_MBH, 0).sum(dim=(1, 2)), own_MBH.sum(dim=(1, 2)).to(error_BH))
+    return total_M / count_M.clamp_min(1)
 
 
 def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

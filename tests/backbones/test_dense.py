@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.backbones.dense import EncodedMaps, PyramidMaps, UNet, UNetEncoder
+from lightspan.backbones.dense import EncodedMaps, PooledMaps, PyramidMaps, UNet, UNetEncoder
+from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.mix_transformer import MixTransformer
 from lightspan.core.errors import UserError
+from lightspan.nn.tokens import token_features
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
@@ -40,6 +42,20 @@ def test_a_unet_of_volumes_holds_its_encoder() -> None:
         assert UNet(1, 4, 2, axes=axes)(torch.zeros(1, 1, *[4] * axes)).shape == (1, 4, *[4] * axes)
     with pytest.raises(UserError, match="axes=4"):
         UNetEncoder(1, 4, 2, axes=4)
+
+
+def test_the_means_of_all_levels_are_features() -> None:
+    swin = GridSwin((2, 2, 2), (2, 2, 2), width=4, depths=(1, 1), heads=(1, 2))
+    volume = torch.randn(2, 1, 4, 8, 12)
+    for encoder, widths in ((UNetEncoder(1, 4, 3, axes=3), (4, 8, 16)), (swin, (4, 8))):
+        network = PooledMaps(encoder)
+        parts = network(volume).split(widths, dim=1)
+        assert network.num_features == sum(widths)
+        for part, level in zip(parts, encoder.maps(volume), strict=True):
+            torch.testing.assert_close(part, level.mean(dim=(2, 3, 4)))
+        assert [layer.tokens_BTD.shape[2] for layer in token_features(network, lambda n=network: n(volume), (0, -1))]
+    with pytest.raises(UserError, match="Linear does not tell the maps"):
+        PooledMaps(nn.Linear(2, 2))
 
 
 def test_a_pyramid_of_a_timm_network_too() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.backbones.placed_vit import GridViT, GroupedViT, SeriesViT, series_widths
+from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.swin import swin
 from lightspan.backbones.vit import vit
 from lightspan.core.errors import UserError
@@ -112,10 +112,34 @@ def test_a_series_is_a_grid_with_widths_of_its_own() -> None:
 
 
 @torch.no_grad()
+def test_modalities_have_the_contract_on_a_grid_with_one_more_axis_and_share_positions() -> None:
+    for grid, patch in GRIDS.items():
+        torch.manual_seed(0)
+        net, x = ModalityViT(patch, 2, 24, 2, 2).eval(), samples(grid, patch)
+        assert require_tokens(net, "test") is net
+        assert net.grid(x) == (2, *grid)
+        tokens = net.tokens(x)
+        assert tokens.shape == (3, 1 + 2 * math.prod(grid), 24)
+        close(net(x), tokens[:, 1:].mean(dim=1))
+        close(net.at_places(x), tokens[:, 1:].unflatten(1, (2, -1)).mean(dim=1))
+        keep = torch.stack([torch.randperm(2 * math.prod(grid))[:4] for _ in range(3)])
+        close(net.tokens(x, keep_BK=keep), net.tokens(x, keep_BK=keep, present_BM=torch.ones(3, 2, dtype=torch.bool)))
+        for first, second in zip(*(part.parameters() for part in net.patch_embed.parts), strict=True):
+            second.copy_(first)
+        close(net.tokens(x.flip(1))[:, 1:], net.tokens(x)[:, 1:].unflatten(1, (2, -1)).flip(1).flatten(1, 2))
+        assert net(x[:0], torch.ones(0, 2, dtype=torch.bool)).shape == (0, 24)
+        assert torch.equal(net(x, torch.zeros(3, 2, dtype=torch.bool)), torch.zeros(3, 24))
+    assert net.blocks[0].mlp.fc1.out_features == 48
+    with pytest.raises(UserError, match="mlp_ratio=0"):
+        ModalityViT((2,), 2, 24, 2, 2, mlp_ratio=0)
+
+
+@torch.no_grad()
 def test_layers_of_groups_and_of_other_sizes_lie_on_the_grid_of_the_pass() -> None:
     x = torch.randn(2, 3, 6, 8)
     for net, grid in (
         (GroupedViT([[0, 2], [1]], 16, 2, 2, patch_size=2, group_width=4), (2, 3, 4)),
+        (ModalityViT((2, 2), 3, 16, 2, 2), (3, 3, 4)),
         (vit(16, 2, 2, img_size=4, patch_size=2, any_size=True), (3, 4)),
     ):
         (layer,) = token_features(net, partial(net, x))
@@ -180,6 +204,7 @@ def test_programs_of_networks_on_grids_take_batches_of_any_size() -> None:
     for network, rows in (
         (GridViT((1, 2, 3), 2, **small), samples((2, 3, 2), (1, 2, 3))),
         (GroupedViT(((0,), (1,)), **small, patch_size=2, group_width=16), samples((4, 4), (2, 2))),
+        (ModalityViT((1, 2, 3), 2, **small), samples((2, 3, 2), (1, 2, 3))),
     ):
         program = torch.export.export(network.eval(), (rows,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         close(program.module()(rows[:2]), network(rows[:2]))

@@ -114,7 +114,7 @@ def test_a_volume_is_three_planes_with_the_head_and_the_right_where_radiologists
 def test_several_clips_of_a_video_are_rows_of_their_frames():
     frames = torch.arange(2 * 2 * 3).view(2, 2, 1, 3, 1, 1) / 11.0  # clip, sample, channel, time
     clips = [clip.expand(2, 1, 3, 64, 64) for clip in frames]
-    batch = {"clips": clips, "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+    batch = {"views": clips, "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
     views, columns = _pictures(batch, 8, ClipsBatch)
     assert columns == 3
     shown = torch.stack(views, dim=1)[..., 0, 0, 0]  # row, time

@@ -210,9 +210,9 @@ def test_a_validation_folder_has_the_training_folders_numbers(tmp_path: Path) ->
 
 
 def test_one_picture_is_too_few(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="1 readable picture is too few"):
+    with pytest.raises(UserError, match="no readable pictures are left for val: 1 for train, 0 for val"):
         opened(write_pictures(tmp_path / "in", {"": 1}))
-    with pytest.raises(UserError, match="2 readable pictures leave none to validate with"):
+    with pytest.raises(UserError, match="no readable pictures are left for val: 2 for train"):
         opened(write_pictures(tmp_path / "two", {"a": 1, "b": 1}))
 
 
@@ -445,7 +445,7 @@ def test_stored_bytes_other_keys_and_no_labels_are_read(tmp_path: Path) -> None:
         ([(torch.zeros(3, 4, 4, dtype=torch.int32), 0)] * 3, "torch.int32 is neither uint8 nor float"),
         ([(torch.zeros(3, 4, 4), -1)] * 3, "has label -1"),
         ([{"picture": 1}] * 3, "it has picture, but not image"),
-        ([(torch.zeros(3, 4, 4), 0)], "1 readable picture is too few"),
+        ([(torch.zeros(3, 4, 4), 0)], "no readable pictures are left for val"),
     ],
 )
 def test_items_that_are_not_pictures_are_refused_by_number(items: list, message: str) -> None:

@@ -63,7 +63,9 @@ def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: 
 
 
 DRAWN = (
+    "contrastive.rspnet",
     "contrastive.selfie",
+    "contrastive.voco_large",
     "distillation.sd_fpt",
     "image_text.dptr",
     "image_text.m3i",

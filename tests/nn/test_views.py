@@ -26,6 +26,30 @@ def test_images_alone_are_one_view_and_the_method_says_so() -> None:
     with pytest.warns(UserWarning, match=r"M trains on one view of each image.*views\.class_path=.*TwoViews"):
         (view,) = views_of({"image": IMAGE}, "M")
     assert view is IMAGE
+    with pytest.warns(UserWarning, match=r"views\.class_path=.*RandomViews and .*views\.init_args\.count=1"):
+        views_of({"image": IMAGE}, "M", 1)
+
+
+CLIP = {"clip": torch.zeros(2, 3, 4, 8, 8), "fps": torch.ones(2)}
+VOLUME = {"volume": torch.zeros(2, 1, 4, 8, 8), "spacing": torch.ones(2, 3)}
+
+
+def test_clips_and_crops_are_at_random_places_and_several_of_them_are_settings_of_their_data() -> None:
+    for batch, read, setting in (
+        (CLIP, "clip", r"clips={} and data\.init_args\.speeds=\[1\]"),
+        (VOLUME, "volume", r"crops={} and data\.init_args\.bases=null"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for count in (None, 1):
+                (view,) = views_of(batch, "M", count)
+                assert view is batch[read]
+        four = {name: value for name, value in batch.items() if name != read} | {"views": [batch[read]] * 4}
+        for given, found in ((batch, 1), (four, 4)):
+            with pytest.raises(UserError, match=f"gives {found} .* set data.init_args.{setting.format(2)}$"):
+                views_of(given, "M", 2)
+        with pytest.raises(UserError, match=f"gives 4 .* set data.init_args.{setting.format(1)}$"):
+            views_of(four, "M", 1)
 
 
 @pytest.mark.parametrize("batch", [{"image": IMAGE}, {"views": [IMAGE] * 3}, {"label": IMAGE}])

@@ -2,11 +2,11 @@
 
 Source: after Moving MNIST (Srivastava et al., 2015, arXiv 1502.04681). Differences: one digit, of scikit-learn's, moves
 straight on and enters again at the opposite side, so that its direction is the same throughout.
-Shapes: C = 1 channel, T frames, H W pixels.
+Shapes: C = 1 channel, T frames, H W pixels, K starts, S speeds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,27 +14,35 @@ import torch
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.datamodules.image.augment.fields import ImageFields
+from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.sets.small import Digits, Labelled
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
-from lightspan.datamodules.video.batch import ClipBatch
+from lightspan.datamodules.video.batch import ClipBatch, ClipsBatch
+from lightspan.datamodules.video.clips import ClipFields, ClipTimes, single
 
 DIRECTIONS = 8
+FPS = 25.0
 SIDE = 16
 """Of a digit: twice its 8 pixels."""
+LATER = 64
+"""At most so many frames after the first clip of a video begins another one."""
 
 
 class MovingDigits(SampleSets):
-    """1,437 digits for training and 360 for validation, grey, on black: batches of `ClipBatch` of 25 frames a second.
+    """1,437 digits for training and 360 for validation, grey, on black, in 25 frames a second: batches of `ClipBatch`,
+    or in training of `ClipsBatch` for several clips of a digit.
 
     Start, speed and, where digits are the labels, direction are functions of a training sample's seed, new in each
-    epoch, and in evaluation of its number.
+    epoch, and in evaluation of its number. All clips of a sample show one movement.
 
     Args:
         frames: T, at least 1.
         size: height and width in pixels, at least 16.
         label: what the label is: one of eight directions, which no single frame shows, or the digit.
         speed: least and most, in pixels per frame.
+        clips, speeds, views: as in `lightspan.datamodules.video.folder.VideoFolder`.
         batch_size: clips of one optimiser step over all ranks.
         seed: of the order and of the clips.
         num_workers: processes that make batches.
@@ -48,16 +56,19 @@ class MovingDigits(SampleSets):
         size: int = 32,
         label: Literal["direction", "digit"] = "direction",
         speed: tuple[float, float] = (1.0, 3.0),
+        clips: int = 1,
+        speeds: tuple[float, ...] = (1.0,),
+        views: Views | None = None,
         batch_size: int = 64,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
-        require_in("[1, inf)", frames=frames)
         require_in(f"[{SIDE}, inf)", size=size)
         if not 0 <= speed[0] <= speed[1] < math.inf:
             raise UserError(f"speed={list(speed)} must be the least and the most, at least 0")
-        self.frames, self.size, self.label, self.speed = frames, size, label, speed
+        self.times = ClipTimes(frames, FPS, clips, tuple(speeds))
+        self.size, self.label, self.speed, self.views = size, label, speed, views
 
     @property
     def num_classes(self) -> int:
@@ -71,26 +82,41 @@ class MovingDigits(SampleSets):
         covered = SIDE**2 / self.size**2
         mean = float(grey.mean()) * covered
         std = math.sqrt(float(np.square(grey).mean()) * covered - mean**2)
-        settings = (self.frames, self.size, self.label, self.speed, mean, std)
-        self.train, self.bank = MovingSamples(training, *settings), MovingSamples(training, *settings, fixed=True)
-        self.val = MovingSamples(test, *settings, fixed=True)
+        standard = torch.full((1, 1, 1), mean), torch.full((1, 1, 1), std)
+        settings = (self.size, self.label, self.speed)
+        fields = ClipFields(ImageFields(*standard, self.views), len(self.times.speeds))
+        self.train = MovingSamples(training, *settings, self.times, fields)
+        middle = replace(self.times, clips=1, speeds=self.times.speeds[:1])
+        self.bank, self.val = (
+            MovingSamples(digits, *settings, middle, ClipFields(ImageFields(*standard)), fixed=True)
+            for digits in (training, test)
+        )
         self.bounds = tuple(torch.full((1, 1, 1), (x - mean) / std) for x in (0, 1))  # type: ignore[assignment]
         say(f"videos: {len(self.train)} moving digits for training and {len(self.val)} for validation")
 
 
 @dataclass(frozen=True)
 class MovingSamples:
-    """The clips of some digits. fixed: by a sample's number alone. Others as in `MovingDigits`."""
+    """The clips of some digits.
+
+    Args:
+        times: which frames the clips have.
+        fields: makes the clips.
+        fixed: by a sample's number alone.
+        digits, size, label, speed: as in `MovingDigits`.
+    """
 
     digits: Labelled
-    frames: int
     size: int
     label: Literal["direction", "digit"]
     speed: tuple[float, float]
-    mean: float
-    std: float
+    times: ClipTimes
+    fields: ClipFields
     fixed: bool = False
-    batch_type = ClipBatch
+
+    @property
+    def batch_type(self) -> type:
+        return ClipsBatch if self.times.count > 1 else ClipBatch
 
     def __len__(self) -> int:
         return len(self.digits.labels)
@@ -101,15 +127,32 @@ class MovingSamples:
         start_2, speed = draws.uniform(0, self.size, 2), draws.uniform(*self.speed)
         angle = 2 * math.pi * direction / DIRECTIONS
         step_2 = speed * np.array([math.sin(angle), math.cos(angle)])  # row, column
-        picture = np.zeros((self.size, self.size), np.float32)
+        numbers_KST = self._numbers(draws)
+        places = np.rint(start_2 + numbers_KST[..., None] * step_2).astype(int).reshape(-1, 2)
+        picture = self._picture(index)
+        frames = torch.from_numpy(np.stack([np.roll(picture, place, (0, 1)) for place in places.tolist()]))
+        starts = frames[:, None].unflatten(0, numbers_KST.shape)
+        made = self.fields(list(starts), draws.integers(2**63, size=self.times.clips).tolist())
+        rates = [FPS / times for times in self.times.speeds] * self.times.clips
+        return single(
+            {
+                **made,
+                "fps": torch.tensor(rates),
+                "frames": torch.from_numpy(numbers_KST).flatten(0, 1),
+                "label": direction if self.label == "direction" else int(self.digits.labels[index]),
+                "index": index,
+            }
+        )
+
+    def _numbers(self, draws: np.random.Generator) -> np.ndarray:
+        """The frames of the clips, int64 [K S T], of a video that goes on until the last clip ends."""
+        firsts = [0, *draws.integers(LATER + 1, size=self.times.clips - 1).tolist()]
+        video = self.times.steady(LATER)
+        return np.stack([self.times.numbers(video, 0, len(video), first) for first in firsts])
+
+    def _picture(self, index: int) -> np.ndarray:
+        """The digit in a corner, uint8 [H W]."""
+        picture = np.zeros((self.size, self.size), np.uint8)
         digit = self.digits.images[index].reshape(SIDE // 2, SIDE // 2)
-        picture[:SIDE, :SIDE] = digit.repeat(2, 0).repeat(2, 1) / np.float32(255)
-        places = np.rint(start_2 + np.arange(self.frames)[:, None] * step_2).astype(int)
-        clip_THW = np.stack([np.roll(picture, place, (0, 1)) for place in places.tolist()])
-        return {
-            "clip": (torch.from_numpy(clip_THW)[None] - self.mean) / self.std,
-            "fps": torch.tensor(25.0),
-            "frames": torch.arange(self.frames),
-            "label": direction if self.label == "direction" else int(self.digits.labels[index]),
-            "index": index,
-        }
+        picture[:SIDE, :SIDE] = digit.repeat(2, 0).repeat(2, 1)
+        return picture

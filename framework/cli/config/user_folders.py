@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.resolve import TRAINED, Resolved
 from lightspan.cli.config.signatures import Signature, member
-from lightspan.cli.config.user_data import Layer
+from lightspan.cli.config.user_data import Layer, UserData
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import refuse_link_out
 from lightspan.core.source import Definition
@@ -46,7 +46,35 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
     return folder / "train", None if beside is None else folder / beside
 
 
-def data_layer(resolved: Resolved, folder: Path, data: str, kept: Sequence[str]) -> Layer:
+def with_folder(
+    modality: str,
+    data: str,
+    kept: Sequence[str],
+    model_layer: Callable[[Resolved], Layer],
+    recipe: str,
+    overlays: Sequence[str],
+    folder: Path,
+    flags: Sequence[str],
+    allow_modules: Sequence[str] = (),
+    kinds: Sequence[str] = TRAINED,
+) -> Resolved:
+    """The recipe with its overlays, then the folder, then the flags.
+
+    Args:
+        modality: of the data, such as "video"; the option is its plural.
+        data: class path of the data module.
+        kept: settings of the recipe's own data that this one keeps.
+        model_layer: see `UserData`.
+    Raises: UserError for a recipe of other data, a folder without any, and as `resolve`.
+    """
+    name = f"{modality}s"
+    hint = f"`lightspan recipes --modality {modality}` lists those for {name}"
+    layers = (lambda found: _data_layer(found, folder, data, kept)), model_layer
+    own = UserData(f"--{name}", modality, hint, data, {"folder", "num_workers", *kept}, name, folder, *layers)
+    return own.laid_over(recipe, overlays, flags, allow_modules, kinds)
+
+
+def _data_layer(resolved: Resolved, folder: Path, data: str, kept: Sequence[str]) -> Layer:
     """The layer that replaces the recipe's data module by that of a folder, and keeps some of its settings."""
     training, validation = split_folders(folder.absolute())
     before = (resolved.config.get("data") or {}).get("init_args") or {}

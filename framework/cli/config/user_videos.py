@@ -4,37 +4,17 @@ It replaces the data, keeps their clips, views and batch size, and changes what 
 the network's first layer, and the number of classes.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from lightspan.cli.config.resolve import TRAINED, Resolved
-from lightspan.cli.config.user_data import Layer, UserData, fitted
-from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watching_callbacks, without_labels
+from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.user_data import Layer, fitted
+from lightspan.cli.config.user_folders import fewer, fitting, watching_callbacks, with_folder, without_labels
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.video.folder.VideoFolder"
 KEPT = ("frames", "fps", "clips", "speeds", "size", "views", "views_on", "batch_size", "seed")
-FITTED = {"folder", "num_workers", *KEPT}
 CHANNELS = 3
-
-
-def with_videos(
-    recipe: str,
-    overlays: Sequence[str],
-    folder: Path,
-    flags: Sequence[str],
-    allow_modules: Sequence[str] = (),
-    kinds: Sequence[str] = TRAINED,
-) -> Resolved:
-    """The recipe with its overlays, then the videos, then the flags.
-
-    Raises: UserError for a recipe of other data, a folder without videos, and as `resolve`.
-    """
-    hint = "`lightspan recipes --modality video` lists those for videos"
-    layers = (lambda found: data_layer(found, folder, DATA, KEPT)), _model_layer
-    videos = UserData("--videos", "video", hint, DATA, FITTED, "videos", folder, *layers)
-    return videos.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 
 def _model_layer(resolved: Resolved) -> Layer:
@@ -55,3 +35,7 @@ def _model_layer(resolved: Resolved) -> Layer:
         layer |= {"data": {"init_args": {"batch_size": batch}}} if batch != given.get("batch_size") else {}
     layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(classes), count, notes, maps=False)}
     return layer, notes
+
+
+with_videos = partial(with_folder, "video", DATA, KEPT, _model_layer)
+"""See `with_folder`."""

@@ -4,36 +4,16 @@ It replaces the data, keeps their crops, augmentation and batch size, and change
 channels of the network's first layer, and the number of classes.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from lightspan.cli.config.resolve import TRAINED, Resolved
-from lightspan.cli.config.user_data import Layer, UserData, fitted
-from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watching_callbacks, without_labels
+from lightspan.cli.config.resolve import Resolved
+from lightspan.cli.config.user_data import Layer, fitted
+from lightspan.cli.config.user_folders import fewer, fitting, watching_callbacks, with_folder, without_labels
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
-KEPT = ("size", "batch_size", "crops", "augment", "seed")
-FITTED = {"folder", "num_workers", *KEPT}
-
-
-def with_volumes(
-    recipe: str,
-    overlays: Sequence[str],
-    folder: Path,
-    flags: Sequence[str],
-    allow_modules: Sequence[str] = (),
-    kinds: Sequence[str] = TRAINED,
-) -> Resolved:
-    """The recipe with its overlays, then the volumes, then the flags.
-
-    Raises: UserError for a recipe of other data, a folder without volumes, and as `resolve`.
-    """
-    hint = "`lightspan recipes --modality volume` lists those for volumes"
-    layers = (lambda found: data_layer(found, folder, DATA, KEPT)), _model_layer
-    volumes = UserData("--volumes", "volume", hint, DATA, FITTED, "volumes", folder, *layers)
-    return volumes.laid_over(recipe, overlays, flags, allow_modules, kinds)
+KEPT = ("size", "batch_size", "crops", "augment", "bases", "seed")
 
 
 def _model_layer(resolved: Resolved) -> Layer:
@@ -56,3 +36,7 @@ def _model_layer(resolved: Resolved) -> Layer:
         layer["data"] = {"init_args": {"batch_size": batch}}
     layer["trainer"] = {"callbacks": watching_callbacks(resolved, bool(found.classes), count, notes, maps=False)}
     return layer, notes
+
+
+with_volumes = partial(with_folder, "volume", DATA, KEPT, _model_layer)
+"""See `with_folder`."""

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.decoders.masked_sequence import MaskedSequence
 from lightspan.nn.init import xavier_uniform_
 from lightspan.nn.widths import LazyHead
@@ -24,13 +25,21 @@ class MaskTransformer(nn.Module):
         in_features: D.
         width, depth, heads: of the blocks; MAE's are 512, 8 and 16. Width is a multiple of heads and of 4 (two axes).
         axis_widths: channels of the positions of each axis of the grid, see `MaskedSequence`.
+        dropout: in the blocks, of attention and behind it and both layers of the MLP, in [0, 1).
     Raises: UserError for sizes that do not fit.
     """
 
     def __init__(
-        self, in_features: int, width: int, depth: int, heads: int, axis_widths: Sequence[int] | None = None
+        self,
+        in_features: int,
+        width: int,
+        depth: int,
+        heads: int,
+        axis_widths: Sequence[int] | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        require_in("[0, 1)", dropout=dropout)
         if min(in_features, width, depth, heads) < 1 or width % heads:
             raise UserError(
                 f"{type(self).__name__}: width={width} must be a multiple of heads={heads}, and all and depth={depth} "
@@ -40,7 +49,8 @@ class MaskTransformer(nn.Module):
             raise UserError(f"{type(self).__name__}: axis_widths={[*axis_widths]} must sum to width={width}")
         self.in_features, self.width = in_features, width
         self.sequence = MaskedSequence(in_features, width, axis_widths)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        drops = {"proj_drop": dropout, "attn_drop": dropout}
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True, **drops) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
 

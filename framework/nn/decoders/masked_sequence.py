@@ -29,18 +29,29 @@ class MaskedSequence(nn.Module):
         self.embed = nn.Linear(in_features, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)  # MAE's start
 
-    def forward(self, tokens_BSD: Tensor, at_BK: Tensor, ask_BM: Tensor, grid: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        tokens_BSD: Tensor,
+        at_BK: Tensor,
+        ask_BM: Tensor,
+        grid: Sequence[int],
+        known_BK: Tensor | None = None,
+    ) -> Tensor:
         """[B P+K+M w]. The first P = S - K tokens have no position.
 
         Args:
             at_BK, ask_BM: int64, places counted row by row.
+            known_BK: bool, False for the tokens of places about which nothing is known: each gives way to a mask token.
+                None: all are known.
         """
         seen_BSw = self.embed(tokens_BSD)
         positions_BTw = positions(seen_BSw, grid, self.axis_widths)
         prefix = tokens_BSD.shape[1] - at_BK.shape[1]
-        prefix_BPw, seen_BKw = seen_BSw[:, :prefix], seen_BSw[:, prefix:] + at_places(positions_BTw, at_BK)
-        masks_BMw = self.mask_token.to(seen_BSw.dtype) + at_places(positions_BTw, ask_BM)
-        return torch.cat([prefix_BPw, seen_BKw, masks_BMw], dim=1)
+        prefix_BPw, seen_BKw, mask_w = seen_BSw[:, :prefix], seen_BSw[:, prefix:], self.mask_token.to(seen_BSw.dtype)
+        if known_BK is not None:
+            seen_BKw = seen_BKw.where(known_BK[..., None], mask_w)
+        parts = [(seen_BKw, at_BK), (mask_w, ask_BM)]
+        return torch.cat([prefix_BPw, *(part + at_places(positions_BTw, places) for part, places in parts)], dim=1)
 
 
 def positions(like_BSw: Tensor, grid: Sequence[int], axis_widths: Sequence[int] | None = None) -> Tensor:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 from lightspan.nn.sequences.patches import places
+
+MOST_DRAWS = 100
 
 
 class MaskSampler(ABC):
@@ -117,6 +120,53 @@ class TubeMasks(MaskSampler):
             raise UserError(f"TubeMasks need a grid of time and at least one axis of space, and this is {list(grid)}")
         frame = RandomMasks(self.ratio, self.seed).draw(grid[1:], step, indices, view)
         return np.broadcast_to(frame[:, None], (len(indices), *grid)).copy()
+
+
+@dataclass(frozen=True)
+class DirichletMasks(MaskSampler):
+    """Hides patches of registered modalities, the first axis of the grid, which share what stays visible by a draw from
+    a symmetric Dirichlet distribution (Bachmann et al., "MultiMAE", 2022, arXiv 2204.01678, which BM-MAE, arXiv
+    2505.00568, follows).
+
+    A draw that gives a modality more than it has is repeated, `MOST_DRAWS` times at most; that one is cut off. What
+    rounding, or that, leaves over or lacks is taken at random from all modalities, so that counts are exact.
+
+    Args:
+        ratio, seed: as in `RandomMasks`, of all modalities together.
+        concentration: above 0; 1 is uniform over all shares, less favours single modalities, more equal shares.
+    """
+
+    ratio: float = 0.75
+    concentration: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("DirichletMasks", self.ratio, self.seed)
+        require_in("(0, inf)", concentration=self.concentration)
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], see `MaskSampler`. Raises: UserError for a grid of one axis, which has no modalities."""
+        if len(grid) < 2:
+            raise UserError(f"DirichletMasks need a grid of modalities and places, and this is {list(grid)}")
+        modalities, count = grid[0], math.prod(grid[1:])
+        keep = visible_count(self.ratio, modalities * count)
+        hidden = np.ones((len(indices), modalities * count), dtype=bool)
+        for row, index in zip(hidden, indices, strict=True):
+            generator = np.random.default_rng((self.seed, step, index, view))
+            kept_M = np.rint(keep * self._shares(modalities, count / keep, generator))
+            # A random order of each modality's places, of which the first are seen before all others.
+            order_MN = generator.random((modalities, count)).argsort(axis=1).argsort(axis=1)
+            late_MN = (order_MN >= kept_M[:, None]) + generator.random((modalities, count))
+            row[late_MN.ravel().argsort()[:keep]] = False
+        return hidden.reshape(len(indices), *grid)
+
+    def _shares(self, modalities: int, most: float, generator: np.random.Generator) -> np.ndarray:
+        """[M], which sum to 1 unless they had to be cut off."""
+        for _ in range(MOST_DRAWS):
+            shares_M = generator.dirichlet(np.full(modalities, self.concentration))
+            if (shares_M <= most).all():
+                break
+        return np.minimum(shares_M, most)
 
 
 @dataclass(frozen=True)

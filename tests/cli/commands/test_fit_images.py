@@ -66,7 +66,7 @@ def test_a_folder_in_gives_probes_pictures_an_encoder_and_a_report(
     ("classes", "message"),
     [
         ({"": 0}, "the folder is empty"),
-        ({"": 1}, "1 readable picture is too few"),
+        ({"": 1}, "no readable pictures are left for val: 1 for train"),
         (None, "in does not exist"),
     ],
 )

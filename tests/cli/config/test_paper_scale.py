@@ -48,7 +48,7 @@ ONE_RANK = [
 
 
 def at_scale(config: dict[str, Any]) -> bool:
-    """A paper's data come as shards, folders of pictures, lists of words, texts or arrays, which no package has."""
+    """A paper's data come as shards, folders of pictures or videos, words, texts or arrays, which no package has."""
     files = (
         "'shards': ",
         ".folder.ImageFolder'",

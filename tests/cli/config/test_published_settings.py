@@ -30,6 +30,22 @@ SETTINGS = {
         "model.init_args.lr_scheduler.class_path": "lightspan.optim.schedules.Staircase",
         "model.init_args.lr_scheduler.init_args": {"at": [80 / 100]},
     },
+    # PeihaoChen/RSPNet, config/pretrain/r2plus1d.jsonnet on 4 GPUs: 0.05 for 64 videos, a queue of whole batches
+    "contrastive/rspnet_kinetics": {
+        "data.init_args.batch_size": 4 * 32,
+        "data.init_args.frames": 16,
+        "data.init_args.views.init_args": {
+            "count": 1,
+            "size": 112,
+            "scale": [0.4, 1.0],
+            "saturation": 0.4,
+            "hue": 0.4,
+            "jitter": 1.0,
+            "grey": 0.2,
+        },
+        "model.init_args.optimizer.init_args": {"lr": 0.05 * 4 * 32 / 64, "momentum": 0.9, "weight_decay": 1e-4},
+        "model.init_args.lr_scheduler.init_args": {"warmup": 0.0, "final": 1 / 1000},
+    },
     # "SSVI", the authors' CIFAR-10
     "bayesian/ssvi_cifar10": {"data.init_args.std": [0.2023, 0.1994, 0.2010]},
 }

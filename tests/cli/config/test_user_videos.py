@@ -11,12 +11,12 @@ from lightspan.cli.config.user_videos import DATA, with_videos
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
-RECIPE = "masked/videomae_small"
+RECIPE, PAIRS = "masked/videomae_small", "contrastive/rspnet"
 
 
-def videos(folder: Path, count: int = 6) -> Path:
+def videos(folder: Path, count: int = 6, frames: int = 12) -> Path:
     for number in range(count):
-        write_video(folder / f"{number}.mkv", numbered(12))
+        write_video(folder / f"{number}.mkv", numbered(frames))
     return folder
 
 
@@ -46,6 +46,15 @@ def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_pat
     assert "probes" in found["trainer"]["callbacks"]
 
 
+def test_a_method_that_compares_clips_keeps_their_starts_speeds_and_views(tmp_path: Path) -> None:
+    before, after = (one.config for one in (resolve(PAIRS), with_videos(PAIRS, (), videos(tmp_path / "in"), [])))
+    assert after["data"]["class_path"] == DATA
+    for name in ("clips", "speeds", "views", "frames"):
+        assert after["data"]["init_args"][name] == before["data"]["init_args"][name]
+    assert (after["data"]["init_args"]["clips"], after["data"]["init_args"]["speeds"]) == (2, [1, 2])
+    assert after["model"]["init_args"]["backbone"]["init_args"]["in_chans"] == 3
+
+
 def test_recipes_of_other_data_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contrastive/simclr is a recipe for data of modality image"):
         with_videos("contrastive/simclr", (), videos(tmp_path / "in", 1), [])
@@ -64,9 +73,11 @@ def test_check_names_damaged_videos(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.runs
-def test_one_line_trains_on_a_folder_and_draws_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, PAIRS])
+def test_one_line_trains_on_a_folder_and_draws_it(recipe: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given = [RECIPE, "--videos", str(videos(tmp_path / "in")), "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    folder = videos(tmp_path / "in", frames=20)
+    given = [recipe, "--videos", str(folder), "trainer.max_steps=2", "trainer.accelerator=cpu"]
     given += ["data.init_args.num_workers=0", "trainer.log_every_n_steps=1"]
     assert main(["fit", *given, "--dry-run"]) == 0
     assert not (tmp_path / "cache" / "lightspan" / "videos").exists()

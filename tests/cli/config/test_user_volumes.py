@@ -39,6 +39,15 @@ def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path:
     assert "feature_pictures" not in callbacks
 
 
+def test_a_grid_of_base_crops_is_kept(tmp_path: Path) -> None:
+    found = with_volumes("contrastive/voco", (), write_volumes(tmp_path / "in", 5), []).config["data"]["init_args"]
+    kept = resolve("contrastive/voco").config["data"]["init_args"]
+    assert {key: found[key] for key in ("bases", "crops", "size")} == {
+        key: kept[key] for key in ("bases", "crops", "size")
+    }
+    assert "patients" not in found
+
+
 def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_path: Path) -> None:
     for place in ("train/a", "train/b", "val/a", "val/b"):
         write_volumes(tmp_path / "in" / place, 2)

@@ -161,7 +161,7 @@ def test_folders_without_recordings_are_refused(tmp_path: Path) -> None:
     ):
         folder(tmp_path / "none").setup()
     write_recordings(tmp_path, {"": 1})
-    with pytest.raises(UserError, match="has 1 readable recordings, and none is left for val"):
+    with pytest.raises(UserError, match="no readable recordings are left for val: 1 for train"):
         folder(tmp_path).setup()
     (tmp_path / "0.wav").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 recordings can be read"):

@@ -177,7 +177,7 @@ def test_folders_that_cannot_be_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "x.tif", np.zeros((2, 8, 8)))
     with pytest.raises(UserError, match=r"labels=folders wants each TIFF .*, but 1 are in none, such as x\.tif"):
         TiffFolder(str(tmp_path), XY, labels="folders").setup()
-    with pytest.raises(UserError, match="1 pictures to train and 0 to validate are too few"):
+    with pytest.raises(UserError, match="no readable pictures are left for val: 1 for train"):
         TiffFolder(str(tmp_path), XY).setup()
     for settings, message in (({"size": 0}, "size=0"), ({"val_share": 1.0}, "val_share=1.0")):
         with pytest.raises(UserError, match=message):

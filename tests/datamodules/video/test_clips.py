@@ -9,10 +9,12 @@ import pytest
 import torch
 from video_files import number_of, numbered, write_video
 
+from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.video import indices
+from lightspan.datamodules.video.batch import ClipBatch, ClipsBatch, DrawnClipsBatch
 from lightspan.datamodules.video.clips import ClipTimes
 from lightspan.datamodules.video.folder import VideoFolder
 from lightspan.datamodules.video.reader import VideoIndex
@@ -91,7 +93,7 @@ def test_clips_of_one_start_share_first_frame_and_view_and_those_of_two_do_not(t
     videos(tmp_path)
     views = RandomViews(count=1, size=SIDE, scale=(0.5, 1.0), saturation=0.4, hue=0.1, grain=0.02)
     sample = ready(tmp_path, clips=2, speeds=(1, 3), views=views).train.sample(0, 7)  # type: ignore[union-attr]
-    slow, fast, other, _ = sample["clips"]
+    slow, fast, other, _ = sample["views"]
     frames = sample["frames"]
     assert sample["fps"].tolist() == pytest.approx([25, 25 / 3, 25, 25 / 3])
     assert frames[0, 0] == frames[1, 0]
@@ -127,6 +129,24 @@ def test_views_on_the_device_are_those_of_the_workers(tmp_path: Path) -> None:
         assert one.keys() == other.keys()
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=0, atol=2e-4)
+
+
+def test_a_folder_that_is_not_here_is_planned_with_black_clips_of_its_batches(tmp_path: Path) -> None:
+    views = RandomViews(count=1, size=8)
+    for settings, kind in (
+        ({}, ClipBatch),
+        ({"clips": 2, "speeds": (1, 2), "views": views}, ClipsBatch),
+        ({"clips": 2, "views": views, "views_on": "device"}, DrawnClipsBatch),
+    ):
+        data = folder_of(tmp_path / "none", **settings)
+        batch = data.stand_in()
+        assert batch is not None
+        assert data.batch_type is kind
+        require_declared(batch, kind, "VideoFolder")
+        finished = data.on_after_batch_transfer(batch, 0)
+        assert all(view.shape == (2, 3, 4, 8, 8) for view in finished.get("views", []))
+    videos(tmp_path)
+    assert folder_of(tmp_path).stand_in() is None
 
 
 def test_a_folder_of_videos_resumes_at_the_next_sample(tmp_path: Path) -> None:
@@ -196,6 +216,8 @@ def test_bad_videos_are_named_and_can_be_left_out(tmp_path: Path, capsys: pytest
     assert len(data.train) + len(data.val) == 4
     with pytest.raises(UserError, match=r"none of the 7 videos"):
         ready(tmp_path, frames=25)
+    with pytest.raises(UserError, match="no readable videos are left for val: 1 for train, 0 for val"):
+        ready(videos(tmp_path / "alone", 1).parent)
 
 
 def test_damage_found_while_reading_names_the_file(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from volume_files import noise, write_nifti, write_volumes
 
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
+from lightspan.datamodules.rendered.slices import ANATOMY
 from lightspan.datamodules.volume.augment import VolumeAugmentation
-from lightspan.datamodules.volume.data import VolumeSets, cropped
+from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+from lightspan.datamodules.volume.data import VolumeSets, cropped, overlaps
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.intensity import IntensityWindow
 from lightspan.datamodules.volume.phantoms import ORGANS, Phantoms
@@ -163,6 +165,63 @@ def test_other_spacings_are_resampled_and_read_once(tmp_path: Path, monkeypatch:
         opened(tmp_path / "in", cache_gib=1e-8)
 
 
+def test_overlaps_are_shares_of_voxels_that_sum_to_one_over_a_grid() -> None:
+    size, bases = (2, 4, 3), np.array([[0, h, w] for h in (0, 4, 8) for w in (0, 3)])
+    crops = np.array([[0, h, w] for h in range(9) for w in range(4)])
+    shares = overlaps(crops, bases, size)
+    for crop, row in zip(crops, shares, strict=True):
+        inside = np.zeros((2, 12, 6), bool)
+        inside[tuple(slice(at, at + side) for at, side in zip(crop, size, strict=True))] = True
+        counted = [inside[:, h : h + 4, w : w + 3].mean() for _, h, w in bases]
+        np.testing.assert_allclose(row, counted, atol=1e-12)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert (shares > 0).sum(axis=1).max() == 4
+    np.testing.assert_array_equal(overlaps(bases, bases, size), np.eye(6))
+
+
+def test_base_crops_are_the_cells_of_a_grid_in_the_middle_and_come_before_the_others(tmp_path: Path) -> None:
+    data = opened(write_volumes(tmp_path / "in", 6), bases=(1, 1, 2), size=(4, 5, 2), crops=3, spacing=1)
+    (batch, *_) = batches(data, 1)
+    require_declared(batch, data.batch_type, "VolumeFolder")
+    assert batch["overlap"].shape == (2, 3, 2)
+    assert batch["corner"][:, :2].tolist() == [[[1, 1, 0], [1, 1, 2]]] * 2  # of volumes of 6 x 7 x 5
+    assert (batch["corner"][:, 2:, :2] == 1).all()
+    torch.testing.assert_close(batch["overlap"].sum(dim=2), torch.ones(2, 3))
+    both = torch.cat(batch["views"][:2], dim=4)
+    for row in range(2):
+        for crop, corner in zip(batch["views"][2:], batch["corner"][row, 2:].tolist(), strict=True):
+            assert torch.equal(crop[row], both[row, ..., corner[2] : corner[2] + 2])
+    for samples in (data.bank, data.val):
+        assert "overlap" not in samples.sample(0, 0)
+
+
+def test_a_grid_is_laid_over_the_body_whatever_its_size_and_place(tmp_path: Path) -> None:
+    patterns = {"modalities": {"ct": "{subject}"}, "segmentation": "{subject}_seg"}
+    for number, (factor, at) in enumerate([(1, 1), (2, 3), (1, 0), (3, 2)]):
+        body = np.arange(1, 5, dtype=np.int16).reshape(1, 2, 2).repeat(2 * factor, 0).repeat(2 * factor, 1)
+        body = body.repeat(2 * factor, 2)
+        around = [(at, 4), (4, at), (at, at)]
+        write_nifti(tmp_path / "in" / f"s{number}.nii", np.pad(100 * body + 500, around))
+        write_nifti(tmp_path / "in" / f"s{number}_seg.nii", np.pad(body, around))
+    data = opened(
+        tmp_path / "in", **patterns, bases=(1, 2, 2), size=2, crops=1, intensity=IntensityWindow(0, 1000), val_share=0.3
+    )
+    for number in range(4):
+        volume = data.train.archive.read(number)
+        assert volume.values.shape == (1, 2, 4, 4)
+        expected = np.arange(1, 5).reshape(1, 2, 2).repeat(2, 0).repeat(2, 1).repeat(2, 2)
+        np.testing.assert_array_equal(volume.segmentation, expected)
+        np.testing.assert_allclose(volume.values[0, :, ::3, ::3], (expected / 10 + 0.5)[:, ::3, ::3], atol=1e-3)
+    # The body of the first begins at (1, 4, 1); a new voxel is an old one there, and half as many fit the second.
+    for number, middle in ((0, (1, 4, 1)), (1, (3.5, 4.5, 3.5))):
+        affine = data.train.archive.read(number).affine
+        np.testing.assert_allclose(affine[:3, 3][::-1], middle)
+    write_nifti(tmp_path / "dark" / "a.nii", np.full((3, 3, 3), 7.0, np.float32))
+    write_nifti(tmp_path / "dark" / "b.nii", np.zeros((3, 3, 3), np.float32))
+    dark = opened(tmp_path / "dark", bases=(1, 2, 2), size=2, crops=1, batch_size=1)
+    assert not dark.train.archive.read(0).values.any()
+
+
 def test_no_file_stays_open_behind_a_sample(tmp_path: Path) -> None:
     data = opened(write_volumes(tmp_path / "in", 3))
     samples = [data.bank.sample(number, 0) for number in range(len(data.bank))]
@@ -174,6 +233,8 @@ def test_settings_out_of_range_are_named() -> None:
         ({"size": 0}, "size=0"),
         ({"size": (1, 2, 0)}, "size="),
         ({"crops": 0}, "crops=0"),
+        ({"bases": (1, 2, 2)}, "crops=None"),
+        ({"bases": (1, 0, 2), "crops": 1}, r"bases=\[1, 0, 2\]"),
         ({"val_share": 1}, "val_share=1"),
         ({"spacing": 0}, "spacing=0"),
         ({"cache_gib": 0}, "cache_gib=0"),
@@ -181,6 +242,58 @@ def test_settings_out_of_range_are_named() -> None:
     ):
         with pytest.raises(UserError, match=said):
             VolumeFolder(".", **settings)
+
+
+def test_a_folder_that_is_not_here_has_a_batch_of_the_right_shapes_for_plans(tmp_path: Path) -> None:
+    modalities = {"t1": "{subject}_t1", "t2": "{subject}_t2"}
+    for settings in (
+        {}, {"crops": 2}, {"augment": VolumeAugmentation(gain=0.1)}, {"segmentation": "{subject}_seg"},
+        {"crops": 1, "bases": (1, 2, 2)},
+        {"modalities": modalities, "crops": 1, "augment": VolumeAugmentation(flip=(0.5, 0, 0))},
+    ):  # fmt: skip
+        away = VolumeFolder(str(tmp_path / "away"), size=(2, 4, 6), **settings)
+        batch: Any = away.stand_in()
+        assert away.batch_type is (VolumeViewsBatch if "crops" in settings else VolumeBatch)
+        require_declared(batch, away.batch_type, "VolumeFolder")
+        volumes = batch["views"] if "crops" in settings else [batch["volume"]]
+        assert {volume.shape for volume in volumes} == {(2, len(settings.get("modalities", "1")), 2, 4, 6)}
+        assert ("segmentation" in batch) == ("segmentation" in settings)
+        finished = away.on_after_batch_transfer(batch, 0)
+        assert ("parameters" in finished) == ("augment" in settings)
+    assert VolumeFolder(str(tmp_path)).stand_in() is None
+    assert VolumeFolder(str(tmp_path)).batch_type is None
+
+
+def test_one_subject_leaves_none_to_validate_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no readable volumes are left for val: 1 for train, 0 for val"):
+        opened(write_volumes(tmp_path / "in", 1))
+
+
+def test_phantoms_are_one_body_in_contrasts_of_which_every_second_has_no_lesion() -> None:
+    settings: dict[str, Any] = {"patients": 4, "cuts": 16, "side": 24, "noise": 0.0, "val_size": 1, "diseased": 1.0}
+    one, three = (Phantoms(contrasts=contrasts, **settings).find() for contrasts in (1, 3))
+    assert one.content != three.content
+    greys, lesions = [grey for grey, *_ in ANATOMY.values()], 0
+    for number in range(4):
+        plain, volume = one.archive.read(number), three.archive.read(number)
+        assert volume.values.shape == (3, 16, 24, 24)
+        assert volume.present.tolist() == [True] * 3
+        assert np.array_equal(volume.values[0], plain.values[0])
+        assert np.array_equal(volume.segmentation, plain.segmentation)
+        first, second, third = volume.values.astype(np.float32)
+        for contrast, image in enumerate((first, second, third)):
+            for organ in (ORGANS.index("liver"), ORGANS.index("muscle")):
+                expected = greys[(organ - 1 + contrast) % len(greys)]
+                assert np.median(image[volume.segmentation == organ]) == pytest.approx(expected, abs=0.05)
+        # What is more than the greys of patients differ is a vessel, or a lesion, which the second contrast lacks.
+        own, next_one, shifted = (np.array([0, *greys, *greys[:2]])[volume.segmentation + at] for at in range(3))
+        inside = volume.segmentation > 0
+        clear = inside & (np.abs(first - own) > 0.25) & (first > 0.02) & (third > 0.02) & (third < 0.98)
+        np.testing.assert_allclose((third - shifted)[clear], (first - own)[clear], atol=2e-3)
+        lesions += int((inside & (np.abs(first - own) > 0.25) & (np.abs(second - next_one) < 1e-3)).sum())
+    assert lesions
+    with pytest.raises(UserError, match="contrasts=0"):
+        Phantoms(contrasts=0)
 
 
 def test_phantoms_have_each_organ_where_it_belongs() -> None:

@@ -13,12 +13,13 @@ from torch._subclasses import FakeTensorMode
 from lightspan.core.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
-from lightspan.nn.masking.mask_samplers import RandomMasks, SpanMasks, TubeMasks, visible_count
+from lightspan.nn.masking.mask_samplers import DirichletMasks, RandomMasks, SpanMasks, TubeMasks, visible_count
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.sequences.patches import places
 
 EXACT = {
     "random": (RandomMasks(0.75), (7, 7)), "tube": (TubeMasks(0.9), (3, 4, 5)), "span": (SpanMasks(0.3), (40,)),
+    "dirichlet": (DirichletMasks(0.75), (3, 4, 5)),
     "block": (BlockMasks(1.0, (0.5, 0.5), least_block=16), (14, 14)),
 }  # fmt: skip
 
@@ -29,7 +30,7 @@ def test_every_mask_has_the_count_asked_for(kind: str) -> None:
     masks: Any = sampler.draw(grid, 3, range(1000))
     assert masks.shape == (1000, *grid)
     frames, patches = (3, 20) if kind == "tube" else (1, int(np.prod(grid)))
-    hidden = {"random": 49 - 12, "tube": 3 * (20 - 2), "span": 40 - 28, "block": 98}[kind]
+    hidden = {"random": 49 - 12, "tube": 3 * (20 - 2), "span": 40 - 28, "dirichlet": 45, "block": 98}[kind]
     assert set(masks.reshape(1000, -1).sum(axis=1)) == {hidden}
     assert frames * patches == np.prod(grid)
     assert places(masks).shape == (1000, hidden)
@@ -53,6 +54,9 @@ def test_at_least_one_patch_stays_visible(patches: int, ratio: float) -> None:
     assert 1 <= visible_count(ratio, patches) <= patches
     for sampler in (RandomMasks(ratio), SpanMasks(ratio)):
         assert (~sampler.draw((patches,), 0, [1])).sum() == visible_count(ratio, patches)
+    for grid in ((1, patches), (patches, 1), (3, patches)):
+        masks = DirichletMasks(ratio).draw(grid, 0, [1])
+        assert (~masks).sum() == visible_count(ratio, masks.size)
 
 
 def test_counts_of_papers() -> None:
@@ -67,6 +71,31 @@ def test_tubes_hide_the_same_patches_in_every_frame_and_need_frames() -> None:
     assert np.array_equal(masks, np.broadcast_to(masks[:, :1], masks.shape))
     with pytest.raises(UserError, match="TubeMasks need a grid of time"):
         TubeMasks(0.5).draw((8,), 0, [0])
+
+
+def test_modalities_share_what_is_visible_by_a_dirichlet_draw() -> None:
+    """Shares of one of three modalities follow Beta(a, 2 a), with variance 2 / (9 (3 a + 1)), to within rounding."""
+    for concentration in (0.5, 1.0, 4.0):
+        masks = DirichletMasks(0.75, concentration).draw((3, 8, 8), 0, range(4000))
+        kept_BM = (~masks).sum(axis=(2, 3))
+        assert set(kept_BM.sum(axis=1)) == {48}
+        shares_BM = kept_BM / 48
+        np.testing.assert_allclose(shares_BM.mean(axis=0), 1 / 3, atol=0.02)
+        np.testing.assert_allclose(shares_BM.var(axis=0), 2 / 9 / (3 * concentration + 1), rtol=0.1)
+    with pytest.raises(UserError, match=r"concentration=0\.0 must be above 0"):
+        DirichletMasks(concentration=0.0)
+    with pytest.raises(UserError, match="DirichletMasks need a grid of modalities"):
+        DirichletMasks().draw((8,), 0, [0])
+
+
+def test_no_modality_is_asked_for_more_than_it_has() -> None:
+    """Two of nine tenths: at most 10 of 18 seen are of one modality, uniformly from 8 to 10 up to rounding."""
+    kept_BM = (~DirichletMasks(0.1).draw((2, 10), 0, range(2000))).sum(axis=2)
+    assert set(kept_BM.sum(axis=1)) == {18}
+    assert kept_BM.min() == 8
+    assert np.mean(kept_BM[:, 0] == 9) == pytest.approx(0.5, abs=0.05)
+    few = (~DirichletMasks(0.02).draw((50, 2), 0, range(50))).sum(axis=2)  # no draw of shares can be had
+    assert set(few.sum(axis=1)) == {98}
 
 
 def test_spans_are_runs_of_about_the_length_asked_for() -> None:
