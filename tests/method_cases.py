@@ -29,6 +29,7 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
@@ -253,11 +254,6 @@ def domains(rows: int, seed: int) -> dict[str, Any]:
     image, target = (torch.randn(rows, 1, 8, 8, generator=generator) for _ in range(2))
     index = torch.arange(rows) + ROWS * seed
     return {"image": image, "target_image": target, "semantic": (image[:, 0] > 0.3).long() + 1, "index": index}
-
-
-def labelled_pixels(rows: int, seed: int) -> dict[str, Any]:
-    """Images, and a class for each pixel."""
-    return {name: value for name, value in domains(rows, seed).items() if name != "target_image"}
 
 
 def images(labels: tuple[int, ...] = (0, 1, 2)) -> Callable[[int, int], dict[str, Any]]:
@@ -881,7 +877,9 @@ CASES: dict[str, Case] = {
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
-    "supervised.segmenter": Case(lambda **o: Segmenter(UNet(1, width=4, levels=2), 3, **o), labelled_pixels),
+    "supervised.segmenter": Case(
+        lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains
+    ),
     "supervised.sequence_classifier": Case(
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),

@@ -498,6 +498,9 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         ),
         "shards.tagged.TaggedShards": shard(picture_and(json=lambda n: said({"present": [n], "absent": [n + 4]}))),
         "shards.words.WordShards": shard(picture_and(txt=lambda n: b"word")),
+        "shards.masked.MaskedShards": shard(
+            picture_and(mask_png=lambda n: png_of((pixels(n, 48, 64)[..., 0] % 2).astype(np.uint8)))
+        ),
         "shards.domains.DomainShards": shard(
             picture_and(mask_png=lambda n: png_of((pixels(n, 48, 64)[..., 0] % 19).astype(np.uint8)))
         ),

@@ -136,6 +136,14 @@ class TasksBatch(TypedDict):
     index: Index
 
 
+class SegmentedBatch(TypedDict):
+    """Pictures with the class of each pixel, in [0, num_classes), or -1 where a pixel has none."""
+
+    image: Image
+    semantic: Pixels
+    index: Index
+
+
 class DomainsBatch(TypedDict):
     """Two pictures a sample, of different scenes in different styles, each with the class of each pixel.
 

@@ -1,82 +1,22 @@
-"""Images of two domains from tar shards of each, with a class for each pixel of the first, such as GTA5 and Cityscapes.
+"""Images of two domains from tar shards of each, with a class for each pixel of the first: GTA5 and Cityscapes, say."""
 
-Shapes: H W image, h w as it is in a batch, K classes.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
-from lightspan.datamodules.image.augment.fields import ImageFields
-from lightspan.datamodules.image.augment.rendering import NO_LABEL, nearest
-from lightspan.datamodules.image.augment.views import Views, seeded
+from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import DomainsBatch
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import say, train_loader
-from lightspan.datamodules.shards.decoders import IMAGES, MASK, decode_fields, place_of
+from lightspan.datamodules.shards.decoders import MASK
+from lightspan.datamodules.shards.masked import MaskedShards
 from lightspan.datamodules.shards.samples import ShardSamples
 from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
-from lightspan.datamodules.shards.stream import Decoding, Shards, tell, written_out
-
-
-@dataclass(frozen=True)
-class MaskedDecoding(Decoding):
-    """An image and, if `fields` have it, its mask, both changed by the numbers of one view. `image.views` makes it.
-
-    Args:
-        num_classes: K.
-        ignore_label: number of a pixel without a class.
-        sides: h and w to which what has no view is scaled; None leaves it as it is.
-        prefix: of the names of the fields in a sample.
-    """
-
-    num_classes: int
-    ignore_label: int
-    sides: tuple[int, int] | None
-    prefix: str = ""
-
-    def __call__(self, members: dict[str, Any], seed: int) -> dict[str, Any]:
-        decoded = decode_fields(members, self.fields)
-        image, mask_HW, views = decoded["image"], decoded.get("semantic"), self.image.views
-        classes_HW = None if mask_HW is None else self._classes(mask_HW, image, members)
-        if views is not None:
-            assert views.drawn is not None
-            (rendering,) = views.drawn.renderings
-            with seeded(seed):
-                (drawn,) = views.drawn.draw(tuple(image.shape))
-            image = rendering.one(image, drawn)
-            classes_HW = None if classes_HW is None else rendering.labels(classes_HW, drawn)
-        elif self.sides is not None:
-            whole = (0, 0, *image.shape[1:])
-            image = F.resize_image(image, list(self.sides), antialias=True)
-            classes_HW = None if classes_HW is None else nearest(classes_HW, whole, *self.sides)
-        sample = ImageFields(self.image.mean, self.image.std)(image, seed)
-        sample |= {} if classes_HW is None else {"semantic": classes_HW}
-        return {self.prefix + name: value for name, value in sample.items()}
-
-    def _classes(self, mask_HW: Tensor, image: Tensor, members: dict[str, Any]) -> Tensor:
-        """int64 [H, W]: the class of each pixel, or `NO_LABEL`."""
-        where = place_of(members)
-        if mask_HW.shape != image.shape[1:]:
-            sizes = [" x ".join(map(str, each.shape[-2:])) for each in (mask_HW, image)]
-            raise UserError(
-                f"{where} has a mask of {sizes[0]} pixels and an image of {sizes[1]}; make them of one size"
-            )
-        classes_HW = mask_HW.long()
-        classes_HW = classes_HW.masked_fill(classes_HW == self.ignore_label, NO_LABEL)
-        if (largest := int(classes_HW.max())) >= self.num_classes:
-            raise UserError(
-                f"{where} has a pixel of class {largest}, and num_classes={self.num_classes} has classes from 0 to "
-                f"{self.num_classes - 1} beside ignore_label={self.ignore_label}; correct the masks, or set "
-                "data.init_args.num_classes"
-            )
-        return classes_HW
+from lightspan.datamodules.shards.stream import tell, written_out
 
 
 class DomainPairs:
@@ -102,7 +42,7 @@ class DomainPairs:
         return self.target.sample(number, own_seed) | self.source.sample(index, seed)
 
 
-class DomainShards(Shards):
+class DomainShards(MaskedShards):
     """Training batches are `DomainsBatch`: each image of the source once in an epoch, with the class of each pixel, and
     beside each one of the target, drawn at random. Validation batches have `target_image`, `target_semantic` and
     `index`, those of the bank `image`, `semantic` and `index`. Resume, ranks and damage are those of `Shards`; so is
@@ -142,34 +82,14 @@ class DomainShards(Shards):
         target_masks: bool = False,
         **settings: Any,
     ) -> None:
-        both = {"image": "|".join(IMAGES), "semantic": MASK}
-        super().__init__(
-            shards, val_shards, fields=both, image_size=None, views=None, views_on="workers", hold_out=0, **settings
-        )
+        super().__init__(shards, val_shards, num_classes, ignore_label, view, sides, **settings)
         self.target_shards = written_out("target_shards", target_shards)
         if not self.target_shards:
             raise UserError("target_shards is an empty list; name at least one tar file")
-        if num_classes < 2 or 0 <= ignore_label < num_classes:
-            raise UserError(
-                f"DomainShards num_classes={num_classes} must be at least 2, and ignore_label={ignore_label} none of "
-                f"the classes from 0 to {num_classes - 1}"
-            )
-        if sides is not None and min(sides) < 1:
-            raise UserError(f"DomainShards sides={[*sides]} must be two numbers of pixels of at least 1")
-        for name, given in (("view", view), ("target_view", target_view)):
-            if given is not None and (given.drawn is None or len(given.drawn.renderings) != 1):
-                raise UserError(
-                    f"DomainShards {name} must make one view from drawn numbers, which the mask follows, and not "
-                    f"{type(given).__name__}; set a RandomViews with count=1"
-                )
-        self.num_classes = num_classes
-        plain = MaskedDecoding(**vars(self.decode), num_classes=num_classes, ignore_label=ignore_label, sides=sides)
-        target_image = replace(plain.image, views=target_view)
-        self.decode = replace(plain, image=replace(plain.image, views=view))
-        self.decode_val = replace(plain, prefix="target_")
-        self.decode_target = replace(
-            self.decode_val, image=target_image, fields=both if target_masks else {"image": both["image"]}
-        )
+        self.require_one_view("target_view", target_view)
+        image, plain = replace(self.decode.image, views=target_view), replace(self.decode.plain(), prefix="target_")
+        fields = self.decode.fields if target_masks else {"image": self.decode.fields["image"]}
+        self.decode_val, self.decode_target = plain, replace(plain, image=image, fields=fields)
         self.target: ShardSamples | None = None
 
     def setup(self, stage: str | None = None) -> None:

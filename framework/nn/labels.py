@@ -9,9 +9,6 @@ from torch import Tensor
 from lightspan.core.batches import described, range_on_host, require_fields, samples_in
 from lightspan.core.errors import UserError
 
-VOXEL_LABELS = ("segmentation", "semantic")
-"""What batches of volumes and of images call the classes of their voxels."""
-
 
 def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
     """`label` of a batch, a whole number for each sample, [B].
@@ -49,31 +46,6 @@ def known_rows(batch: Mapping[str, Any], field: str, like_B: Tensor) -> Tensor:
     return known_B.bool()
 
 
-def voxel_labels_of(batch: Mapping[str, Any], method: str, x_BCN: Tensor) -> Tensor:
-    """A class for each voxel or pixel of x, int64 [B N]; below 0 it has none.
-
-    Args:
-        method: its name, for messages.
-        x_BCN: the samples [B C N], N of any number of axes.
-    Raises: UserError for a batch without such labels, or with those of samples of another size.
-    """
-    require_fields(batch, method)
-    field = next((name for name in VOXEL_LABELS if name in batch), None)
-    if field is None:
-        raise UserError(
-            f"{method} learns from a class for each voxel, and this batch holds {', '.join(sorted(batch))}; name the "
-            "files that have them, as data.init_args.segmentation"
-        )
-    label_BN = batch[field]
-    size = [len(x_BCN), *x_BCN.shape[2:]]
-    if not isinstance(label_BN, Tensor) or [*label_BN.shape] != size or label_BN.is_floating_point():
-        raise UserError(
-            f"{method} needs a class for each voxel as {field}, whole numbers {size}, and this batch gives "
-            f"{described(label_BN)}"
-        )
-    return label_BN.long()
-
-
 def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
     """Raises: UserError for labels that are no whole numbers [B], and for one outside [0, num_classes) on the CPU;
     asking an accelerator would wait for it.
@@ -94,7 +66,8 @@ def require_classes(label: Tensor, classes: int, method: str, field: str = "sema
     Args:
         label: whole numbers; below 0 they do not count.
         classes: how many there are.
-        method, field: names, for messages.
+        method: its name, for messages.
+        field: the name of the labels in a batch.
 
     Raises: UserError for a class that is not below `classes`.
     """

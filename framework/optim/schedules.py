@@ -98,13 +98,14 @@ class WarmupCosine(LRScheduler):
     With s the number of optimiser steps done, W = warmup * total_steps and T = total_steps:
     factor = first + (1 - first) (s + 1) / (W + 1) while s < W, then
     final + (1 - final) (1 + cos(pi c (s - W) / (T - W))) / 2
-    with c = covered, and after T what it was there: `final`, if c is 1.
+    with c = covered, and after T what it was there: `final`, if c is odd.
 
     Args:
         total_steps: optimiser steps of the whole run, >= 1.
         warmup: share of the run, in [0, 1).
         final: share of the peak rate left at the end of the cosine, in [0, 1].
-        covered: share of the cosine that the run goes through, in (0, 1]; below 1 it stops while the rate still falls.
+        covered: half cosines that the run goes through, above 0: with less than 1 it stops while the rate still falls,
+            with more the rate rises again, as torch's CosineAnnealingLR does beyond T_max.
         first: share of the peak rate from which the warm-up starts, in [0, 1].
     Raises: UserError for values outside these ranges.
     """
@@ -126,8 +127,8 @@ class WarmupCosine(LRScheduler):
             raise UserError(f"warmup={warmup} is a share of the run and must be in [0, 1)")
         if not (0 <= first <= 1 and 0 <= final <= 1):
             raise UserError(f"first={first} and final={final} are shares of the peak rate and must be in [0, 1]")
-        if not 0 < covered <= 1:
-            raise UserError(f"covered={covered} is a share of the cosine and must be in (0, 1]")
+        if not 0 < covered < math.inf:
+            raise UserError(f"covered={covered} is a number of half cosines and must be above 0")
         self.total_steps, self.warmup = total_steps, warmup
         self.first, self.final, self.covered = first, final, covered
         super().__init__(optimizer)

@@ -62,6 +62,7 @@ from lightspan.datamodules.sequence.own import OwnSequences
 from lightspan.datamodules.sequence.pixels import PixelSequences
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.latents import LatentShards
+from lightspan.datamodules.shards.masked import MaskedShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
 from lightspan.datamodules.shards.recordings import RecordingShards
@@ -282,6 +283,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
             batch_size=4,
         ),
         "DomainsBatch",
+    ),
+    "MaskedShards": (
+        lambda folder: MaskedShards([masked_shard(folder / "s.tar", range(4))], num_classes=5, batch_size=4),
+        "SegmentedBatch",
     ),
     "WordShards": (
         lambda folder: WordShards([pair_shard(folder / "w.tar", "txt")], sides=(4, 8), batch_size=4),

@@ -1,5 +1,6 @@
 """Schedules: rates worked by hand, ratios between groups, resume, ranges."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -62,6 +63,13 @@ def test_a_run_that_covers_half_of_the_cosine_is_the_first_half_of_one_twice_as_
     assert half[50:] == pytest.approx([1.1, 1.1])  # stays where it stopped
 
 
+def test_a_run_that_covers_several_half_cosines_is_torchs_cosine_beyond_its_end():
+    own, torchs = (torch.optim.SGD([parameter()], lr=2.0) for _ in range(2))
+    found = rates(WarmupCosine(own, total_steps=60, warmup=0.0, final=0.1, covered=6.0), own, 61)
+    expected = torch.optim.lr_scheduler.CosineAnnealingLR(torchs, T_max=10, eta_min=0.2)
+    assert found == pytest.approx(rates(expected, torchs, 61))
+
+
 def test_warm_up_starts_from_its_first_share():
     optimizer = torch.optim.SGD([parameter()], lr=2.0)
     schedule = WarmupCosine(optimizer, 10, warmup=0.4, final=0.0, first=0.5)
@@ -100,6 +108,7 @@ def test_a_schedule_loaded_halfway_goes_on_as_if_it_had_never_stopped():
         ({"final": 2.0}, "final=2.0"),
         ({"first": -0.1}, "first=-0.1"),
         ({"covered": 0.0}, "covered=0.0"),
+        ({"covered": math.inf}, "covered=inf"),
     ],
 )
 def test_schedules_refuse_what_lies_outside_their_ranges(options, message):

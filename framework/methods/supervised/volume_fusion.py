@@ -12,11 +12,13 @@ stands for its percentiles; maps are functions of seed, step and sample.
 Shapes: B volumes of this rank, C channels, D H W voxels, F width of the finest maps.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightspan.core.batches import inputs_in
 from lightspan.core.errors import UserError
@@ -25,7 +27,8 @@ from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.init import CONVOLUTIONS
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.views import require_one_size, views_of
-from lightspan.objectives.segmentation import deep_supervision
+from lightspan.objectives.dice import dice_loss
+from lightspan.objectives.pseudo_labels import pixel_cross_entropy
 from lightspan.training.method import Method
 
 
@@ -91,7 +94,15 @@ class VolumeFusion(Method):
         views = views_of(batch, "VolumeFusion", 2)
         require_one_size(views, "VolumeFusion")
         fused_BCDHW, label_BDHW = self.fused(*views, index_in(batch, self))
-        losses = deep_supervision(self(fused_BCDHW), label_BDHW)
-        loss = (losses["dice"] + losses["nats"]) / 2
-        self.log_training({"train/loss": loss, **{f"train/{name}": value for name, value in losses.items()}})
+        scales = [enlarged(logits, label_BDHW.shape[1:]) for logits in self(fused_BCDHW)]
+        dice = torch.stack([dice_loss(each, label_BDHW, smooth=1e-5, first=0) for each in scales]).mean()
+        nats = torch.stack([pixel_cross_entropy(each, label_BDHW) for each in scales]).mean()
+        loss = (dice + nats) / 2
+        self.log_training({"train/loss": loss, "train/dice_loss": dice, "train/cross_entropy_nats": nats})
         return loss
+
+
+def enlarged(maps_BKDHW: Tensor, sides: Sequence[int]) -> Tensor:
+    """Linearly, to these sides."""
+    mode = ("linear", "bilinear", "trilinear")[len(sides) - 1]
+    return maps_BKDHW if maps_BKDHW.shape[2:] == sides else F.interpolate(maps_BKDHW, tuple(sides), mode=mode)

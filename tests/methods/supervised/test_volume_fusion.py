@@ -6,7 +6,7 @@ from torch import nn
 
 from lightspan.backbones.dense import UNet
 from lightspan.core.errors import UserError
-from lightspan.methods.supervised.volume_fusion import VolumeFusion
+from lightspan.methods.supervised.volume_fusion import VolumeFusion, enlarged
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 
 MAPS = CoefficientMaps(levels=4, edges=(2, 4))
@@ -54,6 +54,13 @@ def test_constant_and_equal_crops_have_a_finite_loss(dtype: torch.dtype) -> None
         loss.backward()
         assert loss.isfinite()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in built.parameters())
+
+
+def test_scales_are_compared_at_the_size_of_the_sample() -> None:
+    maps = torch.rand(2, 3, 4, 4, 2)
+    assert enlarged(maps, maps.shape[2:]) is maps
+    torch.testing.assert_close(enlarged(maps, (8, 8, 4)).mean(), maps.mean(), atol=0.05, rtol=0)
+    assert enlarged(maps[..., 0], (8, 8)).shape == (2, 3, 8, 8)
 
 
 def test_features_are_means_of_the_coarsest_maps() -> None:
