@@ -3,10 +3,10 @@
 Pictures of 32 x 32 grey pixels are crops of two photographs, with noise, and brighter or darker by a quarter of white
 where a drawing of Debian's openclipart-png, turned and scaled at random, is not transparent: its outline can be told
 from noise and background only by following it. The part of each photograph, and the drawings, from which training,
-choice of rates and test come are apart. Arms, one network (two stages, three blocks, patches of 2 x 2) with equal
+choice of rates and test come are apart. Arms, one network (two stages, four blocks, patches of 2 x 2) with equal
 steps: MHS-VM's four heads; one head, of the raster, in the same width; VM-UNet's SS2D, which scans the raster in twice
 the width. The score is Dice of the drawn pixels, mean over pictures, of all and of the half of the outlines that are
-thinnest for their length (4 pi area / perimeter^2), most of them slanted lines, bands and rings.
+thinnest for their length (4 pi area / perimeter^2): bars, rings, and figures with limbs and holes.
 
 Floor: the untrained network. Ceiling: MHS-VM on the outlines themselves, without noise, in place of the pictures.
 Gate: Dice on pictures for training.
@@ -34,7 +34,7 @@ NEEDS = ("/usr/share/openclipart/png",)
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 SIDE, KEPT, COUNTS = 32, 48, {"train": 2048, "choice": 256, "test": 512}
 STRENGTH, NOISE, PHOTO = 0.25, 0.15, 0.5
-STEPS, BATCH, WIDTH, STATES = 400, 16, 32, 8
+STEPS, BATCH, WIDTH, STATES = 300, 16, 32, 8
 RATES = (1e-3, 3e-3, 1e-2)
 MHS, ONE, SS2D, ORACLE = "MHS-VM", "one head", "SS2D", "MHS-VM on outlines"
 HEADS: dict[str, dict[str, Any]] = {
