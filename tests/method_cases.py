@@ -29,6 +29,7 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, SeriesViT, series_widths
+from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
@@ -100,6 +101,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.regressor import Regressor
+from lightspan.methods.supervised.segmenter import Segmenter
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.tag_classifier import TagClassifier
@@ -828,6 +830,9 @@ CASES: dict[str, Case] = {
     ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
+    "supervised.segmenter": Case(
+        lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains
+    ),
     "supervised.sequence_classifier": Case(
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),

@@ -20,6 +20,7 @@ from lightspan.objectives import (
     barlow,
     classes,
     coding_rate,
+    dice,
     diffusion,
     distillation,
     entropy,
@@ -277,6 +278,9 @@ CASES = {
     "text_pairs.score_divergence": Case(score_divergence, 2 + 2 + 1),
     "text_pairs.coordinate_divergence": Case(
         lambda x, weight, label_B, mixed_B: text_pairs.coordinate_divergence(x @ weight, x.sin())
+    ),
+    "dice.dice_loss": Case(
+        lambda x, weight, label_B, mixed_B: dice.dice_loss((x @ weight)[..., None], (label_B % 4)[:, None])
     ),
     "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(

@@ -333,6 +333,7 @@ LEFT_OUT = {
     "UL2": "learns from text, which these pictures are not",
     "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
     "Regressor": "predicts numbers, of which these pictures have none",
+    "Segmenter": "labels pixels, of which these pictures have no classes",
     "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",

@@ -60,13 +60,14 @@ def require_labels(label_B: Any, num_classes: int, owner: object) -> None:
         )
 
 
-def require_classes(label: Tensor, classes: int, method: str) -> None:
+def require_classes(label: Tensor, classes: int, method: str, field: str = "semantic") -> None:
     """For labels that are still on the host; others pass, since reading them would wait for the device.
 
     Args:
         label: whole numbers; below 0 they do not count.
         classes: how many there are.
         method: its name, for messages.
+        field: the name of the labels in a batch.
 
     Raises: UserError for a class that is not below `classes`.
     """
@@ -74,7 +75,7 @@ def require_classes(label: Tensor, classes: int, method: str) -> None:
     if ends is None or ends[1] < classes:
         return
     raise UserError(
-        f"semantic has the class {ends[1]}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
+        f"{field} has the class {ends[1]}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
         "num_classes, or let the data give -1 to pixels that do not count"
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.resolve import TRAINED, Resolved
+from lightspan.cli.config.signatures import Signature, signature
 from lightspan.cli.config.user_data import Layer, UserData, fitted
 from lightspan.cli.config.user_folders import data_layer, fewer, fitting, watching_callbacks, without_labels
 from lightspan.core.files.atomic import expanded
@@ -44,13 +45,18 @@ def _model_layer(resolved: Resolved) -> Layer:
     segmentation = given.get("segmentation")
     found = find_subjects(training, modalities, segmentation, given.get("links", "skip"))
     model, count = resolved.config["model"], len(found.subjects)
+    takes = signature(model["class_path"])
+    of_voxels = isinstance(takes, Signature) and "field" in takes.parameters  # which names the labels in a batch
+    if of_voxels and segmentation is None:
+        way_out = """name their files, as data.init_args.segmentation="'{subject}_labels'\""""
+        raise without_labels(resolved, training, way_out)
     if "num_classes" in (model.get("init_args") or {}) and not found.classes and segmentation is None:
         way_out = "name where they are, as data.init_args.modalities={volume: '{class}/**'}"
         raise without_labels(resolved, training, way_out)
 
     kinds = "one modality" if len(modalities) == 1 else f"{len(modalities)} modalities"
     notes = [f"--volumes: {count:,} subjects in {training}, of {kinds}"]
-    wanted = fitting(len(modalities), len(found.classes) or None)
+    wanted = fitting(len(modalities), None if of_voxels else len(found.classes) or None)
     layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
     if (batch := fewer(given.get("batch_size"), count, "volumes", notes)) != given.get("batch_size"):
         layer["data"] = {"init_args": {"batch_size": batch}}

@@ -37,7 +37,6 @@ from lightspan.nn.labels import require_classes
 from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import require_domains
-from lightspan.nn.widths import given_features
 from lightspan.objectives.means import own_mean
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy, pixel_labels
 from lightspan.optim.virtual import copies, copy_into, mean_weights, rolled_back, step_on, tensors_of, virtual_steps
@@ -56,7 +55,7 @@ class FST(Method):
 
     Args:
         backbone: [B C H W] -> maps [B F H W] of the images' size, with `num_features` F; probes read their mean.
-        num_classes: K, at least 2. The head is a 1 x 1 convolution.
+        num_classes: K, at least 2. The head is a linear map of each pixel.
         virtual_steps: K of the deep and of the wide form, at least 0.
         form: "deep" or "wide".
         momentum: m, in [0, 1].
@@ -86,11 +85,7 @@ class FST(Method):
         require_shares(momentum=momentum, confidence=confidence)
         require_in("[0, inf)", virtual_steps=virtual_steps)
         require_in("[2, inf)", num_classes=num_classes)
-        if (width := given_features(backbone)) is None:
-            raise UserError(
-                f"FST needs the width of its backbone's maps, but {type(backbone).__name__} has no num_features"
-            )
-        self.student = PixelClassifier(backbone, nn.Conv2d(width, num_classes, kernel_size=1))
+        self.student = PixelClassifier(backbone, num_classes)
         self.teacher = EMATeacher(self.student)
         self.virtual_steps, self.form, self.keep_moments = virtual_steps, form, keep_moments
         self.momentum, self.momentum_warmup = momentum, momentum_warmup

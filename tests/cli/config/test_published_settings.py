@@ -30,6 +30,15 @@ SETTINGS = {
         "model.init_args.lr_scheduler.class_path": "lightspan.optim.schedules.Staircase",
         "model.init_args.lr_scheduler.init_args": {"at": [80 / 100]},
     },
+    # PixDeep/MHS-VM, configs/config_setting.py: T_max = 50 of 300 epochs down to 1e-5
+    "supervised/mhs_vm_isic": {
+        "data.init_args.batch_size": 32,
+        "data.init_args.sides": [256, 256],
+        "trainer.max_epochs": 300,
+        "model.init_args.backbone.init_args": {"threshold": 0.0},
+        "model.init_args.optimizer.init_args": {"lr": 1e-3, "weight_decay": 1e-2},
+        "model.init_args.lr_scheduler.init_args": {"warmup": 0.0, "final": 1e-5 / 1e-3, "covered": 300 / 50},
+    },
     # "SSVI", the authors' CIFAR-10
     "bayesian/ssvi_cifar10": {"data.init_args.std": [0.2023, 0.1994, 0.2010]},
 }

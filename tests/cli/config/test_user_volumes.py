@@ -49,6 +49,21 @@ def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_pat
     assert "probes" not in with_volumes(RECIPE, (), tmp_path / "in", []).config["trainer"]["callbacks"]
 
 
+def test_classes_of_voxels_are_read_where_the_user_says_and_as_many_as_the_recipe_says(tmp_path: Path) -> None:
+    recipe = "supervised/mhs_vm_volumes"
+    for number in range(4):
+        for name in ("t1", "t2", "seg"):
+            write_nifti(tmp_path / "in" / "a" / f"s{number}_{name}.nii", noise(number))
+    flags = ["data.init_args.modalities={t1: '{class}/{subject}_t1', t2: '{class}/{subject}_t2'}"]
+    with pytest.raises(UserError, match="segmentation="):
+        with_volumes(recipe, (), tmp_path / "in", flags)
+    flags += ["data.init_args.segmentation='{class}/{subject}_seg'", "model.init_args.num_classes=5"]
+    found = with_volumes(recipe, (), tmp_path / "in", flags).config
+    assert found["model"]["init_args"]["num_classes"] == 5
+    assert found["model"]["init_args"]["backbone"]["init_args"]["in_chans"] == 2
+    assert found["data"]["init_args"]["segmentation"] == "{class}/{subject}_seg"
+
+
 def test_recipes_of_other_data_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contrastive/simclr is a recipe for data of modality image"):
         with_volumes("contrastive/simclr", (), write_volumes(tmp_path / "in", 2), [])
