@@ -117,7 +117,8 @@ class _Convolutions(nn.Sequential):
 
     def __init__(self, width: int, kernel: Sides, dropout: float) -> None:
         first, second = _preactivated(width, width, kernel), _preactivated(width, width, kernel)
-        super().__init__(*first, *second[:2], nn.Dropout(dropout), second[2])
+        norm, activation, convolution = second
+        super().__init__(*first, norm, activation, nn.Dropout(dropout), convolution)
 
 
 class _ConvTrans(nn.Module):
@@ -137,7 +138,8 @@ class _ConvTrans(nn.Module):
 
 
 def _convolution(taken: int, given: int, kernel: Sides) -> nn.Conv3d:
-    return nn.Conv3d(taken, given, kernel, padding=tuple(side // 2 for side in kernel))
+    depth, height, width = (side // 2 for side in kernel)
+    return nn.Conv3d(taken, given, kernel, padding=(depth, height, width))
 
 
 def _preactivated(taken: int, given: int, kernel: Sides) -> nn.Sequential:

@@ -106,7 +106,7 @@ class BMMAE(Method):
         hidden = self.hidden(volume_BMDHW, index_in(batch, self))
         guess_BTn = self.guess(volume_BMDHW, hidden.see_BK, hidden.hide_BM, present_BM)
         found = hidden.reconstruction(guess_BTn[:, hidden.see_BK.shape[1] :])
-        return Reconstruction(*(part[:, 0] for part in found[:3]))  # type: ignore[index]
+        return Reconstruction(*(part[:, 0] for part in found[:3]))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         volume_BMDHW, present_BM = self.read(batch)

@@ -93,7 +93,8 @@ class VolumeFusion(Method):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views = views_of(batch, "VolumeFusion", 2)
         require_one_size(views, "VolumeFusion")
-        fused_BCDHW, label_BDHW = self.fused(*views, index_in(batch, self))
+        front_BCDHW, back_BCDHW = views
+        fused_BCDHW, label_BDHW = self.fused(front_BCDHW, back_BCDHW, index_in(batch, self))
         scales = [enlarged(logits, label_BDHW.shape[1:]) for logits in self(fused_BCDHW)]
         dice = torch.stack([dice_loss(each, label_BDHW, smooth=1e-5, first=0) for each in scales]).mean()
         nats = torch.stack([pixel_cross_entropy(each, label_BDHW) for each in scales]).mean()
