@@ -310,6 +310,9 @@ CASES = {
     "language.next_token_loss": Case(
         lambda x, weight, label_B, mixed_B: language.next_token_loss((x @ weight)[:, None], label_B[:, None] % 4)
     ),
+    "margin.ranking_loss": Case(
+        lambda x, weight, label_B, mixed_B: margin.ranking_loss((x @ weight)[:, 0], x.sin()[:, 0], 0.5)
+    ),
     "margin.margin_loss": Case(
         lambda x, weight, label_B, mixed_B: margin.margin_loss(
             F.normalize(x @ weight, dim=1), label_B % 2, label_B // 4, boundary=1.0, margin=0.5
@@ -350,7 +353,7 @@ PARTS = {
     *("diffusion.noise_of_velocity", "diffusion.step_back", "diffusion.scaled_linear_kept", "diffusion.variance_ends"),
     *("diffusion.log_variance", "diffusion.log_pixel_probability"),
     *("supremix.mixed_pairs", "text_pairs.pair_scores"),
-    *("info_nce.gated_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
+    *("info_nce.gated_cosine", "info_nce.row_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),
     *(
         "masked.normalised_patches",
