@@ -22,4 +22,4 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
         "at a rate of 0.001, or with turns in place of orders, every merge was near the base or below it, and "
         "those by entropy far below."
     )
-    measure(evidence, made, seeds=range(5))
+    measure(evidence, made, seeds=range(10, 15))
