@@ -1,4 +1,4 @@
-"""What the evidence on masked modelling shares: arms of one encoder, training, and probes of frozen patches."""
+"""What the evidence on masked modelling shares: arms of one encoder, training, and frozen patches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,8 +6,7 @@ from functools import partial
 import torch
 from lightning import LightningDataModule, seed_everything
 from quiet import quiet_trainer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from lightspan.backbones.vit import TokenViT, vit
 from lightspan.methods.masked.cae import CAE
@@ -18,13 +17,10 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegresso
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.masking.block_masks import BlockMasks
 from lightspan.nn.masking.multi_block import MultiBlock
-from lightspan.nn.sequences.attention import MultiHeadAttention
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
 WIDTH, DEPTH, HEADS, PATCH = 64, 4, 4, 4
-RATES = (1e-3, 3e-3, 1e-2)
-SEEDS = (0, 1, 2)
 
 
 def encoder(**settings: object) -> TokenViT:
@@ -79,28 +75,3 @@ def encoded(method: Method, batches: list[dict[str, Tensor]]) -> tuple[Tensor, T
     backbone: TokenViT = method.backbone  # type: ignore[assignment]
     tokens = [backbone.tokens(batch["image"])[:, backbone.num_prefix_tokens :] for batch in batches]
     return torch.cat(tokens), torch.cat([batch["label"] for batch in batches])
-
-
-def attentive_accuracy(bank: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, seed: int) -> float:
-    """Accuracy of a learned query that attends to frozen patches, and a linear layer (CAE, section 4): in per cent."""
-    torch.manual_seed(seed)
-    query, norm = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH)), nn.LayerNorm(WIDTH)
-    pool, head = MultiHeadAttention(WIDTH, HEADS), nn.Linear(WIDTH, classes)
-    parts = nn.ModuleList([norm, pool, head])
-
-    def scores(tokens_BTw: Tensor) -> Tensor:
-        normed = norm(tokens_BTw)
-        return head(pool(query.expand(len(normed), -1, -1), normed, normed)[:, 0])
-
-    epochs, batch = 20, 100
-    optimizer = torch.optim.AdamW([query, *parts.parameters()], lr=3e-3, weight_decay=0.01)
-    total = epochs * (len(bank[1]) // batch)
-    schedule = WarmupCosine(optimizer, max(total, 1), final=0.0)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(bank[1])).split(batch):
-            optimizer.zero_grad()
-            F.cross_entropy(scores(bank[0][rows]), bank[1][rows]).backward()
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        return 100 * float((scores(test[0]).argmax(dim=1) == test[1]).double().mean())

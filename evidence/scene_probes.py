@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightspan.datamodules.rendered.scene_data import RenderedScenes
-from lightspan.evaluation.dense.dense_probes import DepthOrder, LinearSegmentation
+from lightspan.evaluation.dense.dense_probes import LinearSegmentation
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.probes.probes import LinearProbe
 from lightspan.optim.schedules import WarmupCosine
@@ -75,8 +75,3 @@ def linear(bank: Features, query: Features, target: Callable[[Features], Tensor]
 def segmentation(bank: Features, query: Features, field: str = "semantic") -> float:
     """Mean IoU in per cent."""
     return 100 * LinearSegmentation(field, PENALTIES).fit(bank, query).scores["mean_iou"]
-
-
-def depth_order(bank: Features, query: Features, field: str = "depth") -> float:
-    """Pairs of patches in the right order, in per cent."""
-    return 100 * DepthOrder(field, PENALTIES).fit(bank, query).scores["order_accuracy"]

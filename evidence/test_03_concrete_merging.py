@@ -2,20 +2,11 @@
 
 Four tasks are the 8 x 8 digits, each under an order of the 64 pixels of its own. A network 64-256-256 with a frozen
 head is pretrained on their mixture for 60 steps and fine-tuned on each; `evidence/merged_tasks.py` has the split,
-`evidence/merged_arms.py` the arms. `python evidence/test_03_concrete_merging.py` repeats the search.
+`evidence/merged_arms.py` the arms.
 """
 
-import sys
-
-from merged_arms import measure, search
+from merged_arms import measure
 from merged_tasks import Task, World, digits, shuffled_pixels, world
-
-CHOSEN = {
-    "AdaMerging": {"lr": 1e-4, "start": 0.3},
-    "Concrete task arithmetic": {"lr": 1e-3, "weight": 0.3},
-    "Concrete AdaMerging": {"lr": 1e-3, "inner_lr": 1.0},
-    "aTLAS": {"lr": 1e-1, "decay": 0.0},
-}
 
 
 def made(seed: int) -> World:
@@ -31,8 +22,4 @@ def test_a_learned_mask_keeps_tasks_apart(evidence) -> None:
         "at a rate of 0.001, or with turns in place of orders, every merge was near the base or below it, and "
         "those by entropy far below."
     )
-    measure(evidence, made, CHOSEN)
-
-
-if __name__ == "__main__":
-    search(made, arms=sys.argv[1:])
+    measure(evidence, made, seeds=range(10, 15))

@@ -1,32 +1,52 @@
-"""CAE (arXiv 2202.03026) on the shipped Fashion-MNIST images, against CAE without alignment, MAE and I-JEPA.
+"""CAE (arXiv 2202.03026) on the shipped Fashion-MNIST images, against MAE and I-JEPA.
 
-One vision transformer (4 x 4 patches, 64 channels, 4 blocks) for all arms, equal steps, optimiser and crops; targets of
-CAE are codes of k-means over patches. Frozen patches are read by k nearest neighbours of their mean and by an attentive
-probe. The rate of each arm was chosen of the same three on seed 100 and 500 validation images, which are neither
-trained nor tested on: `python evidence/test_47_cae.py` prints that search of runs of half the length, whose sum of
-both accuracies decides, and `CHOSEN` holds its result.
+One vision transformer (4 x 4 patches, 64 channels, 4 blocks) for all arms, equal steps, optimiser and crops; targets
+of CAE are codes of k-means over patches. Frozen patches are read by k nearest neighbours of their mean. Rates are
+chosen by that accuracy on 500 validation images of the search seed. An earlier record took the largest of three rates,
+with which one of three runs collapsed.
 
-The card asks for rendered shapes and digits; photographs of clothes are real and come first here.
+CAE without alignment and the attentive probe of that record are left out for their cost.
+
+Floor: the untrained network. Ceiling: the same network taught the labels of the training images. Gates: the arm's own
+loss on test images, by that of the untrained network. For the prediction of features, floor is the untrained network
+and ceiling a guess without error.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from masked_arms import RATES, SEEDS, attentive_accuracy, cae, encoded, i_jepa, mae, train
+from masked_arms import WIDTH, cae, encoded, encoder, i_jepa, mae, optimisation, train
+from own_loss import own_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.image.sets.small import FashionMNIST
 from lightspan.evaluation.probes.knn import knn_accuracy
 from lightspan.methods.masked.cae import CAE
 from lightspan.nn.masking.mask_samplers import seen_and_hidden
+from lightspan.nn.views import image_of
 from lightspan.training.method import Method
 
-STEPS, BATCH = 300, 128
-ARMS: dict[str, Callable[[float], Method]] = {
-    "CAE": cae, "CAE without alignment": partial(cae, alignment=0.0), "MAE": mae, "I-JEPA": i_jepa,
-}  # fmt: skip
-CHOSEN = {"CAE": 1e-2, "CAE without alignment": 3e-3, "MAE": 1e-2, "I-JEPA": 3e-3}
+SEEDS, SEARCH = (0, 1, 2), 100
+STEPS, BATCH = 300, 64
+RATES = (1e-3, 3e-3, 1e-2)
+ORACLE = "taught labels"
+
+
+class Taught(Method):
+    """The ceiling: told the class."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(**optimisation(rate))
+        self.backbone, self.head = encoder(), nn.Linear(WIDTH, 10)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        tokens = self.backbone.tokens(image_of(batch, "Taught"))  # type: ignore[operator, arg-type]
+        return F.cross_entropy(self.head(tokens[:, 1:].mean(dim=1)), batch["label"])
+
+
+ARMS = {"CAE": cae, "MAE": mae, "I-JEPA": i_jepa, ORACLE: Taught}
 
 
 def clothes(seed: int) -> FashionMNIST:
@@ -35,7 +55,7 @@ def clothes(seed: int) -> FashionMNIST:
 
 
 @torch.no_grad()
-def alignment(method: CAE, images: torch.Tensor) -> float:
+def alignment(method: CAE, images: Tensor) -> float:
     """R^2 of predicted features of hidden patches by the encoder's own, over all numbers."""
     seen, hidden = seen_and_hidden(method.masks.draw((7, 7), 0, range(len(images))))
     wanted = method.patch_features(images, hidden)
@@ -47,46 +67,59 @@ def measured(arm: str, seed: int, rate: float, steps: int = STEPS, validation: b
     """One run, or with steps=0 the untrained network."""
     data = clothes(seed)
     method = train(lambda: ARMS[arm](rate), data, seed, steps)
-    held_out = data.val_dataloader() if validation else data.test_dataloader()
-    bank, test = (encoded(method, list(loader)) for loader in (data.bank_dataloader(), held_out))
+    held_out = list(data.val_dataloader() if validation else data.test_dataloader())
+    bank, test = (encoded(method, batches) for batches in (list(data.bank_dataloader()), held_out))
     means = [tokens.mean(dim=1) for tokens, _ in (bank, test)]
-    found = {
-        "kNN": 100 * knn_accuracy(means[0], bank[1], means[1], test[1]),
-        "attentive": attentive_accuracy(bank, test, 10, seed),
-    }
-    if isinstance(method, CAE) and steps:
+    found = {"kNN": 100 * knn_accuracy(means[0], bank[1], means[1], test[1])}
+    if arm != ORACLE:
+        batches = ({"image": batch["image"], "index": batch["index"]} for batch in held_out)
+        found["loss"] = own_loss(partial(ARMS[arm], 1e-3), method.state_dict(), batches)
+    if isinstance(method, CAE):
         found["R2"] = alignment(method, torch.cat([batch["image"] for batch in held_out]))
     return found
 
 
 def test_cae(evidence):
-    runs = {arm: {seed: measured(arm, seed, CHOSEN[arm]) for seed in SEEDS} for arm in ARMS}
-    runs["untrained"] = {seed: measured("CAE", seed, 1.0, steps=0) for seed in SEEDS}
+    def validated(arm: str, rate: float) -> float:
+        return measured(arm, SEARCH, rate, validation=True)["kNN"]
+
+    arms = ("CAE", "MAE", "I-JEPA")
+    rates = evidence.search({arm: partial(validated, arm) for arm in arms}, RATES)
+    rates[ORACLE] = rates["MAE"]
+    runs = {arm: {seed: measured(arm, seed, rates[arm]) for seed in SEEDS} for arm in ARMS}
+    before = {arm: {seed: measured(arm, seed, 1.0, steps=0) for seed in SEEDS} for arm in arms}
+    runs["untrained"] = before["CAE"]
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
-            for name, value in found.items():
-                evidence.figure(f"{name}, {arm}", value, seed, "" if name == "R2" else "%")
-    evidence.note(
-        f"2,500 training and 1,000 test images, {STEPS} steps of {BATCH}, k = 20. Rates of {RATES} on seed 100", CHOSEN
-    )
+            evidence.figure(f"kNN, {arm}", found["kNN"], seed, "%")
+    for arm in arms:
+        left = {seed: runs[arm][seed]["loss"] / before[arm][seed]["loss"] for seed in SEEDS}
+        evidence.gate(arm, left, 1.0, by=0.1, unit="of its loss", lower_is_better=True)
+    evidence.note(f"2,500 training and 1,000 test images, {STEPS} steps of {BATCH}, k = 20.")
+    for arm, over, margin in (
+        ("CAE", "MAE", 2.0),
+        ("CAE", "untrained", 15.0),
+        ("MAE", "untrained", 3.0),
+        ("I-JEPA", "untrained", 3.0),
+    ):
 
-    def gain(probe: str, over: str) -> dict[int, float]:
-        return {seed: runs["CAE"][seed][probe] - runs[over][seed][probe] for seed in SEEDS}
+        def gain(arm: str, over: str = over) -> dict[int, float]:
+            return {seed: runs[arm][seed]["kNN"] - runs[over][seed]["kNN"] for seed in SEEDS}
 
-    for probe in ("kNN", "attentive"):
-        evidence.claim(f"{probe}, CAE minus MAE", gain(probe, "MAE"), at_least=2.0, unit="points")
-        evidence.claim(f"{probe}, CAE minus untrained", gain(probe, "untrained"), at_least=15.0, unit="points")
+        evidence.claim(
+            f"kNN, {arm} minus {over}",
+            gain(arm),
+            at_least=margin,
+            unit="points",
+            floor=gain("untrained"),
+            ceiling=gain(ORACLE),
+            arms=(arm, over) if over in arms else (arm,),
+        )
     evidence.claim(
-        "kNN, CAE minus CAE without alignment", gain("kNN", "CAE without alignment"), at_least=0.01, unit="points"
+        "R2 of predicted features of hidden patches, test images",
+        {seed: found["R2"] for seed, found in runs["CAE"].items()},
+        at_least=0.5,
+        floor={seed: found["R2"] for seed, found in before["CAE"].items()},
+        ceiling=1.0,
+        arms=("CAE",),
     )
-    aligned = {seed: runs["CAE"][seed]["R2"] for seed in SEEDS}
-    evidence.claim("R2 of predicted features of hidden patches, test images", aligned, at_least=0.5)
-    for arm in ("MAE", "I-JEPA"):
-        above = {seed: runs[arm][seed]["kNN"] - runs["untrained"][seed]["kNN"] for seed in SEEDS}
-        evidence.claim(f"kNN, {arm} minus untrained", above, at_least=3.0, unit="points")
-
-
-if __name__ == "__main__":
-    for arm in ARMS:
-        for rate in RATES:
-            print(arm, rate, measured(arm, 100, rate, steps=STEPS // 2, validation=True), flush=True)
