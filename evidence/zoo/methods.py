@@ -336,6 +336,7 @@ LEFT_OUT = {
     "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
     "Regressor": "predicts numbers, of which these pictures have none",
     "Segmenter": "labels pixels, of which these pictures have no classes",
+    "VolumeFusion": "learns maps of an encoder and a decoder, and what is compared here is an encoder",
     "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",
