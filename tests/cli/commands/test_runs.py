@@ -168,7 +168,7 @@ def test_runs_that_diverged_are_left_out_of_a_ranking(make_run: MakeRun, capsys:
     [
         (["nowhere"], "nowhere does not exist; name the folder that contains your runs (default: runs)"),
         (["--best", "lr-AdamW/matrices"], "its name does not tell whether low or high is good; add --mode min or max"),
-        (["--best", "val/los_nats"], "none of these 4 runs logged it; did you mean val/loss_nats? they logged train/"),
+        (["--best", "val/los_nats"], "no run of 4 logged it; did you mean val/loss_nats? they logged train/"),
         (["--mode", "max"], "name that metric"),
         (["--limit", "0"], "--limit 0 must be at least 1"),
         (["--since", "soon"], "--since 'soon' is no time"),
