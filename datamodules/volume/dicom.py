@@ -38,6 +38,11 @@ def voxels(path: Path) -> np.ndarray:
     return np.frombuffer(content, answer["dtype"]).reshape(answer["shape"])
 
 
+def without(package: str) -> UserError:
+    """What to raise where a package is missing that reads volumes."""
+    return UserError(f"volumes are read by {package}, which is not installed: {install_extra('volumes')}")
+
+
 def _asked(path: Path, voxels: bool) -> tuple[dict[str, Any], bytes]:
     process = _process()
     assert process.stdin is not None
@@ -58,7 +63,7 @@ def _asked(path: Path, voxels: bool) -> tuple[dict[str, Any], bytes]:
         raise
     if "missing" in answer:
         _ended(process)
-        raise UserError(f"volumes are read by SimpleITK, which is not installed: {install_extra('volumes')}")
+        raise without("SimpleITK")
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer, content

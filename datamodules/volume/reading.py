@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import NUMBERS, content_of, opened_regular, unpacked
 from lightspan.datamodules.volume import dicom
 from lightspan.datamodules.volume.elements import StoredPixels
@@ -88,7 +87,7 @@ def _nibabel() -> Any:
     try:
         import nibabel
     except ImportError as error:
-        raise UserError(f"volumes are read by nibabel, which is not installed: {install_extra('volumes')}") from error
+        raise dicom.without("nibabel") from error
     return nibabel
 
 
