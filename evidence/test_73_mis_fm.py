@@ -15,26 +15,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from labelled_trunks import BATCH, LABELLED, TEST, UNLABELLED, network, supervised, trunks, tuned, way_down
 from quiet import quiet_trainer
-from test_21_voco import (
-    BATCH,
-    LABELLED,
-    LEVELS,
-    SEARCH,
-    SEEDS,
-    TEST,
-    TUNING_RATE,
-    TUNING_RATES,
-    UNLABELLED,
-    WIDTH,
-    dice,
-    fitted,
-    labelled,
-    segmenter,
-)
 from torch import Tensor
 
-from lightspan.backbones.dense import UNet, UNetEncoder
 from lightspan.core.collate import collated
 from lightspan.datamodules.volume.augment import VolumeAugmentation
 from lightspan.datamodules.volume.data import VolumeSamples
@@ -44,8 +28,9 @@ from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.objectives.dice import dice_loss
 from lightspan.optim.schedules import WarmupCosine
 
+SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 STEPS, TUNING = 200, 100
-RATES = (1e-3, 3e-3, 1e-2)
+RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2), 3e-3
 SIZE, EDGES = (16, 32, 32), (4, 12)
 AUGMENT = VolumeAugmentation(flip=(0.5, 0.5, 0.5), scale=0.3, gain=0.1, offset=0.05, gamma=0.4)
 WHOLE, DOWN, NONE = "Volume Fusion", "its way down", "random weights"
@@ -61,19 +46,14 @@ class MixedUp(VolumeFusion):
 
 
 @cache
-def trunks(seed: int) -> Phantoms:
-    data = Phantoms(
-        UNLABELLED + LABELLED + TEST, 16, 48, 0.0, noise=0.06, draw_seed=seed, val_size=LABELLED + TEST,
-        batch_size=BATCH, augment=AUGMENT, seed=seed, size=SIZE, crops=2,
-    )  # fmt: skip
-    data.setup()
-    return data
+def crops(seed: int) -> Phantoms:
+    return trunks(seed, AUGMENT, size=SIZE, crops=2)
 
 
 def built(arm: str, rate: float, seed: int) -> VolumeFusion:
     torch.manual_seed(seed)
     return (MixedUp if arm == MIXED_UP else VolumeFusion)(
-        UNet(1, WIDTH, LEVELS, axes=3), CoefficientMaps(edges=EDGES, seed=seed),
+        network(), CoefficientMaps(edges=EDGES, seed=seed),
         optimizer=partial(torch.optim.Adam, lr=rate, weight_decay=1e-5),
         lr_scheduler=partial(WarmupCosine, final=0.0),
     )  # fmt: skip
@@ -82,7 +62,7 @@ def built(arm: str, rate: float, seed: int) -> VolumeFusion:
 @torch.no_grad()
 def told(method: VolumeFusion, seed: int) -> float:
     """Dice of the coefficients of mixtures of held-out trunks, mean over classes."""
-    data = trunks(seed)
+    data = crops(seed)
     assert data.train is not None
     held = VolumeSamples(data.train.archive, data.val.numbers, data.size, True, 2, None)
     batch = collated([held.sample(row, row) for row in range(len(held))])
@@ -95,32 +75,24 @@ def told(method: VolumeFusion, seed: int) -> float:
 def pretrained(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[str, Tensor], float]:
     """Weights of the U-Net, and the Dice of its pretext."""
     if arm == TRUE:
-        torch.manual_seed(seed)
-        return fitted(segmenter(), labelled(seed, "unlabelled"), steps, rate, seed)[0].state_dict(), 0.0
+        return supervised(rate, seed, steps), 0.0
     method = built(arm, rate, seed)
     if steps:
-        quiet_trainer(max_steps=steps).fit(method, datamodule=trunks(seed))
+        quiet_trainer(max_steps=steps).fit(method, datamodule=crops(seed))
     return method.backbone.state_dict(), told(method, seed)
 
 
-def tuned(arm: str, rates: tuple[float, float], seed: int, steps: int, tuning: int) -> dict[str, float]:
+def run(arm: str, rates: tuple[float, float], seed: int, steps: int, tuning: int) -> dict[str, float]:
+    """Dice of other trunks and of those it is tuned on, before and after, and that of the pretext."""
     known, pretext = ({}, 0.0) if arm == NONE else pretrained(WHOLE if arm == DOWN else arm, rates[0], seed, steps)
     if arm == DOWN:
-        names = UNetEncoder(1, WIDTH, LEVELS, axes=3).state_dict()
-        known = {name: tensor for name, tensor in known.items() if name in names}
-    torch.manual_seed(seed)
-    network = segmenter()
-    network[0].load_state_dict(known, strict=False)
-    own = labelled(seed, "tuning")
-    before = dice(network.eval(), own)
-    fitted(network, own, tuning, rates[1], seed)
-    scores = {"dice": dice(network, labelled(seed, "test")), "own": dice(network, own), "own before": before}
-    return scores | {"pretext": pretext}
+        known = {name: tensor for name, tensor in known.items() if name in way_down().state_dict()}
+    return tuned(known, rates[1], seed, tuning) | {"pretext": pretext}
 
 
 def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
     def score(arm: str, rate: float, tuning_rate: float) -> float:
-        return tuned(arm, (rate, tuning_rate), SEARCH, steps, tuning)["dice"]
+        return run(arm, (rate, tuning_rate), SEARCH, steps, tuning)["dice"]
 
     before = evidence.search(
         {arm: partial(lambda arm, rate: score(arm, rate, TUNING_RATE), arm) for arm in (WHOLE, DOWN, MIXED_UP, TRUE)},
@@ -130,7 +102,7 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, t
         {arm: partial(lambda arm, rate: score(arm, before[arm], rate), arm) for arm in before}, TUNING_RATES,
         what="rate of fine-tuning", seed=SEARCH,
     )  # fmt: skip
-    runs = {arm: {s: tuned(arm, (before[arm], after[arm]), s, steps, tuning) for s in seeds} for arm in before}
+    runs = {arm: {s: run(arm, (before[arm], after[arm]), s, steps, tuning) for s in seeds} for arm in before}
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
             evidence.figure(f"Dice, {arm}", found["dice"], seed, "%")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import BYTES, NUMBERS, opened_regular
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _opened(source: Source) -> "Iterator[tuple[SoundFile, type[Exception]]]":
     try:
         import soundfile
     except ImportError as error:
-        raise UserError("recordings are read by soundfile; pip install 'lightspan[audio]'") from error
+        raise UserError(f"recordings are read by soundfile: {install_extra('audio')}") from error
     with BytesIO(source) if isinstance(source, bytes) else opened_regular(source) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(0)

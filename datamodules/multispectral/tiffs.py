@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import NUMBERS, drained, opened_regular
 
 ENDINGS = (".tif", ".tiff")
@@ -75,7 +75,7 @@ def read_tiff(content: bytes | Path, bands: int | None) -> np.ndarray:
         import tifffile
     except ImportError as error:
         raise UserError(
-            "reading TIFFs of many bands needs tifffile, which is not installed: pip install 'lightspan[satellite]'"
+            f"reading TIFFs of many bands needs tifffile, which is not installed: {install_extra('satellite')}"
         ) from error
     try:
         with (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import FRAMES, PIXELS, bounded_memory, opened_regular
 from lightspan.datamodules.video.files import VIDEOS
 
@@ -185,7 +185,7 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
     try:
         import av
     except ImportError as error:
-        raise UserError("videos are read by PyAV; pip install 'lightspan[video]'") from error
+        raise UserError(f"videos are read by PyAV: {install_extra('video')}") from error
     with opened_regular(path) as file:
         if not (size := os.fstat(file.fileno()).st_size):
             raise ValueError("it is empty")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import step_members
@@ -128,7 +128,7 @@ def _made(level: str) -> Any:
         import gymnasium
         import minigrid  # noqa: F401  # which registers its levels
     except ImportError as error:
-        raise UserError("BabyAI is part of minigrid; pip install 'lightspan[worlds]'") from error
+        raise UserError(f"BabyAI is part of minigrid: {install_extra('worlds')}") from error
     if not level.startswith("BabyAI-"):
         raise UserError(f"{level} is no level of BabyAI, whose bot solves them; name one such as BabyAI-GoToLocal-v0")
     try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import npy, step_members
@@ -124,7 +124,7 @@ def _game(level: str) -> Iterator[Any]:
     try:
         import vizdoom
     except ImportError as error:
-        raise UserError("walks are made by ViZDoom; pip install 'lightspan[worlds]'") from error
+        raise UserError(f"walks are made by ViZDoom: {install_extra('worlds')}") from error
     if level not in {f"map{number:02}" for number in range(1, 33)}:
         raise UserError(f"{level} is no level of Freedoom's second part, which has map01 to map32")
     game = vizdoom.DoomGame()

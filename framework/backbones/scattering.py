@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 from lightspan.core.devices import wide
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 
 
 class Scattering(nn.Module):
@@ -38,9 +38,7 @@ class Scattering(nn.Module):
         try:  # not kymatio.torch, whose 3-D transform asks SciPy for what its new versions lack
             from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
         except ImportError as error:
-            raise UserError(
-                "Scattering needs the package kymatio; install it: pip install lightspan[scattering]"
-            ) from error
+            raise UserError(f"Scattering needs the package kymatio: {install_extra('scattering')}") from error
         self.img_size, self.scales = tuple(img_size), scales
         self.maps = 1 + angles * scales + angles**2 * scales * (scales - 1) // 2
         self.transform = ScatteringTorch2D(J=scales, shape=self.img_size, L=angles)
