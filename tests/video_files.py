@@ -28,12 +28,14 @@ def write_video(
     rate: int = 25,
     every: int = 5,
     codec: str = "ffv1",
+    between: int = 0,
 ) -> Path:
     """Frames uint8 [H W 3].
 
     Args:
         times_ms: when each is shown; None shows `rate` a second.
         every: frames from one that is whole to the next.
+        between: frames that are guessed from a later one, in a row, at most.
     """
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ def write_video(
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
         stream.codec_context.gop_size = every
+        stream.codec_context.max_b_frames = between
         if times_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, picture in enumerate(frames):

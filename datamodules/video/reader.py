@@ -27,6 +27,8 @@ _DEMUXERS = "mov,mp4,matroska,webm,avi,mpeg"
 """Others, such as playlists, name further files and addresses, which FFmpeg would open."""
 _ACROSS, _DOWN, _LEVELS = 64, 36, 4  # of the pictures whose colours are compared, and of a colour channel
 _BOXES = 2**20  # of an MP4 file side by side: hours of fragments of one frame each
+_REORDERED = 16
+"""Frames by which an old AVI may show a later frame first, as a decoder of H.264 may keep back."""
 _SEGMENT = b"\x18\x53\x80\x67"
 T = TypeVar("T")
 
@@ -135,20 +137,21 @@ def read_frames(path: Path, index: VideoIndex, numbers: Sequence[int], make: Cal
     wanted = {int(index.ticks[number]): number for number in numbers}
     first, last = min(wanted), max(wanted)
     made = dict[int, T]()
-    with _opened(path) as (container, stream):
-        # Where a format knows no place to begin at, or one behind the frame, decoding starts at the beginning.
-        for place in (first, int(index.ticks[0])):
-            container.seek(place, stream=stream)
+    # Where a format knows no place to begin at, or one behind the frame, the video is decoded from its beginning.
+    for sought in (True, False):
+        with _opened(path) as (container, stream):
+            if sought:
+                container.seek(first, stream=stream)
+            late = 0
             for frame in _frames(container, stream):
                 tick = frame.pts or 0  # those without are left out
-                if tick > first and not made:
-                    break
                 if tick in wanted:
                     made[wanted[tick]] = make(_upright(frame))
-                if tick >= last:
+                late += tick > (last if wanted[first] in made else first)
+                if len(made) == len(wanted) or late > _REORDERED:
                     break
-            if made:
-                break
+        if wanted[first] in made:
+            break
     if lost := sorted({*numbers} - made.keys()):
         seconds = float(index.ticks[lost[0]] - index.ticks[0]) * index.tick_s
         raise ValueError(f"its frame {lost[0]:,}, {seconds:.2f} s from the beginning, cannot be decoded")

@@ -93,5 +93,5 @@ def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"stages=\[\] must be at least 1, and there must be a stage"):
         ScatteringNet(**TINY | {"stages": ()})
     monkeypatch.setitem(sys.modules, "kymatio.scattering2d.frontend.torch_frontend", None)
-    with pytest.raises(UserError, match=r"pip install lightspan\[scattering\]"):
+    with pytest.raises(UserError, match=r"kymatio.*\[scattering\]"):
         Scattering((16, 16))

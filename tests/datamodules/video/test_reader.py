@@ -29,6 +29,15 @@ def test_every_format_gives_the_frames_that_were_written_in_any_order(tmp_path: 
         assert read_frames(path, index, wanted, number_of) == wanted, ending
 
 
+def test_frames_that_are_stored_after_later_ones_are_found_each_alone(tmp_path: Path) -> None:
+    """Of an AVI no place is known at which its first frame begins."""
+    for ending in (".avi", ".mp4", ".mkv"):
+        path = write_video(tmp_path / f"a{ending}", numbered(12), every=6, codec="mpeg4", between=2)
+        index = index_of(path)
+        found = [read_frames(path, index, [number], number_of)[0] for number in range(12)]
+        assert found == read_frames(path, index, range(12), number_of) == [*range(12)], ending
+
+
 def test_lossless_frames_come_back_bit_by_bit(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (6, 10, 14, 3)).astype(np.uint8)
     path = write_video(tmp_path / "a.mkv", frames)
@@ -195,5 +204,5 @@ def test_a_frame_that_is_lost_belongs_to_no_shot() -> None:
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mkv", numbered(3))
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"lightspan\[video\]"):
+    with pytest.raises(UserError, match=r"PyAV.*\[video\]"):
         index_of(path)
