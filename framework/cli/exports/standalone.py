@@ -34,8 +34,8 @@ class Reading:
 
     Attributes:
         examples: each field that it reads, with a few samples, first dimension B.
-        moments: mean and deviation of the channels of `standardise`, each [C 1 1], if that is in [0, 1] here and is to
-            be standardised; None if fields are taken as they are.
+        moments: mean and deviation of the channels of `standardise`, each [C 1 ...] with its axes, if that is in [0, 1]
+            here and is to be standardised; None if fields are taken as they are.
         standardise: the field of pictures.
     """
 
@@ -51,8 +51,8 @@ class Reading:
         """Pictures as the method's backbone takes them."""
         if self.moments is None:
             return image_BCHW
-        mean_C11, std_C11 = self.moments
-        return (image_BCHW - mean_C11) / std_C11
+        mean_C, std_C = self.moments
+        return (image_BCHW - mean_C) / std_C
 
     def describe(self, inside: bool = True) -> dict[str, Any]:
         """The inputs and their standardising as plain values, for the files that are written.
@@ -192,6 +192,10 @@ def reading_of(
             "row for each sample; use --to safetensors"
         )
     moments = moments if first in read and read[first].is_floating_point() else None
+    if moments is not None:
+        mean_C11, std_C11 = moments
+        ones = [1] * (read[first].dim() - 2)  # also of clips, whose channels stand before time
+        moments = mean_C11.reshape(-1, *ones), std_C11.reshape(-1, *ones)
     generator = torch.Generator().manual_seed(0)
     examples = {}
     for name, x in read.items():

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lightspan.cli.exports.standalone import BATCHES, Reading, Standalone, compare, largest_difference, reading_of
 from lightspan.core.errors import UserError
+from lightspan.datamodules.video.batch import ClipBatch
 
 MOMENTS = (torch.tensor([0.25])[:, None, None], torch.tensor([0.5])[:, None, None])
 
@@ -41,6 +42,21 @@ def test_pictures_come_in_the_unit_range_and_are_standardised_inside() -> None:
     assert reading.describe()["mean"] == [0.25]
     assert "range" not in reading.describe(inside=False)["inputs"]["image"]
     assert reading.describe()["inputs"]["image"] == {"dtype": "float32", "shape": ["batch", 1, 2, 2], "range": [0, 1]}
+
+
+def test_each_channel_of_a_clip_has_its_own_mean_and_deviation() -> None:
+    """As many frames as other than channels: the moments go along neither time nor height."""
+
+    class Frames(nn.Module):
+        def features(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["clip"].flatten(2).mean(dim=2)
+
+    moments = torch.tensor([0.1, 0.2])[:, None, None], torch.tensor([0.5, 2.0])[:, None, None]
+    reading = reading_of(Frames(), {"clip": torch.zeros(4, 2, 5, 3, 3)}, moments, batch_type=ClipBatch)
+    (clip,) = reading.rows(1)
+    expected = (clip.flatten(2).mean(dim=2) - torch.tensor([0.1, 0.2])) / torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(Standalone(Frames(), reading)(clip), expected)
+    assert reading.describe()["mean"] == pytest.approx([0.1, 0.2])
 
 
 def test_of_views_the_first_is_the_picture() -> None:
