@@ -34,8 +34,8 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 SIZE, BASES, CROPS = 16, (1, 3, 3), 4
-STEPS, TUNING = 400, 150
-RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2), 3e-3
+STEPS, TUNING = 400, 300
+RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1), 3e-2
 AUGMENT = VolumeAugmentation(flip=(0.2, 0.2, 0.2), turn=0.2, offset=0.1)
 PRETRAINED = ("VoCo", "overlaps mixed up", "true labels")
 

@@ -29,8 +29,8 @@ from lightspan.objectives.dice import dice_loss
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-STEPS, TUNING = 200, 100
-RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2), 3e-3
+STEPS, TUNING = 200, 300
+RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1), 3e-2
 SIZE, EDGES = (16, 32, 32), (4, 12)
 AUGMENT = VolumeAugmentation(flip=(0.5, 0.5, 0.5), scale=0.3, gain=0.1, offset=0.05, gamma=0.4)
 WHOLE, DOWN, NONE = "Volume Fusion", "its way down", "random weights"
