@@ -34,8 +34,8 @@ class Reading:
 
     Attributes:
         examples: each field that it reads, with a few samples, first dimension B.
-        moments: mean and deviation of the channels of `standardise`, each [C 1 1], if that is in [0, 1] here and is to
-            be standardised; None if fields are taken as they are.
+        moments: mean and deviation of the channels of `standardise`, each [C 1 1] or with as many axes as a sample of
+            it has, if that is in [0, 1] here and is to be standardised; None if fields are taken as they are.
         standardise: the field of pictures.
     """
 
@@ -191,7 +191,12 @@ def reading_of(
             f"{_call(method, what)} reads {', '.join(packed)}, of any number of rows a sample, and an export needs one "
             "row for each sample; use --to safetensors"
         )
-    moments = moments if first in read and read[first].is_floating_point() else None
+    if moments is not None and first in read and read[first].is_floating_point():
+        sides = [1] * (read[first].dim() - 2)  # two of a picture, three of a clip or a volume
+        mean, std = (moment.reshape(-1, *sides) for moment in moments)
+        moments = mean, std
+    else:
+        moments = None
     generator = torch.Generator().manual_seed(0)
     examples = {}
     for name, x in read.items():

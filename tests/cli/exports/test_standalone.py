@@ -43,6 +43,16 @@ def test_pictures_come_in_the_unit_range_and_are_standardised_inside() -> None:
     assert reading.describe()["inputs"]["image"] == {"dtype": "float32", "shape": ["batch", 1, 2, 2], "range": [0, 1]}
 
 
+def test_the_channels_of_clips_are_standardised_too() -> None:
+    mean_C, std_C = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 2.0])
+    batch = {"image": torch.zeros(4, 2, 2, 4, 4)}  # as many frames as channels
+    reading = reading_of(Means(), batch, (mean_C[:, None, None], std_C[:, None, None]))
+    (clip,) = reading.rows(3)
+    expected = Means().features({"image": torch.stack([(clip[:, c] - mean_C[c]) / std_C[c] for c in range(2)], dim=1)})
+    torch.testing.assert_close(Standalone(Means(), reading)(clip), expected)
+    assert reading.describe()["mean"] == mean_C.tolist()
+
+
 def test_of_views_the_first_is_the_picture() -> None:
     batch = {"views": [torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 2, 2)], "label": torch.zeros(2)}
     assert reading_of(Means(), batch, None).examples["image"].shape[1:] == (1, 4, 4)
