@@ -15,7 +15,8 @@ from lightspan.core.console import SafeConsole
 from lightspan.core.errors import printable
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
-from lightspan.core.memory import MIB, parameter_counts, peak_rss_bytes, state_bytes
+from lightspan.core.memory import MIB, parameter_counts, state_bytes
+from lightspan.core.resident import peak_rss_bytes
 from lightspan.training.loggers.jsonl import plain_number
 
 WARM_UP_STEPS = 5

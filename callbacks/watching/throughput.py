@@ -12,7 +12,8 @@ from lightspan.callbacks.watching.detached import log_now
 from lightspan.callbacks.watching.flops import FlopCount, peak_flops
 from lightspan.core.batches import batch_type_of, rows_in
 from lightspan.core.errors import UserError
-from lightspan.core.memory import MIB, rss_bytes
+from lightspan.core.memory import MIB
+from lightspan.core.resident import rss_bytes
 
 
 class Throughput(Callback):

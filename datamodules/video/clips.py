@@ -16,6 +16,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import FRAMES
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.image.augment.fields import DeviceViews, ImageFields
 from lightspan.datamodules.image.packed import Fit, fitted
@@ -50,6 +51,11 @@ class ClipTimes:
             raise UserError(f"fps={self.fps} must be above 0; null takes each video's own rate")
         if not self.speeds or not all(0 < speed < math.inf for speed in self.speeds):
             raise UserError(f"speeds={list(self.speeds)} must have a number above 0 for each clip of a start")
+        if self.frames * max(self.speeds) > FRAMES.most:
+            raise UserError(
+                f"a clip of frames={self.frames} at speeds={list(self.speeds)} is longer than the {FRAMES.most:,} "
+                "frames that a video may have; lower one of them"
+            )
 
     @property
     def count(self) -> int:

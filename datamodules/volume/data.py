@@ -3,6 +3,7 @@
 Shapes: N volumes, C channels, D H W voxels, V crops, of which K are base crops and M at random places.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_sample, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 
@@ -230,6 +231,8 @@ class VolumeSets(SampleSets):
                 f"bases={list(bases)} must be at least 1 along each axis, and needs crops to compare with them, not "
                 f"crops={crops}; set data.init_args.crops"
             )
+        views = (crops or 1) + (0 if bases is None else math.prod(bases))
+        require_sample(views * math.prod(self.size), size=size, crops=crops, bases=bases)
         self.crops, self.augment, self.bases = crops, augment, bases
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None

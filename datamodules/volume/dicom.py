@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import bounded_memory
+from lightspan.core.resident import rss_bytes
 
+_KEPT = 2**28  # bytes that the decoder may keep of damaged files, before another process goes on in its place
 _TAGS = {"series": "0020|000e", "bits": "0028|0100"}
 _running: dict[int, subprocess.Popen[bytes]] = {}  # by the process that asks; a fork does not share its parent's
 
@@ -61,8 +64,9 @@ def _asked(path: Path, voxels: bool) -> tuple[dict[str, Any], bytes]:
     except BaseException:  # half an answer would be taken for the next one's
         _ended(process)
         raise
-    if "missing" in answer:
+    if answer["last"]:
         _ended(process)
+    if "missing" in answer:
         raise without("SimpleITK")
     if "error" in answer:
         raise ValueError(answer["error"])
@@ -100,18 +104,23 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     try:
         import SimpleITK
     except ImportError:
-        answers.write(b'{"missing": true}\n')
+        answers.write(b'{"missing": true, "last": true}\n')
         return
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # what is wrong is said once, by us
+    first = rss_bytes()
     for line in requests:
         asked, content = json.loads(line), b""
         try:
             with bounded_memory():
                 answer, content = _read(SimpleITK, asked["path"], asked["voxels"])
         except (RuntimeError, ValueError, MemoryError) as error:
-            answer = {"error": (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()}
-        answers.write(json.dumps(answer | {"bytes": len(content)}).encode() + b"\n" + content)
+            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            answer = {"error": re.sub(r"\(0x[0-9a-f]+\)", "", last_line)}  # addresses differ from run to run
+        last = rss_bytes() - first > _KEPT
+        answers.write(json.dumps(answer | {"bytes": len(content), "last": last}).encode() + b"\n" + content)
         answers.flush()
+        if last:
+            return
 
 
 def _read(sitk: Any, path: str, voxels: bool) -> tuple[dict[str, Any], bytes]:

@@ -35,8 +35,8 @@ class StoredPixels:
 
     @classmethod
     def of(cls, content: bytes) -> "StoredPixels":
-        """Raises: ValueError for sequences nested deeper than `MOST_NESTED`, more than `BYTES` once unpacked, and a
-        deflated file that is damaged.
+        """Raises: ValueError for elements that are longer than the file, sequences nested deeper than `MOST_NESTED`,
+        more than `BYTES` once unpacked, and a deflated file that is damaged.
         """
         made = cls()
         with bounded_time():
@@ -76,6 +76,8 @@ class StoredPixels:
                 (length,), first = long(content, at + 8), at + 12
             else:
                 (length,), first = short(content, at + 6), at + 8
+            if length != _OPEN and len(around) == 1:
+                _require_whole(content, first, length)
             end = around[-1][0] if length == _OPEN else min(first + length, around[-1][0])
             inside = first + 8 <= end and tags(content, first) == _ITEM
             at = first
@@ -84,7 +86,9 @@ class StoredPixels:
                 self.count = held if self.count is None else min(self.count, held)
             if tag == _PIXELS and length == _OPEN:
                 while at + 8 <= end and tags(content, at) == _ITEM:
-                    at += 8 + long(content, at + 4)[0]
+                    (length,), at = long(content, at + 4), at + 8
+                    _require_whole(content, at, length)
+                    at += length
             elif tag == _ITEM or kind == b"SQ" or length == _OPEN or (inside and kind == b"UN" and tag != _PIXELS):
                 around.append((end, length == _OPEN))
                 if len(around) > 2 * MOST_NESTED:
@@ -94,3 +98,9 @@ class StoredPixels:
                     self.syntax = content[first:end].rstrip(b"\0 ")
                 at = end
         return at
+
+
+def _require_whole(content: bytes, first: int, length: int) -> None:
+    """The decoder takes memory for all that an element is said to have. Raises: ValueError for more than there is."""
+    if first + length > len(content):
+        raise ValueError(f"it is cut short: one of its parts has {len(content) - first:,} bytes of {length:,}")

@@ -114,11 +114,11 @@ def _opened_nifti(path: Path) -> tuple[VoxelGrid, Any]:
         header = _header(nib, start)
         shape = tuple(int(side) for side in header.get_data_shape())
         dtype, (slope, offset) = header.get_data_dtype(), header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), float)
         unit, at = header.get_xyzt_units()[0], float(header["vox_offset"])
     except damage as error:
         raise ValueError(f"its NIfTI header is damaged: {error}") from error
-    affine = np.diag([*[_MILLIMETRES.get(unit, 1.0)] * 3, 1.0]) @ affine
+    affine = _affine(header)
+    affine[:3] *= _MILLIMETRES.get(unit, 1.0)
     shape = _three_axes(shape)
     NUMBERS.require(math.prod(shape))
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
@@ -134,7 +134,10 @@ def _opened_nifti(path: Path) -> tuple[VoxelGrid, Any]:
             raise ValueError(f"it is cut short: {len(content):,} bytes are too few for {' x '.join(map(str, shape))}")
         stored = np.frombuffer(content, dtype, count, first).reshape(shape, order="F").astype(np.float32)
         scale, shift = 1.0 if slope is None else slope, 0.0 if offset is None else offset
-        return turn(stored if (scale, shift) == (1, 0) else stored * np.float32(scale) + np.float32(shift))
+        if (scale, shift) != (1, 0):
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is dealt with later
+                stored = stored * np.float32(scale) + np.float32(shift)
+        return turn(stored)
 
     return grid, values
 
@@ -150,6 +153,14 @@ def _header(nib: Any, start: bytes) -> Any:
     if bytes(header["magic"].tobytes())[:2] != b"n+":
         raise ValueError("its voxels are not in this file; save header and voxels as one .nii file")
     return header
+
+
+def _affine(header: Any) -> np.ndarray:
+    """Of (x, y, z, 1) to the file's unit, float64 [4 4]. Raises: ValueError for a rotation that is none."""
+    try:
+        return np.array(header.get_best_affine(), float)
+    except ValueError as error:
+        raise ValueError(f"its NIfTI header is damaged: {error}") from error
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -287,9 +287,11 @@ class ModalityViT(GridViT):
         """See `PlacedViT.tokens`.
 
         Args:
-            present_BM: bool, the modalities that a sample has; no token sees those of others, which come out as
-                anything. None: all.
+            present_BM: bool, the modalities that a sample has; no token sees those of others, which may hold anything
+                and come out as anything. None: all.
         """
+        if present_BM is not None:  # NaN times a weight of 0 is NaN
+            image = image.where(present_BM.view(*present_BM.shape, *[1] * len(self.patch)), 0)
         tokens_BLD = self.placed(image, mask_BHW, keep_BK)
         if present_BM is None:
             return self.norm(self.blocks(tokens_BLD))

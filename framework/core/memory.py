@@ -1,9 +1,6 @@
-"""How much memory a run takes: optimiser state, process, parameters. Sizes in bytes."""
+"""How much memory optimiser state and parameters take. Sizes in bytes."""
 
-import resource
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,26 +27,6 @@ def parameter_counts(module: nn.Module) -> tuple[int, int]:
     """(all, trainable) numbers in the parameters of `module`, shared parameters counted once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process since it started; child processes such as data workers are not included."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        # On Linux this value includes the peak of the process that started this one.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def rss_bytes() -> int:
-    """Resident set of this process now; if the system does not report it, its peak."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_rss_bytes()
-    return pages * resource.getpagesize()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

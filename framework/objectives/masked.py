@@ -108,7 +108,7 @@ def regression_by_modality(
         modality_BH: int64, to which modality a patch belongs.
         known_BH: bool; others may hold anything.
     """
-    error_BH = (wide(guess_BHn) - wide(patches_BHn)).square().mean(dim=2)
+    error_BH = (wide(guess_BHn) - wide(patches_BHn)).where(known_BH[:, :, None], 0).square().mean(dim=2)
     own_MBH = (modality_BH == torch.arange(modalities, device=error_BH.device)[:, None, None]) & known_BH
     total_M, count_M = all_reduce_sums(error_BH.where(own_MBH, 0).sum(dim=(1, 2)), own_MBH.sum(dim=(1, 2)).to(error_BH))
     return total_M / count_M.clamp_min(1)

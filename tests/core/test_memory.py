@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightspan.core.memory import parameter_counts, peak_rss_bytes, rss_bytes, state_bytes
+from lightspan.core.memory import parameter_counts, state_bytes
+from lightspan.core.resident import peak_rss_bytes, rss_bytes
 
 
 def stepped(optimizer_class: type[torch.optim.Optimizer], **options: float) -> torch.optim.Optimizer:

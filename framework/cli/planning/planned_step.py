@@ -31,7 +31,7 @@ from lightspan.cli.planning.step_memory import (
 from lightspan.core.batches import batch_type_of, rows_in
 from lightspan.core.collate import resized
 from lightspan.core.errors import UserError
-from lightspan.core.memory import rss_bytes
+from lightspan.core.resident import rss_bytes
 from lightspan.datamodules.loading.loader import ExactLoader, split_batch
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards

@@ -258,6 +258,9 @@ def test_an_empty_folder_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=name):
             folder_of(tmp_path, **{"views" if name == "count" else name: wrong})
+    for name, much in {"frames": 10**12, "speeds": (1.0, 1e300), "clips": 10**9, "size": 10**5}.items():
+        with pytest.raises(UserError, match=name):
+            folder_of(tmp_path, **{name: much})
 
 
 def test_classes_are_folders_and_one_frame_is_a_clip(tmp_path: Path) -> None:

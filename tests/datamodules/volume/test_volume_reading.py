@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import locale
+import os
+import resource
 import struct
 import sys
 import tracemalloc
@@ -115,6 +117,10 @@ def no_orientation(content: bytearray) -> None:
     content[280:328] = bytes(48)
 
 
+def no_rotation(content: bytearray) -> None:
+    content[252:268] = np.array([1, 0], "<i2").tobytes() + np.array([9, 9, 9], "<f4").tobytes()
+
+
 def much_more_than_it_says(folder: Path) -> None:
     whole = write_nifti(folder / "x.nii", noise(0)).read_bytes() + bytes(2**21)
     (folder / "x.nii.gz").write_bytes(gzip.compress(whole))
@@ -138,6 +144,16 @@ def nested(levels: int, open_ended: bool) -> bytes:
     return made
 
 
+def fragmented(parts: list[bytes], more: int = 0) -> bytes:
+    """A slice in run lengths. more: bytes that its last fragment says it has beyond its own."""
+    lengths = [len(part) for part in parts]
+    lengths[-1] += more
+    packed = [struct.pack("<HHI", 0xFFFE, 0xE000, said) + part for said, part in zip(lengths, parts, strict=True)]
+    start = dicom(4, 4, b"", syntax=b"1.2.840.10008.1.2.5")[: -len(element(0x7FE0, 0x10, b"OW", b""))]
+    opened, closed = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1), struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    return start + opened + b"".join(packed) + closed
+
+
 def two_series(folder: Path) -> None:
     write_series(folder / "ct", noise(0, (3, 2, 2)), "1.2.3")
     (folder / "ct" / "099.dcm").rename(folder / "ct" / "a.dcm")
@@ -152,6 +168,7 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (spoilt(claim_much), "x.nii: it has 1,000,000,000,000 numbers, and the limit is .*LIGHTSPAN_MAX_NUMBERS"),
     (huge_in_a_few_bytes, "y.nii.gz: it has 1,000,000,000,000 numbers"),
     (spoilt(no_orientation), "x.nii: its header does not tell where its axes point"),
+    (spoilt(no_rotation), "x.nii: its NIfTI header is damaged: .* positive"),
     (spoilt(lambda content: content.__setitem__(slice(344, 348), b"ni1\0")), "x.nii: its voxels are not in this file"),
     (
         lambda folder: nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2, 3)), np.eye(4)), folder / "x.nii"),
@@ -164,7 +181,11 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: write_series(folder / "ct", np.ones((2, 4, 4, 3), np.uint8)), "ct: .*3 colours a voxel"),
     (much_more_than_it_says, "x.nii.gz: it unpacks to more than"),
     (written(dicom(64, 64, bytes(200))), r"x\.dcm: it is cut short: it has 200 bytes of 8,192"),
-    (written(dicom(64, 64, bytes(8192))[:-5000]), r"x\.dcm: it is .* damaged"),
+    (
+        written(dicom(64, 64, bytes(8192))[:-5000]),
+        r"x\.dcm: it is cut short: .* 3,192 bytes of 8,192",
+    ),
+    (written(fragmented([b""], more=2**31)), r"x\.dcm: it is cut short: .* of 2,147,483,648"),
     (written(dicom(4, 4, bytes(32), more=nested(MOST_NESTED + 1, True))), r"x\.dcm: its sequences are nested"),
     (written(dicom(4, 4, bytes(32), more=nested(MOST_NESTED + 1, False))), r"x\.dcm: its sequences are nested"),
     (two_series, "ct: it holds slices of 2 series"),
@@ -212,20 +233,28 @@ def test_a_deflated_slice_takes_no_more_memory_than_the_limit(tmp_path: Path, mo
 
 
 def test_a_file_that_crashes_its_decoder_is_damaged_and_the_next_one_is_read(tmp_path: Path) -> None:
-    rle = b"1.2.840.10008.1.2.5"
-    fragments = [b"", bytes(64)]  # no table of places; then one fragment, which says that it has no segment
-    packed = b"".join(struct.pack("<HHI", 0xFFFE, 0xE000, len(part)) + part for part in fragments)
-    crashing = dicom(4, 4, b"", syntax=rle)[: -len(element(0x7FE0, 0x10, b"OW", b""))]
-    crashing += (
-        struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, 2**32 - 1) + packed + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    )
     (tmp_path / "crash").mkdir()
-    written(crashing)(tmp_path / "crash")
+    # No table of places; then one fragment, which says that it has no segment.
+    written(fragmented([b"", bytes(64)]))(tmp_path / "crash")
     written(dicom(4, 4, np.arange(16, dtype="<u2").tobytes()))(tmp_path)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"x\.dcm: it .* damaged"):
             VolumeFile("crash", ("x.dcm",)).read(tmp_path)
         assert VolumeFile(".", ("x.dcm",)).read(tmp_path)[0].sum() == 120
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_decoder_keeps_of_damaged_files_ends_with_its_process(tmp_path: Path) -> None:
+    head = element(2, 0x10, b"UI", b"1.2.840.10008.1.2") + struct.pack("<HH2sH", 2, 0x12, b"U ", 0)
+    start = bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(head))) + head
+    # After a kind that there is none of, the decoder takes the next bytes for an element, of 320 MiB, which it keeps.
+    written(start + struct.pack("<4sI", b"1.2.", 320 * 2**20) + bytes(9000))(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x\.dcm: it is not a DICOM image"):
+            VolumeFile(".", ("x.dcm",)).read(tmp_path)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        pages = [int(Path(f"/proc/{child}/statm").read_text().split()[1]) for child in children]
+        assert sum(pages) * resource.getpagesize() < 2**28
 
 
 def test_packed_files_one_after_the_other_are_one_volume(tmp_path: Path) -> None:

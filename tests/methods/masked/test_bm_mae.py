@@ -149,6 +149,8 @@ def test_what_is_missing_is_as_if_it_were_hidden_and_is_no_part_of_the_loss() ->
     others = volume.clone()
     others[1:, 1] = 5.0
     assert figures(model, {**given, "volume": others, "present": present}) == pytest.approx(found, rel=1e-5)
+    others[1:, 1] = torch.nan
+    assert figures(model, {**given, "volume": others, "present": present}) == pytest.approx(found, rel=1e-5)
     everything = {**given, "present": torch.ones_like(present)}
     assert figures(model, everything) == pytest.approx(figures(model, given), rel=1e-5)
 
@@ -164,6 +166,8 @@ def test_what_is_synthesised_is_guessed_from_all_that_is_there_alone() -> None:
     close(patchify(found[:, 1:2], PATCH), model.guess(volume, see, hide)[:, 2 * N :])
     assert torch.equal(model.synthesise(volume, torch.ones_like(present)), volume)
     assert model.synthesise(volume, torch.zeros_like(present)).isfinite().all()
+    lacking = volume.where(present[:, :, None, None, None], torch.nan)
+    close(model.synthesise(lacking, present), found)
 
 
 def test_the_loss_has_the_gradient_that_differences_say() -> None:
@@ -183,6 +187,7 @@ def test_degenerate_volumes_train(tmp_path: Path) -> None:
     for given in (
         batch(1), {**batch(2), "volume": torch.full((2, 3, 2, 8, 4), 3.0)}, {**batch(2), "present": nothing},
         {**batch(2), "volume": torch.zeros(2, 3, 2, 8, 4), "present": torch.tensor([[True, False, False]] * 2)},
+        {**batch(2), "volume": torch.full((2, 3, 2, 8, 4), torch.nan), "present": nothing},
     ):  # fmt: skip
         model = method()
         losses = fit(model, [given] * 2, tmp_path)
