@@ -57,13 +57,13 @@ class Row(NamedTuple):
 
 def spread(count: int, frames: int, draws: np.random.Generator | None = None) -> np.ndarray:
     """Which of a video's frames a clip has, int64 [T]: one of each of T parts of equal length, in their order. A video
-    with fewer frames repeats them as evenly as can be.
+    of fewer frames repeats them as evenly as can be.
 
     Args:
         count: frames of the video, at least 1.
-        draws: of a place in each part; None takes the middle.
+        draws: of a place in each part, where these have several frames; None takes the middle.
     """
-    within_T = np.full(frames, 0.5) if draws is None else draws.random(frames)
+    within_T = np.full(frames, 0.5) if draws is None or count <= frames else draws.random(frames)
     return np.minimum(((np.arange(frames) + within_T) * count / frames).astype(np.int64), count - 1)
 
 
@@ -128,8 +128,8 @@ class CaptionedVideos(SampleSets):
     """Videos below a folder, and a file with a line for each question about one, or caption: `ClipTextBatch`.
 
     A clip has T frames, one of each of T parts of the whole video: in training drawn anew in each epoch, elsewhere the
-    middle ones. A video of fewer frames repeats them evenly. Frames are upright, RGB and square. A video may have any
-    number of lines; those without a line are not read.
+    middle ones. A video of no more than T frames shows all of them, repeated evenly. Frames are
+    upright, RGB and square. A video may have any number of lines; those without a line are not read.
 
     A text that is longer than `length` is cut at its end. Left out, and counted in a line at the start, are those of
     which nothing is left to learn then, and those in which someone says a special token of the tokenizer.
@@ -222,8 +222,8 @@ class CaptionedVideos(SampleSets):
         self.val = replace(self.train, rows=held, drawn=False)
         self._content = content_of([array for row in rows for array in (np.array([row.video]), *row.text.content)])
         say(
-            f"videos: {len(sound):,}, {len(rows):,} questions or captions to train on and {len(held):,} to validate on, "
-            f"clips of {self.shape[0]} x {self.shape[1]} x {self.shape[1]}{skipped}"
+            f"videos: {len(sound):,}, with {len(rows):,} answers to train on and {len(held):,} to validate on; clips of"
+            f" {self.shape[0]} x {self.shape[1]} x {self.shape[1]}{skipped}"
         )
 
     def training_content(self) -> str:

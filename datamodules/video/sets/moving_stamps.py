@@ -38,7 +38,8 @@ WAYS = {
     "up right": (-1, 1),
 }
 """Rows and columns to which each of the eight motions goes."""
-MIDDLE = "middle"
+MIDDLE, NEAR = "middle", 0.15
+"""Of half the side: so far from the middle a place is still called that."""
 Question = Literal["caption", "place", "motion"]
 ASKED: dict[Question, str] = {
     "caption": f"{PLACE} what is it? ",
@@ -53,7 +54,7 @@ def place_of(offset_2: np.ndarray) -> str:
     Args:
         offset_2: rows and columns from the middle of the picture, in units of half its side.
     """
-    signs = tuple(int(sign) for sign in np.sign(offset_2) * (np.abs(offset_2) > 0.2))
+    signs = tuple(int(sign) for sign in np.sign(offset_2) * (np.abs(offset_2) > NEAR))
     return next((way for way, to in WAYS.items() if to == signs), MIDDLE)
 
 
@@ -86,8 +87,8 @@ class MovingStamps(SampleSets):
         tokenizer: PreTrainedTokenizerBase,
         frames: int = 8,
         size: int = 64,
-        share: tuple[float, float] = (0.25, 0.45),
-        path: tuple[float, float] = (0.3, 0.6),
+        share: tuple[float, float] = (0.2, 0.3),
+        path: tuple[float, float] = (0.25, 0.45),
         questions: Sequence[Question] = ("caption", "place", "motion"),
         val_questions: Sequence[Question] | None = None,
         length: int = 64,

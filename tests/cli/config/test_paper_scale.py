@@ -53,6 +53,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         "'shards': ",
         ".folder.ImageFolder'",
         ".folder.VideoFolder'",
+        ".captioned.CaptionedVideos'",
         ".folder.VolumeFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",

@@ -282,6 +282,17 @@ def test_a_file_brings_back_loras_projector_and_scale_and_refuses_other_base_wei
         load_adapter(other, tmp_path / "lora.safetensors", show=False)
 
 
+@torch.no_grad()
+def test_weights_under_the_names_of_the_published_files_are_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    older = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+    assert {name.split(".")[0] for name in older} == {"language_model", "vision_tower", "multi_modal_projector"}
+    save_file(older, tmp_path / "model.safetensors")
+    given = batch()
+    assert torch.equal(method(tmp_path, (2, 2, 2)).logits(given), method(folder, (2, 2, 2)).logits(given))
+
+
 def test_a_folder_without_some_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "part"
     place.mkdir()
