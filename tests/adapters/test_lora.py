@@ -1,11 +1,13 @@
 """A trained LoRA at another scale: between the frozen network and the tuned one."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from adapters.small_net import LAYERS, SmallNet, images, perturb
 from safetensors.torch import load_file
+from torch import nn
 
 from lightspan.adapters.inject import adapt, adapted_layers, disable_adapters, merge
 from lightspan.adapters.lora import LoRA, rescale, rescaled
@@ -63,10 +65,16 @@ def test_files_have_the_scale_in_use(tmp_path: Path) -> None:
         stored, twice = load_file(file), load_file(tmp_path / "twice.safetensors")
         assert stored.keys() == twice.keys()
         assert any("scale" in name for name in stored) == (alpha != 8.0)
-    rescale(model, 3.0)
-    save_peft(model, tmp_path / "peft")
-    load_peft(again := SmallNet().double(), tmp_path / "peft", show=False)
-    torch.testing.assert_close(again(x), model(x))
+
+
+def test_a_folder_for_peft_has_the_scale_in_use(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(3, 5)
+    plain = copy.deepcopy(model)
+    adapt(model, ["0"], LoRA(2, 8.0), show=False)
+    rescale(perturb(model), 3.0)
+    save_peft(model, tmp_path)
+    load_peft(plain, tmp_path, show=False)
+    torch.testing.assert_close(plain(x), model(x))
 
 
 def test_only_loras_of_that_name_are_scaled() -> None:

@@ -37,9 +37,16 @@ WAYS = {
     "up": (-1, 0),
     "up right": (-1, 1),
 }
-"""Rows and columns to which each of the eight motions goes."""
+"""Rows and columns to which it is from the middle."""
 MIDDLE, NEAR = "middle", 0.15
 """Of half the side: so far from the middle a place is still called that."""
+STRAIGHT = "right", "down", "left", "up"
+TURNS = {"round right": 1, "round left": -1}
+"""Once round a circle, clockwise or not."""
+SWINGS = {"to and fro": (0, 1), "up and down": (1, 0)}
+"""One way, all the way back beyond the beginning, and to it."""
+MOTIONS = *STRAIGHT, *TURNS, *SWINGS
+"""Of the last four, a clip begins and ends at one place."""
 Question = Literal["caption", "place", "motion"]
 ASKED: dict[Question, str] = {
     "caption": f"{PLACE} what is it? ",
@@ -59,10 +66,11 @@ def place_of(offset_2: np.ndarray) -> str:
 
 
 class MovingStamps(SampleSets):
-    """761 stamps for training and 190 for validation, on white, each moving straight on: batches of `ClipTextBatch`.
+    """761 stamps for training and 190 for validation, on white, each moving in one of eight ways: batches of
+    `ClipTextBatch`.
 
     What is asked is drawn for a training sample: what the picture shows, as its caption says; where the stamp is half
-    way through the clip, one of eight ways from the middle or the middle; where it goes, one of the eight. Motion,
+    way through the clip, one of eight ways from the middle or the middle; where it goes, one of `MOTIONS`. Motion,
     place, size and question are functions of a training sample's seed, new in each epoch, and in evaluation of its
     number. Half way, nothing tells where a stamp goes.
 
@@ -71,7 +79,8 @@ class MovingStamps(SampleSets):
         frames: T, at least 1; of one frame, half way, no motion is asked.
         size: S, at least 16.
         share: least and most of the picture's side that the stamp has, in (0, 1).
-        path: least and most that it goes in a clip, in shares of the side, at least 0.
+        path: least and most that it goes straight on in a clip, in shares of the side, at least 0; it turns and
+            swings as far.
         questions: of training.
         val_questions: of validation, in turn; None takes those of training.
         length: tokens of question and answer, at least 3, without those of the clip.
@@ -141,14 +150,22 @@ class Motion:
     share: tuple[float, float]
     path: tuple[float, float]
 
-    def places(self, way: str, draws: np.random.Generator) -> tuple[np.ndarray, float]:
-        """(float64 [T 2], rows and columns from the middle in units of half the side; the stamp's share of a side)."""
-        share, path = draws.uniform(*self.share), draws.uniform(*self.path)
-        step_2 = np.array(WAYS[way]) / np.linalg.norm(WAYS[way])
-        # The same room for all ways, so that the place half way tells nothing.
+    def places(self, motion: str, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+        """(float64 [T 2], rows and columns from the middle in units of half the side; those half way, float64 [2]; the
+        stamp's share of a side).
+        """
+        share, path, phase = draws.uniform(*self.share), draws.uniform(*self.path), draws.uniform(0, 2 * np.pi)
+        # The same room for all motions, none of which goes further than `path`: the place half way tells nothing.
         room = max(0.0, 1 - share - path)
-        time_T = np.linspace(-1, 1, self.frames) if self.frames > 1 else np.zeros(1)
-        return draws.uniform(-room, room, 2) + path * time_T[:, None] * step_2, share
+        half_way_2 = draws.uniform(-room, room, 2)
+        time_T1 = (np.linspace(-1, 1, self.frames) if self.frames > 1 else np.zeros(1))[:, None]
+        if motion in TURNS:
+            angle_T1 = phase + TURNS[motion] * np.pi * time_T1
+            circle_T2 = np.concatenate([np.sin(angle_T1) - np.sin(phase), np.cos(angle_T1) - np.cos(phase)], axis=1)
+            return half_way_2 + path / 2 * circle_T2, half_way_2, share
+        if motion in SWINGS:
+            return half_way_2 + path * np.sin(np.pi * time_T1) * np.array(SWINGS[motion]), half_way_2, share
+        return half_way_2 + path * time_T1 * np.array(WAYS[motion]), half_way_2, share
 
     def drawn(self, stamp_CPP: np.ndarray, places_T2: np.ndarray, share: float) -> Tensor:
         """uint8 [T C S S], on white.
@@ -189,14 +206,14 @@ class StampSamples:
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         draws = np.random.default_rng([index, 0] if self.fixed else [seed, 1])
-        way = [*WAYS][int(draws.integers(len(WAYS)))]
-        places_T2, share = self.motion.places(way, draws)
+        motion = MOTIONS[int(draws.integers(len(MOTIONS)))]
+        places_T2, half_way_2, share = self.motion.places(motion, draws)
         number = index % len(self.questions) if self.fixed else int(draws.integers(len(self.questions)))
         question = self.questions[number]
         answer = {
             "caption": self.stamps.captions[index],
-            "place": place_of(places_T2.mean(axis=0)),
-            "motion": way,
+            "place": place_of(half_way_2),
+            "motion": motion,
         }[question]
         frames_TCSS = self.motion.drawn(self.stamps.images[index], places_T2, share)
         text = self.asks.tokens(f"stamp {index}", ASKED[question], answer)

@@ -31,7 +31,7 @@ def data(folder: Path, lines: Any = LINES, name: str = "lines.jsonl", **settings
         if not (file := folder / "in" / "a" / f"{number}.mkv").exists():
             write_video(file, numbered(frames, SIDE, 10 * number))
     (folder / name).write_text(lines if isinstance(lines, str) else "\n".join(map(json.dumps, lines)))
-    settings = {"frames": 4, "size": SIDE, "batch_size": 2, "length": 48, "val_size": 1} | settings
+    settings = {"frames": 4, "size": SIDE, "batch_size": 2, "length": 80, "val_size": 1} | settings
     return CaptionedVideos(
         str(folder / "in"),
         str(folder / name),
