@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lightspan.backbones.huggingface import stored_network
+from lightspan.backbones.huggingface import model_type_of, stored_network
 from lightspan.backbones.language import Precision
 from lightspan.core.errors import UserError
-from lightspan.core.files.atomic import expanded
-from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.nn.heads.mlp_head import MLPHead
@@ -149,8 +147,7 @@ def stored_llava(folder: ReadPath, dtype: Precision | None = "bfloat16") -> Imag
     Raises: UserError as `lightspan.backbones.huggingface.stored_network`, or for an encoder of which several layers
         are read.
     """
-    said = settings_object(place / "config.json") if (place := expanded(folder, "the folder of LLaVA")).is_dir() else {}
-    newer = said.get("model_type") == "llava_next"
+    newer = model_type_of(folder, "LLaVA") == "llava_next"
     kind: Any = LlavaNextForConditionalGeneration if newer else LlavaForConditionalGeneration
     stored: Any = stored_network(kind, folder, "LLaVA", dtype and getattr(torch, dtype))
     config, inner = stored.config, stored.model

@@ -293,6 +293,19 @@ def test_weights_under_the_names_of_the_published_files_are_read(folder: Path, t
     assert torch.equal(method(tmp_path, (2, 2, 2)).logits(given), method(folder, (2, 2, 2)).logits(given))
 
 
+def test_in_half_precision_the_projector_alone_is_wide_and_the_loss_is_near(folder: Path) -> None:
+    network, given = stored_llava(str(folder)), batch()
+    assert {p.dtype for p in network.projector.parameters()} == {torch.float32}
+    assert {p.dtype for part in (network.image, network.language) for p in part.parameters()} == {torch.bfloat16}
+    losses = []
+    for model in (PLLaVA(network, (2, 2, 2), optimizer=SGD), method(folder, (2, 2, 2))):
+        model.log_training = lambda figures, **_: None  # type: ignore[method-assign]
+        losses.append(model.eval().training_step(given, 0))
+    losses[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.projector.parameters())
+    torch.testing.assert_close(*losses, atol=0.05, rtol=0)
+
+
 def test_a_folder_without_some_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "part"
     place.mkdir()
@@ -302,6 +315,10 @@ def test_a_folder_without_some_weights_is_refused(folder: Path, tmp_path: Path) 
     save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, place / "model.safetensors")
     with pytest.raises(UserError, match="lack 1 weights"):
         stored_llava(str(place))
+    for content in (b"no JSON", b"[]"):
+        (place / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match="LLaVA"):
+            stored_llava(str(place))
 
 
 def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
