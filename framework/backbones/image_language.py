@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lightspan.backbones.huggingface import model_type_of, stored_network
 from lightspan.backbones.language import Precision
+from lightspan.backbones.weights import with_weights
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
@@ -24,8 +25,8 @@ from lightspan.nn.sequences.splicing import ended_alike, spliced
 from lightspan.nn.teachers.frozen import Frozen
 from lightspan.nn.tokens import token_features
 
-# A recipe may name the class and the function listed here.
-__all__ = ["ImageLanguage", "stored_llava"]
+# A recipe may name the class and the functions listed here.
+__all__ = ["ImageLanguage", "image_language_with_weights", "stored_llava"]
 
 
 class ImageLanguage(nn.Module):
@@ -136,6 +137,12 @@ class ImageLanguage(nn.Module):
         return model.generate(
             inputs_embeds=asked_BMd, attention_mask=seen_BM, max_new_tokens=longest, eos_token_id=end, **greedy
         )
+
+
+def image_language_with_weights(network: ImageLanguage, path: ReadPath, prefix: str = "network.") -> ImageLanguage:
+    """As `lightspan.backbones.weights.with_weights`, of the network of an earlier run."""
+    with_weights(network, path, prefix)
+    return network
 
 
 def stored_llava(folder: ReadPath, dtype: Precision | None = "bfloat16") -> ImageLanguage:

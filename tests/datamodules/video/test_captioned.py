@@ -85,8 +85,8 @@ def test_a_sample_shows_the_frames_that_it_names_beside_its_text(tmp_path: Path)
     require_declared(batch, ClipTextBatch, "CaptionedVideos")
     found = {said(made.train.sample(i, 0), "learned"): said(made.train.sample(i, 0)) for i in range(3)}
     whole = ["<start>who? tux<end>", "<start>see : a gnu<end>", "<start>how? on foot<end>"]
-    held = said(made.val.sample(0, 0))
-    assert {*found.values(), held} == {*whole, held}
+    whole.append("<start>user: \ndescribe the video. assistant: a gnu, grey<end>")
+    assert {*found.values(), said(made.val.sample(0, 0))} == {*whole}
     assert set(found) | {said(made.val.sample(0, 0), "learned")} == {
         "tux<end>",
         "a gnu<end>",
