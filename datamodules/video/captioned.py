@@ -48,7 +48,7 @@ class Film(NamedTuple):
     answer: str
 
 
-class Row(NamedTuple):
+class FilmAnswer(NamedTuple):
     """A sample: which video, and what is said of it."""
 
     video: int
@@ -86,7 +86,7 @@ class FilmSamples:
 
     files: Sequence[Annotated[Path, PathUse.READ]]
     indices: Sequence[VideoIndex]
-    rows: Sequence[Row]
+    rows: Sequence[FilmAnswer]
     frames: int
     image: ImageFields
     size: int
@@ -194,7 +194,7 @@ class CaptionedVideos(SampleSets):
             return None
         text = AnsweredQuestion(np.zeros(self.length, np.int32), np.arange(self.length) > 0, 0)
         video = VideoIndex(np.arange(2), 0.04, np.empty(0, np.float32))
-        return self._samples(BlackFilms, [], [video], [Row(0, text)] * 2)
+        return self._samples(BlackFilms, [], [video], [FilmAnswer(0, text)] * 2)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the lines and the indices of their videos, once."""
@@ -230,7 +230,7 @@ class CaptionedVideos(SampleSets):
         return self._content
 
     def _samples(
-        self, kind: type[FilmSamples], files: Sequence[Path], indices: Sequence[VideoIndex], rows: Sequence[Row]
+        self, kind: type[FilmSamples], files: Sequence[Path], indices: Sequence[VideoIndex], rows: Sequence[FilmAnswer]
     ) -> FilmSamples:
         frames, size, fit, length = self.shape
         return kind(files, indices, rows, frames, self.image, size, fit, length, True, self.skip_damaged)
@@ -246,7 +246,7 @@ class CaptionedVideos(SampleSets):
             films.append(Film(where, text_in(where, line, "video"), question, text_in(where, line, "answer")))
         return films
 
-    def _rows(self, films: Sequence[Film], sound: dict[str, int], skipped: Skipped, what: str) -> list[Row]:
+    def _rows(self, films: Sequence[Film], sound: dict[str, int], skipped: Skipped, what: str) -> list[FilmAnswer]:
         rows = []
         for film in films:
             if film.video not in sound:
@@ -256,7 +256,7 @@ class CaptionedVideos(SampleSets):
                 continue
             text = self.questions.tokens(film.where, film.question, film.answer)
             if text.learned[: self.length].any():
-                rows.append(Row(sound[film.video], text))
+                rows.append(FilmAnswer(sound[film.video], text))
             else:
                 skipped.reasons[f"with nothing to learn in their first {self.length} tokens"] += 1
         if not rows:
