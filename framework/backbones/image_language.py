@@ -95,7 +95,7 @@ class ImageLanguage(nn.Module):
 
     def project(self, x_NHWD: Tensor) -> Tensor:
         """[N H W d], each token by itself."""
-        return self.projector(x_NHWD.to(self.projector.layers[0].weight.dtype))
+        return self.projector(x_NHWD.to(next(self.projector.parameters()).dtype))
 
     def spliced(self, shown_BKd: Tensor, tokens_BL: Tensor, at_B: Tensor) -> Tensor:
         """What the language model reads, [B L+K d]: embedded tokens, and before number `at` what is shown."""

@@ -80,7 +80,7 @@ class PLLaVA(Method):
         super().__init__(**optimization)
         require_in("[1, inf)", pooled=pooled, longest=longest)
         require_in("[0, inf)", alpha=alpha, end=end)
-        self.network, self.pooled, self.alpha, self.longest, self.end = network, tuple(pooled), alpha, longest, end
+        self.network, self.pooled, self.alpha, self.longest, self.end = network, pooled, alpha, longest, end
         self.num_tokens = network.language.config.vocab_size
 
     def setup(self, stage: str) -> None:
