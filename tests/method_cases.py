@@ -27,6 +27,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.scanned_unet import ScannedUNet
@@ -77,6 +78,7 @@ from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.named_classes import NamedClasses
+from lightspan.methods.image_text.pllava import PLLaVA
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
@@ -128,6 +130,7 @@ from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
+from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.nn.heads.reweighting import ReweightingHead
@@ -345,6 +348,20 @@ def words(rows: int, seed: int) -> dict[str, Any]:
 def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     given = words(rows, seed) | texts(rows, seed)
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
+def asked_clips(rows: int, seed: int) -> dict[str, Any]:
+    """Clips of four frames, each at a place of its own in a text whose end is the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    given, at = texts(rows, seed), torch.randint(0, 3, (rows,), generator=generator)
+    length = given["mask"].sum(dim=1, keepdim=True)
+    return {
+        **{name: given[name] for name in ("tokens", "mask", "index")},
+        "clip": torch.randn(rows, 1, 4, 8, 8, generator=generator),
+        "fps": torch.full((rows,), 25.0),
+        "learned": given["mask"] * (torch.arange(6) >= length - 2),
+        "clip_at": at,
+    }
 
 
 def measured_rows(rows: int, seed: int) -> dict[str, Any]:
@@ -614,6 +631,11 @@ def dptr(**optimization: Any) -> DPTR:
     return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
 
 
+def pllava(**optimization: Any) -> PLLaVA:
+    words = llama(20, 12, 1, 2, 16, 24)
+    return PLLaVA(ImageLanguage(patch_vit(), MLPHead(16, hidden=[8]), words, -1), (2, 2, 1), **optimization)
+
+
 def word_reader(**optimization: Any) -> WordReader:
     decoder = LetterDecoder(5, 4, 16, depth=1, heads=2, dropout=0.0)
     return WordReader(patch_vit(class_token=False), decoder, FeatureMerge(16, 5, heads=2, dropout=0.0), **optimization)
@@ -798,6 +820,7 @@ CASES: dict[str, Case] = {
         partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
     ),
     "image_text.named_classes": Case(named_classes, images(labels=(1, 3)), halves_differ=AMONG_ROWS),
+    "image_text.pllava": Case(pllava, asked_clips, halves_differ=AMONG_ANSWERS, refuses_no_row=NO_TEXT),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),

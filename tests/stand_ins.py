@@ -341,6 +341,13 @@ SMALL = {
 """Of a folder that alone says how large its network is; the recipe names none of its sizes."""
 LLAMA = folder("LlamaForCausalLM", words(2048, **{"<pad>": 0, "</s>": 1}), **SMALL)
 
+LLAVA = folder(
+    *("LlavaNextForConditionalGeneration", words(32064, **{"<pad>": 0, "</s>": 2})),
+    vision_config={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    | {"image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"},
+    text_config=SMALL | {"vocab_size": 32064, "max_position_embeddings": 4096, "model_type": "llama"},
+)
+
 PUBLISHED: dict[str, Write] = {
     "dinov2_vits14.safetensors": of_module(
         lambda: timm.create_model("vit_small_patch14_dinov2", num_classes=0), mask_token=(1, 384)
@@ -369,6 +376,7 @@ PUBLISHED: dict[str, Write] = {
     "runs/deit_b.safetensors": deit,
     "dit_xl_2_256.safetensors": dit,
     "runs/llama": LLAMA,
+    "runs/llava": LLAVA,
     "model": LLAMA,
     "runs/roberta_*": folder("RobertaForMaskedLM", words(2048, **{"<pad>": 1, "</s>": 2}), **SMALL),
     "runs/clip/vit_b16": folder("CLIPModel", CLIP_TOKENS, vision_config={"patch_size": 16}),
@@ -460,6 +468,18 @@ def folder_of_videos(place: Path, each: Asked) -> None:
         write_video(place / "a" / f"{number}.mkv", numbered(2 * each.settings["frames"], 32, number), rate=rate)
 
 
+def answered_videos(place: Path, each: Asked) -> None:
+    """Either the folder of the videos, or lines that ask about them."""
+    if each.setting != "folder":
+        rows = [
+            {"video": f"a/{n}.mkv", "question": "word1 <video> word2 ", "answer": f"word{n}"} for n in range(SAMPLES)
+        ]
+        place.write_text("\n".join(map(json.dumps, rows)))
+        return
+    for number in range(SAMPLES):
+        write_video(place / "a" / f"{number}.mkv", numbered(20, 32, number))
+
+
 def folder_of_volumes(place: Path, each: Asked) -> None:
     from volume_files import noise, write_nifti  # which need packages
 
@@ -521,6 +541,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "multispectral.seasons.SeasonShards": shard(seasons),
         "image.folder.ImageFolder": folder_of_pictures,
         "video.folder.VideoFolder": folder_of_videos,
+        "video.captioned.CaptionedVideos": answered_videos,
         "volume.folder.VolumeFolder": folder_of_volumes,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),

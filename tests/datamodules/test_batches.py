@@ -85,8 +85,10 @@ from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
+from lightspan.datamodules.video.captioned import CaptionedVideos
 from lightspan.datamodules.video.folder import VideoFolder
 from lightspan.datamodules.video.sets.moving_digits import MovingDigits
+from lightspan.datamodules.video.sets.moving_stamps import MovingStamps
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
@@ -156,6 +158,13 @@ def videos(folder: Path, **options: Any) -> VideoFolder:
         files.write_video(folder / "in" / f"{number}.mkv", files.numbered(6))
     settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "batch_size": 4}
     return VideoFolder(str(folder / "in"), **settings | options)
+
+
+def answered_videos(folder: Path) -> CaptionedVideos:
+    (folder / "lines.jsonl").write_text("".join(f'{{"video": "{n}.mkv", "answer": "{n}"}}\n' for n in range(5)))
+    films = videos(folder).folder
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "length": 60}
+    return CaptionedVideos(str(films), str(folder / "lines.jsonl"), HashedWords(), batch_size=4, **settings)
 
 
 def volumes(folder: Path, **options: Any) -> VolumeFolder:
@@ -425,6 +434,8 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
     "MovingDigits": (lambda folder: MovingDigits(batch_size=4), "ClipBatch"),
+    "MovingStamps": (lambda folder: MovingStamps(HashedWords(), batch_size=4), "ClipTextBatch"),
+    "CaptionedVideos": (answered_videos, "ClipTextBatch"),
     "VideoFolder": (videos, "ClipBatch"),
     "VideoFolder, two clips": (lambda folder: videos(folder, speeds=(1, 2)), "ClipsBatch"),
     "VideoFolder, views on the device": (

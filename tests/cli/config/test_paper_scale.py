@@ -41,6 +41,9 @@ WITHOUT_DECAY = {
 }
 
 
+ADAPTED = {"image_text/pllava_vicuna7b": "network.projector."}
+"""Callbacks, which are left out here, leave nothing but this and LoRAs to train."""
+
 ONE_RANK = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
     *("trainer.precision=null", "trainer.logger=null", "trainer.callbacks=null"),
@@ -53,6 +56,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         "'shards': ",
         ".folder.ImageFolder'",
         ".folder.VideoFolder'",
+        ".captioned.CaptionedVideos'",
         ".folder.VolumeFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
@@ -118,7 +122,8 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         model = built(name)
     groups = model.groups.optimizer(model, model.optimizer).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
-    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    own = ADAPTED.get(name, "")
+    trained = {key: each for key, each in model.named_parameters() if each.requires_grad and key.startswith(own)}
     spared = {key for key, parameter in trained.items() if id(parameter) not in decayed}
     if name == "distillation/fst_cityscapes":  # the encoder's norms, and nothing by its number of axes
         assert spared == {key for key in trained if key.startswith("student.0.encoder.") and "norm" in key}
