@@ -4,8 +4,8 @@ Distances and the lengths of rays are closed forms, so that a grid and all views
 Colours are functions of a place and a body, and say nothing of its kind.
 Coordinates: x to the right, y to the front, z up, in metres from a corner of the room. A pixel's middle lies at whole
 numbers.
-Shapes: B rooms, K places for objects, K + 1 bodies with the room as the first, V views of each room, H W picture, N rays
-of a view or points, D H W voxels along z, y and x.
+Shapes: B rooms, K places for objects, K + 1 bodies with the room as the first, V views of each room, H W picture, N
+rays of a view or points, D H W voxels along z, y and x.
 """
 
 from typing import NamedTuple
@@ -93,12 +93,8 @@ class RoomSpace(NamedTuple):
     fewest: int = 2
     most: int = 4
 
-    def require(self, name: str) -> None:
-        """Raises: UserError for settings that do not fit.
-
-        Args:
-            name: of the class whose settings they are.
-        """
+    def require(self) -> None:
+        """Raises: UserError for settings that do not fit."""
         require_in("[8, inf)", side=self.side)
         require_in("[1, inf)", cells=self.cells, most=self.most)
         require_in(f"[0, {self.most}]", fewest=self.fewest)
@@ -158,9 +154,7 @@ class RoomSpace(NamedTuple):
         cube = (len(points), *[self.side] * 3)
         return RoomGrids(colour.reshape(len(points), 3, *cube[1:]), alpha.reshape(cube), classes.reshape(cube), sides)
 
-    def views(
-        self, rooms: Rooms, seed: int, numbers: np.ndarray, count: int, height: int, width: int
-    ) -> RoomViews:
+    def views(self, rooms: Rooms, seed: int, numbers: np.ndarray, count: int, height: int, width: int) -> RoomViews:
         """`count` views of each room, from anywhere above the objects, in all directions and down.
 
         Args:

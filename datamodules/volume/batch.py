@@ -23,6 +23,7 @@ class VolumeBatch(TypedDict):
     """One volume per sample, or one crop of it.
 
     segmentation: a class for each voxel, or -1 where it has none.
+    inside: whether a voxel lies in the volume, and does not pad it.
     corner: of the crop, its first voxel in its volume; negative where the crop is larger.
     drawn, seed: until the batch is on its device, the bits of `parameters`, and the seed of elastic displacements.
     parameters: how the crop was augmented, see `lightspan.datamodules.volume.augment.Alteration`.
@@ -32,6 +33,7 @@ class VolumeBatch(TypedDict):
     spacing: Spacing
     present: NotRequired[Present]
     segmentation: NotRequired[Annotated[Tensor, Field("int64", "B D H W")]]
+    inside: NotRequired[Annotated[Tensor, Field("bool", "B D H W")]]
     corner: NotRequired[Annotated[Tensor, Field("int64", "B 3")]]
     drawn: NotRequired[Annotated[Tensor, Field("int32", "B 1 P")]]
     seed: NotRequired[Seed]

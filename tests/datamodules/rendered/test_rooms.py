@@ -120,7 +120,9 @@ def test_objects_stand_apart_below_the_cameras_and_inside_the_room() -> None:
         wall, low, high = rooms.wall[:, None], rooms.centre[..., :2] - reach[..., None], rooms.centre[..., :2]
         assert (low >= wall[..., None] - 1e-4).all()
         assert (high + reach[..., None] <= (rooms.size[:, None, :2] - wall[..., None]) + 1e-4).all()
-        np.testing.assert_allclose(rooms.centre[..., 2] - rooms.half[..., 2], np.broadcast_to(wall, reach.shape), rtol=1e-4)
+        np.testing.assert_allclose(
+            rooms.centre[..., 2] - rooms.half[..., 2], np.broadcast_to(wall, reach.shape), rtol=1e-4
+        )
         top = (rooms.centre + rooms.half)[..., 2].max(axis=1)
         place = space.views(rooms, 3, np.arange(40), 4, 2, 2).place
         assert (place[..., 2].min(axis=1) > top).all()
@@ -149,4 +151,4 @@ def test_rooms_without_objects_and_settings_that_do_not_fit() -> None:
     for settings, said in (({"side": 7}, "side=7"), ({"cells": 0}, "cells=0"), ({"fewest": 5}, "fewest=5"),
                            ({"most": 5}, "most=5"), ({"most": 0, "fewest": 0}, "most=0")):  # fmt: skip
         with pytest.raises(UserError, match=said):
-            RoomSpace(**settings).require("rooms")
+            RoomSpace(**settings).require()
