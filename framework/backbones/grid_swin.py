@@ -232,7 +232,10 @@ class GridSwin(nn.Module):
         return [each.movedim(-1, 1) for each in found]
 
     def maps(self, x_BC: Tensor) -> list[Tensor]:
-        """Of each stage, from the finest on, the last one after a norm: [B D grid...]. Raises: UserError as `patches`."""
+        """Of each stage, from the finest on, the last one after a norm: [B D grid...].
+
+        Raises: UserError as `patches`.
+        """
         return self.stage_maps(self.patches(x_BC))
 
     def forward(self, x_BC: Tensor) -> Tensor:

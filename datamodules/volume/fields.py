@@ -1,0 +1,219 @@
+"""Radiance fields of voxels, fitted to posed views: from photographs of a scene to a grid of colour and opacity.
+
+Source: colour and density at the corners of voxels, trilinear between them, and the density's activation after that:
+Sun, Sun, Chen, "Direct Voxel Grid Optimization", CVPR 2022, arXiv 2111.11215; rendered as in NeRF
+(`lightspan.nn.rendering`). Colours do not depend on the direction from which a point is seen: the mean over directions
+is what NeRF-MAE (arXiv 2404.01300) keeps of a field.
+Shapes: V views, H W pixels, R rays, S samples of each, D H W voxels along z, y and x.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import atomic_path
+from lightspan.core.files.foreign import content_of, settings_object
+from lightspan.core.ranges import require_in
+from lightspan.datamodules.shards.decoders import decode_image
+from lightspan.datamodules.shards.headers import UNDECODABLE
+from lightspan.datamodules.volume.radiance import GRID
+from lightspan.nn.rendering import Rays, along, camera_rays, composited, crossing, seen_by_density
+
+TRANSFORMS = "transforms.json"
+FIRST_ALPHA = 0.005  # of a voxel before any step: below what NeRF-MAE counts as filled
+
+
+class PosedViews(NamedTuple):
+    """Views of one scene, all of one size.
+
+    images: float32 [V 3 H W], in [0, 1].
+    place: float32 [V 3]. rotation: float32 [V 3 3], whose rows are the camera's axes: right, down, ahead.
+    intrinsics: float32 [V 3 3], in pixels, whose middles lie at whole numbers.
+    """
+
+    images: Tensor
+    place: Tensor
+    rotation: Tensor
+    intrinsics: Tensor
+
+    def rays(self) -> tuple[Rays, Tensor]:
+        """(rays of all pixels, their colours [V H W 3])."""
+        height, width = self.images.shape[2:]
+        return camera_rays(self.place, self.rotation, self.intrinsics, height, width), self.images.movedim(1, -1)
+
+
+class VoxelField(nn.Module):
+    """Colour and density anywhere in a box.
+
+    Args:
+        sides: voxels along z, y and x, each at least 2.
+        low, high: corners of the box, (x, y, z).
+    """
+
+    low_3: Tensor
+    high_3: Tensor
+
+    def __init__(self, sides: Sequence[int], low: Sequence[float], high: Sequence[float]) -> None:
+        super().__init__()
+        require_in("[2, inf)", sides=sides)
+        if len(sides) != 3 or len(low) != 3 or len(high) != 3 or not all(a < b for a, b in zip(low, high, strict=True)):
+            raise UserError(
+                f"VoxelField: sides={[*sides]}, low={[*low]} and high={[*high]} need three numbers each, and low < high"
+            )
+        self.register_buffer("low_3", torch.tensor([*map(float, low)]))
+        self.register_buffer("high_3", torch.tensor([*map(float, high)]))
+        extent = self.high_3 - self.low_3
+        self.voxel = float((extent.prod() / math.prod(sides)) ** (1 / 3))
+        # softplus(shift) over one voxel is FIRST_ALPHA.
+        self.shift = math.log(math.expm1(-math.log1p(-FIRST_ALPHA)))
+        self.stored = nn.Parameter(torch.zeros(1, 4, *sides))
+
+    def _optical(self, stored: Tensor) -> Tensor:
+        """Density times the side of a voxel."""
+        return F.softplus(stored + self.shift)
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(density [...] per unit of length, colour [... 3] in (0, 1)) of points [... 3]; beyond the box they are those
+        of its border.
+        """
+        at = 2 * (points - self.low_3) / (self.high_3 - self.low_3) - 1
+        stored = F.grid_sample(self.stored, at.reshape(1, -1, 1, 1, 3), padding_mode="border", align_corners=False)[
+            0, :, :, 0, 0
+        ]
+        density, colour = self._optical(stored[3]) / self.voxel, stored[:3].T.sigmoid()
+        return density.view(points.shape[:-1]), colour.view(points.shape)
+
+    def render(self, rays: Rays, samples: int, jitter_RS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What rays [R 3] show: (colour [R 3] in front of black, the share that passes the box [R], length [R] to what
+        is seen, 0 for nothing).
+
+        Args:
+            samples: S, evenly spaced inside the box.
+            jitter_RS: see `lightspan.nn.rendering.along`.
+        """
+        near_R, far_R = crossing(rays, self.low_3, self.high_3)
+        at_RS, length_RS = along(near_R, far_R, samples, jitter_RS)
+        density_RS, colour_RS3 = self(rays.origin[:, None] + at_RS[..., None] * rays.direction[:, None])
+        seen = seen_by_density(density_RS, length_RS)
+        length_R = composited(seen.weight, at_RS[..., None])[:, 0] / seen.weight.sum(dim=1).clamp_min(1e-6)
+        return composited(seen.weight, colour_RS3), seen.passes, length_R
+
+    @torch.no_grad()
+    def grid(self) -> Tensor:
+        """Red, green, blue and alpha, float32 [4 D H W] in [0, 1]. Alpha is the opacity over the side of a voxel, so
+        that it means the same for boxes of any size.
+        """
+        stored = self.stored[0].float()
+        return torch.cat([stored[:3].sigmoid(), -torch.expm1(-self._optical(stored[3:]))])
+
+
+def fitted_field(
+    views: PosedViews,
+    sides: Sequence[int],
+    low: Sequence[float],
+    high: Sequence[float],
+    steps: int = 250,
+    rays: int = 1024,
+    samples: int | None = None,
+    rate: float = 0.2,
+    seed: int = 0,
+) -> VoxelField:
+    """A field that shows these views, by `steps` steps of Adam on rays drawn at random, on the device of the views.
+
+    What passes the box is filled with a colour drawn anew for each ray, so that light ends inside, as in a room.
+
+    Args:
+        sides, low, high: see `VoxelField`.
+        steps, rays: >= 1; rays of each step.
+        samples: of a ray; None is twice the longest of `sides`.
+        rate: above 0, which falls to a tenth.
+        seed: of the draws.
+    Raises: UserError for settings outside of these, or views without a pixel.
+    """
+    require_in("[1, inf)", steps=steps, rays=rays, samples=samples)
+    require_in("(0, inf)", rate=rate)
+    if not views.images.numel():
+        raise UserError(f"a field is fitted to views, and images are {[*views.images.shape]}; give one or more")
+    device = views.images.device
+    field = VoxelField(sides, low, high).to(device)
+    all_rays, colour = views.rays()
+    origin_N3, direction_N3, colour_N3 = (part.reshape(-1, 3) for part in (*all_rays, colour))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(field.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))
+    count = samples or 2 * max(sides)
+    for _ in range(steps):
+        row_R = torch.randint(len(colour_N3), (rays,), generator=generator).to(device)
+        jitter_RS = torch.rand(rays, count, generator=generator).to(device)
+        behind_R3 = torch.rand(rays, 3, generator=generator).to(device)
+        shown_R3, passes_R, _ = field.render(Rays(origin_N3[row_R], direction_N3[row_R]), count, jitter_RS)
+        loss = F.mse_loss(shown_R3 + passes_R[:, None] * behind_R3, colour_N3[row_R])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return field.requires_grad_(False)
+
+
+def write_grid(grid_4DHW: Tensor, path: str | Path) -> None:
+    """A grid as `lightspan.datamodules.volume.radiance.RadianceFolder` reads it with density="alpha"."""
+    values_WLH4 = grid_4DHW.detach().cpu().permute(3, 2, 1, 0).numpy().astype(np.float16)
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **{GRID: values_WLH4})
+
+
+def views_in(folder: str | Path, reduced: int = 1) -> PosedViews:
+    """The views of a folder with a transforms.json, as instant-ngp and nerfstudio read it: `frames` with `file_path`
+    and `transform_matrix`, from the camera's axes (right, up, back) to the scene's, and `fl_x`, `fl_y`, `cx`, `cy`, or
+    `camera_angle_x`, of all frames or of each. Lenses are taken to be without distortion.
+
+    Args:
+        reduced: by which factor pictures are made smaller, at least 1.
+    Raises: UserError for a folder or pictures that cannot be read, or of several sizes.
+    """
+    require_in("[1, inf)", reduced=reduced)
+    folder = Path(folder)
+    try:
+        said = settings_object(folder / TRANSFORMS)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / TRANSFORMS}: {error}") from error
+    frames = said.get("frames")
+    if not isinstance(frames, list) or not frames:
+        raise UserError(f"{folder / TRANSFORMS} has no frames; it needs one for each view")
+    images, poses, lenses = [], [], []
+    for frame in frames:
+        name = str(frame.get("file_path"))
+        file = folder / name if Path(name).suffix else folder / f"{name}.png"
+        try:
+            image = decode_image(content_of(file)).float() / 255
+            pose = np.array(frame["transform_matrix"], np.float32)
+            lens = _lens(said | frame, *image.shape[1:])
+            if pose.shape != (4, 4) or not np.isfinite(pose).all():
+                raise ValueError("its transform_matrix is not 4 x 4 numbers")
+        except (*UNDECODABLE, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / TRANSFORMS}: the frame {name} cannot be read: {error}") from error
+        images.append(F.avg_pool2d(image, reduced))
+        poses.append(pose)
+        # The middle of the first of the smaller pixels lies at (reduced - 1) / 2 of the larger ones.
+        lens[:2, 2] = lens[:2, 2] - (reduced - 1) / 2
+        lens[:2] = lens[:2] / reduced
+        lenses.append(lens)
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{folder / TRANSFORMS}: pictures are of several sizes; bring them to one")
+    pose_V44 = torch.from_numpy(np.stack(poses))
+    rotation_V33 = pose_V44[:, :3, :3].mT * torch.tensor([1.0, -1.0, -1.0])[:, None]
+    return PosedViews(torch.stack(images), pose_V44[:, :3, 3], rotation_V33, torch.stack(lenses))
+
+
+def _lens(said: dict[str, Any], height: int, width: int) -> Tensor:
+    """float32 [3 3]. Theirs counts from the corner of a picture, half a pixel before the middle of the first pixel."""
+    fx = float(said["fl_x"]) if "fl_x" in said else width / 2 / math.tan(float(said["camera_angle_x"]) / 2)
+    fy, cx, cy = (float(said.get(name, other)) for name, other in (("fl_y", fx), ("cx", width / 2), ("cy", height / 2)))
+    return torch.tensor([[fx, 0, cx - 0.5], [0, fy, cy - 0.5], [0, 0, 1]], dtype=torch.float32)
