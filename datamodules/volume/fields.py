@@ -185,7 +185,7 @@ def views_in(folder: str | Path, reduced: int = 1) -> PosedViews:
     except (ValueError, OSError) as error:
         raise UserError(f"{folder / TRANSFORMS}: {error}") from error
     frames = said.get("frames")
-    if not isinstance(frames, list) or not frames:
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise UserError(f"{folder / TRANSFORMS} has no frames; it needs one for each view")
     images, poses, lenses = [], [], []
     for frame in frames:
