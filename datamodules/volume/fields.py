@@ -9,6 +9,7 @@ Shapes: V views, H W pixels, R rays, S samples of each, D H W voxels along z, y 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from lightspan.datamodules.volume.radiance import GRID
 from lightspan.nn.rendering import Rays, along, camera_rays, composited, crossing, seen_by_density
 
 TRANSFORMS = "transforms.json"
+COARSER = 4, 2, 1
+"""How many times as long the sides of voxels are, one after the other."""
 FIRST_ALPHA = 0.005  # of a voxel before any step: below what NeRF-MAE counts as filled
 
 
@@ -106,6 +109,16 @@ class VoxelField(nn.Module):
         return composited(seen.weight, colour_RS3), seen.passes, length_R
 
     @torch.no_grad()
+    def resample(self, sides: Sequence[int]) -> None:
+        """Stores the field at other voxels, linearly between those that there were; densities stay what they are."""
+        stored = F.interpolate(self.stored, tuple(sides), mode="trilinear", align_corners=False)
+        self.stored = nn.Parameter(stored)
+
+    def roughness(self) -> Tensor:
+        """The mean squared difference of what is stored in neighbours, the sum over the three axes."""
+        return torch.stack([self.stored.diff(dim=axis).square().mean() for axis in (2, 3, 4)]).sum()
+
+    @torch.no_grad()
     def grid(self) -> Tensor:
         """Red, green, blue and alpha, float32 [4 D H W] in [0, 1]. Alpha is the opacity over the side of a voxel, so
         that it means the same for boxes of any size.
@@ -123,10 +136,14 @@ def fitted_field(
     rays: int = 1024,
     samples: int | None = None,
     rate: float = 0.2,
+    smoothness: float = 1e-3,
     seed: int = 0,
 ) -> VoxelField:
     """A field that shows these views, by `steps` steps of Adam on rays drawn at random, on the device of the views.
 
+    Coarse voxels come first, of four times and then of twice the side, each for a third of the steps, as views say more
+    of large things than of small ones (progressive scaling, DVGO); the mean squared difference of neighbours is
+    added to the loss, since few rays cross a voxel (Fridovich-Keil, Yu et al., "Plenoxels", 2022, arXiv 2112.05131).
     What passes the box is filled with a colour drawn anew for each ray, so that light ends inside, as in a room.
 
     Args:
@@ -134,11 +151,13 @@ def fitted_field(
         steps, rays: >= 1; rays of each step.
         samples: of a ray; None is twice the longest of `sides`.
         rate: above 0, which falls to a tenth.
+        smoothness: weight of the differences of neighbours, >= 0.
         seed: of the draws.
     Raises: UserError for settings outside of these, or views without a pixel.
     """
     require_in("[1, inf)", steps=steps, rays=rays, samples=samples)
     require_in("(0, inf)", rate=rate)
+    require_in("[0, inf)", smoothness=smoothness)
     if not views.images.numel():
         raise UserError(f"a field is fitted to views, and images are {[*views.images.shape]}; give one or more")
     device = views.images.device
@@ -146,19 +165,22 @@ def fitted_field(
     all_rays, colour = views.rays()
     origin_N3, direction_N3, colour_N3 = (part.reshape(-1, 3) for part in (*all_rays, colour))
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(field.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))
-    count = samples or 2 * max(sides)
-    for _ in range(steps):
-        row_R = torch.randint(len(colour_N3), (rays,), generator=generator).to(device)
-        jitter_RS = torch.rand(rays, count, generator=generator).to(device)
-        behind_R3 = torch.rand(rays, 3, generator=generator).to(device)
-        shown_R3, passes_R, _ = field.render(Rays(origin_N3[row_R], direction_N3[row_R]), count, jitter_RS)
-        loss = F.mse_loss(shown_R3 + passes_R[:, None] * behind_R3, colour_N3[row_R])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    count, ends = samples or 2 * max(sides), [steps * number // len(COARSER) for number in range(len(COARSER) + 1)]
+    for coarser, (first, end) in zip(COARSER, pairwise(ends), strict=True):
+        field.resample([max(2, -(-side // coarser)) for side in sides])
+        optimizer = torch.optim.Adam(field.parameters())
+        for step in range(first, end):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.1 ** (step / steps)
+            row_R = torch.randint(len(colour_N3), (rays,), generator=generator).to(device)
+            jitter_RS = torch.rand(rays, count, generator=generator).to(device)
+            behind_R3 = torch.rand(rays, 3, generator=generator).to(device)
+            shown_R3, passes_R, _ = field.render(Rays(origin_N3[row_R], direction_N3[row_R]), count, jitter_RS)
+            loss = F.mse_loss(shown_R3 + passes_R[:, None] * behind_R3, colour_N3[row_R])
+            loss = loss + smoothness * field.roughness()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return field.requires_grad_(False)
 
 
