@@ -227,11 +227,6 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     }
     evidence.gate("NeRF-MAE", learned_by["NeRF-MAE"], learned_by["untrained"], by=3.0, unit="dB")
     evidence.gate("scratch", learned["scratch"], learned["no step"], by=10.0, unit="points")
-    ratio = {name: {seed: of[seed] / error["mean grid"][seed] for seed in seeds} for name, of in error.items()}
-    evidence.claim(
-        "squared error of hidden opacity, NeRF-MAE over the mean grid", ratio["NeRF-MAE"], at_most=0.5,
-        arms=("NeRF-MAE",), floor=ratio["untrained"], ceiling=ratio["clean grids"],
-    )  # fmt: skip
 
     def less(arm: str) -> dict[int, float]:
         return {seed: named[arm][seed] - named["scratch"][seed] for seed in seeds}
@@ -239,6 +234,11 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     evidence.claim(
         "mean intersection over union of kinds, NeRF-MAE minus scratch", less("NeRF-MAE"), at_least=5.0, unit="points",
         arms=("NeRF-MAE", "scratch"), floor=less("scratch"), ceiling=less("labels of all"),
+    )  # fmt: skip
+    ratio = {name: {seed: of[seed] / error["mean grid"][seed] for seed in seeds} for name, of in error.items()}
+    evidence.claim(
+        "squared error of hidden opacity, NeRF-MAE over the mean grid", ratio["NeRF-MAE"], at_most=0.5,
+        arms=("NeRF-MAE",), floor=ratio["untrained"], ceiling=ratio["clean grids"],
     )  # fmt: skip
 
 
@@ -306,9 +306,9 @@ def compare_fields(evidence: Any, seeds: Sequence[int] = FIELD_SEEDS, steps: int
         )  # fmt: skip
 
 
-def test_fields_fitted_to_posed_views(evidence) -> None:
-    compare_fields(evidence)
-
-
 def test_nerf_mae_on_drawn_rooms(evidence) -> None:
     compare(evidence)
+
+
+def test_fields_fitted_to_posed_views(evidence) -> None:
+    compare_fields(evidence)
