@@ -28,13 +28,14 @@ from torch.utils.data import DataLoader
 from lightspan.backbones.dense import DecodedMaps
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.datamodules.rendered.rooms import CLASSES, METRES, RoomSpace
+from lightspan.datamodules.volume.batch import CameraViews
 from lightspan.datamodules.volume.data import cropped
-from lightspan.datamodules.volume.fields import PosedViews, VoxelField, fitted_field
 from lightspan.datamodules.volume.rooms import drawn_rooms
 from lightspan.methods.masked.nerf_mae import NeRFMAE
 from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.masking.mask_samplers import CoarseMasks
 from lightspan.nn.rendering import Rays
+from lightspan.nn.voxel_fields import VoxelField, fitted_field, view_rays
 from lightspan.objectives.dice import dice_loss
 from lightspan.optim.schedules import WarmupCosine
 
@@ -237,8 +238,8 @@ def fields(seed: int, views: int, steps: int) -> dict[str, tuple[float, float]]:
     room = space.rooms(17, numbers)
     drawn = space.views(room, 17, numbers, views + NEW_VIEWS, PICTURE, PICTURE)
     lens = torch.from_numpy(drawn.intrinsics).expand(views + NEW_VIEWS, 3, 3)
-    posed = PosedViews(*(torch.from_numpy(part[0]) for part in (drawn.images, drawn.place, drawn.rotation)), lens)
-    known, new = PosedViews(*(part[:views] for part in posed)), PosedViews(*(part[views:] for part in posed))
+    posed = CameraViews(*(torch.from_numpy(part[0]) for part in (drawn.images, drawn.place, drawn.rotation)), lens)
+    known, new = CameraViews(*(part[:views] for part in posed)), CameraViews(*(part[views:] for part in posed))
     box = (FIELD_SIDE,) * 3, (0.0, 0.0, 0.0), (METRES,) * 3
     truth = torch.from_numpy(space.grids(room).alpha[0])
     shown = seen_voxels(known, torch.from_numpy(drawn.depth[0, :views]))
@@ -250,9 +251,9 @@ def fields(seed: int, views: int, steps: int) -> dict[str, tuple[float, float]]:
     return {name: (psnr(field, new), agreement(field, truth, shown)) for name, field in found.items()}
 
 
-def seen_voxels(views: PosedViews, depth: Tensor) -> Tensor:
+def seen_voxels(views: CameraViews, depth: Tensor) -> Tensor:
     """Which voxels a ray crosses up to the surface that it meets, and those half a voxel behind, bool [D H W]."""
-    rays, _ = views.rays()
+    rays, _ = view_rays(views)
     voxel = METRES / FIELD_SIDE
     shown = torch.zeros((FIELD_SIDE,) * 3, dtype=torch.bool)
     for share in torch.linspace(0, 1, 3 * FIELD_SIDE):
@@ -263,8 +264,8 @@ def seen_voxels(views: PosedViews, depth: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def psnr(field: VoxelField, views: PosedViews) -> float:
-    rays, colour = views.rays()
+def psnr(field: VoxelField, views: CameraViews) -> float:
+    rays, colour = view_rays(views)
     shown, _, _ = field.render(Rays(*(part.reshape(-1, 3) for part in rays)), 4 * FIELD_SIDE)
     return -10 * float((shown - colour.reshape(-1, 3)).square().mean().log10())
 

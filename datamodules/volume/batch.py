@@ -6,7 +6,7 @@ Shapes: B samples, C channels, D slices, H W pixels of a slice, V crops, of whic
 places, P parameters of an augmentation.
 """
 
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -60,3 +60,17 @@ class VolumeViewsBatch(TypedDict):
     parameters: NotRequired[Annotated[Tensor, Field("float32", "B V P")]]
     label: Label
     index: Index
+
+
+class CameraViews(NamedTuple):
+    """Views of one scene, all of one size.
+
+    images: float32 [V 3 H W], in [0, 1].
+    place: float32 [V 3]. rotation: float32 [V 3 3], whose rows are the camera's axes: right, down, ahead.
+    intrinsics: float32 [V 3 3], in pixels, whose middles lie at whole numbers.
+    """
+
+    images: Tensor
+    place: Tensor
+    rotation: Tensor
+    intrinsics: Tensor

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.arrays import read_arrays
-from lightspan.core.files.atomic import expanded
+from lightspan.core.files.atomic import atomic_path, expanded
 from lightspan.core.files.places import PathUse, ReadPath
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.loading.damage import unreadable
@@ -88,7 +89,7 @@ _AFFINE[[2, 1, 0, 3], [0, 1, 2, 3]] = 1
 class RadianceFolder(VolumeSets):
     """Radiance fields of scenes, each sampled on a grid and stored as NAME.npz with an array `rgbsigma` [W, L, H, 4]
     along x, y and z, which is up: red, green and blue in [0, 1], and a density. So NeRF-RPN and NeRF-MAE publish theirs
-    and `lightspan.datamodules.volume.fields.write_grid` writes one. Batches are `VolumeBatch` of whole scenes in the
+    and `write_grid` writes one. Batches are `VolumeBatch` of whole scenes in the
     middle of a grid of `size`; `inside` says what pads them. Of a larger scene a crop is taken.
 
     Args:
@@ -148,3 +149,10 @@ def _files(folder: Path) -> list[Path]:
             f"scene, with an array {GRID} [W, L, H, 4]"
         )
     return found
+
+
+def write_grid(grid_4DHW: Tensor, path: str | Path) -> None:
+    """A grid as `RadianceFolder` reads it with density="alpha"."""
+    values_WLH4 = grid_4DHW.detach().cpu().permute(3, 2, 1, 0).numpy().astype(np.float16)
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **{GRID: values_WLH4})

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightspan.core.devices import wide
 
 
-class Seen(NamedTuple):
+class RayWeights(NamedTuple):
     """weight: of each sample, as the samples stand, in [0, 1]. passes: the share of light that passes all samples of a
     ray, [R], in [0, 1].
     """
@@ -36,7 +36,7 @@ def opacity(density: Tensor, length: Tensor) -> Tensor:
     return -torch.expm1(-wide(density) * wide(length))
 
 
-def seen_by_density(density: Tensor, length: Tensor, offsets: Tensor | None = None) -> Seen:
+def seen_by_density(density: Tensor, length: Tensor, offsets: Tensor | None = None) -> RayWeights:
     """Weights of samples with a density, in float32 or wider.
 
     Args:
@@ -50,10 +50,10 @@ def seen_by_density(density: Tensor, length: Tensor, offsets: Tensor | None = No
     # Of what lies before each sample, and behind the last one. Products of many numbers near 1 would lose digits.
     clear = torch.exp(-F.pad(depth.cumsum(dim=-1), (1, 0)))
     weight = clear[..., :-1] * -torch.expm1(-depth)
-    return Seen(weight if offsets is None else in_line(weight, offsets), clear[..., -1])
+    return RayWeights(weight if offsets is None else in_line(weight, offsets), clear[..., -1])
 
 
-def seen_by_opacity(alpha: Tensor, offsets: Tensor | None = None) -> Seen:
+def seen_by_opacity(alpha: Tensor, offsets: Tensor | None = None) -> RayWeights:
     """Weights of samples with an opacity, as those of Gaussians or of a signed distance, in float32 or wider.
 
     Args:
@@ -65,7 +65,7 @@ def seen_by_opacity(alpha: Tensor, offsets: Tensor | None = None) -> Seen:
         alpha = in_rows(alpha, offsets)
     clear = F.pad((1 - alpha).cumprod(dim=-1), (1, 0), value=1.0)
     weight = clear[..., :-1] * alpha
-    return Seen(weight if offsets is None else in_line(weight, offsets), clear[..., -1])
+    return RayWeights(weight if offsets is None else in_line(weight, offsets), clear[..., -1])
 
 
 def composited(weight: Tensor, value: Tensor, offsets: Tensor | None = None) -> Tensor:

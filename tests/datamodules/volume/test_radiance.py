@@ -12,11 +12,12 @@ from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.rooms import METRES, RoomSpace
 from lightspan.datamodules.volume.augment import VolumeAugmentation
-from lightspan.datamodules.volume.batch import VolumeBatch
-from lightspan.datamodules.volume.fields import PosedViews, VoxelField, fitted_field, views_in, write_grid
-from lightspan.datamodules.volume.radiance import RadianceFolder, opaque, radiance
+from lightspan.datamodules.volume.batch import CameraViews, VolumeBatch
+from lightspan.datamodules.volume.radiance import RadianceFolder, opaque, radiance, write_grid
 from lightspan.datamodules.volume.rooms import DrawnRooms
+from lightspan.datamodules.volume.transforms import views_in
 from lightspan.nn.rendering import Rays
+from lightspan.nn.voxel_fields import VoxelField, fitted_field, view_rays
 
 
 def rooms(**settings: object) -> DrawnRooms:
@@ -141,12 +142,12 @@ def test_folders_and_files_that_hold_no_field_are_named(tmp_path: Path) -> None:
     assert blank["volume"].shape == (2, 4, 4, 4, 4)
 
 
-def views_of_room(number: int, count: int, side: int) -> tuple[PosedViews, torch.Tensor, RoomSpace]:
+def views_of_room(number: int, count: int, side: int) -> tuple[CameraViews, torch.Tensor, RoomSpace]:
     space, numbers = RoomSpace(16, cells=1, fewest=1, most=1), np.array([number])
     drawn = space.rooms(0, numbers)
     views = space.views(drawn, 0, numbers, count, side, side)
     lens = torch.from_numpy(views.intrinsics).expand(count, 3, 3)
-    posed = PosedViews(*(torch.from_numpy(part[0]) for part in (views.images, views.place, views.rotation)), lens)
+    posed = CameraViews(*(torch.from_numpy(part[0]) for part in (views.images, views.place, views.rotation)), lens)
     return posed, torch.from_numpy(views.depth[0]), space
 
 
@@ -170,7 +171,7 @@ def test_a_field_fitted_to_views_of_a_room_shows_them_and_its_depth() -> None:
     views, depth, space = views_of_room(1, 12, 12)
     size = [METRES * 1.0] * 3
     field = fitted_field(views, (16, 16, 16), (0, 0, 0), size, steps=150, rays=512, samples=32, seed=0)
-    rays, colour = views.rays()
+    rays, colour = view_rays(views)
     flat = Rays(*(part.reshape(-1, 3) for part in rays))
     shown, _, length = field.render(flat, 48)
     error = float((shown - colour.reshape(-1, 3)).square().mean())
@@ -209,12 +210,12 @@ def test_views_of_a_transforms_file_have_the_rays_of_their_cameras(tmp_path: Pat
     (tmp_path / "transforms.json").write_text(json.dumps(said))
     found = views_in(tmp_path)
     torch.testing.assert_close(found.images, views.images, atol=1 / 255, rtol=0)
-    for ours, theirs in zip(found.rays()[0], views.rays()[0], strict=True):
+    for ours, theirs in zip(view_rays(found)[0], view_rays(views)[0], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     small = views_in(tmp_path, reduced=2)
-    direction = views.rays()[0].direction.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean(dim=(2, 4))
+    direction = view_rays(views)[0].direction.unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean(dim=(2, 4))
     direction = direction / direction.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(small.rays()[0].direction, direction, atol=3e-3, rtol=0)
+    torch.testing.assert_close(view_rays(small)[0].direction, direction, atol=3e-3, rtol=0)
     explicit = said | {"fl_x": 8 / 2 * 3**0.5, "cx": 4.0}
     (tmp_path / "transforms.json").write_text(json.dumps(explicit))
     torch.testing.assert_close(views_in(tmp_path).intrinsics, found.intrinsics)
@@ -233,7 +234,7 @@ def test_folders_of_views_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             views_in(tmp_path)
     with pytest.raises(UserError, match="reduced=0"):
         views_in(tmp_path, reduced=0)
-    nothing = PosedViews(torch.zeros(0, 3, 4, 4), torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(0, 3, 3))
+    nothing = CameraViews(torch.zeros(0, 3, 4, 4), torch.zeros(0, 3), torch.zeros(0, 3, 3), torch.zeros(0, 3, 3))
     for settings, what in (({"steps": 0}, "steps=0"), ({"rate": 0.0}, "rate=0"), ({}, "images are")):
         with pytest.raises(UserError, match=what):
             fitted_field(nothing, (4, 4, 4), (0, 0, 0), (1, 1, 1), **settings)

@@ -1,4 +1,4 @@
-"""Radiance fields of voxels, fitted to posed views: from photographs of a scene to a grid of colour and opacity.
+"""Radiance fields of voxels, fitted to posed views: from pictures of a scene to a grid of colour and opacity.
 
 Source: colour and density at the corners of voxels, trilinear between them, and the density's activation after that:
 Sun, Sun, Chen, "Direct Voxel Grid Optimization", CVPR 2022, arXiv 2111.11215; rendered as in NeRF
@@ -10,46 +10,25 @@ Shapes: V views, H W pixels, R rays, S samples of each, D H W voxels along z, y 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.atomic import atomic_path
-from lightspan.core.files.foreign import content_of, settings_object
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.shards.decoders import decode_image
-from lightspan.datamodules.shards.headers import UNDECODABLE
-from lightspan.datamodules.volume.radiance import GRID
+from lightspan.datamodules.volume.batch import CameraViews
 from lightspan.nn.rendering import Rays, along, camera_rays, composited, crossing, seen_by_density
 
-TRANSFORMS = "transforms.json"
 COARSER = 4, 2, 1
 """How many times as long the sides of voxels are, one after the other."""
 FIRST_ALPHA = 0.005  # of a voxel before any step: below what NeRF-MAE counts as filled
 
 
-class PosedViews(NamedTuple):
-    """Views of one scene, all of one size.
-
-    images: float32 [V 3 H W], in [0, 1].
-    place: float32 [V 3]. rotation: float32 [V 3 3], whose rows are the camera's axes: right, down, ahead.
-    intrinsics: float32 [V 3 3], in pixels, whose middles lie at whole numbers.
-    """
-
-    images: Tensor
-    place: Tensor
-    rotation: Tensor
-    intrinsics: Tensor
-
-    def rays(self) -> tuple[Rays, Tensor]:
-        """(rays of all pixels, their colours [V H W 3])."""
-        height, width = self.images.shape[2:]
-        return camera_rays(self.place, self.rotation, self.intrinsics, height, width), self.images.movedim(1, -1)
+def view_rays(views: CameraViews) -> tuple[Rays, Tensor]:
+    """(rays of all pixels, their colours [V H W 3])."""
+    height, width = views.images.shape[2:]
+    return camera_rays(views.place, views.rotation, views.intrinsics, height, width), views.images.movedim(1, -1)
 
 
 class VoxelField(nn.Module):
@@ -128,7 +107,7 @@ class VoxelField(nn.Module):
 
 
 def fitted_field(
-    views: PosedViews,
+    views: CameraViews,
     sides: Sequence[int],
     low: Sequence[float],
     high: Sequence[float],
@@ -162,7 +141,7 @@ def fitted_field(
         raise UserError(f"a field is fitted to views, and images are {[*views.images.shape]}; give one or more")
     device = views.images.device
     field = VoxelField(sides, low, high).to(device)
-    all_rays, colour = views.rays()
+    all_rays, colour = view_rays(views)
     origin_N3, direction_N3, colour_N3 = (part.reshape(-1, 3) for part in (*all_rays, colour))
     generator = torch.Generator().manual_seed(seed)
     count, ends = samples or 2 * max(sides), [steps * number // len(COARSER) for number in range(len(COARSER) + 1)]
@@ -182,60 +161,3 @@ def fitted_field(
             loss.backward()
             optimizer.step()
     return field.requires_grad_(False)
-
-
-def write_grid(grid_4DHW: Tensor, path: str | Path) -> None:
-    """A grid as `lightspan.datamodules.volume.radiance.RadianceFolder` reads it with density="alpha"."""
-    values_WLH4 = grid_4DHW.detach().cpu().permute(3, 2, 1, 0).numpy().astype(np.float16)
-    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{GRID: values_WLH4})
-
-
-def views_in(folder: str | Path, reduced: int = 1) -> PosedViews:
-    """The views of a folder with a transforms.json, as instant-ngp and nerfstudio read it: `frames` with `file_path`
-    and `transform_matrix`, from the camera's axes (right, up, back) to the scene's, and `fl_x`, `fl_y`, `cx`, `cy`, or
-    `camera_angle_x`, of all frames or of each. Lenses are taken to be without distortion.
-
-    Args:
-        reduced: by which factor pictures are made smaller, at least 1.
-    Raises: UserError for a folder or pictures that cannot be read, or of several sizes.
-    """
-    require_in("[1, inf)", reduced=reduced)
-    folder = Path(folder)
-    try:
-        said = settings_object(folder / TRANSFORMS)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / TRANSFORMS}: {error}") from error
-    frames = said.get("frames")
-    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
-        raise UserError(f"{folder / TRANSFORMS} has no frames; it needs one for each view")
-    images, poses, lenses = [], [], []
-    for frame in frames:
-        name = str(frame.get("file_path"))
-        file = folder / name if Path(name).suffix else folder / f"{name}.png"
-        try:
-            image = decode_image(content_of(file)).float() / 255
-            pose = np.array(frame["transform_matrix"], np.float32)
-            lens = _lens(said | frame, *image.shape[1:])
-            if pose.shape != (4, 4) or not np.isfinite(pose).all():
-                raise ValueError("its transform_matrix is not 4 x 4 numbers")
-        except (*UNDECODABLE, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / TRANSFORMS}: the frame {name} cannot be read: {error}") from error
-        images.append(F.avg_pool2d(image, reduced))
-        poses.append(pose)
-        # The middle of the first of the smaller pixels lies at (reduced - 1) / 2 of the larger ones.
-        lens[:2, 2] = lens[:2, 2] - (reduced - 1) / 2
-        lens[:2] = lens[:2] / reduced
-        lenses.append(lens)
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"{folder / TRANSFORMS}: pictures are of several sizes; bring them to one")
-    pose_V44 = torch.from_numpy(np.stack(poses))
-    rotation_V33 = pose_V44[:, :3, :3].mT * torch.tensor([1.0, -1.0, -1.0])[:, None]
-    return PosedViews(torch.stack(images), pose_V44[:, :3, 3], rotation_V33, torch.stack(lenses))
-
-
-def _lens(said: dict[str, Any], height: int, width: int) -> Tensor:
-    """float32 [3 3]. Theirs counts from the corner of a picture, half a pixel before the middle of the first pixel."""
-    fx = float(said["fl_x"]) if "fl_x" in said else width / 2 / math.tan(float(said["camera_angle_x"]) / 2)
-    fy, cx, cy = (float(said.get(name, other)) for name, other in (("fl_y", fx), ("cx", width / 2), ("cy", height / 2)))
-    return torch.tensor([[fx, 0, cx - 0.5], [0, fy, cy - 0.5], [0, 0, 1]], dtype=torch.float32)
