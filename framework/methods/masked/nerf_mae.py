@@ -10,7 +10,7 @@ Colour has no activation, and squared distances of the three channels are summed
 Differences: each sample has a mask of its own, where the code has one for a batch, and exactly the share of blocks that
 its sampler says; the encoder's coarsest map has a norm; its decoder's convolutions have no biases ahead of norms.
 Not here: the pyramid and the box heads of fine-tuning. `lightspan.backbones.dense.DecodedMaps` puts a decoder behind
-the encoder for voxels; `lightspan.datamodules.volume.radiance` turns posed views into grids.
+the encoder for voxels; `lightspan.nn.voxel_fields` makes grids of posed views.
 Shapes: B samples, D H W voxels, grid of patches, w width of a patch.
 """
 
