@@ -114,7 +114,7 @@ def fitted_field(
     steps: int = 250,
     rays: int = 1024,
     samples: int | None = None,
-    rate: float = 0.2,
+    rate: float = 0.4,
     smoothness: float = 1e-3,
     seed: int = 0,
 ) -> VoxelField:
