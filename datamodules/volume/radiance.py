@@ -155,4 +155,4 @@ def write_grid(grid_4DHW: Tensor, path: str | Path) -> None:
     """A grid as `RadianceFolder` reads it with density="alpha"."""
     values_WLH4 = grid_4DHW.detach().cpu().permute(3, 2, 1, 0).numpy().astype(np.float16)
     with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{GRID: values_WLH4})
+        np.savez_compressed(file, rgbsigma=values_WLH4)
