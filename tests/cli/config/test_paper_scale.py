@@ -54,6 +54,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".folder.ImageFolder'",
         ".folder.VideoFolder'",
         ".folder.VolumeFolder'",
+        ".radiance.RadianceFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
