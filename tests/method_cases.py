@@ -27,6 +27,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
@@ -89,6 +90,7 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.nerf_mae import NeRFMAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
@@ -124,6 +126,7 @@ from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
+from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
@@ -138,7 +141,7 @@ from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
-from lightspan.nn.masking.mask_samplers import RandomMasks
+from lightspan.nn.masking.mask_samplers import CoarseMasks, RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
@@ -164,6 +167,7 @@ AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as 
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
+AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -576,6 +580,29 @@ def bm_mae(**optimization: Any) -> BMMAE:
     return BMMAE(ModalityViT((2, 2, 2), 3, 12, 2, 2), decoder, **optimization)
 
 
+def radiance(rows: int, seed: int) -> dict[str, Any]:
+    """Grids of colour and opacity, of which each row is padded and one in eight empty."""
+    generator = torch.Generator().manual_seed(seed)
+    volume = torch.rand(rows, 4, 4, 8, 8, generator=generator)
+    inside = (torch.arange(8) < 8 - torch.arange(rows)[:, None] % 4)[:, None, None].expand(-1, 4, 8, -1)
+    empty = (torch.arange(rows) % 8 == 7)[:, None, None, None]
+    volume[:, 3] = volume[:, 3].masked_fill(~inside | empty, 0)
+    return {
+        "volume": volume,
+        "spacing": torch.ones(rows, 3),
+        "inside": inside.clone(),
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def nerf_mae(**optimization: Any) -> NeRFMAE:
+    backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
+    return NeRFMAE(
+        backbone, UNETRDecoder([12, 24], 4, (2, 2, 2)), CoarseMasks((1, 2, 2), RandomMasks(0.5)), **optimization
+    )
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -853,6 +880,7 @@ CASES: dict[str, Case] = {
         ),
         views(1),
     ),
+    "masked.nerf_mae": Case(nerf_mae, radiance, halves_differ=AMONG_VOXELS),
     "masked.prithvi": Case(prithvi, bands(3, side=8)),
     "masked.satmaepp": Case(partial(satmaepp, True), bands()),
     "masked.satmaepp, one scale": Case(partial(satmaepp, False), bands()),

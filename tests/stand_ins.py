@@ -488,6 +488,13 @@ def folder_of_volumes(place: Path, each: Asked) -> None:
             write_nifti(place / f"{pattern.format(subject=f's{number}').replace('*', 'x')}.nii.gz", noise(number))
 
 
+def folder_of_radiance(place: Path, each: Asked) -> None:
+    place.mkdir(parents=True)
+    for number in range(SAMPLES):
+        grid = np.random.default_rng(number).normal(size=(20, 17, 12, 4)).astype(np.float32)
+        np.savez(place / f"scene{number}.npz", rgbsigma=grid, resolution=np.array(grid.shape[:3]))
+
+
 def reviews(place: Path, each: Asked) -> None:
     place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
 
@@ -543,6 +550,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "video.folder.VideoFolder": folder_of_videos,
         "video.captioned.CaptionedVideos": answered_videos,
         "volume.folder.VolumeFolder": folder_of_volumes,
+        "volume.radiance.RadianceFolder": folder_of_radiance,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

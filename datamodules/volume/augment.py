@@ -189,6 +189,8 @@ class AlteredVolumes:
             made.append(crop_BC * batch["present"][:, :, None, None, None])
         if "segmentation" in batch:
             rest["segmentation"] = self.augmentation.labels(batch["segmentation"], grid)
+        if "inside" in batch:
+            rest["inside"] = self.augmentation.labels(batch["inside"].long(), grid) > 0
         named = {"views": made} if "views" in batch else {"volume": made[0]}
         return {**rest, **named, "parameters": parameters_BVP}
 

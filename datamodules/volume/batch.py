@@ -6,7 +6,7 @@ Shapes: B samples, C channels, D slices, H W pixels of a slice, V crops, of whic
 places, P parameters of an augmentation.
 """
 
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class VolumeBatch(TypedDict):
     """One volume per sample, or one crop of it.
 
     segmentation: a class for each voxel, or -1 where it has none.
+    inside: whether a voxel lies in the volume, and does not pad it.
     corner: of the crop, its first voxel in its volume; negative where the crop is larger.
     drawn, seed: until the batch is on its device, the bits of `parameters`, and the seed of elastic displacements.
     parameters: how the crop was augmented, see `lightspan.datamodules.volume.augment.Alteration`.
@@ -32,6 +33,7 @@ class VolumeBatch(TypedDict):
     spacing: Spacing
     present: NotRequired[Present]
     segmentation: NotRequired[Annotated[Tensor, Field("int64", "B D H W")]]
+    inside: NotRequired[Annotated[Tensor, Field("bool", "B D H W")]]
     corner: NotRequired[Annotated[Tensor, Field("int64", "B 3")]]
     drawn: NotRequired[Annotated[Tensor, Field("int32", "B 1 P")]]
     seed: NotRequired[Seed]
@@ -58,3 +60,17 @@ class VolumeViewsBatch(TypedDict):
     parameters: NotRequired[Annotated[Tensor, Field("float32", "B V P")]]
     label: Label
     index: Index
+
+
+class CameraViews(NamedTuple):
+    """Views of one scene, all of one size.
+
+    images: float32 [V 3 H W], in [0, 1].
+    place: float32 [V 3]. rotation: float32 [V 3 3], whose rows are the camera's axes: right, down, ahead.
+    intrinsics: float32 [V 3 3], in pixels, whose middles lie at whole numbers.
+    """
+
+    images: Tensor
+    place: Tensor
+    rotation: Tensor
+    intrinsics: Tensor

@@ -78,7 +78,7 @@ class FoundVolumes(NamedTuple):
     content: str
 
 
-def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
+def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float | bool) -> np.ndarray:
     """A copy of the crop [... *size] whose first voxel is `corner`, which may be negative; `fill` is what lies outside.
 
     Args:
@@ -123,6 +123,7 @@ class VolumeSamples:
         augment: what is drawn for each crop, and made on the device.
         bases: cells along D, H and W of a grid in the middle of the volume, each a crop and a view before the V at
             random places, which then lie anywhere within the grid; None is no grid.
+        tells_inside: whether single crops say which of their voxels do not pad the volume.
     """
 
     archive: Archive
@@ -132,6 +133,7 @@ class VolumeSamples:
     crops: int | None = None
     augment: VolumeAugmentation | None = None
     bases: tuple[int, int, int] | None = None
+    tells_inside: bool = False
 
     @property
     def batch_type(self) -> type:
@@ -162,6 +164,9 @@ class VolumeSamples:
             if volume.segmentation is not None:
                 labels = cropped(volume.segmentation, corners_V3[0], self.size, NO_LABEL)
                 fields["segmentation"] = torch.from_numpy(labels.astype(np.int64))
+            if self.tells_inside:
+                inside = cropped(np.broadcast_to(np.True_, sides), corners_V3[0], self.size, False)
+                fields["inside"] = torch.from_numpy(inside)
         else:
             fields["corner"] = torch.tensor(corners_V3)
             if bases_K3:
@@ -208,7 +213,10 @@ class VolumeSets(SampleSets):
     Attributes:
         labelled: whether volumes have labels, known after `setup`; without, all labels are 0.
         classes: their names.
+        tells_inside: whether batches say which voxels do not pad their volume.
     """
+
+    tells_inside = False
 
     def __init__(
         self,
@@ -255,7 +263,10 @@ class VolumeSets(SampleSets):
         found = self.find()
         require_split("readable volumes", train=found.train, val=found.val)
         self.train = self.training(found.archive, found.train)
-        self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
+        self.bank, self.val = (
+            VolumeSamples(found.archive, numbers, self.size, tells_inside=self.tells_inside)
+            for numbers in (found.train, found.val)
+        )
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
         say(
             f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
@@ -265,7 +276,7 @@ class VolumeSets(SampleSets):
 
     def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
         """Training samples of these volumes."""
-        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases)
+        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.tells_inside)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

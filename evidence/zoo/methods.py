@@ -343,6 +343,7 @@ LEFT_OUT = {
     "SoftCon": "learns from tags, of which these pictures have none",
     "TagClassifier": "learns from tags, of which these pictures have none",
     "TERA": "learns from sound",
+    "NeRFMAE": "reads grids of colour and opacity of three axes, and these pictures have two",
     "VoCo": "learns where in a volume a crop lies, and these pictures are no volumes",
     "VoCoLarge": "learns where in a volume a crop lies, and these pictures are no volumes",
     "Starbucks": "learns from text",

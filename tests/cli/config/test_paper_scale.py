@@ -58,6 +58,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".folder.VideoFolder'",
         ".captioned.CaptionedVideos'",
         ".folder.VolumeFolder'",
+        ".radiance.RadianceFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
