@@ -19,6 +19,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+from lightspan.datamodules.volume.slices import SliceViews
 
 T = TypeVar("T", int, float)
 
@@ -122,6 +123,7 @@ class VolumeSamples:
         augment: what is drawn for each crop, and made on the device.
         bases: cells along D, H and W of a grid in the middle of the volume, each a crop and a view before the V at
             random places, which then lie anywhere within the grid; None is no grid.
+        slices: which slices of the first crop are images too, with views.
     """
 
     archive: Archive
@@ -131,6 +133,7 @@ class VolumeSamples:
     crops: int | None = None
     augment: VolumeAugmentation | None = None
     bases: tuple[int, int, int] | None = None
+    slices: SliceViews | None = None
 
     @property
     def batch_type(self) -> type:
@@ -152,7 +155,7 @@ class VolumeSamples:
             torch.from_numpy(cropped(volume.values, corner, self.size, 0).astype(np.float32)) for corner in corners_V3
         ]
         spacing = np.linalg.norm(volume.affine[:3, :3], axis=0).astype(np.float32)
-        fields = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
+        fields: dict[str, Any] = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
         if self.augment is not None:
             drawn = bits([self.augment.draw(generator) for _ in views])
             fields |= {"drawn": drawn, "seed": torch.tensor(seed)}
@@ -166,6 +169,8 @@ class VolumeSamples:
             if bases_K3:
                 shares_MK = overlaps(np.array(random_V3), np.array(bases_K3), self.size)
                 fields["overlap"] = torch.from_numpy(shares_MK.astype(np.float32))
+        if self.slices is not None:
+            fields["slices"] = self.slices(views[0], seed)
         views_too = {} if self.crops is None else {"views": views}
         return {**views_too, **fields, "label": torch.tensor(volume.label), "index": torch.tensor(index)}
 
@@ -201,6 +206,8 @@ class VolumeSets(SampleSets):
         bases: cells along D, H and W of a grid of base crops, for methods that tell where crops are: each cell is a
             view before the `crops`, which lie within the grid, and `overlap` says how much of a crop lies in a cell.
             The grid is in the middle of the volume.
+        slices: which slices of each first crop are images too, with views, for methods that learn from both; needs
+            `crops`.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
 
@@ -216,6 +223,7 @@ class VolumeSets(SampleSets):
         crops: int | None = None,
         augment: VolumeAugmentation | None = None,
         bases: tuple[int, int, int] | None = None,
+        slices: SliceViews | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -230,7 +238,12 @@ class VolumeSets(SampleSets):
                 f"bases={list(bases)} must be at least 1 along each axis, and needs crops to compare with them, not "
                 f"crops={crops}; set data.init_args.crops"
             )
-        self.crops, self.augment, self.bases = crops, augment, bases
+        if slices is not None and (crops is None or slices.count > self.size[0]):
+            raise UserError(
+                f"slices.count={slices.count} must be at most the {self.size[0]} slices of a crop (the first of size), "
+                f"and needs crops to take them from, not crops={crops}; set data.init_args.crops"
+            )
+        self.crops, self.augment, self.bases, self.slices = crops, augment, bases, slices
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
         if augment is not None:
@@ -262,7 +275,7 @@ class VolumeSets(SampleSets):
 
     def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
         """Training samples of these volumes."""
-        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases)
+        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.slices)
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

@@ -107,7 +107,10 @@ def test_the_queue_waits_for_its_share_of_the_run(tmp_path: Path) -> None:
     model = method(queue=6, queue_from=0.5)
     seen: list[int] = []
     codes = model.prototypes.codes
-    model.prototypes.codes = lambda view, scores: (seen.append(int(model.prototypes.queues[view].filled)), codes(view, scores))[1]  # type: ignore[method-assign]
+    model.prototypes.codes = lambda view, scores: (
+        seen.append(int(model.prototypes.queues[view].filled)),
+        codes(view, scores),
+    )[1]  # type: ignore[method-assign]
     fit(model, BATCHES, tmp_path)
     assert seen == [0, 0, 0, 0, 0, 0, 6, 6]
 
