@@ -89,6 +89,7 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.models_genesis import ModelsGenesis
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
@@ -872,6 +873,7 @@ CASES: dict[str, Case] = {
         ),
         series,
     ),
+    "masked.models_genesis": Case(lambda **o: ModelsGenesis(UNet(1, width=4, levels=2), **o), views(1)),
     "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),

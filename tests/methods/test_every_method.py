@@ -76,6 +76,7 @@ DRAWN = (
     "masked.cropmae",
     "masked.i_jepa",
     "masked.mae",
+    "masked.models_genesis",
     "masked.sit",
     "masked.smae",
     "masked.spark",
