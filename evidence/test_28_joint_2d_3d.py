@@ -1,10 +1,10 @@
 """Joint 2D/3D clustering (arXiv 2212.01893) on volumes of four solids: against clusters of their slices alone.
 
-A sphere, a cube, a torus or a cylinder in each volume of 16 x 32 x 32 voxels, as large as one another, turned at random,
-in texture and noise: the solids that a volume shows are told by how its slices change along it. A network of slices
-with a transformer of one block learns from 384 volumes without labels; the same volumes with labels train a linear
-probe of the solid, and 256 others test it. Arms, with equal steps and rates searched alike: all three losses; slices
-alone, whose features are the mean over a volume's slices; random weights.
+A sphere, a cube, a torus or a cylinder in each volume of 16 x 32 x 32 voxels, as large as one another, turned at
+random, in texture and noise: how its slices change along it tells which. A network of slices with a transformer of one
+block learns from 384 volumes without labels; the same volumes with labels train a linear probe of the solid, and 256
+others test it. Arms, with equal steps and rates searched alike: all three losses; slices alone, whose features are the
+mean over a volume's slices; random weights.
 
 Floor: random weights; of hidden slices the untrained network. Ceiling: the same network trained on the labels; of
 hidden slices the slices themselves. Gate: each arm's own loss on held-out volumes.
@@ -78,10 +78,13 @@ class Solids(VolumeSets):
         self.draw_seed = draw_seed
 
     def find(self) -> FoundVolumes:
+        present, affine = np.ones(1, bool), np.eye(4)
         volumes = [
-            Volume(solid(number % 4, np.random.default_rng((self.draw_seed, number))), np.ones(1, bool), None, np.eye(4), number % 4)
+            Volume(
+                solid(number % 4, np.random.default_rng((self.draw_seed, number))), present, None, affine, number % 4
+            )
             for number in range(TRAIN + TEST)
-        ]  # fmt: skip
+        ]
         return FoundVolumes(
             KeptVolumes(volumes), np.arange(TRAIN), np.arange(TRAIN, TRAIN + TEST), SOLIDS, str(self.draw_seed)
         )
@@ -199,8 +202,8 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -
         evidence.gate(arm, *losses, by=0.3, lower_is_better=True)
     evidence.gate(RANDOM, {s: found["volumes"] for s, found in scores[RANDOM].items()}, 25.0, by=1.0, unit="points")
     evidence.note(
-        f"{TRAIN} volumes to learn from and to probe with, {TEST} to test; {steps} steps of {BATCH} volumes. Rates on seed "
-        f"{SEARCH}, whose volumes are others."
+        f"{TRAIN} volumes to learn from and to probe with, {TEST} to test; {steps} steps of {BATCH} volumes. Rates on "
+        f"seed {SEARCH}, whose volumes are others."
     )
 
     def minus(arm: str, other: str, what: str = "volumes") -> dict[int, float]:
@@ -212,8 +215,9 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -
             floor=minus(RANDOM, other), ceiling=minus(LABELS, other), arms=(JOINT, other),
         )  # fmt: skip
     evidence.claim(
-        "solids told by two slices, joint minus slices alone", minus(JOINT, ALONE, "slices"), at_least=-1.0, unit="points",
-        floor=minus(RANDOM, ALONE, "slices"), ceiling=minus(LABELS, ALONE, "slices"), arms=(JOINT, ALONE),
+        "solids told by two slices, joint minus slices alone", minus(JOINT, ALONE, "slices"), at_least=-1.0,
+        unit="points", floor=minus(RANDOM, ALONE, "slices"), ceiling=minus(LABELS, ALONE, "slices"),
+        arms=(JOINT, ALONE),
     )  # fmt: skip
     evidence.claim(
         "squared error of hidden slices, joint over the mean of their neighbours",
