@@ -22,7 +22,7 @@ import lightspan.methods
 from lightspan.backbones import language
 from lightspan.backbones.conv_autoencoder import ConvAutoencoder
 from lightspan.backbones.denoisers import EncoderDecoder, PrefixDecoder
-from lightspan.backbones.dense import UNet, UNetEncoder
+from lightspan.backbones.dense import UNet
 from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
@@ -440,9 +440,18 @@ def sliced_volumes(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+class Staged(Pooled):
+    """Tells its one map, as networks of slices do."""
+
+    widths = (8,)
+
+    def maps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layer(image).tanh()]
+
+
 def joint_2d_3d(**optimization: Any) -> Joint2D3D:
     transformer = SliceTransformer(8, depth=1, heads=2, mlp_width=12, dropout=0.0)
-    backbone = SlicedVolumes(SliceEmbedding(UNetEncoder(1, width=4, levels=2), 8), transformer)
+    backbone = SlicedVolumes(SliceEmbedding(Staged(), 8), transformer)
     intra, inter = (SwappedPrediction(*sizes, code_temperature=0.3, queue=12, **FREE) for sizes in ((6, 7), (8, 4)))
     return Joint2D3D(backbone, nn.Linear(8, 6), intra, inter, RandomMasks(0.4), **optimization)
 
