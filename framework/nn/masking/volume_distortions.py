@@ -65,7 +65,10 @@ class VolumeDistortions:
             indices: the volumes' numbers in their dataset.
         """
         sides, device = tuple(volume_BC.shape[2:]), volume_BC.device
-        edges, corners, controls, masks = [], [], [], []
+        if not len(indices):
+            return volume_BC
+        edges, corners, controls = list[list[int]](), list[list[int]](), list[list[float]]()
+        masks = list[np.ndarray]()
         for index in indices:
             generator = np.random.default_rng((self.seed, step, index))
             edge = [int(generator.integers(1, max(int(self.window * side), 1) + 1)) for side in sides]
@@ -76,8 +79,6 @@ class VolumeDistortions:
                 drawn = np.array([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1.0])
             controls.append([*drawn[:4], float(drawn[4] < self.falling)])
             masks.append(self._painted(sides, generator))
-        if not len(indices):
-            return volume_BC
         seed_B = mixed_seed(torch.tensor([*indices], device=device), self.seed, step)
         windows = torch.tensor(edges, device=device), torch.tensor(corners, device=device)
         volume_BC = shuffled(volume_BC, *windows, mixed_seed(seed_B, SHUFFLE))
