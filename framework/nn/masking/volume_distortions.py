@@ -68,21 +68,22 @@ class VolumeDistortions:
         if not len(indices):
             return volume_BC
         edges, corners, controls = list[list[int]](), list[list[int]](), list[list[float]]()
-        masks = list[np.ndarray]()
+        bent, masks = list[bool](), list[np.ndarray]()
         for index in indices:
             generator = np.random.default_rng((self.seed, step, index))
             edge = [int(generator.integers(1, max(int(self.window * side), 1) + 1)) for side in sides]
             edges.append(edge if generator.random() < self.shuffle else [1] * len(sides))
             corners.append([int(generator.integers(longest)) for longest in edges[-1]])
-            drawn = generator.random(5)
-            if generator.random() >= self.curve:
-                drawn = np.array([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1.0])
-            controls.append([*drawn[:4], float(drawn[4] < self.falling)])
+            *control, falls = generator.random(5)
+            controls.append([*control, float(falls < self.falling)])
+            bent.append(generator.random() < self.curve)
             masks.append(self._painted(sides, generator))
         seed_B = mixed_seed(torch.tensor([*indices], device=device), self.seed, step)
         windows = torch.tensor(edges, device=device), torch.tensor(corners, device=device)
         volume_BC = shuffled(volume_BC, *windows, mixed_seed(seed_B, SHUFFLE))
-        volume_BC = along_curves(volume_BC, torch.tensor(controls, dtype=torch.float32, device=device))
+        curved_BC = along_curves(volume_BC, torch.tensor(controls, dtype=torch.float32, device=device))
+        bent_B = torch.tensor(bent, device=device).view(-1, *(1 for _ in volume_BC.shape[1:]))
+        volume_BC = torch.where(bent_B, curved_BC, volume_BC)
         noise_BC = hashed_uniform(mixed_seed(seed_B, PAINT), 0, tuple(volume_BC.shape[1:])).to(volume_BC)
         return torch.where(torch.from_numpy(np.stack(masks)).to(device)[:, None], noise_BC, volume_BC)
 
