@@ -21,8 +21,7 @@ from own_loss import own_loss
 from quiet import quiet_trainer
 from torch import Tensor
 
-from lightspan.backbones.dense import UNetEncoder
-from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
+from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer, StagedNetwork
 from lightspan.core.collate import collated
 from lightspan.core.noise import interpolation
 from lightspan.datamodules.image.augment.views import RandomViews
@@ -121,7 +120,7 @@ def held_out(seed: int) -> list[dict[str, Any]]:
 
 
 def backbone() -> SlicedVolumes:
-    encoder = UNetEncoder(1, width=8, levels=3)
+    encoder = StagedNetwork("test_resnet", in_chans=1, stages=3)
     return SlicedVolumes(SliceEmbedding(encoder, WIDTH), SliceTransformer(WIDTH, 1, 4, 72, stride=2, kernel=4))
 
 
@@ -134,8 +133,8 @@ def built(arm: str, rate: float, seed: int) -> Any:
     if arm == LABELS:
         return Classifier(backbone(), len(SOLIDS), **optimization)
     intra = SwappedPrediction(WIDTH, 32, code_temperature=0.03, freeze_prototypes=0.1)
-    inter = SwappedPrediction(WIDTH, 16, code_temperature=0.02, freeze_prototypes=0.1)
-    projector = Projector(32, [WIDTH], WIDTH)
+    inter = SwappedPrediction(WIDTH, 16, code_temperature=0.004, freeze_prototypes=0.1)
+    projector = Projector(96, [WIDTH], WIDTH)
     return Joint2D3D(backbone(), projector, intra, inter, **(OFF if arm == ALONE else {}), **optimization)
 
 
