@@ -33,6 +33,7 @@ from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
+from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
@@ -43,6 +44,7 @@ from lightspan.merging.models import GaussianModels
 from lightspan.methods.bayesian.ssvi import SSVI
 from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.methods.clustering.depict import DEPICT
+from lightspan.methods.clustering.joint_2d_3d import Joint2D3D
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.methods.compression.pela import PELA
@@ -90,6 +92,7 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.models_genesis import ModelsGenesis
 from lightspan.methods.masked.nerf_mae import NeRFMAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
@@ -151,6 +154,7 @@ from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.objectives.moving_targets import MomentumFeatures
+from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.training.method import Method
 
@@ -446,6 +450,33 @@ def swav(prototypes: int, **optimization: Any) -> SwAV:
     return SwAV(Pooled(), nn.Linear(8, 6), prototypes, **settings, **FREE, **optimization)
 
 
+def sliced_volumes(rows: int, seed: int) -> dict[str, Any]:
+    """Two crops of each volume, and views of three of its slices."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "views": [torch.randn(rows, 1, 5, 4, 4, generator=generator) for _ in range(2)],
+        "slices": [torch.randn(rows, 3, 1, side, side, generator=generator) for side in (8, 8, 4)],
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+class Staged(Pooled):
+    """Tells its one map, as networks of slices do."""
+
+    widths = (8,)
+
+    def maps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layer(image).tanh()]
+
+
+def joint_2d_3d(**optimization: Any) -> Joint2D3D:
+    transformer = SliceTransformer(8, depth=1, heads=2, mlp_width=12, dropout=0.0)
+    backbone = SlicedVolumes(SliceEmbedding(Staged(), 8), transformer)
+    intra, inter = (SwappedPrediction(*sizes, code_temperature=0.3, queue=12, **FREE) for sizes in ((6, 7), (8, 4)))
+    return Joint2D3D(backbone, nn.Linear(8, 6), intra, inter, RandomMasks(0.4), **optimization)
+
+
 def cae(codes: int | None, **optimization: Any) -> CAE:
     tokenizer = None if codes is None else PatchCodes(codes, (2, 2), channels=1)
     regressor, decoder = LatentRegressor(16, 1, 2, drop_path=0), LatentDecoder(16, codes or 4, 1, 2, drop_path=0)
@@ -738,6 +769,7 @@ CASES: dict[str, Case] = {
         forward_state=("memory_GMD",),
     ),
     "clustering.depict": Case(depict, images()),
+    "clustering.joint_2d_3d": Case(joint_2d_3d, sliced_volumes, halves_differ=AMONG_ROWS),
     "clustering.mlc": Case(mlc, views(), halves_differ=AMONG_ROWS),
     "clustering.swav": Case(partial(swav, 7), views(2, smaller=2), halves_differ=AMONG_ROWS),
     "clustering.swav, wide": Case(partial(swav, 4), views(2, smaller=2), halves_differ=AMONG_ROWS),
@@ -901,6 +933,7 @@ CASES: dict[str, Case] = {
         ),
         series,
     ),
+    "masked.models_genesis": Case(lambda **o: ModelsGenesis(UNet(1, width=4, levels=2), **o), views(1)),
     "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),

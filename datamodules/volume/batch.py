@@ -3,7 +3,7 @@
 D ascends from the feet to the head, H from the back to the front, and W from the patient's left to the right (RAS+, its
 axes in reverse).
 Shapes: B samples, C channels, D slices, H W pixels of a slice, V crops, of which K are base crops and M at random
-places, P parameters of an augmentation.
+places, P parameters of an augmentation, N slices as images and v views of each.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -48,6 +48,7 @@ class VolumeViewsBatch(TypedDict):
     corner, drawn, seed, parameters: as in `VolumeBatch`, of each crop.
     overlap: where the first K views are base crops, on a grid: the share of each of the other M that lies in each of
         these, in [0, 1].
+    slices: some slices of the first crop, before it is augmented, as images with random views.
     """
 
     views: Annotated[list[Tensor], Field("float32", "V B C d h w", read=True, of="volume")]
@@ -55,6 +56,7 @@ class VolumeViewsBatch(TypedDict):
     present: NotRequired[Present]
     corner: Annotated[Tensor, Field("int64", "B V 3")]
     overlap: NotRequired[Annotated[Tensor, Field("float32", "B M K")]]
+    slices: NotRequired[Annotated[list[Tensor], Field("float32", "v B N C h w")]]
     drawn: NotRequired[Annotated[Tensor, Field("int32", "B V P")]]
     seed: NotRequired[Seed]
     parameters: NotRequired[Annotated[Tensor, Field("float32", "B V P")]]

@@ -20,6 +20,7 @@ from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_sample, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+from lightspan.datamodules.volume.slices import SliceViews
 
 T = TypeVar("T", int, float)
 
@@ -124,6 +125,7 @@ class VolumeSamples:
         bases: cells along D, H and W of a grid in the middle of the volume, each a crop and a view before the V at
             random places, which then lie anywhere within the grid; None is no grid.
         tells_inside: whether single crops say which of their voxels do not pad the volume.
+        slices: which slices of the first crop are images too, with views.
     """
 
     archive: Archive
@@ -134,6 +136,7 @@ class VolumeSamples:
     augment: VolumeAugmentation | None = None
     bases: tuple[int, int, int] | None = None
     tells_inside: bool = False
+    slices: SliceViews | None = None
 
     @property
     def batch_type(self) -> type:
@@ -155,7 +158,7 @@ class VolumeSamples:
             torch.from_numpy(cropped(volume.values, corner, self.size, 0).astype(np.float32)) for corner in corners_V3
         ]
         spacing = np.linalg.norm(volume.affine[:3, :3], axis=0).astype(np.float32)
-        fields = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
+        fields: dict[str, Any] = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
         if self.augment is not None:
             drawn = bits([self.augment.draw(generator) for _ in views])
             fields |= {"drawn": drawn, "seed": torch.tensor(seed)}
@@ -172,6 +175,8 @@ class VolumeSamples:
             if bases_K3:
                 shares_MK = overlaps(np.array(random_V3), np.array(bases_K3), self.size)
                 fields["overlap"] = torch.from_numpy(shares_MK.astype(np.float32))
+        if self.slices is not None:
+            fields["slices"] = self.slices(views[0], seed)
         views_too = {} if self.crops is None else {"views": views}
         return {**views_too, **fields, "label": torch.tensor(volume.label), "index": torch.tensor(index)}
 
@@ -207,6 +212,8 @@ class VolumeSets(SampleSets):
         bases: cells along D, H and W of a grid of base crops, for methods that tell where crops are: each cell is a
             view before the `crops`, which lie within the grid, and `overlap` says how much of a crop lies in a cell.
             The grid is in the middle of the volume.
+        slices: which slices of each first crop are images too, with views, for methods that learn from both; needs
+            `crops`.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
 
@@ -225,6 +232,7 @@ class VolumeSets(SampleSets):
         crops: int | None = None,
         augment: VolumeAugmentation | None = None,
         bases: tuple[int, int, int] | None = None,
+        slices: SliceViews | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -241,7 +249,12 @@ class VolumeSets(SampleSets):
             )
         views = (crops or 1) + (0 if bases is None else math.prod(bases))
         require_sample(views * math.prod(self.size), size=size, crops=crops, bases=bases)
-        self.crops, self.augment, self.bases = crops, augment, bases
+        if slices is not None and (crops is None or slices.count > self.size[0]):
+            raise UserError(
+                f"slices.count={slices.count} must be at most the {self.size[0]} slices of a crop (the first of size), "
+                f"and needs crops to take them from, not crops={crops}; set data.init_args.crops"
+            )
+        self.crops, self.augment, self.bases, self.slices = crops, augment, bases, slices
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
         if augment is not None:
@@ -276,7 +289,9 @@ class VolumeSets(SampleSets):
 
     def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
         """Training samples of these volumes."""
-        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.tells_inside)
+        return VolumeSamples(
+            archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.tells_inside, self.slices
+        )
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

@@ -337,6 +337,8 @@ LEFT_OUT = {
     "Regressor": "predicts numbers, of which these pictures have none",
     "Segmenter": "labels pixels, of which these pictures have no classes",
     "VolumeFusion": "learns maps of an encoder and a decoder, and what is compared here is an encoder",
+    "ModelsGenesis": "learns maps of an encoder and a decoder, and what is compared here is an encoder",
+    "Joint2D3D": "learns from volumes and their slices, and these pictures are no volumes",
     "SequenceClassifier": "classifies sequences, with labels",
     "WordReader": "reads words, of which these pictures show none",
     "SMAE": "learns from text",

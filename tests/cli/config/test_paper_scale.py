@@ -37,7 +37,7 @@ WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
     *("contrastive/starbucks_msmarco", "masked/spt_lra_image", "supervised/sequence_lra_image"),
-    "supervised/tag_classifier_jft",
+    *("supervised/tag_classifier_jft", "masked/models_genesis_luna"),
 }
 
 
