@@ -101,8 +101,10 @@ from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.robustness.nmtune import NMTune
 from lightspan.methods.supervised.adsl import ADSL
+from lightspan.methods.supervised.behaviour_cloning import BehaviourCloning
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
+from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
@@ -123,6 +125,7 @@ from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
+from lightspan.nn.heads.action_head import ContinuousActions, DiscreteActions
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
@@ -345,6 +348,17 @@ def words(rows: int, seed: int) -> dict[str, Any]:
 def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     given = words(rows, seed) | texts(rows, seed)
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
+
+
+def agent_steps(numbered: bool) -> Callable[[int, int], dict[str, Any]]:
+    """Images before and after an action: one of three, or two numbers in [-1, 1]."""
+
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        later, now = views()(rows, seed + 100), images()(rows, seed)
+        action = now["label"] if numbered else later["views"][0][:, 0, 0, :2].tanh()
+        return now | {"next_image": later["views"][0], "action": action}
+
+    return made
 
 
 def measured_rows(rows: int, seed: int) -> dict[str, Any]:
@@ -875,7 +889,16 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.behaviour_cloning": Case(
+        lambda **o: BehaviourCloning(Pooled(), ContinuousActions(8, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.inverse_dynamics": Case(
+        lambda **o: InverseDynamics(Pooled(), ContinuousActions(16, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
+    "supervised.inverse_dynamics, numbered": Case(
+        lambda **o: InverseDynamics(Pooled(), DiscreteActions(16, 3, [6], dropout=0.0), **o), agent_steps(True)
+    ),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
     "supervised.segmenter": Case(
         lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains

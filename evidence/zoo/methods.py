@@ -334,6 +334,8 @@ LEFT_OUT = {
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "UL2": "learns from text, which these pictures are not",
     "SPT": "trains networks for sequences, to which a picture is its pixels row by row",
+    "InverseDynamics": "learns what an agent did between two images, and nobody acts in these pictures",
+    "BehaviourCloning": "learns what an expert does, and nobody acts in these pictures",
     "Regressor": "predicts numbers, of which these pictures have none",
     "Segmenter": "labels pixels, of which these pictures have no classes",
     "VolumeFusion": "learns maps of an encoder and a decoder, and what is compared here is an encoder",
