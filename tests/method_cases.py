@@ -28,7 +28,7 @@ from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
-from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
@@ -95,6 +95,7 @@ from lightspan.methods.masked.spark import SparK
 from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
 from lightspan.methods.masked.tera import TERA
 from lightspan.methods.masked.ul2 import UL2
+from lightspan.methods.masked.v_jepa import VJEPA
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
@@ -142,6 +143,7 @@ from lightspan.nn.masking.mask_samplers import RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
+from lightspan.nn.masking.tube_blocks import TubeBlocks
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
@@ -865,6 +867,16 @@ CASES: dict[str, Case] = {
         series,
     ),
     "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
+    "masked.v_jepa": Case(
+        lambda **o: VJEPA(  # whose rows of patches are its frames
+            GridViT((2, 2), 1, 16, 1, 2),
+            MaskDecoder(16, 16, width=8, depth=1, heads=2),
+            [TubeBlocks(2, 0.3, hidden=0.5), TubeBlocks(1, 0.7, hidden=0.75, seed=1)],
+            momentum=0.5,
+            **o,
+        ),
+        views(1),
+    ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(

@@ -8,6 +8,7 @@ Shapes: N points, T steps, S side of a picture.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,6 +67,17 @@ def pictures(place_N2: np.ndarray, other_N2: np.ndarray, side: int, larger: floa
     return np.rint(point * _COLOURS[0] + (1 - point) * distractor * _COLOURS[1]).astype(np.uint8)
 
 
+class Episode(NamedTuple):
+    """task: its goal's number. place_T2, action_T2: float32, in each step and, behind the last one, in `ahead` more.
+    frames: of the same, uint8 [T S S 3].
+    """
+
+    task: int
+    place_T2: np.ndarray
+    action_T2: np.ndarray
+    frames: np.ndarray
+
+
 @dataclass
 class PointMass(Recorded):
     """What `lightspan.datamodules.worlds.steps.record` writes and `PlayedSteps` plays. A sample is a step: the picture
@@ -111,31 +123,30 @@ class PointMass(Recorded):
 
     def samples(self) -> Iterator[Members]:
         """The members of each step, by episode."""
-        goals_K2 = self.goal_of_tasks()
-        for episode in range(self.episodes):
-            task = episode % len(goals_K2)
-            mission = "go to {:.3f} {:.3f}".format(*goals_K2[task])
-            if task == len(self.tasks):
-                self.tasks.append(mission)
-            place_T2, action_T2, frames = self._episode(goals_K2[task], np.random.default_rng((self.seed, 2, episode)))
+        for number, episode in enumerate(self.played()):
+            if episode.task == len(self.tasks):
+                self.tasks.append("go to {:.3f} {:.3f}".format(*self.goal_of_tasks()[episode.task]))
             for at in range(self.steps):
-                numbers = {"action": action_T2[at], "state": place_T2[at]}
-                yield step_members(
-                    f"{episode:06}_{at:04}", (frames[at], frames[at + self.ahead]), task, mission, **numbers
-                )
+                frames = episode.frames[at], episode.frames[at + self.ahead]
+                numbers = {"action": episode.action_T2[at], "state": episode.place_T2[at]}
+                key, mission = f"{number:06}_{at:04}", self.tasks[episode.task]
+                yield step_members(key, frames, episode.task, mission, **numbers)
 
-    def _episode(self, goal_2: np.ndarray, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(places, actions, pictures) of each step and, behind the last one, of `ahead` more."""
-        length = self.steps + self.ahead
-        place_12, places, actions = anywhere(1, draws), [], []
-        for _ in range(length):
-            action_12 = np.clip(expert(place_12, goal_2[None]) + self.noise * draws.normal(size=(1, 2)), -1, 1)
-            places.append(place_12[0])
-            actions.append(action_12[0])
-            place_12 = moved(place_12, action_12)
-        place_T2 = np.array(places, np.float32)
-        frames = pictures(place_T2, distractors(1, length, draws)[:, 0], self.side, self.larger)
-        return place_T2, np.array(actions, np.float32), frames
+    def played(self) -> Iterator[Episode]:
+        """The episodes, without what only shards need."""
+        goals_K2, length = self.goal_of_tasks(), self.steps + self.ahead
+        for number in range(self.episodes):
+            task, draws = number % len(goals_K2), np.random.default_rng((self.seed, 2, number))
+            other_T2 = distractors(1, length, draws)[:, 0]
+            place_12, places, actions = anywhere(1, draws), [], []
+            for _ in range(length):
+                noise_12 = self.noise * draws.normal(size=(1, 2))
+                action_12 = np.clip(expert(place_12, goals_K2[task]) + noise_12, -1, 1)
+                places.append(place_12[0])
+                actions.append(action_12[0])
+                place_12 = moved(place_12, action_12)
+            place_T2, action_T2 = (np.array(rows, np.float32) for rows in (places, actions))
+            yield Episode(task, place_T2, action_T2, pictures(place_T2, other_T2, self.side, self.larger))
 
     def success(self, policy: Policy, goal_2: np.ndarray, rollouts: int = 100, seed: int = 0) -> float:
         """The share of rollouts that end within `NEAR` of a goal, of so many starts; the same starts and distractors

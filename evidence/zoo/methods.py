@@ -331,6 +331,7 @@ LEFT_OUT = {
     "HeuristicMTL": "learns from tags, of which these pictures have none",
     "ScatSimCLR": "has an encoder of its own, which begins with fixed wavelets",
     "RSPNet": "compares clips of a video at several speeds, and these pictures do not move",
+    "VJEPA": "hides tubes through the frames of a clip, and these pictures do not move",
     "SparK": "hides cells as large as the stride of its encoder, which pictures of 28 x 28 pixels are no multiple of",
     "UL2": "learns from text, which these pictures are not",
     "SPT": "trains networks for sequences, to which a picture is its pixels row by row",

@@ -57,10 +57,9 @@ def test_a_spot_has_its_centre_where_the_point_is_and_the_distractor_lies_under_
     place, other = np.array([[0.1, -0.15]]), np.array([[-0.1, 0.12]])
     picture = pictures(place, other, side, larger=2.0)[0].astype(float)
     for channel, at in ((0, place[0]), (2, other[0])):
-        light = picture[..., channel] - (40 / 230 * picture[..., 2 - channel] if channel == 2 else 0)
-        light = np.where(light > 20, light, 0)
-        centre = (light.sum(0) @ axis / light.sum(), light.sum(1) @ axis / light.sum())
-        assert np.allclose(centre, at, atol=0.02)
+        light = np.where(picture[..., channel] > 60, picture[..., channel], 0)  # of its own spot alone
+        centre = light.sum(axis=0) @ axis / light.sum(), light.sum(axis=1) @ axis / light.sum()
+        assert np.allclose(centre, at, atol=0.005)
     over = pictures(place, place, side, 2.0)[0]
     row, column = np.unravel_index(over[..., 0].argmax(), (side, side))
     assert over[row, column, 0] > 2 * over[row, column, 2]
@@ -99,14 +98,14 @@ def test_later_images_are_as_many_steps_ahead_as_asked() -> None:
     one, two = (list(PointMass(1, steps=5, ahead=ahead).samples()) for ahead in (1, 2))
     for at in range(4):
         names = f"000000_{at:04}.next.png", f"000000_{at + 1:04}.next.png"
-        assert two[at][names[0]] == one[at + 1][names[1]] or at == 4
+        assert two[at][names[0]] == one[at + 1][names[1]]
 
 
 def test_success_is_sure_for_the_expert_and_by_chance_for_a_point_that_stays() -> None:
     world, goal = PointMass(1), np.array([0.1, -0.2])
     assert world.success(lambda picture, place: expert(place, goal), goal) == 1.0
-    stays = world.success(lambda picture, place: 0 * place, goal, rollouts=4000)
-    assert stays == pytest.approx(np.pi * NEAR**2 / (2 * GOALS) ** 2, abs=0.008)
+    stays = world.success(lambda picture, place: 0 * place, goal, rollouts=1500)
+    assert stays == pytest.approx(np.pi * NEAR**2 / (2 * GOALS) ** 2, abs=0.01)
     seen: list[tuple[int, ...]] = []
     world.success(lambda picture, place: seen.append(picture.shape) or 0 * place, goal, rollouts=3)  # type: ignore[func-returns-value]
     assert seen == [(3, 24, 24, 3)] * 30
