@@ -2,7 +2,7 @@
 
 Arms with one encoder and equal steps, on 200 demonstrations of 200 goals that no batch says, in pictures with a
 distractor: inverse dynamics, behaviour cloning, and an autoencoder of pixels; beside them the untrained encoder. Then
-the code is frozen, and a policy learns from it what 5 demonstrations of a new goal do; of 100 rollouts for each of 8
+the code is frozen, and a policy learns from it what 5 demonstrations of a new goal do; of 50 rollouts for each of 8
 new goals, those count that end within 0.05 of it, a twelfth of the square's side. A linear probe reads the point's
 place from the code of other episodes. Rates are chosen by rollouts to goals of the search seed.
 
@@ -33,12 +33,12 @@ from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-STEPS, BATCH, WIDTH = 600, 64, 64
-EPISODES, DEMONSTRATIONS, GOALS, ROLLOUTS = 200, 5, 8, 100
+STEPS, BATCH, WIDTH = 800, 64, 64
+EPISODES, DEMONSTRATIONS, GOALS, ROLLOUTS = 200, 5, 8, 50
 POLICY_STEPS, POLICY_RATE = 300, 1e-3
 LARGER = 2.0
 """Radius of the distractor by the point's."""
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 class Autoencoder(Method):
