@@ -327,6 +327,9 @@ CASES = {
     "masked.feature_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.feature_regression((x @ weight)[:, None], x.sin()[:, None])
     ),
+    "masked.feature_absolute_error": Case(
+        lambda x, weight, label_B, mixed_B: masked.feature_absolute_error((x @ weight)[:, None], x.sin()[:, None])
+    ),
     "masked.seen_patch_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.seen_patch_regression(
             (x @ weight)[:, None], x.sin()[:, None], (x > -0.5)[:, None]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
 from lightspan.nn.heads.spatial_softmax import spatial_softmax
+from lightspan.nn.init import he_normal_
 
 KERNEL = 3
 LEAST_SIDE = 2
@@ -20,6 +21,9 @@ LEAST_SIDE = 2
 class SpatialEncoder(nn.Module):
     """[B C H W] -> [B D] in (-1, 1): convolutions of 3 x 3 pixels without padding, each followed by GELU, one of 1 x 1,
     the place of each of its maps by `spatial_softmax` without a temperature, a linear layer, LayerNorm and tanh.
+
+    Weights start He-normal. Under torch's own start, which is smaller, maps are nearly constant and so are their places,
+    and short runs do not leave that.
 
     Args:
         in_chans: C.
@@ -55,6 +59,7 @@ class SpatialEncoder(nn.Module):
         )
         self.maps = nn.Conv2d(channels[-1], maps, kernel_size=1)
         self.code = nn.Sequential(nn.Linear(2 * maps, width), nn.LayerNorm(width), nn.Tanh())
+        he_normal_(self)
 
     @property
     def feature_modules(self) -> list[nn.Module]:

@@ -127,8 +127,8 @@ def hidden_absolute_error(guess: Tensor, target: Tensor, hidden: Tensor) -> Tens
 
 
 def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
-    """Smooth L1 distance of guesses to `standardised_features`, mean over all numbers, a scalar in float32 or wider; 0
-    without any.
+    """Smooth L1 distance of guesses to features that are standardised one by one (a layer norm without weights), mean
+    over all numbers, a scalar in float32 or wider; 0 without any.
 
     Source: the authors' code of I-JEPA (Assran et al., 2023, arXiv 2301.08243); the paper's eq. 1 has the squared
     distance.
@@ -136,7 +136,7 @@ def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
     Args:
         features_BMD: of a teacher; no gradient goes into them.
     """
-    target_BMD = standardised_features(features_BMD)
+    target_BMD = _standardised(features_BMD)
     return mean_of(F.smooth_l1_loss(wide(guess_BMD), target_BMD, reduction="sum"), guess_BMD.numel())
 
 
@@ -144,11 +144,9 @@ def feature_absolute_error(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
     """As `feature_regression`, of |guess - target|: the loss of V-JEPA (Bardes et al., 2024, arXiv 2404.08471, eq. 1,
     and the authors' code, which standardises).
     """
-    return mean((wide(guess_BMD) - standardised_features(features_BMD)).abs())
+    return mean((wide(guess_BMD) - _standardised(features_BMD)).abs())
 
 
-def standardised_features(features_BMD: Tensor) -> Tensor:
-    """Features of a patch with mean 0 and variance 1 (a layer norm without weights), without gradients, in float32 or
-    wider. Equal ones become 0.
-    """
+def _standardised(features_BMD: Tensor) -> Tensor:
+    """Each patch's features with mean 0 and variance 1, or all 0 where they are equal; without gradients."""
     return F.layer_norm(wide(features_BMD.detach()), features_BMD.shape[-1:])

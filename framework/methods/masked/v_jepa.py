@@ -32,7 +32,7 @@ from lightspan.objectives.masked import feature_absolute_error
 from lightspan.optim.schedules import line_between
 from lightspan.training.method import Method
 
-SHORT_RANGE, LONG_RANGE = TubeBlocks(8, 0.15, hidden=0.72), TubeBlocks(2, 0.7, hidden=0.89, seed=1)
+SHORT_RANGE, LONG_RANGE = TubeBlocks(8, 0.15, hidden=0.78), TubeBlocks(2, 0.7, hidden=0.96, seed=1)
 
 
 class VJEPA(Method):

@@ -25,20 +25,21 @@ def test_one_block_of_its_own_size_is_a_rectangle_with_the_sides_of_the_step() -
     assert sides == {(4, 4)}
 
 
-def test_the_default_shares_are_near_those_of_the_papers_blocks() -> None:
-    for blocks, scale, hidden in ((8, 0.15, 0.72), (2, 0.7, 0.89)):
-        shares = []
-        for step in range(100):
+def test_the_papers_shares_are_those_of_the_largest_union_of_24_clips() -> None:
+    for blocks, scale, hidden in ((8, 0.15, 0.78), (2, 0.7, 0.96)):
+        largest = []
+        for step in range(40):
             generator = np.random.default_rng(step)
-            aspect = generator.uniform(0.75, 1.5)
-            union = np.zeros((14, 14), dtype=bool)
-            high, wide = (round((scale * 196 * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
-            high, wide = min(high, 14), min(wide, 14)
-            for _ in range(blocks):
-                top, left = generator.integers(14 - high + 1), generator.integers(14 - wide + 1)
-                union[top : top + high, left : left + wide] = True
-            shares.append(union.mean())
-        assert np.median(shares) == pytest.approx(hidden, abs=0.015)
+            aspect, shares = generator.uniform(0.75, 1.5), []
+            high, wide = (min(14, round((scale * 196 * ratio) ** 0.5)) for ratio in (aspect, 1 / aspect))
+            for _ in range(24):
+                union = np.zeros((14, 14), dtype=bool)
+                for _ in range(blocks):
+                    top, left = generator.integers(14 - high + 1), generator.integers(14 - wide + 1)
+                    union[top : top + high, left : left + wide] = True
+                shares.append(union.mean())
+            largest.append(max(shares))
+        assert np.median(largest) == pytest.approx(hidden, abs=0.03)
 
 
 def test_masks_are_functions_of_seed_step_and_clip() -> None:
