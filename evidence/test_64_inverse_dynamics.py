@@ -41,9 +41,7 @@ POLICY_STEPS, POLICY_RATE = 300, 1e-3
 LARGER = 2.0
 """Radius of the distractor by the point's."""
 LEARNED = {"inverse dynamics": 0.5, "behaviour cloning": 0.05, "autoencoder": 0.5}
-"""By how much of its untrained network's an arm's own loss falls at least; the goals, which are unknown, leave little of
-actions to guess from one picture.
-"""
+"""By what share an arm's own loss falls at least; goals, which are unknown, leave little to guess from one picture."""
 RATES = (1e-3, 3e-3, 1e-2)
 
 
