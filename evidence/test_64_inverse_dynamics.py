@@ -181,8 +181,8 @@ def test_inverse_dynamics(evidence):
     for arm in ARMS:
         runs = {seed: pretrained(arm, seed, rates[arm]) for seed in SEEDS}
         evidence.gate(
-            arm, {seed: after / before for seed, (_, after, before) in runs.items()}, 1.0, by=LEARNED[arm], unit="of the loss",
-            lower_is_better=True,
+            arm, {seed: after / before for seed, (_, after, before) in runs.items()}, 1.0, by=LEARNED[arm],
+            unit="of the loss", lower_is_better=True,
         )  # fmt: skip
         for seed, (method, _, _) in runs.items():
             reached[arm][seed], read[arm][seed] = (f(method.backbone, seed) for f in (success, place_r2))

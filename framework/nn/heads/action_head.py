@@ -16,12 +16,13 @@ from lightspan.core.devices import has_values
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
 from lightspan.nn.heads.mlp_head import MLPHead
+from lightspan.nn.init import he_normal_
 from lightspan.objectives.classes import label_cross_entropy, share_right
 from lightspan.objectives.means import own_mean, squared_error
 
 
 class ActionHead(nn.Module, ABC):
-    """An `MLPHead` with dropout: [B F] -> [B A].
+    """An `MLPHead` with dropout, which starts He-normal: [B F] -> [B A].
 
     Args:
         in_features: F: of a policy the width of one image's code, of inverse dynamics of two.
@@ -37,6 +38,7 @@ class ActionHead(nn.Module, ABC):
         require_in("[1, inf)", actions=actions)
         self.in_features, self.actions = in_features, actions
         self.mlp = MLPHead(in_features, actions, hidden, dropout)
+        he_normal_(self.mlp)
 
     @abstractmethod
     def forward(self, x_BF: Tensor) -> Tensor:
