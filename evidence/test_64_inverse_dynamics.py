@@ -7,8 +7,8 @@ demonstrations of a new goal do, of 30 steps; of 50 rollouts for each of 8 new g
 of it, a twelfth of the square's side. A linear probe reads the point's place from the code of other episodes. Rates are
 chosen by rollouts to goals of the search seed.
 
-Floor: the untrained encoder. Ceiling: the true place instead of a code. Gate: the arm's own loss on other episodes, by
-that of its untrained network.
+Floor: the untrained encoder. Ceiling: the true place instead of a code. Gate: the arm's own loss on steps that it trains
+on, by that of its untrained network.
 """
 
 from functools import partial
@@ -148,23 +148,12 @@ def place_r2(network: nn.Module | None, seed: int) -> float:
     return LinearProbe().fit(*features).scores["r2"]
 
 
-def worlds(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The steps that pretrain, and others."""
-    settings = {"steps": EPISODE_STEPS, "larger": LARGER}
-    training, others = (
-        steps_of(PointMass(count, tasks_seed=seed + 50 * part, seed=seed + 50 * part, **settings))  # type: ignore[arg-type]
-        for part, count in enumerate((EPISODES, 50))
-    )
-    return training, others
-
-
 def pretrained(arm: str, seed: int, rate: float) -> tuple[Method, float, float]:
-    """(the trained method, its loss on other episodes, that of the untrained one)."""
+    """(the trained method, its loss on steps that it trained on, that of the untrained one)."""
     seed_everything(seed, verbose=False)
-    method = ARMS[arm](rate)
-    training, others = worlds(seed)
-    few = [*batches(others, seed, 4)]
-    make = partial(ARMS[arm], rate)
+    method, make = ARMS[arm](rate), partial(ARMS[arm], rate)
+    training = steps_of(PointMass(EPISODES, tasks_seed=seed, steps=EPISODE_STEPS, larger=LARGER, seed=seed))
+    few = [*batches(training, seed + 1, 8)]
     before = own_loss(make, method.state_dict(), few)
     quiet_trainer(max_steps=STEPS).fit(method, batches(training, seed, STEPS))
     return method.eval(), own_loss(make, method.state_dict(), few), before

@@ -22,7 +22,7 @@ class SpatialEncoder(nn.Module):
     """[B C H W] -> [B D] in (-1, 1): convolutions of 3 x 3 pixels without padding, each followed by GELU, one of 1 x 1,
     the place of each of its maps by `spatial_softmax` without a temperature, a linear layer, LayerNorm and tanh.
 
-    Weights start He-normal, biases at 0: under smaller ones all maps are nearly constant, and their places in the middle.
+    Weights start He-normal, biases at 0: under smaller ones maps are nearly constant, and all places in the middle.
 
     Args:
         in_chans: C.
