@@ -7,8 +7,8 @@ demonstrations of a new goal do, of 30 steps; of 50 rollouts for each of 8 new g
 of it, a twelfth of the square's side. A linear probe reads the point's place from the code of other episodes. Rates are
 chosen by rollouts to goals of the search seed.
 
-Floor: the untrained encoder. Ceiling: the true place instead of a code. Gate: the arm's own loss on steps that it trains
-on, by that of its untrained network.
+Floor: the untrained encoder. Ceiling: the true place instead of a code. Gate: the arm's own loss on steps that it
+trains on, by that of its untrained network.
 """
 
 from functools import partial
