@@ -34,7 +34,7 @@ from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-STEPS, BATCH, WIDTH = 800, 64, 64
+STEPS, BATCH, WIDTH = 600, 64, 64
 EPISODES, EPISODE_STEPS = 500, 12
 DEMONSTRATIONS, GOALS, ROLLOUTS = 5, 8, 50
 POLICY_STEPS, POLICY_RATE = 300, 1e-3
