@@ -1,14 +1,14 @@
 """Inverse dynamics pretraining (arXiv 2305.16985) on a point that flies to goals which nobody sees.
 
-Arms with one encoder and equal steps, on 500 demonstrations of 500 goals that no batch says, in pictures with a
+Arms with one encoder and equal steps, on 1500 demonstrations of 1500 goals that no batch says, in pictures with a
 distractor: inverse dynamics, behaviour cloning, and an autoencoder of pixels; beside them the untrained encoder. A
-demonstration has 12 steps, most of which are on the way. Then the code is frozen, and a policy learns from it what 5
-demonstrations of a new goal do, of 30 steps; of 50 rollouts for each of 8 new goals, those count that end within 0.05
-of it, a twelfth of the square's side. A linear probe reads the point's place from the code of other episodes. Rates are
-chosen by rollouts to goals of the search seed.
+demonstration has 4 steps, on the way: near goals that are hidden, a place tells nothing of what is done there. Then the
+code is frozen, and a policy learns from it what 5 demonstrations of a new goal do, of 30 steps; of 50 rollouts for each
+of 8 new goals, those count that end within 0.05 of it, a twelfth of the square's side. A linear probe reads the point's
+place from the code of other episodes. Rates are chosen by rollouts to goals of the search seed.
 
 Floor: the untrained encoder. Ceiling: the true place instead of a code. Gate: the arm's own loss on steps that it
-trains on, by that of its untrained network.
+trains on, by that of the best constant guess.
 """
 
 from functools import partial
@@ -35,13 +35,13 @@ from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 STEPS, BATCH, WIDTH = 600, 64, 64
-EPISODES, EPISODE_STEPS = 500, 12
+EPISODES, EPISODE_STEPS = 1500, 4
 DEMONSTRATIONS, GOALS, ROLLOUTS = 5, 8, 50
 POLICY_STEPS, POLICY_RATE = 300, 1e-3
 LARGER = 2.0
 """Radius of the distractor by the point's."""
-LEARNED = {"inverse dynamics": 0.5, "behaviour cloning": 0.05, "autoencoder": 0.5}
-"""By what share an arm's own loss falls at least; goals, which are unknown, leave little to guess from one picture."""
+LEARNED = {"inverse dynamics": 0.5, "behaviour cloning": 0.08, "autoencoder": 0.5}
+"""By what share of the variance an arm's own loss falls at least; while goals are hidden, places tell 0.15 of actions."""
 RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -148,15 +148,16 @@ def place_r2(network: nn.Module | None, seed: int) -> float:
     return LinearProbe().fit(*features).scores["r2"]
 
 
-def pretrained(arm: str, seed: int, rate: float) -> tuple[Method, float, float]:
-    """(the trained method, its loss on steps that it trained on, that of the untrained one)."""
+def pretrained(arm: str, seed: int, rate: float) -> tuple[Method, float]:
+    """(the trained method, its loss on steps that it trained on by that of the best constant guess)."""
     seed_everything(seed, verbose=False)
-    method, make = ARMS[arm](rate), partial(ARMS[arm], rate)
+    method = ARMS[arm](rate)
     training = steps_of(PointMass(EPISODES, tasks_seed=seed, steps=EPISODE_STEPS, larger=LARGER, seed=seed))
-    few = [*batches(training, seed + 1, 8)]
-    before = own_loss(make, method.state_dict(), few)
+    few = [*batches(training, seed + 1, 16)]
     quiet_trainer(max_steps=STEPS).fit(method, batches(training, seed, STEPS))
-    return method.eval(), own_loss(make, method.state_dict(), few), before
+    target = training["image" if arm == "autoencoder" else "action"]
+    constant = float(target.var(dim=0, correction=0).mean())
+    return method.eval(), own_loss(partial(ARMS[arm], rate), method.state_dict(), few) / constant
 
 
 def rollouts_of(arm: str, rate: float) -> float:
@@ -170,10 +171,10 @@ def test_inverse_dynamics(evidence):
     for arm in ARMS:
         runs = {seed: pretrained(arm, seed, rates[arm]) for seed in SEEDS}
         evidence.gate(
-            arm, {seed: after / before for seed, (_, after, before) in runs.items()}, 1.0, by=LEARNED[arm],
-            unit="of the loss", lower_is_better=True,
+            arm, {seed: left for seed, (_, left) in runs.items()}, 1.0, by=LEARNED[arm],
+            unit="of the variance", lower_is_better=True,
         )  # fmt: skip
-        for seed, (method, _, _) in runs.items():
+        for seed, (method, _) in runs.items():
             reached[arm][seed], read[arm][seed] = (f(method.backbone, seed) for f in (success, place_r2))
     for seed in SEEDS:
         seed_everything(seed, verbose=False)
