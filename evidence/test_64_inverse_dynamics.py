@@ -41,7 +41,7 @@ POLICY_STEPS, POLICY_RATE = 300, 1e-3
 LARGER = 2.0
 """Radius of the distractor by the point's."""
 LEARNED = {"inverse dynamics": 0.5, "behaviour cloning": 0.08, "autoencoder": 0.5}
-"""By what share of the variance an arm's own loss falls at least; while goals are hidden, places tell 0.15 of actions."""
+"""By what share of the variance an arm's own loss falls at least; with hidden goals, places tell 0.15 of actions."""
 RATES = (1e-3, 3e-3, 1e-2)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightspan.nn.heads.action_head import ActionHead
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import require_width
+from lightspan.objectives.actions import action_figures
 from lightspan.training.method import Method
 
 
@@ -58,4 +59,4 @@ class BehaviourCloning(Method):
 
     def _measure(self, batch: Any) -> dict[str, Tensor]:
         guess_BA = self(image_of(batch, "BehaviourCloning"))
-        return self.head.measure(guess_BA, self.head.read(batch, "BehaviourCloning"))
+        return action_figures(guess_BA, self.head.read(batch, "BehaviourCloning"))

@@ -23,6 +23,7 @@ from lightspan.core.errors import UserError
 from lightspan.nn.heads.action_head import ActionHead
 from lightspan.nn.views import image_of
 from lightspan.nn.widths import given_features
+from lightspan.objectives.actions import action_figures
 from lightspan.training.method import Method
 
 
@@ -70,7 +71,7 @@ class InverseDynamics(Method):
 
     def _measure(self, batch: Any) -> dict[str, Tensor]:
         image_BCHW, next_BCHW = images_of(batch)
-        return self.head.measure(self(image_BCHW, next_BCHW), self.head.read(batch, "InverseDynamics"))
+        return action_figures(self(image_BCHW, next_BCHW), self.head.read(batch, "InverseDynamics"))
 
 
 def images_of(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What an agent did, guessed from features: numbers in [-1, 1], or one of several actions.
 
-Source: Brandfonbrener et al., 2023, arXiv 2305.16985, and the authors' code, whose actions are numbers under tanh and
-the squared error; for a finite number of actions a softmax and the cross-entropy take their places.
+Source: Brandfonbrener et al., 2023, arXiv 2305.16985, and the authors' code, whose actions are numbers under tanh.
+`lightspan.objectives.actions` has the losses.
 Shapes: B samples, F features, A numbers of an action or actions to choose from.
 """
 
@@ -17,8 +17,6 @@ from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.init import he_normal_
-from lightspan.objectives.classes import label_cross_entropy, share_right
-from lightspan.objectives.means import own_mean, squared_error
 
 
 class ActionHead(nn.Module, ABC):
@@ -53,15 +51,9 @@ class ActionHead(nn.Module, ABC):
             method: its name, for messages.
         """
 
-    @abstractmethod
-    def measure(self, guess_BA: Tensor, action: Tensor) -> dict[str, Tensor]:
-        """Figures by name: the loss over the rows of all ranks first, then what else tells how right the guesses of
-        this rank are.
-        """
-
 
 class ContinuousActions(ActionHead):
-    """Numbers in [-1, 1] under tanh: the loss is the mean squared error."""
+    """Numbers in [-1, 1], under tanh."""
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.mlp(x_BF).tanh()
@@ -82,13 +74,9 @@ class ContinuousActions(ActionHead):
             )
         return action_BA
 
-    def measure(self, guess_BA: Tensor, action: Tensor) -> dict[str, Tensor]:
-        error = own_mean((guess_BA - action).abs().float())
-        return {"loss": squared_error(guess_BA, action), "mean_absolute_error": error}
-
 
 class DiscreteActions(ActionHead):
-    """One action in [0, A): guesses are logits, and the loss is the cross-entropy in nats."""
+    """One action in [0, A), of which guesses are logits."""
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.mlp(x_BF)
@@ -107,9 +95,6 @@ class DiscreteActions(ActionHead):
                 f"{self.actions - 1}; set model.init_args.head.init_args.actions to how many there are"
             )
         return action_B
-
-    def measure(self, guess_BA: Tensor, action: Tensor) -> dict[str, Tensor]:
-        return {"loss_nats": label_cross_entropy(guess_BA, action), "accuracy": share_right(guess_BA, action)}
 
 
 def _action(batch: Mapping[str, Any], method: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from lightspan.core.errors import UserError
 from lightspan.nn.heads.action_head import ActionHead, ContinuousActions, DiscreteActions
 from lightspan.nn.heads.mlp_head import MLPHead
+from lightspan.objectives.actions import action_figures
 
 
 def batch(action: Any) -> dict[str, Any]:
@@ -23,16 +24,15 @@ def test_numbers_are_under_tanh_and_their_loss_is_the_mean_square() -> None:
     nn.init.constant_(linear.bias, math.atanh(0.5))
     guess = head(torch.randn(2, 3))
     torch.testing.assert_close(guess, torch.full((2, 2), 0.5))
-    figures = head.measure(guess, torch.tensor([[0.5, 0.5], [-0.5, 1.0]]))
+    figures = action_figures(guess, torch.tensor([[0.5, 0.5], [-0.5, 1.0]]))
     torch.testing.assert_close(figures["loss"], torch.tensor(1.25 / 4))
     torch.testing.assert_close(figures["mean_absolute_error"], torch.tensor(1.5 / 4))
     assert next(iter(figures)) == "loss"
 
 
 def test_numbered_actions_have_the_cross_entropy_in_nats() -> None:
-    head = DiscreteActions(3, 4, hidden=())
     logits = torch.tensor([[0.0, 0, 0, 0], [0, math.log(3), 0, 0]])
-    figures = head.measure(logits, torch.tensor([3, 1]))
+    figures = action_figures(logits, torch.tensor([3, 1]))
     torch.testing.assert_close(figures["loss_nats"], torch.tensor((math.log(4) + math.log(2)) / 2))
     assert float(figures["accuracy"]) == 0.5
     assert next(iter(figures)) == "loss_nats"
@@ -53,7 +53,7 @@ def test_dropout_is_behind_each_hidden_layer_and_off_in_evaluation() -> None:
 def test_nothing_has_a_loss_of_zero_with_a_gradient(head: ActionHead) -> None:
     x = torch.zeros(0, 3)
     action = torch.zeros(0, 2) if isinstance(head, ContinuousActions) else torch.zeros(0, dtype=torch.int64)
-    loss = next(iter(head.measure(head(x), action).values()))
+    loss = next(iter(action_figures(head(x), action).values()))
     assert float(loss) == 0
     loss.backward()
 
