@@ -77,8 +77,8 @@ class InverseDynamics(Method):
 def images_of(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The images before and after the action. Raises: UserError for a batch without either, or of two kinds."""
     image_BCHW, next_BCHW = image_of(batch, "InverseDynamics"), batch.get("next_image")
-    like = isinstance(next_BCHW, Tensor) and next_BCHW.dtype == image_BCHW.dtype
-    if not like or next_BCHW.shape != image_BCHW.shape:
+    wanted = image_BCHW.shape, image_BCHW.dtype
+    if not isinstance(next_BCHW, Tensor) or (next_BCHW.shape, next_BCHW.dtype) != wanted:
         raise UserError(
             f"InverseDynamics needs a later image of each sample as next_image, like image "
             f"{described(image_BCHW)}, and this batch gives {described(next_BCHW)}; take data of an agent, such as "
