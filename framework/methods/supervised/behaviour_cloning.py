@@ -8,6 +8,7 @@ do on average, for which it may leave out of phi what only a task's own expert a
 Shapes: B batch of this rank, C H W image, D features, A numbers of an action or actions to choose from.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ class BehaviourCloning(Method):
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        self.head.read(batch, "BehaviourCloning")  # here its numbers are still on the host
+        if isinstance(batch, Mapping) and "action" in batch:  # features are taken of images alone, too
+            self.head.read(batch, "BehaviourCloning")  # here its numbers are still on the host
         return batch
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

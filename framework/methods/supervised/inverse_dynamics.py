@@ -52,7 +52,8 @@ class InverseDynamics(Method):
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
-        self.head.read(batch, "InverseDynamics")  # here its numbers are still on the host
+        if isinstance(batch, Mapping) and "action" in batch:  # features are taken of images alone, too
+            self.head.read(batch, "InverseDynamics")  # here its numbers are still on the host
         return batch
 
     def forward(self, image_BCHW: Tensor, next_BCHW: Tensor) -> Tensor:
