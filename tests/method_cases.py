@@ -30,7 +30,7 @@ from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
-from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
@@ -102,14 +102,17 @@ from lightspan.methods.masked.spark import SparK
 from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
 from lightspan.methods.masked.tera import TERA
 from lightspan.methods.masked.ul2 import UL2
+from lightspan.methods.masked.v_jepa import VJEPA
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.robustness.nmtune import NMTune
 from lightspan.methods.supervised.adsl import ADSL
+from lightspan.methods.supervised.behaviour_cloning import BehaviourCloning
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
+from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
@@ -131,6 +134,7 @@ from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
+from lightspan.nn.heads.action_head import ContinuousActions, DiscreteActions
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
@@ -148,6 +152,7 @@ from lightspan.nn.masking.mask_samplers import CoarseMasks, RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
+from lightspan.nn.masking.tube_blocks import TubeBlocks
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
@@ -370,6 +375,17 @@ def asked_clips(rows: int, seed: int) -> dict[str, Any]:
         "learned": given["mask"] * (torch.arange(6) >= length - 2),
         "clip_at": at,
     }
+
+
+def agent_steps(numbered: bool) -> Callable[[int, int], dict[str, Any]]:
+    """Images before and after an action: one of three, or two numbers in [-1, 1]."""
+
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        later, now = views()(rows, seed + 100), images()(rows, seed)
+        action = now["label"] if numbered else later["views"][0][:, 0, 0, :2].tanh()
+        return now | {"next_image": later["views"][0], "action": action}
+
+    return made
 
 
 def measured_rows(rows: int, seed: int) -> dict[str, Any]:
@@ -935,6 +951,16 @@ CASES: dict[str, Case] = {
     ),
     "masked.models_genesis": Case(lambda **o: ModelsGenesis(UNet(1, width=4, levels=2), **o), views(1)),
     "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
+    "masked.v_jepa": Case(
+        lambda **o: VJEPA(  # whose rows of patches are its frames
+            GridViT((2, 2), 1, 16, 1, 2),
+            MaskDecoder(16, 16, width=8, depth=1, heads=2),
+            [TubeBlocks(2, 0.3, hidden=0.5), TubeBlocks(1, 0.7, hidden=0.75, seed=1)],
+            momentum=0.5,
+            **o,
+        ),
+        views(1),
+    ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(
@@ -959,7 +985,16 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.behaviour_cloning": Case(
+        lambda **o: BehaviourCloning(Pooled(), ContinuousActions(8, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.inverse_dynamics": Case(
+        lambda **o: InverseDynamics(Pooled(), ContinuousActions(16, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
+    "supervised.inverse_dynamics, numbered": Case(
+        lambda **o: InverseDynamics(Pooled(), DiscreteActions(16, 3, [6], dropout=0.0), **o), agent_steps(True)
+    ),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
     "supervised.segmenter": Case(
         lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains

@@ -51,6 +51,7 @@ from lightspan.core.files.places import PathUse
 from lightspan.core.files.tensors import Form, header
 from lightspan.datamodules.multispectral.bands import SENSORS
 from lightspan.datamodules.shards.fetch import expand_braces
+from lightspan.datamodules.worlds.steps import step_members
 
 OF_A_RUN = re.compile(r"runs/([\w.-]+)/export/safetensors/model\.safetensors")
 ONE_PROCESS = [
@@ -413,6 +414,14 @@ def shard(sample: Callable[[int, Asked], dict[str, bytes]]) -> Callable[[Path, A
     return write
 
 
+def agent_step(number: int, each: Asked) -> dict[str, bytes]:
+    """Of a robot whose actions are four numbers, or one of several."""
+    actions, frames = each.settings.get("actions", 7), [pixels(2 * number + at, 84, 84) for at in (0, 1)]
+    action = np.linspace(-1, 1, 4, dtype=np.float32) if actions is None else np.int64(number % actions)
+    members = step_members("", frames, number % 2, "go", action=action, state=np.zeros(39, np.float32))
+    return {name[1:]: content for name, content in members.items()}
+
+
 def by_fields(number: int, each: Asked) -> dict[str, bytes]:
     """Of `Shards`, whose setting `fields` says which members a sample has."""
     endings = each.settings.get("fields", {"image": "png", "label": "cls"}).values()
@@ -549,6 +558,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "image.folder.ImageFolder": folder_of_pictures,
         "video.folder.VideoFolder": folder_of_videos,
         "video.captioned.CaptionedVideos": answered_videos,
+        "worlds.steps.StepShards": shard(agent_step),
         "volume.folder.VolumeFolder": folder_of_volumes,
         "volume.radiance.RadianceFolder": folder_of_radiance,
         "text.domains.DomainFiles": reviews,

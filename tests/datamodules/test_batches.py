@@ -91,6 +91,8 @@ from lightspan.datamodules.video.sets.moving_digits import MovingDigits
 from lightspan.datamodules.video.sets.moving_stamps import MovingStamps
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.phantoms import Phantoms
+from lightspan.datamodules.worlds.played import PlayedSteps
+from lightspan.datamodules.worlds.point_mass import PointMass
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
 
 PREFIX = f"{datamodules.__name__}."
@@ -433,6 +435,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "WalkBatch",
     ),
     "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
+    "PlayedSteps": (
+        lambda folder: PlayedSteps(PointMass(1), PointMass(1, seed=1), actions=None, batch_size=4),
+        "ControlBatch",
+    ),
     "MovingDigits": (lambda folder: MovingDigits(batch_size=4), "ClipBatch"),
     "MovingStamps": (lambda folder: MovingStamps(HashedWords(), batch_size=4), "ClipTextBatch"),
     "CaptionedVideos": (answered_videos, "ClipTextBatch"),

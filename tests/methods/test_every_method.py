@@ -83,6 +83,7 @@ DRAWN = (
     "masked.spt",
     "masked.spt, symbols",
     "masked.tera",
+    "masked.v_jepa",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )
