@@ -16,7 +16,7 @@ from lightspan.datamodules.image.picture_files import Labels, Links, PictureFile
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.points.data import FoundShapes, PointSamples, PointSets
-from lightspan.datamodules.points.ldraw import LIBRARY
+from lightspan.datamodules.points.ldraw import library_roots
 from lightspan.datamodules.points.packed import PackedShapes, PointCache
 from lightspan.datamodules.points.reading import POINTS
 from lightspan.datamodules.points.shapes import Shape
@@ -81,9 +81,8 @@ class PointFolder(PointSets):
     def find(self) -> FoundShapes:
         training = self._found(self.folder)
         sets = [training] if self.val_folder is None else [training, self._found(self.val_folder).like(training)]
-        library = [LIBRARY] if LIBRARY.is_dir() else []
         packs = [
-            self.cache.packed(found.folder, found.names, found.labels, [found.folder, *library], self.num_workers)
+            self.cache.packed(found.folder, found.names, found.labels, library_roots(found.folder), self.num_workers)
             for found in sets
         ]
         damage, sound = [], []

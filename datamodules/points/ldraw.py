@@ -29,6 +29,11 @@ _KEPT = 2**20  # triangles of files that are kept for the next ones
 _UP = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
 
 
+def library_roots(folder: Path) -> list[Path]:
+    """Where the files of a user's folder may find others: there, and in the system's library if there is one."""
+    return [folder, LIBRARY] if LIBRARY.is_dir() else [folder]
+
+
 class Triangles(NamedTuple):
     """corners: float64 [T 3 3]. colours: int64 [T], codes of LDraw; 2^25 + RGB is a colour of its own."""
 
