@@ -29,6 +29,7 @@ from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.text import TextTransformer
@@ -87,6 +88,7 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.point_mae import PointMAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
@@ -121,6 +123,7 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegresso
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
+from lightspan.nn.decoders.point_decoder import PointDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
@@ -559,6 +562,23 @@ def bm_mae(**optimization: Any) -> BMMAE:
     return BMMAE(ModalityViT((2, 2, 2), 3, 12, 2, 2), decoder, **optimization)
 
 
+def clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (5 * torch.arange(1, rows + 1) % 13).tolist()
+    return {
+        "xyz": torch.randn(sum(counts), 3, generator=generator),
+        "offsets": torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int64),
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def point_mae(**optimization: Any) -> PointMAE:
+    backbone = without_norms(PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0))
+    return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -884,6 +904,7 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.point_mae": Case(point_mae, clouds),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

@@ -20,6 +20,8 @@ from lightspan.datamodules.points.ldraw import LDrawFiles
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl")
+MOST_UNPACKED = 2**10
+"""Bytes that a byte of a packed scan may become; scans come to about a tenth of their size."""
 POINTS = Kind("cloud", "PLY, OBJ, STL, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
 
 
@@ -145,6 +147,8 @@ def _scan(path: Path) -> Shape:
     with _damage(), laspy.open(io.BytesIO(content), laz_backend=laspy.LazBackend.Lazrs) as file:
         told = file.header.point_count
         NUMBERS.require(3 * told)
+        if told * file.header.point_format.size > MOST_UNPACKED * len(content):
+            raise ValueError(f"it is damaged: {len(content):,} bytes are too few for {told:,} points")
         if file.header.are_points_compressed:
             if not laspy.LazBackend.Lazrs.is_available():
                 raise without("lazrs, which unpacks LAZ,")
