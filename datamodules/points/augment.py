@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightspan.core.noise import hashed_noise, mixed_seed
+from lightspan.core.ragged import ragged_maxima, ragged_means, row_owners
 from lightspan.core.ranges import require_in
-from lightspan.nn.points.clouds import cloud_maxima, cloud_means, cloud_of
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def cropped(xyz_N3: Tensor, offsets: Tensor, side_B3: Tensor, keep_B: Tensor) ->
     """Which points stay, bool [N]: of a cloud of n the n `keep`, rounded up, that are farthest along a direction; at
     least one. Of equally far ones the first stay.
     """
-    cloud_N = cloud_of(offsets, len(xyz_N3))
+    cloud_N = row_owners(offsets, len(xyz_N3))
     along_N = (xyz_N3 * side_B3[cloud_N]).sum(dim=1)
     order_N = along_N.sort(descending=True, stable=True).indices
     order_N = order_N[cloud_N[order_N].sort(stable=True).indices]
@@ -70,16 +70,16 @@ def turned(xyz_N3: Tensor, offsets: Tensor, degrees_B3: Tensor) -> Tensor:
         turn_B33[:, first, first] = turn_B33[:, second, second] = cos_B3[:, axis].to(xyz_N3.dtype)
         turn_B33[:, first, second], turn_B33[:, second, first] = -sin_B3[:, axis], sin_B3[:, axis]
         whole_B33 = turn_B33 @ whole_B33
-    return (whole_B33[cloud_of(offsets, len(xyz_N3))] @ xyz_N3[..., None])[..., 0]
+    return (whole_B33[row_owners(offsets, len(xyz_N3))] @ xyz_N3[..., None])[..., 0]
 
 
 def scaled(xyz_N3: Tensor, offsets: Tensor, factor_B3: Tensor) -> Tensor:
     """Times a factor for each axis: [N 3]."""
-    return xyz_N3 * factor_B3[cloud_of(offsets, len(xyz_N3))]
+    return xyz_N3 * factor_B3[row_owners(offsets, len(xyz_N3))]
 
 
 def shifted(xyz_N3: Tensor, offsets: Tensor, shift_B3: Tensor) -> Tensor:
-    return xyz_N3 + shift_B3[cloud_of(offsets, len(xyz_N3))]
+    return xyz_N3 + shift_B3[row_owners(offsets, len(xyz_N3))]
 
 
 def jittered(xyz_N3: Tensor, offsets: Tensor, seed_B: Tensor, deviation: float, most: float) -> Tensor:
@@ -89,7 +89,7 @@ def jittered(xyz_N3: Tensor, offsets: Tensor, seed_B: Tensor, deviation: float, 
         seed_B: int64.
         deviation: of the noise, in the unit of the coordinates. most: beyond which it is cut off.
     """
-    cloud_N = cloud_of(offsets, len(xyz_N3))
+    cloud_N = row_owners(offsets, len(xyz_N3))
     place_N = torch.arange(len(xyz_N3), device=xyz_N3.device) - offsets[cloud_N]
     noise_N3 = hashed_noise(mixed_seed(seed_B, 0)[cloud_N] + place_N, 0, (3,))
     return xyz_N3 + (deviation * noise_N3).clamp(-most, most).to(xyz_N3.dtype)
@@ -97,12 +97,12 @@ def jittered(xyz_N3: Tensor, offsets: Tensor, seed_B: Tensor, deviation: float, 
 
 def unit_sphere(xyz_N3: Tensor, offsets: Tensor) -> Tensor:
     """Each cloud about its mean, the farthest point at a distance of 1: [N 3]; equal points are all 0."""
-    cloud_N = cloud_of(offsets, len(xyz_N3))
-    centred_N3 = xyz_N3 - cloud_means(xyz_N3, offsets)[cloud_N]
+    cloud_N = row_owners(offsets, len(xyz_N3))
+    centred_N3 = xyz_N3 - ragged_means(xyz_N3, offsets)[cloud_N]
     # By the largest coordinate first: squares of very large or small ones leave the range of numbers.
-    size_B1 = cloud_maxima(centred_N3.abs().amax(dim=1, keepdim=True), offsets)
+    size_B1 = ragged_maxima(centred_N3.abs().amax(dim=1, keepdim=True), offsets)
     centred_N3 = centred_N3 / size_B1.clamp_min(torch.finfo(xyz_N3.dtype).tiny)[cloud_N]
-    radius_B1 = cloud_maxima(centred_N3.norm(dim=1, keepdim=True), offsets)
+    radius_B1 = ragged_maxima(centred_N3.norm(dim=1, keepdim=True), offsets)
     return centred_N3 / radius_B1.clamp_min(1)[cloud_N]
 
 
@@ -169,7 +169,7 @@ class ChangedPoints:
         packed = {name: batch[name].float() for name in ("xyz", "colour", "normal") if name in batch}
         if self.augmentation.keep < 1:
             kept_N = cropped(packed["xyz"], offsets, side_B3, columns.keep)
-            counts_B = torch.zeros_like(offsets[1:]).index_add(0, cloud_of(offsets, len(kept_N)), kept_N.long())
+            counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
             offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
             packed = {name: rows[kept_N] for name, rows in packed.items()}
         if any(self.augmentation.degrees):

@@ -27,7 +27,7 @@ from lightspan.datamodules.points.shapes import Shape
 PointField = Literal["colour", "normal"]
 
 
-class Archive(Protocol):
+class ShapeArchive(Protocol):
     """Shapes by number."""
 
     @property
@@ -57,7 +57,7 @@ class FoundShapes(NamedTuple):
     the classes, none without labels; and what identifies the training shapes, with which alone a run resumes.
     """
 
-    archive: Archive
+    archive: ShapeArchive
     train: np.ndarray
     val: np.ndarray
     classes: Sequence[str]
@@ -77,7 +77,7 @@ class PointSamples:
         augment: what is drawn for each cloud, and made on the device.
     """
 
-    archive: Archive
+    archive: ShapeArchive
     numbers: np.ndarray
     points: int
     fields: tuple[PointField, ...] = ()
@@ -182,7 +182,7 @@ class PointSets(SampleSets):
             f"{self.points:,} points, " + (f"{len(self.classes):,} classes" if self.classes else "without labels")
         )
 
-    def training(self, archive: Archive, numbers: np.ndarray) -> PointSamples:
+    def training(self, archive: ShapeArchive, numbers: np.ndarray) -> PointSamples:
         """Training samples of these shapes."""
         return PointSamples(archive, numbers, self.points, self.fields, self.normalise, True, self.augment)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
-from lightspan.nn.points.clouds import padded
+from lightspan.core.ragged import padded
 
 MOST_DISTANCES = 2**24
 """Distances between centres and points that are held at once: 64 MB."""
@@ -93,7 +93,7 @@ def grouped(xyz_N3: Tensor, offsets: Tensor, groups: int, size: int) -> Groups:
     them; with gradients to the points.
 
     Args:
-        offsets: int64 [B+1], see `lightspan.nn.points.clouds`.
+        offsets: int64 [B+1], see `lightspan.core.ragged`.
     Raises: UserError for less than one group or point.
     """
     if groups < 1 or size < 1:

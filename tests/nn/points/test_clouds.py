@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lightspan.core.errors import UserError
+from lightspan.core.ragged import padded, ragged_maxima, ragged_means, row_owners
 from lightspan.nn.points import groups as groups_module
-from lightspan.nn.points.clouds import cloud_maxima, cloud_means, cloud_of, padded, points_of
+from lightspan.nn.points.clouds import points_of
 from lightspan.nn.points.groups import farthest_points, grouped, nearest_points
 
 COUNTS = 5, 0, 1, 7, 0
@@ -32,21 +33,21 @@ def test_means_and_maxima_are_those_of_each_cloud_and_zero_of_an_empty_one(dtype
     xyz, offsets = packed(dtype=dtype)
     xyz = xyz - 5  # maxima below 0, which are no default
     for found, each in (
-        (cloud_means(xyz, offsets), lambda x: x.mean(0)),
-        (cloud_maxima(xyz, offsets), lambda x: x.amax(0)),
+        (ragged_means(xyz, offsets), lambda x: x.mean(0)),
+        (ragged_maxima(xyz, offsets), lambda x: x.amax(0)),
     ):
         rows = [each(cloud) if len(cloud) else torch.zeros(3, dtype=dtype) for cloud in clouds(xyz, offsets)]
         torch.testing.assert_close(found, torch.stack(rows))
-    assert cloud_of(offsets, len(xyz)).tolist() == [0] * 5 + [2] + [3] * 7
+    assert row_owners(offsets, len(xyz)).tolist() == [0] * 5 + [2] + [3] * 7
     nothing = torch.zeros(0, 3), torch.zeros(1, dtype=torch.int64)
-    assert cloud_means(*nothing).shape == cloud_maxima(*nothing).shape == (0, 3)
+    assert ragged_means(*nothing).shape == ragged_maxima(*nothing).shape == (0, 3)
 
 
 def test_gradients_of_means_maxima_and_groups_are_right() -> None:
     xyz, offsets = packed()
     xyz.requires_grad_()
-    assert gradcheck(lambda x: cloud_means(x, offsets), xyz)
-    assert gradcheck(lambda x: cloud_maxima(x, offsets), xyz)
+    assert gradcheck(lambda x: ragged_means(x, offsets), xyz)
+    assert gradcheck(lambda x: ragged_maxima(x, offsets), xyz)
     assert gradcheck(lambda x: grouped(x, offsets, 2, 3)[:2], xyz)
 
 
