@@ -44,7 +44,9 @@ class Shape(NamedTuple):
         return Shape(*(None if column is None else column[chosen] for column in self))  # type: ignore[arg-type]
 
     def _on_surface(self, count: int, generator: np.random.Generator) -> "Shape":
-        across = np.cross(self.xyz[:, 1] - self.xyz[:, 0], self.xyz[:, 2] - self.xyz[:, 0])
+        unit = max(float(np.abs(self.xyz).max()), np.finfo(np.float32).tiny)  # squares stay in the range of numbers
+        first, second = ((self.xyz[:, corner] - self.xyz[:, 0]) / unit for corner in (1, 2))
+        across = np.cross(first, second)
         ends = np.cumsum(np.linalg.norm(across, axis=1), dtype=np.float64)
         if not ends[-1] > 0:
             ends = np.arange(1.0, len(ends) + 1)

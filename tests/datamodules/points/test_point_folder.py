@@ -15,7 +15,7 @@ from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.points.data import PointSets
 from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.ldraw import Title
-from lightspan.datamodules.points.sets.ldraw import LDrawParts, Part, in_test
+from lightspan.datamodules.points.sets.ldraw import BrickPart, LDrawParts, in_test
 
 
 def opened(folder: Path, **settings: Any) -> PointFolder:
@@ -207,7 +207,7 @@ def test_parts_of_a_library_come_with_category_and_title(tmp_path: Path) -> None
 
 def test_versions_of_a_part_are_on_one_side() -> None:
     sides = [
-        {in_test(Part(f"{number}{letter}.dat", Title("", "", ()))) for letter in ("", "a", "bc")}
+        {in_test(BrickPart(f"{number}{letter}.dat", Title("", "", ()))) for letter in ("", "a", "bc")}
         for number in range(200)
     ]
     assert all(len(side) == 1 for side in sides)

@@ -171,6 +171,14 @@ def test_a_surface_gives_points_by_area_with_its_colours_and_normals() -> None:
     assert (drawn.normal == [0, 0, 1]).all()
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e12])
+def test_very_small_and_very_large_surfaces_are_drawn_by_area_too(unit: float) -> None:
+    corners = unit * np.array([[[0, 0, 0], [0.6, 0, 0], [0, 0.6, 0]], [[0, 0, 1], [0.2, 0, 1], [0, 0.2, 1]]])
+    drawn = Shape(corners.astype(np.float32)).drawn(4000, np.random.default_rng(0))
+    assert abs((drawn.xyz[:, 2] == 0).mean() - 0.9) < 0.02
+    assert np.isfinite(drawn.xyz).all()
+
+
 def test_degenerate_surfaces_and_clouds_give_points_too() -> None:
     generator = np.random.default_rng(0)
     flat = Shape(np.array([[[1.0, 2, 3]] * 3, [[4, 5, 6]] * 3], np.float32)).drawn(50, generator)  # no area
