@@ -575,7 +575,9 @@ def clouds(rows: int, seed: int) -> dict[str, Any]:
 
 
 def point_mae(**optimization: Any) -> PointMAE:
-    backbone = without_norms(PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0))
+    backbone = without_norms(
+        PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0, point_widths=(4, 4, 8))
+    )
     return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
 
 

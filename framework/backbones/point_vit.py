@@ -25,12 +25,18 @@ class MiniPointNet(nn.Module):
     """Groups of points, whatever their order [S K 3] -> [S D]: two perceptrons for each point, of which the second also
     gets the maximum of the first over the group, and a maximum over the group after each. Norms take statistics of all
     points of a batch.
+
+    Args:
+        widths: of the first's hidden layer and output, and of the second's hidden layer.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, widths: tuple[int, int, int] = (128, 256, 512)) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Linear(3, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 256))
-        self.second = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, width))
+        hidden, each, joined = widths
+        self.first = nn.Sequential(nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, each))
+        self.second = nn.Sequential(
+            nn.Linear(2 * each, joined), nn.BatchNorm1d(joined), nn.ReLU(), nn.Linear(joined, width)
+        )
 
     def forward(self, near_SK3: Tensor) -> Tensor:
         groups, size, _ = near_SK3.shape
@@ -53,6 +59,7 @@ class PointViT(nn.Module):
         width, depth, heads: D of the blocks, a multiple of heads.
         mlp_ratio: hidden width of the blocks' MLPs over `width`.
         drop_path: share of dropped branches in the last block, rising evenly from 0 in the first.
+        point_widths: of the layers that embed single points, see `MiniPointNet`.
     Raises: UserError for sizes that do not fit.
     """
 
@@ -65,9 +72,10 @@ class PointViT(nn.Module):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.1,
+        point_widths: tuple[int, int, int] = (128, 256, 512),
     ) -> None:
         super().__init__()
-        require_in("[1, inf)", groups=groups)
+        require_in("[1, inf)", groups=groups, point_widths=point_widths)
         require_in("[2, inf)", size=size)
         require_in("(0, inf)", mlp_ratio=mlp_ratio)
         if min(width, depth, heads) < 1 or width % heads:
@@ -75,7 +83,7 @@ class PointViT(nn.Module):
                 f"PointViT: width={width} must be a multiple of heads={heads}, and all and depth={depth} above 0"
             )
         self.groups, self.size, self.width, self.num_features = groups, size, width, 2 * width
-        self.embed, self.place = MiniPointNet(width), CentrePositions(width)
+        self.embed, self.place = MiniPointNet(width, tuple(point_widths)), CentrePositions(width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         for block, drop in zip(self.blocks, drop_paths(drop_path, depth, "PointViT"), strict=True):
             block.drop_path1 = block.drop_path2 = drop

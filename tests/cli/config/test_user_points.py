@@ -72,4 +72,4 @@ def test_a_run_on_a_folder_draws_its_first_batch_and_ends_with_a_report(
     small = ["data.init_args.points=64", "model.init_args.backbone.init_args.groups=8", "data.init_args.num_workers=0"]
     assert main(["fit", *given, *small, "--run", str(run)]) == 0
     assert (run / "pictures" / "first-batch.png").is_file()
-    assert (run / "report.html").is_file()
+    assert (run / "report" / "report.html").is_file()

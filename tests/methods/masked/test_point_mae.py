@@ -22,7 +22,7 @@ COUNTS = 30, 50, 9
 
 def method(**settings: Any) -> PointMAE:
     torch.manual_seed(0)
-    backbone = PointViT(groups=10, size=6, width=12, depth=2, heads=2, drop_path=0.0)
+    backbone = PointViT(groups=10, size=6, width=12, depth=2, heads=2, drop_path=0.0, point_widths=(8, 8, 16))
     decoder = PointDecoder(12, depth=1, heads=2, drop_path=0.0)
     return PointMAE(backbone, decoder, **{"optimizer": partial(torch.optim.AdamW, lr=3e-3)} | settings)
 
@@ -139,6 +139,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         (lambda: PointViT(width=10, heads=4), "heads=4"),
         (lambda: PointViT(size=1), "size=1"),
         (lambda: PointViT(groups=0), "groups=0"),
+        (lambda: PointViT(point_widths=(8, 0, 8)), "point_widths"),
         (lambda: PointViT(drop_path=1.0), "drop_path"),
         (lambda: PointDecoder(10, heads=4), "heads=4"),
         (lambda: loss_of(PointMAE(backbone, PointDecoder(12, depth=1, heads=2), RandomMasks(0.0)), batch()), "masks"),
