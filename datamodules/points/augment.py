@@ -91,7 +91,7 @@ def jittered(xyz_N3: Tensor, offsets: Tensor, seed_B: Tensor, deviation: float, 
     """
     cloud_N = row_owners(offsets, len(xyz_N3))
     place_N = torch.arange(len(xyz_N3), device=xyz_N3.device) - offsets[cloud_N]
-    noise_N3 = hashed_noise(mixed_seed(seed_B, 0)[cloud_N] + place_N, 0, (3,))
+    noise_N3 = hashed_noise(mixed_seed(seed_B, 1)[cloud_N] + place_N, 0, (3,))
     return xyz_N3 + (deviation * noise_N3).clamp(-most, most).to(xyz_N3.dtype)
 
 

@@ -88,16 +88,20 @@ def _mesh(path: Path, kind: str) -> Shape:
 
 
 def _told(content: bytes) -> tuple[int, int]:
-    """The points and faces that a PLY file's header tells of. Raises: ValueError for no header; TooMuchError beyond
-    the limits.
+    """The points and faces that a PLY file's header tells of.
+
+    Raises: ValueError for no header, and for fewer lines of text than it tells of, for which readers make up for
+        themselves; TooMuchError beyond the limits.
     """
     header, end, _ = content[: 2**16].partition(b"end_header")
     if not (header.startswith(b"ply") and end):
         raise ValueError("it is no PLY file" if content else "it is empty")
-    counts = {name: int(count) for name, count in re.findall(rb"element\s+(vertex|face)\s+(\d{1,18})\s", header)}
+    counts = {name: int(count) for name, count in re.findall(rb"element\s+(\w+)\s+(\d{1,18})\s", header)}
     vertices, faces = (counts.get(name, 0) for name in (b"vertex", b"face"))
     NUMBERS.require(3 * vertices)
     TRIANGLES.require(faces)
+    if re.search(rb"format\s+ascii", header) and len(content[len(header) :].split(b"\n")) - 1 < sum(counts.values()):
+        raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
     return vertices, faces
 
 

@@ -54,14 +54,22 @@ class Shape(NamedTuple):
         at = np.minimum(
             np.searchsorted(ends, generator.random(count) * ends[-1], "right"), np.searchsorted(ends, ends[-1])
         )
-        u, v = np.sort(generator.random((2, count)), axis=0)
-        weights_P31 = np.stack([u, v - u, 1 - v], axis=1)[..., None].astype(np.float32)
+        low_P, high_P = np.sort(generator.random((2, count)), axis=0).astype(np.float32)
         xyz, colour = (
-            None if corners is None else (corners[at] * weights_P31).sum(axis=1) for corners in (self.xyz, self.colour)
+            None if corners is None else _within(corners[at], high_P - low_P, 1 - high_P)
+            for corners in (self.xyz, self.colour)
         )
         long_P1 = np.linalg.norm(across[at], axis=1, keepdims=True)
         normal = np.divide(across[at], long_P1, out=np.zeros_like(across[at]), where=long_P1 > 0)
         return Shape(xyz, None if colour is None else np.rint(colour).astype(np.uint8), normal)  # type: ignore[arg-type]
+
+
+def _within(corners_P33: np.ndarray, second_P: np.ndarray, third_P: np.ndarray) -> np.ndarray:
+    """[P 3], from the first corner shares of the ways to the others, so that what all have alike stays exactly so."""
+    corners_P33 = corners_P33.astype(np.float32)
+    first_P3 = corners_P33[:, 0]
+    ways = (share_P[:, None] * (corners_P33[:, corner] - first_P3) for corner, share_P in ((1, second_P), (2, third_P)))
+    return first_P3 + sum(ways)
 
 
 def shape_of(xyz: np.ndarray, colour: np.ndarray | None = None, normal: np.ndarray | None = None) -> Shape:
@@ -76,7 +84,7 @@ def shape_of(xyz: np.ndarray, colour: np.ndarray | None = None, normal: np.ndarr
     (TRIANGLES if xyz.ndim == 3 else NUMBERS).require(len(xyz) if xyz.ndim == 3 else xyz.size)
     xyz = np.asarray(xyz, np.float64)
     with np.errstate(invalid="ignore"):
-        sound = (np.abs(xyz) <= FARTHEST).reshape(len(xyz), -1).all(axis=1)  # False of NaN
+        sound = (np.abs(xyz) <= FARTHEST).all(axis=tuple(range(1, xyz.ndim)))  # False of NaN
     if not sound.any():
         raise ValueError(
             f"it has no point with coordinates between -{FARTHEST:g} and {FARTHEST:g}"

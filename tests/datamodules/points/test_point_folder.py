@@ -82,9 +82,10 @@ def test_what_is_drawn_follows_from_seed_epoch_and_sample_alone(tmp_path: Path) 
     assert all(not torch.equal(clouds[0], other) for other in clouds[1:])
     evaluation = opened(folder, augment=augment, seed=5)
     assert torch.equal(evaluation.bank.sample(1, 3)["xyz"], opened(folder).bank.sample(1, 9)["xyz"])
-    brick(folder / "b0.dat", sides=(5, 5, 5))
+    for number in range(7):
+        brick(folder / f"b{number}.dat", sides=(5, 5, 5))
     other = opened(folder, augment=augment).train_dataloader()
-    with pytest.raises(UserError, match="content"):
+    with pytest.raises(UserError, match="the data"):
         other.load_state_dict(state)
 
 

@@ -36,7 +36,8 @@ def test_triangles_come_with_the_colours_and_places_of_the_files_that_name_them(
     assert (found.xyz[2] + [6, 0, -1]).tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, -1]]
 
 
-def test_ldraw_files_that_are_damaged_or_never_end_are_refused(tmp_path: Path) -> None:
+def test_ldraw_files_that_are_damaged_or_never_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTSPAN_MAX_TRIANGLES", "1000")
     line = "1 16 0 0 0 1 0 0 0 1 0 0 0 1 "
     for number in range(70):
         (tmp_path / f"deep{number}.dat").write_text(f"{line}deep{number + 1}.dat\n")
