@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from rich.progress import track
 
-from lightspan.core.errors import one_line
+from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.foreign import NUMBERS, TRIANGLES
 from lightspan.core.files.places import CachePath, PathUse
 from lightspan.datamodules.loading.loader import EvaluationLoader
@@ -51,6 +51,8 @@ class _Read:
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         try:
             shape = kept(read_shape(self.folder / self.names[index], self.bricks))
+        except UserError:  # of this machine, not of the file
+            raise
         except (ValueError, OSError, MemoryError) as error:
             reason = error.strerror if isinstance(error, OSError) else None
             return {"known": json.dumps({"damage": reason or str(error) or type(error).__name__})}

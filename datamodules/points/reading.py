@@ -100,9 +100,8 @@ def _told(content: bytes) -> tuple[int, int]:
     vertices, faces = (counts.get(name, 0) for name in (b"vertex", b"face"))
     NUMBERS.require(3 * vertices)
     TRIANGLES.require(faces)
-    if re.search(rb"format\s+ascii", header) and len(content[len(header) :].rstrip().split(b"\n")) - 1 < sum(
-        counts.values()
-    ):
+    lines = content[len(header) :].rstrip().count(b"\n") if re.search(rb"format\s+ascii", header) else None
+    if lines is not None and lines < sum(counts.values()):
         raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
     return vertices, faces
 
