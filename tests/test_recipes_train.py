@@ -91,7 +91,7 @@ def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> 
 
 PAPER = (
     r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|stable-diffusion|cion_al|cifar100_pictures|eurosat|"
-    r"xtail/|mrpc/|chat\.jsonl|kinetics400/|ct_scans|brats2021"
+    r"xtail/|mrpc/|chat\.jsonl|kinetics400/|ct_scans|brats2021|ShapeNetCore"
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
