@@ -31,6 +31,7 @@ from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
@@ -94,6 +95,7 @@ from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.models_genesis import ModelsGenesis
 from lightspan.methods.masked.nerf_mae import NeRFMAE
+from lightspan.methods.masked.point_mae import PointMAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
@@ -131,6 +133,7 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegresso
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
+from lightspan.nn.decoders.point_decoder import PointDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
@@ -643,11 +646,30 @@ def radiance(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (5 * torch.arange(1, rows + 1) % 13).tolist()
+    return {
+        "xyz": torch.randn(sum(counts), 3, generator=generator),
+        "offsets": torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int64),
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
 def nerf_mae(**optimization: Any) -> NeRFMAE:
     backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
     return NeRFMAE(
         backbone, UNETRDecoder([12, 24], 4, (2, 2, 2)), CoarseMasks((1, 2, 2), RandomMasks(0.5)), **optimization
     )
+
+
+def point_mae(**optimization: Any) -> PointMAE:
+    backbone = without_norms(
+        PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0, point_widths=(4, 4, 8))
+    )
+    return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
 
 
 def prithvi(**optimization: Any) -> Prithvi:
@@ -1003,6 +1025,7 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.point_mae": Case(point_mae, clouds),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

@@ -504,6 +504,15 @@ def folder_of_radiance(place: Path, each: Asked) -> None:
         np.savez(place / f"scene{number}.npz", rgbsigma=grid, resolution=np.array(grid.shape[:3]))
 
 
+def folder_of_points(place: Path, each: Asked) -> None:
+    from point_files import CUBE, ply
+
+    for number in range(SAMPLES):
+        for name in ("a", "b"):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            (place / name / f"{number}.ply").write_bytes(ply(CUBE * [1 + number, 1, 1]))
+
+
 def reviews(place: Path, each: Asked) -> None:
     place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
 
@@ -561,6 +570,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "worlds.steps.StepShards": shard(agent_step),
         "volume.folder.VolumeFolder": folder_of_volumes,
         "volume.radiance.RadianceFolder": folder_of_radiance,
+        "points.folder.PointFolder": folder_of_points,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

@@ -16,6 +16,7 @@ import torch
 from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
+from point_files import bricks
 from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
 
 from lightspan import datamodules
@@ -49,6 +50,9 @@ from lightspan.datamodules.multispectral.resampling import SpectralCrops
 from lightspan.datamodules.multispectral.scene import SceneBlocks
 from lightspan.datamodules.multispectral.seasons import SeasonShards
 from lightspan.datamodules.multispectral.shards import MultispectralShards
+from lightspan.datamodules.points.augment import PointAugmentation
+from lightspan.datamodules.points.folder import PointFolder
+from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -104,7 +108,7 @@ BATCHES = {
     for name, kind in vars(module).items()
     if is_typeddict(kind) and kind.__module__ == module.__name__
 }
-WITHOUT_READERS = {"PointsBatch", "GraphBatch"}
+WITHOUT_READERS = {"GraphBatch"}
 """Types of data that are yet to come; `tests/test_new_modalities.py` has some of them."""
 ON_DEVICE = "DrawnViewsBatch"  # becomes another one there
 
@@ -173,6 +177,17 @@ def volumes(folder: Path, **options: Any) -> VolumeFolder:
     importlib.import_module("volume_files").write_volumes(folder / "in", 5)
     settings: dict[str, Any] = {"modalities": {"mr": "{subject}"}, "cache_dir": str(folder / "cache"), "batch_size": 4}
     return VolumeFolder(str(folder / "in"), **settings | options)
+
+
+def points(folder: Path, **options: Any) -> PointFolder:
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
+    return PointFolder(str(bricks(folder / "in", 6)), **settings | options)
+
+
+def parts(folder: Path) -> LDrawParts:
+    bricks(folder / "ldraw" / "parts", 20)
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
+    return LDrawParts(str(folder / "ldraw"), ("Box",), **settings)
 
 
 def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
@@ -448,6 +463,12 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: videos(folder, views=RandomViews(count=1), views_on="device"),
         "DrawnClipsBatch",
     ),
+    "PointFolder": (points, "PointsBatch"),
+    "PointFolder, changed": (
+        lambda folder: points(folder, fields=("colour", "normal"), augment=PointAugmentation(keep=0.5, shift=0.1)),
+        "PointsBatch",
+    ),
+    "LDrawParts": (parts, "PointsBatch"),
     "VolumeFolder": (volumes, "VolumeBatch"),
     "Phantoms": (lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4), "VolumeBatch"),
     "Phantoms, two crops": (

@@ -139,6 +139,8 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         exempt = {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
         if "/spark" in name:  # which names its mask tokens as exempt
             exempt |= {f"decoder.mask_tokens.{level}" for level in range(4)}
+        if "/point_mae" in name:  # which names all tokens as exempt
+            exempt |= {"decoder.mask_token"}
         assert spared == exempt
 
 
@@ -159,6 +161,7 @@ RISING = [0, 0.1 / 3, 0.2 / 3, 0.1]
 DROPPED: dict[str, dict[str, list[float]]] = {
     "masked/cae_imagenet": {"regressor": RISING, "decoder": RISING},
     "distillation/unip_infmix": {"backbone": [0.1] * 12},
+    "masked/point_mae_shapenet": {"backbone": [0.1 * block / 11 for block in range(12)], "decoder": RISING},
 }
 """Stochastic depth of the blocks of parts, where timm's own rule for an encoder does not say it."""
 
