@@ -18,8 +18,9 @@ from lightspan.core.batches import batch_type_of
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import CachePath, ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
-from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.augment.views import Views, numbers_of_views
 from lightspan.datamodules.image.packed import fitted
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
@@ -160,6 +161,7 @@ class Shards(LightningDataModule):
         self.bank_size = bank_size
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
+        require_numbers(numbers_of_views(views, image_size or 1), image_size=image_size)
         if window < 1:
             raise UserError(f"window={window} shards is too few; it must be at least 1")
         if cache_gib <= 0 or max_member_mib < 1:

@@ -6,6 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.core.tokenizing import cut
 
 AT_ONCE = 2**20
@@ -13,9 +14,10 @@ AT_ONCE = 2**20
 
 
 def require_length(length: int) -> None:
-    """Raises: UserError for fewer than three tokens."""
+    """Raises: UserError for fewer than three tokens, and for more than a sample may have."""
     if length < 3:
         raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
+    require_numbers(length, length=length)
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

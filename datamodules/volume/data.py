@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sample, require_split
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 
@@ -88,7 +89,7 @@ def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill
     inside: list[Any] = [...]
     there: list[Any] = [...]
     for first, side, length in zip(corner, size, values.shape[-3:], strict=True):
-        start, stop = max(first, 0), max(min(first + side, length), 0)
+        start, stop = (min(max(at, 0), length) for at in (first, first + side))  # equal where the crop lies outside
         inside.append(slice(start, stop))
         there.append(slice(start - first, stop - first))
     crop[tuple(there)] = values[tuple(inside)]
@@ -232,7 +233,7 @@ class VolumeSets(SampleSets):
                 f"crops={crops}; set data.init_args.crops"
             )
         views = (crops or 1) + (0 if bases is None else math.prod(bases))
-        require_sample(views * math.prod(self.size), size=size, crops=crops, bases=bases)
+        require_numbers(views * math.prod(self.size), size=size, crops=crops, bases=bases)
         self.crops, self.augment, self.bases = crops, augment, bases
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
