@@ -131,6 +131,7 @@ class ListOps(SequenceSets):
                 f"at most longest={longest}"
             )
         require_numbers((size + test_size) * longest, size=size, test_size=test_size, longest=longest)
+        require_numbers(CANDIDATES * depth * arguments, depth=depth, arguments=arguments)
         self.size, self.test_size, self.shortest, self.longest = size, test_size, shortest, longest
         self.depth, self.arguments, self.nested, self.drawn_by = depth, arguments, nested, drawn_by
 

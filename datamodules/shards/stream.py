@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from lightspan.core.batches import batch_type_of
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
@@ -166,6 +167,11 @@ class Shards(LightningDataModule):
             raise UserError(f"window={window} shards is too few; it must be at least 1")
         if cache_gib <= 0 or max_member_mib < 1:
             raise UserError(f"cache_gib={cache_gib} must be above 0, and max_member_mib={max_member_mib} at least 1")
+        if max_member_mib * 2**20 > BYTES.most:
+            raise UserError(
+                f"max_member_mib={max_member_mib} is above the limit of {BYTES.most:,} bytes that are read at once; "
+                f"lower it, or raise the limit with {BYTES.setting} in the environment"
+            )
         if min(std) <= 0:
             raise UserError(f"std={list(std)} must be above 0 in every channel")
         mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))

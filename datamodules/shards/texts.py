@@ -68,8 +68,8 @@ class QueryShards(Shards):
         **settings: Any,
     ) -> None:
         super().__init__(shards, val_shards, fields={"pair": "json"}, **settings)
-        require_length(query_length)
-        require_length(document_length)
+        require_length(query_length, "query_length")
+        require_length(document_length, "document_length")
         if negatives < 0:
             raise UserError(f"negatives={negatives} must be at least 0")
         numbers = query_length + (1 + negatives) * document_length

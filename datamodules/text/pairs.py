@@ -154,8 +154,8 @@ class Pairs(SampleSets):
         **settings: Any,
     ) -> None:
         super().__init__(batch_size, **settings)
-        require_length(query_length)
-        require_length(document_length)
+        require_length(query_length, "query_length")
+        require_length(document_length, "document_length")
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
 
     def training_content(self) -> str:
