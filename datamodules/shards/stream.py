@@ -105,7 +105,7 @@ class Shards(LightningDataModule):
         window: shards whose training samples are mixed with one another, >= 1.
         seed: of the order and of the views.
         num_workers: processes that fetch batches.
-        max_member_mib: the largest member that is read, in MiB.
+        max_member_mib: the largest member that is read, in MiB, at most the limit of bytes.
         skip_damaged: True trains without what cannot be read: missing shards and missing ends are left out before the
             order is drawn; any other damaged sample is replaced by one drawn from the seed, the same on any
             number of ranks.

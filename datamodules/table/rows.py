@@ -26,7 +26,7 @@ class RowViews:
     """Independent views of a row: each column is dropped at random, then all get Gaussian noise.
 
     Args:
-        count: views of a row, at least 1.
+        count: views of a row, in [1, 4096].
         drop: probability that a column has its training mean instead of its value, in [0, 1).
         noise: standard deviation of the noise, >= 0, where that of a column is 1.
     """

@@ -37,7 +37,7 @@ class DenoisingTokens:
         eos: ends inputs and targets.
         modes: of each mode.
         first_sentinel: of the first span; those of the others count down from it.
-        sentinels: how many, at least 1.
+        sentinels: how many, in [1, 65536].
     Raises: UserError for a number that is negative or has two meanings.
     """
 

@@ -20,7 +20,7 @@ from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.rendering import WHOLE, Drawn, Rendering, pixel_box
 
 VIEWS = "[1, 4096]"
-"""Of a sample: ten times as many as any method compares."""
+"""How many a sample may have, far more than methods compare."""
 
 
 @contextmanager
@@ -138,7 +138,7 @@ class Repeated(DrawnViews):
 
     Args:
         views: what is repeated as a whole, such as a `RandomViews` with count=1.
-        times: at least 1.
+        times: in [1, 4096], as are the views that come of it.
     """
 
     def __init__(self, views: DrawnViews, times: int = 2) -> None:
@@ -162,7 +162,7 @@ class RandomViews(DrawnViews):
     letters set flip=0. For colour photographs set saturation, hue, grey and blur as well.
 
     Args:
-        count: views of an image, at least 1.
+        count: views of an image, in [1, 4096].
         size: sides of a view in pixels; None keeps the image's own height and width.
         scale: share of the image's area that a crop keeps, least and most, each in (0, 1].
         ratio: width over height of a crop, least and most, > 0; uniform in the logarithm. Without a `size` it is
