@@ -67,8 +67,8 @@ class DrawnSets(SplitSampleSets):
     """Loaders of three sets of drawn samples that share none.
 
     Args:
-        size, val_size, test_size: samples of the sets, at least 1 and at most the limit of numbers. Each set's first samples
-            stay the same when it grows, and the others with them.
+        size, val_size, test_size: samples of the sets, at least 1 and at most the limit of numbers. Each set's first
+            samples stay the same when it grows, and the others with them.
         batch_size: samples of one optimiser step over all ranks.
         draw_seed: of the samples, in [0, 2**63).
         settings: the others of `SampleSets`.
