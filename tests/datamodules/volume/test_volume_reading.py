@@ -8,6 +8,7 @@ import resource
 import struct
 import sys
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,14 @@ def no_rotation(content: bytearray) -> None:
     content[252:268] = np.array([1, 0], "<i2").tobytes() + np.array([9, 9, 9], "<f4").tobytes()
 
 
+def only_quaternion(handedness: float) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        content[252:268] = np.array([1, 0], "<i2").tobytes() + np.array([0, 0, 0], "<f4").tobytes()
+        content[76:80] = np.float32(handedness).tobytes()
+
+    return change
+
+
 def much_more_than_it_says(folder: Path) -> None:
     whole = write_nifti(folder / "x.nii", noise(0)).read_bytes() + bytes(2**21)
     (folder / "x.nii.gz").write_bytes(gzip.compress(whole))
@@ -169,6 +178,7 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (huge_in_a_few_bytes, "y.nii.gz: it has 1,000,000,000,000 numbers"),
     (spoilt(no_orientation), "x.nii: its header does not tell where its axes point"),
     (spoilt(no_rotation), "x.nii: its NIfTI header is damaged: .* positive"),
+    (spoilt(only_quaternion(3)), "x.nii: its NIfTI header is damaged: qfac"),
     (spoilt(lambda content: content.__setitem__(slice(344, 348), b"ni1\0")), "x.nii: its voxels are not in this file"),
     (
         lambda folder: nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2, 3)), np.eye(4)), folder / "x.nii"),
@@ -311,6 +321,22 @@ def test_a_long_line_of_voxels_is_resampled_in_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**27  # of the 2^37 that every pair of an old and a new one takes
     finally:
         tracemalloc.stop()
+
+
+def test_a_handedness_of_zero_is_one_as_the_standard_has_it(tmp_path: Path) -> None:
+    for number, handedness in enumerate((0, 1)):
+        spoilt(only_quaternion(handedness))(tmp_path / str(number))
+    zero, one = (VolumeFile("x.nii").grid(tmp_path / name) for name in "01")
+    assert zero.shape == one.shape
+    np.testing.assert_array_equal(zero.affine, one.affine)
+
+
+def test_numbers_beyond_float32_are_infinite_without_a_warning(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "x.nii", np.full((2, 2, 2), 1e300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values, _ = VolumeFile("x.nii").read(tmp_path)
+    assert np.isinf(values).all()
 
 
 def test_between_two_grids_nothing_is_larger_than_the_larger_of_both() -> None:
