@@ -27,10 +27,14 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.grid_swin import GridSwin
+from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
-from lightspan.backbones.placed_vit import GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
+from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
@@ -41,6 +45,7 @@ from lightspan.merging.models import GaussianModels
 from lightspan.methods.bayesian.ssvi import SSVI
 from lightspan.methods.clustering.deepcluster import DeepCluster
 from lightspan.methods.clustering.depict import DEPICT
+from lightspan.methods.clustering.joint_2d_3d import Joint2D3D
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.methods.compression.pela import PELA
@@ -77,6 +82,7 @@ from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
 from lightspan.methods.image_text.named_classes import NamedClasses
+from lightspan.methods.image_text.pllava import PLLaVA
 from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
@@ -87,6 +93,9 @@ from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
+from lightspan.methods.masked.models_genesis import ModelsGenesis
+from lightspan.methods.masked.nerf_mae import NeRFMAE
+from lightspan.methods.masked.point_mae import PointMAE
 from lightspan.methods.masked.prithvi import Prithvi
 from lightspan.methods.masked.satmaepp import SatMAEpp
 from lightspan.methods.masked.sit import SiT
@@ -95,14 +104,17 @@ from lightspan.methods.masked.spark import SparK
 from lightspan.methods.masked.spt import SPT, LevelGuess, NextValue
 from lightspan.methods.masked.tera import TERA
 from lightspan.methods.masked.ul2 import UL2
+from lightspan.methods.masked.v_jepa import VJEPA
 from lightspan.methods.merging.adamerging import AdaMerging
 from lightspan.methods.merging.atlas import Atlas
 from lightspan.methods.merging.concrete_adamerging import ConcreteAdaMerging
 from lightspan.methods.merging.concrete_arithmetic import ConcreteArithmetic
 from lightspan.methods.robustness.nmtune import NMTune
 from lightspan.methods.supervised.adsl import ADSL
+from lightspan.methods.supervised.behaviour_cloning import BehaviourCloning
 from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
+from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
@@ -121,13 +133,17 @@ from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegresso
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
+from lightspan.nn.decoders.point_decoder import PointDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
+from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
+from lightspan.nn.heads.action_head import ContinuousActions, DiscreteActions
 from lightspan.nn.heads.attention_pool import FeatureMerge, SummaryTransformer
 from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
+from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.nn.heads.reweighting import ReweightingHead
@@ -135,16 +151,18 @@ from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
-from lightspan.nn.masking.mask_samplers import RandomMasks
+from lightspan.nn.masking.mask_samplers import CoarseMasks, RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
+from lightspan.nn.masking.tube_blocks import TubeBlocks
 from lightspan.nn.masking.word_masks import NestedWordMasks
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.objectives.moving_targets import MomentumFeatures
+from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.riemannian import RiemannianSGD
 from lightspan.training.method import Method
 
@@ -161,6 +179,7 @@ AMONG_TOKENS = "each masked token weighs the same: a micro-batch has as many as 
 AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of its own of them"
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
+AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -347,6 +366,31 @@ def spelled_words(rows: int, seed: int) -> dict[str, Any]:
     return {name: given[name] for name in ("characters", "tokens", "mask", "index")}
 
 
+def asked_clips(rows: int, seed: int) -> dict[str, Any]:
+    """Clips of four frames, each at a place of its own in a text whose end is the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    given, at = texts(rows, seed), torch.randint(0, 3, (rows,), generator=generator)
+    length = given["mask"].sum(dim=1, keepdim=True)
+    return {
+        **{name: given[name] for name in ("tokens", "mask", "index")},
+        "clip": torch.randn(rows, 1, 4, 8, 8, generator=generator),
+        "fps": torch.full((rows,), 25.0),
+        "learned": given["mask"] * (torch.arange(6) >= length - 2),
+        "clip_at": at,
+    }
+
+
+def agent_steps(numbered: bool) -> Callable[[int, int], dict[str, Any]]:
+    """Images before and after an action: one of three, or two numbers in [-1, 1]."""
+
+    def made(rows: int, seed: int) -> dict[str, Any]:
+        later, now = views()(rows, seed + 100), images()(rows, seed)
+        action = now["label"] if numbered else later["views"][0][:, 0, 0, :2].tanh()
+        return now | {"next_image": later["views"][0], "action": action}
+
+    return made
+
+
 def measured_rows(rows: int, seed: int) -> dict[str, Any]:
     """Rows of a table with a number each."""
     table = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
@@ -423,6 +467,33 @@ def persons(rows: int, seed: int) -> dict[str, Any]:
 def swav(prototypes: int, **optimization: Any) -> SwAV:
     settings = {"queue": 12, "code_temperature": 0.3}
     return SwAV(Pooled(), nn.Linear(8, 6), prototypes, **settings, **FREE, **optimization)
+
+
+def sliced_volumes(rows: int, seed: int) -> dict[str, Any]:
+    """Two crops of each volume, and views of three of its slices."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "views": [torch.randn(rows, 1, 5, 4, 4, generator=generator) for _ in range(2)],
+        "slices": [torch.randn(rows, 3, 1, side, side, generator=generator) for side in (8, 8, 4)],
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+class Staged(Pooled):
+    """Tells its one map, as networks of slices do."""
+
+    widths = (8,)
+
+    def maps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layer(image).tanh()]
+
+
+def joint_2d_3d(**optimization: Any) -> Joint2D3D:
+    transformer = SliceTransformer(8, depth=1, heads=2, mlp_width=12, dropout=0.0)
+    backbone = SlicedVolumes(SliceEmbedding(Staged(), 8), transformer)
+    intra, inter = (SwappedPrediction(*sizes, code_temperature=0.3, queue=12, **FREE) for sizes in ((6, 7), (8, 4)))
+    return Joint2D3D(backbone, nn.Linear(8, 6), intra, inter, RandomMasks(0.4), **optimization)
 
 
 def cae(codes: int | None, **optimization: Any) -> CAE:
@@ -559,6 +630,48 @@ def bm_mae(**optimization: Any) -> BMMAE:
     return BMMAE(ModalityViT((2, 2, 2), 3, 12, 2, 2), decoder, **optimization)
 
 
+def radiance(rows: int, seed: int) -> dict[str, Any]:
+    """Grids of colour and opacity, of which each row is padded and one in eight empty."""
+    generator = torch.Generator().manual_seed(seed)
+    volume = torch.rand(rows, 4, 4, 8, 8, generator=generator)
+    inside = (torch.arange(8) < 8 - torch.arange(rows)[:, None] % 4)[:, None, None].expand(-1, 4, 8, -1)
+    empty = (torch.arange(rows) % 8 == 7)[:, None, None, None]
+    volume[:, 3] = volume[:, 3].masked_fill(~inside | empty, 0)
+    return {
+        "volume": volume,
+        "spacing": torch.ones(rows, 3),
+        "inside": inside.clone(),
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (5 * torch.arange(1, rows + 1) % 13).tolist()
+    return {
+        "xyz": torch.randn(sum(counts), 3, generator=generator),
+        "offsets": torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int64),
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def nerf_mae(**optimization: Any) -> NeRFMAE:
+    backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
+    return NeRFMAE(
+        backbone, UNETRDecoder([12, 24], 4, (2, 2, 2)), CoarseMasks((1, 2, 2), RandomMasks(0.5)), **optimization
+    )
+
+
+def point_mae(**optimization: Any) -> PointMAE:
+    backbone = without_norms(
+        PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0, point_widths=(4, 4, 8))
+    )
+    return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -612,6 +725,11 @@ def named_classes(**optimization: Any) -> NamedClasses:
 def dptr(**optimization: Any) -> DPTR:
     encoders, noise = DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=8), BankNoise(torch.randn(5, 8, 8))
     return DPTR(encoders, LetterDecoder(5, 4, 8, depth=2, heads=2, dropout=0.0), noise, **optimization)
+
+
+def pllava(**optimization: Any) -> PLLaVA:
+    words = llama(20, 12, 1, 2, 16, 24)
+    return PLLaVA(ImageLanguage(patch_vit(), MLPHead(16, hidden=[8]), words, -1), (2, 2, 1), **optimization)
 
 
 def word_reader(**optimization: Any) -> WordReader:
@@ -689,6 +807,7 @@ CASES: dict[str, Case] = {
         forward_state=("memory_GMD",),
     ),
     "clustering.depict": Case(depict, images()),
+    "clustering.joint_2d_3d": Case(joint_2d_3d, sliced_volumes, halves_differ=AMONG_ROWS),
     "clustering.mlc": Case(mlc, views(), halves_differ=AMONG_ROWS),
     "clustering.swav": Case(partial(swav, 7), views(2, smaller=2), halves_differ=AMONG_ROWS),
     "clustering.swav, wide": Case(partial(swav, 4), views(2, smaller=2), halves_differ=AMONG_ROWS),
@@ -798,6 +917,7 @@ CASES: dict[str, Case] = {
         partial(m3i, PatchMix(1, hidden=0.5)), partly_labelled, halves_differ=AMONG_ROWS
     ),
     "image_text.named_classes": Case(named_classes, images(labels=(1, 3)), halves_differ=AMONG_ROWS),
+    "image_text.pllava": Case(pllava, asked_clips, halves_differ=AMONG_ANSWERS, refuses_no_row=NO_TEXT),
     "image_text.pre": Case(pre, images(labels=(1, 3))),
     "image_text.dptr": Case(dptr, spelled_words, halves_differ=AMONG_LETTERS),
     "language.causal_lm": Case(lambda **o: CausalLM(llama(16, 16, 1, 2, 24, 12), **o), windows, refuses_no_row=NO_TEXT),
@@ -830,6 +950,7 @@ CASES: dict[str, Case] = {
         ),
         views(1),
     ),
+    "masked.nerf_mae": Case(nerf_mae, radiance, halves_differ=AMONG_VOXELS),
     "masked.prithvi": Case(prithvi, bands(3, side=8)),
     "masked.satmaepp": Case(partial(satmaepp, True), bands()),
     "masked.satmaepp, one scale": Case(partial(satmaepp, False), bands()),
@@ -850,7 +971,18 @@ CASES: dict[str, Case] = {
         ),
         series,
     ),
+    "masked.models_genesis": Case(lambda **o: ModelsGenesis(UNet(1, width=4, levels=2), **o), views(1)),
     "masked.tera": Case(tera, sounds, halves_differ=AMONG_CELLS),
+    "masked.v_jepa": Case(
+        lambda **o: VJEPA(  # whose rows of patches are its frames
+            GridViT((2, 2), 1, 16, 1, 2),
+            MaskDecoder(16, 16, width=8, depth=1, heads=2),
+            [TubeBlocks(2, 0.3, hidden=0.5), TubeBlocks(1, 0.7, hidden=0.75, seed=1)],
+            momentum=0.5,
+            **o,
+        ),
+        views(1),
+    ),
     "merging.adamerging": Case(partial(merging, AdaMerging), of_tasks, unsharded=WHOLE),
     "merging.atlas": Case(partial(merging, Atlas), of_tasks, unsharded=WHOLE),
     "merging.concrete_adamerging": Case(
@@ -875,7 +1007,16 @@ CASES: dict[str, Case] = {
         halves_differ=AMONG_ROWS,
         unsharded="which FSDP2 splits",
     ),
+    "supervised.behaviour_cloning": Case(
+        lambda **o: BehaviourCloning(Pooled(), ContinuousActions(8, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
     "supervised.heuristic_mtl": Case(heuristic_mtl, tagged_views, halves_differ=AMONG_ROWS),
+    "supervised.inverse_dynamics": Case(
+        lambda **o: InverseDynamics(Pooled(), ContinuousActions(16, 2, [6], dropout=0.0), **o), agent_steps(False)
+    ),
+    "supervised.inverse_dynamics, numbered": Case(
+        lambda **o: InverseDynamics(Pooled(), DiscreteActions(16, 3, [6], dropout=0.0), **o), agent_steps(True)
+    ),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
     "supervised.segmenter": Case(
         lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains
@@ -884,6 +1025,7 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.point_mae": Case(point_mae, clouds),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

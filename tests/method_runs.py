@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightspan.core.batches import OFFSETS
 from lightspan.nn.teachers.centring import Centre
 from lightspan.training.method import Method
 
@@ -162,12 +163,19 @@ def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[st
 
 
 def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
-    return mapped(given, lambda tensor: tensor[part])
+    if OFFSETS not in given:
+        return mapped(given, lambda tensor: tensor[part])
+    rows = {name: value for name, value in given.items() if name not in ("xyz", OFFSETS)}
+    clouds = given["xyz"].split(given[OFFSETS].diff().tolist())
+    kept = [clouds[place] for place in torch.arange(len(clouds))[part].tolist()]
+    ends = torch.tensor([0, *(len(cloud) for cloud in kept)]).cumsum(0)
+    return {"xyz": torch.cat([given["xyz"][:0], *kept]), OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
 
 
 def in_halves(given: dict[str, Any]) -> list[dict[str, Any]]:
     """As two ranks or two micro-batches get a batch."""
-    half = next(len(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)) // 2
+    packed = len(given[OFFSETS]) - 1 if OFFSETS in given else None
+    half = (packed or next(len(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor))) // 2
     return [rows_of(given, slice(0, half)), rows_of(given, slice(half, 2 * half))]
 
 

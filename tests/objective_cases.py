@@ -16,6 +16,7 @@ from lightspan import objectives
 from lightspan.core.devices import wide
 from lightspan.core.distributed import gather_rows
 from lightspan.objectives import (
+    actions,
     asymmetric,
     barlow,
     classes,
@@ -326,6 +327,12 @@ CASES = {
     ),
     "masked.feature_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.feature_regression((x @ weight)[:, None], x.sin()[:, None])
+    ),
+    "actions.action_figures": Case(
+        lambda x, weight, label_B, mixed_B: actions.action_figures(x @ weight, x.sin())["loss"]
+    ),
+    "masked.feature_absolute_error": Case(
+        lambda x, weight, label_B, mixed_B: masked.feature_absolute_error((x @ weight)[:, None], x.sin()[:, None])
     ),
     "masked.seen_patch_regression": Case(
         lambda x, weight, label_B, mixed_B: masked.seen_patch_regression(

@@ -51,6 +51,7 @@ from lightspan.core.files.places import PathUse
 from lightspan.core.files.tensors import Form, header
 from lightspan.datamodules.multispectral.bands import SENSORS
 from lightspan.datamodules.shards.fetch import expand_braces
+from lightspan.datamodules.worlds.steps import step_members
 
 OF_A_RUN = re.compile(r"runs/([\w.-]+)/export/safetensors/model\.safetensors")
 ONE_PROCESS = [
@@ -341,6 +342,13 @@ SMALL = {
 """Of a folder that alone says how large its network is; the recipe names none of its sizes."""
 LLAMA = folder("LlamaForCausalLM", words(2048, **{"<pad>": 0, "</s>": 1}), **SMALL)
 
+LLAVA = folder(
+    *("LlavaNextForConditionalGeneration", words(32064, **{"<pad>": 0, "</s>": 2})),
+    vision_config={"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    | {"image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"},
+    text_config=SMALL | {"vocab_size": 32064, "max_position_embeddings": 4096, "model_type": "llama"},
+)
+
 PUBLISHED: dict[str, Write] = {
     "dinov2_vits14.safetensors": of_module(
         lambda: timm.create_model("vit_small_patch14_dinov2", num_classes=0), mask_token=(1, 384)
@@ -369,6 +377,7 @@ PUBLISHED: dict[str, Write] = {
     "runs/deit_b.safetensors": deit,
     "dit_xl_2_256.safetensors": dit,
     "runs/llama": LLAMA,
+    "runs/llava": LLAVA,
     "model": LLAMA,
     "runs/roberta_*": folder("RobertaForMaskedLM", words(2048, **{"<pad>": 1, "</s>": 2}), **SMALL),
     "runs/clip/vit_b16": folder("CLIPModel", CLIP_TOKENS, vision_config={"patch_size": 16}),
@@ -403,6 +412,14 @@ def shard(sample: Callable[[int, Asked], dict[str, bytes]]) -> Callable[[Path, A
                 add_members(archive, f"{number:04}", sample(number, each))
 
     return write
+
+
+def agent_step(number: int, each: Asked) -> dict[str, bytes]:
+    """Of a robot whose actions are four numbers, or one of several."""
+    actions, frames = each.settings.get("actions", 7), [pixels(2 * number + at, 84, 84) for at in (0, 1)]
+    action = np.linspace(-1, 1, 4, dtype=np.float32) if actions is None else np.int64(number % actions)
+    members = step_members("", frames, number % 2, "go", action=action, state=np.zeros(39, np.float32))
+    return {name[1:]: content for name, content in members.items()}
 
 
 def by_fields(number: int, each: Asked) -> dict[str, bytes]:
@@ -460,12 +477,40 @@ def folder_of_videos(place: Path, each: Asked) -> None:
         write_video(place / "a" / f"{number}.mkv", numbered(2 * each.settings["frames"], 32, number), rate=rate)
 
 
+def answered_videos(place: Path, each: Asked) -> None:
+    """Either the folder of the videos, or lines that ask about them."""
+    if each.setting != "folder":
+        rows = [
+            {"video": f"a/{n}.mkv", "question": "word1 <video> word2 ", "answer": f"word{n}"} for n in range(SAMPLES)
+        ]
+        place.write_text("\n".join(map(json.dumps, rows)))
+        return
+    for number in range(SAMPLES):
+        write_video(place / "a" / f"{number}.mkv", numbered(20, 32, number))
+
+
 def folder_of_volumes(place: Path, each: Asked) -> None:
     from volume_files import noise, write_nifti  # which need packages
 
     for number in range(SAMPLES):
         for pattern in (each.settings.get("modalities") or {"volume": "{subject}"}).values():
             write_nifti(place / f"{pattern.format(subject=f's{number}').replace('*', 'x')}.nii.gz", noise(number))
+
+
+def folder_of_radiance(place: Path, each: Asked) -> None:
+    place.mkdir(parents=True)
+    for number in range(SAMPLES):
+        grid = np.random.default_rng(number).normal(size=(20, 17, 12, 4)).astype(np.float32)
+        np.savez(place / f"scene{number}.npz", rgbsigma=grid, resolution=np.array(grid.shape[:3]))
+
+
+def folder_of_points(place: Path, each: Asked) -> None:
+    from point_files import CUBE, ply
+
+    for number in range(SAMPLES):
+        for name in ("a", "b"):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            (place / name / f"{number}.ply").write_bytes(ply(CUBE * [1 + number, 1, 1]))
 
 
 def reviews(place: Path, each: Asked) -> None:
@@ -521,7 +566,11 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "multispectral.seasons.SeasonShards": shard(seasons),
         "image.folder.ImageFolder": folder_of_pictures,
         "video.folder.VideoFolder": folder_of_videos,
+        "video.captioned.CaptionedVideos": answered_videos,
+        "worlds.steps.StepShards": shard(agent_step),
         "volume.folder.VolumeFolder": folder_of_volumes,
+        "volume.radiance.RadianceFolder": folder_of_radiance,
+        "points.folder.PointFolder": folder_of_points,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

@@ -35,6 +35,8 @@ ONE_PLACE = {
     "soundfile.SoundFile": {"datamodules/audio/sound.py"},
     "av.open": {"datamodules/video/reader.py"},
     "Image.open": {"datamodules/shards/headers.py"},
+    "trimesh.load": {"datamodules/points/reading.py"},
+    "laspy.open": {"datamodules/points/reading.py"},
     "format.read_array": {"framework/core/files/arrays.py"},
     "open_memmap": {"framework/core/files/arrays.py"},
     # The project's own: an asset, and a cache.
@@ -42,6 +44,7 @@ ONE_PLACE = {
         "datamodules/image/sets/small.py",
         "datamodules/image/packed.py",
         "datamodules/volume/packed.py",
+        "datamodules/points/packed.py",
     },
 }
 

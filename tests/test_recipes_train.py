@@ -41,13 +41,14 @@ FEW = {"OnlineProbes": {"bank_samples": 200, "val_samples": 200}, "CollapseSenti
 
 
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
-    """A recipe with these settings; a batch of a few of each class has two of each, and callbacks that watch read few
-    samples, which come four at a time.
+    """A recipe with these settings; a batch of a few of each class has two of each, worlds are played for four
+    episodes, and callbacks that watch read few samples, which come four at a time.
     """
     resolved = resolve(name, overlays, flags)
     given = resolved.config["data"].get("init_args", {})
     pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
     pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
+    pairs += [f"data.init_args.{world}.init_args.episodes=4" for world in ("world", "val_world") if world in given]
     for entry, callback in resolved.config["trainer"]["callbacks"].items():
         for key, samples in FEW.get(callback["class_path"].rpartition(".")[2] if callback else "", {}).items():
             pairs.append(f"trainer.callbacks.{entry}.init_args.{key}={samples}")
@@ -91,7 +92,8 @@ def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> 
 
 PAPER = (
     r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|stable-diffusion|cion_al|cifar100_pictures|eurosat|"
-    r"xtail/|mrpc/|chat\.jsonl|kinetics400/|ct_scans|brats2021"
+    r"xtail/|mrpc/|chat\.jsonl|kinetics400/|videomix2m/|ct_scans|brats2021|instructions/|nerfmae_features|luna16|"
+    r"brain_and_body_scans|ShapeNetCore"
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 

@@ -153,32 +153,39 @@ class Renderer:
         A conversation is cut into tokens as a whole, as for generation, where the tokenizer tells where tokens stand; a
         token belongs to the part in which it begins. Other tokenizers cut each part by itself.
         """
-        parts = self.parts(row)
+        tokens, learned = self.tokens_of(row.where, self.parts(row))
+        learned[:1] = False
+        return tokens, learned
+
+    def tokens_of(self, where: str, parts: Sequence[RenderedPart]) -> tuple[np.ndarray, np.ndarray]:
+        """As `tokens`, of a text that is rendered already, or a piece of one.
+
+        Args:
+            where: the line, for messages.
+        """
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}  # they stand in the text; it is long
         if self.tokenizer.is_fast:
             ends = [*accumulate(len(part.text) for part in parts)]
-            made = self._cut(row, "".join(part.text for part in parts), return_offsets_mapping=True, **options)
+            made = self._cut(where, "".join(part.text for part in parts), return_offsets_mapping=True, **options)
             tokens = np.asarray(made["input_ids"], dtype=np.int32)
             begins = np.asarray([begin for begin, _ in made["offset_mapping"]], dtype=np.int64)
             of = np.searchsorted(ends, begins, side="right").clip(max=len(parts) - 1)
         else:
-            pieces = [self._cut(row, part.text, **options)["input_ids"] for part in parts]
+            pieces = [self._cut(where, part.text, **options)["input_ids"] for part in parts]
             tokens = np.asarray([token for each in pieces for token in each], dtype=np.int32)
             of = np.repeat(np.arange(len(parts)), [len(each) for each in pieces])
-        learned = np.asarray([part.learned for part in parts], dtype=bool)[of]
-        learned[:1] = False
-        return tokens, learned
+        return tokens, np.asarray([part.learned for part in parts], dtype=bool)[of]
 
     def special_in(self, row: Conversation) -> bool:
         """Whether someone says what looks like a special token, and would begin or end a turn."""
         said = [*row.texts, *(message["content"] for message in row.messages)]
         return any(token in text for token in self.tokenizer.all_special_tokens for text in said)
 
-    def _cut(self, row: Conversation, text: str, **options: Any) -> Any:
+    def _cut(self, where: str, text: str, **options: Any) -> Any:
         try:
             return cut(self.tokenizer, text, **options)
         except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
 
     def _start(self) -> str:
         """The token that begins a text, if the tokenizer gives texts one."""

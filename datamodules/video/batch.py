@@ -1,7 +1,7 @@
 """Batches of video.
 
 Shapes: B samples, V clips of a sample, C channels, T frames, H W pixels, K clips that were augmented by themselves,
-P parameters of a view.
+P parameters of a view, L tokens of a text.
 """
 
 from typing import Annotated, NotRequired, TypedDict
@@ -22,6 +22,28 @@ class ClipBatch(TypedDict):
     fps: Annotated[Tensor, Field("float32", "B")]
     frames: NotRequired[Annotated[Tensor, Field("int64", "B T")]]
     label: Label
+    index: Index
+
+
+Text = Annotated[Tensor, Field("int64", "B L")]
+
+
+class ClipTextBatch(TypedDict):
+    """Clips, as in `ClipBatch`, each with a text that asks about it and the answer.
+
+    tokens: of question and answer; 0 on padding, which is at the end.
+    mask: 1 where a token is the text's own and 0 on padding.
+    learned: 1 on the tokens of the answer.
+    clip_at: which token the clip stands before, in [0, L].
+    """
+
+    clip: Annotated[Tensor, Field("float32", "B C T H W", read=True)]
+    fps: Annotated[Tensor, Field("float32", "B")]
+    frames: NotRequired[Annotated[Tensor, Field("int64", "B T")]]
+    tokens: Text
+    mask: Text
+    learned: Text
+    clip_at: Annotated[Tensor, Field("int64", "B")]
     index: Index
 
 

@@ -230,20 +230,33 @@ class ClipSamples:
         return sample if "drawn" in made else single(sample)
 
     def _read(self, video: int, numbers_KST: np.ndarray) -> Tensor:
-        """uint8 [K S T C H W]. Each frame is decoded once."""
+        """uint8 [K S T C H W]."""
+        file, index = self.files[video], self.indices[video]
+        return decoded(file, index, numbers_KST, self.size, self.fit, self.skip_damaged)
 
-        def make(picture_HW3: np.ndarray) -> Tensor:
-            return fitted(torch.from_numpy(picture_HW3).permute(2, 0, 1), self.size, self.fit, 0)
 
-        wanted, places = np.unique(numbers_KST, return_inverse=True)
-        path = self.files[video]
-        try:
-            frames = torch.stack(read_frames(path, self.indices[video], wanted.tolist(), make))
-        except UserError:  # of this machine, not of the video
-            raise
-        except (ValueError, OSError) as error:
-            raise unreadable(path, error, self.skip_damaged) from error
-        return frames[torch.from_numpy(places.reshape(numbers_KST.shape))]
+def decoded(
+    path: Path, index: VideoIndex, numbers: np.ndarray, size: int, fit: Fit, skip_damaged: bool = False
+) -> Tensor:
+    """The frames of these numbers, uint8 [... C H W]. Each is decoded once.
+
+    Args:
+        numbers: int64 [...], places in the index.
+        size, fit: as in `lightspan.datamodules.image.packed.fitted`.
+        skip_damaged: as in `ClipSamples`.
+    """
+
+    def make(picture_HW3: np.ndarray) -> Tensor:
+        return fitted(torch.from_numpy(picture_HW3).permute(2, 0, 1), size, fit, 0)
+
+    wanted, places = np.unique(numbers, return_inverse=True)
+    try:
+        frames = torch.stack(read_frames(path, index, wanted.tolist(), make))
+    except UserError:  # of this machine, not of the video
+        raise
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error, skip_damaged) from error
+    return frames[torch.from_numpy(places.reshape(numbers.shape))]
 
 
 @dataclass(frozen=True)

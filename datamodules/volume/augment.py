@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
-from lightspan.core.noise import hashed_noise
+from lightspan.core.noise import hashed_noise, mixed_seed
 from lightspan.core.ranges import require_in
 
 T = TypeVar("T")
 NO_LABEL = -1  # of a voxel from outside of the volume
+BIAS, NOISE = 1, 2
+"""What is mixed into a sample's seed, which is that of its elastic displacements."""
 
 
 class Alteration(NamedTuple, Generic[T]):
@@ -32,7 +34,10 @@ class Alteration(NamedTuple, Generic[T]):
     zoom: factor of size [1].
     turns: quarter turns from H to W, as `torch.rot90` counts them [0].
     flip_d, flip_h, flip_w: 1 if the axis is reversed [0].
+    thick_d, thick_h, thick_w: how many voxels along an axis become one, between which it is linear again [1].
+    bias: standard deviation of the logarithm of the factor of the bias field at its control points [0].
     gain, offset, gamma: an intensity x becomes gain * sign(x) |x|^gamma + offset [1, 0, 1].
+    noise: standard deviation of what is added to each voxel [0].
     """
 
     bend: T
@@ -47,9 +52,14 @@ class Alteration(NamedTuple, Generic[T]):
     flip_d: T
     flip_h: T
     flip_w: T
+    thick_d: T
+    thick_h: T
+    thick_w: T
+    bias: T
     gain: T
     offset: T
     gamma: T
+    noise: T
 
 
 @dataclass(frozen=True)
@@ -63,9 +73,13 @@ class VolumeAugmentation:
         scale: of size, x in [0, 1): a factor between 1 - x and 1 + x.
         shift: uniform in [-shift, shift] voxels along each axis, >= 0.
         elastic: the largest `bend`, in voxels, >= 0; it is uniform in [0, elastic].
-        points: control points of the elastic displacement along each axis, >= 2, between which it is linear.
+        points: control points of the elastic displacement and of the bias field along each axis, >= 2, between which
+            they are linear.
+        anisotropy: the largest `thick`, of one axis that is drawn too, >= 1; it is uniform in [1, anisotropy].
+        bias: the largest `bias`, >= 0; it is uniform in [0, bias].
         gain, gamma: x in [0, 1): a factor, and an exponent, between 1 - x and 1 + x.
         offset: uniform in [-offset, offset], >= 0.
+        noise: the largest `noise`, >= 0; it is uniform in [0, noise].
     Raises: UserError for settings outside of these.
     """
 
@@ -76,15 +90,20 @@ class VolumeAugmentation:
     shift: float = 0.0
     elastic: float = 0.0
     points: int = 5
+    anisotropy: float = 1.0
+    bias: float = 0.0
     gain: float = 0.0
     offset: float = 0.0
     gamma: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         require_in("[0, 1]", flip=self.flip, turn=self.turn)
         require_in("[0, 180]", degrees=self.degrees)
         require_in("[0, 1)", scale=self.scale, gain=self.gain, gamma=self.gamma)
         require_in("[0, inf)", shift=self.shift, elastic=self.elastic, offset=self.offset)
+        require_in("[0, inf)", bias=self.bias, noise=self.noise)
+        require_in("[1, inf)", anisotropy=self.anisotropy)
         require_in("[2, inf)", points=self.points)
 
     @property
@@ -101,25 +120,29 @@ class VolumeAugmentation:
             )
 
     def draw(self, generator: np.random.Generator) -> Alteration[float]:
-        """All that is random but the directions of elastic displacements, which follow from the sample's seed."""
+        """All that is random but the numbers at a place, of displacements, bias fields and noise, which follow from the
+        sample's seed.
+        """
 
         def between(width: float) -> float:
             return float(generator.uniform(-width, width))
 
         turns = int(generator.integers(1, 4)) * (generator.random() < self.turn)
-        return Alteration._make(
-            [
-                self.elastic * float(generator.random()),
-                *(between(self.shift) for _ in range(3)),
-                *(between(self.degrees) for _ in range(3)),
-                1 + between(self.scale),
-                float(turns),
-                *(float(generator.random() < chance) for chance in self.flip),
-                1 + between(self.gain),
-                between(self.offset),
-                1 + between(self.gamma),
-            ]
-        )
+        moved = [
+            self.elastic * float(generator.random()),
+            *(between(self.shift) for _ in range(3)),
+            *(between(self.degrees) for _ in range(3)),
+            1 + between(self.scale),
+            float(turns),
+            *(float(generator.random() < chance) for chance in self.flip),
+        ]
+        scaled = [1 + between(self.gain), between(self.offset), 1 + between(self.gamma)]
+        # These draw last, and where they are used, so that augmentations without them are what they were before.
+        thick = [1.0] * 3
+        if self.anisotropy > 1:
+            thick[int(generator.integers(3))] = float(generator.uniform(1, self.anisotropy))
+        bias, noise = (most and float(generator.uniform(0, most)) for most in (self.bias, self.noise))
+        return Alteration._make([*moved, *thick, bias, *scaled, noise])
 
     def altered(
         self, volume_BC: Tensor, a: Alteration[Tensor], spacing_B3: Tensor, seed_B: Tensor, stream: int
@@ -129,15 +152,27 @@ class VolumeAugmentation:
 
         Args:
             a: float32 [B] each.
-            stream: tells the elastic displacements of several crops of one sample apart.
+            stream: tells the random numbers of several crops of one sample apart.
         """
         grid = self._origins(volume_BC.shape[2:], a, spacing_B3, seed_B, stream) if self.moves else None
         if grid is not None:
             volume_BC = F.grid_sample(volume_BC, grid, padding_mode="zeros", align_corners=False)
-        gain, offset, gamma = (x_B.view(-1, 1, 1, 1, 1) for x_B in (a.gain, a.offset, a.gamma))
+        gain, offset, gamma, bias, noise = (
+            x_B.view(-1, 1, 1, 1, 1) for x_B in (a.gain, a.offset, a.gamma, a.bias, a.noise)
+        )
+        if self.anisotropy > 1:
+            for axis, thick_B in enumerate((a.thick_d, a.thick_h, a.thick_w)):
+                volume_BC = thickened(volume_BC, thick_B, 2 + axis)
+        if self.bias:
+            points = hashed_noise(mixed_seed(seed_B, BIAS), stream, (1, *[self.points] * 3))
+            field = F.interpolate(points, tuple(volume_BC.shape[2:]), mode="trilinear", align_corners=True)
+            volume_BC = volume_BC * (bias * field).exp()
         if self.gamma:
             volume_BC = volume_BC.sign() * volume_BC.abs() ** gamma
-        return volume_BC * gain + offset, grid
+        volume_BC = volume_BC * gain + offset
+        if self.noise:
+            volume_BC = volume_BC + noise * hashed_noise(mixed_seed(seed_B, NOISE), stream, tuple(volume_BC.shape[1:]))
+        return volume_BC, grid
 
     def _origins(
         self, sides: torch.Size, a: Alteration[Tensor], spacing_B3: Tensor, seed_B: Tensor, stream: int
@@ -189,8 +224,27 @@ class AlteredVolumes:
             made.append(crop_BC * batch["present"][:, :, None, None, None])
         if "segmentation" in batch:
             rest["segmentation"] = self.augmentation.labels(batch["segmentation"], grid)
+        if "inside" in batch:
+            rest["inside"] = self.augmentation.labels(batch["inside"].long(), grid) > 0
         named = {"views": made} if "views" in batch else {"volume": made[0]}
         return {**rest, **named, "parameters": parameters_BVP}
+
+
+def thickened(volume_BC: Tensor, thick_B: Tensor, axis: int) -> Tensor:
+    """As a scan with `thick_B` times the spacing along an axis shows it, at the voxels that there were: every voxel
+    that is nearest to a multiple of it, counted from the first, and linear between these. 1 changes nothing.
+    """
+    side = volume_BC.shape[axis]
+    thick_B1 = thick_B[:, None]
+    at_BS = torch.arange(side, device=volume_BC.device) / thick_B1
+    lower_BS = at_BS.floor()
+    shape = [len(volume_BC), *(side if other == axis else 1 for other in range(1, volume_BC.ndim))]
+
+    def of(long_BS: Tensor) -> Tensor:
+        nearest_BS = (long_BS * thick_B1).round().clamp_max(side - 1).long()
+        return volume_BC.gather(axis, nearest_BS.view(shape).expand_as(volume_BC))
+
+    return torch.lerp(of(lower_BS), of(lower_BS + 1), (at_BS - lower_BS).view(shape).to(volume_BC))
 
 
 def bits(drawn: list[Alteration[float]]) -> Tensor:

@@ -15,12 +15,14 @@ import torch
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_numbers
+from lightspan.datamodules.image.augment.views import numbers_of_views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
+from lightspan.datamodules.volume.slices import SliceViews
 
 T = TypeVar("T", int, float)
 
@@ -79,7 +81,7 @@ class FoundVolumes(NamedTuple):
     content: str
 
 
-def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float) -> np.ndarray:
+def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float | bool) -> np.ndarray:
     """A copy of the crop [... *size] whose first voxel is `corner`, which may be negative; `fill` is what lies outside.
 
     Args:
@@ -124,6 +126,8 @@ class VolumeSamples:
         augment: what is drawn for each crop, and made on the device.
         bases: cells along D, H and W of a grid in the middle of the volume, each a crop and a view before the V at
             random places, which then lie anywhere within the grid; None is no grid.
+        tells_inside: whether single crops say which of their voxels do not pad the volume.
+        slices: which slices of the first crop are images too, with views.
     """
 
     archive: Archive
@@ -133,6 +137,8 @@ class VolumeSamples:
     crops: int | None = None
     augment: VolumeAugmentation | None = None
     bases: tuple[int, int, int] | None = None
+    tells_inside: bool = False
+    slices: SliceViews | None = None
 
     @property
     def batch_type(self) -> type:
@@ -154,7 +160,7 @@ class VolumeSamples:
             torch.from_numpy(cropped(volume.values, corner, self.size, 0).astype(np.float32)) for corner in corners_V3
         ]
         spacing = np.linalg.norm(volume.affine[:3, :3], axis=0).astype(np.float32)
-        fields = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
+        fields: dict[str, Any] = {"spacing": torch.from_numpy(spacing), "present": torch.tensor(volume.present)}
         if self.augment is not None:
             drawn = bits([self.augment.draw(generator) for _ in views])
             fields |= {"drawn": drawn, "seed": torch.tensor(seed)}
@@ -163,11 +169,16 @@ class VolumeSamples:
             if volume.segmentation is not None:
                 labels = cropped(volume.segmentation, corners_V3[0], self.size, NO_LABEL)
                 fields["segmentation"] = torch.from_numpy(labels.astype(np.int64))
+            if self.tells_inside:
+                inside = cropped(np.broadcast_to(np.True_, sides), corners_V3[0], self.size, False)
+                fields["inside"] = torch.from_numpy(inside)
         else:
             fields["corner"] = torch.tensor(corners_V3)
             if bases_K3:
                 shares_MK = overlaps(np.array(random_V3), np.array(bases_K3), self.size)
                 fields["overlap"] = torch.from_numpy(shares_MK.astype(np.float32))
+        if self.slices is not None:
+            fields["slices"] = self.slices(views[0], seed)
         views_too = {} if self.crops is None else {"views": views}
         return {**views_too, **fields, "label": torch.tensor(volume.label), "index": torch.tensor(index)}
 
@@ -203,13 +214,18 @@ class VolumeSets(SampleSets):
         bases: cells along D, H and W of a grid of base crops, for methods that tell where crops are: each cell is a
             view before the `crops`, which lie within the grid, and `overlap` says how much of a crop lies in a cell.
             The grid is in the middle of the volume.
+        slices: which slices of each first crop are images too, with views, for methods that learn from both; needs
+            `crops`.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
 
     Attributes:
         labelled: whether volumes have labels, known after `setup`; without, all labels are 0.
         classes: their names.
+        tells_inside: whether batches say which voxels do not pad their volume.
     """
+
+    tells_inside = False
 
     def __init__(
         self,
@@ -218,6 +234,7 @@ class VolumeSets(SampleSets):
         crops: int | None = None,
         augment: VolumeAugmentation | None = None,
         bases: tuple[int, int, int] | None = None,
+        slices: SliceViews | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -234,7 +251,15 @@ class VolumeSets(SampleSets):
             )
         views = (crops or 1) + (0 if bases is None else math.prod(bases))
         require_numbers(views * math.prod(self.size), size=size, crops=crops, bases=bases)
-        self.crops, self.augment, self.bases = crops, augment, bases
+        if slices is not None and (crops is None or slices.count > self.size[0]):
+            raise UserError(
+                f"slices.count={slices.count} must be at most the {self.size[0]} slices of a crop (the first of size), "
+                f"and needs crops to take them from, not crops={crops}; set data.init_args.crops"
+            )
+        if slices is not None:
+            numbers = slices.count * numbers_of_views(slices.views, max(self.size[1:]))
+            require_numbers(numbers, size=size, **{"slices.count": slices.count})
+        self.crops, self.augment, self.bases, self.slices = crops, augment, bases, slices
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
         if augment is not None:
@@ -256,7 +281,10 @@ class VolumeSets(SampleSets):
         found = self.find()
         require_split("readable volumes", train=found.train, val=found.val)
         self.train = self.training(found.archive, found.train)
-        self.bank, self.val = (VolumeSamples(found.archive, numbers, self.size) for numbers in (found.train, found.val))
+        self.bank, self.val = (
+            VolumeSamples(found.archive, numbers, self.size, tells_inside=self.tells_inside)
+            for numbers in (found.train, found.val)
+        )
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
         say(
             f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
@@ -266,7 +294,9 @@ class VolumeSets(SampleSets):
 
     def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
         """Training samples of these volumes."""
-        return VolumeSamples(archive, numbers, self.size, True, self.crops, self.augment, self.bases)
+        return VolumeSamples(
+            archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.tells_inside, self.slices
+        )
 
     def test_dataloader(self) -> EvaluationLoader:
         """The validation volumes: no others are held out."""

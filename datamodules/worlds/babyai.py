@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.shards.pack_sources import Members
-from lightspan.datamodules.worlds.steps import step_members
+from lightspan.datamodules.worlds.steps import Recorded, step_members
 
 ACTIONS = 7
 """Turn left, turn right, go forward, pick up, drop, toggle, done."""
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Demonstrations:
+class Demonstrations(Recorded):
     """What `lightspan.datamodules.worlds.steps.record` writes. A sample is a step: the whole grid from above before
     it and `ahead` steps later, the bot's action, the mission's text, and as its state the agent's column and row as
     shares of the grid's and the direction in which it looks as (east, south).
@@ -60,6 +60,7 @@ class Demonstrations:
         require_in("[1, inf)", episodes=self.episodes, ahead=self.ahead)
         require_in("[0, 1)", noise=self.noise)
         require_in("[4, inf)", tile=self.tile)
+        require_numbers(3 * (22 * self.tile) ** 2, tile=self.tile)  # of the largest levels
         require_in("[0, inf)", seed=self.seed)
         if not self.levels:
             raise UserError("levels is an empty list; name one such as BabyAI-GoToLocal-v0")

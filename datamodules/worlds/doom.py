@@ -15,7 +15,7 @@ import numpy as np
 from lightspan.core.errors import UserError, install_extra
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.shards.pack_sources import Members
-from lightspan.datamodules.worlds.steps import npy, step_members
+from lightspan.datamodules.worlds.steps import Recorded, npy, step_members
 
 BUTTONS = ("MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT")
 """The actions, in their order."""
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 @dataclass
-class Walks:
+class Walks(Recorded):
     """What `lightspan.datamodules.worlds.steps.record` writes. A sample is a step of a random walk without monsters:
     the view before it and `ahead` steps later, the action, the level's name, and as its state x, y and z in the
     level's units and the sine and cosine of the direction.

@@ -1,10 +1,11 @@
 """Steps of agents in tar shards: how they are recorded, such as by `lightspan.datamodules.worlds.babyai`, and read."""
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,16 @@ DEPTH, OBJECTS = "depth.npy", "objects.npy"
 """Further ones, of worlds that know them."""
 
 
-class Recorded(Protocol):
-    """What can be recorded. tasks: their names so far; a sample's label is the place of its own."""
+class Recorded(ABC):
+    """A world that can be recorded, or played (`lightspan.datamodules.worlds.played`).
+
+    Attributes:
+        tasks: their names so far; a sample's label is the place of its own.
+    """
 
     tasks: list[str]
 
+    @abstractmethod
     def samples(self) -> Iterator[Members]:
         """The members of each step, see `step_members`."""
 
@@ -136,6 +142,14 @@ class StepDecoding(Decoding):
         return action.long()
 
 
+def require_step_settings(data: str, actions: int | None, view: Views | None) -> None:
+    """Raises: UserError, which begins with `data`, for settings of `StepShards` that cannot work."""
+    if actions is not None and actions < 1:
+        raise UserError(f"{data} actions={actions} must be at least 1, or null for vectors of numbers")
+    if view is not None and (view.drawn is None or len(view.drawn.renderings) != 1):
+        raise UserError(f"{data} view must be one that is drawn first, such as RandomViews with count=1")
+
+
 def _shown(action: Tensor) -> str:
     return f"{action.flatten()[:8].tolist()} of shape {list(action.shape)}"
 
@@ -172,10 +186,7 @@ class StepShards(Shards):
         truth: bool = False,
         **settings: Any,
     ) -> None:
-        if actions is not None and actions < 1:
-            raise UserError(f"StepShards actions={actions} must be at least 1, or null for vectors of numbers")
-        if view is not None and (view.drawn is None or len(view.drawn.renderings) != 1):
-            raise UserError("StepShards view must be one that is drawn first, such as RandomViews with count=1")
+        require_step_settings("StepShards", actions, view)
         if truth and (view is not None or actions is None):
             raise UserError(
                 "StepShards truth has depth and objects of whole images and numbered actions; set view=null"

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.core.errors import UserError
+from lightspan.nn.decoders.unetr_decoder import UNETRDecoder, require_maps
 from lightspan.nn.init import CONVOLUTIONS
 
 # A recipe may name the classes listed here.
-__all__ = ["EncodedMaps", "PooledMaps", "PyramidMaps", "UNet", "UNetEncoder"]
+__all__ = ["DecodedMaps", "EncodedMaps", "PooledMaps", "PyramidMaps", "UNet", "UNetEncoder"]
 
 _POOLS = F.max_pool1d, F.max_pool2d, F.max_pool3d
 
@@ -138,6 +139,32 @@ class PooledMaps(nn.Module):
     def forward(self, x_BC: Tensor) -> Tensor:
         """Raises: UserError as the encoder's `maps`."""
         return torch.cat([each.flatten(2).mean(dim=2) for each in self.encoder.maps(x_BC)], dim=1)
+
+
+class DecodedMaps(nn.Module):
+    """An encoder and a decoder of all its maps, such as Swin UNETR (Tang et al., 2022, arXiv 2111.14791) without its
+    convolutions of the sample itself: [B C sides...] -> maps [B num_features sides...].
+
+    Args:
+        encoder: whose `maps` are those of its levels, from the finest on, and `widths` their widths.
+        decoder: of these; its `out_chans` are the features.
+    Raises: UserError for parts that do not fit.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: UNETRDecoder) -> None:
+        super().__init__()
+        require_maps(encoder, decoder)
+        self.encoder: Any = encoder
+        self.decoder, self.num_features = decoder, decoder.out_chans
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The encoder's: one layer of features each, see `lightspan.nn.tokens`."""
+        return self.encoder.feature_modules
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        """Raises: UserError as the encoder's `maps`."""
+        return self.decoder(self.encoder.maps(x_BC), x_BC.shape[2:])
 
 
 class EncodedMaps(nn.Module):

@@ -19,16 +19,23 @@ __all__ = ["FrameTransformer"]
 
 
 class PostNormBlock(nn.Module):
-    """x = norm(x + attention(x)), then x = norm(x + MLP(x)), with dropout of attention weights and of both branches."""
+    """x = norm(x + attention(x)), then x = norm(x + MLP(x)), with dropout of both branches.
 
-    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float) -> None:
+    Args:
+        attention: called with queries, keys and values, all of them x, and with what of them is seen.
+    """
+
+    def __init__(self, width: int, attention: nn.Module, mlp_width: int, dropout: float) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(width, heads, dropout=dropout)
+        self.attention = attention
         self.mlp = Mlp(width, mlp_width, drop=(0.0, dropout))
         self.norm_attention, self.norm_mlp, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
 
-    def forward(self, x_BTw: Tensor, seen_B11T: Tensor) -> Tensor:
-        x_BTw = self.norm_attention(x_BTw + self.drop(self.attention(x_BTw, x_BTw, x_BTw, seen_B11T)))
+    def attend(self, x_BTw: Tensor, seen_B11T: Tensor | None) -> Tensor:
+        return self.attention(x_BTw, x_BTw, x_BTw, seen_B11T)
+
+    def forward(self, x_BTw: Tensor, seen_B11T: Tensor | None = None) -> Tensor:
+        x_BTw = self.norm_attention(x_BTw + self.drop(self.attend(x_BTw, seen_B11T)))
         return self.norm_mlp(x_BTw + self.mlp(x_BTw))
 
 
@@ -64,7 +71,10 @@ class FrameTransformer(nn.Module):
             )
         self.bands, self.num_features = bands, width
         self.embed, self.norm, self.drop = nn.Linear(bands, width), nn.LayerNorm(width), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(PostNormBlock(width, heads, mlp_width or 4 * width, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            PostNormBlock(width, MultiHeadAttention(width, heads, dropout=dropout), mlp_width or 4 * width, dropout)
+            for _ in range(depth)
+        )
         bert_normal_(self, width)
 
     @property

@@ -20,6 +20,7 @@ from lightspan.backbones.placed_vit import GridPatches
 from lightspan.core.errors import UserError
 from lightspan.nn.init import CONVOLUTIONS
 from lightspan.nn.sequences.patches import patchify, unpatchify
+from lightspan.nn.sequences.positions import sincos
 
 # A recipe may name the class listed here.
 __all__ = ["GridSwin"]
@@ -146,6 +147,8 @@ class GridSwin(nn.Module):
         width: of the first stage; each further one is twice as wide.
         depths, heads: blocks and heads of each stage; heads divide its width.
         drop_path: share of residual branches that training drops in the last block, rising from 0 in the first.
+        positions: whether fixed sines and cosines of places are added to patches, as in NeRF-MAE (arXiv 2404.01300);
+            width is then a multiple of 2 for each axis.
     Raises: UserError for settings that do not fit.
     """
 
@@ -161,6 +164,7 @@ class GridSwin(nn.Module):
         depths: Sequence[int] = (2, 2, 2, 2),
         heads: Sequence[int] = (3, 6, 12, 24),
         drop_path: float = 0.0,
+        positions: bool = False,
     ) -> None:
         super().__init__()
         axes = len(patch)
@@ -177,6 +181,9 @@ class GridSwin(nn.Module):
                 f"heads divide the widths {self.widths}, and drop_path={drop_path} lie in [0, 1)"
             )
         self.in_chans, self.patch, self.num_features = in_chans, tuple(patch), self.widths[-1]
+        self.positions = positions
+        if positions:
+            sincos([1] * axes, width)  # which refuses widths that do not fit
         self.patch_embed, self.embed_norm = GridPatches(in_chans, width, self.patch), nn.LayerNorm(width)
         self.stages, number, last = nn.ModuleList(), 0, max(sum(depths) - 1, 1)
         for stage, (own, depth, count) in enumerate(zip(self.widths, depths, heads, strict=True)):
@@ -197,8 +204,8 @@ class GridSwin(nn.Module):
         """The stages: one layer of features each, see `lightspan.nn.tokens`."""
         return list(self.stages)
 
-    def maps(self, x_BC: Tensor) -> list[Tensor]:
-        """Of each stage, from the finest on, the last one after a norm: [B D grid...].
+    def patches(self, x_BC: Tensor) -> Tensor:
+        """What the first stage gets, [B grid... D]. Samples that patches do not fill are padded with zeros.
 
         Raises: UserError for samples of another number of axes or channels.
         """
@@ -210,12 +217,26 @@ class GridSwin(nn.Module):
             )
         room = [-side % p for side, p in zip(x_BC.shape[2:], self.patch, strict=True)]
         x_BD = self.embed_norm(self.patch_embed(F.pad(x_BC, [n for more in reversed(room) for n in (0, more)])))
+        if not self.positions:
+            return x_BD
+        grid = x_BD.shape[1:-1]
+        return x_BD + sincos(grid, x_BD.shape[-1], device=x_BD.device).to(x_BD.dtype).view(*grid, -1)
+
+    def stage_maps(self, x_BD: Tensor) -> list[Tensor]:
+        """`maps` of what `patches` gives."""
         found = []
         for stage in self.stages:
             x_BD = stage(x_BD)
             found.append(x_BD)
         found[-1] = self.norm(found[-1])
         return [each.movedim(-1, 1) for each in found]
+
+    def maps(self, x_BC: Tensor) -> list[Tensor]:
+        """Of each stage, from the finest on, the last one after a norm: [B D grid...].
+
+        Raises: UserError as `patches`.
+        """
+        return self.stage_maps(self.patches(x_BC))
 
     def forward(self, x_BC: Tensor) -> Tensor:
         return self.maps(x_BC)[-1].flatten(2).mean(dim=2)

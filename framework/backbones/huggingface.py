@@ -89,6 +89,17 @@ def stored_network(kind: type[N], folder: str, name: str, dtype: torch.dtype | N
     return network.train()
 
 
+def model_type_of(folder: str, name: str) -> str:
+    """What a folder's config.json calls the architecture; empty where it does not.
+
+    Args:
+        name: what it is called in messages.
+    Raises: UserError for a folder without a config.json that can be read.
+    """
+    found = _said(expanded(folder, "the folder of the network"), name).get("model_type")
+    return found if isinstance(found, str) else ""
+
+
 def kind_of(folder: str, causal: bool) -> type[PreTrainedModel]:
     """The class of transformers that reads the network of texts in a folder, as its config.json says.
 

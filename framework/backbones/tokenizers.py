@@ -88,6 +88,12 @@ class Letters(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: str) -> int:
         return SPECIAL[token] if token in SPECIAL else len(SPECIAL) + ord(token)
 
+    def _convert_id_to_token(self, index: int) -> str:
+        return [*SPECIAL][index] if index < len(SPECIAL) else chr(index - len(SPECIAL))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
     def build_inputs_with_special_tokens(self, ids: list[int], pair: list[int] | None = None) -> list[int]:
         return [SPECIAL["<start>"], *ids, *(pair or []), SPECIAL["<end>"]]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightspan.core.batches import described
 from lightspan.core.errors import UserError
 
 
@@ -53,6 +54,27 @@ def present_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor |
             f"batch gives {found} as present; let the dataset give that, or none"
         )
     return present_BC > 0
+
+
+def inside_of(batch: Mapping[str, Any], image: Tensor, method: str) -> Tensor:
+    """`inside` of a batch, bool [B sides...]: which voxels lie in the sample and do not pad it; all where the batch has
+    none.
+
+    Args:
+        image: what the method reads of the batch, [B C sides...].
+        method: its name, for messages.
+    Raises: UserError for anything else.
+    """
+    inside_B = batch.get("inside")
+    if inside_B is None:
+        return torch.ones_like(image[:, 0], dtype=torch.bool)
+    shape = (len(image), *image.shape[2:])
+    if not isinstance(inside_B, Tensor) or inside_B.shape != shape or inside_B.is_floating_point():
+        raise UserError(
+            f"{method} needs to know of each voxel whether it lies inside, bool {[*shape]}, and this batch gives "
+            f"{described(inside_B)} as inside; let the dataset give that, or none"
+        )
+    return inside_B > 0
 
 
 def area_reduced(image_BCHW: Tensor, valid_BCHW: Tensor, factor: int) -> tuple[Tensor, Tensor]:

@@ -136,5 +136,17 @@ def feature_regression(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
     Args:
         features_BMD: of a teacher; no gradient goes into them.
     """
-    target_BMD = F.layer_norm(wide(features_BMD.detach()), features_BMD.shape[-1:])
+    target_BMD = _standardised(features_BMD)
     return mean_of(F.smooth_l1_loss(wide(guess_BMD), target_BMD, reduction="sum"), guess_BMD.numel())
+
+
+def feature_absolute_error(guess_BMD: Tensor, features_BMD: Tensor) -> Tensor:
+    """As `feature_regression`, of |guess - target|: the loss of V-JEPA (Bardes et al., 2024, arXiv 2404.08471, eq. 1,
+    and the authors' code, which standardises).
+    """
+    return mean((wide(guess_BMD) - _standardised(features_BMD)).abs())
+
+
+def _standardised(features_BMD: Tensor) -> Tensor:
+    """Each patch's features with mean 0 and variance 1, or all 0 where they are equal; without gradients."""
+    return F.layer_norm(wide(features_BMD.detach()), features_BMD.shape[-1:])

@@ -10,6 +10,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from lightspan.backbones.grid_swin import GridSwin, WindowAttention
 from lightspan.core.errors import UserError
+from lightspan.nn.sequences.positions import sincos
 
 
 def torchvision_weights(network: SwinTransformer) -> dict[str, Tensor]:
@@ -106,6 +107,19 @@ def test_any_size_and_its_layers() -> None:
     assert low(torch.randn(1, 1, 5, 5, 5).bfloat16()).isfinite().all()
 
 
+def test_positions_tell_equal_patches_apart_and_follow_any_grid() -> None:
+    torch.manual_seed(0)
+    with_positions = GridSwin((2, 2), (4, 4), 1, 8, (1,), (2,), positions=True)
+    without = GridSwin((2, 2), (4, 4), 1, 8, (1,), (2,))
+    without.load_state_dict(with_positions.state_dict())
+    for sides in ((6, 4), (2, 10)):
+        image = torch.ones(1, 1, *sides)
+        grid = [side // 2 for side in sides]
+        added = (with_positions.patches(image) - without.patches(image))[0].flatten(0, 1)
+        torch.testing.assert_close(added, sincos(grid, 8))
+        assert torch.equal(with_positions.maps(image)[0], with_positions.stage_maps(with_positions.patches(image))[0])
+
+
 def test_settings_that_do_not_fit_are_named() -> None:
     for settings, said in (
         ({"patch": (2, 2)}, "window="),
@@ -113,6 +127,7 @@ def test_settings_that_do_not_fit_are_named() -> None:
         ({"heads": (3, 6)}, "heads="),
         ({"width": 10}, "heads="),
         ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"width": 8, "depths": (1,), "heads": (1,), "positions": True}, "width"),
     ):
         with pytest.raises(UserError, match=said):
             GridSwin(**settings)

@@ -28,6 +28,7 @@ from lightspan.backbones.pretrained import (
 )
 from lightspan.core.errors import UserError
 from lightspan.nn.heads.pooling import masked_mean
+from lightspan.nn.tokens import token_features
 
 
 def needs(package: tuple[str, str, str]) -> pytest.MarkDecorator:
@@ -201,3 +202,17 @@ def test_yaml_names_networks_and_tokenizers_by_class_path() -> None:
     built = parser.instantiate_classes(parser.parse_object(given))
     assert built.backbone.classifier.out_features == 5
     assert built.tokenizer("a")["input_ids"] == [101, 1037, 102]
+
+
+@needs(EFFICIENTNET_LITE0)
+def test_the_first_stages_give_what_the_whole_network_has_there() -> None:
+    whole, part = efficientnet_lite0().eval(), efficientnet_lite0(stages=3).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        (there,) = token_features(whole, lambda: whole(image), (2,))
+        (here,) = token_features(part, lambda: part(image), (-1,))
+        torch.testing.assert_close(here.tokens_BTD, there.tokens_BTD)
+        assert part(image).shape == (2, part.num_features) == (2, 40)
+    for wrong in ({"stages": 0}, {"stages": 6}, {"stages": 2, "num_classes": 10}):
+        with pytest.raises(UserError, match="stages"):
+            efficientnet_lite0(weights=False, **wrong)

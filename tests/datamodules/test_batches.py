@@ -16,6 +16,7 @@ import torch
 from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
+from point_files import bricks
 from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
 
 from lightspan import datamodules
@@ -49,6 +50,9 @@ from lightspan.datamodules.multispectral.resampling import SpectralCrops
 from lightspan.datamodules.multispectral.scene import SceneBlocks
 from lightspan.datamodules.multispectral.seasons import SeasonShards
 from lightspan.datamodules.multispectral.shards import MultispectralShards
+from lightspan.datamodules.points.augment import PointAugmentation
+from lightspan.datamodules.points.folder import PointFolder
+from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -85,10 +89,14 @@ from lightspan.datamodules.text.shards import TextShards
 from lightspan.datamodules.text.spelling import WordList
 from lightspan.datamodules.text.whole_words import WholeWords
 from lightspan.datamodules.text.windows import ByteText
+from lightspan.datamodules.video.captioned import CaptionedVideos
 from lightspan.datamodules.video.folder import VideoFolder
 from lightspan.datamodules.video.sets.moving_digits import MovingDigits
+from lightspan.datamodules.video.sets.moving_stamps import MovingStamps
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.phantoms import Phantoms
+from lightspan.datamodules.worlds.played import PlayedSteps
+from lightspan.datamodules.worlds.point_mass import PointMass
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
 
 PREFIX = f"{datamodules.__name__}."
@@ -100,7 +108,7 @@ BATCHES = {
     for name, kind in vars(module).items()
     if is_typeddict(kind) and kind.__module__ == module.__name__
 }
-WITHOUT_READERS = {"PointsBatch", "GraphBatch"}
+WITHOUT_READERS = {"GraphBatch"}
 """Types of data that are yet to come; `tests/test_new_modalities.py` has some of them."""
 ON_DEVICE = "DrawnViewsBatch"  # becomes another one there
 
@@ -158,10 +166,28 @@ def videos(folder: Path, **options: Any) -> VideoFolder:
     return VideoFolder(str(folder / "in"), **settings | options)
 
 
+def answered_videos(folder: Path) -> CaptionedVideos:
+    (folder / "lines.jsonl").write_text("".join(f'{{"video": "{n}.mkv", "answer": "{n}"}}\n' for n in range(5)))
+    films = videos(folder).folder
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "frames": 3, "size": 8, "length": 60}
+    return CaptionedVideos(str(films), str(folder / "lines.jsonl"), HashedWords(), batch_size=4, **settings)
+
+
 def volumes(folder: Path, **options: Any) -> VolumeFolder:
     importlib.import_module("volume_files").write_volumes(folder / "in", 5)
     settings: dict[str, Any] = {"modalities": {"mr": "{subject}"}, "cache_dir": str(folder / "cache"), "batch_size": 4}
     return VolumeFolder(str(folder / "in"), **settings | options)
+
+
+def points(folder: Path, **options: Any) -> PointFolder:
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
+    return PointFolder(str(bricks(folder / "in", 6)), **settings | options)
+
+
+def parts(folder: Path) -> LDrawParts:
+    bricks(folder / "ldraw" / "parts", 20)
+    settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
+    return LDrawParts(str(folder / "ldraw"), ("Box",), **settings)
 
 
 def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
@@ -424,13 +450,25 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "WalkBatch",
     ),
     "StepShards, vectors": (lambda folder: agent_steps(folder, np.ones(2), actions=None), "ControlBatch"),
+    "PlayedSteps": (
+        lambda folder: PlayedSteps(PointMass(1), PointMass(1, seed=1), actions=None, batch_size=4),
+        "ControlBatch",
+    ),
     "MovingDigits": (lambda folder: MovingDigits(batch_size=4), "ClipBatch"),
+    "MovingStamps": (lambda folder: MovingStamps(HashedWords(), batch_size=4), "ClipTextBatch"),
+    "CaptionedVideos": (answered_videos, "ClipTextBatch"),
     "VideoFolder": (videos, "ClipBatch"),
     "VideoFolder, two clips": (lambda folder: videos(folder, speeds=(1, 2)), "ClipsBatch"),
     "VideoFolder, views on the device": (
         lambda folder: videos(folder, views=RandomViews(count=1), views_on="device"),
         "DrawnClipsBatch",
     ),
+    "PointFolder": (points, "PointsBatch"),
+    "PointFolder, changed": (
+        lambda folder: points(folder, fields=("colour", "normal"), augment=PointAugmentation(keep=0.5, shift=0.1)),
+        "PointsBatch",
+    ),
+    "LDrawParts": (parts, "PointsBatch"),
     "VolumeFolder": (volumes, "VolumeBatch"),
     "Phantoms": (lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4), "VolumeBatch"),
     "Phantoms, two crops": (

@@ -26,15 +26,19 @@ MUCH = 10**9
 ROOM = "lightspan.datamodules."
 SAMPLES = "at most as many as there are, or refused once their number is known"
 HARMLESS = {
-    **dict.fromkeys(("seed", "draw_seed", "split_seed", "noise_seed", "chosen_by", "drawn_by", "order"), "a seed"),
+    **dict.fromkeys(
+        ("seed", "draw_seed", "split_seed", "noise_seed", "tasks_seed", "chosen_by", "drawn_by", "order"), "a seed"
+    ),
     **dict.fromkeys(("train_size", "val_size", "val_pieces", "val_windows", "bank_size", "measured"), SAMPLES),
     **dict.fromkeys(("batch_size", "per_class"), "one batch has no more than the set; `plan` says what it takes"),
     **dict.fromkeys(("pad", "eos", "first_sentinel", "padding", "ignore_label"), "a number in place of others"),
-    **dict.fromkeys(("num_classes", "classes"), "only counted"),
+    **dict.fromkeys(("num_classes", "classes", "actions"), "only counted"),
     "Persons.cameras": "drawn from one number each",
     "Derived.pixels": "a seed",
     "Derived.quarter_turns": "modulo four",
     "num_workers": "refused where they would start",
+    "episodes": "refused once they take more bytes than the limit",
+    "Demonstrations.ahead": "episodes that are shorter are left out",
     "passes": "refused once the images are there",
     "window": "at most the shards that are named",
 }

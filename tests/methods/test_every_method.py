@@ -63,6 +63,7 @@ def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: 
 
 
 DRAWN = (
+    "clustering.joint_2d_3d",
     "contrastive.rspnet",
     "contrastive.selfie",
     "contrastive.voco_large",
@@ -75,12 +76,14 @@ DRAWN = (
     "masked.cropmae",
     "masked.i_jepa",
     "masked.mae",
+    "masked.models_genesis",
     "masked.sit",
     "masked.smae",
     "masked.spark",
     "masked.spt",
     "masked.spt, symbols",
     "masked.tera",
+    "masked.v_jepa",
     "supervised.heuristic_mtl",
     "supervised.word_reader",
 )

@@ -28,6 +28,8 @@ MOST_NAMED = 5
 """Damaged files in one message."""
 MOST_VIDEOS = 500
 """Videos that are read through, without decoding them: each takes as long as reading its file."""
+MOST_CLOUDS = 500
+"""Which are read whole, tens of milliseconds each."""
 MOST_VOLUMES = 2_000
 """Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
 WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
@@ -114,13 +116,14 @@ def _is_here(place: str) -> bool:
 
 
 def _damaged_files(data: dict[str, Any]) -> list[str]:
-    """What to say of damaged files in the folders of pictures, volumes or videos that data name; nothing of others."""
-    from lightspan.cli.config import user_images, user_videos, user_volumes
+    """What to say of damaged files in the folders of pictures, volumes, videos or points that data name, if any."""
+    from lightspan.cli.config import user_images, user_points, user_videos, user_volumes
 
     kinds = {
         user_images.DATA: ("pictures", _damaged_pictures),
         user_volumes.DATA: ("subjects", _damaged_volumes),
         user_videos.DATA: ("videos", _damaged_videos),
+        user_points.DATA: ("files", _damaged_points),
     }
     if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
@@ -182,4 +185,23 @@ def _damaged_videos(folder: Path, settings: dict[str, Any]) -> tuple[list[str], 
             raise
         except (ValueError, OSError) as error:
             said.append(f"{names[number]}: {error}")
+    return said, len(seen), len(names)
+
+
+def _damaged_points(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+    """As `_damaged_pictures`, of point clouds and surfaces, which are read whole."""
+    from lightspan.datamodules.image.picture_files import find_labelled
+    from lightspan.datamodules.points.ldraw import LDrawFiles, library_roots
+    from lightspan.datamodules.points.reading import POINTS, read_shape
+    from lightspan.datamodules.shards.headers import looked_at
+
+    names, said = find_labelled(folder, POINTS, settings.get("links", "skip"), "none").names, []
+    seen, bricks = looked_at(len(names), MOST_CLOUDS), LDrawFiles(library_roots(folder))
+    for number in seen:
+        try:
+            read_shape(folder / names[number], bricks)
+        except UserError:  # of this machine, not of the file
+            raise
+        except (ValueError, OSError) as error:
+            said.append(f"{names[number]} ({error})")
     return said, len(seen), len(names)

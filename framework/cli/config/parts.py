@@ -19,6 +19,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "lightspan.methods",
     "lightspan.nn",
     "lightspan.objectives.moving_targets",
+    "lightspan.objectives.swapped_prediction",
     "lightspan.optim",
     "lightspan.subspaces",
     "lightspan.training.deepspeed",

@@ -1,4 +1,6 @@
-"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos (`user_data`)."""
+"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos, points
+(`user_data`).
+"""
 
 import ast
 import os
@@ -61,13 +63,13 @@ def with_folder(
     """The recipe with its overlays, then the folder, then the flags.
 
     Args:
-        modality: of the data, such as "video"; the option is its plural.
+        modality: of the data, such as "video"; the option is its plural, or itself if that is one, as "points".
         data: class path of the data module.
         kept: settings of the recipe's own data that this one keeps.
         model_layer: see `UserData`.
     Raises: UserError for a recipe of other data, a folder without any, and as `resolve`.
     """
-    name = f"{modality}s"
+    name = modality if modality.endswith("s") else f"{modality}s"
     hint = f"`lightspan recipes --modality {modality}` lists those for {name}"
     layers = (lambda found: _data_layer(found, folder, data, kept)), model_layer
     own = UserData(f"--{name}", modality, hint, data, {"folder", "num_workers", *kept}, name, folder, *layers)

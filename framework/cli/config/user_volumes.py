@@ -14,7 +14,7 @@ from lightspan.cli.config.user_folders import fewer, fitting, watching_callbacks
 from lightspan.core.files.atomic import expanded
 
 DATA = "lightspan.datamodules.volume.folder.VolumeFolder"
-KEPT = ("size", "batch_size", "crops", "augment", "bases", "seed")
+KEPT = ("size", "batch_size", "crops", "augment", "bases", "slices", "seed")
 
 
 def _model_layer(resolved: Resolved) -> Layer:

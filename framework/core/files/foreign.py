@@ -73,6 +73,8 @@ PIXELS = Limit("pixels", 2**26, "LIGHTSPAN_MAX_PIXELS")
 """Of a picture: width times height."""
 NUMBERS = Limit("numbers", 2**28, "LIGHTSPAN_MAX_NUMBERS")
 """Of an array, a recording or a scene, over all bands and channels."""
+TRIANGLES = Limit("triangles", 2**23, "LIGHTSPAN_MAX_TRIANGLES")
+"""Of a surface, each of which takes 36 bytes or more."""
 FRAMES = Limit("frames", 2**24, "LIGHTSPAN_MAX_FRAMES")
 """Of a video: a week of 25 a second."""
 CELLS = Limit("cells", 2**26, "LIGHTSPAN_MAX_CELLS")

@@ -1,12 +1,9 @@
 """SwAV: the cluster codes of one crop are predicted from another crop of the same image, while both are learned.
 
 Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), NeurIPS
-2020, arXiv 2006.09882: swapped prediction (eq. 1, 2, 6), codes by Sinkhorn-Knopp (eq. 3-5, appendix A), multi-crop
-(section 3.3), queue (section 4.1), and the authors' code: prototypes come back to unit length after each step, which is
-itself unconstrained, and a batch joins the queue after its step, so that its micro-batches do not meet one another
-there either. Sinkhorn-Knopp runs in logarithms over
-the rows of all ranks; each rank adds its share of the queue to them.
-Shapes: B images of this rank, G global and V views, D embedding width, K prototypes, L rows of a queue.
+2020, arXiv 2006.09882: multi-crop (section 3.3) in front of `lightspan.objectives.swapped_prediction`, which has the
+loss, its codes and their queue.
+Shapes: B images of this rank, R rows of one pass, D embedding width, K prototypes, L rows of a queue.
 """
 
 from typing import Any
@@ -14,19 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightspan.core.devices import wide
-from lightspan.core.distributed import rank, world_size
-from lightspan.core.ranges import require_in, require_shares, require_temperatures
-from lightspan.core.sharded import local, row_norms
-from lightspan.core.unit_length import unit_length
 from lightspan.datamodules.image.batch import ViewsBatch
-from lightspan.nn.heads.dino_head import dot_products, zero_grads
 from lightspan.nn.multi_crop import MultiCropNetwork
 from lightspan.nn.submodule_alias import submodule_alias
-from lightspan.nn.teachers.feature_queue import FeatureQueue
-from lightspan.nn.views import global_first, require_global_views
+from lightspan.nn.views import global_first
 from lightspan.nn.widths import given_width, require_projector
-from lightspan.objectives.prototypes import cross_view_loss, sinkhorn
+from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.training.method import Method
 
 
@@ -70,64 +60,33 @@ class SwAV(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_shares(queue_from=queue_from, freeze_prototypes=freeze_prototypes)
-        require_temperatures(temperature=temperature, code_temperature=code_temperature)
-        require_global_views(global_views)
         require_projector(backbone, projector)
-        width = given_width(projector)
-        require_in("[1, inf)", prototypes=prototypes, iterations=iterations)
-        require_in("[0, inf)", queue=queue)
         self.network = MultiCropNetwork(backbone, projector)
-        self.prototypes = nn.Linear(width, prototypes, bias=False)
-        self.prototypes.parameter_kinds = {"weight": "embeddings"}  # type: ignore[assignment]
-        self.queues = nn.ModuleList(FeatureQueue(queue, width) for _ in range(global_views if queue else 0))
-        self.temperature, self.code_temperature, self.iterations = temperature, code_temperature, iterations
-        self.queue_from, self.freeze_prototypes, self.global_views = queue_from, freeze_prototypes, global_views
-        self.renormalise()
+        self.prototypes = SwappedPrediction(
+            given_width(projector),
+            prototypes,
+            temperature,
+            code_temperature,
+            iterations,
+            queue,
+            queue_from,
+            freeze_prototypes,
+            global_views,
+        )
 
     @torch.no_grad()
     def assignments(self, batch: Any) -> Tensor:
         """Which prototypes a batch predicts, [B K], as the loss compares it with codes."""
-        z_BD = unit_length(self.projector(self.features(batch)))
-        return (wide(self.prototypes(z_BD)) / self.temperature).softmax(dim=1)
+        return self.prototypes.assignments(self.projector(self.features(batch)))
 
     def training_step(self, batch: ViewsBatch, batch_idx: int) -> Tensor:
-        views = global_first(batch, "SwAV", self.global_views)
-        z_VBD = unit_length(wide(self.network(views)))
-        scores_VBK = dot_products(z_VBD, self.prototypes.weight)
-        codes_GBK = torch.stack([self.codes(view, scores_VBK[view]) for view in range(self.global_views)])
-        if self.share_of_run() >= self.queue_from:
-            for queue, z_BD in zip(self.queues, z_VBD, strict=False):
-                queue.see(z_BD, self.global_step)  # type: ignore[operator]
-        loss = cross_view_loss(codes_GBK, scores_VBK, self.temperature)
-        answer_1K = (
-            (wide(scores_VBK.detach()) / self.temperature).softmax(dim=-1).flatten(0, 1).mean(dim=0, keepdim=True)
-        )
-        # log K while all prototypes are predicted alike, 0 if one is predicted of all images.
-        self.log_training({"train/loss": loss, "train/prototype_entropy_nats": torch.special.entr(answer_1K).sum()})
+        views = global_first(batch, "SwAV", self.prototypes.global_views)
+        loss, entropy = self.prototypes(self.network(views), self.share_of_run(), self.global_step)
+        self.log_training({"train/loss": loss, "train/prototype_entropy_nats": entropy})
         return loss
 
-    @torch.no_grad()
-    def codes(self, view: int, scores_BK: Tensor) -> Tensor:
-        """Targets [B K] of a global view, with the queue's rows beside those of all ranks."""
-        queued_LK = scores_BK[:0]
-        if self.queues and self.queues[view].full:
-            own_LD: Tensor = self.queues[view].rows_LD[rank() :: world_size()]  # type: ignore[index]
-            queued_LK = dot_products(own_LD.to(scores_BK), self.prototypes.weight)
-        scores_LK = torch.cat([queued_LK, scores_BK])
-        return sinkhorn(scores_LK, self.code_temperature, self.iterations)[len(queued_LK) :]
-
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if self.share_of_run() < self.freeze_prototypes:
-            zero_grads([self.prototypes])
+        self.prototypes.hold(self.share_of_run())
 
     def after_optimizer_step(self) -> None:
-        self.renormalise()
-        for queue in self.queues:
-            queue.follow()  # type: ignore[operator]
-
-    @torch.no_grad()
-    def renormalise(self) -> None:
-        """Puts the prototypes back to unit length, however their rows or columns are split over ranks."""
-        weight_KD = self.prototypes.weight
-        local(weight_KD).div_(row_norms(weight_KD).clamp_min(1e-12))
+        self.prototypes.follow()

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightspan.core.batches import inputs_in
-from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_shares
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.init import CONVOLUTIONS
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
+from lightspan.nn.scales import coarsest_mean, require_scales
 from lightspan.nn.views import require_one_size, views_of
 from lightspan.objectives.dice import dice_loss
 from lightspan.objectives.pseudo_labels import pixel_cross_entropy
@@ -56,12 +56,7 @@ class VolumeFusion(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        widths = getattr(backbone, "widths", ()) if hasattr(backbone, "scales") else ()
-        if not widths:
-            raise UserError(
-                f"VolumeFusion reads maps of several scales, and {type(backbone).__name__} has no `scales` with "
-                "`widths`; use one such as lightspan.backbones.dense.UNet"
-            )
+        widths = require_scales(backbone, "VolumeFusion")
         require_in(f"[1, {len(widths)}]", supervised_scales=supervised_scales)
         require_shares(inversion=inversion)
         self.backbone, self.coefficients, self.inversion = backbone, coefficients or CoefficientMaps(), inversion
@@ -70,8 +65,7 @@ class VolumeFusion(Method):
         self.heads = nn.ModuleList(CONVOLUTIONS[axes - 1](width, classes, 1) for width in widths[:supervised_scales])
 
     def features(self, batch: Any) -> Tensor:
-        read = inputs_in(batch, self.read_type)
-        return self.backbone.scales(*read)[-1].flatten(2).mean(dim=2)  # type: ignore[operator]
+        return coarsest_mean(self.backbone, *inputs_in(batch, self.read_type))
 
     def forward(self, volume_BCDHW: Tensor) -> list[Tensor]:
         """Logits [B K+1 d h w], from the finest scale on."""

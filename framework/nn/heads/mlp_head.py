@@ -1,4 +1,4 @@
-"""Hidden layers of linear maps and GELU before a linear layer: of pixels, or of classes."""
+"""Hidden layers of linear maps and GELU before a linear layer: of pixels, of classes, or of actions."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,21 +10,27 @@ from lightspan.nn.widths import LazyHead
 
 
 class MLPHead(LazyHead):
-    """Linear - GELU for each hidden width, then a Linear: [... in_features] -> [... out_features].
+    """Linear - GELU, with dropout behind it, for each hidden width, then a Linear: [... in_features] -> [...
+    out_features].
 
     Args:
         in_features: what it takes.
         out_features: None leaves it to the method, such as the numbers of a patch or the number of classes.
         hidden: widths of the hidden layers; none gives one linear layer.
-    Raises: UserError for a width below 1.
+        dropout: share of the entries behind each of these that training sets to zero, in [0, 1).
+    Raises: UserError for a width below 1, or dropout out of range.
     """
 
-    def __init__(self, in_features: int, out_features: int | None = None, hidden: Sequence[int] = ()) -> None:
+    def __init__(
+        self, in_features: int, out_features: int | None = None, hidden: Sequence[int] = (), dropout: float = 0.0
+    ) -> None:
         super().__init__()
         widths = [in_features, *hidden]
         require_in("[1, inf)", in_features=in_features, hidden=hidden)
+        require_in("[0, 1)", dropout=dropout)
         self.in_features = in_features
-        parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.GELU())]
+        drop = [nn.Dropout(dropout)] if dropout else []
+        parts = [part for pair in pairwise(widths) for part in (nn.Linear(*pair), nn.GELU(), *drop)]
         self.layers, self.width = nn.Sequential(*parts), widths[-1]
         if out_features is not None:
             self.build(out_features)

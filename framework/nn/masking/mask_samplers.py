@@ -100,6 +100,40 @@ class RandomMasks(MaskSampler):
 
 
 @dataclass(frozen=True)
+class CoarseMasks(MaskSampler):
+    """Hides whole blocks of patches: those that another sampler hides on the grid of blocks (Irshad et al., "NeRF-MAE",
+    2024, arXiv 2404.01300, with blocks of 4^3). Blocks that a side does not fill are cut off at its end.
+
+    Args:
+        block: sides in patches, one for each axis of the grid, each at least 1.
+        blocks: draws them; its counts are exact of the patches too where blocks fill the grid.
+    """
+
+    block: tuple[int, ...] = (4, 4, 4)
+    blocks: MaskSampler = RandomMasks()
+
+    def __post_init__(self) -> None:
+        require_in("[1, inf)", block=self.block)
+
+    @property
+    def seed(self) -> int:  # type: ignore[override]
+        return self.blocks.seed
+
+    def draw(self, grid: tuple[int, ...], step: int, indices: Sequence[int], view: int = 0) -> np.ndarray:
+        """bool [B grid...], see `MaskSampler`. Raises: UserError for a grid of another number of axes."""
+        if len(grid) != len(self.block):
+            raise UserError(
+                f"CoarseMasks block={[*self.block]} has {len(self.block)} sides, and the grid is "
+                f"{' x '.join(map(str, grid))}; give a side for each axis"
+            )
+        coarse = tuple(-(-length // side) for length, side in zip(grid, self.block, strict=True))
+        masks = self.blocks.draw(coarse, step, indices, view)
+        for axis, side in enumerate(self.block, start=1):
+            masks = masks.repeat(side, axis=axis)
+        return masks[(slice(None), *(slice(length) for length in grid))]
+
+
+@dataclass(frozen=True)
 class TubeMasks(MaskSampler):
     """Hides the same patches in every frame of a clip, whose first axis is time (Tong et al., "VideoMAE", 2022, arXiv
     2203.12602).

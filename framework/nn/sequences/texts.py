@@ -71,6 +71,35 @@ def learned_of(batch: Mapping[str, Any], method: str) -> Tensor | None:
     return batch[known].bool()
 
 
+def clip_at_of(batch: Mapping[str, Any], method: str) -> Tensor:
+    """Before which of its tokens the clip of each text stands, int64 [B].
+
+    Args:
+        method: its name, for messages.
+    Raises: UserError for a batch that does not tell, numbers of another kind, and, on the host, a place that its text
+        does not have.
+    """
+    tokens_BT = tokens_of(batch, method)
+    if "clip_at" not in batch:
+        raise UserError(
+            f"{method} puts each clip at its place in a text, clip_at, and this batch has none (it holds "
+            f"{', '.join(sorted(batch))}); take data of clips with texts, such as "
+            "lightspan.datamodules.video.captioned.CaptionedVideos"
+        )
+    at_B = batch["clip_at"]
+    if not isinstance(at_B, Tensor) or at_B.ndim != 1 or at_B.dtype not in WHOLE:
+        raise UserError(f"{method} reads clip_at as int64 [B], and this batch gives {described(at_B)}")
+    for field in ("clip_at", "tokens"):
+        require_rows(batch, field, method)
+    ends = range_on_host(at_B)
+    if ends is not None and (ends[0] < 0 or ends[1] > tokens_BT.shape[1]):
+        raise UserError(
+            f"{method}: clip_at of this batch goes from {ends[0]} to {ends[1]}, and must lie in "
+            f"[0, {tokens_BT.shape[1]}], the places of a text of so many tokens"
+        )
+    return at_B.long()
+
+
 def places_of(mask_BT: Tensor) -> Tensor:
     """How many tokens of its text stand before each token, int64 [B T]. Padding counts on: a row of one text has the
     numbers from 0 up.

@@ -11,12 +11,13 @@ from lightspan.core.errors import UserError
 class Frozen(nn.Module):
     """Calls `module` without gradients, always in evaluation mode, whatever the mode of the module around it.
 
-    Its weights no longer require gradients.
+    Its weights no longer require gradients. As the backbone of a method it has the width that `module` says.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module.requires_grad_(False)
+        self.num_features: int | None = getattr(module, "num_features", None)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:

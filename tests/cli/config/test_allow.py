@@ -16,6 +16,7 @@ from lightspan.core.source import Definition, load, locate
         "lightspan.backbones.language.llama",
         "lightspan.adapters.factorise.factorise",
         "lightspan.objectives.moving_targets.MomentumFeatures",
+        "lightspan.objectives.swapped_prediction.SwappedPrediction",
         "torch.optim.AdamW",
         "torch.optim.lr_scheduler.CyclicLR",
         "torch.nn.Linear",

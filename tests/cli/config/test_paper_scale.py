@@ -37,9 +37,12 @@ WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
     *("contrastive/starbucks_msmarco", "masked/spt_lra_image", "supervised/sequence_lra_image"),
-    "supervised/tag_classifier_jft",
+    *("supervised/tag_classifier_jft", "masked/models_genesis_luna"),
 }
 
+
+ADAPTED = {"image_text/pllava_vicuna7b": "network.projector."}
+"""Callbacks, which are left out here, leave nothing but this and LoRAs to train."""
 
 ONE_RANK = [
     *("trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"),
@@ -53,7 +56,9 @@ def at_scale(config: dict[str, Any]) -> bool:
         "'shards': ",
         ".folder.ImageFolder'",
         ".folder.VideoFolder'",
+        ".captioned.CaptionedVideos'",
         ".folder.VolumeFolder'",
+        ".radiance.RadianceFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
@@ -118,7 +123,8 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         model = built(name)
     groups = model.groups.optimizer(model, model.optimizer).param_groups
     decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
-    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    own = ADAPTED.get(name, "")
+    trained = {key: each for key, each in model.named_parameters() if each.requires_grad and key.startswith(own)}
     spared = {key for key, parameter in trained.items() if id(parameter) not in decayed}
     if name == "distillation/fst_cityscapes":  # the encoder's norms, and nothing by its number of axes
         assert spared == {key for key in trained if key.startswith("student.0.encoder.") and "norm" in key}
@@ -133,6 +139,8 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         exempt = {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
         if "/spark" in name:  # which names its mask tokens as exempt
             exempt |= {f"decoder.mask_tokens.{level}" for level in range(4)}
+        if "/point_mae" in name:  # which names all tokens as exempt
+            exempt |= {"decoder.mask_token"}
         assert spared == exempt
 
 
@@ -153,6 +161,7 @@ RISING = [0, 0.1 / 3, 0.2 / 3, 0.1]
 DROPPED: dict[str, dict[str, list[float]]] = {
     "masked/cae_imagenet": {"regressor": RISING, "decoder": RISING},
     "distillation/unip_infmix": {"backbone": [0.1] * 12},
+    "masked/point_mae_shapenet": {"backbone": [0.1 * block / 11 for block in range(12)], "decoder": RISING},
 }
 """Stochastic depth of the blocks of parts, where timm's own rule for an encoder does not say it."""
 

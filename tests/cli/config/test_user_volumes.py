@@ -48,6 +48,20 @@ def test_a_grid_of_base_crops_is_kept(tmp_path: Path) -> None:
     assert "patients" not in found
 
 
+def test_slices_as_images_are_kept_and_every_part_learns_how_many_channels_there_are(tmp_path: Path) -> None:
+    for number in range(5):
+        for name in ("t1", "t2"):
+            write_nifti(tmp_path / "in" / f"s{number}_{name}.nii", noise(number))
+    patterns = "data.init_args.modalities={t1: '{subject}_t1', t2: '{subject}_t2'}"
+    found = with_volumes("clustering/joint_2d_3d", (), tmp_path / "in", [patterns]).config
+    kept = resolve("clustering/joint_2d_3d").config["data"]["init_args"]
+    assert found["data"]["init_args"]["slices"] == kept["slices"]
+    embedding = found["model"]["init_args"]["backbone"]["init_args"]["embedding"]
+    assert embedding["init_args"]["encoder"]["init_args"]["in_chans"] == 2
+    restorer = with_volumes("masked/models_genesis", (), tmp_path / "in", [patterns]).config["model"]["init_args"]
+    assert restorer["in_chans"] == restorer["backbone"]["init_args"]["in_chans"] == 2
+
+
 def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_path: Path) -> None:
     for place in ("train/a", "train/b", "val/a", "val/b"):
         write_volumes(tmp_path / "in" / place, 2)

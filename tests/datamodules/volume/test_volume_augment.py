@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.volume.augment import Alteration, AlteredVolumes, VolumeAugmentation, bits
+from lightspan.datamodules.volume.augment import Alteration, AlteredVolumes, VolumeAugmentation, bits, thickened
 
-STILL = Alteration(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
-ALL = VolumeAugmentation((0.5, 0.5, 0.5), 0.5, 20, 0.2, 2, 1.5, 4, 0.3, 0.1, 0.3)
+STILL = Alteration(*[0.0] * 7, 1.0, *[0.0] * 4, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+ALL = VolumeAugmentation((0.5, 0.5, 0.5), 0.5, 20, 0.2, 2, 1.5, 4, 3.0, 0.2, 0.3, 0.1, 0.3, 0.1)
 
 
 def altered(volume: torch.Tensor, labels: torch.Tensor, **changes: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +71,30 @@ def test_zoom_and_intensity(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(changed, 2 * volume**2 + 1, atol=1e-3, rtol=1e-4)
 
 
+def test_a_scan_of_thick_slices_has_every_second_one_and_lines_between_them() -> None:
+    volume = torch.rand(2, 1, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    thick = thickened(volume, torch.tensor([1.0, 2.0]), 2)
+    assert torch.equal(thick[0], volume[0])
+    assert torch.equal(thick[1, :, ::2], volume[1, :, ::2])
+    torch.testing.assert_close(thick[1, :, 1::2], (volume[1, :, :-1:2] + volume[1, :, 2::2]) / 2)
+    coarse = thickened(volume, torch.tensor([9.0, 9.0]), 4)  # longer than the volume: from the first to the last voxel
+    torch.testing.assert_close(coarse, torch.lerp(volume[..., :1], volume[..., -1:], torch.arange(3) / 9))
+    assert thickened(volume.bfloat16(), torch.tensor([2.0, 3.0]), 3).dtype == torch.bfloat16
+
+
+def test_a_bias_field_is_a_smooth_positive_factor_and_noise_is_as_large_as_drawn() -> None:
+    flat, labels = torch.ones(2, 1, 12, 12, 12), torch.zeros(2, 12, 12, 12, dtype=torch.long)
+    field = altered(flat, labels, bias=0.2)[0]
+    assert (field > 0).all()
+    assert 0.05 < field.log().std() < 0.25
+    for axis in (2, 3, 4):  # linear between four points: no step is as large as the field
+        assert field.log().diff(dim=axis).abs().max() < 0.35
+    assert not torch.equal(field[0], field[1])
+    grain = altered(flat, labels, noise=0.1)[0] - 1
+    assert abs(grain.std() - 0.1) < 0.01
+    assert abs(grain.mean()) < 0.01
+
+
 def test_a_row_is_a_function_of_its_seed_alone() -> None:
     drawn = [ALL.draw(np.random.default_rng(number)) for number in range(4)]
     volume, spacing = torch.rand(4, 2, 6, 8, 8), torch.ones(4, 3)
@@ -95,6 +119,9 @@ def test_a_row_is_a_function_of_its_seed_alone() -> None:
     bounds = dict(zip(names, zip(*drawn, strict=True), strict=True))
     assert all(0.8 <= x <= 1.2 for x in bounds["zoom"])
     assert all(x in (0, 1, 2, 3) for x in bounds["turns"])
+    thick = [bounds[f"thick_{axis}"] for axis in "dhw"]
+    assert all(sum(x > 1 for x in one) == 1 and max(one) <= 3 for one in zip(*thick, strict=True))
+    assert all(0 < x <= 0.2 for x in bounds["bias"])
 
 
 def test_by_default_nothing_changes() -> None:
@@ -104,6 +131,7 @@ def test_by_default_nothing_changes() -> None:
     same, grid = none.altered(volume, a, torch.ones(1, 3), torch.zeros(1, dtype=torch.long), 0)
     assert torch.equal(same, volume)
     assert grid is None
-    for settings in ({"flip": (0.5, 2, 0)}, {"scale": 1.0}, {"points": 1}, {"degrees": -1}, {"elastic": float("inf")}):
+    for settings in ({"flip": (0.5, 2, 0)}, {"scale": 1.0}, {"points": 1}, {"degrees": -1}, {"elastic": float("inf")},
+                     {"anisotropy": 0.5}, {"bias": -1.0}, {"noise": float("nan")}):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(settings))):
             VolumeAugmentation(**settings)

@@ -66,7 +66,7 @@ def test_loss_and_codes_are_lightlys_with_and_without_a_queue() -> None:
     scores = [embedded(model, view) @ model.prototypes.weight.T for view in given["views"]]
     torch.testing.assert_close(model.training_step(given, 0), oracle(scores[:2], scores[2:])[0])
     model.after_optimizer_step()
-    queued = [queue.rows_LD @ model.prototypes.weight.T for queue in model.queues]
+    queued = [queue.rows_LD @ model.prototypes.weight.T for queue in model.prototypes.queues]
     torch.testing.assert_close(model.training_step(given, 0), oracle(scores[:2], scores[2:], queued)[0])
 
 
@@ -76,20 +76,20 @@ def test_with_equal_scores_the_loss_is_log_k_and_hot_codes_are_uniform() -> None
     assert model.training_step(batch(), 0).item() == pytest.approx(math.log(7))
     scores = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        method(code_temperature=1e6).codes(0, scores), torch.full((5, 7), 1 / 7), rtol=1e-4, atol=0
+        method(code_temperature=1e6).prototypes.codes(0, scores), torch.full((5, 7), 1 / 7), rtol=1e-4, atol=0
     )
 
 
 def test_codes_behind_a_queue_are_the_last_rows_of_those_of_all_and_a_batch_never_meets_itself() -> None:
     model, given = method(queue=12).eval(), batch()
     seen: list[Tensor] = []
-    codes = model.codes
-    model.codes = lambda view, scores: (seen.append(scores), codes(view, scores))[1]  # type: ignore[method-assign]
+    codes = model.prototypes.codes
+    model.prototypes.codes = lambda view, scores: (seen.append(scores), codes(view, scores))[1]  # type: ignore[method-assign]
     for step in range(2):
         model.training_step(BATCHES[step], 0)
         model.after_optimizer_step()
-        assert model.queues[0].full == (step == 1)
-    before = [queue.rows_LD.clone() for queue in model.queues]
+        assert model.prototypes.queues[0].full == (step == 1)
+    before = [queue.rows_LD.clone() for queue in model.prototypes.queues]
     expected = [torch.cat([embedded(model, BATCHES[step]["views"][view]) for step in range(2)]) for view in range(2)]
     for rows, own in zip(expected, before, strict=True):
         torch.testing.assert_close(rows.detach(), own)
@@ -98,16 +98,19 @@ def test_codes_behind_a_queue_are_the_last_rows_of_those_of_all_and_a_batch_neve
         whole = sinkhorn(torch.cat([rows @ model.prototypes.weight.T, scores]).detach(), 0.3)
         torch.testing.assert_close(codes(view, scores), whole[-6:])
     model.training_step(given, 0)
-    assert torch.equal(model.queues[0].rows_LD, before[0])
+    assert torch.equal(model.prototypes.queues[0].rows_LD, before[0])
     model.after_optimizer_step()
-    torch.testing.assert_close(model.queues[0].rows_LD[:6], before[0][6:])
+    torch.testing.assert_close(model.prototypes.queues[0].rows_LD[:6], before[0][6:])
 
 
 def test_the_queue_waits_for_its_share_of_the_run(tmp_path: Path) -> None:
     model = method(queue=6, queue_from=0.5)
     seen: list[int] = []
-    codes = model.codes
-    model.codes = lambda view, scores: (seen.append(int(model.queues[view].filled)), codes(view, scores))[1]  # type: ignore[method-assign]
+    codes = model.prototypes.codes
+    model.prototypes.codes = lambda view, scores: (
+        seen.append(int(model.prototypes.queues[view].filled)),
+        codes(view, scores),
+    )[1]  # type: ignore[method-assign]
     fit(model, BATCHES, tmp_path)
     assert seen == [0, 0, 0, 0, 0, 0, 6, 6]
 

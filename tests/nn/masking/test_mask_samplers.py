@@ -13,7 +13,14 @@ from torch._subclasses import FakeTensorMode
 from lightspan.core.errors import UserError
 from lightspan.nn.image_numbers import image_numbers
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
-from lightspan.nn.masking.mask_samplers import DirichletMasks, RandomMasks, SpanMasks, TubeMasks, visible_count
+from lightspan.nn.masking.mask_samplers import (
+    CoarseMasks,
+    DirichletMasks,
+    RandomMasks,
+    SpanMasks,
+    TubeMasks,
+    visible_count,
+)
 from lightspan.nn.masking.multi_block import Blocks, MultiBlock
 from lightspan.nn.sequences.patches import places
 
@@ -244,3 +251,17 @@ def test_rectangles_need_a_grid_that_align_fits_and_a_share_that_they_reach() ->
         with pytest.raises(UserError, match=r"RectangleMasks: share=.* must lie in \[0, 0.9\]"):
             RectangleMasks(**settings_)
     assert RectangleMasks(0.5, longest=0.01, align=4).draw((8, 8), 0, [0]).mean() == 0.5  # a side is align at least
+
+
+def test_coarse_masks_hide_whole_blocks_and_cut_the_last_ones() -> None:
+    sampler = CoarseMasks((2, 3), RandomMasks(0.5, seed=4))
+    masks = sampler.draw((4, 6), 1, [3, 8])
+    assert np.array_equal(masks, np.kron(RandomMasks(0.5, seed=4).draw((2, 2), 1, [3, 8]), np.ones((1, 2, 3), bool)))
+    assert np.array_equal(sampler.draw((3, 4), 1, [3, 8]), masks[:, :3, :4])
+    assert sampler.seed == 4
+    assert CoarseMasks((1, 1), RandomMasks(0.3)).draw((5, 4), 0, [1]).sum() == 6
+    assert sampler.draw((4, 6), 1, []).shape == (0, 4, 6)
+    with pytest.raises(UserError, match=r"block=\[2, 3\]"):
+        sampler.draw((4, 6, 2), 0, [0])
+    with pytest.raises(UserError, match="block="):
+        CoarseMasks((2, 0))

@@ -30,6 +30,7 @@ _OPTIONS = (
     "--image-size",
     "--volumes",
     "--videos",
+    "--points",
     "--table",
     "--target",
     "--allow-module",

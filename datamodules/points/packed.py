@@ -1,0 +1,133 @@
+"""Shapes read once, into files that all ranks, workers and later runs map.
+
+Shapes: N points, F triangles.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from rich.progress import track
+
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.foreign import NUMBERS, TRIANGLES
+from lightspan.core.files.places import CachePath, PathUse
+from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.packs import PackCache, file_state
+from lightspan.datamodules.points.ldraw import LDrawFiles
+from lightspan.datamodules.points.reading import BRICKS, read_shape
+from lightspan.datamodules.points.shapes import Shape
+
+VERSION = 1  # of what becomes of a file; another one packs anew
+MOST_KEPT = 2**17
+"""Points or triangles that are kept of a file."""
+_ROW = 36 + 9  # bytes of a triangle
+_BRICK = 2**17  # bytes of a part, whose own file says little of its size
+
+
+def kept(shape: Shape) -> Shape:
+    """A shape of at most `MOST_KEPT` points or triangles: of more, so many points, always the same."""
+    return shape if len(shape.xyz) <= MOST_KEPT else shape.drawn(MOST_KEPT, np.random.default_rng(0))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The files of a folder as a loader fetches them: each writes its own arrays, and gives what is known of it."""
+
+    folder: Annotated[Path, PathUse.READ]
+    names: Sequence[str]
+    bricks: LDrawFiles
+    to: Annotated[Path, PathUse.CACHE]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def sample(self, index: int, seed: int) -> dict[str, Any]:
+        try:
+            shape = kept(read_shape(self.folder / self.names[index], self.bricks))
+        except UserError:  # of this machine, not of the file
+            raise
+        except (ValueError, OSError, MemoryError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            return {"known": json.dumps({"damage": reason or str(error) or type(error).__name__})}
+        digest = hashlib.sha256()
+        for name, array in zip(Shape._fields, shape, strict=True):
+            if array is not None:
+                np.save(self.to / f"{index}-{name}.npy", array, allow_pickle=False)
+                digest.update(array.tobytes())
+        has = [name for name, array in zip(Shape._fields, shape, strict=True) if array is not None]
+        return {"known": json.dumps({"has": has, "content": digest.hexdigest()})}
+
+
+@dataclass(frozen=True)
+class PackedShapes:
+    """The shapes of one folder.
+
+    Attributes:
+        folder: of the pack.
+        known: of each shape which arrays it `has`, and the sha256 of these, `content`; or its `damage`.
+        labels: int64 [N].
+    """
+
+    folder: Annotated[Path, PathUse.READ]
+    known: Sequence[Mapping[str, Any]]
+    labels: np.ndarray
+
+    def read(self, number: int) -> Shape:
+        """Raises: KeyError for a damaged one."""
+        has = self.known[number]["has"]
+        return Shape(*(self._array(f"{number}-{name}.npy") if name in has else None for name in Shape._fields))  # type: ignore[arg-type]
+
+    def _array(self, name: str) -> np.ndarray:
+        # Mapped anew for each sample, which takes a tenth of a millisecond: a mapping holds its file open.
+        return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+
+
+class PointCache:
+    """Packs of shapes (`PackCache`), told apart by the files' names, sizes and times.
+
+    Args:
+        folder, limit_gib: as in `PackCache`.
+    """
+
+    def __init__(self, folder: CachePath | None, limit_gib: float) -> None:
+        self.packs = PackCache(folder, "points", limit_gib)
+
+    def packed(
+        self, folder: Path, names: Sequence[str], labels: np.ndarray, roots: Sequence[Path], num_workers: int
+    ) -> PackedShapes:
+        """The pack of these files.
+
+        Args:
+            roots: where LDraw files find others.
+        Raises: UserError if it would be larger than all packs may be; without the extra `points`.
+        """
+        states: list[list[Any]] = [[one_line(name), *file_state(folder / name)] for name in names]
+        settings = [VERSION, NUMBERS.most, TRIANGLES.most, MOST_KEPT, [str(root) for root in roots]]
+        key = hashlib.sha256(json.dumps([settings, states]).encode()).hexdigest()[:32]
+        size = sum(_bytes(name, state[1]) for name, state in zip(names, states, strict=True))
+        self.packs.require_room(size, f"the shapes of {len(names):,} files", "or name fewer files")
+        pack, about = self.packs.pack(key, size, partial(_write, folder, names, LDrawFiles(roots), num_workers))
+        return PackedShapes(pack, about["known"], labels)
+
+
+def _bytes(name: str, size: int) -> int:
+    """Of what is kept of a file of this size, about: at most a triangle for each 12 bytes."""
+    return _BRICK if name.lower().endswith(BRICKS) else min(MOST_KEPT, max(size, 0) // 12) * _ROW
+
+
+def _write(folder: Path, names: Sequence[str], bricks: LDrawFiles, num_workers: int, to: Path) -> dict[str, Any]:
+    loader = EvaluationLoader(_Read(folder, names, bricks, to), 1, num_workers=num_workers)
+    silent = not sys.stdout.isatty()
+    known = [
+        json.loads(text)
+        for batch in track(loader, "reading shapes", transient=True, disable=silent)
+        for text in batch["known"]
+    ]
+    return {"known": known, "folder": str(folder)}

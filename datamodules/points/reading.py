@@ -1,0 +1,180 @@
+"""Points and surfaces of PLY, OBJ, STL, LAS, LAZ and LDraw files. Without torch.
+
+Shapes: N points, V vertices, F triangles.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import NUMBERS, TRIANGLES, bounded_memory, bounded_time, content_of
+from lightspan.datamodules.image.picture_files import Kind
+from lightspan.datamodules.points.ldraw import LDrawFiles
+from lightspan.datamodules.points.shapes import Shape, shape_of
+
+SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl")
+MOST_UNPACKED = 2**10
+"""Bytes that a byte of a packed scan may become; scans come to about a tenth of their size."""
+POINTS = Kind("cloud", "PLY, OBJ, STL, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
+
+
+def without(package: str) -> UserError:
+    return UserError(f"point clouds and surfaces need {package}; install the extra: pip install 'lightspan[points]'")
+
+
+def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
+    """The points of a file, or its surface if it has faces; vertices that belong to none are left out then.
+
+    Args:
+        bricks: where LDraw files find others.
+    Raises: ValueError for damage, nothing to see, and more than the limits; UserError without the extra `points`.
+    """
+    ending = path.suffix.lower()
+    if ending in BRICKS:
+        corners, colours = bricks.triangles(path)
+        if not len(corners):
+            raise ValueError("it has no triangle, neither its own nor of files that it names")
+        return shape_of(corners, np.repeat(colours[:, None], 3, axis=1))
+    return _scan(path) if ending in SCANS else _mesh(path, ending[1:])
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """For readers of others, which raise all kinds of things for files that are not as they should be. A file may take
+    as much memory and time as `lightspan.core.files.foreign` allows.
+
+    Raises: ValueError for any of them; UserError as it is.
+    """
+    try:
+        with bounded_memory(), bounded_time():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
+    except BaseException as error:
+        # lazrs is written in Rust, whose panics are no Exceptions.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it is damaged: {error}") from error
+
+
+def _mesh(path: Path, kind: str) -> Shape:
+    try:
+        import trimesh
+    except ImportError as error:
+        raise without("trimesh") from error
+    content = content_of(path)
+    vertices, faces = _told(content) if kind == "ply" else (0, 0)
+    with _damage():
+        # Bytes, not a path: materials and pictures that a file names elsewhere are not looked for.
+        loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False)
+        found = list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+        found = [one for one in found if len(getattr(one, "vertices", ()))]
+        surfaces = [one for one in found if len(getattr(one, "faces", ()))]
+        if sum(len(one.vertices) for one in found) < vertices or sum(len(one.faces) for one in surfaces) < faces:
+            raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+        if not found:
+            raise ValueError(f"it has no point, or is no {kind.upper()} file")
+        return _surface(surfaces) if surfaces else _points(found)
+
+
+def _told(content: bytes) -> tuple[int, int]:
+    """The points and faces that a PLY file's header tells of.
+
+    Raises: ValueError for no header, and for fewer lines of text than it tells of, for which readers make up for
+        themselves; TooMuchError beyond the limits.
+    """
+    header, end, _ = content[: 2**16].partition(b"end_header")
+    if not (header.startswith(b"ply") and end):
+        raise ValueError("it is no PLY file" if content else "it is empty")
+    counts = {name: int(count) for name, count in re.findall(rb"element\s+(\w+)\s+(\d{1,18})\s", header)}
+    vertices, faces = (counts.get(name, 0) for name in (b"vertex", b"face"))
+    NUMBERS.require(3 * vertices)
+    TRIANGLES.require(faces)
+    lines = content[len(header) :].rstrip().count(b"\n") if re.search(rb"format\s+ascii", header) else None
+    if lines is not None and lines < sum(counts.values()):
+        raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+    return vertices, faces
+
+
+def _surface(meshes: list[Any]) -> Shape:
+    TRIANGLES.require(sum(len(mesh.faces) for mesh in meshes))
+    for mesh in meshes:
+        if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
+            raise ValueError(f"it has a face of vertex {int(mesh.faces.max()):,}, and {len(mesh.vertices):,} vertices")
+    colours = [colour for mesh in meshes if (colour := _corner_colours(mesh)) is not None]
+    known = np.concatenate(colours) if len(colours) == len(meshes) else None
+    return shape_of(np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes]), known)
+
+
+def _corner_colours(mesh: Any) -> np.ndarray | None:
+    """uint8 [F 3 3], of vertices or faces; None without any, as where a picture holds them."""
+    if mesh.visual.kind == "vertex":
+        return np.asarray(mesh.visual.vertex_colors)[mesh.faces][..., :3].astype(np.uint8)
+    if mesh.visual.kind == "face":
+        return np.repeat(np.asarray(mesh.visual.face_colors)[:, None, :3], 3, axis=1).astype(np.uint8)
+    return None
+
+
+def _points(clouds: list[Any]) -> Shape:
+    xyz = np.concatenate([np.asarray(cloud.vertices, float) for cloud in clouds])
+    colours = [np.asarray(getattr(cloud, "colors", None)) for cloud in clouds]
+    coloured = sum(len(one) if one.ndim == 2 else 0 for one in colours) == len(xyz)
+    raw = clouds[0].metadata.get("_ply_raw", {}).get("vertex", {}).get("data")
+    names = getattr(getattr(raw, "dtype", None), "names", None) or (raw if isinstance(raw, dict) else ())
+    has_normals = len(clouds) == 1 and all(name in names for name in ("nx", "ny", "nz"))
+    normal = (
+        np.stack([np.asarray(raw[name], float).reshape(-1) for name in ("nx", "ny", "nz")], 1) if has_normals else None
+    )
+    return shape_of(
+        xyz,
+        np.concatenate(colours)[:, :3].astype(np.uint8) if coloured else None,
+        normal if normal is not None and len(normal) == len(xyz) else None,
+    )
+
+
+def _scan(path: Path) -> Shape:
+    try:
+        import laspy
+    except ImportError as error:
+        raise without("laspy") from error
+    content = content_of(path)
+    # In one thread: this is a process of its own, beside others that read.
+    with _damage(), laspy.open(io.BytesIO(content), laz_backend=laspy.LazBackend.Lazrs) as file:
+        told = file.header.point_count
+        NUMBERS.require(3 * told)
+        if told * file.header.point_format.size > MOST_UNPACKED * len(content):
+            raise ValueError(f"it is damaged: {len(content):,} bytes are too few for {told:,} points")
+        if file.header.are_points_compressed:
+            if not laspy.LazBackend.Lazrs.is_available():
+                raise without("lazrs, which unpacks LAZ,")
+            _require_chunks(content, file.header.offset_to_point_data)
+        points = file.read()
+        if len(points) < told:
+            raise ValueError(f"it is cut short: its header tells of {told:,} points")
+        colour, names = None, ("red", "green", "blue")
+        if {*names} <= {*points.point_format.dimension_names}:
+            deep = np.stack([np.asarray(points[name]) for name in names], axis=1)
+            # 16 bits by the format; many programs write 8.
+            colour = (deep >> 8 if deep.size and deep.max() > 255 else deep).astype(np.uint8)
+        return shape_of(np.asarray(points.xyz), colour)
+
+
+def _require_chunks(content: bytes, first: int) -> None:
+    """Raises: ValueError for a LAZ file that claims more parts than it has bytes: lazrs makes room for all of them, and
+    ends the process if it gets none.
+    """
+    (at,) = struct.unpack_from("<q", content, first)
+    (at,) = struct.unpack_from("<q", content, len(content) - 8) if at == -1 else (at,)
+    _, chunks = struct.unpack_from("<II", content, at)
+    if not 0 <= at < len(content) or chunks > len(content):
+        raise ValueError("it is damaged: its table of parts is not there, or too long")

@@ -1,0 +1,50 @@
+"""Folders of small files of points and surfaces, for tests. Those of LDraw need no package."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CUBE = np.array([[x, y, z] for x in (0.0, 1) for y in (0.0, 1) for z in (0.0, 1)])
+QUADS = ((0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5))
+
+
+def brick(path: Path, colour: int = 4, sides: tuple[float, float, float] = (1, 1, 1)) -> Path:
+    """A box as an LDraw file, one corner of which is the origin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(map(str, (4, colour, *(CUBE[list(quad)] * sides).reshape(-1).tolist()))) for quad in QUADS]
+    path.write_text("\n".join(["0 Box", "0 BFC CERTIFY CCW", *lines, "2 24 0 0 0 1 1 1", ""]))
+    return path
+
+
+def bricks(folder: Path, count: int) -> Path:
+    """Boxes of different lengths."""
+    for number in range(count):
+        brick(folder / f"b{number}.dat", sides=(1 + number, 1, 1))
+    return folder
+
+
+def ply(points: np.ndarray, normals: np.ndarray | None = None, faces: tuple[tuple[int, ...], ...] = ()) -> bytes:
+    names = "xyz" if normals is None else ("x", "y", "z", "nx", "ny", "nz")
+    rows = points if normals is None else np.concatenate([points, normals], axis=1)
+    told = [f"property double {name}" for name in names]
+    told += [f"element face {len(faces)}", "property list uchar int vertex_indices"] if faces else []
+    lines = [" ".join(map(repr, row)) for row in rows.tolist()] + [" ".join(map(str, (len(f), *f))) for f in faces]
+    return "\n".join(
+        ["ply", "format ascii 1.0", f"element vertex {len(points)}", *told, "end_header", *lines, ""]
+    ).encode()
+
+
+def las(points: np.ndarray, packed: bool, colour: int | None = None) -> bytes:
+    """In millimetres about the first point. colour: of 16 bits."""
+    laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
+    pytest.importorskip("lazrs", reason="the extra `points` is not installed")
+    header = laspy.LasHeader(point_format=2)
+    header.scales, header.offsets = [0.001] * 3, points[0]
+    data, file = laspy.LasData(header), io.BytesIO()
+    data.x, data.y, data.z = points.T
+    if colour is not None:
+        data.red = data.green = data.blue = np.full(len(points), colour)
+    data.write(file, do_compress=packed)
+    return file.getvalue()
