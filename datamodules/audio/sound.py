@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import BYTES, NUMBERS, opened_regular
+from lightspan.core.ranges import require_numbers
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -132,6 +133,7 @@ class WaveReader:
             )
         if self.samples < 1:
             raise UserError(f"seconds={self.seconds} at rate={self.rate} Hz is less than one sample; raise seconds")
+        require_numbers(self.samples, seconds=self.seconds, rate=self.rate)
         if self.level_db is not None and not -100 <= self.level_db <= 0:
             raise UserError(
                 f"level_db={self.level_db} must be in [-100, 0] dB of full scale; -25 is usual for speech, and null "

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import Place
-from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.augment.views import Views, numbers_of_views
 from lightspan.datamodules.image.sets.small import (
     ImageSamples,
     channel_moments,
@@ -137,6 +138,7 @@ class PictureData(SampleSets):
         require_moments(mean, std)
         if size < 1:
             raise UserError(f"size={size} pixels is too small; it must be at least 1")
+        require_numbers(numbers_of_views(views, size), size=size)
         if not 0 < val_share < 1:
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.views, self.val_share, self.views_on = size, views, val_share, views_on

@@ -3,11 +3,13 @@
 Shapes: N scenes, S pixels a side.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.shapes import SIDE
 from lightspan.datamodules.image_text.captioned import Captioned, CaptionedImages
 from lightspan.datamodules.rendered.outlines import cover, frames
@@ -123,6 +125,7 @@ class Scenes(CaptionedImages):
                 f"pairs={pairs} must be in [0, 1], unseen={unseen} in [0, 0.5], and ground={list(ground)} two numbers "
                 "with 0 <= least <= most <= 1"
             )
+        require_numbers(size * math.prod(self.image_shape), size=size)
         self.size, self.pairs, self.unseen, self.noise = size, pairs, unseen, noise
         self.ground, self.shuffled, self.draw_seed = ground, shuffled, draw_seed
 

@@ -10,7 +10,6 @@ from torch.utils.data import default_collate
 
 from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
-from lightspan.core.files.foreign import NUMBERS
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
@@ -131,20 +130,6 @@ def require_split(samples: str, **parts: Sized) -> None:
         raise UserError(
             f"no {samples} are left for {empty[0]}: {counts}; give more, at least two of each class, since a class of "
             "one holds none out, or change what is held out"
-        )
-
-
-def require_sample(numbers: int, **settings: object) -> None:
-    """Raises: UserError for more numbers of one sample than the limit of `NUMBERS`, before any is made.
-
-    Args:
-        settings: of the data module, of which the number follows.
-    """
-    if numbers > NUMBERS.most:
-        raise UserError(
-            f"a sample of {', '.join(f'{name}={value}' for name, value in settings.items())} has {numbers:,} numbers, "
-            f"above the limit of {NUMBERS.most:,}; lower one of them, or raise the limit with {NUMBERS.setting} in the "
-            "environment"
         )
 
 

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from lightspan.core.batches import batch_type_of, require_declared
 from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in
 
 Key = tuple[int, int]  # (index, seed) of one sample
 DYING_S = 1.0  # a process may take this long to end after it broke its connection
+WORKERS = "[0, 1024]"  # processes of one rank, each of which takes memory
 MAX_DAMAGED = 100  # draws for one place in a batch until the data count as unreadable
 
 
@@ -227,8 +229,7 @@ class Fetcher:
     """
 
     def __init__(self, dataset: Dataset, num_workers: int, pin_memory: bool, keeps_workers: bool = False) -> None:
-        if num_workers < 0:
-            raise UserError(f"num_workers={num_workers} must be at least 0; 0 reads in this process")
+        require_in(WORKERS, num_workers=num_workers)
         self._keys = _Keys()
         self._kept: _Stream | None = None
         self._loader: DataLoader[Any] = DataLoader(

@@ -11,6 +11,7 @@ import torch
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import PathUse, ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Kind, Labels, Links, find_labelled
 from lightspan.datamodules.loading.ranks import say
@@ -100,6 +101,7 @@ class TiffFolder(SpectralSets):
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         if dates is not None and dates < 1:
             raise UserError(f"dates={dates} must be at least 1; leave it out for pictures without an axis of dates")
+        require_numbers(len(bands) * (dates or 1) * (size or 1) ** 2, size=size, dates=dates)
         self.dates = dates
         self.folder = expanded(folder, "data.init_args.folder")
         self.size, self.labels, self.val_share, self.links = size, labels, val_share, links

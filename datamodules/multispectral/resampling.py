@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import seeded
 
 LEAST_SEEN = 0.5
@@ -55,6 +56,7 @@ class SpectralCrops:
                 f"SpectralCrops size={size} must be at least 1, scale={list(scale)} in (0, 1] with the smaller first, "
                 f"and flip={flip} in [0, 1]"
             )
+        require_numbers(size**2, size=size)
         self.size, self.scale, self.flip = size, scale, flip
 
     def __call__(self, values: Tensor, valid: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.data import FoundScenes, SpectralSets
 from lightspan.datamodules.multispectral.tiffs import read_tiff
@@ -79,6 +80,7 @@ class SceneBlocks(SpectralSets):
                 f"patch={patch} must be at least 1 and at most block={block}, stride={stride} at least 1, and "
                 f"held_out={held_out} in (0, 0.5)"
             )
+        require_numbers(len(bands) * patch**2, patch=patch)
         self.scene, self.patch, self.block, self.stride = scene, patch, block, stride
         self.held_out, self.split_seed = held_out, split_seed
 

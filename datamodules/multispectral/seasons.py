@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.multispectral.bands import Bands
 from lightspan.datamodules.multispectral.batch import MultispectralBatch, SeasonsBatch
 from lightspan.datamodules.multispectral.resampling import SpectralCrops, square
@@ -103,6 +104,7 @@ class SeasonShards(MultispectralShards):
     ) -> None:
         if num_tags < 1:
             raise UserError(f"SeasonShards num_tags={num_tags} must be at least 1")
+        require_numbers(2 * num_tags, num_tags=num_tags)
         super().__init__(shards, bands, val_shards, dates=1, crops=crops, **settings)
         self.num_tags = num_tags
         self.decode = SeasonDecoding(**vars(self.decode), num_tags=num_tags, complete=complete)

@@ -11,6 +11,7 @@ import torch
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.multispectral.bands import Bands
@@ -136,6 +137,9 @@ class MultispectralShards(Shards):
                 "leave both out to have them measured"
             )
         super().__init__(shards, val_shards, fields={"image": "npy"}, **settings)
+        side, of_crops = self.decode.image_size or 264, 0 if crops is None else crops.size
+        numbers = (dates or 1) * len(bands.stored_names) * max(side, of_crops) ** 2
+        require_numbers(numbers, dates=dates, image_size=self.decode.image_size, size=of_crops or None)
         moments = (
             BandMoments(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
             if mean and std

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
@@ -152,6 +152,7 @@ class PointSets(SampleSets):
         require_in("[1, inf)", points=points)
         if len({*fields}) < len(fields):
             raise UserError(f"fields={list(fields)} names one twice")
+        require_numbers(3 * (1 + len(fields)) * points, points=points)
         self.points, self.fields, self.normalise, self.augment = points, tuple(fields), normalise, augment
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: PointSamples | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import channel_moments
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SplitSampleSets
@@ -66,8 +67,8 @@ class DrawnSets(SplitSampleSets):
     """Loaders of three sets of drawn samples that share none.
 
     Args:
-        size, val_size, test_size: samples of the sets, in [1, 2**32]. Each set's first samples stay the same when it
-            grows, and the others with them.
+        size, val_size, test_size: samples of the sets, at least 1 and at most the limit of numbers. Each set's first
+            samples stay the same when it grows, and the others with them.
         batch_size: samples of one optimiser step over all ranks.
         draw_seed: of the samples, in [0, 2**63).
         settings: the others of `SampleSets`.
@@ -88,6 +89,7 @@ class DrawnSets(SplitSampleSets):
                 f"size={size}, val_size={val_size} and test_size={test_size} must be in [1, {MOST}], and "
                 f"draw_seed={draw_seed} in [0, 2**63)"
             )
+        require_numbers(max(size, val_size, test_size), size=size, val_size=val_size, test_size=test_size)
         self.size, self.val_size, self.test_size, self.draw_seed = size, val_size, test_size, draw_seed
 
     @abstractmethod
@@ -110,6 +112,11 @@ class DrawnSets(SplitSampleSets):
             f"rendered: {type(self).__name__}, {self.size} training, {self.val_size} validation and {self.test_size} "
             f"test samples of {self.described()}"
         )
+
+
+def require_pictures(numbers: int, **settings: object) -> None:
+    """Raises: UserError for pictures of so many numbers each that those which are measured are above the limit."""
+    require_numbers(MEASURED * numbers, **settings)
 
 
 class RenderedSets(DrawnSets):

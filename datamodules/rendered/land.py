@@ -21,7 +21,7 @@ from lightspan.datamodules.multispectral.batch import SeasonsBatch
 from lightspan.datamodules.multispectral.moments import BandMoments, band_moments
 from lightspan.datamodules.multispectral.resampling import SpectralCrops
 from lightspan.datamodules.rendered.batch import LandBatch, LandSeriesBatch
-from lightspan.datamodules.rendered.data import SEEDS, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import SEEDS, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.spectra import MATERIALS, YEAR, season, spectra
 
@@ -308,6 +308,7 @@ class LandScenes(RenderedSets):
                 "and noise at least 0"
             )
         self.bands = Bands(sensor, None if bands is None else [*bands])
+        require_pictures(len(self.bands) * side**2, side=side)
         centres = tuple(wavelengths(sensor, self.bands.names).tolist())
         self.land = Land(side, centres, tuple(map(MATERIALS.index, chosen)), clouds, noise)
 
@@ -395,4 +396,5 @@ class LandSeries(LandScenes):
         if dates < 1:
             raise UserError(f"dates={dates} of a series; at least 1 is needed")
         super().__init__(side, sensor=sensor, clouds=clouds, **settings)
+        require_pictures(len(self.bands) * dates * side**2, dates=dates, side=side)
         self.dates = dates

@@ -13,7 +13,7 @@ import torch
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.batch import ScenePairBatch
-from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
 
@@ -305,6 +305,7 @@ class ScenePairs(RenderedSets):
                 f"pairs of height={height} and width={width} pixels with fewest={fewest} to most={most} boxes and "
                 f"motion={motion}: sides and most must be at least 1, fewest in [0, most], and motion in [0, 2]"
             )
+        require_pictures(6 * most * height * width, height=height, width=width, most=most)
         self.space = PairSpace(height, width, fewest, most, motion, Style(grain=grain))
         self.num_classes = most - fewest + 1
 

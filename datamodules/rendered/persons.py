@@ -13,13 +13,14 @@ import torch
 from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import ViewsBatch
 from lightspan.datamodules.image.sets.small import class_groups
 from lightspan.datamodules.loading.order import GroupSizes, Order
 from lightspan.datamodules.rendered.batch import PersonBatch
-from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
 from lightspan.datamodules.rendered.textures import PALETTE
@@ -266,6 +267,9 @@ class Persons(RenderedSets):
                 f"size={size}, val_size={val_size} and test_size={test_size} ask for more than the {CODES} persons "
                 "that can be told apart; lower one of them"
             )
+        require_pictures(3 * (together or 1) * height * width, together=together, height=height, width=width)
+        people = size + val_size + test_size
+        require_numbers(people * tracklets * frames, tracklets=tracklets, frames=frames)
         self.together, self.wrong, self.mixed = together, wrong, mixed
         self.views, self.views_on, self.groups = views, views_on, groups
         self.shape = tracklets, frames, cameras

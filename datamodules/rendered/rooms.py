@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.pairs import intrinsics
 
@@ -99,6 +99,8 @@ class RoomSpace(NamedTuple):
         require_in("[1, inf)", cells=self.cells, most=self.most)
         require_in(f"[0, {self.most}]", fewest=self.fewest)
         require_in(f"[1, {self.cells**2}]", most=self.most)
+        require_numbers(self.side**3, side=self.side)
+        require_numbers(self.cells**2, cells=self.cells)
 
     def rooms(self, seed: int, numbers: np.ndarray) -> Rooms:
         """The rooms with these numbers, int64 [B]."""

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import DomainsBatch, ViewsBatch
@@ -299,6 +300,7 @@ class RenderedObjects(ImageData):
             raise UserError(f"classes={[*classes]} must name some of {[*FACTORS]}, each once")
         if size < 4 or not 0 <= draw_seed < SEEDS:
             raise UserError(f"size={size} must be at least 4, and draw_seed={draw_seed} in [0, 2**63)")
+        require_numbers(3 * size * side**2, size=size, side=side)
         self.space, self.style = SceneSpace(side, side, fewest=1, most=1), style or Style()
         self.classes, self.size, self.draw_seed = tuple(classes), size, draw_seed
         self.image_shape = (3, side, side)  # type: ignore[misc]
@@ -398,6 +400,7 @@ class PosedViews(RenderedSets):
         super().__init__(**settings)
         if views < 1:
             raise UserError(f"views={views} of each object; at least 1 is needed")
+        require_numbers(3 * views * side**2, views=views, side=side)
         self.views, self.fresh, self.space = views, fresh, SceneSpace(side, side, fewest=1, most=1)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:

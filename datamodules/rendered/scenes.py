@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.rendering import LUMA, blurred
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.outlines import REACH, cover
@@ -124,6 +125,8 @@ class SceneSpace:
                 f"scenes of height={self.height} and width={self.width} pixels with fewest={self.fewest} to "
                 f"most={self.most} objects: sides and most must be at least 1, and fewest in [0, most]"
             )
+        numbers = 128 * self.most * max(self.most, 3 * self.height * self.width)  # of the pictures that are measured
+        require_numbers(numbers, height=self.height, width=self.width, most=self.most)
         if not 1 <= self.shapes <= len(SHAPES) or not 1 <= self.colours <= len(COLOURS):
             raise UserError(
                 f"scenes have 1 to {len(SHAPES)} shapes and 1 to {len(COLOURS)} colours, not shapes={self.shapes} and "

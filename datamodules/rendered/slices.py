@@ -11,7 +11,7 @@ import torch
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.batch import SliceBatch
-from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
 
 # Of each ellipsoid: grey in [0, 1], then x, y, z of its middle and its three radii, in halves of the picture; later
@@ -181,6 +181,7 @@ class BodySlices(RenderedSets):
                 "cuts a power of two up to 1024, so that patients do not cross from one set to another, diseased in "
                 "[0, 1], and noise at least 0"
             )
+        require_pictures(side**2, side=side)
         self.ward = Ward(side, cuts, diseased, noise)
 
     def pictures(self, numbers: np.ndarray) -> np.ndarray:

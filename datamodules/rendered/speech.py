@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.rendered.batch import SpeechBatch
 from lightspan.datamodules.rendered.data import DrawnSets, RenderedSamples
 from lightspan.datamodules.rendered.draws import Draws
@@ -182,6 +183,7 @@ class RenderedSpeech(DrawnSets):
             raise UserError(
                 f"RenderedSpeech seconds={seconds} must be at least 0.1, and shortest={shortest} in (0, seconds]"
             )
+        require_numbers(seconds * RATE, seconds=seconds)
         self.seconds, self.shortest, self.noise_db = seconds, shortest, noise_db
 
     def sets(self) -> Callable[[int, int], SpeechSamples]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.datamodules.rendered.batch import SpelledWordBatch, WordBatch
-from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets
+from lightspan.datamodules.rendered.data import PARTS, ChannelMoments, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.scenes import Style, finished
 from lightspan.datamodules.text.spelling import SENTENCE, sentences, spelled
@@ -241,6 +241,7 @@ class PrintedWords(RenderedSets):
                 f"words of longest={longest} letters in height={height} and width={width} pixels with grain={grain}: "
                 "longest must be at least 2, sides at least 1, and grain at least 0"
             )
+        require_pictures(longest + height * width, height=height, width=width, longest=longest)
         self.height, self.width, self.longest, self.fonts, self.grain = height, width, longest, fonts, grain
         self.tokenizer, self.sentence, self.length = tokenizer, sentence, length
         self.num_classes = len(vocabulary(longest)["training"])

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.sequence.sets import Labelled, SequenceSets, ValueRows
 
 
@@ -27,6 +28,7 @@ class BlankSequences(SequenceSets):
                 f"BlankSequences length={length}, channels={channels}, classes={classes} and size={size} must be at "
                 "least 1"
             )
+        require_numbers(size * length * channels, size=size, length=length, channels=channels)
         self.shape, self.num_classes, self.size = (length, channels), classes, size
 
     def load(self) -> tuple[Labelled, Labelled]:

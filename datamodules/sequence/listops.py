@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.sequence.sets import Labelled, SequenceSets, SymbolRows
 
 SYMBOLS = ("", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
@@ -129,6 +130,8 @@ class ListOps(SequenceSets):
                 f"arguments={arguments} at least 2, nested={nested} in [0, 1], and shortest={shortest} at least 4 and "
                 f"at most longest={longest}"
             )
+        require_numbers((size + test_size) * longest, size=size, test_size=test_size, longest=longest)
+        require_numbers(CANDIDATES * depth * arguments, depth=depth, arguments=arguments)
         self.size, self.test_size, self.shortest, self.longest = size, test_size, shortest, longest
         self.depth, self.arguments, self.nested, self.drawn_by = depth, arguments, nested, drawn_by
 

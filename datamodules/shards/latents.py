@@ -4,6 +4,7 @@ Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion M
 Shapes: C channels, H W latent.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.datamodules.shards.decoders import decode_array, decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
@@ -86,6 +88,7 @@ class LatentShards(Shards):
     ) -> None:
         if min(shape) < 1 or not 0 < scale < float("inf"):
             raise UserError(f"LatentShards shape={[*shape]} must be at least 1 each, and scale={scale} finite, above 0")
+        require_numbers(2 * math.prod(shape), shape=shape)
         super().__init__(shards, val_shards, fields={"image": "npy"}, **settings)
         if self.decode.image_size is not None or self.decode.image.views is not None:
             raise UserError(

@@ -3,6 +3,7 @@
 Shapes: H W image, h w as it is in a batch, K classes.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.rendering import NO_LABEL, nearest
 from lightspan.datamodules.image.augment.views import Views, seeded
@@ -117,6 +119,7 @@ class MaskedShards(Shards):
             )
         if sides is not None and min(sides) < 1:
             raise UserError(f"{name} sides={[*sides]} must be two numbers of pixels of at least 1")
+        require_numbers(4 * math.prod(sides or (1, 1)), sides=sides)
         self.require_one_view("view", view)
         self.num_classes = num_classes
         plain = MaskedDecoding(**vars(self.decode), num_classes=num_classes, ignore_label=ignore_label, sides=sides)

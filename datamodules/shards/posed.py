@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import seeded
 from lightspan.datamodules.image.batch import ImageBatch, ViewsBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
@@ -70,6 +71,7 @@ class PosedShards(Shards):
     ) -> None:
         if columns < 1:
             raise UserError(f"PosedShards columns={columns} must be at least 1")
+        require_numbers(2 * columns, columns=columns)
         super().__init__(shards, val_shards, fields={"image": "|".join(IMAGES), "label": "cls"}, **settings)
         self.columns, plain = columns, self.decode
         self.decode = PosedDecoding(**vars(plain), columns=columns)

@@ -17,9 +17,11 @@ from torch.utils.data import default_collate
 from lightspan.core.batches import batch_type_of
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES
 from lightspan.core.files.places import CachePath, ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
-from lightspan.datamodules.image.augment.views import Views
+from lightspan.datamodules.image.augment.views import Views, numbers_of_views
 from lightspan.datamodules.image.packed import fitted
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
@@ -103,7 +105,7 @@ class Shards(LightningDataModule):
         window: shards whose training samples are mixed with one another, >= 1.
         seed: of the order and of the views.
         num_workers: processes that fetch batches.
-        max_member_mib: the largest member that is read, in MiB.
+        max_member_mib: the largest member that is read, in MiB, at most the limit of bytes.
         skip_damaged: True trains without what cannot be read: missing shards and missing ends are left out before the
             order is drawn; any other damaged sample is replaced by one drawn from the seed, the same on any
             number of ranks.
@@ -160,10 +162,16 @@ class Shards(LightningDataModule):
         self.bank_size = bank_size
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
+        require_numbers(numbers_of_views(views, image_size or 1), image_size=image_size)
         if window < 1:
             raise UserError(f"window={window} shards is too few; it must be at least 1")
         if cache_gib <= 0 or max_member_mib < 1:
             raise UserError(f"cache_gib={cache_gib} must be above 0, and max_member_mib={max_member_mib} at least 1")
+        if max_member_mib * 2**20 > BYTES.most:
+            raise UserError(
+                f"max_member_mib={max_member_mib} is above the limit of {BYTES.most:,} bytes that are read at once; "
+                f"lower it, or raise the limit with {BYTES.setting} in the environment"
+            )
         if min(std) <= 0:
             raise UserError(f"std={list(std)} must be above 0 in every channel")
         mean_C11, std_C11 = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (mean, std))

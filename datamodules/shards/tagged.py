@@ -8,6 +8,7 @@ import torch
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import TaggedBatch, TaggedViewsBatch
 from lightspan.datamodules.shards.decoders import IMAGES, place_of
@@ -85,6 +86,7 @@ class TaggedShards(Shards):
     ) -> None:
         if num_tags < 1:
             raise UserError(f"TaggedShards num_tags={num_tags} must be at least 1")
+        require_numbers(2 * num_tags, num_tags=num_tags)
         super().__init__(
             shards, val_shards, fields={"image": "|".join(IMAGES), "tags": "json"}, views=views, **settings
         )

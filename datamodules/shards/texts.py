@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.shards.decoders import decode_fields, place_of
 from lightspan.datamodules.shards.stand_ins import NOWHERE
 from lightspan.datamodules.shards.stream import Decoding, Shards
@@ -67,10 +68,12 @@ class QueryShards(Shards):
         **settings: Any,
     ) -> None:
         super().__init__(shards, val_shards, fields={"pair": "json"}, **settings)
-        require_length(query_length)
-        require_length(document_length)
+        require_length(query_length, "query_length")
+        require_length(document_length, "document_length")
         if negatives < 0:
             raise UserError(f"negatives={negatives} must be at least 0")
+        numbers = query_length + (1 + negatives) * document_length
+        require_numbers(numbers, negatives=negatives, document_length=document_length)
         plain = vars(self.decode) | {"tokenizer": tokenizer, "lengths": (query_length, document_length)}
         self.decode = QueryDecoding(**plain, negatives=negatives)
         self.decode_alone = QueryDecoding(**plain, negatives=0)

@@ -1,5 +1,6 @@
 """Pictures of words from tar shards, such as Union14M-L's."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import Views, view_as_image
 from lightspan.datamodules.image.batch import ReadingBatch
 from lightspan.datamodules.shards.decoders import IMAGES, decode_fields, place_of
@@ -77,6 +79,7 @@ class WordShards(Shards):
         super().__init__(shards, val_shards, fields=fields, image_size=None, views=view, views_on="workers", **settings)
         if longest < 1 or min(sides) < 1:
             raise UserError(f"WordShards longest={longest} and both of sides={[*sides]} must be at least 1")
+        require_numbers(longest + 3 * math.prod(sides), longest=longest, sides=sides)
         self.alphabet, self.longest = require_alphabet(alphabet), longest
         self.decode = WordDecoding(**vars(self.decode), sides=sides, longest=longest, alphabet=self.alphabet)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
-from lightspan.datamodules.image.augment.views import seeded
+from lightspan.core.ranges import require_in
+from lightspan.datamodules.image.augment.views import VIEWS, seeded
 from lightspan.datamodules.loading.ranks import say, sizes
 from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_sizes
 from lightspan.datamodules.r_data import read_r_data
@@ -25,14 +26,15 @@ class RowViews:
     """Independent views of a row: each column is dropped at random, then all get Gaussian noise.
 
     Args:
-        count: views of a row, at least 1.
+        count: views of a row, in [1, 4096].
         drop: probability that a column has its training mean instead of its value, in [0, 1).
         noise: standard deviation of the noise, >= 0, where that of a column is 1.
     """
 
     def __init__(self, count: int = 2, drop: float = 0.2, noise: float = 0.1) -> None:
-        if count < 1 or not 0 <= drop < 1 or noise < 0:
-            raise UserError(f"RowViews count={count} must be at least 1, drop={drop} in [0, 1) and noise={noise} >= 0")
+        require_in(VIEWS, count=count)
+        if not 0 <= drop < 1 or noise < 0:
+            raise UserError(f"RowViews drop={drop} must lie in [0, 1) and noise={noise} be >= 0")
         self.count, self.drop, self.noise = count, drop, noise
 
     def __call__(self, row_F: Tensor) -> list[Tensor]:

@@ -5,6 +5,7 @@ and the span behind it. Source: Tay et al., "UL2", 2022, arXiv 2205.05131, secti
 Shapes: L tokens of a text, T of an input, U of a target, K denoisers.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.text.batch import DenoisingBatch
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.datamodules.text.forms import TextForm, padded, window
@@ -22,6 +24,8 @@ from lightspan.datamodules.text.spans import MIXTURE, SHORTEST, Denoiser, Mode
 MODES: tuple[Mode, ...] = ("R", "S", "X")
 OWN = 2 + len(MODES)
 """Tokens besides sentinels."""
+SENTINELS = "[1, 65536]"
+"""How many there may be: as many hidden spans as the longest texts have."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class DenoisingTokens:
         eos: ends inputs and targets.
         modes: of each mode.
         first_sentinel: of the first span; those of the others count down from it.
-        sentinels: how many, at least 1.
+        sentinels: how many, in [1, 65536].
     Raises: UserError for a number that is negative or has two meanings.
     """
 
@@ -46,10 +50,9 @@ class DenoisingTokens:
     def __post_init__(self) -> None:
         if set(self.modes) != set(MODES):
             raise UserError(f"modes={dict(self.modes)} must give one number to each of {', '.join(MODES)}")
-        if self.sentinels < 1:
-            raise UserError(f"sentinels={self.sentinels} must be at least 1")
+        require_in(SENTINELS, sentinels=self.sentinels)
         numbers = self.all()
-        repeated = sorted({number for number in numbers if numbers.count(number) > 1})
+        repeated = sorted(number for number, times in Counter(numbers).items() if times > 1)
         if repeated or min(numbers) < 0:
             raise UserError(
                 f"pad={self.pad}, eos={self.eos}, modes={dict(self.modes)} and {self.sentinels} sentinels down from "
@@ -180,8 +183,8 @@ class Denoising(TextForm):
         self.names = tuple(denoiser.name for denoiser in self.mixture)
         if len(set(self.names)) < len(self.names):
             raise UserError(f"denoisers {', '.join(self.names)} must differ; give one of them more weight instead")
-        if self.sentinels < 1:
-            raise UserError(f"sentinels={self.sentinels} must be at least 1")
+        require_in(SENTINELS, sentinels=self.sentinels)
+        require_numbers(self.inputs + self.targets, inputs=self.inputs, targets=self.targets)
         self.lengths = tuple(self._length(denoiser) for denoiser in self.mixture)
         self.longest = max(length for length, share in zip(self.lengths, self.shares, strict=True) if share)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
@@ -153,6 +154,7 @@ class PromptReader:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, length: int, tokens: DenoisingTokens | None
     ) -> None:
+        require_numbers(length, length=length)
         self.tokenizer, self.prompt, self.length = tokenizer, prompt, length
         count, free = numbers_of(tokenizer)
         self.tokens = appended(count, 100) if tokens is None else tokens

@@ -9,6 +9,7 @@ the raw texts.
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.text.domains import Domains, LabelledTexts, UnlabelledTexts
 
 DOMAINS = ("books", "kitchen")
@@ -64,6 +65,7 @@ class DrawnReviews(Domains):
                 f"DrawnReviews size={size} and test_size={test_size} must be at least 1, shared={shared} and "
                 f"mixed={mixed} in [0, 1], source={source!r} one of {', '.join(DOMAINS)}, and seed={seed} at least 0"
             )
+        require_numbers(256 * len(DOMAINS) * (size + test_size), size=size, test_size=test_size)
         self.size, self.test_size, self.shared, self.mixed, self.seed = size, test_size, shared, mixed, seed
         self.names = {"source": source, "target": DOMAINS[1 - DOMAINS.index(source)]}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.text.batch import DocumentBatch
 from lightspan.datamodules.text.documents import TextTokens
 
@@ -55,6 +56,7 @@ class Padded(TextForm):
     def __init__(self, length: int = 256) -> None:
         if length < 1:
             raise UserError(f"Padded length={length} must be at least 1 token")
+        require_numbers(length, length=length)
         self.longest = length
 
     def __call__(self, piece: TextTokens, seed: int) -> dict[str, Tensor]:

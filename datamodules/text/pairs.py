@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_val_size, split_rows
@@ -153,8 +154,8 @@ class Pairs(SampleSets):
         **settings: Any,
     ) -> None:
         super().__init__(batch_size, **settings)
-        require_length(query_length)
-        require_length(document_length)
+        require_length(query_length, "query_length")
+        require_length(document_length, "document_length")
         self.tokenizer, self.query_length, self.document_length = tokenizer, query_length, document_length
 
     def training_content(self) -> str:
@@ -243,6 +244,8 @@ class TextPairs(Pairs):
         require_val_size(val_size)
         if negatives < 0:
             raise UserError(f"negatives={negatives} must be at least 0")
+        numbers = self.query_length + (1 + negatives) * self.document_length
+        require_numbers(numbers, negatives=negatives, document_length=self.document_length)
         self.path, self.val_path, self.val_size, self.negatives = path, val_path, val_size, negatives
 
     def setup(self, stage: str | None = None) -> None:

@@ -13,6 +13,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.foreign import whole_text
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, require_enough, spaced
 from lightspan.datamodules.text.batch import SpellingBatch
@@ -131,6 +132,7 @@ class WordList(SampleSets):
         sentences([], sentence)
         if longest < 1 or val_size < 1:
             raise UserError(f"WordList longest={longest} and val_size={val_size} must be at least 1")
+        require_numbers(longest, longest=longest)
         self.path, self.tokenizer, self.alphabet = path, tokenizer, require_alphabet(alphabet)
         self.longest, self.sentence, self.length, self.val_size = longest, sentence, length, val_size
 

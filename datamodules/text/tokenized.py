@@ -6,16 +6,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.core.tokenizing import cut
 
 AT_ONCE = 2**20
 """Characters of the texts that are cut at once, unless one has more: each takes about 300 bytes meanwhile."""
 
 
-def require_length(length: int) -> None:
-    """Raises: UserError for fewer than three tokens."""
+def require_length(length: int, name: str = "length") -> None:
+    """Raises: UserError for fewer than three tokens, and for more than a sample may have.
+
+    Args:
+        name: of the setting.
+    """
     if length < 3:
-        raise UserError(f"length={length} leaves no room for text between two special tokens; it must be 3 or more")
+        raise UserError(f"{name}={length} leaves no room for text between two special tokens; it must be 3 or more")
+    require_numbers(length, **{name: length})
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded, require_regular_file
 from lightspan.core.files.foreign import BYTES, TooMuchError, content_of
 from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.text.batch import TextBatch
@@ -145,6 +146,7 @@ class TextData(LightningDataModule, ABC):
         super().__init__()
         if context < 1:
             raise UserError(f"context={context} tokens is too short; it must be at least 1")
+        require_numbers(context, context=context)
         if val_windows < 1:
             raise UserError(f"val_windows={val_windows} leaves nothing to validate on; it must be at least 1")
         self.context, self.batch_size, self.val_windows = context, batch_size, val_windows

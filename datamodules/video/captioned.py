@@ -19,7 +19,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.foreign import whole_text
 from lightspan.core.files.places import CachePath, PathUse, ReadPath
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.packed import Fit
 from lightspan.datamodules.image.sets.small import per_channel
@@ -180,6 +180,7 @@ class CaptionedVideos(SampleSets):
         require_length(length)
         require_val_size(val_size)
         require_in("[1, inf)", frames=frames, size=size)
+        require_numbers(3 * frames * size**2, frames=frames, size=size)
         require_in("(0, inf)", std=std)
         require_place("data.init_args.question", question)
         self.folder, self.path, self.val_path, self.val_size = folder, path, val_path, val_size

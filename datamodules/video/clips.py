@@ -18,7 +18,9 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import FRAMES
 from lightspan.core.files.places import PathUse
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import DeviceViews, ImageFields
+from lightspan.datamodules.image.augment.views import Views, numbers_of_views
 from lightspan.datamodules.image.packed import Fit, fitted
 from lightspan.datamodules.loading.damage import unreadable
 from lightspan.datamodules.loading.on_device import finish_on_device
@@ -85,6 +87,12 @@ class ClipTimes:
         """The frames of the clips of one start, int64 [S T]."""
         steps_S1 = 1 / (np.array(self.rates(index)) * index.tick_s)[:, None]
         return np.clip(index.nearest(index.ticks[start] + np.arange(self.frames) * steps_S1), first, end - 1)
+
+
+def require_clips(times: ClipTimes, size: int, views: Views | None) -> None:
+    """Raises: UserError for more numbers of the clips of a sample than the limit; frames are `size` x `size` pixels."""
+    numbers = times.count * times.frames * numbers_of_views(views, size)
+    require_numbers(numbers, frames=times.frames, clips=times.clips, speeds=[*times.speeds], size=size)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,15 @@ from lightspan.datamodules.image.picture_files import Labels, Links, PictureFile
 from lightspan.datamodules.image.sets.small import per_channel
 from lightspan.datamodules.loading.damage import report_damage
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sample, require_split
-from lightspan.datamodules.video.clips import BlackClips, ClipFields, ClipSamples, ClipTimes, VideoPart
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
+from lightspan.datamodules.video.clips import (
+    BlackClips,
+    ClipFields,
+    ClipSamples,
+    ClipTimes,
+    VideoPart,
+    require_clips,
+)
 from lightspan.datamodules.video.files import VIDEOS
 from lightspan.datamodules.video.indices import IndexCache
 from lightspan.datamodules.video.reader import VideoIndex, shots
@@ -110,8 +117,7 @@ class VideoFolder(SampleSets):
         self.folder = expanded(folder, "data.init_args.folder")
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.times = ClipTimes(frames, fps, clips, tuple(speeds))
-        numbers = self.times.count * frames * 3 * size**2
-        require_sample(numbers, frames=frames, clips=clips, speeds=list(speeds), size=size)
+        require_clips(self.times, size, views)
         self.fields = ClipFields(ImageFields(per_channel(mean), per_channel(std), views, views_on), len(speeds))
         self.samples, self.cut, self.size, self.fit = samples, cut, size, fit
         self.val_share, self.labels, self.links, self.skip_damaged = val_share, labels, links, skip_damaged

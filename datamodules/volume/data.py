@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
+from lightspan.datamodules.image.augment.views import numbers_of_views
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_sample, require_split
+from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 from lightspan.datamodules.volume.slices import SliceViews
@@ -89,7 +91,7 @@ def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill
     inside: list[Any] = [...]
     there: list[Any] = [...]
     for first, side, length in zip(corner, size, values.shape[-3:], strict=True):
-        start, stop = max(first, 0), max(min(first + side, length), 0)
+        start, stop = (min(max(at, 0), length) for at in (first, first + side))  # equal where the crop lies outside
         inside.append(slice(start, stop))
         there.append(slice(start - first, stop - first))
     crop[tuple(there)] = values[tuple(inside)]
@@ -248,12 +250,15 @@ class VolumeSets(SampleSets):
                 f"crops={crops}; set data.init_args.crops"
             )
         views = (crops or 1) + (0 if bases is None else math.prod(bases))
-        require_sample(views * math.prod(self.size), size=size, crops=crops, bases=bases)
+        require_numbers(views * math.prod(self.size), size=size, crops=crops, bases=bases)
         if slices is not None and (crops is None or slices.count > self.size[0]):
             raise UserError(
                 f"slices.count={slices.count} must be at most the {self.size[0]} slices of a crop (the first of size), "
                 f"and needs crops to take them from, not crops={crops}; set data.init_args.crops"
             )
+        if slices is not None:
+            numbers = slices.count * numbers_of_views(slices.views, max(self.size[1:]))
+            require_numbers(numbers, size=size, **{"slices.count": slices.count})
         self.crops, self.augment, self.bases, self.slices = crops, augment, bases, slices
         self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None

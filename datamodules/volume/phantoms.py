@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.rendered.slices import ANATOMY, KINDS, CutSlices, Ward
 from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSets
@@ -83,6 +84,8 @@ class Phantoms(VolumeSets):
             raise UserError(f"Phantoms contrasts={contrasts} must be at least 1")
         if patients < 2 or not 1 <= val_size < patients:
             raise UserError(f"Phantoms patients={patients} must be at least 2, and more than val_size={val_size} >= 1")
+        numbers = patients * cuts * side**2 * (1 + contrasts)
+        require_numbers(numbers, patients=patients, cuts=cuts, side=side, contrasts=contrasts)
         self.patients, self.val_size, self.draw_seed, self.contrasts = patients, val_size, draw_seed, contrasts
         self.ward = Ward(side, cuts, diseased, noise)
 

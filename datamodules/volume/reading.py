@@ -132,10 +132,11 @@ def _opened_nifti(path: Path) -> tuple[VoxelGrid, Any]:
         content = unpacked(content_of(path), max(0, end) + _AFTER)
         if first < 0 or end > len(content):
             raise ValueError(f"it is cut short: {len(content):,} bytes are too few for {' x '.join(map(str, shape))}")
-        stored = np.frombuffer(content, dtype, count, first).reshape(shape, order="F").astype(np.float32)
+        stored = np.frombuffer(content, dtype, count, first).reshape(shape, order="F")
         scale, shift = 1.0 if slope is None else slope, 0.0 if offset is None else offset
-        if (scale, shift) != (1, 0):
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is dealt with later
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is dealt with later
+            stored = stored.astype(np.float32)
+            if (scale, shift) != (1, 0):
                 stored = stored * np.float32(scale) + np.float32(shift)
         return turn(stored)
 
@@ -156,10 +157,14 @@ def _header(nib: Any, start: bytes) -> Any:
 
 
 def _affine(header: Any) -> np.ndarray:
-    """Of (x, y, z, 1) to the file's unit, float64 [4 4]. Raises: ValueError for a rotation that is none."""
+    """Of (x, y, z, 1) to the file's unit, float64 [4 4]. Raises: ValueError for a rotation that is none, or whose
+    handedness is neither 1 nor -1.
+    """
+    if header["pixdim"][0] == 0:
+        header["pixdim"][0] = 1  # as the standard reads it
     try:
         return np.array(header.get_best_affine(), float)
-    except ValueError as error:
+    except (ValueError, _nibabel().spatialimages.HeaderDataError) as error:
         raise ValueError(f"its NIfTI header is damaged: {error}") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.rooms import METRES, RoomSpace
@@ -81,6 +81,7 @@ class DrawnRooms(VolumeSets):
         val_size = held_out_size(val_size, rooms, rooms - 1)
         if rooms < 2 or not 1 <= val_size < rooms:
             raise UserError(f"DrawnRooms rooms={rooms} must be at least 2, and more than val_size={val_size} >= 1")
+        require_numbers(rooms * max(side**3, cells**2), rooms=rooms, side=side, cells=cells)
         self.rooms, self.noise, self.draw_seed, self.val_size = rooms, noise, draw_seed, val_size
 
     def find(self) -> FoundVolumes:

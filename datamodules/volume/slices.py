@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.image.augment.views import Views, seeded
+from lightspan.datamodules.image.augment.views import VIEWS, Views, seeded
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class SliceViews:
     Args:
         views: of one slice, an image with intensities in [0, 1], such as
             `lightspan.datamodules.image.augment.views.RandomViews`.
-        count: N, slices that are drawn without replacement, at least 1.
+        count: N, slices that are drawn without replacement, in [1, 4096].
     """
 
     views: Views
     count: int = 8
 
     def __post_init__(self) -> None:
-        require_in("[1, inf)", count=self.count)
+        require_in(VIEWS, count=self.count)
 
     def __call__(self, crop_CDHW: Tensor, seed: int) -> list[Tensor]:
         """V views [N C h w], a function of the seed.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import Recorded, step_members
 
@@ -60,6 +60,7 @@ class Demonstrations(Recorded):
         require_in("[1, inf)", episodes=self.episodes, ahead=self.ahead)
         require_in("[0, 1)", noise=self.noise)
         require_in("[4, inf)", tile=self.tile)
+        require_numbers(3 * (22 * self.tile) ** 2, tile=self.tile)  # of the largest levels
         require_in("[0, inf)", seed=self.seed)
         if not self.levels:
             raise UserError("levels is an empty list; name one such as BabyAI-GoToLocal-v0")

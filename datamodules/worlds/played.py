@@ -10,6 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import BYTES
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.views import Views
@@ -108,8 +109,15 @@ NAMES = "training", "validation"
 
 def _played(world: Recorded) -> list[dict[str, Any]]:
     silent = not sys.stdout.isatty()
-    steps = []
+    steps: list[dict[str, Any]] = []
+    taken = 0
     for members in track(world.samples(), "playing", transient=True, disable=silent, total=None):
+        taken += sum(len(content) for content in members.values() if isinstance(content, bytes))
+        if taken > BYTES.most:
+            raise UserError(
+                f"the first {len(steps):,} steps of {type(world).__name__} take more than {BYTES.most:,} bytes of "
+                f"memory; play fewer, or raise the limit with {BYTES.setting} in the environment"
+            )
         key = next(iter(members)).partition(".")[0]
         names = {name.partition(".")[2]: content for name, content in members.items()}
         steps.append({"__url__": type(world).__name__, "__key__": key, **names})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.shards.pack_sources import Members
 from lightspan.datamodules.worlds.steps import Recorded, step_members
 
@@ -115,6 +115,9 @@ class PointMass(Recorded):
         require_in("[1, inf)", episodes=self.episodes, goals=self.goals, steps=self.steps, ahead=self.ahead)
         require_in("[0, inf)", tasks_seed=self.tasks_seed, noise=self.noise, seed=self.seed)
         require_in("[8, inf)", side=self.side)
+        numbers = 3 * (self.steps + self.ahead) * self.side**2
+        require_numbers(numbers, steps=self.steps, ahead=self.ahead, side=self.side)
+        require_numbers(2 * (self.goals or self.episodes), episodes=self.episodes, goals=self.goals)
         require_in("(0, inf)", larger=self.larger)
 
     def goal_of_tasks(self) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.foreign import NUMBERS
 
 
 def require_in(interval: str, **settings: float | Sequence[float] | None) -> None:
@@ -31,6 +32,23 @@ def _in_words(interval: str, low: float, high: float, number: float) -> str:
         return f"lie in {interval}"
     finite = "" if isinstance(number, int) else " and finite"
     return f"be {'at least' if interval[0] == '[' else 'above'} {low:g}{finite}"
+
+
+def require_numbers(numbers: float, **settings: object) -> None:
+    """What settings alone make large, such as a sample of some size. Raises: UserError, before any of it is made, for
+    more numbers than the limit of `NUMBERS`.
+
+    Args:
+        numbers: that are in memory at once, as far as the settings tell.
+        settings: of which they follow.
+    """
+    if not numbers <= NUMBERS.most:
+        shown = ", ".join(f"{name}={list(x) if isinstance(x, tuple) else x}" for name, x in settings.items())
+        lower = "it" if len(settings) == 1 else "one of them"
+        raise UserError(
+            f"{shown} would take {numbers:,} numbers at once, above the limit of {NUMBERS.most:,}; lower {lower}, or "
+            f"raise the limit with {NUMBERS.setting} in the environment"
+        )
 
 
 def require_shares(**shares: float) -> None:

@@ -123,5 +123,6 @@ def test_workers_leave_at_once_with_a_loader_that_was_left_half_way_in_a_cycle(
 
 
 def test_a_negative_number_of_workers_is_refused() -> None:
-    with pytest.raises(UserError, match="num_workers=-1 must be at least 0"):
-        Fetcher([0], num_workers=-1, pin_memory=False)  # type: ignore[arg-type]
+    for wrong in (-1, 10**6):
+        with pytest.raises(UserError, match=f"num_workers={wrong}"):
+            Fetcher([0], num_workers=wrong, pin_memory=False)  # type: ignore[arg-type]

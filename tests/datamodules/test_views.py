@@ -173,7 +173,7 @@ def test_settings_out_of_range_are_refused(arguments: dict, message: str) -> Non
 
 
 def test_no_view_is_too_few() -> None:
-    with pytest.raises(UserError, match="count=0 views is too few"):
+    with pytest.raises(UserError, match="count=0"):
         Plain(0)
 
 
@@ -212,7 +212,7 @@ def test_solarising_inverts_what_is_bright_and_grain_has_the_deviation_asked_for
 def test_kinds_of_views_that_give_none_are_refused() -> None:
     with pytest.raises(UserError, match="parts is an empty list"):
         MultiCrop([])
-    with pytest.raises(UserError, match="RandomViews count=0 views of size=None pixels"):
+    with pytest.raises(UserError, match="count=0"):
         RandomViews(count=0)
     with pytest.raises(UserError, match=r"RandomViews grain=-1 is outside \[0, inf\]"):
         RandomViews(grain=-1)
@@ -298,7 +298,7 @@ def test_the_first_of_nested_views_is_what_it_would_be_alone(picture: Tensor) ->
 def test_repeated_views_are_drawn_once(picture: Tensor) -> None:
     first, second = Repeated(RandomViews(count=1, grain=0.1))(picture)
     assert torch.equal(first, second)
-    with pytest.raises(UserError, match="times=0 gives no view"):
+    with pytest.raises(UserError, match="times=0"):
         Repeated(RandomViews(), 0)
 
 

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.rendering import WHOLE, Drawn, Rendering, pixel_box
+
+VIEWS = "[1, 4096]"
+"""How many a sample may have, far more than methods compare."""
 
 
 @contextmanager
@@ -79,8 +83,7 @@ class Plain(DrawnViews):
     """The image itself, `count` times: the control for every method that works with views."""
 
     def __init__(self, count: int = 2) -> None:
-        if count < 1:
-            raise UserError(f"count={count} views is too few; it must be at least 1")
+        require_in(VIEWS, count=count)
         self.count = count
 
     @property
@@ -135,13 +138,13 @@ class Repeated(DrawnViews):
 
     Args:
         views: what is repeated as a whole, such as a `RandomViews` with count=1.
-        times: at least 1.
+        times: in [1, 4096], as are the views that come of it.
     """
 
     def __init__(self, views: DrawnViews, times: int = 2) -> None:
-        if times < 1:
-            raise UserError(f"Repeated times={times} gives no view; it must be at least 1")
+        require_in(VIEWS, times=times)
         _require_drawn("Repeated", views)
+        require_in(VIEWS, **{f"{times=} times views": times * len(views.renderings)})
         self.views, self.times = views, times
 
     @property
@@ -159,7 +162,7 @@ class RandomViews(DrawnViews):
     letters set flip=0. For colour photographs set saturation, hue, grey and blur as well.
 
     Args:
-        count: views of an image, at least 1.
+        count: views of an image, in [1, 4096].
         size: sides of a view in pixels; None keeps the image's own height and width.
         scale: share of the image's area that a crop keeps, least and most, each in (0, 1].
         ratio: width over height of a crop, least and most, > 0; uniform in the logarithm. Without a `size` it is
@@ -197,8 +200,9 @@ class RandomViews(DrawnViews):
         grain: float = 0.0,
     ) -> None:
         kind = type(self).__name__
-        if count < 1 or (size is not None and size < 1):
-            raise UserError(f"{kind} count={count} views of size={size} pixels: each must be at least 1")
+        require_in(VIEWS, count=count)
+        require_in("[1, inf)", size=size)
+        require_numbers(count * 3 * (size or 1) ** 2, count=count, size=size)
         _check_range(kind, "scale", scale, 1.0)
         _check_range(kind, "ratio", ratio, math.inf)
         _check_range(kind, "blur_sigma", blur_sigma, math.inf)
@@ -327,6 +331,15 @@ def _require_drawn(kind: str, part: DrawnViews) -> None:
             f"{kind} makes views from drawn numbers, but {type(part).__name__} has a __call__ or render of its own, "
             "which would be left out; give it RandomViews, or write both in one class"
         )
+
+
+def numbers_of_views(views: Views | None, side: int) -> int:
+    """Numbers of a colour picture of `side` x `side` pixels and its views, as far as is known: of those that are drawn
+    first.
+    """
+    drawn = None if views is None else views.drawn
+    sides = [] if drawn is None else [rendering.size or side for rendering in drawn.renderings]
+    return sum(3 * each**2 for each in (side, *sides))
 
 
 def view_as_image(sample: dict[str, Any]) -> dict[str, Any]:

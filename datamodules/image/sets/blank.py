@@ -1,10 +1,12 @@
 """Blank pictures: what a run is planned or timed with where its data are not at hand."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
 
 
@@ -24,6 +26,7 @@ class Blank(ImageData):
         super().__init__(**settings)
         if min(classes, size, *shape) < 1:
             raise UserError(f"Blank: classes={classes}, size={size} and shape={list(shape)} must each be at least 1")
+        require_numbers(size * math.prod(shape), size=size, shape=shape)
         channels, height, width = shape
         self.num_classes, self.image_shape = classes, (channels, height, width)  # type: ignore[misc]
         self.size = size

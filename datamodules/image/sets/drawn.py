@@ -1,11 +1,13 @@
 """What sets of pictures share that are drawn when a run starts."""
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
 
 
@@ -28,6 +30,7 @@ class DrawnPictures(ImageData):
                 f"{type(self).__name__} size={size} must be at least {self.least_size}, and noise={noise} and "
                 f"draw_seed={draw_seed} at least 0"
             )
+        require_numbers(size * math.prod(self.image_shape), size=size)
         self.size, self.noise, self.draw_seed = size, noise, draw_seed
 
     @abstractmethod

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import ImageData, ImageSamples, Labelled
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import InSequence
@@ -79,7 +80,9 @@ class ClassStream(ImageData):
         assert isinstance(self.train.data, Labelled)
         places = []
         for number, task in enumerate(self.tasks):
-            own = np.tile(np.flatnonzero(np.isin(self.train.data.labels, task)), self.passes)
+            own = np.flatnonzero(np.isin(self.train.data.labels, task))
+            require_numbers(len(own) * self.passes, passes=self.passes)
+            own = np.tile(own, self.passes)
             _require_images(number, len(own), "training")
             if len(own) < self.batch_size:
                 raise UserError(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.image.batch import ImageBatch
 from lightspan.datamodules.image.sets.small import ImageData, ImageSamples, Labelled
@@ -65,6 +66,7 @@ class FewShots(ImageData):
                 f"FewShots train_classes={train_classes} must name labels of {type(source).__name__}, from 0 to "
                 f"{source.num_classes - 1}"
             )
+        require_numbers(shots * len(classes) * epochs, shots=shots, epochs=epochs)
         super().__init__(train_size=shots * len(classes), **settings)
         self.source, self.shots, self.epochs, self.classes = source, shots, epochs, classes
         self.bank_views, self.chosen_by = bank_views, chosen_by

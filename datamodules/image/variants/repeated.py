@@ -1,10 +1,12 @@
 """An image set in which some images stand many times, each under a caption of its own: what a network memorises."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
 
 
@@ -28,6 +30,7 @@ class RepeatedImages(ImageData):
         super().__init__(**settings)
         if count < 1 or times < 1:
             raise UserError(f"RepeatedImages: count={count} and times={times} must each be at least 1")
+        require_numbers(count * times * math.prod(source.image_shape), count=count, times=times)
         self.source, self.count, self.times, self.chosen_by = source, count, times, chosen_by
         self.num_classes, self.image_shape = source.num_classes + count, source.image_shape  # type: ignore[misc]
 

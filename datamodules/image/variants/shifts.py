@@ -8,6 +8,7 @@ Shapes: C H W image.
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.rendering import WHOLE, Drawn, Rendering
 from lightspan.datamodules.image.augment.views import DrawnViews
 
@@ -23,6 +24,7 @@ class Shifted(DrawnViews):
     def __init__(self, pixels: int = 4, flip: float = 0.5) -> None:
         if pixels < 0 or not 0 <= flip <= 1:
             raise UserError(f"Shifted pixels={pixels} must be at least 0, and flip={flip} in [0, 1]")
+        require_numbers(3 * pixels**2, pixels=pixels)  # an image grows by as much black before it is cut out
         self.pixels, self.flip = pixels, flip
 
     @property

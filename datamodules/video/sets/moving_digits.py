@@ -20,7 +20,7 @@ from lightspan.datamodules.image.sets.small import Digits, Labelled
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.video.batch import ClipBatch, ClipsBatch
-from lightspan.datamodules.video.clips import ClipFields, ClipTimes, single
+from lightspan.datamodules.video.clips import ClipFields, ClipTimes, require_clips, single
 
 DIRECTIONS = 8
 FPS = 25.0
@@ -68,6 +68,7 @@ class MovingDigits(SampleSets):
         if not 0 <= speed[0] <= speed[1] < math.inf:
             raise UserError(f"speed={list(speed)} must be the least and the most, at least 0")
         self.times = ClipTimes(frames, FPS, clips, tuple(speeds))
+        require_clips(self.times, size, views)
         self.size, self.label, self.speed, self.views = size, label, speed, views
 
     @property

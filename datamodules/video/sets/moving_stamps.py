@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.sets.small import per_channel
 from lightspan.datamodules.image_text.captioned import Captioned
@@ -110,6 +110,7 @@ class MovingStamps(SampleSets):
         super().__init__(batch_size, **settings)
         require_in("[1, inf)", frames=frames)
         require_in("[16, inf)", size=size)
+        require_numbers(3 * frames * size**2, frames=frames, size=size)
         require_in("(0, 1)", share=share)
         require_in("[0, inf)", path=path)
         require_in("(0, inf)", std=std)

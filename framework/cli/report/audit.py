@@ -1,10 +1,10 @@
 """The page of an audit of weights: figures, charts over the matrices, spectra, and a table with a row a tensor."""
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from lightspan.cli.report.chart import Chart, ChartLine, draw
+from lightspan.cli.report.markup import escape
 from lightspan.cli.report.page import colour_key, document
 from lightspan.cli.runs.numbers import number
 from lightspan.evaluation.weights.audit_report import SIDES, AuditReport

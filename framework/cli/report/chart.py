@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import pairwise
 
 from lightspan.cli.report.curves import SMALLEST, XY, at_or_before, finite, thin, ticks, window
+from lightspan.cli.report.markup import escape
 from lightspan.cli.runs.numbers import number
 
 WIDTH, HEIGHT = 440, 264
@@ -51,7 +51,7 @@ def draw(chart: Chart) -> str:
     shape = _Shape(chart)
     return (
         f'<figure class="chart"><figcaption><b>{escape(chart.title)}</b></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(shape.spoken(), quote=True)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(shape.spoken())}">'
         f"{shape.axes()}{''.join(shape.curve(curve) for curve in chart.curves)}{shape.strips()}</svg>"
         f"{shape.notes()}</figure>"
     )

@@ -19,12 +19,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from lightspan.cli.report.markup import escape
 from lightspan.cli.report.page import Script, document
 from lightspan.cli.report.shown import shown
 from lightspan.cli.report.sweeps import load

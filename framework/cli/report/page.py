@@ -5,13 +5,13 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import yaml
 
 import lightspan
 from lightspan.cli.report.chart import COLOURS, draw
 from lightspan.cli.report.compare import Row, caution, compare, differences, flatten, headline
+from lightspan.cli.report.markup import escape
 from lightspan.cli.report.ranking import Ranking, ranked, ranking_table
 from lightspan.cli.report.runs import Run
 from lightspan.cli.report.sections import Section, sections

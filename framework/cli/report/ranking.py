@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from lightspan.cli.config.key_names import short_names
 from lightspan.cli.report.compare import differences
 from lightspan.cli.report.fold import without_seeds
+from lightspan.cli.report.markup import escape
 from lightspan.cli.report.runs import Run
 from lightspan.cli.report.sections import group_of
 from lightspan.cli.runs.direction import Mode, better, mode_of

@@ -5,12 +5,12 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lightspan.cli.report.chart import Chart, ChartLine, draw
+from lightspan.cli.report.markup import escape
 from lightspan.cli.report.ranking import RankedRun, Ranking
 from lightspan.cli.report.runs import MOST_PICTURE_BYTES, PNG_MARK, Run, load_run, unique_names
 from lightspan.cli.report.sections import unit_of

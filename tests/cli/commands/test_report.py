@@ -104,6 +104,13 @@ def test_text_from_files_cannot_become_markup(make_run: MakeRun, tmp_path: Path)
     assert page.count("&lt;script&gt;") >= 10
 
 
+def test_control_characters_in_names_and_settings_are_shown_and_not_obeyed(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("evil\x1b[31m\u202e\a")
+    page = page_of(tmp_path, run)
+    assert "evil\\x1b[31m\\u202e\\x07" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page)
+
+
 def test_summary_beside_the_page_holds_every_runs_summary_by_name(make_run: MakeRun, tmp_path: Path) -> None:
     page_of(tmp_path, make_run("adamw"), make_run("lowrank", 0.25))
     summaries = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -195,6 +195,27 @@ def test_base_crops_are_the_cells_of_a_grid_in_the_middle_and_come_before_the_ot
         assert "overlap" not in samples.sample(0, 0)
 
 
+def test_a_crop_that_lies_outside_of_its_volume_is_empty_on_any_side() -> None:
+    values = np.ones((1, 4, 5, 3), np.float32)
+    for at in range(-9, 10):
+        for axis, length in enumerate((4, 5, 3)):
+            corner = [0, 0, 0]
+            corner[axis] = at
+            crop = cropped(values, corner, (2, 2, 2), -1)
+            inside = sum(0 <= place < length for place in range(at, at + 2))
+            assert crop.shape == (1, 2, 2, 2)
+            assert (crop == 1).sum() == 4 * inside
+
+
+def test_a_grid_that_is_larger_than_its_volume_has_empty_cells(tmp_path: Path) -> None:
+    away = VolumeFolder(str(tmp_path / "away"), size=4, bases=(1, 4, 5), crops=2)
+    batch: Any = away.stand_in()
+    assert [tuple(view.shape) for view in batch["views"]] == 22 * [(2, 1, 4, 4, 4)]
+    own = VolumeFolder(str(write_volumes(tmp_path / "own", 6, (4, 5, 6))), size=4, bases=(2, 4, 5), crops=1)
+    own.setup()
+    assert len(own.train.sample(0, 3)["views"]) == 41
+
+
 def test_a_grid_is_laid_over_the_body_whatever_its_size_and_place(tmp_path: Path) -> None:
     patterns = {"modalities": {"ct": "{subject}"}, "segmentation": "{subject}_seg"}
     for number, (factor, at) in enumerate([(1, 1), (2, 3), (1, 0), (3, 2)]):
@@ -237,7 +258,7 @@ def test_settings_out_of_range_are_named() -> None:
         ({"bases": (1, 0, 2), "crops": 1}, r"bases=\[1, 0, 2\]"),
         ({"size": 10**5}, "size=100000"),
         ({"crops": 10**9}, "crops=1000000000"),
-        ({"crops": 1, "bases": (10**5, 10**5, 10**5)}, r"bases=\(100000"),
+        ({"crops": 1, "bases": (10**5, 10**5, 10**5)}, r"bases=\[100000"),
         ({"val_share": 1}, "val_share=1"),
         ({"spacing": 0}, "spacing=0"),
         ({"cache_gib": 0}, "cache_gib=0"),

@@ -8,8 +8,10 @@ import resource
 import struct
 import sys
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,14 @@ def no_rotation(content: bytearray) -> None:
     content[252:268] = np.array([1, 0], "<i2").tobytes() + np.array([9, 9, 9], "<f4").tobytes()
 
 
+def only_quaternion(handedness: float) -> Callable[[bytearray], None]:
+    def change(content: bytearray) -> None:
+        content[252:268] = np.array([1, 0], "<i2").tobytes() + np.array([0, 0, 0], "<f4").tobytes()
+        content[76:80] = np.float32(handedness).tobytes()
+
+    return change
+
+
 def much_more_than_it_says(folder: Path) -> None:
     whole = write_nifti(folder / "x.nii", noise(0)).read_bytes() + bytes(2**21)
     (folder / "x.nii.gz").write_bytes(gzip.compress(whole))
@@ -169,6 +179,7 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (huge_in_a_few_bytes, "y.nii.gz: it has 1,000,000,000,000 numbers"),
     (spoilt(no_orientation), "x.nii: its header does not tell where its axes point"),
     (spoilt(no_rotation), "x.nii: its NIfTI header is damaged: .* positive"),
+    (spoilt(only_quaternion(3)), "x.nii: its NIfTI header is damaged: qfac"),
     (spoilt(lambda content: content.__setitem__(slice(344, 348), b"ni1\0")), "x.nii: its voxels are not in this file"),
     (
         lambda folder: nibabel.save(nibabel.Nifti1Image(np.ones((2, 2, 2, 3)), np.eye(4)), folder / "x.nii"),
@@ -244,17 +255,25 @@ def test_a_file_that_crashes_its_decoder_is_damaged_and_the_next_one_is_read(tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def bytes_of_children() -> int:
+    """Resident, of the processes that this one started and that still run."""
+    pages = 0
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(FileNotFoundError):
+            pages += int(Path(f"/proc/{child}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def test_what_a_decoder_keeps_of_damaged_files_ends_with_its_process(tmp_path: Path) -> None:
     head = element(2, 0x10, b"UI", b"1.2.840.10008.1.2") + struct.pack("<HH2sH", 2, 0x12, b"U ", 0)
     start = bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(head))) + head
     # After a kind that there is none of, the decoder takes the next bytes for an element, of 320 MiB, which it keeps.
     written(start + struct.pack("<4sI", b"1.2.", 320 * 2**20) + bytes(9000))(tmp_path)
+    before = bytes_of_children()  # of what other tests of this process started
     for _ in range(2):
         with pytest.raises(ValueError, match=r"x\.dcm: it is not a DICOM image"):
             VolumeFile(".", ("x.dcm",)).read(tmp_path)
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        pages = [int(Path(f"/proc/{child}/statm").read_text().split()[1]) for child in children]
-        assert sum(pages) * resource.getpagesize() < 2**28
+        assert bytes_of_children() - before < 2**28
 
 
 def test_packed_files_one_after_the_other_are_one_volume(tmp_path: Path) -> None:
@@ -311,6 +330,22 @@ def test_a_long_line_of_voxels_is_resampled_in_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**27  # of the 2^37 that every pair of an old and a new one takes
     finally:
         tracemalloc.stop()
+
+
+def test_a_handedness_of_zero_is_one_as_the_standard_has_it(tmp_path: Path) -> None:
+    for number, handedness in enumerate((0, 1)):
+        spoilt(only_quaternion(handedness))(tmp_path / str(number))
+    zero, one = (VolumeFile("x.nii").grid(tmp_path / name) for name in "01")
+    assert zero.shape == one.shape
+    np.testing.assert_array_equal(zero.affine, one.affine)
+
+
+def test_numbers_beyond_float32_are_infinite_without_a_warning(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "x.nii", np.full((2, 2, 2), 1e300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values, _ = VolumeFile("x.nii").read(tmp_path)
+    assert np.isinf(values).all()
 
 
 def test_between_two_grids_nothing_is_larger_than_the_larger_of_both() -> None:

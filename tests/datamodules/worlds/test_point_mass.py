@@ -177,3 +177,9 @@ def test_wrong_settings_are_refused() -> None:
             PlayedSteps(*worlds, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="val_world"):
         PlayedSteps(worlds[0], PointMass(1))
+
+
+def test_steps_that_take_more_bytes_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", "2000")
+    with pytest.raises(UserError, match=r"PointMass .*LIGHTSPAN_MAX_BYTES"):
+        played().setup()
