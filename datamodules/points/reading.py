@@ -5,7 +5,6 @@ Shapes: N points, V vertices, F triangles.
 
 import io
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +16,11 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import NUMBERS, TRIANGLES, bounded_memory, bounded_time, content_of
 from lightspan.datamodules.image.picture_files import Kind
 from lightspan.datamodules.points.ldraw import LDrawFiles
+from lightspan.datamodules.points.scans import scan, without
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl")
-MOST_UNPACKED = 2**10
-"""Bytes that a byte of a packed scan may become; scans come to about a tenth of their size."""
 POINTS = Kind("cloud", "PLY, OBJ, STL, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
-
-
-def without(package: str) -> UserError:
-    return UserError(f"point clouds and surfaces need {package}; install the extra: pip install 'lightspan[points]'")
 
 
 def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
@@ -42,7 +36,7 @@ def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
         if not len(corners):
             raise ValueError("it has no triangle, neither its own nor of files that it names")
         return shape_of(corners, np.repeat(colours[:, None], 3, axis=1))
-    return _scan(path) if ending in SCANS else _mesh(path, ending[1:])
+    return scan(path) if ending in SCANS else _mesh(path, ending[1:])
 
 
 @contextmanager
@@ -60,11 +54,6 @@ def _damage() -> Iterator[None]:
     except Exception as error:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
-    except BaseException as error:
-        # lazrs is written in Rust, whose panics are no Exceptions.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"it is damaged: {error}") from error
 
 
 def _mesh(path: Path, kind: str) -> Shape:
@@ -140,41 +129,3 @@ def _points(clouds: list[Any]) -> Shape:
         np.concatenate(colours)[:, :3].astype(np.uint8) if coloured else None,
         normal if normal is not None and len(normal) == len(xyz) else None,
     )
-
-
-def _scan(path: Path) -> Shape:
-    try:
-        import laspy
-    except ImportError as error:
-        raise without("laspy") from error
-    content = content_of(path)
-    # In one thread: this is a process of its own, beside others that read.
-    with _damage(), laspy.open(io.BytesIO(content), laz_backend=laspy.LazBackend.Lazrs) as file:
-        told = file.header.point_count
-        NUMBERS.require(3 * told)
-        if told * file.header.point_format.size > MOST_UNPACKED * len(content):
-            raise ValueError(f"it is damaged: {len(content):,} bytes are too few for {told:,} points")
-        if file.header.are_points_compressed:
-            if not laspy.LazBackend.Lazrs.is_available():
-                raise without("lazrs, which unpacks LAZ,")
-            _require_chunks(content, file.header.offset_to_point_data)
-        points = file.read()
-        if len(points) < told:
-            raise ValueError(f"it is cut short: its header tells of {told:,} points")
-        colour, names = None, ("red", "green", "blue")
-        if {*names} <= {*points.point_format.dimension_names}:
-            deep = np.stack([np.asarray(points[name]) for name in names], axis=1)
-            # 16 bits by the format; many programs write 8.
-            colour = (deep >> 8 if deep.size and deep.max() > 255 else deep).astype(np.uint8)
-        return shape_of(np.asarray(points.xyz), colour)
-
-
-def _require_chunks(content: bytes, first: int) -> None:
-    """Raises: ValueError for a LAZ file that claims more parts than it has bytes: lazrs makes room for all of them, and
-    ends the process if it gets none.
-    """
-    (at,) = struct.unpack_from("<q", content, first)
-    (at,) = struct.unpack_from("<q", content, len(content) - 8) if at == -1 else (at,)
-    _, chunks = struct.unpack_from("<II", content, at)
-    if not 0 <= at < len(content) or chunks > len(content):
-        raise ValueError("it is damaged: its table of parts is not there, or too long")
