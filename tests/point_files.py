@@ -36,11 +36,11 @@ def ply(points: np.ndarray, normals: np.ndarray | None = None, faces: tuple[tupl
     ).encode()
 
 
-def las(points: np.ndarray, packed: bool, colour: int | None = None) -> bytes:
+def las(points: np.ndarray, packed: bool, colour: int | None = None, point_format: int = 2) -> bytes:
     """In millimetres about the first point. colour: of 16 bits."""
     laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
     pytest.importorskip("lazrs", reason="the extra `points` is not installed")
-    header = laspy.LasHeader(point_format=2)
+    header = laspy.LasHeader(point_format=point_format)
     header.scales, header.offsets = [0.001] * 3, points[0]
     data, file = laspy.LasData(header), io.BytesIO()
     data.x, data.y, data.z = points.T

@@ -4,6 +4,7 @@ Shapes: N points, V vertices, F triangles.
 """
 
 import io
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,19 +42,24 @@ def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """For readers of others, which raise all kinds of things for files that are not as they should be. A file may take
-    as much memory and time as `lightspan.core.files.foreign` allows.
+    """For readers of others, which raise all kinds of things for files that are not as they should be, and say more
+    than is of use. A file may take as much memory and time as `lightspan.core.files.foreign` allows.
 
     Raises: ValueError for any of them; UserError as it is.
     """
+    logger = logging.getLogger("trimesh")
+    was_disabled = logger.disabled
     try:
-        with bounded_memory(), bounded_time():
+        logger.disabled = True
+        with bounded_memory(), bounded_time(), np.errstate(all="ignore"):
             yield
     except UserError:
         raise
     except Exception as error:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
+    finally:
+        logger.disabled = was_disabled
 
 
 def _mesh(path: Path, kind: str) -> Shape:

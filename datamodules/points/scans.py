@@ -32,10 +32,10 @@ def scan(path: Path) -> Shape:
     """
     try:
         _, arrays = _DECODER.ask(path=str(path.absolute()))
-    except UserError:
-        raise
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith("it ") else f"it is damaged: {error}") from error
+        if isinstance(error, UserError) or str(error).startswith("it "):
+            raise
+        raise ValueError(f"it is damaged: {error}") from error
     return Shape(**arrays)
 
 

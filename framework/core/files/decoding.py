@@ -29,6 +29,7 @@ Answer = tuple[Mapping[str, Any], Mapping[str, np.ndarray]]
 
 _KEPT = 2**28  # bytes that a process may keep of the files before, until another goes on in its place
 _DYING_S = 1.0  # a process may take this long to end by itself
+_KINDS = {kind.__name__: kind for kind in (UserError, TooMuchError)}  # that arrive as they were raised
 _Asker = tuple[int, str]  # a process and the module that it asks; a fork does not share its parent's
 _running: dict[_Asker, subprocess.Popen[bytes]] = {}
 _locks: dict[_Asker, threading.Lock] = {}
@@ -48,9 +49,8 @@ class Decoder:
     def ask(self, **request: Any) -> Answer:
         """The answer of the module's function to a request that JSON can say.
 
-        Raises: ValueError for whatever it raises, and if it makes the process fail: then the file is damaged, since a
-            process that failed and was not fresh is replaced by one that is asked again. TooMuchError if it runs too
-            long; UserError as it is, and if the program does not start.
+        Raises: ValueError for whatever it raises, and for a file that makes a fresh process fail; TooMuchError beyond
+            the limits of time and memory; UserError as it is, and if the program does not start.
         """
         with _locks.setdefault(self._asker, threading.Lock()):
             if self._asker in _running:
@@ -110,7 +110,7 @@ class Decoder:
         if said["last"]:
             self._end()
         if "error" in said:
-            raise (UserError if said["of_user"] else ValueError)(said["error"])
+            raise _KINDS.get(said["kind"], ValueError)(said["error"])
         return said["answer"], arrays
 
     def _failed(self) -> "_Failed | TooMuchError":
@@ -189,8 +189,8 @@ def _say(answers: BinaryIO, said: Mapping[str, Any], arrays: Mapping[str, np.nda
 
 
 def _error(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, UserError):
-        return {"error": str(error), "of_user": True}
-    last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    # Addresses differ from run to run.
-    return {"error": re.sub(r"\(0x[0-9a-f]+\)", "", last_line), "of_user": False}
+    kind, said = type(error).__name__, str(error)
+    if kind not in _KINDS:
+        said = (said.strip().splitlines() or [kind])[-1].strip()
+        said = re.sub(r"\(0x[0-9a-f]+\)", "", said)  # addresses differ from run to run
+    return {"error": said, "kind": kind}

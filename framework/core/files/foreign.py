@@ -28,7 +28,6 @@ from typing import Any, BinaryIO
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import irregular, opened
 
-
 LIMITS = "LIGHTSPAN_MAX_"
 """How the variables of the environment begin that raise a limit."""
 
@@ -113,7 +112,6 @@ def _most(known: int | None) -> tuple[int, str]:
 def ran_too_long(seconds: int) -> TooMuchError:
     """For a program that is part of a file and took so many of processor time."""
     return TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
-
 
 
 def _has_limits() -> bool:

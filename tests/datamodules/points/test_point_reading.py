@@ -1,6 +1,8 @@
 """Files of points and surfaces: what is read of each kind, and what is refused by name."""
 
 import itertools
+import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from point_files import CUBE, QUADS, brick, las, ply
 from lightspan.datamodules.points.ldraw import LDrawFiles, title_of
 from lightspan.datamodules.points.packed import MOST_KEPT, kept
 from lightspan.datamodules.points.reading import read_shape
+from lightspan.datamodules.points.scans import read_here
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 
@@ -111,6 +114,47 @@ def test_survey_coordinates_keep_their_millimetres(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.xyz, points - (points.min(0) + points.max(0)) / 2, atol=1e-6)
         assert found.colour is not None
         assert (found.colour == shown).all()
+
+
+def harmful(folder: Path, name: str) -> Path:
+    """A scan with which lazrs ends its process: it makes room for a layer of 4 GiB, as the file says, and gets none."""
+    content = bytearray(las(CUBE, packed=True, point_format=6))
+    (first,) = struct.unpack_from("<I", content, 96)
+    struct.pack_into("<I", content, first + 8 + 30 + 4 + 4, 2**32 - 1)  # after a number, a point, and their count
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def test_scans_are_read_by_another_process_as_they_would_be_by_this_one(tmp_path: Path) -> None:
+    laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
+    points = np.random.default_rng(0).normal(size=(1000, 3))
+    for packed, colour, kind in itertools.product((False, True), (None, 40000), (2, 7)):
+        content = las(points, packed, colour, kind)
+        found = read(tmp_path, "a.laz", content)
+        for array, here in zip(found, read_here(laspy, content), strict=True):
+            assert (array is None) == (here is None)
+            if array is not None:
+                assert array.dtype == here.dtype
+                assert np.array_equal(array, here)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
+def test_a_scan_that_ends_its_decoder_is_damaged_and_the_next_one_is_read(tmp_path: Path) -> None:
+    file, sound = harmful(tmp_path, "bad.laz"), las(CUBE, packed=True)
+    for _ in range(2):  # a process that has read nothing yet, and one that has
+        with pytest.raises(ValueError, match=r"SIGABRT.*damaged"):
+            read_shape(file, LDrawFiles([tmp_path]))
+        assert len(read(tmp_path, "a.laz", sound).xyz) == 8
+
+
+def test_a_scan_that_claims_more_than_it_has_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    content = las(CUBE, packed=False)
+    for place, said in ((100, "records"), (107, "LIGHTSPAN_MAX_NUMBERS")):
+        for count in (2**31, 2**32 - 1):
+            with pytest.raises(ValueError, match=said):
+                read(tmp_path, "a.las", content[:place] + struct.pack("<I", count) + content[place + 4 :])
+    with pytest.raises(ValueError, match="few for 100,000 points"):
+        read(tmp_path, "a.las", content[:107] + struct.pack("<I", 10**5) + content[111:])
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
