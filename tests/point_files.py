@@ -1,6 +1,7 @@
 """Folders of small files of points and surfaces, for tests. Those of LDraw need no package."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +49,11 @@ def las(points: np.ndarray, packed: bool, colour: int | None = None, point_forma
         data.red = data.green = data.blue = np.full(len(points), colour)
     data.write(file, do_compress=packed)
     return file.getvalue()
+
+
+def deadly_laz() -> bytes:
+    """A scan with which lazrs ends its process: it makes room for a layer of 4 GiB, as the file says, and gets none."""
+    content = bytearray(las(CUBE, packed=True, point_format=6))
+    (first,) = struct.unpack_from("<I", content, 96)
+    struct.pack_into("<I", content, first + 8 + 30 + 4 + 4, 2**32 - 1)  # after a place, a point, a count and a layer
+    return bytes(content)

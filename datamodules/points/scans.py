@@ -20,7 +20,7 @@ from lightspan.datamodules.points.shapes import Shape, shape_of
 MOST_UNPACKED = 2**10
 """Bytes that a byte of a packed scan may become; scans come to about a tenth of their size."""
 _ROOM = 2**28  # bytes for what libraries need besides the points
-_POINT = 128  # bytes for coordinates and colours of a point, as they are turned and copied
+_POINT = 160  # bytes for coordinates and colours of a point, as they are turned and copied
 _RECORDS, _RECORD = 100, 54  # where the header has their number, and the least bytes that each takes
 _DECODER = Decoder("lightspan.datamodules.points.scans")
 

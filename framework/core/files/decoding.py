@@ -7,6 +7,7 @@ one request a line, a JSON object, by a line of JSON, after which the bytes of t
 
 import atexit
 import contextlib
+import io
 import json
 import os
 import re
@@ -68,13 +69,13 @@ class Decoder:
         return os.getpid(), self.module
 
     def _start(self) -> None:
-        if not _running:
-            atexit.register(_end_all)
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
         command = [sys.executable, "-P", "-m", self.module]  # -P: no module of the current folder
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         try:
             _running[self._asker] = subprocess.Popen(command, **pipes)
-            self._received()
+            self._received(b"")
         except (OSError, _Failed) as error:
             raise UserError(
                 f"these files are read by a process of their own, which does not start ({error}); try its command, "
@@ -83,24 +84,20 @@ class Decoder:
 
     def _answered(self, request: Mapping[str, Any]) -> Answer:
         limits = {name: value for name, value in os.environ.items() if name.startswith(LIMITS)}
-        stdin = _running[self._asker].stdin
-        assert stdin is not None
-        try:
-            stdin.write(json.dumps({"request": request, "limits": limits}).encode() + b"\n")
-            stdin.flush()
-        except OSError as error:
-            raise self._failed() from error
-        return self._received()
+        return self._received(json.dumps({"request": request, "limits": limits}).encode() + b"\n")
 
-    def _received(self) -> Answer:
+    def _received(self, sent: bytes) -> Answer:
         """What the process says next. Raises: _Failed where it ends instead."""
-        stdout = _running[self._asker].stdout
-        assert stdout is not None
+        process = _running[self._asker]
+        assert process.stdin is not None
+        assert isinstance(process.stdout, io.BufferedReader)
         try:
-            said = json.loads(stdout.readline())
-            arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in said.get("arrays", {}).items()}
+            process.stdin.write(sent)
+            process.stdin.flush()
+            said = json.loads(process.stdout.readline())
+            arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in said["arrays"].items()}
             for array in arrays.values():
-                if array.nbytes and stdout.readinto(memoryview(array).cast("B")) < array.nbytes:  # type: ignore[attr-defined]
+                if array.nbytes and process.stdout.readinto(memoryview(array).cast("B")) < array.nbytes:
                     raise EOFError
         except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:  # no line is no JSON
             raise self._failed() from error
@@ -162,22 +159,26 @@ def serve(opened: Callable[[], Callable[..., Answer]]) -> None:
     _say(answers, {"answer": {}}, {}, False)
     first = rss_bytes()
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
-        for name in [name for name in os.environ if name.startswith(LIMITS)]:
-            del os.environ[name]
-        os.environ.update(asked["limits"])
-        said: Mapping[str, Any]
-        arrays: Mapping[str, np.ndarray] = {}
-        try:
-            with bounded_memory(), bounded_time():
-                answer, arrays = function(**asked["request"])
-            said = {"answer": answer}
-        except BaseException as error:  # panics of Rust are no Exceptions
-            said = _error(error)
-        last = rss_bytes() - first > _KEPT
-        _say(answers, said, arrays, last)
-        if last:
+        if _serve_one(function, json.loads(line), answers, first):
             return
+
+
+def _serve_one(function: Callable[..., Answer], asked: Mapping[str, Any], answers: BinaryIO, first: int) -> bool:
+    """Whether this process keeps too much of what it decoded, beyond the bytes that it had at first."""
+    for name in [name for name in os.environ if name.startswith(LIMITS)]:
+        del os.environ[name]
+    os.environ.update(asked["limits"])
+    said: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray] = {}
+    try:
+        with bounded_memory(), bounded_time():
+            answer, arrays = function(**asked["request"])
+        said = {"answer": answer}
+    except BaseException as error:  # panics of Rust are no Exceptions
+        said = _error(error)
+    last = rss_bytes() - first - sum(array.nbytes for array in arrays.values()) > _KEPT
+    _say(answers, said, arrays, last)
+    return last
 
 
 def _say(answers: BinaryIO, said: Mapping[str, Any], arrays: Mapping[str, np.ndarray], last: bool) -> None:

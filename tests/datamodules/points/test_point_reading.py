@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from point_files import CUBE, QUADS, brick, las, ply
+from point_files import CUBE, QUADS, brick, deadly_laz, las, ply
 
 from lightspan.datamodules.points.ldraw import LDrawFiles, title_of
 from lightspan.datamodules.points.packed import MOST_KEPT, kept
@@ -116,15 +116,6 @@ def test_survey_coordinates_keep_their_millimetres(tmp_path: Path) -> None:
         assert (found.colour == shown).all()
 
 
-def harmful(folder: Path, name: str) -> Path:
-    """A scan with which lazrs ends its process: it makes room for a layer of 4 GiB, as the file says, and gets none."""
-    content = bytearray(las(CUBE, packed=True, point_format=6))
-    (first,) = struct.unpack_from("<I", content, 96)
-    struct.pack_into("<I", content, first + 8 + 30 + 4 + 4, 2**32 - 1)  # after a number, a point, and their count
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
 def test_scans_are_read_by_another_process_as_they_would_be_by_this_one(tmp_path: Path) -> None:
     laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
     points = np.random.default_rng(0).normal(size=(1000, 3))
@@ -140,10 +131,10 @@ def test_scans_are_read_by_another_process_as_they_would_be_by_this_one(tmp_path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
 def test_a_scan_that_ends_its_decoder_is_damaged_and_the_next_one_is_read(tmp_path: Path) -> None:
-    file, sound = harmful(tmp_path, "bad.laz"), las(CUBE, packed=True)
+    sound = las(CUBE, packed=True)
     for _ in range(2):  # a process that has read nothing yet, and one that has
         with pytest.raises(ValueError, match=r"SIGABRT.*damaged"):
-            read_shape(file, LDrawFiles([tmp_path]))
+            read(tmp_path, "bad.laz", deadly_laz())
         assert len(read(tmp_path, "a.laz", sound).xyz) == 8
 
 
