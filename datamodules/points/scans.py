@@ -22,7 +22,7 @@ MOST_UNPACKED = 2**10
 _ROOM = 2**28  # bytes for what libraries need besides the points
 _POINT = 160  # bytes for coordinates and colours of a point, as they are turned and copied
 _RECORDS, _RECORD = 100, 54  # where the header has their number, and the least bytes that each takes
-_DECODER = Decoder("lightspan.datamodules.points.scans")
+_DECODER = Decoder(__name__)
 
 
 def scan(path: Path) -> Shape:

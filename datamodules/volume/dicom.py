@@ -10,7 +10,7 @@ from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.decoding import Answer, Decoder, serve
 
 _TAGS = {"series": "0020|000e", "bits": "0028|0100"}
-_DECODER = Decoder("lightspan.datamodules.volume.dicom")
+_DECODER = Decoder(__name__)
 
 
 def header(path: Path) -> dict[str, Any]:
