@@ -48,9 +48,9 @@ def _damage() -> Iterator[None]:
     Raises: ValueError for any of them; UserError as it is.
     """
     logger = logging.getLogger("trimesh")
-    was_disabled = logger.disabled
+    level = logger.level
     try:
-        logger.disabled = True
+        logger.setLevel(logging.CRITICAL)
         with bounded_memory(), bounded_time(), np.errstate(all="ignore"):
             yield
     except UserError:
@@ -59,7 +59,7 @@ def _damage() -> Iterator[None]:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
     finally:
-        logger.disabled = was_disabled
+        logger.setLevel(level)
 
 
 def _mesh(path: Path, kind: str) -> Shape:
@@ -107,8 +107,9 @@ def _surface(meshes: list[Any]) -> Shape:
         if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
             raise ValueError(f"it has a face of vertex {int(mesh.faces.max()):,}, and {len(mesh.vertices):,} vertices")
     colours = [_corner_colours(mesh) for mesh in meshes]
-    known = None if any(one is None for one in colours) else np.concatenate(colours)  # type: ignore[arg-type]
-    return shape_of(np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes]), known)
+    known = [one for one in colours if one is not None]
+    corners = np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes])
+    return shape_of(corners, np.concatenate(known) if len(known) == len(colours) else None)
 
 
 def _corner_colours(mesh: Any) -> np.ndarray | None:

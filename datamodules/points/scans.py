@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.decoding import Answer, Decoder, serve
+from lightspan.core.files.decoding import Answer, DecoderProcess, serve
 from lightspan.core.files.foreign import NUMBERS, bounded_memory, content_of
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
@@ -22,7 +22,7 @@ MOST_UNPACKED = 2**10
 _ROOM = 2**28  # bytes for what libraries need besides the points
 _POINT = 160  # bytes for coordinates and colours of a point, as they are turned and copied
 _RECORDS, _RECORD = 100, 54  # where the header has their number, and the least bytes that each takes
-_DECODER = Decoder(__name__)
+_DECODER = DecoderProcess(__name__)
 
 
 def scan(path: Path) -> Shape:

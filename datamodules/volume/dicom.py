@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.files.decoding import Answer, Decoder, serve
+from lightspan.core.files.decoding import Answer, DecoderProcess, serve
 
 _TAGS = {"series": "0020|000e", "bits": "0028|0100"}
-_DECODER = Decoder(__name__)
+_DECODER = DecoderProcess(__name__)
 
 
 def header(path: Path) -> dict[str, Any]:

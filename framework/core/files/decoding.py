@@ -1,8 +1,8 @@
 """Files of others by decoders in C++ or Rust, each in a process of its own: where a file makes one fail, that process
 ends and no other. Without torch.
 
-A module that decodes makes a `Decoder` of its own name and calls `serve` when it runs as a program. The program answers
-one request a line, a JSON object, by a line of JSON, after which the bytes of the arrays follow.
+A module that decodes makes a `DecoderProcess` of its own name and calls `serve` when it runs as a program. The program
+answers one request a line, a JSON object, by a line of JSON, after which the bytes of the arrays follow.
 """
 
 import atexit
@@ -37,7 +37,7 @@ _locks: dict[_Asker, threading.Lock] = {}
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderProcess:
     """Asks a module that runs as a program. It starts with the first request, ends with the process that asks, and
     gives way to a fresh one when it keeps much memory of what it decoded. Threads take turns.
 
@@ -97,7 +97,7 @@ class Decoder:
             said = json.loads(process.stdout.readline())
             arrays = {name: np.empty(shape, dtype) for name, (dtype, shape) in said["arrays"].items()}
             for array in arrays.values():
-                if array.nbytes and process.stdout.readinto(memoryview(array).cast("B")) < array.nbytes:
+                if process.stdout.readinto(_bytes_of(array)) < array.nbytes:
                     raise EOFError
         except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError) as error:  # no line is no JSON
             raise self._failed() from error
@@ -185,8 +185,13 @@ def _say(answers: BinaryIO, said: Mapping[str, Any], arrays: Mapping[str, np.nda
     forms = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     answers.write(json.dumps({**said, "arrays": forms, "last": last}).encode() + b"\n")
     for array in arrays.values():
-        answers.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        answers.write(_bytes_of(np.ascontiguousarray(array)))
     answers.flush()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """Of an array whose numbers follow one another, which changes with them."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _error(error: BaseException) -> dict[str, Any]:

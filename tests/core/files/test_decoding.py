@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.decoding import Decoder
+from lightspan.core.files.decoding import DecoderProcess
 from lightspan.core.files.foreign import BYTES, NUMBERS, SECONDS, TooMuchError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
@@ -77,19 +77,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def decoder(folder: Path, request: pytest.FixtureRequest) -> Decoder:
+def decoder(folder: Path, request: pytest.FixtureRequest) -> DecoderProcess:
     name = f"decodes_{getattr(request, 'param', 'well')}"
     (folder / f"{name}.py").write_text(PROGRAM)
-    return Decoder(name)
+    return DecoderProcess(name)
 
 
-def process_of(decoder: Decoder) -> int:
+def process_of(decoder: DecoderProcess) -> int:
     answer, _ = decoder.ask(what="process")
     found: int = answer["value"]
     return found
 
 
-def test_answers_and_arrays_arrive_as_they_were(decoder: Decoder) -> None:
+def test_answers_and_arrays_arrive_as_they_were(decoder: DecoderProcess) -> None:
     assert decoder.ask(what="echo", value="a\n\udcff é")[0] == {"value": "a\n\udcff é"}
     _, arrays = decoder.ask(what="arrays")
     assert arrays["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -101,46 +101,48 @@ def test_answers_and_arrays_arrive_as_they_were(decoder: Decoder) -> None:
 
 
 def test_what_decoding_raises_is_wrong_with_the_file_and_what_a_user_can_mend_stays_so(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"^index  out of range$"):
         decoder.ask(what="panic")
     first = process_of(decoder)
-    for most in (7, 9):  # of the process that asks, when it asks
+    for most in (7, 9, NUMBERS.default):  # of the process that asks, when it asks
         monkeypatch.setenv(NUMBERS.setting, str(most))
+        if most == NUMBERS.default:
+            monkeypatch.delenv(NUMBERS.setting)
         with pytest.raises(UserError, match=f"install something, {most}"):
             decoder.ask(what="user")
     assert process_of(decoder) == first
 
 
-def test_a_file_that_ends_its_decoder_is_damaged_and_the_next_one_is_read(decoder: Decoder) -> None:
+def test_a_file_that_ends_its_decoder_is_damaged_and_the_next_one_is_read(decoder: DecoderProcess) -> None:
     for what, said in (("crash", "SIGABRT"), ("leave", "status 3"), ("crash", "SIGABRT")):
         with pytest.raises(ValueError, match=rf"{said}.*damaged"):
             decoder.ask(what=what)
         assert decoder.ask(what="echo", value=1)[0] == {"value": 1}
 
 
-def test_a_process_that_someone_else_has_ended_is_no_fault_of_the_next_file(decoder: Decoder) -> None:
+def test_a_process_that_someone_else_has_ended_is_no_fault_of_the_next_file(decoder: DecoderProcess) -> None:
     first = process_of(decoder)
     os.kill(first, 15)
     os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
     assert process_of(decoder) != first
 
 
-def test_an_interrupt_leaves_it_to_the_process_that_asks(decoder: Decoder) -> None:
+def test_an_interrupt_leaves_it_to_the_process_that_asks(decoder: DecoderProcess) -> None:
     first = process_of(decoder)
     os.kill(first, 2)
     assert process_of(decoder) == first
 
 
-def test_a_process_that_keeps_much_gives_way_to_a_fresh_one(decoder: Decoder) -> None:
+def test_a_process_that_keeps_much_gives_way_to_a_fresh_one(decoder: DecoderProcess) -> None:
     first = process_of(decoder)
     decoder.ask(what="keep")
     assert not Path(f"/proc/{first}").exists()
     assert process_of(decoder) != first
 
 
-def test_time_and_memory_are_limited(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_and_memory_are_limited(decoder: DecoderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS.setting, "7")
     answer, _ = decoder.ask(what="limits")
     assert answer["seconds"] == 7
@@ -151,26 +153,26 @@ def test_time_and_memory_are_limited(decoder: Decoder, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("decoder", ["wanting", "broken"], indirect=True)
-def test_a_program_that_does_not_start_is_no_fault_of_the_file(decoder: Decoder) -> None:
+def test_a_program_that_does_not_start_is_no_fault_of_the_file(decoder: DecoderProcess) -> None:
     with pytest.raises(UserError, match=r"install something|status 5.*decodes_broken"):
         decoder.ask(what="echo")
 
 
-def test_threads_take_turns(decoder: Decoder) -> None:
+def test_threads_take_turns(decoder: DecoderProcess) -> None:
     found: list[bool] = []
 
     def ask(number: int) -> None:
         found.extend(decoder.ask(what="echo", value=number)[0]["value"] == number for _ in range(50))
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=60)
     assert found == [True] * 200
 
 
-def test_a_fork_asks_a_process_of_its_own(decoder: Decoder) -> None:
+def test_a_fork_asks_a_process_of_its_own(decoder: DecoderProcess) -> None:
     first = process_of(decoder)
     read, write = os.pipe()
     child = os.fork()

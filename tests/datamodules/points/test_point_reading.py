@@ -3,6 +3,7 @@
 import itertools
 import struct
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             read(tmp_path, name, content)
+
+
+def test_damage_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    needs_trimesh()
+    loop = "outer loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\n"
+    read(tmp_path, "a.stl", f"solid a\nfacet normal x 0 1\n{loop}endfacet\nendsolid\n")
+    with warnings.catch_warnings(action="error"):
+        read(tmp_path, "a.dat", "3 4 1e400 0 0 1 0 0 0 1 0\n3 4 0 0 0 1 0 0 0 1 0\n")
+        with pytest.raises(ValueError, match="no point with coordinates"):
+            read(tmp_path, "a.obj", "v inf 0 0\nv nan 1e300 0\nv 1e300 0 -inf\nf 1 2 3\n")
+    assert not caplog.records
 
 
 def test_no_file_that_another_names_is_opened(tmp_path: Path) -> None:
