@@ -107,9 +107,8 @@ def _surface(meshes: list[Any]) -> Shape:
         if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
             raise ValueError(f"it has a face of vertex {int(mesh.faces.max()):,}, and {len(mesh.vertices):,} vertices")
     colours = [_corner_colours(mesh) for mesh in meshes]
-    known = [one for one in colours if one is not None]
-    corners = np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes])
-    return shape_of(corners, np.concatenate(known) if len(known) == len(colours) else None)
+    known = None if any(one is None for one in colours) else np.concatenate(colours)  # type: ignore[arg-type]
+    return shape_of(np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes]), known)
 
 
 def _corner_colours(mesh: Any) -> np.ndarray | None:
