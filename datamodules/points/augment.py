@@ -173,8 +173,8 @@ class ChangedPoints:
             offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
             packed = {name: rows[kept_N] for name, rows in packed.items()}
         if any(self.augmentation.degrees):
-            turns = {name: turned(packed[name], offsets, turn_B3) for name in ("xyz", "normal") if name in packed}
-            packed |= turns
+            for name in packed.keys() & {"xyz", "normal"}:
+                packed[name] = turned(packed[name], offsets, turn_B3)
         xyz_N3 = shifted(scaled(packed["xyz"], offsets, scale_B3), offsets, shift_B3)
         if "normal" in packed:  # what is at right angles to a surface stays so
             bent_N3 = scaled(packed["normal"], offsets, 1 / scale_B3)

@@ -108,10 +108,10 @@ class PointCache:
             roots: where LDraw files find others.
         Raises: UserError if it would be larger than all packs may be; without the extra `points`.
         """
-        states = [[one_line(name), *file_state(folder / name)] for name in names]
+        states: list[list[Any]] = [[one_line(name), *file_state(folder / name)] for name in names]
         settings = [VERSION, NUMBERS.most, TRIANGLES.most, MOST_KEPT, [str(root) for root in roots]]
         key = hashlib.sha256(json.dumps([settings, states]).encode()).hexdigest()[:32]
-        size = sum(_bytes(name, state[1]) for name, state in zip(names, states, strict=True))  # type: ignore[arg-type]
+        size = sum(_bytes(name, state[1]) for name, state in zip(names, states, strict=True))
         self.packs.require_room(size, f"the shapes of {len(names):,} files", "or name fewer files")
         pack, about = self.packs.pack(key, size, partial(_write, folder, names, LDrawFiles(roots), num_workers))
         return PackedShapes(pack, about["known"], labels)

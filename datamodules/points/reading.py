@@ -106,8 +106,8 @@ def _surface(meshes: list[Any]) -> Shape:
     for mesh in meshes:
         if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
             raise ValueError(f"it has a face of vertex {int(mesh.faces.max()):,}, and {len(mesh.vertices):,} vertices")
-    colours = [_corner_colours(mesh) for mesh in meshes]
-    known = None if any(one is None for one in colours) else np.concatenate(colours)  # type: ignore[arg-type]
+    colours = [colour for mesh in meshes if (colour := _corner_colours(mesh)) is not None]
+    known = np.concatenate(colours) if len(colours) == len(meshes) else None
     return shape_of(np.concatenate([mesh.vertices[mesh.faces] for mesh in meshes]), known)
 
 

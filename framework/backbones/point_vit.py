@@ -40,7 +40,7 @@ class MiniPointNet(nn.Module):
 
     def forward(self, near_SK3: Tensor) -> Tensor:
         groups, size, _ = near_SK3.shape
-        each_SKc = self.first(near_SK3.flatten(0, 1).to(self.first[0].weight.dtype)).unflatten(0, (groups, size))
+        each_SKc = self.first(near_SK3.flatten(0, 1).to(next(self.parameters()).dtype)).unflatten(0, (groups, size))
         whole_SKc = each_SKc.amax(dim=1, keepdim=True).expand_as(each_SKc)
         both_SKc = torch.cat([whole_SKc, each_SKc], dim=2)
         return self.second(both_SKc.flatten(0, 1)).unflatten(0, (groups, size)).amax(dim=1)
@@ -83,7 +83,7 @@ class PointViT(nn.Module):
                 f"PointViT: width={width} must be a multiple of heads={heads}, and all and depth={depth} above 0"
             )
         self.groups, self.size, self.width, self.num_features = groups, size, width, 2 * width
-        self.embed, self.place = MiniPointNet(width, tuple(point_widths)), CentrePositions(width)
+        self.embed, self.place = MiniPointNet(width, point_widths), CentrePositions(width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         for block, drop in zip(self.blocks, drop_paths(drop_path, depth, "PointViT"), strict=True):
             block.drop_path1 = block.drop_path2 = drop

@@ -191,11 +191,13 @@ def reading_of(
             f"{_call(method, what)} reads {', '.join(packed)}, of any number of rows a sample, and an export needs one "
             "row for each sample; use --to safetensors"
         )
-    moments = moments if first in read and read[first].is_floating_point() else None
-    if moments is not None:
+    picture = read.get(first or SINGLE)
+    if moments is not None and picture is not None and picture.is_floating_point():
         mean_C11, std_C11 = moments
-        ones = [1] * (read[first].dim() - 2)  # also of clips, whose channels stand before time
+        ones = [1] * (picture.dim() - 2)  # also of clips, whose channels stand before time
         moments = mean_C11.reshape(-1, *ones), std_C11.reshape(-1, *ones)
+    else:
+        moments = None
     generator = torch.Generator().manual_seed(0)
     examples = {}
     for name, x in read.items():

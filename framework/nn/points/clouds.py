@@ -32,12 +32,12 @@ def points_of(batch: Any, method: str) -> tuple[Tensor, Tensor]:
         )
     _require_samples(batch, len(offsets) - 1, method)
     ends = range_on_host(offsets)
-    if ends is not None and (ends != (0, len(xyz)) or int(offsets.diff().clamp_max(0).sum())):  # type: ignore[arg-type]
+    if ends is not None and (ends != (0, len(xyz)) or int(offsets.diff().clamp_max(0).sum())):
         raise UserError(
-            f"{method}: offsets of this batch must ascend from 0 to its {len(xyz)} points, and are "  # type: ignore[arg-type]
-            f"{offsets[:8].tolist()}"  # type: ignore[index]
+            f"{method}: offsets of this batch must ascend from 0 to its {len(xyz)} points, and are "
+            f"{offsets[:8].tolist()}"
         )
-    return xyz, offsets  # type: ignore[return-value]
+    return xyz, offsets
 
 
 def _shown(value: Any) -> str:

@@ -13,4 +13,4 @@ class CentrePositions(nn.Sequential):
         super().__init__(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
 
     def forward(self, centre: Tensor) -> Tensor:
-        return super().forward(centre.to(self[0].weight.dtype))
+        return super().forward(centre.to(next(self.parameters()).dtype))

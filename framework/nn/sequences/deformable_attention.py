@@ -76,9 +76,8 @@ class DeformableAttention(nn.Module):
         apart_BaSK = torch.arange(x_BSw.shape[1], device=x_BSw.device)[:, None] - at_BaK[:, :, None]
         scaled_BaSK1 = (apart_BaSK.sign() * apart_BaSK.abs().log1p())[..., None].to(x_BSw.dtype)
         bias_BaSK = self.bias(scaled_BaSK1)[..., 0].to(q_BacS.dtype)
-        mixed_BaSc = F.scaled_dot_product_attention(
-            *(part.transpose(2, 3) for part in (q_BacS, k_BacK, v_BacK)), attn_mask=bias_BaSK
-        )
+        q_BaSc, k_BaKc, v_BaKc = (part.transpose(2, 3) for part in (q_BacS, k_BacK, v_BacK))
+        mixed_BaSc = F.scaled_dot_product_attention(q_BaSc, k_BaKc, v_BaKc, attn_mask=bias_BaSK)
         return self.out(mixed_BaSc.transpose(1, 2).flatten(2))
 
 

@@ -11,6 +11,7 @@ from point_files import CUBE, brick, bricks, deadly_laz, las, ply
 
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
+from lightspan.datamodules.points import ldraw
 from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.points.data import PointSets
@@ -33,7 +34,8 @@ def batches(data: PointSets, count: int) -> list[dict[str, Any]]:
     return found[:count]
 
 
-def test_batches_are_as_documented(tmp_path: Path) -> None:
+def test_batches_are_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ldraw, "LIBRARY", tmp_path / "none")
     data = opened(bricks(tmp_path / "in", 6), fields=("colour", "normal"))
     for batch in (*batches(data, 2), next(iter(data.val_dataloader())), data.train.sample(0, 0)):
         if "offsets" in batch:
