@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import HANG_S
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.decoding import DecoderProcess
@@ -168,7 +169,7 @@ def test_threads_take_turns(decoder: DecoderProcess) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=HANG_S)
     assert found == [True] * 200
 
 
