@@ -1,6 +1,7 @@
 """Folders of small files of points and surfaces, for tests. Those of LDraw need no package."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,11 @@ def ply(points: np.ndarray, normals: np.ndarray | None = None, faces: tuple[tupl
     ).encode()
 
 
-def las(points: np.ndarray, packed: bool, colour: int | None = None) -> bytes:
+def las(points: np.ndarray, packed: bool, colour: int | None = None, point_format: int = 2) -> bytes:
     """In millimetres about the first point. colour: of 16 bits."""
     laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
     pytest.importorskip("lazrs", reason="the extra `points` is not installed")
-    header = laspy.LasHeader(point_format=2)
+    header = laspy.LasHeader(point_format=point_format)
     header.scales, header.offsets = [0.001] * 3, points[0]
     data, file = laspy.LasData(header), io.BytesIO()
     data.x, data.y, data.z = points.T
@@ -48,3 +49,11 @@ def las(points: np.ndarray, packed: bool, colour: int | None = None) -> bytes:
         data.red = data.green = data.blue = np.full(len(points), colour)
     data.write(file, do_compress=packed)
     return file.getvalue()
+
+
+def deadly_laz() -> bytes:
+    """A scan with which lazrs ends its process: it makes room for a layer of 4 GiB, as the file says, and gets none."""
+    content = bytearray(las(CUBE, packed=True, point_format=6))
+    (first,) = struct.unpack_from("<I", content, 96)
+    struct.pack_into("<I", content, first + 8 + 30 + 4 + 4, 2**32 - 1)  # after a place, a point, a count and a layer
+    return bytes(content)

@@ -75,7 +75,8 @@ class LDrawFiles:
         found = self._of(Path(os.path.realpath(path)), ())
         if self._held > _KEPT:
             self._read, self._held = {}, 0
-        return found.corners @ _UP.T, self._shown(found.colours)
+        with np.errstate(invalid="ignore"):  # what is not finite is left out later
+            return found.corners @ _UP.T, self._shown(found.colours)
 
     def _of(self, path: Path, within: tuple[Path, ...]) -> Triangles:
         if path in self._read:
@@ -120,7 +121,7 @@ class LDrawFiles:
     @staticmethod
     def _placed(part: Triangles, colour: int, numbers: list[float]) -> Triangles:
         place_3, turn_33 = np.array(numbers[:3]), np.array(numbers[3:]).reshape(3, 3)
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is left out later
+        with np.errstate(invalid="ignore", over="ignore"):
             corners = part.corners @ turn_33.T + place_3
         return Triangles(corners, np.where(part.colours == MAIN, colour, part.colours))
 

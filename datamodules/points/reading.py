@@ -4,8 +4,8 @@ Shapes: N points, V vertices, F triangles.
 """
 
 import io
+import logging
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +17,11 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import NUMBERS, TRIANGLES, bounded_memory, bounded_time, content_of
 from lightspan.datamodules.image.picture_files import Kind
 from lightspan.datamodules.points.ldraw import LDrawFiles
+from lightspan.datamodules.points.scans import scan, without
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl")
-MOST_UNPACKED = 2**10
-"""Bytes that a byte of a packed scan may become; scans come to about a tenth of their size."""
 POINTS = Kind("cloud", "PLY, OBJ, STL, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
-
-
-def without(package: str) -> UserError:
-    return UserError(f"point clouds and surfaces need {package}; install the extra: pip install 'lightspan[points]'")
 
 
 def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
@@ -42,29 +37,29 @@ def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
         if not len(corners):
             raise ValueError("it has no triangle, neither its own nor of files that it names")
         return shape_of(corners, np.repeat(colours[:, None], 3, axis=1))
-    return _scan(path) if ending in SCANS else _mesh(path, ending[1:])
+    return scan(path) if ending in SCANS else _mesh(path, ending[1:])
 
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """For readers of others, which raise all kinds of things for files that are not as they should be. A file may take
-    as much memory and time as `lightspan.core.files.foreign` allows.
+    """For readers of others, which raise all kinds of things for files that are not as they should be, and say more
+    than is of use. A file may take as much memory and time as `lightspan.core.files.foreign` allows.
 
     Raises: ValueError for any of them; UserError as it is.
     """
+    logger = logging.getLogger("trimesh")
+    level = logger.level
     try:
-        with bounded_memory(), bounded_time():
+        logger.setLevel(logging.CRITICAL)
+        with bounded_memory(), bounded_time(), np.errstate(all="ignore"):
             yield
     except UserError:
         raise
     except Exception as error:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
-    except BaseException as error:
-        # lazrs is written in Rust, whose panics are no Exceptions.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"it is damaged: {error}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def _mesh(path: Path, kind: str) -> Shape:
@@ -140,41 +135,3 @@ def _points(clouds: list[Any]) -> Shape:
         np.concatenate(colours)[:, :3].astype(np.uint8) if coloured else None,
         normal if normal is not None and len(normal) == len(xyz) else None,
     )
-
-
-def _scan(path: Path) -> Shape:
-    try:
-        import laspy
-    except ImportError as error:
-        raise without("laspy") from error
-    content = content_of(path)
-    # In one thread: this is a process of its own, beside others that read.
-    with _damage(), laspy.open(io.BytesIO(content), laz_backend=laspy.LazBackend.Lazrs) as file:
-        told = file.header.point_count
-        NUMBERS.require(3 * told)
-        if told * file.header.point_format.size > MOST_UNPACKED * len(content):
-            raise ValueError(f"it is damaged: {len(content):,} bytes are too few for {told:,} points")
-        if file.header.are_points_compressed:
-            if not laspy.LazBackend.Lazrs.is_available():
-                raise without("lazrs, which unpacks LAZ,")
-            _require_chunks(content, file.header.offset_to_point_data)
-        points = file.read()
-        if len(points) < told:
-            raise ValueError(f"it is cut short: its header tells of {told:,} points")
-        colour, names = None, ("red", "green", "blue")
-        if {*names} <= {*points.point_format.dimension_names}:
-            deep = np.stack([np.asarray(points[name]) for name in names], axis=1)
-            # 16 bits by the format; many programs write 8.
-            colour = (deep >> 8 if deep.size and deep.max() > 255 else deep).astype(np.uint8)
-        return shape_of(np.asarray(points.xyz), colour)
-
-
-def _require_chunks(content: bytes, first: int) -> None:
-    """Raises: ValueError for a LAZ file that claims more parts than it has bytes: lazrs makes room for all of them, and
-    ends the process if it gets none.
-    """
-    (at,) = struct.unpack_from("<q", content, first)
-    (at,) = struct.unpack_from("<q", content, len(content) - 8) if at == -1 else (at,)
-    _, chunks = struct.unpack_from("<II", content, at)
-    if not 0 <= at < len(content) or chunks > len(content):
-        raise ValueError("it is damaged: its table of parts is not there, or too long")

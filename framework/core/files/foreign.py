@@ -28,6 +28,9 @@ from typing import Any, BinaryIO
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import irregular, opened
 
+LIMITS = "LIGHTSPAN_MAX_"
+"""How the variables of the environment begin that raise a limit."""
+
 
 class TooMuchError(ValueError):
     """What is beyond a limit, where all other faults are of the file itself."""
@@ -99,31 +102,45 @@ SECONDS = Limit("seconds", 60, "LIGHTSPAN_MAX_SECONDS")
 _TRUSTED = "; if you trust it, raise the limit with {} in the environment"
 
 
+def _most(known: int | None) -> tuple[int, str]:
+    """The bytes that a file may become, of which its reader may know, and what to say of more."""
+    if known is not None and known < BYTES.most:
+        return known, ", far more than its header tells of"
+    return BYTES.most, _TRUSTED.format(BYTES.setting)
+
+
+def ran_too_long(seconds: int) -> TooMuchError:
+    """For a program that is part of a file and took so many of processor time."""
+    return TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
+
+
 def _has_limits() -> bool:
     """Whether this thread can limit what it takes: the main one of Linux."""
     return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
-def bounded_memory() -> Iterator[None]:
+def bounded_memory(most: int | None = None) -> Iterator[None]:
     """For a reader whose file says how much it becomes, and may lie. On the main thread of Linux, where alone a process
     can limit its address space in passing; elsewhere it reads on.
 
-    Raises: TooMuchError where it takes more than `BYTES` of memory.
+    Args:
+        most: bytes that it may take, where its reader knows; never more than the limit of `BYTES`.
+    Raises: TooMuchError where it takes more memory.
     """
+    most, way_out = _most(most)
     if not _has_limits():
         yield
         return
     with open("/proc/self/statm", encoding="ascii") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = taken + BYTES.most
+    if all(limit == resource.RLIM_INFINITY or taken + most < limit for limit in (soft, hard)):
+        resource.setrlimit(resource.RLIMIT_AS, (taken + most, hard))
     try:
-        if all(limit == resource.RLIM_INFINITY or most < limit for limit in (soft, hard)):
-            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         yield
     except MemoryError as error:
-        raise TooMuchError(f"it needs more than {BYTES.most:,} bytes{_TRUSTED.format(BYTES.setting)}") from error
+        raise TooMuchError(f"it needs more than {most:,} bytes{way_out}") from error
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -151,7 +168,7 @@ def bounded_time(share: float = 1.0) -> Iterator[None]:
     seconds, _timed = math.ceil(share * SECONDS.most), True
 
     def stop(*_: object) -> None:
-        raise TooMuchError(f"it runs for more than {seconds:,} seconds{_TRUSTED.format(SECONDS.setting)}")
+        raise ran_too_long(seconds)
 
     handler = signal.signal(signal.SIGPROF, stop)
     last_resort = signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
@@ -196,9 +213,13 @@ def content_of(path: Path, limit: Limit = BYTES) -> bytes:
     Raises: ValueError for anything else, and where reading fails; TooMuchError for a file above the limit.
     """
     with opened_regular(path) as file:
-        limit.require(os.fstat(file.fileno()).st_size)
+        size = os.fstat(file.fileno()).st_size
+        limit.require(size)
         try:
-            content = file.read(limit.most + 1)  # files of /proc say a size of 0
+            # Python makes room for all that it is asked to read.
+            content = file.read(size + 1)
+            if len(content) > size:  # files of /proc say a size of 0
+                content += file.read(limit.most + 1 - len(content))
         except OSError as error:
             raise ValueError(f"it cannot be read ({error.strerror or error})") from error
     limit.require(len(content))
@@ -244,11 +265,7 @@ def unpacked(packed: bytes, most: int | None = None) -> bytes:
         most: bytes that it may become, where its reader knows; never more than the limit of `BYTES`.
     Raises: ValueError for more, or for damage.
     """
-    most, way_out = (
-        (most, ", far more than its header tells of")
-        if most is not None and most < BYTES.most
-        else (BYTES.most, f"; if you trust it, raise the limit with {BYTES.setting}")
-    )
+    most, way_out = _most(most)
     if packed[:1] == b"\x78":
         return drained(zlib.decompressobj(), packed, most, way_out)
     opener = next((opener for start, opener in _PACKERS.items() if packed.startswith(start)), None)

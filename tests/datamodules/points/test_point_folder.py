@@ -1,12 +1,13 @@
 """A folder of points and surfaces as batches: classes, the split, damage, the cache, and what a sample follows from."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from point_files import brick, bricks, ply
+from point_files import CUBE, brick, bricks, deadly_laz, las, ply
 
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
@@ -133,6 +134,17 @@ def test_damaged_files_are_named_and_left_out_only_if_the_user_says_so(tmp_path:
         (tmp_path / "bad" / f"{name}.dat").write_text("0 Nothing\n")
     with pytest.raises(UserError, match="none of the 2 files"):
         opened(tmp_path / "bad", skip_damaged=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
+def test_a_run_goes_on_without_a_scan_that_ends_its_decoder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, content in {"a": las(CUBE, True), "b": deadly_laz(), "c": las(2 * CUBE, True)}.items():
+        (tmp_path / "in" / f"{name}.laz").write_bytes(content)
+    with pytest.raises(UserError, match=r"1 of 3 files .*\n.*b\.laz: it .*damaged\n.*skip_damaged"):
+        opened(tmp_path / "in")
+    data = opened(tmp_path / "in", skip_damaged=True)
+    assert len(data.train) + len(data.val) == 2
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """Files of points and surfaces: what is read of each kind, and what is refused by name."""
 
 import itertools
+import struct
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from point_files import CUBE, QUADS, brick, las, ply
+from point_files import CUBE, QUADS, brick, deadly_laz, las, ply
 
 from lightspan.datamodules.points.ldraw import LDrawFiles, title_of
 from lightspan.datamodules.points.packed import MOST_KEPT, kept
 from lightspan.datamodules.points.reading import read_shape
+from lightspan.datamodules.points.scans import read_here
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 
@@ -113,6 +117,38 @@ def test_survey_coordinates_keep_their_millimetres(tmp_path: Path) -> None:
         assert (found.colour == shown).all()
 
 
+def test_scans_are_read_by_another_process_as_they_would_be_by_this_one(tmp_path: Path) -> None:
+    laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")
+    points = np.random.default_rng(0).normal(size=(1000, 3))
+    for packed, colour, kind in itertools.product((False, True), (None, 40000), (2, 7)):
+        content = las(points, packed, colour, kind)
+        found = read(tmp_path, "a.laz", content)
+        for array, here in zip(found, read_here(laspy, content), strict=True):
+            assert (array is None) == (here is None)
+            if array is not None:
+                assert array.dtype == here.dtype
+                assert np.array_equal(array, here)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
+def test_a_scan_that_ends_its_decoder_is_damaged_and_the_next_one_is_read(tmp_path: Path) -> None:
+    sound = las(CUBE, packed=True)
+    for _ in range(2):  # a process that has read nothing yet, and one that has
+        with pytest.raises(ValueError, match=r"SIGABRT.*damaged"):
+            read(tmp_path, "bad.laz", deadly_laz())
+        assert len(read(tmp_path, "a.laz", sound).xyz) == 8
+
+
+def test_a_scan_that_claims_more_than_it_has_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    content = las(CUBE, packed=False)
+    for place, said in ((100, "records"), (107, "LIGHTSPAN_MAX_NUMBERS")):
+        for count in (2**31, 2**32 - 1):
+            with pytest.raises(ValueError, match=said):
+                read(tmp_path, "a.las", content[:place] + struct.pack("<I", count) + content[place + 4 :])
+    with pytest.raises(ValueError, match="few for 100,000 points"):
+        read(tmp_path, "a.las", content[:107] + struct.pack("<I", 10**5) + content[111:])
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     needs_trimesh()
     points, whole = ply(CUBE), las(CUBE, packed=True)
@@ -135,6 +171,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             read(tmp_path, name, content)
+
+
+def test_damage_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    needs_trimesh()
+    loop = "outer loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\n"
+    read(tmp_path, "a.stl", f"solid a\nfacet normal x 0 1\n{loop}endfacet\nendsolid\n")
+    with warnings.catch_warnings(action="error"):
+        read(tmp_path, "a.dat", "3 4 1e400 0 0 1 0 0 0 1 0\n3 4 0 0 0 1 0 0 0 1 0\n")
+        with pytest.raises(ValueError, match="no point with coordinates"):
+            read(tmp_path, "a.obj", "v inf 0 0\nv nan 1e300 0\nv 1e300 0 -inf\nf 1 2 3\n")
+    assert not caplog.records
 
 
 def test_no_file_that_another_names_is_opened(tmp_path: Path) -> None:
