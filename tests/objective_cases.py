@@ -19,6 +19,7 @@ from lightspan.objectives import (
     actions,
     asymmetric,
     barlow,
+    chamfer,
     classes,
     coding_rate,
     dice,
@@ -219,6 +220,12 @@ def pairwise_coding_rate(x: Tensor, weight: Tensor, label_B: Tensor, mixed_B: Te
 
 
 CASES = {
+    "chamfer.chamfer_loss": Case(
+        lambda x, weight, label_B, mixed_B: chamfer.chamfer_loss(
+            (x @ weight).unflatten(1, (2, 2)), x.unflatten(1, (2, 2)), x[:, 0] > 0
+        ),
+        1,
+    ),
     "classes.label_cross_entropy": Case(
         lambda x, weight, label_B, mixed_B: classes.label_cross_entropy(x @ weight, label_B % 4)
     ),
@@ -351,6 +358,7 @@ CASES = {
     ),
 }
 PARTS = {
+    "chamfer.chamfer_squared",
     "soft_contrast.tag_similarity",
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
     *("asymmetric.require_asymmetry", "mmd.require_widths"),

@@ -95,6 +95,8 @@ from lightspan.datamodules.video.sets.moving_digits import MovingDigits
 from lightspan.datamodules.video.sets.moving_stamps import MovingStamps
 from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.phantoms import Phantoms
+from lightspan.datamodules.volume.radiance import RadianceFolder
+from lightspan.datamodules.volume.rooms import DrawnRooms
 from lightspan.datamodules.worlds.played import PlayedSteps
 from lightspan.datamodules.worlds.point_mass import PointMass
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
@@ -177,6 +179,15 @@ def volumes(folder: Path, **options: Any) -> VolumeFolder:
     importlib.import_module("volume_files").write_volumes(folder / "in", 5)
     settings: dict[str, Any] = {"modalities": {"mr": "{subject}"}, "cache_dir": str(folder / "cache"), "batch_size": 4}
     return VolumeFolder(str(folder / "in"), **settings | options)
+
+
+def fields(folder: Path) -> RadianceFolder:
+    (folder / "in").mkdir()
+    for number in range(6):
+        np.savez(
+            folder / "in" / f"{number}.npz", rgbsigma=np.random.default_rng(number).random((4, 4, 4, 4), np.float32)
+        )
+    return RadianceFolder(str(folder / "in"), density="alpha", size=8, val_share=0.3, batch_size=4)
 
 
 def points(folder: Path, **options: Any) -> PointFolder:
@@ -470,6 +481,8 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "LDrawParts": (parts, "PointsBatch"),
     "VolumeFolder": (volumes, "VolumeBatch"),
+    "RadianceFolder": (fields, "VolumeBatch"),
+    "DrawnRooms": (lambda folder: DrawnRooms(5, val_size=1, side=8, size=8, batch_size=4), "VolumeBatch"),
     "Phantoms": (lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4), "VolumeBatch"),
     "Phantoms, two crops": (
         lambda folder: Phantoms(5, cuts=8, side=8, val_size=1, batch_size=4, size=4, crops=2),

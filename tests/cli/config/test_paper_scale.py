@@ -59,6 +59,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".captioned.CaptionedVideos'",
         ".folder.VolumeFolder'",
         ".radiance.RadianceFolder'",
+        ".points.folder.PointFolder'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
