@@ -25,6 +25,7 @@ NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom", ".ima")
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 _HEADERS = {348: 1, 540: 2}  # bytes of a header -> version of NIfTI
 _AFTER = 2**20  # bytes that may follow the voxels
+_FARTHEST = 1e12  # mm from the origin, and between voxels; squares of numbers that are far larger overflow
 _UNEVEN = 0.05  # of the distance between slices
 
 
@@ -97,7 +98,8 @@ def _turned(shape_xyz: tuple[int, ...], affine_xyz: np.ndarray) -> tuple[VoxelGr
     Raises: ValueError for a map that loses an axis.
     """
     orientations = _nibabel().orientations
-    turns = orientations.io_orientation(affine_xyz) if np.isfinite(affine_xyz).all() else np.full((3, 2), np.nan)
+    sane = bool((np.abs(affine_xyz) < _FARTHEST).all())  # NaN is not, either
+    turns = orientations.io_orientation(affine_xyz) if sane else np.full((3, 2), np.nan)
     if not np.isfinite(turns).all() or abs(np.linalg.det(affine_xyz[:3, :3])) < 1e-9:
         raise ValueError("its header does not tell where its axes point; save it with an orientation")
     affine = affine_xyz @ orientations.inv_ornt_aff(turns, shape_xyz)
@@ -118,7 +120,8 @@ def _opened_nifti(path: Path) -> tuple[VoxelGrid, Any]:
     except damage as error:
         raise ValueError(f"its NIfTI header is damaged: {error}") from error
     affine = _affine(header)
-    affine[:3] *= _MILLIMETRES.get(unit, 1.0)
+    with np.errstate(over="ignore"):
+        affine[:3] *= _MILLIMETRES.get(unit, 1.0)
     shape = _three_axes(shape)
     NUMBERS.require(math.prod(shape))
     if dtype.kind not in "iuf" or dtype.itemsize > 8:

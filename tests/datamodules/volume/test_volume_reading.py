@@ -178,6 +178,12 @@ BAD: list[tuple[Callable[[Path], object], str]] = [
     (spoilt(claim_much), "x.nii: it has 1,000,000,000,000 numbers, and the limit is .*LIGHTSPAN_MAX_NUMBERS"),
     (huge_in_a_few_bytes, "y.nii.gz: it has 1,000,000,000,000 numbers"),
     (spoilt(no_orientation), "x.nii: its header does not tell where its axes point"),
+    (
+        lambda folder: nibabel.save(
+            nibabel.Nifti2Image(np.ones((2, 2, 2)), np.diag([1e300, 1e300, 1e300, 1])), folder / "x.nii"
+        ),
+        "x.nii: its header does not tell where its axes point",
+    ),
     (spoilt(no_rotation), "x.nii: its NIfTI header is damaged: .* positive"),
     (spoilt(only_quaternion(3)), "x.nii: its NIfTI header is damaged: qfac"),
     (spoilt(lambda content: content.__setitem__(slice(344, 348), b"ni1\0")), "x.nii: its voxels are not in this file"),
@@ -210,7 +216,7 @@ def test_what_cannot_be_read_is_said_with_its_name(tmp_path: Path) -> None:
         (folder := tmp_path / str(number)).mkdir()
         make(folder)
         (subject,) = find_subjects(folder).subjects
-        with pytest.raises(Unreadable, match=said):
+        with warnings.catch_warnings(action="error"), pytest.raises(Unreadable, match=said):
             reading(subject.files[0], subject.files[0].read, folder)
 
 
