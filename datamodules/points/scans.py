@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.decoding import Answer, DecoderProcess, serve
 from lightspan.core.errors import UserError
-from lightspan.core.files.decoding import Answer, DecoderProcess, serve
 from lightspan.core.files.foreign import NUMBERS, bounded_memory, content_of
 from lightspan.datamodules.points.shapes import Shape, shape_of
 

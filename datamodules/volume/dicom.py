@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lightspan.core.decoding import Answer, DecoderProcess, serve
 from lightspan.core.errors import UserError, install_extra
-from lightspan.core.files.decoding import Answer, DecoderProcess, serve
 
 _TAGS = {"series": "0020|000e", "bits": "0028|0100"}
 _DECODER = DecoderProcess(__name__)

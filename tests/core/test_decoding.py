@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from waiting import HANG_S
 
+from lightspan.core.decoding import DecoderProcess
 from lightspan.core.errors import UserError
-from lightspan.core.files.decoding import DecoderProcess
 from lightspan.core.files.foreign import BYTES, NUMBERS, SECONDS, TooMuchError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a program of a file")
@@ -19,7 +19,7 @@ PROGRAM = """
 import os, resource, signal, sys
 import numpy as np
 from lightspan.core.errors import UserError
-from lightspan.core.files.decoding import serve
+from lightspan.core.decoding import serve
 from lightspan.core.files.foreign import NUMBERS
 
 class Panic(BaseException):
