@@ -36,7 +36,7 @@ ONE_PLACE = {
     "av.open": {"datamodules/video/reader.py"},
     "Image.open": {"datamodules/shards/headers.py"},
     "trimesh.load": {"datamodules/points/reading.py"},
-    "laspy.open": {"datamodules/points/reading.py"},
+    "laspy.open": {"datamodules/points/scans.py"},
     "format.read_array": {"framework/core/files/arrays.py"},
     "open_memmap": {"framework/core/files/arrays.py"},
     # The project's own: an asset, and a cache.
