@@ -4,14 +4,17 @@ Decoding takes milliseconds to seconds a file, and mapping what was decoded micr
 runs read the same pack.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from filelock import FileLock
 
 from lightspan.core.errors import UserError
@@ -22,6 +25,36 @@ from lightspan.core.files.places import CachePath
 ABOUT = "about.json"
 SETTING = "data.init_args.cache_dir"
 GIB = 2**30
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pack(Protocol[T_co]):
+    """known: of each of its samples, the sha256 of what was decoded, `content`, or `damage`."""
+
+    @property
+    def known(self) -> Sequence[Mapping[str, Any]]: ...
+
+    def read(self, number: int) -> T_co:
+        """A sample."""
+
+
+@dataclass(frozen=True)
+class JoinedPacks(Generic[T_co]):
+    """The samples of one or two folders, one after the other. labels: int64 [N]."""
+
+    packs: Sequence[Pack[T_co]]
+    labels: np.ndarray
+
+    def read(self, number: int) -> T_co:
+        first = len(self.packs[0].known)
+        return self.packs[0].read(number) if number < first else self.packs[1].read(number - first)
+
+    def content(self, train: np.ndarray) -> str:
+        """What tells these samples of the first folder from others."""
+        digest = hashlib.sha256(self.labels[train].tobytes() + train.tobytes())
+        for number in train.tolist():
+            digest.update(self.packs[0].known[number]["content"].encode())
+        return digest.hexdigest()[:32]
 
 
 class PackCache:

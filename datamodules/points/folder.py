@@ -1,8 +1,5 @@
 """Any folder of point clouds and surfaces as a data module."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +11,12 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.packs import JoinedPacks
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.points.data import FoundShapes, PointSamples, PointSets
 from lightspan.datamodules.points.ldraw import library_roots
-from lightspan.datamodules.points.packed import PackedShapes, PointCache
+from lightspan.datamodules.points.packed import PointCache
 from lightspan.datamodules.points.reading import POINTS
-from lightspan.datamodules.points.shapes import Shape
-
-
-@dataclass(frozen=True)
-class _Folders:
-    """The shapes of one or two folders, one after the other. labels: int64 [N]."""
-
-    packs: Sequence[PackedShapes]
-    labels: np.ndarray
-
-    def read(self, number: int) -> Shape:
-        first = len(self.packs[0].known)
-        return self.packs[0].read(number) if number < first else self.packs[1].read(number - first)
 
 
 class PointFolder(PointSets):
@@ -96,11 +81,8 @@ class PointFolder(PointSets):
             train, val = sound[0][~inside], sound[0][inside]
         else:
             train, val = sound[0], len(training.names) + sound[1]
-        labels = np.concatenate([found.labels for found in sets])
-        digest = hashlib.sha256(labels[train].tobytes() + train.tobytes())
-        for number in train.tolist():
-            digest.update(packs[0].known[number]["content"].encode())
-        return FoundShapes(_Folders(packs, labels), train, val, training.classes, digest.hexdigest()[:32])
+        joined = JoinedPacks(packs, np.concatenate([found.labels for found in sets]))
+        return FoundShapes(joined, train, val, training.classes, joined.content(train))
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, POINTS, self.links, self.labels)

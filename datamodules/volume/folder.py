@@ -1,8 +1,6 @@
 """Any folder of volumes as a data module."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -16,23 +14,12 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Links
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.packs import JoinedPacks
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets, along_axes
 from lightspan.datamodules.volume.intensity import Intensity, Percentiles
 from lightspan.datamodules.volume.packed import PackedVolumes, VolumeCache, VolumeDecoder
 from lightspan.datamodules.volume.subjects import ALL, FoundSubjects, find_subjects
-
-
-@dataclass(frozen=True)
-class _Folders:
-    """The volumes of one or two folders, one after the other. labels: int64 [N]."""
-
-    packs: Sequence[PackedVolumes]
-    labels: np.ndarray
-
-    def read(self, number: int) -> Volume:
-        first = len(self.packs[0].subjects)
-        return self.packs[0].read(number) if number < first else self.packs[1].read(number - first)
 
 
 class VolumeFolder(VolumeSets):
@@ -109,10 +96,8 @@ class VolumeFolder(VolumeSets):
             train, val = _held_out(names, joined, sound[0], self.val_share)
         else:
             train, val = sound[0], len(sets[0].subjects) + sound[1]
-        digest = hashlib.sha256(joined[train].tobytes() + train.tobytes())
-        for number in train.tolist():
-            digest.update(packs[0].known[number]["content"].encode())
-        return FoundVolumes(_Folders(packs, joined), train, val, classes, digest.hexdigest()[:32])
+        archive = JoinedPacks(packs, joined)
+        return FoundVolumes(archive, train, val, classes, archive.content(train))
 
     def blank(self) -> VolumeSamples | None:
         """Two subjects of zeros of the size of a crop, where the folder is not here."""
