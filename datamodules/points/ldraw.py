@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from lightspan.core.errors import one_line
 from lightspan.core.files.foreign import SETTINGS_BYTES, TRIANGLES, content_of
+from lightspan.core.files.places import PathUse
 
 LIBRARY = Path("/usr/share/ldraw")
 """Of the system package ldraw-parts-free."""
@@ -58,7 +59,7 @@ class LDrawFiles:
         roots: folders with LDraw files; of files of one name the first counts.
     """
 
-    def __init__(self, roots: Iterable[Path]) -> None:
+    def __init__(self, roots: Iterable[Annotated[Path, PathUse.READ]]) -> None:
         self.roots = [Path(os.path.realpath(root)) for root in roots]
         self._names: list[dict[str, Path]] | None = None
         self._read: dict[Path, Triangles] = {}
