@@ -25,7 +25,7 @@ dropped. Each is a rotation, so that no view is a mirror image.
 """
 
 
-class Projection(NamedTuple):
+class MapProjection(NamedTuple):
     """Where the points of clouds lie in their maps.
 
     Attributes:
@@ -68,7 +68,7 @@ def seen_along(xyz_N3: Tensor, offsets: Tensor, turn_B33: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def projected(view_N3: Tensor, offsets: Tensor, side: int, spread: int = 3) -> Projection:
+def projected(view_N3: Tensor, offsets: Tensor, side: int, spread: int = 3) -> MapProjection:
     """The pixels of clouds from their first two coordinates, which point to the right and down. Where a cloud is, and a
     factor of its coordinates, make no difference. Equal points share the pixel in the middle of the map; coordinates
     that are not finite get some pixel. Nothing is differentiated.
@@ -92,4 +92,4 @@ def projected(view_N3: Tensor, offsets: Tensor, side: int, spread: int = 3) -> P
     cell_N2 = (share_N2.nan_to_num(0) * cells).floor().clamp(0, cells)
     free_B2 = cells - ragged_maxima(cell_N2, offsets)
     column_N, row_N = (cell_N2 + (free_B2 / 2).floor()[owner_N]).long().add(spread // 2).unbind(1)
-    return Projection((owner_N * side + row_N) * side + column_N, len(offsets) - 1, side, spread)
+    return MapProjection((owner_N * side + row_N) * side + column_N, len(offsets) - 1, side, spread)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lightspan.core.errors import UserError
-from lightspan.nn.points.projection import AXIS_ORDERS, Projection, projected, seen_along
+from lightspan.nn.points.projection import AXIS_ORDERS, MapProjection, projected, seen_along
 
 OFFSETS = torch.tensor([0, 5, 5, 6, 40])
 
@@ -113,7 +113,7 @@ def test_clouds_without_extent_keep_inside_of_their_map() -> None:
 
 
 def test_sums_of_half_precision_are_wide_and_leave_in_its_type() -> None:
-    found = Projection(torch.zeros(1001, dtype=torch.int64), 1, 1, 1)
+    found = MapProjection(torch.zeros(1001, dtype=torch.int64), 1, 1, 1)
     assert found.scattered(torch.ones(1001, 1, dtype=torch.bfloat16)).item() == 1000  # adding one by one ends at 256
     assert found.scattered(torch.ones(1001, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
