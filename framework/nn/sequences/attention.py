@@ -39,9 +39,7 @@ class MultiHeadAttention(nn.Module):
         return self.out(mixed_BaQc.transpose(1, 2).flatten(2))
 
 
-def biased_attention(
-    q_BaQc: Tensor, k_BaSc: Tensor, v_BaSc: Tensor, bias_BaQS: Tensor, dropout: float = 0.0
-) -> Tensor:
+def biased_attention(q_BaQc: Tensor, k_BaSc: Tensor, v_BaSc: Tensor, bias_BaQS: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(c) + bias) v, [B a Q c], for a bias that is learned: its gradient is 0 without any rows.
 
     Args:

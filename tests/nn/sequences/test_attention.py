@@ -30,4 +30,5 @@ def test_without_rows_the_bias_has_a_gradient_of_zero() -> None:
         bias = torch.randn(2, 4, 4).to(dtype).requires_grad_()
         hidden = torch.eye(4, dtype=torch.bool)
         biased_attention(q, k, v, bias.masked_fill(hidden, -math.inf)).sum().backward()
-        assert bias.grad is not None and not bias.grad.any()
+        assert bias.grad is not None
+        assert not bias.grad.any()
