@@ -41,7 +41,7 @@ def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
+def as_damage() -> Iterator[None]:
     """For readers of others, which raise all kinds of things for files that are not as they should be, and say more
     than is of use. A file may take as much memory and time as `lightspan.core.files.foreign` allows.
 
@@ -69,7 +69,7 @@ def _mesh(path: Path, kind: str) -> Shape:
         raise without("trimesh") from error
     content = content_of(path)
     vertices, faces = _told(content) if kind == "ply" else (0, 0)
-    with _damage():
+    with as_damage():
         # Bytes, not a path: materials and pictures that a file names elsewhere are not looked for.
         loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False)
         found = list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]

@@ -13,6 +13,7 @@ from typing import Any, is_typeddict
 import numpy as np
 import pytest
 import torch
+from furniture_files import catalogue
 from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
@@ -52,6 +53,7 @@ from lightspan.datamodules.multispectral.seasons import SeasonShards
 from lightspan.datamodules.multispectral.shards import MultispectralShards
 from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.folder import PointFolder
+from lightspan.datamodules.points.furnished import FurnishedRooms
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
@@ -199,6 +201,13 @@ def parts(folder: Path) -> LDrawParts:
     bricks(folder / "ldraw" / "parts", 20)
     settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
     return LDrawParts(str(folder / "ldraw"), ("Box",), **settings)
+
+
+def furnished(folder: Path) -> FurnishedRooms:
+    pytest.importorskip("trimesh", reason="the extra `points` is not installed")
+    sides: dict[str, Any] = {"frames": 2, "height": 4, "width": 4, "views": 1, "points": 9}
+    catalogues, cache = str(catalogue(folder / "in")), str(folder / "cache")
+    return FurnishedRooms(6, val_size=2, furniture=catalogues, cache_dir=cache, batch_size=4, **sides)
 
 
 def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
@@ -480,6 +489,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "PointsBatch",
     ),
     "LDrawParts": (parts, "PointsBatch"),
+    "FurnishedRooms": (furnished, "PosedPointsBatch"),
     "VolumeFolder": (volumes, "VolumeBatch"),
     "RadianceFolder": (fields, "VolumeBatch"),
     "DrawnRooms": (lambda folder: DrawnRooms(5, val_size=1, side=8, size=8, batch_size=4), "VolumeBatch"),
