@@ -35,10 +35,12 @@ from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
+from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
+from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.merging.models import GaussianModels
@@ -116,6 +118,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
@@ -180,6 +183,7 @@ AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of it
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
 AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
+AMONG_POINTS = "each point with a class weighs the same: a micro-batch has clouds of its own sizes"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -672,6 +676,22 @@ def point_mae(**optimization: Any) -> PointMAE:
     return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
 
 
+def labelled_clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points with colours and classes, of which some are not known."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 50)
+    points = len(batch["xyz"])
+    colour = torch.rand(points, 3, generator=generator)
+    return {**batch, "colour": colour, "classes": torch.randint(-1, 3, (points,), generator=generator)}
+
+
+def point_segmenter(**optimization: Any) -> PointSegmenter:
+    encoder = Swin3DEncoder(
+        widths=(4, 6), depths=(2, 1), heads=(2, 2), windows=(2, 2), strides=(2,), neighbours=3, drop_path=0.0
+    )
+    backbone = VoxelPoints(without_norms(Swin3D(encoder)), size=0.5)
+    return PointSegmenter(backbone, 3, **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -1026,6 +1046,7 @@ CASES: dict[str, Case] = {
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
     "masked.point_mae": Case(point_mae, clouds),
+    "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

@@ -162,14 +162,20 @@ def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[st
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, given)
 
 
+PACKED = ("xyz", "colour", "normal", "classes")
+"""Fields that have a row for each point."""
+
+
 def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
     if OFFSETS not in given:
         return mapped(given, lambda tensor: tensor[part])
-    rows = {name: value for name, value in given.items() if name not in ("xyz", OFFSETS)}
-    clouds = given["xyz"].split(given[OFFSETS].diff().tolist())
-    kept = [clouds[place] for place in torch.arange(len(clouds))[part].tolist()]
-    ends = torch.tensor([0, *(len(cloud) for cloud in kept)]).cumsum(0)
-    return {"xyz": torch.cat([given["xyz"][:0], *kept]), OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
+    rows = {name: value for name, value in given.items() if name not in (*PACKED, OFFSETS)}
+    counts = given[OFFSETS].diff()
+    kept = torch.arange(len(counts))[part].tolist()
+    packed = {name: given[name].split(counts.tolist()) for name in PACKED if name in given}
+    fields = {name: torch.cat([given[name][:0], *(each[at] for at in kept)]) for name, each in packed.items()}
+    ends = torch.tensor([0, *counts[kept].tolist()]).cumsum(0)
+    return fields | {OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
 
 
 def in_halves(given: dict[str, Any]) -> list[dict[str, Any]]:
