@@ -1,11 +1,12 @@
 """Transformers on point clouds by levels: groups of points, groups of groups, and so on, each with tokens of its own.
 
-Source: Zhang et al., "Point-M2AE: Multi-scale Masked Autoencoders for Hierarchical Point Cloud Pre-training", 2022, arXiv
-2205.14401, section 3, and its code.
+Source: Zhang et al., "Point-M2AE: Multi-scale Masked Autoencoders for Hierarchical Point Cloud Pre-training", 2022,
+arXiv 2205.14401, section 3, and its code.
 Shapes: B clouds, N points of all, G groups of a level, K points of a group, S groups that are seen, at most, D width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from timm.models.vision_transformer import Block
@@ -15,6 +16,7 @@ from lightspan.backbones.point_vit import MiniPointNet
 from lightspan.core.devices import has_values
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.nn.masking.guided_masks import seen_first
 from lightspan.nn.points.groups import NestedGroups, nested_groups
 from lightspan.nn.points.positions import CentrePositions
 from lightspan.nn.sequences.patches import at_places
@@ -65,7 +67,7 @@ class PointPyramid(nn.Module):
         if any(width % heads for width in widths):
             raise UserError(f"PointPyramid: widths={[*widths]} must be multiples of heads={heads}")
         self.groups, self.sizes, self.widths, self.num_features = tuple(groups), tuple(sizes), tuple(widths), widths[-1]
-        merging = (MiniPointNet(to, (below, below, to), below) for below, to in zip(widths, widths[1:], strict=False))
+        merging = (MiniPointNet(to, (below, below, to), below) for below, to in pairwise(widths))
         self.embeds = nn.ModuleList([MiniPointNet(widths[0], point_widths), *merging])
         self.places = nn.ModuleList(CentrePositions(width, width) for width in widths)
         self.blocks = nn.ModuleList(
@@ -99,7 +101,7 @@ class PointPyramid(nn.Module):
         below_BFd = None
         for level, groups in enumerate(levels):
             hidden_BG = torch.zeros_like(groups.centre_BG, dtype=torch.bool) if hidden is None else hidden[level]
-            at_BS, seen_BS = _seen_first(hidden_BG)
+            at_BS, seen_BS = seen_first(hidden_BG)
             x_BSD = self._embedded(level, groups, below_BFd, at_BS, seen_BS)
             place_BSD = self.places[level](at_places(groups.centre_BG3, at_BS)).to(x_BSD.dtype)
             seen_B11S = None if hidden is None else seen_BS[:, None, None]
@@ -126,16 +128,6 @@ class PointPyramid(nn.Module):
     def forward(self, xyz_N3: Tensor, offsets: Tensor) -> Tensor:
         levels = self.grouped(xyz_N3, offsets)
         return self.tokens(levels)[-1].amax(dim=1).masked_fill(~levels[-1].real_B[:, None], 0)
-
-
-def _seen_first(hidden_BG: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the groups that are seen, in their order, followed by hidden ones where a cloud has fewer than the one
-    with most, int64 [B S]; and which are seen, bool [B S]. S is at least 1, and in a plan G.
-    """
-    counts_B = (~hidden_BG).sum(dim=1)
-    most = max(int(counts_B.max()), 1) if len(counts_B) and has_values(counts_B) else hidden_BG.shape[1]
-    at_BS = hidden_BG.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    return at_BS, torch.arange(most, device=at_BS.device) < counts_B[:, None]
 
 
 def _true_places(which_R: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ Shapes: B clouds, G groups of a level, S of the coarser one, D width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from timm.models.vision_transformer import Block
@@ -97,9 +98,7 @@ class PyramidDecoder(nn.Module):
         self.widths, self.out_features = tuple(widths), widths[-1]
         self.mask_token = nn.Parameter(torch.randn(widths[0]) * 0.02)
         self.places = nn.ModuleList(CentrePositions(width, width) for width in widths)
-        self.ways = nn.ModuleList(
-            Propagation(coarse, width, up_blocks) for coarse, width in zip(widths, widths[1:], strict=False)
-        )
+        self.ways = nn.ModuleList(Propagation(coarse, width, up_blocks) for coarse, width in pairwise(widths))
         self.levels = nn.ModuleList(
             nn.ModuleList(Block(width, heads) for _ in range(depth))
             for width, depth in zip(widths, depths, strict=True)

@@ -2,7 +2,8 @@
 
 Source: Zhang et al., "Learning 3D Representations from 2D Pre-trained Models via Image-to-Point Masked Autoencoders",
 2022, arXiv 2212.06785, section 3.3; levels as in "Point-M2AE", 2022, arXiv 2205.14401, section 3.1.
-Shapes: B clouds, G groups of a level, F of the finer one, K groups of a group.
+Shapes: B clouds, G groups of a level, F of the finer one, K groups of a group, S groups that are
+seen, at most.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import wide
+from lightspan.core.devices import has_values, wide
 from lightspan.core.errors import UserError
 from lightspan.core.noise import hashed_uniform, mixed_seed
 from lightspan.core.ranges import require_in
@@ -83,10 +84,20 @@ def hidden_at_levels(hidden_BG: Tensor, levels: Sequence[NestedGroups]) -> list[
     return hidden[::-1]
 
 
+def seen_first(hidden_BG: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the groups that are seen, in their order, followed by hidden ones where a cloud has fewer than the one
+    with most, int64 [B S]; and which are seen, bool [B S]. S is at least 1, and in a plan G.
+    """
+    counts_B = (~hidden_BG).sum(dim=1)
+    most = max(int(counts_B.max()), 1) if len(counts_B) and has_values(counts_B) else hidden_BG.shape[1]
+    at_BS = hidden_BG.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return at_BS, torch.arange(most, device=at_BS.device) < counts_B[:, None]
+
+
 def require_hidden(masks: GuidedMasks, groups: int, method: str) -> None:
     """Raises: UserError for masks that hide none of so many groups."""
     if masks.visible(groups) >= groups:
         raise UserError(
-            f"{method}: masks.ratio={masks.ratio} hides none of the {groups} groups of the coarsest level, which leaves "
-            "nothing to guess; raise it, or backbone.groups"
+            f"{method}: masks.ratio={masks.ratio} hides none of the {groups} groups of the coarsest level, which "
+            "leaves nothing to guess; raise it, or backbone.groups"
         )

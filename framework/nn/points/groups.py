@@ -137,6 +137,19 @@ def nested_groups(
     return tuple(levels)
 
 
+def places_in_cloud(levels: Sequence[NestedGroups], level: int) -> Tensor:
+    """Places in their clouds of the points of a level's groups, int64 [B G K]. The first of a group is its centre,
+    or a point that is equal to it.
+
+    Args:
+        levels: the finest first.
+    """
+    places_BGK = levels[level].near_BGK
+    for finer in levels[:level][::-1]:
+        places_BGK = finer.centre_BG.gather(1, places_BGK.flatten(1)).view_as(places_BGK)
+    return places_BGK
+
+
 def _groups_of(xyz_BM3: Tensor, real_BM: Tensor, groups: int, size: int) -> NestedGroups:
     if groups < 1 or size < 1:
         raise UserError(f"groups={groups} and size={size} must be at least 1")
