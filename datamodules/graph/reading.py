@@ -92,7 +92,9 @@ class GraphReader:
         numbers = np.array([[_number(node.get(name)) for name in self.numbers] for node in names])
         kinds = self.words.of([node.get(self.kind) for node in names])
         found = self.edge_words.of(edge_words)
-        return graph_of(kinds, edges, found, self.directed and is_directed, numbers.reshape(len(names), -1))
+        return graph_of(
+            kinds, edges, found, self.directed and is_directed, numbers.reshape(len(names), len(self.numbers))
+        )
 
     def _edges(self, text: str) -> tuple[Graph, LeftOut]:
         """Lines of two nodes and perhaps more columns; a node alone has no edge."""
