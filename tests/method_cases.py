@@ -27,6 +27,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.gin import GIN
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
@@ -89,6 +90,7 @@ from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.attribute_masking import AttributeMasking
 from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
@@ -662,6 +664,30 @@ def clouds(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def graphs(rows: int, seed: int) -> dict[str, Any]:
+    """Rings and pairs of 0 to 4 nodes."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (3 * torch.arange(1, rows + 1) % 5).tolist()
+    firsts = np.cumsum([0, *counts])
+    edges = [
+        (first + a, first + (a + 1) % n) for first, n in zip(firsts, counts, strict=False) for a in range(n * (n > 1))
+    ]
+    kind = torch.randint(4, (int(firsts[-1]),), generator=generator)
+    return {
+        "node": torch.nn.functional.one_hot(kind, 4).float(),
+        "edge_index": torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T.contiguous(),
+        "edge": torch.randn(len(edges), 2, generator=generator),
+        "offsets": torch.tensor(firsts.tolist(), dtype=torch.int64),
+        "kind": kind,
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def attribute_masking(**optimization: Any) -> AttributeMasking:
+    return AttributeMasking(without_norms(GIN(4, 2, width=8, depth=2)), num_kinds=4, **optimization)
+
+
 def nerf_mae(**optimization: Any) -> NeRFMAE:
     backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
     return NeRFMAE(
@@ -1045,6 +1071,9 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.attribute_masking": Case(
+        attribute_masking, graphs, halves_differ="a mean over hidden nodes, of which halves have other numbers"
+    ),
     "masked.point_mae": Case(point_mae, clouds),
     "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),

@@ -169,6 +169,8 @@ PACKED = ("xyz", "colour", "normal", "classes")
 def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
     if OFFSETS not in given:
         return mapped(given, lambda tensor: tensor[part])
+    if "edge_index" in given:
+        return graphs_of(given, part)
     rows = {name: value for name, value in given.items() if name not in (*PACKED, OFFSETS)}
     counts = given[OFFSETS].diff()
     kept = torch.arange(len(counts))[part].tolist()
@@ -176,6 +178,25 @@ def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
     fields = {name: torch.cat([given[name][:0], *(each[at] for at in kept)]) for name, each in packed.items()}
     ends = torch.tensor([0, *counts[kept].tolist()]).cumsum(0)
     return fields | {OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
+
+
+def graphs_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
+    """Some graphs of a batch of them."""
+    counts = given[OFFSETS].diff()
+    places = torch.arange(len(counts))[part]
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    nodes = torch.cat([owner.new_zeros(0), *((owner == place).nonzero()[:, 0] for place in places)])
+    number = torch.full((len(owner),), -1)
+    number[nodes] = torch.arange(len(nodes))
+    edges = (number[given["edge_index"]] >= 0).all(0)
+    return {
+        "node": given["node"][nodes],
+        "edge_index": number[given["edge_index"][:, edges]],
+        "edge": given["edge"][edges],
+        OFFSETS: torch.cat([counts[:0], torch.zeros(1, dtype=torch.int64), counts[places].cumsum(0)]),
+        "kind": given["kind"][nodes],
+        **{name: given[name][part] for name in ("label", "index")},
+    }
 
 
 def in_halves(given: dict[str, Any]) -> list[dict[str, Any]]:
