@@ -4,7 +4,7 @@ Shapes: N samples of the data, n of them selected, G groups of a mixture.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +26,8 @@ FORMAT = "lightspan selection 1"
 SUM = 1e-6
 """How far the shares of a mixture may be from a sum of 1."""
 LOOKED_AT = 8
+SHOWN = 20
+"""Groups of a mixture that are listed."""
 _COLUMNS = {"index": torch.int64, "weight": torch.float64, "group": torch.int64, "mixture": torch.float64}
 _ANEW = "select again, with `lightspan run selection/...`"
 
@@ -186,6 +188,23 @@ class Selection:
         except UserError as error:
             raise UserError(f"{place}: {error}; {_ANEW}") from error
 
+    def described(self) -> dict[str, str]:
+        """What it is, for people, by name."""
+        known = {"selects": self.kind, "by": self.rule, "of training samples": f"{self.count:,}", "data": self.data}
+        if self.index_n is not None:
+            known["samples"] = f"{len(self.index_n):,}"
+        if self.weight_n is not None:
+            places_n = self.weight_n / self.weight_n[self.weight_n > 0].mean()
+            marks = ("least", 0), ("median", 0.5), ("most", 1)
+            known["places in an epoch"] = ", ".join(f"{name} {np.quantile(places_n, at):.4g}" for name, at in marks)
+        if self.mixture_G is not None:
+            first = ", ".join(f"{share:.4g}" for share in self.mixture_G[:SHOWN])
+            known["shares of groups"] = first + (
+                f", and {len(self.mixture_G) - SHOWN} more" * (len(self.mixture_G) > SHOWN)
+            )
+            known["groups"] = "blocks of the data" if self.group_N is None else f"of samples, {len(self.mixture_G)}"
+        return known
+
     def require_data(self, dataset: Dataset, order: Order | None) -> None:
         """Raises: UserError for other data than those that it was made for."""
         if len(dataset) != self.count:
@@ -204,7 +223,7 @@ class Selection:
         """
         self.require_data(dataset, order)
         order = order or Order((len(dataset),))
-        weight_N, group_N = self._expanded(order)
+        weight_N, group_N = self.expanded(order.sizes)
         chosen = np.flatnonzero(weight_N)
         kind = SubsetOfBatches if isinstance(dataset, BatchDataset) else SubsetSamples
         part = order.of_part(chosen, self.digest)
@@ -212,8 +231,13 @@ class Selection:
             part = part.weighted(weight_N[chosen], group_N[chosen])
         return kind(dataset, chosen), part
 
-    def _expanded(self, order: Order) -> tuple[np.ndarray, np.ndarray]:
-        """(weight, group) of each sample, float64 and int64 [N]; those that are left out have weight 0."""
+    def expanded(self, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(weight, group) of each sample, float64 and int64 [N]; those that are left out have weight 0.
+
+        Args:
+            sizes: of the blocks of the data.
+        Raises: UserError for a mixture over other blocks.
+        """
         if self.mixture_G is None:
             weight_N = np.zeros(self.count)
             given = 1.0 if self.weight_n is None else self.weight_n / self.weight_n.max()
@@ -221,12 +245,12 @@ class Selection:
             return weight_N, np.zeros(self.count, np.int64)
         group_N = self.group_N
         if group_N is None:
-            if len(order.sizes) != len(self.mixture_G):
+            if len(sizes) != len(self.mixture_G):
                 raise UserError(
-                    f"the selection mixes {len(self.mixture_G)} blocks, and these data come in {len(order.sizes)}; "
+                    f"the selection mixes {len(self.mixture_G)} blocks, and these data come in {len(sizes)}; "
                     "give the tars of which it is a mixture"
                 )
-            group_N = np.repeat(np.arange(len(order.sizes)), order.sizes)
+            group_N = np.repeat(np.arange(len(sizes)), sizes)
         members_G = np.bincount(group_N, minlength=len(self.mixture_G))
         _require_members(self.mixture_G, members_G)
         return (self.mixture_G / np.maximum(members_G, 1))[group_N], group_N
