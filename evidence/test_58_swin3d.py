@@ -9,7 +9,7 @@ learned 24 noisy rooms, the six among them.
 The encoding: the same network learns the clean rooms with tables for places and colours, and with tables for places
 alone, where colours enter as inputs all the same; judged on 12 other clean rooms. Floor: the untrained network.
 Ceiling: colours that tell the class.
-Rates are searched on rooms that no figure is taken on.
+Rates are searched on rooms that no figure is taken on; floors and ceilings have those of the first arm.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from lightspan.optim.groups import ParameterGroups, Rule
 from lightspan.optim.schedules import WarmupCosine
 
 NEEDS = ("/usr/share/sweethome3d/furniture", "trimesh")
-SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
+SEEDS, SEARCH = (0, 1, 2, 3), 100
 CLEAN, NOISY, LABELLED, CLEAN_TEST, NOISY_TEST, BATCH = 48, 24, 6, 12, 16, 4
 STEPS, TUNING = 160, 80
 RATES, TUNING_RATES = (2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2)
@@ -133,20 +133,21 @@ def score(method: PointSegmenter, clouds: list[Cloud]) -> float:
 
 
 @cache
-def learned(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[str, Tensor], float, float]:
-    """Weights of the encoder, and the score on other rooms and on some of those it learned."""
+def learned(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[str, Tensor], float]:
+    """Weights of the encoder, and the score on other rooms."""
     own, test = rooms(pool(seed), arm == SAME)
     own = shuffled(own, seed) if arm == SHUFFLED else told(own) if arm == TOLD else own
     test = told(test) if arm == TOLD else test
     method = trained(segmenter(rate, seed, encoded=0 if arm == PLACES else 1), own, steps, seed)
-    return method.backbone.network.encoder.state_dict(), score(method, test), score(method, own[:LABELLED])
+    return method.backbone.network.encoder.state_dict(), score(method, test)
 
 
 def tuned(arm: str, rates: Mapping[str, float], rate: float, seed: int, steps: int, tuning: int) -> dict[str, float]:
     """Scores on other noisy rooms, and on those it is tuned on, before and after."""
     method, own = segmenter(rate, seed, blocks=BLOCKS if arm != SCRATCH else 1.0), labelled(seed)
     if arm != SCRATCH:
-        method.backbone.network.encoder.load_state_dict(learned(arm, rates[arm], seed, steps)[0])
+        known = BOTH if arm == PRETRAINED else arm
+        method.backbone.network.encoder.load_state_dict(learned(known, rates[known], seed, steps)[0])
     before = score(method.eval(), own)
     trained(method.train(), own, tuning, seed)
     return {"iou": score(method, rooms(pool(seed), True)[1]), "own": score(method, own), "own before": before}
@@ -154,31 +155,30 @@ def tuned(arm: str, rates: Mapping[str, float], rate: float, seed: int, steps: i
 
 def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
     rates = evidence.search(
-        {arm: partial(lambda arm, rate: learned(arm, rate, SEARCH, steps)[1], arm)
-         for arm in (PRETRAINED, PLACES, SAME, TOLD)},
+        {arm: partial(lambda arm, rate: learned(arm, rate, SEARCH, steps)[1], arm) for arm in (BOTH, PLACES)},
         RATES, what="rate of learning rooms", seed=SEARCH,
     )  # fmt: skip
-    rates |= {SHUFFLED: rates[PRETRAINED]}
+    rates |= dict.fromkeys((PRETRAINED, SHUFFLED, SAME, TOLD), rates[BOTH])
     after = evidence.search(
         {arm: partial(lambda arm, rate: tuned(arm, rates, rate, SEARCH, steps, tuning)["iou"], arm)
-         for arm in (PRETRAINED, SCRATCH, SHUFFLED, SAME)},
+         for arm in (PRETRAINED, SCRATCH)},
         TUNING_RATES, what="rate of fine-tuning", seed=SEARCH,
     )  # fmt: skip
+    after |= dict.fromkeys((SHUFFLED, SAME), after[PRETRAINED])
     runs = {arm: {s: tuned(arm, rates, after[arm], s, steps, tuning) for s in seeds} for arm in after}
-    clean = {arm: {s: learned(PRETRAINED if arm == BOTH else arm, rates[PRETRAINED if arm == BOTH else arm], s, steps)
-                   for s in seeds} for arm in (BOTH, PLACES, TOLD)}  # fmt: skip
+    clean = {arm: {s: learned(arm, rates[arm], s, steps) for s in seeds} for arm in (BOTH, PLACES, TOLD)}
     untrained = {s: score(segmenter(1e-3, s).eval(), rooms(pool(s), False)[1]) for s in seeds}
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
             evidence.figure(f"IoU of noisy rooms, {arm}", found["iou"], seed, "%")
     for arm, results in clean.items():
-        for seed, (_, found, _) in results.items():
+        for seed, (_, found) in results.items():
             evidence.figure(f"IoU of clean rooms, {arm}", found, seed, "%")
     for arm in (PRETRAINED, SCRATCH):
         own = {what: {s: found[what] for s, found in runs[arm].items()} for what in ("own", "own before")}
         evidence.gate(arm, own["own"], own["own before"], by=10, unit="points")
     for arm in (BOTH, PLACES):
-        evidence.gate(arm, {s: found for s, (_, _, found) in clean[arm].items()}, untrained, by=10, unit="points")
+        evidence.gate(arm, {s: found for s, (_, found) in clean[arm].items()}, untrained, by=10, unit="points")
     evidence.note(
         f"{CLEAN} clean rooms, {LABELLED} of {NOISY} noisy ones, {NOISY_TEST} to test; {steps} and then {tuning} steps "
         f"of {BATCH} rooms. Rates on seed {SEARCH}, whose rooms are others; other seeds share rooms, and draw their "
