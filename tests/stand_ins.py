@@ -513,6 +513,12 @@ def folder_of_points(place: Path, each: Asked) -> None:
             (place / name / f"{number}.ply").write_bytes(ply(CUBE * [1 + number, 1, 1]))
 
 
+def folder_of_scans(place: Path, each: Asked) -> None:
+    from point_files import write_scans
+
+    write_scans(place, SAMPLES)
+
+
 def reviews(place: Path, each: Asked) -> None:
     place.write_text("".join(json.dumps({"text": f"word{n} " * 20, "label": n % 2}) + "\n" for n in range(40)))
 
@@ -571,6 +577,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "volume.folder.VolumeFolder": folder_of_volumes,
         "volume.radiance.RadianceFolder": folder_of_radiance,
         "points.folder.PointFolder": folder_of_points,
+        "points.labelled.LabelledScans": folder_of_scans,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

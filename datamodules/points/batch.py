@@ -42,14 +42,12 @@ class PosedPointsBatch(PointsBatch):
     A point X lies at rotation (X - place) as a camera sees it, and in its picture at what intrinsics make of that. A
     pixel's middle lies at whole numbers. Places and depths are in the unit of `xyz`.
 
-    classes: of each point, a class, or -1 where it has none.
     pictures: red, green and blue in [0, 1].
     depth: length of the ray to what a pixel shows, 0 where it is not known.
     pixel_classes: of what a pixel shows, a class or -1.
     rotation: its rows are a camera's axes: right, down, ahead. Of a scene that is mirrored they are left-handed.
     """
 
-    classes: NotRequired[Annotated[Tensor, Field("int64", "N")]]
     pictures: Annotated[Tensor, Field("float32", "B V 3 H W")]
     depth: Annotated[Tensor, Field("float32", "B V H W")]
     pixel_classes: NotRequired[Annotated[Tensor, Field("int64", "B V H W")]]

@@ -339,6 +339,7 @@ LEFT_OUT = {
     "InverseDynamics": "learns what an agent did between two images, and nobody acts in these pictures",
     "BehaviourCloning": "learns what an expert does, and nobody acts in these pictures",
     "Regressor": "predicts numbers, of which these pictures have none",
+    "PointSegmenter": "labels points of clouds, which these pictures are not",
     "Segmenter": "labels pixels, of which these pictures have no classes",
     "VolumeFusion": "learns maps of an encoder and a decoder, and what is compared here is an encoder",
     "ModelsGenesis": "learns maps of an encoder and a decoder, and what is compared here is an encoder",

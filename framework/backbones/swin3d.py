@@ -219,12 +219,16 @@ class Swin3D(nn.Module):
     """A level of voxels -> features of each, [V num_features]: those of the finest stage, after all coarser ones.
 
     Args:
-        encoder: what pre-training is for, see `lightspan.backbones.weights.with_weights`.
+        encoder: a `Swin3DEncoder`, as it is made or with the weights of an earlier run
+            (`lightspan.backbones.weights.with_weights`).
         blocks_up: blocks after each step up, as wide as those of the stage.
+    Raises: UserError for another encoder.
     """
 
-    def __init__(self, encoder: Swin3DEncoder, blocks_up: int = 0) -> None:
+    def __init__(self, encoder: nn.Module, blocks_up: int = 0) -> None:
         super().__init__()
+        if not isinstance(encoder, Swin3DEncoder):
+            raise UserError(f"Swin3D: encoder={type(encoder).__name__} must be a Swin3DEncoder")
         require_in("[0, inf)", blocks_up=blocks_up)
         self.encoder, self.num_features = encoder, encoder.widths[0]
         down = [*zip(encoder.widths, encoder.heads, encoder.windows, strict=True)][:-1]

@@ -124,6 +124,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         (lambda: Swin3DEncoder(**SMALL, encoded=2), "encoded=2"),
         (lambda: Swin3DEncoder(**SMALL | {"drop_path": 1.0}), "drop_path"),
         (lambda: Swin3D(Swin3DEncoder(**SMALL), -1), "blocks_up"),
+        (lambda: Swin3D(torch.nn.Identity()), "encoder=Identity"),
         (lambda: small(signals=2)(*cloud()[:1], offsets, cloud()[1]), "signals=2"),
     ):
         with pytest.raises(UserError, match=said):

@@ -17,7 +17,7 @@ from furniture_files import catalogue
 from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
-from point_files import bricks
+from point_files import bricks, write_scans
 from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
 
 from lightspan import datamodules
@@ -54,6 +54,7 @@ from lightspan.datamodules.multispectral.shards import MultispectralShards
 from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.furnished import FurnishedRooms
+from lightspan.datamodules.points.labelled import LabelledScans
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
@@ -195,6 +196,10 @@ def fields(folder: Path) -> RadianceFolder:
 def points(folder: Path, **options: Any) -> PointFolder:
     settings: dict[str, Any] = {"cache_dir": str(folder / "cache"), "points": 8, "batch_size": 4}
     return PointFolder(str(bricks(folder / "in", 6)), **settings | options)
+
+
+def scans(folder: Path, **options: Any) -> LabelledScans:
+    return LabelledScans(str(write_scans(folder / "in", 6)), **{"batch_size": 4, "val_share": 0.3} | options)
 
 
 def parts(folder: Path) -> LDrawParts:
@@ -486,6 +491,11 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "PointFolder": (points, "PointsBatch"),
     "PointFolder, changed": (
         lambda folder: points(folder, fields=("colour", "normal"), augment=PointAugmentation(keep=0.5, shift=0.1)),
+        "PointsBatch",
+    ),
+    "LabelledScans": (scans, "PointsBatch"),
+    "LabelledScans, changed": (
+        lambda folder: scans(folder, fields=("colour", "normal"), augment=PointAugmentation(keep=0.6)),
         "PointsBatch",
     ),
     "LDrawParts": (parts, "PointsBatch"),

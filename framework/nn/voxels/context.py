@@ -52,17 +52,17 @@ def table_rows(signal_V: Tensor, own_P: Tensor, other_P: Tensor, steps: float, r
     return apart_P.nan_to_num(rows // 2).clamp(0, rows - 1).long()
 
 
-def segment_softmax(x_Ph: Tensor, owner_P: Tensor, owners: int) -> Tensor:
-    """The softmax over the rows that have the same owner, in each column: [P h].
+def segment_softmax(x_hP: Tensor, owner_P: Tensor, owners: int) -> Tensor:
+    """The softmax over the columns that have the same owner, in each row: [h P].
 
     Args:
         owner_P: int64, in [0, owners).
     """
-    at_Ph = owner_P[:, None].expand_as(x_Ph)
-    most = x_Ph.detach().new_zeros(owners, x_Ph.shape[1])
-    most = most.scatter_reduce(0, at_Ph, x_Ph.detach(), "amax", include_self=False)
-    above_Ph = (x_Ph - most[owner_P]).exp()
-    return above_Ph / torch.zeros_like(most).index_add(0, owner_P, above_Ph)[owner_P]
+    at_hP = owner_P.expand_as(x_hP)
+    most = x_hP.detach().new_zeros(len(x_hP), owners)
+    most = most.scatter_reduce(1, at_hP, x_hP.detach(), "amax", include_self=False)
+    above_hP = (x_hP - most.index_select(1, owner_P)).exp()
+    return above_hP / torch.zeros_like(most).scatter_add(1, at_hP, above_hP).index_select(1, owner_P)
 
 
 def pair_attention(
@@ -75,21 +75,23 @@ def pair_attention(
     """
     voxels, heads, _ = q_Vhd.shape
     q_Vhd = q_Vhd * q_Vhd.shape[2] ** -0.5
-    logit_Ph = (q_Vhd[own_P] * k_Vhd[other_P]).sum(dim=2)
+    logit_hP = (q_Vhd.index_select(0, own_P) * k_Vhd.index_select(0, other_P)).sum(dim=2).T
     rows = []
     for axis in axes:
         R = len(axis.query_Rhd)
         row_P = table_rows(axis.signal_V, own_P, other_P, axis.steps, R)
         for x_Vhd, table_Rhd, of_P in ((q_Vhd, axis.query_Rhd, own_P), (k_Vhd, axis.key_Rhd, other_P)):
-            each_VRh = torch.einsum("vhd,rhd->vrh", x_Vhd, table_Rhd)
-            logit_Ph = logit_Ph + each_VRh.flatten(0, 1).index_select(0, of_P * R + row_P)
+            each_hVR = torch.einsum("vhd,rhd->hvr", x_Vhd, table_Rhd)
+            logit_hP = logit_hP + each_hVR.flatten(1).index_select(1, of_P * R + row_P)
         rows.append(row_P)
-    share_Ph = segment_softmax(logit_Ph, own_P, voxels)
-    out_Vhd = torch.zeros_like(v_Vhd).index_add(0, own_P, share_Ph[..., None] * v_Vhd[other_P])
+    share_hP = segment_softmax(logit_hP, own_P, voxels)
+    given_Phd = share_hP.T[..., None] * v_Vhd.index_select(0, other_P)
+    out_Vhd = torch.zeros_like(v_Vhd).index_add(0, own_P, given_Phd)
     for axis, row_P in zip(axes, rows, strict=True):
         R = len(axis.value_Rhd)
-        of_rows = share_Ph.new_zeros(voxels * R, heads).index_add(0, own_P * R + row_P, share_Ph)
-        out_Vhd = out_Vhd + torch.einsum("vrh,rhd->vhd", of_rows.unflatten(0, (voxels, R)), axis.value_Rhd)
+        at_hP = (own_P * R + row_P).expand_as(share_hP)
+        of_rows = share_hP.new_zeros(heads, voxels * R).scatter_add(1, at_hP, share_hP)
+        out_Vhd = out_Vhd + torch.einsum("hvr,rhd->vhd", of_rows.unflatten(1, (voxels, R)), axis.value_Rhd)
     return out_Vhd
 
 

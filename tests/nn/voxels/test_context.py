@@ -151,11 +151,11 @@ def test_memory_grows_with_voxels_and_not_with_pairs() -> None:
 
 
 def test_softmax_of_segments_is_that_of_each_alone() -> None:
-    x, owner = torch.randn(7, 2, dtype=torch.float64) * 50, torch.tensor([0, 2, 0, 2, 2, 0, 3])
+    x, owner = torch.randn(2, 7, dtype=torch.float64) * 50, torch.tensor([0, 2, 0, 2, 2, 0, 3])
     share = segment_softmax(x, owner, 5)
     for each in (0, 2, 3):
-        torch.testing.assert_close(share[owner == each], x[owner == each].softmax(dim=0))
-    assert segment_softmax(x[:0], owner[:0], 5).shape == (0, 2)
+        torch.testing.assert_close(share[:, owner == each], x[:, owner == each].softmax(dim=1))
+    assert segment_softmax(x[:, :0], owner[:0], 5).shape == (2, 0)
 
 
 def test_half_types_are_attended_in_float32_and_no_voxels_are_ordinary() -> None:
