@@ -45,7 +45,7 @@ def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tupl
 
 
 def first_met(
-    layout: RoomPlan, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray
+    plan: RoomPlan, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray
 ) -> tuple[float, int, np.ndarray]:
     """(length, class, normal), by solving for each triangle where its plane is met."""
     best, kind, across = np.inf, -1, np.zeros(3)
