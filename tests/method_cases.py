@@ -27,6 +27,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.gin import GIN
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
@@ -35,10 +36,12 @@ from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
+from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
+from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.merging.models import GaussianModels
@@ -87,6 +90,7 @@ from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.attribute_masking import AttributeMasking
 from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
@@ -116,6 +120,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
@@ -180,6 +185,7 @@ AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of it
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
 AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
+AMONG_POINTS = "each point with a class weighs the same: a micro-batch has clouds of its own sizes"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -658,6 +664,30 @@ def clouds(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def graphs(rows: int, seed: int) -> dict[str, Any]:
+    """Rings and pairs of 0 to 4 nodes."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (3 * torch.arange(1, rows + 1) % 5).tolist()
+    firsts = np.cumsum([0, *counts])
+    edges = [
+        (first + a, first + (a + 1) % n) for first, n in zip(firsts, counts, strict=False) for a in range(n * (n > 1))
+    ]
+    kind = torch.randint(4, (int(firsts[-1]),), generator=generator)
+    return {
+        "node": torch.nn.functional.one_hot(kind, 4).float(),
+        "edge_index": torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T.contiguous(),
+        "edge": torch.randn(len(edges), 2, generator=generator),
+        "offsets": torch.tensor(firsts.tolist(), dtype=torch.int64),
+        "kind": kind,
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def attribute_masking(**optimization: Any) -> AttributeMasking:
+    return AttributeMasking(without_norms(GIN(4, 2, width=8, depth=2)), num_kinds=4, **optimization)
+
+
 def nerf_mae(**optimization: Any) -> NeRFMAE:
     backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
     return NeRFMAE(
@@ -670,6 +700,22 @@ def point_mae(**optimization: Any) -> PointMAE:
         PointViT(groups=5, size=4, width=12, depth=2, heads=2, drop_path=0, point_widths=(4, 4, 8))
     )
     return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
+
+
+def labelled_clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points with colours and classes, of which some are not known."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 50)
+    points = len(batch["xyz"])
+    colour = torch.rand(points, 3, generator=generator)
+    return {**batch, "colour": colour, "classes": torch.randint(-1, 3, (points,), generator=generator)}
+
+
+def point_segmenter(**optimization: Any) -> PointSegmenter:
+    encoder = Swin3DEncoder(
+        widths=(4, 6), depths=(2, 1), heads=(2, 2), windows=(2, 2), strides=(2,), neighbours=3, drop_path=0.0
+    )
+    backbone = VoxelPoints(without_norms(Swin3D(encoder)), size=0.5)
+    return PointSegmenter(backbone, 3, **optimization)
 
 
 def prithvi(**optimization: Any) -> Prithvi:
@@ -1025,7 +1071,11 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.attribute_masking": Case(
+        attribute_masking, graphs, halves_differ="a mean over hidden nodes, of which halves have other numbers"
+    ),
     "masked.point_mae": Case(point_mae, clouds),
+    "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

@@ -19,8 +19,9 @@ from lightspan.core.files.atomic import atomic_path, expanded
 from lightspan.core.files.places import PathUse, ReadPath
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.loading.damage import unreadable
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
 from lightspan.datamodules.loading.packs import file_state
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets
+from lightspan.datamodules.volume.data import Volume, VolumeSamples, VolumeSets
 
 Density = Literal["exp", "relu", "alpha"]
 GRID = "rgbsigma"
@@ -120,7 +121,7 @@ class RadianceFolder(VolumeSets):
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.density, self.val_share, self.skip_damaged = density, val_share, skip_damaged
 
-    def find(self) -> FoundVolumes:
+    def find(self) -> FoundSamples[Volume]:
         sets = [_files(folder) for folder in (self.folder, self.val_folder) if folder is not None]
         files = [file for found in sets for file in found]
         validates = np.arange(len(files)) >= len(sets[0])
@@ -130,14 +131,14 @@ class RadianceFolder(VolumeSets):
         train, val = np.flatnonzero(~validates), np.flatnonzero(validates)
         known = [(files[number].name, *file_state(files[number])) for number in train.tolist()]
         content = hashlib.sha256(repr((self.density, known)).encode()).hexdigest()[:32]
-        return FoundVolumes(RadianceFiles(files, self.density, self.skip_damaged), train, val, (), content)
+        return FoundSamples(RadianceFiles(files, self.density, self.skip_damaged), train, val, (), content)
 
     def blank(self) -> VolumeSamples | None:
         """Two scenes of nothing of the size of a crop, where the folder is not here."""
         if self.folder.exists():
             return None
         nothing = Volume(np.zeros((4, *self.size), np.float16), np.ones(4, bool), None, _AFFINE, 0)
-        return self.training(KeptVolumes([nothing, nothing]), np.arange(2))
+        return self.training(KeptSamples([nothing, nothing]), np.arange(2))
 
 
 def _files(folder: Path) -> list[Path]:
