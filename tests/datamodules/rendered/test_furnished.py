@@ -44,9 +44,7 @@ def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tupl
     return layout, surfaces, frames_of(layout, surfaces, *cameras_of(layout, 0, number, views), height, width)
 
 
-def first_met(
-    plan: RoomPlan, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray
-) -> tuple[float, int, np.ndarray]:
+def first_met(plan: RoomPlan, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray) -> tuple[float, int, np.ndarray]:
     """(length, class, normal), by solving for each triangle where its plane is met."""
     best, kind, across = np.inf, -1, np.zeros(3)
     for axis in range(3):
