@@ -329,7 +329,7 @@ class FurnishedRooms(SampleSets):
         if rooms < 2 or not 1 <= val_size < rooms:
             raise UserError(f"FurnishedRooms rooms={rooms} must be at least 2, and more than val_size={val_size} >= 1")
         require_numbers(16 * frames * height * width, frames=frames, height=height, width=width)
-        require_numbers(rooms * frames * height * width, rooms=rooms, frames=frames, height=height, width=width)
+        require_numbers(rooms, rooms=rooms)
         require_numbers(12 * points, points=points)
         self.rooms, self.views, self.points, self.moves, self.val_size = rooms, views, points, moves, val_size
         self.scanning = Scanning(frames, height, width, float(voxel), sensor or Sensor(), draw_seed)

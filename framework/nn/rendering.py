@@ -41,7 +41,7 @@ def opacity(density: Tensor, length: Tensor) -> Tensor:
 def surface_opacity(distance: Tensor, slope: Tensor, length: Tensor, sharpness: Tensor | float) -> Tensor:
     """Of pieces of rays in a signed distance, in float32 or wider and in [0, 1]: with Phi the sigmoid, and the
     distances s at a piece's ends by its middle and slope, (Phi(k s_begin) - Phi(k s_end)) / Phi(k s_begin), which sees
-    a surface where the distance is 0. Where a ray goes away from a body nothing is seen; deep inside of one all is opaque.
+    a surface where the distance is 0. Where a ray goes away from a body nothing is seen; deep inside all is opaque.
 
     Args:
         distance: in the middle of each piece, any shape.

@@ -128,6 +128,9 @@ class SignedField(nn.Module):
             rays = Rays(wide(rays.origin), wide(rays.direction))
             half_B3 = wide(half_B3)
             near_BR, far_BR = crossing(rays, -half_B3[:, None], half_B3[:, None])
+            crosses_BR = near_BR < far_BR
+            # Of others both may be anything; at their origin all is finite, also derivatives.
+            near_BR, far_BR = (end_BR.where(crosses_BR, 0) for end_BR in (near_BR, far_BR))
 
             def places(at_BRN: Tensor) -> Tensor:
                 points = rays.origin[:, :, None] + at_BRN[..., None] * rays.direction[:, :, None]
@@ -151,4 +154,4 @@ class SignedField(nn.Module):
             weight_BRS = seen_by_opacity(alpha_BRS).weight
             depth_BR = composited(weight_BRS, at_BRS[..., None])[..., 0] / weight_BRS.sum(dim=-1).clamp_min(1e-6)
             colour_BR3 = composited(weight_BRS, colour_BRS3)
-            return Seen(colour_BR3, depth_BR, weight_BRS, at_BRS, distance_BRS, slope_BRS3, near_BR < far_BR)
+            return Seen(colour_BR3, depth_BR, weight_BRS, at_BRS, distance_BRS, slope_BRS3, crosses_BR)

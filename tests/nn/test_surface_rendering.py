@@ -123,7 +123,7 @@ def test_a_sphere_in_a_grid_has_its_depth_and_its_normals() -> None:
     assert (seen.depth - truth)[meets].abs().max() < 1 / 64
     at_surface = rays.origin + truth[..., None] * rays.direction
     _, slope, _, _ = field.slopes(grid, half, at_surface)
-    assert (slope.norm(dim=-1)[meets] - 1).abs().max() < 0.02
+    assert (slope.norm(dim=-1)[meets] - 1).abs().max() < 0.03
     cosine = torch.nn.functional.cosine_similarity(slope, at_surface, dim=-1)[meets]
     assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 2
 
