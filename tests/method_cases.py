@@ -36,6 +36,7 @@ from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
+from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
@@ -81,6 +82,7 @@ from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
+from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
@@ -133,6 +135,7 @@ from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
+from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
@@ -166,6 +169,7 @@ from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
+from lightspan.nn.signed_fields import SignedField
 from lightspan.objectives.moving_targets import MomentumFeatures
 from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.riemannian import RiemannianSGD
@@ -186,6 +190,7 @@ AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recor
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
 AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
 AMONG_POINTS = "each point with a class weighs the same: a micro-batch has clouds of its own sizes"
+AMONG_RAYS = "the means are over rays that have a part in them, of which halves have unequal numbers"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -718,6 +723,29 @@ def point_segmenter(**optimization: Any) -> PointSegmenter:
     return PointSegmenter(backbone, 3, **optimization)
 
 
+def posed_scenes(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points with colours, and two views of each from outside, of which some pixels have no depth."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 60)
+    side = torch.tensor([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])  # looks to where x is small
+    lens = torch.tensor([[4.0, 0, 1.5], [0, 4, 1], [0, 0, 1]])
+    return {
+        **batch,
+        "colour": torch.rand(len(batch["xyz"]), 3, generator=generator),
+        "pictures": torch.rand(rows, 2, 3, 3, 4, generator=generator),
+        "depth": (8 * torch.rand(rows, 2, 3, 4, generator=generator) - 1).relu(),
+        "place": torch.tensor([4.0, 0, 0]) + 0.2 * torch.randn(rows, 2, 3, generator=generator),
+        "rotation": side.repeat(rows, 2, 1, 1),
+        "intrinsics": lens.repeat(rows, 2, 1, 1),
+    }
+
+
+def ponder_v2(**optimization: Any) -> PonderV2:
+    network = without_norms(SparseUNet(6, 4, (4, 6), (1, 1)))
+    field = SignedField(3, 3, hidden=4)
+    small: dict[str, Any] = {"grid": (2, 3, 4), "keep": 0.6, "rays": 5, "pieces": 5, "finer": 3, "truncation": 0.2}
+    return PonderV2(VoxelPoints(network, size=0.5), GridUNet(6, 6, (4, 4)), field, **small, **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -1075,6 +1103,7 @@ CASES: dict[str, Case] = {
         attribute_masking, graphs, halves_differ="a mean over hidden nodes, of which halves have other numbers"
     ),
     "masked.point_mae": Case(point_mae, clouds),
+    "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS),
     "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
