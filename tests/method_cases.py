@@ -122,6 +122,7 @@ from lightspan.methods.supervised.classifier import Classifier
 from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
+from lightspan.methods.supervised.p2p import P2P
 from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
@@ -165,6 +166,8 @@ from lightspan.nn.masking.patch_mix import PatchMix
 from lightspan.nn.masking.spectrogram_alterations import SpectrogramAlterations
 from lightspan.nn.masking.tube_blocks import TubeBlocks
 from lightspan.nn.masking.word_masks import NestedWordMasks
+from lightspan.nn.points.edges import EdgeEncoder
+from lightspan.nn.points.prompt import PointPrompt
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
@@ -746,6 +749,11 @@ def ponder_v2(**optimization: Any) -> PonderV2:
     return PonderV2(VoxelPoints(network, size=0.5), GridUNet(6, 6, (4, 4)), field, **small, **optimization)
 
 
+def p2p(**optimization: Any) -> P2P:
+    prompt = without_norms(PointPrompt(EdgeEncoder(4, 3, neighbours=3, groups=2), side=6))
+    return P2P(MLP((3, 6, 6), (8,)), 3, prompt, votes=(2, 1), **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -1091,6 +1099,7 @@ CASES: dict[str, Case] = {
     "supervised.inverse_dynamics, numbered": Case(
         lambda **o: InverseDynamics(Pooled(), DiscreteActions(16, 3, [6], dropout=0.0), **o), agent_steps(True)
     ),
+    "supervised.p2p": Case(p2p, clouds),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
     "supervised.segmenter": Case(
         lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains
