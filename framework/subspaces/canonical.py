@@ -35,29 +35,46 @@ class Whitened:
     mean_D: Tensor
 
 
-def whitened(x_ND: Tensor, ridge: float = 0.0) -> Whitened:
+@dataclass(frozen=True)
+class Principal:
+    """Rows as their thin SVD about the mean: x - mean = left diag(values) right^T, values descending and above 0."""
+
+    left_NR: Tensor
+    values_R: Tensor
+    right_DR: Tensor
+    mean_D: Tensor
+
+    def whitened(self, ridge: float = 0.0) -> Whitened:
+        """Args: ridge: added to the variance of each direction, as a share of the mean variance of a feature, >= 0."""
+        count, largest = len(self.left_NR), self.values_R[:1]
+        share_R = self.values_R / largest
+        length_R = (share_R.square() + ridge * share_R.square().sum() / max(1, len(self.right_DR))).sqrt()
+        of_variance_1 = max(1, count - 1) ** 0.5
+        rows_NR = self.left_NR * (of_variance_1 * share_R / length_R)
+        return Whitened(rows_NR, self.right_DR * (of_variance_1 / length_R / largest), self.mean_D)
+
+
+def principal(x_ND: Tensor) -> Principal:
     """Directions in which rows do not differ are left out: R is 0 for equal rows.
 
     Args:
         x_ND: finite, at least one row; any dtype.
-        ridge: added to the variance of each direction, as a share of the mean variance of the D features, >= 0.
     """
-    x_ND = x_ND.double()
-    # From the first row, since the mean of equal numbers has rounding errors.
-    from_first_ND = x_ND - x_ND[:1]
-    mean_D = from_first_ND.mean(dim=0)
-    left_NK, values_K, right_KD = thin_svd(from_first_ND - mean_D)
+    mean_D = mean_of(x_ND)
+    left_NK, values_K, right_KD = thin_svd(x_ND.double() - mean_D)
     kept_K = values_K > RANK * values_K[:1]
-    left_NR, values_R, right_DR = left_NK[:, kept_K], values_K[kept_K], right_KD[kept_K].T
-    largest = values_R[:1]
-    share_R = values_R / largest
-    length_R = (share_R.square() + ridge * share_R.square().sum() / max(1, x_ND.shape[1])).sqrt()
-    of_variance_1 = max(1, len(x_ND) - 1) ** 0.5
-    return Whitened(
-        left_NR * (of_variance_1 * share_R / length_R),
-        right_DR * (of_variance_1 / length_R / largest),
-        x_ND[0] + mean_D,
-    )
+    return Principal(left_NK[:, kept_K], values_K[kept_K], right_KD[kept_K].T, mean_D)
+
+
+def mean_of(x_ND: Tensor) -> Tensor:
+    """The mean of at least one row, [D] in float64: of equal rows these, where a sum has rounding errors."""
+    first_D = x_ND[0].double()
+    return first_D + (x_ND.double() - first_D).mean(dim=0)
+
+
+def whitened(x_ND: Tensor, ridge: float = 0.0) -> Whitened:
+    """Rows without correlation, see `principal` and `Principal.whitened`."""
+    return principal(x_ND).whitened(ridge)
 
 
 @dataclass(frozen=True)
@@ -108,14 +125,13 @@ def linear_map(x: Whitened, y_NE: Tensor) -> Tensor:
 
     As (C_x + r I)^-1 C_xy, of which `x.map_DR @ x.rows_NR.T` is the first and half of the second factor.
     """
-    y_NE = y_NE.double()
-    return x.map_DR @ (x.rows_NR.T @ (y_NE - y_NE.mean(dim=0))) / max(1, len(y_NE) - 1)
+    return x.map_DR @ (x.rows_NR.T @ (y_NE.double() - mean_of(y_NE))) / max(1, len(y_NE) - 1)
 
 
 def orthogonal_map(x_ND: Tensor, y_NE: Tensor) -> Tensor:
     """A [D E] of the least |(x - mean) A - (y - mean)|^2 among those whose columns, or rows if D < E, are orthonormal:
     the Procrustes problem (Schönemann, 1966).
     """
-    x_ND, y_NE = (z.double() - z.double().mean(dim=0) for z in (x_ND, y_NE))
+    x_ND, y_NE = (z_NF.double() - mean_of(z_NF) for z_NF in (x_ND, y_NE))
     left_DK, _, right_KE = thin_svd(x_ND.T @ y_NE)
     return left_DK @ right_KE

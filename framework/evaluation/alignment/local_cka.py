@@ -8,6 +8,8 @@ Shapes: N anchors, Q rows of the first encoder and G of the second, D and E feat
 
 from torch import Tensor
 
+from lightspan.subspaces.canonical import mean_of
+
 
 def local_cka(anchor_ND: Tensor, anchor_NE: Tensor, x_QD: Tensor, y_GE: Tensor) -> Tensor:
     """The biased linear CKA of the anchors with each pair (x, y) added, in [0, 1], float64 [Q G].
@@ -20,7 +22,10 @@ def local_cka(anchor_ND: Tensor, anchor_NE: Tensor, x_QD: Tensor, y_GE: Tensor) 
         anchor_ND, anchor_NE: of the same samples, at least one, finite and near 1 in size.
     """
     share = len(anchor_ND) / (len(anchor_ND) + 1)
-    (anchor_ND, x_QD), (anchor_NE, y_GE) = _about_means(anchor_ND, x_QD), _about_means(anchor_NE, y_GE)
+    (anchor_ND, x_QD), (anchor_NE, y_GE) = (
+        (anchors.double() - mean_of(anchors), rows.double() - mean_of(anchors))
+        for anchors, rows in ((anchor_ND, x_QD), (anchor_NE, y_GE))
+    )
     first_DD, cross_DE, second_EE = anchor_ND.T @ anchor_ND, anchor_ND.T @ anchor_NE, anchor_NE.T @ anchor_NE
     square_Q, square_G = x_QD.square().sum(dim=1), y_GE.square().sum(dim=1)
     both_QG = cross_DE.square().sum() + 2 * share * (x_QD @ cross_DE @ y_GE.T) + share**2 * square_Q[:, None] * square_G
@@ -28,11 +33,3 @@ def local_cka(anchor_ND: Tensor, anchor_NE: Tensor, x_QD: Tensor, y_GE: Tensor) 
     own_G = second_EE.square().sum() + 2 * share * (y_GE @ second_EE * y_GE).sum(dim=1) + (share * square_G).square()
     length_QG = own_Q.sqrt()[:, None] * own_G.sqrt()
     return (both_QG / length_QG.where(length_QG > 0, 1)).where(length_QG > 0, 0).clamp_max(1)
-
-
-def _about_means(anchor_ND: Tensor, x_QD: Tensor) -> tuple[Tensor, Tensor]:
-    # From the first anchor, since the mean of equal numbers has rounding errors.
-    origin_1D = anchor_ND[:1].double()
-    anchor_ND, x_QD = anchor_ND.double() - origin_1D, x_QD.double() - origin_1D
-    mean_D = anchor_ND.mean(dim=0)
-    return anchor_ND - mean_D, x_QD - mean_D

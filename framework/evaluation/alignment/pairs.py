@@ -11,6 +11,7 @@ Shapes: N pairs to learn from, M pairs to ask for, Q and G rows to compare, D an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,15 @@ from lightspan.evaluation.geometry.similarity import linear_cka, require_same_sa
 from lightspan.evaluation.labels import WHOLE
 from lightspan.evaluation.rows import spaced_rows
 from lightspan.evaluation.scale import scaled
-from lightspan.subspaces.canonical import CanonicalPair, canonical_pair, linear_map, orthogonal_map, whitened
+from lightspan.subspaces.canonical import (
+    CanonicalPair,
+    Principal,
+    canonical_pair,
+    linear_map,
+    mean_of,
+    orthogonal_map,
+    principal,
+)
 
 MAP, MAP_ALL, CKA_INSIDE, CKA_ALL = "map in the subspace", "map of all features", "CKA in the subspace", "CKA of all"
 """The ways in which rows are matched."""
@@ -47,16 +56,26 @@ class Pairs:
     def of(self, rows: Tensor) -> "Pairs":
         return Pairs(self.x_ND[rows], self.y_NE[rows], self.group_N[rows])
 
+    @cached_property
+    def first(self) -> Principal:
+        return principal(self.x_ND)
+
+    @cached_property
+    def second(self) -> Principal:
+        return principal(self.y_NE)
+
     def shared(self, ridge: float) -> CanonicalPair:
         """The directions that both encoders share, the most alike first."""
-        return canonical_pair(whitened(self.x_ND, ridge), whitened(self.y_NE, ridge))
+        return canonical_pair(self.first.whitened(ridge), self.second.whitened(ridge))
 
     def inside(self, pair: CanonicalPair) -> "Pairs":
         return Pairs(pair.first(self.x_ND), pair.second(self.y_NE), self.group_N)
 
     def onto(self, orthogonal: bool, ridge: float = 0.0) -> Tensor:
         """The map [D E] of rows of the first encoder, less their mean, onto those of the second."""
-        return orthogonal_map(self.x_ND, self.y_NE) if orthogonal else linear_map(whitened(self.x_ND, ridge), self.y_NE)
+        if orthogonal:
+            return orthogonal_map(self.x_ND, self.y_NE)
+        return linear_map(self.first.whitened(ridge), self.y_NE)
 
     def cosines(self, asked: "Pairs", orthogonal: bool, ridge: float = 0.0) -> Tensor:
         """Of mapped rows of the first encoder with rows of the second, about these pairs' means."""
@@ -172,7 +191,7 @@ class AlignPairs(Estimator):
     def __init__(
         self,
         components: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
-        ridges: Sequence[float] = (0.0, 0.01, 0.1, 1.0),
+        ridges: Sequence[float] = (0.0, 0.01, 0.1, 1.0, 10.0),
         orthogonal: bool = False,
         folds: int = 5,
         top: int = 5,
@@ -336,11 +355,6 @@ class AlignPairs(Estimator):
             for side, map_DK, mean_D, scale in sides
             for name, value in (("weight", map_DK.T / scale), ("bias", -(mean_D @ map_DK)))
         }
-
-
-def mean_of(x_ND: Tensor) -> Tensor:
-    """From the first row, since the mean of equal numbers has rounding errors."""
-    return x_ND[0] + (x_ND - x_ND[0]).mean(dim=0)
 
 
 def _cka(pairs: Pairs) -> float | None:

@@ -47,14 +47,16 @@ class EncodedTexts(Input):
 
     def load(self, store: FeatureStore) -> Features:
         texts = self.texts()
+        # Each once: of equal texts the features are equal to the last bit, whatever they are padded with.
+        own = [*dict.fromkeys(texts)]
         modes = [(part, part.training) for part in self.encoder.modules()]
         encode = getattr(self.encoder.to(store.device).eval(), "encode_text", self.encoder)
         rows = list[Tensor]()
         try:
             with torch.no_grad():
-                for at in range(0, len(texts), AT_A_TIME):
+                for at in range(0, len(own), AT_A_TIME):
                     read = cut(
-                        self.tokenizer, [*texts[at : at + AT_A_TIME]], padding=True, padding_side="right",
+                        self.tokenizer, own[at : at + AT_A_TIME], padding=True, padding_side="right",
                         truncation=True, max_length=self.length,
                     )  # fmt: skip
                     given = (torch.as_tensor(read[name]).to(store.device) for name in ("input_ids", "attention_mask"))
@@ -62,7 +64,8 @@ class EncodedTexts(Input):
         finally:
             for part, training in modes:
                 part.training = training
-        return Features(torch.cat(rows), index_N=torch.arange(len(texts)))
+        place = {text: number for number, text in enumerate(own)}
+        return Features(torch.cat(rows)[[place[text] for text in texts]], index_N=torch.arange(len(texts)))
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.texts())} texts, to be computed"
@@ -118,9 +121,10 @@ class TextLines(EncodedTexts):
         file = expanded(self.path, "path")
         if not file.is_file():
             raise UserError(f"there are no texts at {file}; write one a line, in the order of the samples")
-        # Not splitlines, which also cuts at characters that texts may hold.
-        text = whole_text(file).removesuffix("\n")
-        lines = [line.removesuffix("\r") for line in text.split("\n")] if text else []
-        if not lines:
+        try:
+            text = whole_text(file)
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read: {error}; write one text a line") from error
+        if not text:
             raise UserError(f"{file} has no line; write one text a line, in the order of the samples")
-        return lines
+        return text.removesuffix("\n").split("\n")  # splitlines also cuts at characters that texts may hold

@@ -39,9 +39,9 @@ class Encoded(Input):
 
     The encoder is a method, any module with `features(batch)`, which is called with the batch and reads its own layers
     if it has `token_features`; or else a network, which is called with the fields of it that the data declare as read.
-    It is used in evaluation mode and without gradients. Entries of the store are told apart by the encoder's code, attributes, hooks and weights
-    (`lightspan.evaluation.features.description` says what of them is not followed), the layer, the transforms, and some
-    of the samples as the encoder gets them.
+    It is used in evaluation mode and without gradients. Entries of the store are told apart by the encoder's code,
+    attributes, hooks and weights (`lightspan.evaluation.features.description` says what of them is not followed), the
+    layer, the transforms, and some of the samples as the encoder gets them.
 
     Args:
         encoder: the network or method.
