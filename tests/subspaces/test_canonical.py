@@ -52,6 +52,13 @@ def test_projected_views_have_the_identity_as_covariance_and_the_correlations_be
     torch.testing.assert_close(a.T @ b / (N - 1), pair.correlation_K.diag())
 
 
+def test_whitened_columns_are_uncorrelated_and_of_variance_one_and_dead_directions_are_left_out() -> None:
+    x = drawn(50, 3) * torch.tensor([100.0, 1, 0.01])
+    found = whitened(torch.cat([x, x[:, :1], torch.ones(50, 1)], dim=1)).rows_NR
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(found.T @ found / 49, torch.eye(3, dtype=torch.float64))
+
+
 def test_invertible_maps_of_a_view_change_nothing_and_a_view_agrees_with_its_own_image() -> None:
     x, y = views()
     changed = pair_of(x @ drawn(D, D, 8) + 1, 1e3 * y @ drawn(E, E, 9))
