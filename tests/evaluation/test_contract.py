@@ -36,7 +36,8 @@ QUICK = {
     "LinearProbe": {"max_iterations": 10},
     "AttentiveProbe": {"steps": 3},
     "LinearSegmentation": {"max_iterations": 10},
-}  # where a fit would look long for what has no end
+    "AlignPairs": {"components": (1, 4), "ridges": (0.0, 0.1), "folds": 2},
+}  # where a fit would look long for what has no end, or chooses among much
 
 
 def found() -> Iterator[type[Estimator]]:
@@ -302,6 +303,12 @@ WRONG = {
     ],
     "ResizeNormalise": [{"k": 0}, {"k": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
+    "AlignPairs": [
+        *({name: 0} for name in ("folds", "top", "most")),
+        {"seed": -1},
+        *({"components": wrong} for wrong in ((), (0,))),
+        *({"ridges": wrong} for wrong in ((), (-1.0,), (math.nan,), (math.inf,))),
+    ],
     "Loki": [{name: wrong} for name in ("scale", "l2", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)],
     "MineIdentities": [
         *({name: wrong} for name in ("core", "within", "across") for wrong in (-1.1, 1.1, math.nan)),
@@ -347,6 +354,10 @@ COMPUTED = {
     "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
     "Gride": {"one class", "classes left out", "a row of zeros", "one constant feature", "denormal", "without labels"},
     "DecimatedTwoNN": {"one class", "classes left out", "a row of zeros", "one constant feature", "without labels"},
+    "AlignPairs": {
+        *("one class", "classes left out", "one constant feature", "a row of zeros", "equal points", "a lattice"),
+        *("more features than rows", "denormal", "huge", "without labels", "labels below zero"),
+    },
     "CKA": {"one class", "classes left out", "a row of zeros", "equal points", "a lattice", "denormal", "huge"},
     "InformationImbalance": {
         "one class",
