@@ -321,6 +321,11 @@ WRONG = {
     "Gride": [{"furthest": 1}, {"most": 9}],
     "DecimatedTwoNN": [{"fewest": 9}, {"seed": -1}, {"most": 9}],
     "InformationImbalance": [{"neighbours": 0}, {"most": 2}],
+    "ConvergentLearning": [
+        *({name: 0} for name in ("clusters", "directions", "mapped")),
+        {"most": 9},
+        {"seed": -1},
+    ],
     "WeightAudit": [
         *({name: 0} for name in ("rank", "top", "largest")),
         *({"epsilon": wrong} for wrong in (0.0, 1.0, math.nan)),
@@ -356,6 +361,10 @@ COMPUTED = {
         "a lattice",
         "denormal",
         "huge",
+    },
+    "ConvergentLearning": {
+        *("one class", "classes left out", "one constant feature", "a row of zeros", "equal points", "a lattice"),
+        *("denormal", "huge", "without labels", "several labels a sample"),
     },
     "WeightAudit": {
         *("no row", "one row", "two rows", "constant features", "zeros", "a row of zeros", "a lattice", "no feature"),
