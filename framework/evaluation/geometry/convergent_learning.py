@@ -243,8 +243,10 @@ class ConvergentLearning(Estimator):
     def _parts(self, x_NS: Tensor, y_NT: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(rows that a map learns from, held-out rows), each of both networks, standardised by the former."""
         held_N = rows_to_choose_by(len(x_NS))
-        fit, held = ((standardised(rows[part], rows[~held_N]) for rows in (x_NS, y_NT)) for part in (~held_N, held_N))
-        return tuple(fit), tuple(held)  # type: ignore[return-value]
+        (fit_x, held_x), (fit_y, held_y) = (
+            [standardised(rows[part], rows[~held_N]) for part in (~held_N, held_N)] for rows in (x_NS, y_NT)
+        )
+        return (fit_x, fit_y), (held_x, held_y)
 
     def _maps(self, x_NS: Tensor, y_NT: Tensor) -> tuple[dict[str, float], ...]:
         y_NT = spaced_rows(y_NT.T, self.mapped).T

@@ -109,10 +109,9 @@ def test_turned_groups_lose_their_units_but_keep_their_span_and_clusters() -> No
     x, y, group = blocks()
     c = between(x, y)
     assert c[matched(c)].mean() < 0.9
-    parts = [
-        tuple(standardised(each[rows], each[:1500]) for each in (x, y)) for rows in (slice(1500), slice(1500, None))
-    ]
-    assert explained(fit, held) == pytest.approx(1, abs=1e-9)
+    halves = slice(1500), slice(1500, None)
+    fit, held = [[standardised(each[part], each[:1500]) for each in (x, y)] for part in halves]
+    assert explained((fit[0], fit[1]), (held[0], held[1])) == pytest.approx(1, abs=1e-9)
     sums = Moments.of(torch.cat([x, y], dim=1))
     first, second = joint_clusters(*correlations(sums, 12), clusters=3)
     assert adjusted_rand_score(torch.cat([group, group]), torch.cat([first, second])) == 1
