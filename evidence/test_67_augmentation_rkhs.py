@@ -6,8 +6,8 @@ and the error. The floor has random functions in place of eigenfunctions, the ce
 ridge regression of a target with a product of three coordinates besides, from 120 noisy labels: masks that are too
 strong lose the product, so that the best rate lies inside. The floor is a constant guess, the ceiling a regression on
 the nine functions themselves. (3) Digits with masked pixels: spectral contrastive networks, one for each rate, and
-their linear probes, beside complexity and instability. Learning rates were chosen on seed 100 by the probe on a third of
-the digits that figures are not taken on (`python evidence/test_67_augmentation_rkhs.py`).
+their linear probes, beside complexity and instability. Learning rates were chosen on seed 100 by the probe, on a third
+of the digits, which figures are not taken on (`python evidence/test_67_augmentation_rkhs.py`).
 """
 
 import math

@@ -15,7 +15,7 @@ from lightspan.evaluation.geometry.convergent_learning import Convergence, Conve
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 TRAINED_ON, WIDTH, EPOCHS, BATCH = 797, 64, 60, 64
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RATE = 3e-3  # by `python evidence/test_75_convergent_learning.py`
 
 

@@ -27,6 +27,7 @@ FEWEST = 4
 """Samples: a quarter of them is still one."""
 SATURATED = 0.5
 """Share of N above which an estimate says more of N than of the augmentation."""
+BEYOND = 4
 QUANTILES = {"median": 0.5, "upper": 0.9, "largest": 1.0}
 
 
@@ -50,12 +51,12 @@ def sample_complexities(
 
 
 def followed(sizes: tuple[int, int], values: tuple[float, float]) -> float | None:
-    """What an estimate becomes with infinitely many samples, if 1 / K is a straight line in 1 / N; None where that has
-    no finite value.
+    """What an estimate becomes with infinitely many samples, if 1 / K is a straight line in 1 / N; None where that is
+    beyond `BEYOND` times the samples, of which they cannot tell.
     """
     (n1, n2), (k1, k2) = sizes, values
     intercept = (n2 / k2 - n1 / k1) / (n2 - n1)
-    return 1 / intercept if intercept > 1e-9 else None
+    return 1 / intercept if intercept > 1 / (BEYOND * n2) else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Complexities(Result):
         rows: mappings with augmentation, samples N, median, upper (the 90 % quantile) and largest of K_X(x, x) over
             points, saturated (the largest is above half of N).
         infinite: for each augmentation: augmentation, and median, upper, largest for infinite N, None where the
-            estimates grow with N as fast as N itself.
+            samples are too few to tell.
         points: how many K_X(x, x) was estimated at.
     """
 

@@ -102,17 +102,15 @@ def half_square(x_NS: Tensor, map_ST: Tensor, y_NT: Tensor) -> float:
 
 
 def explained(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> float:
-    """The subspace test: R^2 of the second units from the first by least squares, on held-out rows, averaged over
-    units. At most 1, and below 0 where the map is worse than the mean.
+    """The subspace test: the share of the second units' variance on held-out rows that least squares on the first
+    explain, of all units together. At most 1, below 0 for a map that is worse than the mean, and 0 without variance.
 
     Args:
         fit, held: (first [N S], second [N T]), standardised.
     """
-    held_y_NT = held[1]
-    left = (held[0] @ sparse_map(*fit, 0.0) - held_y_NT).square().mean(dim=0)
-    varies_T = held_y_NT.var(dim=0, correction=0)
-    live_T = varies_T > 0
-    return float((1 - left[live_T] / varies_T[live_T]).mean()) if bool(live_T.any()) else 0.0
+    variance = float(held[1].var(dim=0, correction=0).sum())
+    left = float((held[0] @ sparse_map(*fit, 0.0) - held[1]).square().mean(dim=0).sum())
+    return 1 - left / variance if variance > 0 else 0.0
 
 
 def joint_clusters(

@@ -119,7 +119,8 @@ class Convergence(Result):
             (self.chance, "floor: samples in a random order", SOFT),
         ):
             axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.5, label=name)
-        axes.set(xlabel="units of the first network, the most alike first", ylabel="correlation", ylim=(-0.05, 1.05))
+        axes.set(xlabel="units of the first network, the most alike first", ylabel="correlation")
+        axes.set_ylim(top=1.05)
         axes.legend(frameon=False)
 
 

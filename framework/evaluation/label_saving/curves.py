@@ -27,7 +27,8 @@ def labels_for(labels_K: Sequence[int], risk_K: np.ndarray, wanted: float) -> tu
         return float(labels_K[-1]), "at least"
     k = int(np.argmax(falling_K <= wanted))
     above, below = np.log(falling_K[k - 1]), np.log(falling_K[k])
-    share = (above - np.log(wanted)) / (above - below)
+    # Risks that differ by rounding may have equal logarithms.
+    share = (above - np.log(wanted)) / (above - below) if above > below else 1.0
     return float(np.exp(np.log(labels_K[k - 1]) + share * np.log(labels_K[k] / labels_K[k - 1]))), ""
 
 

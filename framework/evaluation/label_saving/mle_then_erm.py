@@ -51,19 +51,20 @@ class ExcessRisks(Result):
     seeds: int
 
     def figures(self) -> tuple[Figure, ...]:
-        fewest = min(row["labels"] for row in self.rows)
         most = max(row["labels"] for row in self.rows)
+        largest = max(row["unlabelled"] for row in self.rows)
+        shown = [row for row in self.rows if row["unlabelled"] in (0, largest)]
         found = [
             Figure(f"labels saved, a factor{self.saving_bound and ' of '}{self.saving_bound}", self.saving),
             *(
                 Figure(f"{name} with {row['labels']} labels, {_method(row)}", row[key])
-                for row in self.rows
-                if row["labels"] in (fewest, most)
                 for key, name in (("excess", "excess risk"), ("control", "control, excess risk"))
+                for row in shown
+                if row["labels"] == most
             ),
-            Figure("risk of the best predictor", self.floor),
+            Figure("floor: risk of the best predictor", self.floor),
         ]
-        slopes = {f"slope in labels, {name}": slope for name, slope in self.label_slopes.items()}
+        slopes = {f"slope in labels, {name}": self.label_slopes[name] for name in dict.fromkeys(map(_method, shown))}
         for name, slope in (slopes | {"slope in samples without labels": self.sample_slope}).items():
             found += [Figure(name + end, slope[key]) for key, end in ENDS if slope[key] is not None]
         return (*found, Figure("seeds", self.seeds))

@@ -135,6 +135,16 @@ def test_a_half_that_is_copied_is_told_from_a_half_that_is_not_and_from_the_floo
     assert abs(found.floors["cka"]) < 0.05
 
 
+def test_a_unit_that_hardly_ever_changes_weighs_little_in_what_a_map_explains() -> None:
+    x = drawn(100, 3)
+    rare = torch.zeros(100, 1, dtype=torch.float64)
+    rare[3] = 1.0  # never in held-out rows, where its variance is rounding
+    fit, held = [[standardised(each[part], each[:80]) for each in (x, torch.cat([x, rare], dim=1))] for part in (
+        slice(80), slice(80, None))]  # fmt: skip
+    assert explained((fit[0], fit[1]), (held[0], held[1])) > 0.9
+    assert explained((fit[0], fit[1][:, 3:]), (held[0], held[1][:, 3:])) <= 1
+
+
 def test_dead_units_are_counted_and_left_out_under_their_own_numbers() -> None:
     x = drawn(50, 4)
     dead = torch.cat([torch.zeros(50, 1), x, torch.ones(50, 1)], dim=1)

@@ -30,6 +30,8 @@ def test_a_power_law_is_read_back_exactly_between_its_points() -> None:
 def test_a_curve_that_rises_again_was_low_before() -> None:
     assert labels_for([10, 20, 40], np.array([0.4, 0.1, 0.3]), 0.1) == (pytest.approx(20), "")
     assert labels_for([10, 20], np.zeros(2), 0.0) == (10, "at most")
+    almost = np.nextafter(0.1, 1)
+    assert labels_for([10, 20], np.array([almost, 0.1]), 0.1) == (pytest.approx(20), "")  # equal logarithms
 
 
 def test_a_saving_is_the_factor_between_two_power_laws_and_its_inverse_the_other_way() -> None:
