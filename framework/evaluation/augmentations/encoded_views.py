@@ -17,6 +17,7 @@ from lightspan.evaluation.features.encoded import Encoded, Pool, Split, pooled, 
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore, Rows
+from lightspan.evaluation.rows import spaced_rows
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ class EncodedViews(Input):
         return store.get(key, lambda done: self._rows(loader, self.presets[name], done, store.device))
 
     def _rows(self, loader: Any, preset: Views, done: set[int], device: torch.device) -> Iterator[Rows]:
-        total = len(loader.dataset)
-        chosen = set(torch.linspace(0, total - 1, min(total, self.most), dtype=torch.float64).round().long().tolist())
+        chosen = set(spaced_rows(torch.arange(_samples(loader)), self.most).tolist())
         encoder, transforms = self.encoded.encoder, self.encoded.transforms
         modes = [(part, part.training) for part in encoder.modules()]
         for part in (encoder.eval(), *transforms):
@@ -120,3 +120,13 @@ class EncodedViews(Input):
         if x.ndim != 2:
             raise UserError(f"EncodedViews needs a vector for each view, and got {list(x.shape)}; set pool")
         return x.float()
+
+
+def _samples(loader: Any) -> int:
+    dataset = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"EncodedViews takes images evenly from a whole set, and {type(dataset).__name__} has no length; make "
+            "features of its views yourself, or take images that are files"
+        )
+    return len(dataset)
