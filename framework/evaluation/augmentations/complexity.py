@@ -98,7 +98,7 @@ class Complexities(Result):
             axes.plot(n, middle, ":", color=colour, linewidth=1)
         sizes = sorted({row["samples"] for row in self.rows})
         axes.plot(sizes, sizes, color=SOFT, linewidth=1, label="as many as samples")
-        axes.set(xlabel="samples", ylabel="complexity: largest, and dotted the median", xscale="log", yscale="log")
+        axes.set(xlabel="samples", ylabel="largest complexity; dotted: median", xscale="log", yscale="log")
         axes.legend(frameon=False, fontsize=8)
 
 

@@ -111,7 +111,7 @@ class CapturedTraces(Result):
         for row, values, colour in zip(self.rows, self.spectra, COLOURS * 9, strict=False):
             axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.5, label=row["preset"])
         axes.axhline(0, color=SOFT, linewidth=1, linestyle=":", label="floor: nothing in common")
-        axes.set(xlabel="direction", ylabel="eigenvalue of the augmentation, as captured", ylim=(-0.1, 1.05))
+        axes.set(xlabel="direction", ylabel="eigenvalue, as captured", ylim=(-0.1, 1.05))
         axes.legend(frameon=False, fontsize=8)
 
 

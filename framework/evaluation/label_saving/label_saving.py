@@ -118,6 +118,15 @@ class SavedLabels(Result):
         return (
             *found,
             *(
+                Figure(
+                    f"labels of {self.reference} that {row['labels']} of {row['encoder']} are worth"
+                    f"{row['worth_bound'] and ', '}{row['worth_bound']}",
+                    row["worth"] * row["labels"],
+                )
+                for row in self.rows
+                if row["encoder"] != self.reference
+            ),
+            *(
                 Figure(f"{shown} with {most} labels, {row['encoder']}", factor * row["score"], unit)
                 for row in self.rows
                 if row["labels"] == most
@@ -136,7 +145,7 @@ class SavedLabels(Result):
             own = [row for row in self.rows if row["encoder"] == name]
             x, y, error = ([row[key] for row in own] for key in ("labels", "score", "error"))
             axes.errorbar(x, y, yerr=error, fmt="-o", color=colour, markersize=3, capsize=2, label=name)
-        axes.axhline(self.chance, color=SOFT, linewidth=1, linestyle=":", label="the best constant")
+        axes.axhline(self.chance, color=SOFT, linewidth=1, linestyle=":", label="floor: the best constant")
         axes.set(xlabel="labels", ylabel=self.score.replace("_", " "), xscale="log")
         axes.legend(frameon=False, fontsize=8)
 
