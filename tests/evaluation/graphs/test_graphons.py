@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from graph_files import rings
 
 from lightspan.core.errors import UserError
@@ -117,7 +116,7 @@ def test_kinds_of_graphs_are_told_apart_and_equal_graphs_are_one_kind() -> None:
 
 def opened(folder: Path, **settings: Any) -> GraphCollection:
     data = GraphFolder(str(folder), cache_dir=str(folder.parent / "cache"), batch_size=2)
-    return Graphs(data, **settings).load(FeatureStore(folder.parent / "store", torch.device("cpu")))
+    return Graphs(data, **settings).load(FeatureStore(folder.parent / "store"))
 
 
 def test_collections_are_graphs_of_a_split_or_neighbourhoods(tmp_path: Path) -> None:
