@@ -13,8 +13,8 @@ from typing import Any, is_typeddict
 import numpy as np
 import pytest
 import torch
-from lightning import LightningDataModule
 from graph_files import rings
+from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
 from point_files import bricks
@@ -25,6 +25,8 @@ from lightspan.backbones.tokenizers import HashedWords
 from lightspan.core.batches import require_declared, samples_in, schema_of
 from lightspan.datamodules.audio.folder import AudioFolder
 from lightspan.datamodules.audio.spoken import SpokenCaptions
+from lightspan.datamodules.graph.folder import GraphFolder
+from lightspan.datamodules.graph.sets.datamol import DatamolTables
 from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews, TwoViews
 from lightspan.datamodules.image.dataset import PictureDataset
 from lightspan.datamodules.image.folder import ImageFolder
@@ -51,8 +53,6 @@ from lightspan.datamodules.multispectral.resampling import SpectralCrops
 from lightspan.datamodules.multispectral.scene import SceneBlocks
 from lightspan.datamodules.multispectral.seasons import SeasonShards
 from lightspan.datamodules.multispectral.shards import MultispectralShards
-from lightspan.datamodules.graph.folder import GraphFolder
-from lightspan.datamodules.graph.sets.datamol import DatamolTables
 from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.sets.ldraw import LDrawParts

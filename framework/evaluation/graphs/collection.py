@@ -1,17 +1,20 @@
 """Collections of graphs as inputs of a recipe: their edges alone, whatever is known of nodes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
 
 import numpy as np
+from lightning import LightningDataModule
 
+from lightspan.core.collate import separated
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_numbers
-from lightspan.datamodules.graph.data import GraphSets
-from lightspan.datamodules.graph.graphs import Graph, ego_net, graph_of
-from lightspan.datamodules.loading.sample_sets import spaced
+from lightspan.datamodules.graph.batch import GraphBatch
+from lightspan.evaluation.features.encoded import Split, split_loader
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
+from lightspan.nn.graphs import graphs_of
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class PlainGraph:
     """A graph without directions, kinds, and edges from a node to itself.
 
     Attributes:
-        nodes: how many.
-        edges: int64 [E 2], each both ways.
+        nodes: how many, at least 1.
+        edges: int64 [E 2], each once both ways, sorted.
     """
 
     nodes: int
@@ -33,6 +36,12 @@ class PlainGraph:
         return matrix
 
 
+def plain(nodes: int, edges: np.ndarray) -> PlainGraph:
+    """Of edges [E 2] in any order, with or without directions."""
+    both = np.concatenate([edges, edges[:, ::-1]])
+    return PlainGraph(nodes, np.unique(both[both[:, 0] != both[:, 1]], axis=0))
+
+
 @dataclass(frozen=True)
 class GraphCollection:
     """Graphs that one thing drew, or may have drawn."""
@@ -43,16 +52,35 @@ class GraphCollection:
         return len(self.graphs)
 
 
-def _both_ways(graph: Graph) -> Graph:
-    return graph_of(graph.kind, graph.edges, graph.edge_kind, False)[0]
+def neighbourhood(graph: PlainGraph, centre: int, hops: int, most: int) -> PlainGraph:
+    """The nodes at most `hops` edges from one, and all edges between them; the centre is the first, then the nearest.
+
+    Args:
+        most: nodes; of more the nearest stay, of equally near ones those found first.
+    """
+    starts = np.searchsorted(graph.edges[:, 0], np.arange(graph.nodes + 1))
+    place, front = {centre: 0}, [centre]
+    for _ in range(hops):
+        new = []
+        for neighbour in chain.from_iterable(
+            graph.edges[starts[node] : starts[node + 1], 1].tolist() for node in front
+        ):
+            if len(place) < most and neighbour not in place:
+                place[neighbour] = len(place)
+                new.append(neighbour)
+        front = new
+    number = np.full(graph.nodes, -1)
+    number[[*place]] = np.arange(len(place))
+    own = np.concatenate([number[graph.edges[starts[node] : starts[node + 1]]] for node in place])
+    return plain(len(place), own[(own >= 0).all(axis=1)])
 
 
-class Graphs(Input):
+class GraphInput(Input):
     """The graphs of a split, or the neighbourhoods of nodes in them.
 
     Args:
-        data: graphs or molecules.
-        split: "bank" (what trains) or "val".
+        data: its batches are a GraphBatch, as of `lightspan.datamodules.graph.folder.GraphFolder`.
+        split: "bank" (training graphs), "val" or "test".
         most: graphs that are taken, evenly spaced among all.
         hops: takes the nodes that are at most so many edges from a node in place of whole graphs, for data of few large
             ones; `most` is then the number of such nodes, evenly spaced among those of all graphs.
@@ -63,8 +91,8 @@ class Graphs(Input):
 
     def __init__(
         self,
-        data: GraphSets,
-        split: Literal["bank", "val"] = "bank",
+        data: LightningDataModule,
+        split: Split = "bank",
         most: int = 1_000,
         hops: int | None = None,
         most_nodes: int = 1_000,
@@ -74,27 +102,39 @@ class Graphs(Input):
         self.data, self.split, self.most, self.hops, self.most_nodes = data, split, most, hops, most_nodes
 
     def load(self, store: FeatureStore) -> GraphCollection:
-        """Raises: UserError as the data, and where no graph is left."""
-        self.data.setup()
-        samples = getattr(self.data, self.split)
-        read = samples.archive.read
+        """Raises: UserError as the data, for other data than graphs, and where no graph is left."""
+        loader = split_loader(self.data, self.split)
         if self.hops is None:
-            numbers = spaced(samples.numbers, min(self.most, len(samples.numbers)))
-            found = [read(int(number)) for number in numbers]
+            chosen = {*_spaced(len(loader.dataset), self.most)}
+            found = [graph for place, graph in enumerate(_read(loader)) if place in chosen]
         else:
-            found, sizes = [], np.array([len(read(int(number)).kind) for number in samples.numbers])
-            ends = np.cumsum(sizes)
-            for node in spaced(np.arange(ends[-1]), min(self.most, int(ends[-1]))):
+            whole = [*_read(loader)]
+            ends = np.cumsum([graph.nodes for graph in whole])
+            found = []
+            for node in _spaced(int(ends[-1]), self.most):
                 at = int(np.searchsorted(ends, node, "right"))
-                graph = _both_ways(read(int(samples.numbers[at])))
-                found.append(ego_net(graph, int(node - ends[at] + sizes[at]), self.hops, self.most_nodes))
-        small = [_both_ways(graph) for graph in found if len(graph.kind) <= self.most_nodes]
+                centre = node - int(ends[at]) + whole[at].nodes
+                found.append(neighbourhood(whole[at], centre, self.hops, self.most_nodes))
+        small = tuple(graph for graph in found if 1 <= graph.nodes <= self.most_nodes)
         if not small:
             raise UserError(
-                f"{len(found):,} graphs have more than most_nodes={self.most_nodes} nodes each; set hops to take "
-                "neighbourhoods of their nodes"
+                f"all of {len(found):,} graphs have no node or more than most_nodes={self.most_nodes}; set hops to "
+                "take neighbourhoods of their nodes"
             )
-        return GraphCollection(tuple(PlainGraph(len(graph.kind), graph.edges.astype(np.int64)) for graph in small))
+        return GraphCollection(small)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"graphs of {type(self.data).__name__}, at most {self.most:,}"
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    """At most so many of the first numbers, evenly spaced."""
+    kept = min(count, most)
+    return (np.arange(kept) * count // max(kept, 1)).tolist()
+
+
+def _read(loader: object) -> Iterator[PlainGraph]:
+    for batch in loader:  # type: ignore[attr-defined]
+        graphs_of(batch, "GraphInput")
+        for sample in separated(batch, GraphBatch):
+            yield plain(len(sample["node"]), sample["edge_index"].T.numpy())

@@ -10,7 +10,7 @@ from graph_files import rings
 from lightspan.core.errors import UserError
 from lightspan.datamodules.graph.folder import GraphFolder
 from lightspan.evaluation.features.store import FeatureStore
-from lightspan.evaluation.graphs.collection import GraphCollection, Graphs, PlainGraph
+from lightspan.evaluation.graphs.collection import GraphCollection, GraphInput, PlainGraph, neighbourhood, plain
 from lightspan.evaluation.graphs.graphons import clustered, drawn_graph, graphon, resampled, statistics, tv_smoothed
 
 HALVES = np.array([[0.9, 0.1], [0.1, 0.5]])
@@ -116,7 +116,7 @@ def test_kinds_of_graphs_are_told_apart_and_equal_graphs_are_one_kind() -> None:
 
 def opened(folder: Path, **settings: Any) -> GraphCollection:
     data = GraphFolder(str(folder), cache_dir=str(folder.parent / "cache"), batch_size=2)
-    return Graphs(data, **settings).load(FeatureStore(folder.parent / "store"))
+    return GraphInput(data, **settings).load(FeatureStore(folder.parent / "store"))
 
 
 def test_collections_are_graphs_of_a_split_or_neighbourhoods(tmp_path: Path) -> None:
@@ -135,3 +135,13 @@ def test_collections_are_graphs_of_a_split_or_neighbourhoods(tmp_path: Path) -> 
     for settings in ({"most": 0}, {"hops": 0}, {"most_nodes": 0}, {"most_nodes": 10**6}):
         with pytest.raises(UserError, match=next(iter(settings))):
             opened(folder, **settings)
+
+
+def test_the_neighbourhood_of_a_node_has_the_edges_within() -> None:
+    graph = plain(6, np.array([[0, 1], [1, 2], [2, 3], [3, 4], [1, 3], [5, 0], [3, 1], [2, 2]]))
+    near = neighbourhood(graph, 1, 1, 99)
+    assert near.nodes == 4
+    assert near.edges.tolist() == [[0, 1], [0, 2], [0, 3], [1, 0], [2, 0], [2, 3], [3, 0], [3, 2]]
+    assert neighbourhood(graph, 1, 9, 99).nodes == 6
+    assert neighbourhood(graph, 1, 9, 3).nodes == 3
+    assert neighbourhood(graph, 4, 0, 3).edges.shape == (0, 2)
