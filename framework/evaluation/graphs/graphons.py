@@ -122,7 +122,7 @@ def statistics(graph: PlainGraph) -> np.ndarray:
             degree.mean(),
             degree.std(),
             degree.sum() / max(nodes * (nodes - 1), 1),
-            _closeness(graph).mean(),
+            closeness(graph).mean(),
             np.corrcoef(ends.T)[0, 1] if varied else 0.0,
             corners.sum() / max(pairs, 1),
             each.mean(),
@@ -130,7 +130,7 @@ def statistics(graph: PlainGraph) -> np.ndarray:
     )
 
 
-def _closeness(graph: PlainGraph) -> np.ndarray:
+def closeness(graph: PlainGraph) -> np.ndarray:
     """Of each node, as Wasserman and Faust have it for graphs in parts."""
     ones = np.ones(len(graph.edges))
     apart = shortest_path(coo_array((ones, graph.edges.T), shape=(graph.nodes,) * 2).tocsr(), unweighted=True)
@@ -148,4 +148,4 @@ def clustered(graphs: Sequence[PlainGraph], clusters: int) -> list[GraphCollecti
     rows = (rows - rows.mean(axis=0)) / np.where(rows.std(axis=0) > 1e-12, rows.std(axis=0), 1)
     count = min(clusters, len(np.unique(rows.round(9), axis=0)))
     label = KMeans(count, n_init=4, random_state=0).fit_predict(rows)
-    return [GraphCollection(tuple(graphs[at] for at in np.flatnonzero(label == each))) for each in range(count)]
+    return [GraphCollection(tuple(graphs[int(at)] for at in np.flatnonzero(label == each))) for each in range(count)]
