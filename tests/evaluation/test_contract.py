@@ -27,6 +27,7 @@ from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.preprocessing_grid import Grid, GridCell
 from lightspan.evaluation.features.stages import TextStages
 from lightspan.evaluation.features.stream import FeatureStream
+from lightspan.evaluation.graphs.collection import GraphCollection, PlainGraph
 from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
 from lightspan.evaluation.weights.merging_statistics import NetworkOnData
@@ -176,6 +177,13 @@ def filmed_of(features: Features) -> Features:
     return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
 
 
+def graphs_of(features: Features) -> GraphCollection:
+    """A row as a node, joined to those that point the same way."""
+    x = features.x.flatten(1).float().cpu().nan_to_num()
+    joined = (x.sign() @ x.sign().T > 0).fill_diagonal_(False)
+    return GraphCollection((PlainGraph(len(x), joined.nonzero().numpy()),) if len(x) else ())
+
+
 def grid_of(features: Features) -> Grid:
     """A cell whose bank and query are these."""
     stated = {"bands": None, "size": 8, "normalisation": {"name": "divided"}}
@@ -232,6 +240,7 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
         "query": lambda features: features,
         "metric": lambda features: ring(12),
     },
+    "W2PGNN": {name: lambda features: graphs_of(features) for name in ("downstream", "one", "two")},
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -317,6 +326,7 @@ WRONG = {
         )
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
+    "W2PGNN": [{"cells": 0}, {"clusters": 0}],
     "LabelPropagation": [
         *({name: 0} for name in ("context", "neighbours")),
         *({name: wrong} for name in ("radius", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)),
@@ -479,6 +489,17 @@ COMPUTED = {
     "DepthOrder": {"one row", "one class", "constant features", "zeros", "equal points", "a lattice", "denormal"},
     "PromptIoU": {"one row", "one class", "constant features", "zeros", "a row of zeros", "a lattice", "huge"},
     "LabelPropagation": {"one row", "two rows", "one class", "constant features", "zeros", "a lattice", "huge"},
+    "W2PGNN": {
+        "one row",
+        "two rows",
+        "constant features",
+        "zeros",
+        "no feature",
+        "denormal",
+        "huge",
+        "NaN",
+        "infinite",
+    },
     "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""
