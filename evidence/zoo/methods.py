@@ -320,6 +320,7 @@ LEFT_OUT = {
     "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "Prithvi": "learns from several dates of one place, and these pictures have one each",
     "BMMAE": "has an encoder of its own, with tokens for each modality of a volume, of which these pictures have one",
+    "I2PMAE": "learns from clouds of points, which these pictures are not",
     "PointMAE": "learns from clouds of points, which these pictures are not",
     "SatMAEpp": "has an encoder of its own, with tokens for groups of bands, of which these pictures have one",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
