@@ -32,6 +32,7 @@ from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.point_pyramid import PointPyramid
 from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
@@ -39,6 +40,7 @@ from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTrans
 from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
@@ -97,6 +99,7 @@ from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
+from lightspan.methods.masked.i2p_mae import I2PMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.models_genesis import ModelsGenesis
@@ -143,6 +146,7 @@ from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.point_decoder import PointDecoder
+from lightspan.nn.decoders.pyramid_decoder import PyramidDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
@@ -160,6 +164,7 @@ from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.masking.guided_masks import GuidedMasks
 from lightspan.nn.masking.mask_samplers import CoarseMasks, RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
@@ -173,6 +178,7 @@ from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.nn.signed_fields import SignedField
+from lightspan.nn.teachers.image_guide import ImageGuide
 from lightspan.objectives.moving_targets import MomentumFeatures
 from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.riemannian import RiemannianSGD
@@ -754,6 +760,16 @@ def p2p(**optimization: Any) -> P2P:
     return P2P(MLP((3, 6, 6), (8,)), 3, prompt, votes=(2, 1), **optimization)
 
 
+def i2p_mae(**optimization: Any) -> I2PMAE:
+    torch.manual_seed(0)
+    sizes = {"groups": (8, 5), "sizes": (4, 3), "widths": (8, 12), "depths": (1, 1), "point_widths": (4, 4, 8)}
+    backbone = without_norms(PointPyramid(**sizes, heads=2, drop_path=0))
+    decoder = without_norms(PyramidDecoder((12, 8), (1, 1), heads=2, drop_path=0))
+    picture = {"img_size": 16, "patch_size": 8, "embed_dim": 4, "depth": 1, "num_heads": 2, "num_classes": 0}
+    guide = ImageGuide(timm_network("vit_tiny_patch16_224", **picture), side=16)
+    return I2PMAE(backbone, decoder, guide, GuidedMasks(0.6), spread=3, **optimization)
+
+
 def prithvi(**optimization: Any) -> Prithvi:
     decoder = MaskDecoder(16, width=16, depth=1, heads=2, axis_widths=series_widths(16))
     return Prithvi(SeriesViT(3, 16, 2, 2, patch_size=4), decoder, **optimization)
@@ -1110,6 +1126,9 @@ CASES: dict[str, Case] = {
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
     "masked.attribute_masking": Case(
         attribute_masking, graphs, halves_differ="a mean over hidden nodes, of which halves have other numbers"
+    ),
+    "masked.i2p_mae": Case(
+        i2p_mae, clouds, halves_differ="clouds have different numbers of groups that are seen and hidden"
     ),
     "masked.point_mae": Case(point_mae, clouds),
     "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS),
