@@ -9,6 +9,7 @@ import torch
 from lightspan.callbacks.pictures.batch_panels import panels, text_of
 from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
 from lightspan.core.drawing import png
+from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.video.batch import ClipsBatch
 
 
@@ -49,6 +50,15 @@ def test_a_text_beside_its_picture():
     figure = panels(batch, 2, None, Words())
     assert said(figure) == ["one one"] * 2
     assert [axis.images[0].get_array().shape for axis in figure.axes if axis.images] == [(4, 5, 3)] * 2
+
+
+def test_clouds_are_beside_the_pictures_that_a_method_makes_of_them():
+    batch = {"xyz": torch.rand(9, 3), "offsets": torch.tensor([0, 4, 4, 9]), "label": torch.arange(3)}
+    maps = torch.rand(3, 3, 4, 5)
+    figure = panels(batch, 2, None, None, PointsBatch, lambda given: {"map 1": maps, "map 2": 1 - maps})
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert [picture.tolist() for picture in shown[::2]] == maps[:2].permute(0, 2, 3, 1).tolist()
+    assert len(shown) == len([axis for axis in figure.axes if not axis.images]) == 4
 
 
 @pytest.mark.parametrize("views", [1, 2])
