@@ -11,16 +11,18 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.found_sets import FoundSamples
 from lightspan.datamodules.loading.packs import JoinedPacks
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.points.data import FoundShapes, PointSamples, PointSets
+from lightspan.datamodules.points.data import PointSamples, PointSets
 from lightspan.datamodules.points.ldraw import library_roots
 from lightspan.datamodules.points.packed import PointCache
 from lightspan.datamodules.points.reading import POINTS
+from lightspan.datamodules.points.shapes import Shape
 
 
 class PointFolder(PointSets):
-    """The PLY, OBJ, STL, LAS, LAZ and LDraw files below a folder, each of which is a sample.
+    """The PLY, OBJ, STL, OFF, LAS, LAZ and LDraw files below a folder, each of which is a sample.
 
     Each file is read once and kept in a cache on disk, from which all ranks and workers and later runs read: as a
     surface if it has faces, else as points. Of more than 131,072 triangles or points, so many points are kept. Points
@@ -63,7 +65,7 @@ class PointFolder(PointSets):
         """Two samples of a triangle, where the folder is not here."""
         return None if self.folder.exists() else self.blank_samples()
 
-    def find(self) -> FoundShapes:
+    def find(self) -> FoundSamples[Shape]:
         training = self._found(self.folder)
         sets = [training] if self.val_folder is None else [training, self._found(self.val_folder).like(training)]
         packs = [
@@ -77,12 +79,21 @@ class PointFolder(PointSets):
             sound.append(np.delete(np.arange(len(found.names)), wrong))
         report_damage(damage, sum(len(found.names) for found in sets), "files", self.skip_damaged)
         if self.val_folder is None:
-            inside = held_out([training.names[at] for at in sound[0]], training.labels[sound[0]], self.val_share)
+            inside = self.validating([training.names[at] for at in sound[0]], training.labels[sound[0]])
             train, val = sound[0][~inside], sound[0][inside]
         else:
             train, val = sound[0], len(training.names) + sound[1]
         joined = JoinedPacks(packs, np.concatenate([found.labels for found in sets]))
-        return FoundShapes(joined, train, val, training.classes, joined.content(train))
+        return FoundSamples(joined, train, val, training.classes, joined.content(train))
+
+    def validating(self, names: list[str], labels: np.ndarray) -> np.ndarray:
+        """Which files of a folder without another one beside it are for validation, bool [N].
+
+        Args:
+            names: below the folder, with `/` between its parts.
+            labels: int64 [N].
+        """
+        return held_out(names, labels, self.val_share)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, POINTS, self.links, self.labels)

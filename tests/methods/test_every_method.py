@@ -71,6 +71,7 @@ DRAWN = (
     "image_text.dptr",
     "image_text.m3i",
     "image_text.m3i, one source",
+    "masked.attribute_masking",
     "masked.cae, pixels",
     "masked.croco",
     "masked.cropmae",
@@ -85,6 +86,7 @@ DRAWN = (
     "masked.tera",
     "masked.v_jepa",
     "supervised.heuristic_mtl",
+    "supervised.p2p",
     "supervised.word_reader",
 )
 """Whose steps differ, of the same images and weights, in what is drawn alone: masks, orders of letters."""

@@ -1,9 +1,10 @@
-"""A network that is not trained: a teacher, a reference."""
+"""A network that is not trained: a teacher, a reference, a judge of what a trained part shows it."""
 
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightspan.core.errors import UserError
 
@@ -24,6 +25,39 @@ class Frozen(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _BatchNorm)
+
+
+class FixedNetwork(nn.Module):
+    """Calls `module` with gradients to what goes in, while its weights stay: always in evaluation mode, so that neither
+    dropout nor statistics of a batch make a difference.
+
+    Args:
+        norms: train the weights of its norms, which then take statistics of a batch in training, and class tokens.
+    """
+
+    def __init__(self, module: nn.Module, norms: bool = False) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.tuned = [part for part in module.modules() if norms and isinstance(part, NORMS)]
+        for part in self.tuned:
+            part.requires_grad_(True)
+        for name, parameter in module.named_parameters():
+            if norms and name.rpartition(".")[2] == "cls_token":
+                parameter.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.module.eval()
+        for part in self.tuned:
+            part.train(mode)
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 

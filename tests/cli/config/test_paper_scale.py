@@ -60,10 +60,12 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".folder.VolumeFolder'",
         ".radiance.RadianceFolder'",
         ".points.folder.PointFolder'",
+        ".modelnet.ModelNet40'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
         ".labelled.LabelledTextFiles'",
+        ".labelled.LabelledScans'",
         ".chat.Chat'",
     )
     return any(part in str(config["data"]) for part in files)
