@@ -54,6 +54,12 @@ def ply(points: np.ndarray, normals: np.ndarray | None = None, faces: tuple[tupl
     ).encode()
 
 
+def off(corners: np.ndarray, start: str = "OFF\n8 6 0\n") -> str:
+    """A box, whose eight corners are in the order of `CUBE`."""
+    rows = ["{} {} {}".format(*corner) for corner in corners.tolist()] + [f"4 {' '.join(map(str, q))}" for q in QUADS]
+    return start + "\n".join(rows) + "\n"
+
+
 def las(points: np.ndarray, packed: bool, colour: int | None = None, point_format: int = 2) -> bytes:
     """In millimetres about the first point. colour: of 16 bits."""
     laspy = pytest.importorskip("laspy", reason="the extra `points` is not installed")

@@ -4,10 +4,8 @@ Shapes: M graphs, N nodes, E edges, F G numbers of a node and of an edge.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,50 +18,9 @@ from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.datamodules.graph.graphs import Graph, graph_of
 from lightspan.datamodules.graph.molecules import BOND_KINDS, KINDS
-from lightspan.datamodules.loading.loader import EvaluationLoader
-from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
+from lightspan.datamodules.loading.found_sets import Archive, FoundSets, KeptSamples
 
 MARKS = 2
-
-
-class GraphArchive(Protocol):
-    """Graphs by number."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [M]."""
-        ...
-
-    def read(self, number: int) -> Graph: ...
-
-
-@dataclass(frozen=True)
-class KeptGraphs:
-    """Graphs in memory, without labels."""
-
-    graphs: Sequence[Graph]
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.zeros(len(self.graphs), np.int64)
-
-    def read(self, number: int) -> Graph:
-        return self.graphs[number]
-
-
-class FoundGraphs(NamedTuple):
-    """What a data module found: all graphs; the numbers of those that train and validate, int64, ascending; names of
-    the classes, none without labels; what identifies the training graphs, with which alone a run resumes; and the most
-    nodes and edges that a graph has.
-    """
-
-    archive: GraphArchive
-    train: np.ndarray
-    val: np.ndarray
-    classes: Sequence[str]
-    content: str
-    most: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +32,7 @@ class GraphSamples:
         node_kinds, edge_kinds: see `GraphSets`.
     """
 
-    archive: GraphArchive
+    archive: Archive[Graph]
     numbers: np.ndarray
     node_kinds: int
     edge_kinds: int
@@ -111,7 +68,7 @@ def _rows(kind: np.ndarray, mark: np.ndarray, kinds: int) -> Tensor:
     return rows
 
 
-class GraphSets(SampleSets):
+class GraphSets(FoundSets[Graph]):
     """Graphs of any numbers of nodes and edges, packed: batches of `GraphBatch`. A subclass finds the graphs.
 
     A node has `node_kinds` numbers, 1 for its kind and 0 for all others, and then its attributes that are numbers. Kind
@@ -124,11 +81,9 @@ class GraphSets(SampleSets):
         batch_size: graphs of one optimiser step over all ranks.
         seed: of the order.
         num_workers: processes that fetch batches.
-
-    Attributes:
-        labelled: whether graphs have labels, known after `setup`; without, all labels are 0.
-        classes: their names.
     """
+
+    called = "graphs"
 
     def __init__(
         self,
@@ -142,44 +97,30 @@ class GraphSets(SampleSets):
         require_in("[4, inf)", node_kinds=node_kinds, edge_kinds=edge_kinds)
         require_numbers(node_kinds + edge_kinds, node_kinds=node_kinds, edge_kinds=edge_kinds)
         self.node_kinds, self.edge_kinds = node_kinds, edge_kinds
-        self.labelled, self.classes = False, tuple[str, ...]()
         self.train: GraphSamples | None = None
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes as words, with spaces for underscores."""
-        return tuple(name.replace("_", " ") for name in self.classes)
 
     @property
     @abstractmethod
     def number_names(self) -> tuple[str, ...]:
         """Attributes of nodes that are numbers."""
 
-    @abstractmethod
-    def find(self) -> FoundGraphs:
-        """Finds and splits the graphs; says what is unusual about them."""
+    def training(self, archive: Archive[Graph], numbers: np.ndarray) -> GraphSamples:
+        return self.unchanging(archive, numbers)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Once. Raises: UserError where nothing is left to train or to validate on, and what `find` raises."""
-        if self.train is not None:
-            return
-        found = self.find()
-        require_split("readable graphs", train=found.train, val=found.val)
-        if found.most * self.node_kinds > NUMBERS.most:
+    def unchanging(self, archive: Archive[Graph], numbers: np.ndarray) -> GraphSamples:
+        return GraphSamples(archive, numbers, self.node_kinds, self.edge_kinds)
+
+    def described(self) -> str:
+        return f"{self.node_kinds} kinds of nodes and {self.edge_kinds} of edges"
+
+    def require_room(self, rows: int) -> None:
+        """Raises: UserError for a graph of more nodes or edges than kinds allow."""
+        if rows * self.node_kinds > NUMBERS.most:
             raise UserError(
-                f"a graph has {found.most:,} nodes or edges, which with node_kinds={self.node_kinds} are more than "
+                f"a graph has {rows:,} nodes or edges, which with node_kinds={self.node_kinds} are more than "
                 f"{NUMBERS.most:,} numbers; lower data.init_args.node_kinds, or raise the limit with {NUMBERS.setting} "
                 "in the environment"
             )
-        self.train, self.bank, self.val = (
-            GraphSamples(found.archive, numbers, self.node_kinds, self.edge_kinds)
-            for numbers in (found.train, found.train, found.val)
-        )
-        self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
-        say(
-            f"graphs: {len(found.train):,} for training and {len(found.val):,} for validation, "
-            + (f"{len(self.classes):,} classes" if self.classes else "without labels")
-        )
 
     def require_molecules(self) -> None:
         """Raises: UserError for too few kinds for molecules."""
@@ -197,17 +138,10 @@ class GraphSets(SampleSets):
         pair, _ = graph_of(
             np.array([1, 2]), np.array([[0, 1]]), np.ones(1), False, np.zeros((2, len(self.number_names)))
         )
-        return GraphSamples(KeptGraphs([pair, pair]), np.arange(2), self.node_kinds, self.edge_kinds)
+        return self.training(KeptSamples([pair, pair]), np.arange(2))
 
     def stand_in(self) -> dict[str, Any] | None:
         samples = self.blank()
         if samples is None:
             return None
         return collated([samples.sample(index, 0) for index in range(2)], GraphBatch)
-
-    def test_dataloader(self) -> EvaluationLoader:
-        """The validation graphs: no others are held out."""
-        return self.val_dataloader()
-
-    def training_content(self) -> str:
-        return self._content

@@ -11,13 +11,14 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.graph.data import FoundGraphs, GraphSamples, GraphSets
+from lightspan.datamodules.graph.data import GraphSamples, GraphSets
 from lightspan.datamodules.graph.graphs import Graph, LeftOut
 from lightspan.datamodules.graph.packed import GraphCache, PackedGraphs
 from lightspan.datamodules.graph.reading import GRAPHS
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.found_sets import FoundSamples
 from lightspan.datamodules.loading.ranks import say
 
 
@@ -95,7 +96,7 @@ class GraphFolder(GraphSets):
         """Two samples of a pair of nodes, where the folder is not here."""
         return None if self.folder.exists() else self.blank_samples()
 
-    def find(self) -> FoundGraphs:
+    def find(self) -> FoundSamples[Graph]:
         training = self._found(self.folder)
         sets = [training] if self.val_folder is None else [training, self._found(self.val_folder).like(training)]
         packs = [
@@ -113,7 +114,7 @@ class GraphFolder(GraphSets):
 
 def joined_graphs(
     data: GraphSets, sets: Sequence[PictureFiles], packs: Sequence[PackedGraphs], val_share: float, skips: bool
-) -> FoundGraphs:
+) -> FoundSamples[Graph]:
     """The graphs of a folder, of which a share is held out, or of one to train on and one to validate on.
 
     Raises: UserError for damaged ones, unless they are skipped, and for kinds that have no place.
@@ -147,8 +148,8 @@ def joined_graphs(
     else:
         train, val = np.arange(first), first + np.arange(len(packs[1]))
     sizes = [np.diff(pack.column(name), prepend=0) for pack in packs for name in ("nodes", "links")]
-    most = max((int(each.max()) for each in sizes if len(each)), default=0)
-    return FoundGraphs(JoinedGraphs(packs), train, val, training.classes, packs[0].content(train), most)
+    data.require_room(max((int(each.max()) for each in sizes if len(each)), default=0))
+    return FoundSamples(JoinedGraphs(packs), train, val, training.classes, packs[0].content(train))
 
 
 def _most_frequent(pack: PackedGraphs, column: str, words: str, most: int, setting: str) -> dict[str, int]:

@@ -96,38 +96,3 @@ def graph_of(
         ),
         LeftOut(int((~apart).sum()), repeated, int((~sound).sum())),
     )
-
-
-def ego_net(graph: Graph, centre: int, hops: int, most: int) -> Graph:
-    """The nodes at most `hops` edges from one, and all edges between them; the centre first, then the nearest.
-
-    Args:
-        most: nodes; of more the nearest stay, of equally near ones those found first.
-    """
-    starts = np.searchsorted(graph.edges[:, 0], np.arange(len(graph.kind) + 1))
-    place, front = {centre: 0}, [centre]
-    for _ in range(hops):
-        new = []
-        for node in front:
-            for neighbour in graph.edges[starts[node] : starts[node + 1], 1].tolist():
-                if len(place) < most and neighbour not in place:
-                    place[neighbour] = len(place)
-                    new.append(neighbour)
-        front = new
-    chosen = np.fromiter(place, np.int64, len(place))
-    at = np.concatenate([np.arange(starts[node], starts[node + 1]) for node in chosen.tolist()])
-    new_place = np.full(len(graph.kind), -1)
-    new_place[chosen] = np.arange(len(chosen))
-    ends = new_place[graph.edges[at]]
-    kept = (ends >= 0).all(axis=1)
-    at, ends = at[kept], ends[kept]
-    order = np.lexsort((ends[:, 1], ends[:, 0]))
-    at = at[order]
-    return Graph(
-        graph.kind[chosen],
-        graph.mark[chosen],
-        graph.numbers[chosen],
-        ends[order].astype(np.int32),
-        graph.edge_kind[at],
-        graph.edge_mark[at],
-    )

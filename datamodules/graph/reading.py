@@ -36,7 +36,7 @@ LONGEST_WORD = 80
 
 
 @dataclass
-class Words:
+class WordNumbers:
     """Words in the order in which they come, from 1; 0 is the empty one."""
 
     number: dict[str, int] = field(default_factory=lambda: {"": 0})
@@ -60,8 +60,8 @@ class GraphReader:
     kind: str
     numbers: tuple[str, ...]
     directed: bool
-    words: Words = field(default_factory=Words)
-    edge_words: Words = field(default_factory=Words)
+    words: WordNumbers = field(default_factory=WordNumbers)
+    edge_words: WordNumbers = field(default_factory=WordNumbers)
 
     def read(self, path: Path) -> Iterator[tuple[Graph, LeftOut] | str]:
         """The graphs of a file, or what is wrong with one of several.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.loading.found_sets import Archive, FoundSets, KeptSamples
 from lightspan.datamodules.loading.on_device import finish_on_device
@@ -90,6 +91,7 @@ class PointSets(FoundSets[Shape]):
         augment: of training clouds, after `normalise`, made on the device; None leaves them as they are.
         seed: of the order, the draws and the augmentation.
         num_workers: processes that fetch batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
 
     """
 
@@ -104,8 +106,9 @@ class PointSets(FoundSets[Shape]):
         augment: PointAugmentation | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("[1, inf)", points=points)
         if len({*fields}) < len(fields):
             raise UserError(f"fields={list(fields)} names one twice")

@@ -22,7 +22,7 @@ from lightspan.datamodules.points.shapes import Shape
 
 
 class PointFolder(PointSets):
-    """The PLY, OBJ, STL, LAS, LAZ and LDraw files below a folder, each of which is a sample.
+    """The PLY, OBJ, STL, OFF, LAS, LAZ and LDraw files below a folder, each of which is a sample.
 
     Each file is read once and kept in a cache on disk, from which all ranks and workers and later runs read: as a
     surface if it has faces, else as points. Of more than 131,072 triangles or points, so many points are kept. Points
@@ -79,12 +79,21 @@ class PointFolder(PointSets):
             sound.append(np.delete(np.arange(len(found.names)), wrong))
         report_damage(damage, sum(len(found.names) for found in sets), "files", self.skip_damaged)
         if self.val_folder is None:
-            inside = held_out([training.names[at] for at in sound[0]], training.labels[sound[0]], self.val_share)
+            inside = self.validating([training.names[at] for at in sound[0]], training.labels[sound[0]])
             train, val = sound[0][~inside], sound[0][inside]
         else:
             train, val = sound[0], len(training.names) + sound[1]
         joined = JoinedPacks(packs, np.concatenate([found.labels for found in sets]))
         return FoundSamples(joined, train, val, training.classes, joined.content(train))
+
+    def validating(self, names: list[str], labels: np.ndarray) -> np.ndarray:
+        """Which files of a folder without another one beside it are for validation, bool [N].
+
+        Args:
+            names: below the folder, with `/` between its parts.
+            labels: int64 [N].
+        """
+        return held_out(names, labels, self.val_share)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, POINTS, self.links, self.labels)

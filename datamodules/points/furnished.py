@@ -28,14 +28,14 @@ from lightspan.datamodules.loading.packs import PackCache, file_state
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets, held_out_size
 from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.packed import MOST_KEPT, PackedShapes, PointCache
+from lightspan.datamodules.points.packed import MOST_KEPT, PackedShapes, PointCache, arrays_in
 from lightspan.datamodules.points.sets.furniture import CATALOGUES, KINDS, Piece, find_pieces, held_out, read_piece
 from lightspan.datamodules.points.shapes import Shape
 from lightspan.datamodules.rendered.furnished import (
     SURFACES,
     USES,
-    Frames,
-    Layout,
+    RoomFrames,
+    RoomPlan,
     Sensor,
     cameras_of,
     frames_of,
@@ -72,7 +72,7 @@ class RoomScan(NamedTuple):
     label: np.ndarray
 
 
-def fused(frames: Frames, voxel: float, label: int) -> RoomScan:
+def fused(frames: RoomFrames, voxel: float, label: int) -> RoomScan:
     """The cloud of all pixels with a depth: of those in a cube of `voxel` metres a side the first.
 
     A cube's points keep their own places, colours and normals: a mean of two surfaces would be of none.
@@ -114,7 +114,7 @@ class Scanning:
     sensor: Sensor
     draw_seed: int
 
-    def scan(self, layout: Layout, shapes: Sequence[Shape], kinds: np.ndarray, number: int) -> RoomScan:
+    def scan(self, layout: RoomPlan, shapes: Sequence[Shape], kinds: np.ndarray, number: int) -> RoomScan:
         """Room `number`, with these shapes as its pieces."""
         place, rotation = cameras_of(layout, self.draw_seed, number, self.frames)
         surfaces = furnished(layout, shapes, kinds)
@@ -161,8 +161,7 @@ class PackedRooms:
     known: Sequence[Mapping[str, Any]]
 
     def read(self, number: int) -> RoomScan:
-        with np.load(self.folder / f"{number}.npz", allow_pickle=False) as arrays:
-            return RoomScan(**arrays)
+        return RoomScan(**arrays_in(self.folder / f"{number}.npz"))
 
 
 @dataclass(frozen=True)
@@ -330,7 +329,7 @@ class FurnishedRooms(SampleSets):
         if rooms < 2 or not 1 <= val_size < rooms:
             raise UserError(f"FurnishedRooms rooms={rooms} must be at least 2, and more than val_size={val_size} >= 1")
         require_numbers(16 * frames * height * width, frames=frames, height=height, width=width)
-        require_numbers(rooms * frames * height * width, rooms=rooms, frames=frames, height=height, width=width)
+        require_numbers(rooms, rooms=rooms)
         require_numbers(12 * points, points=points)
         self.rooms, self.views, self.points, self.moves, self.val_size = rooms, views, points, moves, val_size
         self.scanning = Scanning(frames, height, width, float(voxel), sensor or Sensor(), draw_seed)

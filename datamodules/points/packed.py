@@ -88,6 +88,12 @@ class PackedShapes:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
 
+def arrays_in(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file of a pack by name."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 class PointCache:
     """Packs of shapes (`PackCache`), told apart by the files' names, sizes and times.
 

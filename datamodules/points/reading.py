@@ -1,4 +1,4 @@
-"""Points and surfaces of PLY, OBJ, STL, LAS, LAZ and LDraw files. Without torch.
+"""Points and surfaces of PLY, OBJ, STL, OFF, LAS, LAZ and LDraw files. Without torch.
 
 Shapes: N points, V vertices, F triangles.
 """
@@ -20,8 +20,8 @@ from lightspan.datamodules.points.ldraw import LDrawFiles
 from lightspan.datamodules.points.scans import scan, without
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
-SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl")
-POINTS = Kind("cloud", "PLY, OBJ, STL, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
+SCANS, BRICKS, MESHES = (".las", ".laz"), (".dat", ".ldr"), (".ply", ".obj", ".stl", ".off")
+POINTS = Kind("cloud", "PLY, OBJ, STL, OFF, LAS, LAZ or LDraw (.dat, .ldr)", (*MESHES, *SCANS, *BRICKS))
 
 
 def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
@@ -62,17 +62,33 @@ def as_damage() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _mesh(path: Path, kind: str) -> Shape:
+def meshes_in(content: bytes, kind: str, beside: Any = None) -> list[Any]:
+    """The meshes and clouds of a file as trimesh has them. Call it inside of `as_damage`.
+
+    Args:
+        kind: such as "obj".
+        beside: gives the bytes of materials and pictures by their names; without, a file that names others is read
+            without them.
+    Raises: UserError without the extra `points`.
+    """
     try:
         import trimesh
     except ImportError as error:
         raise without("trimesh") from error
+    # Bytes, not a path: what a file names elsewhere is not looked for.
+    loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False, resolver=beside)
+    return list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+
+
+def _mesh(path: Path, kind: str) -> Shape:
     content = content_of(path)
-    vertices, faces = _told(content) if kind == "ply" else (0, 0)
+    vertices, faces = 0, 0
+    if kind == "ply":
+        vertices, faces = _told(content)
+    elif kind == "off":
+        content, vertices, faces = _of_off(content)
     with as_damage():
-        # Bytes, not a path: materials and pictures that a file names elsewhere are not looked for.
-        loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False)
-        found = list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+        found = meshes_in(content, kind)
         found = [one for one in found if len(getattr(one, "vertices", ()))]
         surfaces = [one for one in found if len(getattr(one, "faces", ()))]
         if sum(len(one.vertices) for one in found) < vertices or sum(len(one.faces) for one in surfaces) < faces:
@@ -99,6 +115,28 @@ def _told(content: bytes) -> tuple[int, int]:
     if lines is not None and lines < sum(counts.values()):
         raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
     return vertices, faces
+
+
+def _of_off(content: bytes) -> tuple[bytes, int, int]:
+    """An OFF file whose counts follow on a line of their own, as readers want them and many of ModelNet40 lack, and
+    the points and faces that it tells of.
+
+    Raises: ValueError for no such file, and for fewer lines than it tells of; TooMuchError beyond the limits.
+    """
+    lines = [line for line in content.splitlines() if line.strip() and not line.lstrip().startswith(b"#")]
+    found = re.match(rb"\s*(C?OFF)\s*(.*)", lines[0], re.IGNORECASE) if lines else None
+    if found is None:
+        raise ValueError("it is no OFF file" if content else "it is empty")
+    counts, rest = (found[2], lines[1:]) if found[2].strip() else (b"".join(lines[1:2]), lines[2:])
+    told = re.match(rb"\s*(\d{1,18})\s+(\d{1,18})(\s|$)", counts)
+    if told is None:
+        raise ValueError("it is damaged: its header does not tell how many points and faces it has")
+    vertices, faces = int(told[1]), int(told[2])
+    NUMBERS.require(3 * vertices)
+    TRIANGLES.require(faces)
+    if len(rest) < vertices + faces:
+        raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+    return b"\n".join([found[1].upper(), counts, *rest]), vertices, faces
 
 
 def _surface(meshes: list[Any]) -> Shape:

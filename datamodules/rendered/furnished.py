@@ -38,7 +38,7 @@ CLEAR = 0.15  # metres from a camera to any piece
 PAIRS = 2**21  # of rays and triangles at once
 
 
-class Layout(NamedTuple):
+class RoomPlan(NamedTuple):
     """A room and where its pieces stand.
 
     use: a place in `USES`.
@@ -69,7 +69,7 @@ class Surfaces(NamedTuple):
     classes: np.ndarray
 
 
-class Frames(NamedTuple):
+class RoomFrames(NamedTuple):
     """What cameras see of one room.
 
     pictures: float32 [V, 3, H, W], in [0, 1].
@@ -89,7 +89,7 @@ class Frames(NamedTuple):
     intrinsics: np.ndarray
 
 
-def layout_of(seed: int, number: int, kinds: Sequence[str], kind: np.ndarray, size: np.ndarray) -> Layout:
+def layout_of(seed: int, number: int, kinds: Sequence[str], kind: np.ndarray, size: np.ndarray) -> RoomPlan:
     """The room with this number: pieces are drawn for its use, and stand where one of some random places is free,
     beds and the like with their backs to a wall.
 
@@ -129,7 +129,7 @@ def layout_of(seed: int, number: int, kinds: Sequence[str], kind: np.ndarray, si
                     break
     base = draws.between(0.35, 0.85, 3, 3)[0].astype(float)
     wave = np.concatenate([draws.between(-6, 6, 3, 3)[0], draws.between(0, 2 * np.pi, 3, 1)[0]], axis=1)
-    return Layout(
+    return RoomPlan(
         use,
         room,
         np.array(chosen, np.int64),
@@ -141,7 +141,7 @@ def layout_of(seed: int, number: int, kinds: Sequence[str], kind: np.ndarray, si
     )
 
 
-def furnished(layout: Layout, shapes: Sequence[Shape], kind: np.ndarray) -> Surfaces:
+def furnished(layout: RoomPlan, shapes: Sequence[Shape], kind: np.ndarray) -> Surfaces:
     """The triangles of a layout.
 
     Args:
@@ -159,7 +159,7 @@ def furnished(layout: Layout, shapes: Sequence[Shape], kind: np.ndarray) -> Surf
     return Surfaces(*(np.concatenate(parts) for parts in (corners, colours, classes)))
 
 
-def cameras_of(layout: Layout, seed: int, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def cameras_of(layout: RoomPlan, seed: int, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(place float32 [V, 3], rotation float32 [V, 3, 3]): at the height of eyes and apart from all pieces, where one of
     some random places is so, else under the ceiling; they look at anywhere in the middle of the room.
     """
@@ -184,8 +184,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def frames_of(
-    layout: Layout, surfaces: Surfaces, place: np.ndarray, rotation: np.ndarray, height: int, width: int
-) -> Frames:
+    layout: RoomPlan, surfaces: Surfaces, place: np.ndarray, rotation: np.ndarray, height: int, width: int
+) -> RoomFrames:
     """What these cameras see."""
     lens = intrinsics(height, width)
     own = pixel_rays(lens, height, width)
@@ -193,7 +193,7 @@ def frames_of(
             for p, r in zip(place, rotation, strict=True)]  # fmt: skip
     pictures, depth, normal, classes = (np.stack(part) for part in zip(*seen, strict=True))
     shape = (height, width)
-    return Frames(
+    return RoomFrames(
         np.moveaxis(pictures, 2, 1).reshape(-1, 3, *shape).astype(np.float32),
         depth.reshape(-1, *shape).astype(np.float32),
         np.moveaxis(normal, 2, 1).reshape(-1, 3, *shape).astype(np.float32),
@@ -212,7 +212,7 @@ def pixel_rays(lens: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _view(
-    layout: Layout,
+    layout: RoomPlan,
     surfaces: Surfaces,
     place: np.ndarray,
     rotation: np.ndarray,
@@ -242,7 +242,7 @@ def _view(
     return np.clip(colour * light[:, None], 0, 1), length, np.where(away, -normal, normal), classes
 
 
-def _sides(layout: Layout, place: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sides(layout: RoomPlan, place: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where rays from inside meet the room: (length [N], normal [N, 3], a place in `SURFACES` [N])."""
     safe = np.where(np.abs(rays) < 1e-12, 1e-12, rays)
     lengths = np.where(safe > 0, layout.size - place, -place) / safe
@@ -353,8 +353,8 @@ class Sensor:
         require_in("[0, 1]", missing=self.missing)
         require_in("[0, inf)", depth=self.depth, shift=self.shift, grain=self.grain, tilt=self.tilt)
 
-    def scanned(self, frames: Frames, seed: int, number: int) -> Frames:
-        """Frames as this scanner has them; depth is 0 where it is missing."""
+    def scanned(self, frames: RoomFrames, seed: int, number: int) -> RoomFrames:
+        """RoomFrames as this scanner has them; depth is 0 where it is missing."""
         draws = Draws(seed, np.array([number]), 43)
         V, _, H, W = frames.pictures.shape
         depth = frames.depth + np.float32(self.depth) * frames.depth**2 * draws.normal(V, H, W)[0]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import numbers_of_views
 from lightspan.datamodules.loading.found_sets import Archive, FoundSets
@@ -177,6 +178,7 @@ class VolumeSets(FoundSets[Volume]):
             `crops`.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
 
     Attributes:
         tells_inside: whether batches say which voxels do not pad their volume.
@@ -195,8 +197,9 @@ class VolumeSets(FoundSets[Volume]):
         slices: SliceViews | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         self.size = along_axes(size)
         if min(self.size) < 1 or (crops is not None and crops < 1):
             raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")

@@ -55,7 +55,7 @@ class GINLayer(nn.Module):
             sum_ND = sum_ND + self.own
         # In float32 or wider: a node may have any number of neighbours.
         sum_ND = sum_ND.index_add(0, go_E, message_ED.to(sum_ND.dtype))
-        out_ND: Tensor = self.norm(self.mlp(sum_ND.to(self.mlp[0].weight.dtype)))
+        out_ND: Tensor = self.norm(self.mlp(sum_ND.to(next(self.mlp.parameters()).dtype)))
         return out_ND
 
 

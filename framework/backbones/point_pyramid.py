@@ -76,7 +76,7 @@ class PointPyramid(nn.Module):
         )
         for block, drop in zip(self.feature_modules, drop_paths(drop_path, sum(depths), "PointPyramid"), strict=True):
             block.drop_path1 = block.drop_path2 = drop
-        self.norms = nn.ModuleList(map(nn.LayerNorm, widths))
+        self.norm = nn.LayerNorm(widths[-1])
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -91,24 +91,23 @@ class PointPyramid(nn.Module):
         return nested_groups(xyz_N3, offsets, self.groups, self.sizes)
 
     def tokens(self, levels: Sequence[NestedGroups], hidden: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Tokens of each level after its norm, the finest first, [B G D].
+        """Tokens of each level, the finest first, [B G D], those of the coarsest after the norm.
 
         Args:
             hidden: bool [B G] of each level; of hidden groups nothing is seen, and their tokens are 0. A group that is
                 seen must have none that is hidden among its finer ones (`lightspan.nn.masking.guided_masks`).
         """
         found: list[Tensor] = []
-        below_BFd = None
         for level, groups in enumerate(levels):
             hidden_BG = torch.zeros_like(groups.centre_BG, dtype=torch.bool) if hidden is None else hidden[level]
             at_BS, seen_BS = seen_first(hidden_BG)
-            x_BSD = self._embedded(level, groups, below_BFd, at_BS, seen_BS)
+            x_BSD = self._embedded(level, groups, found[-1] if found else None, at_BS, seen_BS)
             place_BSD = self.places[level](at_places(groups.centre_BG3, at_BS)).to(x_BSD.dtype)
             seen_B11S = None if hidden is None else seen_BS[:, None, None]
             for block in self.blocks[level]:
                 x_BSD = block(x_BSD + place_BSD, attn_mask=seen_B11S)
-            below_BFd = _put_back(x_BSD, at_BS, seen_BS, hidden_BG.shape[1])
-            found.append(_put_back(self.norms[level](x_BSD), at_BS, seen_BS, hidden_BG.shape[1]))
+            x_BSD = self.norm(x_BSD) if level == len(self.widths) - 1 else x_BSD
+            found.append(_put_back(x_BSD, at_BS, seen_BS, hidden_BG.shape[1]))
         return found
 
     def _embedded(

@@ -82,8 +82,7 @@ def test_a_norm_of_one_row_takes_what_it_has_seen() -> None:
 
 def test_messages_to_a_node_of_many_neighbours_are_summed_in_float32() -> None:
     layer = GINLayer(1, 0).bfloat16().eval()
-    layer.mlp, layer.norm = torch.nn.Sequential(torch.nn.Identity()), torch.nn.Identity()
-    layer.mlp[0].weight = torch.zeros((), dtype=torch.float32)
+    layer.mlp, layer.norm = torch.nn.Sequential(torch.nn.PReLU()), torch.nn.Identity()  # whose weight is float32
     edges = torch.stack([torch.arange(1, 1001), torch.zeros(1000, dtype=torch.int64)])
     assert layer(torch.ones(1001, 1, dtype=torch.bfloat16), edges, torch.zeros(1000, 0))[0] == 1001
 

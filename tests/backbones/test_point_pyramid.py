@@ -101,11 +101,10 @@ def test_the_papers_networks_have_the_sizes_that_they_say() -> None:
     places = {width: 4 * width + width**2 + width for width in blocks}
     first = 3 * 128 + 3 * 128 + 128 * 256 + 256 + 512 * 512 + 3 * 512 + 512 * 96 + 96
     merged = {(c, w): 2 * (c * c + c) + 2 * c + 2 * c * w + w + 2 * w + w * w + w for c, w in ((96, 192), (192, 384))}
-    norms = sum(2 * width for width in blocks)
-    encoder = first + sum(merged.values()) + 5 * sum(blocks.values()) + sum(places.values()) + norms
+    encoder = first + sum(merged.values()) + 5 * sum(blocks.values()) + sum(places.values()) + 2 * 384
     assert sum(p.numel() for p in net.parameters()) == encoder
     up = (576 * 192 + 192 + 2 * 192) + 2 * (192 * 192 + 192 + 2 * 192)
-    rest = sum(blocks[width] + places[width] for width in (384, 192)) + 384 + 2 * 192
+    rest = sum(blocks[width] + places[width] for width in (384, 192)) + 384 + 2 * 2 * 192
     assert sum(p.numel() for p in decoder.parameters()) == up + rest
     assert not any(isinstance(module, nn.Dropout) and module.p for module in net.modules())
 
@@ -116,17 +115,18 @@ def test_the_decoder_reads_what_was_seen_and_centres_alone() -> None:
     decoder = PyramidDecoder((16, 12), (1, 1), 2, drop_path=0.0).eval()
     levels, hidden = masked(net, xyz, offsets)
     tokens, centres = net.tokens(levels, hidden), [level.centre_BG3 for level in levels]
-    before = decoder(tokens, centres, hidden[-1])
+    before = decoder(tokens, centres, hidden)
     assert before.shape == (3, 10, 12)
-    other = [tokens[0] + 1, tokens[1], torch.where(hidden[-1][..., None], 7.0, tokens[2])]
-    assert torch.equal(decoder(other, centres, hidden[-1]), before)
+    other = [torch.where(hide[..., None], 7.0, level) for level, hide in zip(tokens, hidden, strict=True)]
+    other[0] += 1
+    assert torch.equal(decoder(other, centres, hidden), before)
     for level in (1, 2):
         other = [*tokens]
-        other[level] = tokens[level] + (~hidden[level])[..., None]
-        assert not torch.allclose(decoder(other, centres, hidden[-1]), before)
+        other[level] = torch.where(hidden[level][..., None], tokens[level], 1 - 2 * tokens[level].flip(2))
+        assert not torch.allclose(decoder(other, centres, hidden), before)
         moved = [*centres]
         moved[level] = centres[level] + 1
-        assert not torch.allclose(decoder(tokens, moved, hidden[-1]), before)
+        assert not torch.allclose(decoder(tokens, moved, hidden), before)
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

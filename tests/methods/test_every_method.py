@@ -86,6 +86,7 @@ DRAWN = (
     "masked.tera",
     "masked.v_jepa",
     "supervised.heuristic_mtl",
+    "supervised.p2p",
     "supervised.word_reader",
 )
 """Whose steps differ, of the same images and weights, in what is drawn alone: masks, orders of letters."""

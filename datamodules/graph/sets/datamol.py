@@ -9,10 +9,12 @@ import numpy as np
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import CachePath
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.graph.data import FoundGraphs, GraphSamples, GraphSets
+from lightspan.datamodules.graph.data import GraphSamples, GraphSets
 from lightspan.datamodules.graph.folder import joined_graphs
+from lightspan.datamodules.graph.graphs import Graph
 from lightspan.datamodules.graph.packed import GraphCache
 from lightspan.datamodules.image.picture_files import PictureFiles
+from lightspan.datamodules.loading.found_sets import FoundSamples
 
 Table = Literal["freesolv", "chembl_drugs", "chembl_samples", "solubility"]
 FILES: dict[Table, str] = {
@@ -63,7 +65,7 @@ class DatamolTables(GraphSets):
         """Two samples of a pair of atoms, where the package is not here."""
         return None if _found() is not None else self.blank_samples()
 
-    def find(self) -> FoundGraphs:
+    def find(self) -> FoundSamples[Graph]:
         folder = _found()
         if folder is None:
             raise UserError(

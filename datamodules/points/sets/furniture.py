@@ -4,7 +4,6 @@ A catalogue is a zip archive with a list of properties, and for each piece an OB
 """
 
 import hashlib
-import io
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.foreign import BYTES, PIXELS
-from lightspan.datamodules.points.reading import as_damage
-from lightspan.datamodules.points.scans import without
+from lightspan.datamodules.points.reading import as_damage, meshes_in
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
 CATALOGUES = Path("/usr/share/sweethome3d/furniture")
@@ -51,6 +49,7 @@ _PROPERTY = re.compile(r"^(\w+)#(\d+)=(.*)$")
 _METRES = 0.01  # of the catalogues' unit
 _MOST_WIDE = 3.0  # metres
 GREY = 160
+LIST = "PluginFurnitureCatalog.properties"
 
 
 class Piece(NamedTuple):
@@ -79,9 +78,14 @@ def kind_of(name: str) -> int:
 def find_pieces(root: Path) -> list[Piece]:
     """The pieces of these kinds in all catalogues of a folder that stand on a floor, in the order of their names.
 
-    Raises: UserError for a folder without any.
+    Raises: UserError for a folder without any, and for a damaged catalogue.
     """
-    found = [piece for archive in sorted(root.glob("*.sh3f")) for piece in _listed(archive)]
+    found = list[Piece]()
+    for archive in sorted(root.glob("*.sh3f")):
+        try:
+            found += _listed(archive)
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{archive} is no catalogue of furniture: {one_line(str(error))}; remove it") from error
     if not found:
         raise UserError(
             f"{root} has no catalogue of furniture (*.sh3f) with pieces; install the system package "
@@ -105,7 +109,8 @@ def held_out(pieces: Sequence[Piece]) -> np.ndarray:
 
 def _listed(archive: Path) -> Iterator[Piece]:
     with zipfile.ZipFile(archive) as files:
-        text = files.read("PluginFurnitureCatalog.properties").decode("latin-1")
+        BYTES.require(files.getinfo(LIST).file_size)
+        text = files.read(LIST).decode("latin-1")
         sizes = {info.filename: info.file_size for info in files.infolist()}
     listed = dict[int, dict[str, str]]()
     for line in text.splitlines():
@@ -147,15 +152,10 @@ def read_piece(root: Path, piece: Piece) -> Shape:
 
     Raises: ValueError for damage and more than the limits; UserError without the extra `points`.
     """
-    try:
-        import trimesh
-    except ImportError as error:
-        raise without("trimesh") from error
+    folder, _, name = piece.model.rpartition("/")
     with zipfile.ZipFile(root / piece.archive) as files, as_damage():
-        beside = _Beside(files, piece.model.rpartition("/")[0])
-        content = io.BytesIO(beside[piece.model.rpartition("/")[2]])
-        loaded: Any = trimesh.load(content, file_type="obj", process=False, resolver=beside)
-        meshes = [*loaded.geometry.values()] if isinstance(loaded, trimesh.Scene) else [loaded]
+        beside = _Beside(files, folder)
+        meshes = meshes_in(beside[name], "obj", beside)
         meshes = [mesh for mesh in meshes if len(getattr(mesh, "faces", ()))]
         if not meshes:
             raise ValueError("it has no face")

@@ -70,7 +70,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--points",
         type=folder,
         metavar="FOLDER",
-        help="the PLY, OBJ, STL, LAS, LAZ and LDraw files in this folder instead of the recipe's data",
+        help="the PLY, OBJ, STL, OFF, LAS, LAZ and LDraw files in this folder instead of the recipe's data",
     )
     parser.add_argument(
         "--graphs",

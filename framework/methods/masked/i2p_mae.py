@@ -137,4 +137,4 @@ class I2PMAE(Method):
             hidden: bool [B G] of each level, see `hidden_at_levels`.
         """
         tokens = self.backbone.tokens(levels, hidden)
-        return self.decoder(tokens, [groups.centre_BG3 for groups in levels], hidden[-1])
+        return self.decoder(tokens, [groups.centre_BG3 for groups in levels], hidden)

@@ -44,7 +44,7 @@ class ResidualPoints(nn.Module):
 
 
 class Propagation(nn.Module):
-    """Coarse features at finer places, put together with the finer ones that were seen there: [B G D].
+    """Coarse features at finer places, put together with the finer tokens that were seen there, after a norm: [B G D].
 
     Args:
         coarse: width of the coarser level. width: D, that of the finer one.
@@ -53,15 +53,20 @@ class Propagation(nn.Module):
 
     def __init__(self, coarse: int, width: int, blocks: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width)
         residual = (ResidualPoints(width) for _ in range(blocks))
         self.fuse = nn.Sequential(nn.Linear(coarse + width, width), PointNorm(width), nn.GELU(), *residual)
 
-    def forward(self, coarse_BSd: Tensor, from_BS3: Tensor, skip_BGD: Tensor, to_BG3: Tensor) -> Tensor:
+    def forward(
+        self, coarse_BSd: Tensor, from_BS3: Tensor, seen_BGD: Tensor, to_BG3: Tensor, hidden_BG: Tensor
+    ) -> Tensor:
         """[B G D].
 
         Args:
-            skip_BGD: the encoder's tokens of the finer level, 0 where it saw nothing.
+            seen_BGD: the encoder's tokens of the finer level.
+            hidden_BG: bool, where it saw nothing, in whose place is 0.
         """
+        skip_BGD = self.norm(seen_BGD).masked_fill(hidden_BG[..., None], 0)
         above_BGd = interpolated(coarse_BSd, from_BS3, to_BG3)
         return self.fuse(torch.cat([skip_BGD, above_BGd.to(skip_BGD.dtype)], dim=2))
 
@@ -110,23 +115,24 @@ class PyramidDecoder(nn.Module):
         self.norm = nn.LayerNorm(widths[-1])
         xavier_uniform_(self.levels)
 
-    def forward(self, tokens: Sequence[Tensor], centres: Sequence[Tensor], hidden_BS: Tensor) -> Tensor:
+    def forward(self, tokens: Sequence[Tensor], centres: Sequence[Tensor], hidden: Sequence[Tensor]) -> Tensor:
         """Tokens of the finest of its levels, [B G D].
 
         Args:
-            tokens: of the encoder's levels, the finest first, 0 where nothing was seen; the coarsest are read.
+            tokens: of the encoder's levels, the finest first, those of the coarsest after its norm; the coarsest levels
+                are read.
             centres: of the groups of each level, [B G 3].
-            hidden_BS: bool, of the coarsest level.
+            hidden: bool [B G] of each level, of which no token is read.
         """
-        coarsest = [*zip(tokens, centres, strict=True)][::-1]
-        x, before = coarsest[0][0], coarsest[0][1]
-        x = torch.where(hidden_BS[..., None], self.mask_token.to(x.dtype), x)
+        coarsest = [*zip(tokens, centres, hidden, strict=True)][::-1]
+        seen_BSD, from_BS3, hidden_BS = coarsest[0]
+        x_BGD = torch.where(hidden_BS[..., None], self.mask_token.to(seen_BSD.dtype), seen_BSD)
         for level, (blocks, place) in enumerate(zip(self.levels, self.places, strict=True)):
-            skip, centre = coarsest[level]
+            seen_BGD, to_BG3, hidden_BG = coarsest[level]
             if level:
-                x = self.ways[level - 1](x, before, skip, centre)
-            place_BGD = place(centre).to(x.dtype)
+                x_BGD = self.ways[level - 1](x_BGD, from_BS3, seen_BGD, to_BG3, hidden_BG)
+            place_BGD = place(to_BG3).to(x_BGD.dtype)
             for block in blocks:
-                x = block(x + place_BGD)
-            before = centre
-        return self.norm(x)
+                x_BGD = block(x_BGD + place_BGD)
+            from_BS3 = to_BG3
+        return self.norm(x_BGD)

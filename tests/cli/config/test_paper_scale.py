@@ -60,6 +60,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".folder.VolumeFolder'",
         ".radiance.RadianceFolder'",
         ".points.folder.PointFolder'",
+        ".modelnet.ModelNet40'",
         ".spelling.WordList'",
         ".own.OwnSequences'",
         ".domains.DomainFiles'",

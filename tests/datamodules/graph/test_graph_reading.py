@@ -9,7 +9,7 @@ import pytest
 from graph_files import ring
 
 from lightspan.core.files.foreign import TooMuchError
-from lightspan.datamodules.graph.graphs import Graph, LeftOut, ego_net, graph_of
+from lightspan.datamodules.graph.graphs import Graph, LeftOut, graph_of
 from lightspan.datamodules.graph.reading import GraphReader
 
 TRIANGLE = [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1]]
@@ -134,15 +134,3 @@ def test_damaged_files_are_refused_and_nothing_in_them_runs(tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=said):
             read(tmp_path / name, content)
-
-
-def test_the_neighbourhood_of_a_node_has_the_edges_within() -> None:
-    edges = np.array([[0, 1], [1, 2], [2, 3], [3, 4], [1, 3], [5, 0]])
-    graph, _ = graph_of(np.arange(6) + 10, edges, np.arange(6), False)
-    near = ego_net(graph, 1, 1, 99)
-    assert near.kind.tolist() == [11, 10, 12, 13]
-    assert near.edges.tolist() == [[0, 1], [0, 2], [0, 3], [1, 0], [2, 0], [2, 3], [3, 0], [3, 2]]
-    assert near.edge_kind.tolist() == [0, 1, 4, 0, 1, 2, 4, 2]
-    assert ego_net(graph, 1, 9, 99).kind.tolist() == [11, 10, 12, 13, 15, 14]
-    assert ego_net(graph, 1, 9, 3).kind.tolist() == [11, 10, 12]
-    assert ego_net(graph, 1, 0, 3).edges.shape == (0, 2)

@@ -32,6 +32,9 @@ def test_pieces_on_the_wall_of_other_rooms_or_too_large_are_left_out(tmp_path: P
     assert len(found) == len(KINDS) + 1
     with pytest.raises(UserError, match=r"data\.init_args\.furniture"):
         find_pieces(tmp_path)
+    (tmp_path / "Damaged.sh3f").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"Damaged\.sh3f"):
+        find_pieces(tmp_path)
 
 
 def test_a_fifth_of_each_kind_is_held_out_and_at_least_one_of_two(tmp_path: Path) -> None:

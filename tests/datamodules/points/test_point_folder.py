@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from point_files import CUBE, brick, bricks, deadly_laz, las, ply
+from point_files import CUBE, brick, bricks, deadly_laz, las, off, ply
 
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
@@ -18,6 +18,7 @@ from lightspan.datamodules.points.data import PointSets
 from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.ldraw import Title
 from lightspan.datamodules.points.sets.ldraw import BrickPart, LDrawParts, in_test
+from lightspan.datamodules.points.sets.modelnet import ModelNet40
 
 
 def opened(folder: Path, **settings: Any) -> PointFolder:
@@ -227,3 +228,20 @@ def test_versions_of_a_part_are_on_one_side() -> None:
     ]
     assert all(len(side) == 1 for side in sides)
     assert 20 < sum(True in side for side in sides) < 60
+
+
+def test_modelnet_validates_on_its_own_test_files(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh", reason="the extra `points` is not installed")
+    for number, part in enumerate(("chair/train", "chair/train", "chair/test", "bed/train", "bed/test")):
+        (tmp_path / "in" / part).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / part / f"{number}.off").write_text(off(CUBE, "OFF8 6 0\n"))
+    data = ModelNet40(str(tmp_path / "in"), cache_dir=str(tmp_path / "cache"))
+    data.setup()
+    assert data.classes == ("bed", "chair")
+    assert data.train is not None
+    assert data.train.labels().tolist() == [0, 1, 1]
+    assert data.val.labels().tolist() == [0, 1]
+    (tmp_path / "in" / "bed" / "new").mkdir()
+    (tmp_path / "in" / "bed" / "new" / "a.off").write_text(off(CUBE))
+    with pytest.raises(UserError, match=r"new/a\.off"):
+        ModelNet40(str(tmp_path / "in"), cache_dir=str(tmp_path / "cache")).setup()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from point_files import CUBE, QUADS, brick, deadly_laz, las, ply
+from point_files import CUBE, QUADS, brick, deadly_laz, las, off, ply
 
 from lightspan.datamodules.points.ldraw import LDrawFiles, title_of
 from lightspan.datamodules.points.packed import MOST_KEPT, kept
@@ -93,6 +93,28 @@ def test_surfaces_and_points_are_told_apart(tmp_path: Path) -> None:
     assert read(tmp_path, "a.stl", triangle).xyz.shape == (1, 3, 3)
     for name, content in (("b.ply", ply(CUBE)), ("b.obj", corners)):  # vertices without faces
         assert read(tmp_path, name, content).xyz.tolist() == (CUBE - 0.5).tolist()
+
+
+def test_off_files_are_read_also_where_counts_follow_on_the_line_of_their_name(tmp_path: Path) -> None:
+    needs_trimesh()
+    for start in ("OFF\n8 6 0\n", "OFF8 6 0\n", "OFF 8 6 12\n", "# a box\n\noff\n# counts\n8 6\n"):
+        found = read(tmp_path, "a.off", off(CUBE, start))
+        assert found.xyz.shape == (12, 3, 3)
+        assert np.abs(found.xyz).tolist() == np.full((12, 3, 3), 0.5).tolist()
+    body = off(CUBE, "")
+    assert read(tmp_path, "a.off", "OFF\n8 0 0\n" + body).xyz.shape == (8, 3)
+    for content, said in (
+        ("", "empty"),
+        ("ply\n" + body, "no OFF file"),
+        ("OFF\n", "header"),
+        ("OFF\nmany 6 0\n" + body, "header"),
+        ("OFF\n8 60 0\n" + body, "cut short"),
+        ("OFF\n8 6 0\n" + body.replace("4 0 1 3 2", "4 0 1 3 9"), "damaged|vertex"),
+        ("OFF\n999999999999 6 0\n" + body, "LIGHTSPAN_MAX_NUMBERS"),
+        ("OFF\n8 999999999999 0\n" + body, "LIGHTSPAN_MAX_TRIANGLES"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path, "a.off", content)
 
 
 def test_colours_and_normals_of_files_are_read(tmp_path: Path) -> None:

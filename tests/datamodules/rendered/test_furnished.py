@@ -11,8 +11,8 @@ from lightspan.datamodules.rendered.furnished import (
     SURFACES,
     TALLEST,
     USES,
-    Frames,
-    Layout,
+    RoomFrames,
+    RoomPlan,
     Sensor,
     Surfaces,
     cameras_of,
@@ -34,21 +34,21 @@ def shape_of(piece: int) -> Shape:
     return Shape(xyz.astype(np.float32), generator.integers(0, 256, (30, 3, 3), dtype=np.uint8))
 
 
-def room(number: int) -> tuple[Layout, Surfaces]:
+def room(number: int) -> tuple[RoomPlan, Surfaces]:
     layout = layout_of(0, number, NAMES, KIND, SIZE)
     return layout, furnished(layout, [shape_of(piece) for piece in layout.piece], KIND[layout.piece])
 
 
-def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tuple[Layout, Surfaces, Frames]:
+def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tuple[RoomPlan, Surfaces, RoomFrames]:
     layout, surfaces = room(number)
     return layout, surfaces, frames_of(layout, surfaces, *cameras_of(layout, 0, number, views), height, width)
 
 
-def first_met(layout: Layout, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray) -> tuple[float, int, np.ndarray]:
+def first_met(plan: RoomPlan, surfaces: Surfaces, place: np.ndarray, ray: np.ndarray) -> tuple[float, int, np.ndarray]:
     """(length, class, normal), by solving for each triangle where its plane is met."""
     best, kind, across = np.inf, -1, np.zeros(3)
     for axis in range(3):
-        for sign, wall in ((1, layout.size[axis]), (-1, 0.0)):
+        for sign, wall in ((1, plan.size[axis]), (-1, 0.0)):
             length = (wall - place[axis]) / ray[axis]
             if 0 < length < best and ray[axis] * sign > 0:
                 best, kind, across = length, 2 if axis < 2 else int(sign > 0), np.eye(3)[axis]
@@ -172,7 +172,7 @@ def test_a_room_depends_on_its_number_alone_and_may_have_no_piece() -> None:
 
 def test_a_clean_sensor_changes_nothing_and_a_noisy_one_what_it_says() -> None:
     _, _, frames = drawn(0, views=4, height=24, width=32)
-    for name, clean in zip(Frames._fields, Sensor().scanned(frames, 0, 0), strict=True):
+    for name, clean in zip(RoomFrames._fields, Sensor().scanned(frames, 0, 0), strict=True):
         np.testing.assert_allclose(clean, getattr(frames, name), atol=1e-6, err_msg=name)
     noisy = Sensor(depth=0.02, missing=0.25, grain=0.05, tilt=0.2).scanned(frames, 0, 0)
     there = noisy.depth > 0

@@ -162,7 +162,6 @@ def test_it_learns_shapes_through_a_network_that_stays(tmp_path: Path) -> None:
     }
     losses = fit(method(optimizer=partial(torch.optim.AdamW, lr=3e-2)), [given] * 40, tmp_path)
     least = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))  # of smoothed labels
-    print(losses)
     assert losses[0] > 0.9 > np.mean(losses[-5:]) > least
 
 

@@ -41,6 +41,8 @@ def test_numbered_actions_have_the_cross_entropy_in_nats() -> None:
 def test_dropout_is_behind_each_hidden_layer_and_off_in_evaluation() -> None:
     mlp = MLPHead(4, 2, hidden=(8, 8), dropout=0.5)
     assert [type(part).__name__ for part in mlp.layers] == ["Linear", "GELU", "Dropout"] * 2 + ["Linear"]
+    normed = MLPHead(4, 2, hidden=(8,), batch_norm=True)
+    assert [type(part).__name__ for part in normed.layers] == ["Linear", "BatchNorm1d", "GELU", "Linear"]
     x = torch.randn(5, 4)
     assert not torch.equal(mlp(x), mlp(x))
     assert torch.equal(mlp.eval()(x), mlp(x))
