@@ -7,26 +7,15 @@ Shapes: N nodes and E edges of all graphs, B graphs, F G numbers of a node and o
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ragged import ragged_means
 from lightspan.core.ranges import require_in
+from lightspan.nn.row_norm import RowNorm
 
 # A recipe may name the classes listed here.
 __all__ = ["GIN"]
-
-
-class RowNorm(nn.BatchNorm1d):
-    """Batch norm over the rows of all samples. Fewer than two rows, whose deviation nobody knows, are normed as in
-    evaluation.
-    """
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        if self.training and len(x_ND) < 2:
-            return F.batch_norm(x_ND, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps)
-        return super().forward(x_ND)
 
 
 class GINLayer(nn.Module):

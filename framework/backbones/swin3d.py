@@ -25,7 +25,7 @@ from lightspan.nn.voxels.context import ContextAxis, context_attention
 from lightspan.nn.voxels.convolution import VoxelConv, around
 from lightspan.nn.voxels.levels import Level, coarser_level
 from lightspan.nn.voxels.nearest import interpolated, largest_near, nearest_rows
-from lightspan.nn.voxels.windows import Windows, windows_of
+from lightspan.nn.voxels.windows import VoxelWindows, windows_of
 
 # A recipe may name the classes listed here.
 __all__ = ["Swin3D", "Swin3DEncoder"]
@@ -60,7 +60,7 @@ class ContextAttention(nn.Module):
         shapes = [(3, 2 * L, heads, width // heads) for L in reach]
         self.query, self.key, self.value = ContextTables(shapes), ContextTables(shapes), ContextTables(shapes)
 
-    def forward(self, x_VD: Tensor, level: Level, windows: Windows) -> Tensor:
+    def forward(self, x_VD: Tensor, level: Level, windows: VoxelWindows) -> Tensor:
         q, k, v = self.qkv(x_VD).unflatten(1, (3, self.heads, -1)).unbind(1)
         known = (level.xyz_V3, *level.signals)
         axes = [
@@ -87,7 +87,7 @@ class VoxelBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.drop_path = drop_path
 
-    def forward(self, x_VD: Tensor, level: Level, windows: Windows) -> Tensor:
+    def forward(self, x_VD: Tensor, level: Level, windows: VoxelWindows) -> Tensor:
         x_VD = x_VD + self.drop_path(self.attn(self.norm1(x_VD), level, windows))
         return x_VD + self.drop_path(self.mlp(self.norm2(x_VD)))
 

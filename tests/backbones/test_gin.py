@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightspan.backbones.gin import GIN, GINLayer, RowNorm
+from lightspan.backbones.gin import GIN, GINLayer
 from lightspan.core.errors import UserError
 
 EDGES = torch.tensor([[0, 1, 1, 2, 3, 5, 3], [1, 0, 2, 1, 5, 3, 1]])
@@ -69,15 +69,6 @@ def test_graphs_without_edges_or_nodes_and_a_single_node_have_features() -> None
             assert features.isfinite().all()
             assert not features[1].any()
             features.sum().backward()
-
-
-def test_a_norm_of_one_row_takes_what_it_has_seen() -> None:
-    norm = RowNorm(2)
-    norm(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
-    before = norm.running_mean.clone()
-    one = torch.tensor([[4.0, 5.0]])
-    assert torch.equal(norm(one), norm.eval()(one))
-    assert torch.equal(norm.running_mean, before)
 
 
 def test_messages_to_a_node_of_many_neighbours_are_summed_in_float32() -> None:

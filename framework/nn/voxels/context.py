@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightspan.core.devices import wide_type
-from lightspan.nn.voxels.windows import Windows, pairs_of, parts
+from lightspan.nn.voxels.windows import VoxelWindows, pairs_of, parts
 
 MOST_NUMBERS = 2**25
 """That pairs hold at once in one place, of all heads: 128 MB."""
@@ -100,7 +100,7 @@ def context_attention(
     k_Vhd: Tensor,
     v_Vhd: Tensor,
     axes: Sequence[ContextAxis],
-    windows: Windows,
+    windows: VoxelWindows,
     most_numbers: int = MOST_NUMBERS,
 ) -> Tensor:
     """`pair_attention` of each voxel with all of its window, [V h d] in float32 or wider.

@@ -14,7 +14,7 @@ from lightspan.core.devices import has_values
 from lightspan.nn.voxels.grid import Voxels, voxels_at
 
 
-class Windows(NamedTuple):
+class VoxelWindows(NamedTuple):
     """Each voxel in one window.
 
     Attributes:
@@ -28,7 +28,7 @@ class Windows(NamedTuple):
     counts: Sequence[int]
 
 
-def windows_of(voxels: Voxels, side: int, shift: int = 0) -> Windows:
+def windows_of(voxels: Voxels, side: int, shift: int = 0) -> VoxelWindows:
     """The voxels by windows of `side` voxels a side, of which one begins `shift` voxels before the origin of the
     coordinates. No two clouds share one.
 
@@ -39,12 +39,12 @@ def windows_of(voxels: Voxels, side: int, shift: int = 0) -> Windows:
     windows, window_V = voxels_at(place_V3, voxels.offsets, spread=side**2)  # of a surface
     counts_W = torch.zeros_like(windows.key_V).index_add(0, window_V, torch.ones_like(window_V))
     if has_values(counts_W):
-        return Windows(window_V.argsort(stable=True), counts_W, counts_W.tolist())
+        return VoxelWindows(window_V.argsort(stable=True), counts_W, counts_W.tolist())
     each, left = divmod(len(window_V), max(len(counts_W), 1))  # a plan, whose windows hold equally many
-    return Windows(window_V, counts_W, [each + (window < left) for window in range(len(counts_W))])
+    return VoxelWindows(window_V, counts_W, [each + (window < left) for window in range(len(counts_W))])
 
 
-def parts(windows: Windows, pairs: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def parts(windows: VoxelWindows, pairs: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Whole windows of at most so many pairs together, or one of more: their voxels, int64 [v], how many each of the
     windows has, and the number of pairs.
     """

@@ -112,8 +112,8 @@ def sparse_unet() -> PointSegmenter:
 
 @pytest.mark.parametrize("make", [swin, sparse_unet])
 def test_it_learns_classes_of_places_and_of_colours(make: Any, tmp_path: Path) -> None:
-    losses = fit(make(), [coloured(seed % 4) for seed in range(30)], tmp_path)
-    assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
+    losses = fit(make(), [coloured(seed % 4) for seed in range(20)], tmp_path)
+    assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
 
 
 def test_batches_and_settings_that_do_not_fit_are_refused() -> None:

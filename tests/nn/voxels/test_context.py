@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightspan.nn.voxels.context import ContextAxis, context_attention, segment_softmax, table_rows
 from lightspan.nn.voxels.grid import Voxels, voxels_at
-from lightspan.nn.voxels.windows import Windows, windows_of
+from lightspan.nn.voxels.windows import VoxelWindows, windows_of
 
 HEADS, WIDTH, SIDE = 2, 3, 4
 
@@ -132,7 +132,7 @@ def test_memory_grows_with_voxels_and_not_with_pairs() -> None:
     qkv, axes = drawn(voxels)
     leaves(qkv, axes)
 
-    def kept(windows: Windows) -> int:
+    def kept(windows: VoxelWindows) -> int:
         held = 0
 
         def pack(tensor: Tensor) -> Tensor:
