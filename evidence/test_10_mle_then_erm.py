@@ -12,11 +12,11 @@ import torch
 from digits import parted
 from torch import Tensor
 
-from lightspan.backbones.latent_models import GaussianMixture, fitted_factors, posterior_map
 from lightspan.evaluation.label_saving.factor_world import FactorWorld, Truth, least_squares
 from lightspan.evaluation.label_saving.mle_then_erm import RIDGES
 from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.evaluation.scaling_laws import log_slope
+from lightspan.nn.latent_models import GaussianMixture, fitted_factors, posterior_map
 
 SEEDS, DIGIT_SEEDS, SEARCH_SEED = tuple(range(20)), (0, 1, 2, 3, 4), 100
 LABELS, UNLABELLED = (60, 100, 200, 800), (100, 1000, 10_000)
