@@ -127,9 +127,7 @@ def test_wrong_names_numbers_and_samples_are_refused() -> None:
         LabelSaving(reference="b").fit(sides)
     with pytest.raises(UserError, match=r"labels=\[5, 21\]"):
         LabelSaving(labels=(5, 21)).fit(sides)
-    other = ComparedFeatures(
-        {**sides.banks, "b": Features(drawn(19, 3))}, {**sides.queries, "b": Features(drawn(20, 3))}
-    )
+    banks, queries = ({**side, "b": Features(drawn(19, 3))} for side in (sides.banks, sides.queries))
     with pytest.raises(UserError, match="b has other samples"):
         LabelSaving().fit(ComparedFeatures(banks, queries))
     for wrong in ({"encoders": {}}, {"encoders": {"a": nn.Flatten()}, "without_transforms": ["b"]}):
