@@ -68,6 +68,7 @@ tests of merging and estimators."""
 
 TWO_LANGUAGES = "data.init_args.languages=[es,fr]"
 FEWER = {
+    "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/spoken_languages": [f"inputs.{name}.init_args.{TWO_LANGUAGES}" for name in ("bank", "query")],
 }
 """What a recipe that only computes reads here, where all of its data takes more than the time of a sweep's test."""

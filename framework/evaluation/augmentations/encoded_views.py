@@ -124,7 +124,7 @@ class EncodedViews(Input):
 
 
 def _samples(loader: Any) -> int:
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__len__"):
         raise UserError(
             f"EncodedViews takes images evenly from a whole set, and {type(dataset).__name__} has no length; make "

@@ -66,7 +66,7 @@ class ExcessRisks(Result):
         ]
         slopes = {f"slope in labels, {name}": self.label_slopes[name] for name in dict.fromkeys(map(_method, shown))}
         for name, slope in (slopes | {"slope in samples without labels": self.sample_slope}).items():
-            found += [Figure(name + end, slope[key]) for key, end in ENDS if slope[key] is not None]
+            found += [Figure(name + end, value) for key, end in ENDS if (value := slope[key]) is not None]
         return (*found, Figure("seeds", self.seeds))
 
     def table(self) -> tuple[dict[str, Any], ...]:
