@@ -54,11 +54,10 @@ def accuracy(net: nn.Module) -> float:
 
 
 def searched(rate: float) -> float:
-    x, y = data()
+    """Minus the cross-entropy on the images that units are compared on."""
+    (x, y), net = data(), trained(SEARCH_SEED, SEARCH_SEED, rate)
     with torch.no_grad():
-        return -float(
-            nn.functional.cross_entropy(trained(SEARCH_SEED, SEARCH_SEED, rate)(x[TRAINED_ON:]), y[TRAINED_ON:])
-        )
+        return -float(nn.functional.cross_entropy(net(x[TRAINED_ON:]), y[TRAINED_ON:]))
 
 
 def compared(first: Tensor, second: Tensor) -> Convergence:
