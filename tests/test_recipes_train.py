@@ -74,6 +74,7 @@ FEWER = {
         f"inputs.{name}.init_args.{ONE_CATEGORY}" for name in ("first", "second", "first_query", "second_query")
     ],
     "analysis/name_ldraw": [f"inputs.query.init_args.{ONE_CATEGORY}"],
+    "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/spoken_languages": [f"inputs.{name}.init_args.{TWO_LANGUAGES}" for name in ("bank", "query")],
 }
 """What a recipe that only computes reads here, where all of its data takes more than the time of a sweep's test."""
