@@ -9,6 +9,7 @@ import torch
 from lightspan.callbacks.pictures.batch_panels import panels, text_of
 from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
 from lightspan.core.drawing import png
+from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.video.batch import ClipsBatch
 
@@ -73,6 +74,32 @@ def test_the_columns_of_tables_are_colours(views):
 @pytest.mark.parametrize("batch", [None, [], {}, {"image": torch.ones(2, 3, 4, 4)}, {"tokens": torch.ones(0, 3)}])
 def test_what_is_neither_text_nor_table_has_no_panel(batch):
     assert panels(batch, 2, None, None) is None
+
+
+def test_graphs_are_drawn_with_neighbours_near_and_kinds_in_colours():
+    path = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    batch = {
+        "node": torch.ones(6, 3),
+        "edge_index": path,
+        "edge": torch.ones(6, 0),
+        "offsets": torch.tensor([0, 4, 5, 5, 6]),
+        "kind": torch.tensor([1, 2, 2, 1, 1, 3]),
+        "label": torch.arange(4),
+        "index": torch.arange(4),
+    }
+    figure = panels(batch, 3, None, None, GraphBatch)
+    assert [axis.get_title("left") for axis in figure.axes] == [
+        "label 0, 4 nodes",
+        "label 1, 1 nodes",
+        "label 2, 0 nodes",
+    ]
+    dots = figure.axes[0].collections[0]
+    places = torch.from_numpy(dots.get_offsets().data)
+    apart = (places[:, None] - places[None]).norm(dim=2)
+    torch.testing.assert_close(apart[0], torch.arange(4.0).double(), atol=0.05, rtol=0)
+    colours = dots.get_facecolors().tolist()
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+    assert png(figure).startswith(b"\x89PNG")
 
 
 def test_long_and_formula_like_texts_are_drawn_as_they_are():
