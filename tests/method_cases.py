@@ -27,18 +27,24 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.gin import GIN
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
 from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
+from lightspan.backbones.point_pyramid import PointPyramid
 from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.backbones.sequence import sequence_state_space, sequence_transformer
 from lightspan.backbones.slices import SlicedVolumes, SliceEmbedding, SliceTransformer
+from lightspan.backbones.sparse_unet import SparseUNet
+from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
+from lightspan.backbones.timm_networks import timm_network
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
+from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.datamodules.text.denoising import Denoising
 from lightspan.datamodules.text.documents import TextTokens
 from lightspan.merging.models import GaussianModels
@@ -78,6 +84,7 @@ from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
+from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
@@ -87,10 +94,12 @@ from lightspan.methods.image_text.pre import PRE
 from lightspan.methods.language.causal_lm import CausalLM
 from lightspan.methods.language.prompted_classifier import Discrepancy, PromptedClassifier
 from lightspan.methods.language.text_classifier import TextClassifier
+from lightspan.methods.masked.attribute_masking import AttributeMasking
 from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
+from lightspan.methods.masked.i2p_mae import I2PMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
 from lightspan.methods.masked.models_genesis import ModelsGenesis
@@ -117,6 +126,7 @@ from lightspan.methods.supervised.heuristic_mtl import HeuristicMTL
 from lightspan.methods.supervised.inverse_dynamics import InverseDynamics
 from lightspan.methods.supervised.look import LOOK
 from lightspan.methods.supervised.p2p import P2P
+from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
@@ -129,12 +139,14 @@ from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.class_pairs import Arbitrary
 from lightspan.nn.clustering.patch_codes import PatchCodes
 from lightspan.nn.decoders.cross_decoder import CrossDecoder, CrossFirst, SelfFirst
+from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.decoders.grouped_mask_decoder import GroupedMaskDecoder
 from lightspan.nn.decoders.latent_regressor import LatentDecoder, LatentRegressor
 from lightspan.nn.decoders.letter_decoder import LetterDecoder
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.decoders.point_decoder import PointDecoder
+from lightspan.nn.decoders.pyramid_decoder import PyramidDecoder
 from lightspan.nn.decoders.unet_decoder import UNetDecoder
 from lightspan.nn.decoders.unetr_decoder import UNETRDecoder
 from lightspan.nn.decoders.upsampler import UpsamplerPyramid
@@ -152,6 +164,7 @@ from lightspan.nn.heads.subspace_learners import SubspaceLearners
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
+from lightspan.nn.masking.guided_masks import GuidedMasks
 from lightspan.nn.masking.mask_samplers import CoarseMasks, RandomMasks
 from lightspan.nn.masking.multi_block import MultiBlock
 from lightspan.nn.masking.patch_mix import PatchMix
@@ -164,6 +177,8 @@ from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
+from lightspan.nn.signed_fields import SignedField
+from lightspan.nn.teachers.image_guide import ImageGuide
 from lightspan.objectives.moving_targets import MomentumFeatures
 from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.riemannian import RiemannianSGD
@@ -183,6 +198,8 @@ AMONG_STEPS = "each hidden step weighs the same: a micro-batch has numbers of it
 AMONG_CELLS = "each labelled cell weighs the same: a micro-batch has other recordings' bands"
 AMONG_MODALITIES = "each hidden patch of a modality weighs the same: a micro-batch has numbers of its own of them"
 AMONG_VOXELS = "the mean is over the filled voxels of a micro-batch, of which halves have unequal numbers"
+AMONG_POINTS = "each point with a class weighs the same: a micro-batch has clouds of its own sizes"
+AMONG_RAYS = "the means are over rays that have a part in them, of which halves have unequal numbers"
 AMONG_ROWS = "the objective compares the rows of a batch: a micro-batch has fewer to compare with"
 LOOKS_AHEAD = "the first micro-batch alone looks ahead"
 MIXED = "images are mixed with others of their rank"
@@ -661,6 +678,30 @@ def clouds(rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+def graphs(rows: int, seed: int) -> dict[str, Any]:
+    """Rings and pairs of 0 to 4 nodes."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (3 * torch.arange(1, rows + 1) % 5).tolist()
+    firsts = np.cumsum([0, *counts])
+    edges = [
+        (first + a, first + (a + 1) % n) for first, n in zip(firsts, counts, strict=False) for a in range(n * (n > 1))
+    ]
+    kind = torch.randint(4, (int(firsts[-1]),), generator=generator)
+    return {
+        "node": torch.nn.functional.one_hot(kind, 4).float(),
+        "edge_index": torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T.contiguous(),
+        "edge": torch.randn(len(edges), 2, generator=generator),
+        "offsets": torch.tensor(firsts.tolist(), dtype=torch.int64),
+        "kind": kind,
+        "label": torch.zeros(rows, dtype=torch.int64),
+        "index": torch.arange(rows) + ROWS * seed,
+    }
+
+
+def attribute_masking(**optimization: Any) -> AttributeMasking:
+    return AttributeMasking(without_norms(GIN(4, 2, width=8, depth=2)), num_kinds=4, **optimization)
+
+
 def nerf_mae(**optimization: Any) -> NeRFMAE:
     backbone = GridSwin((2, 2, 2), (2, 2, 2), 4, 12, (2, 1), (2, 2), positions=True)
     return NeRFMAE(
@@ -675,9 +716,58 @@ def point_mae(**optimization: Any) -> PointMAE:
     return PointMAE(backbone, PointDecoder(12, depth=1, heads=2, drop_path=0), **optimization)
 
 
+def labelled_clouds(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points with colours and classes, of which some are not known."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 50)
+    points = len(batch["xyz"])
+    colour = torch.rand(points, 3, generator=generator)
+    return {**batch, "colour": colour, "classes": torch.randint(-1, 3, (points,), generator=generator)}
+
+
+def point_segmenter(**optimization: Any) -> PointSegmenter:
+    encoder = Swin3DEncoder(
+        widths=(4, 6), depths=(2, 1), heads=(2, 2), windows=(2, 2), strides=(2,), neighbours=3, drop_path=0.0
+    )
+    backbone = VoxelPoints(without_norms(Swin3D(encoder)), size=0.5)
+    return PointSegmenter(backbone, 3, **optimization)
+
+
+def posed_scenes(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points with colours, and two views of each from outside, of which some pixels have no depth."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 60)
+    side = torch.tensor([[0.0, 1, 0], [0, 0, -1], [-1, 0, 0]])  # looks to where x is small
+    lens = torch.tensor([[4.0, 0, 1.5], [0, 4, 1], [0, 0, 1]])
+    return {
+        **batch,
+        "colour": torch.rand(len(batch["xyz"]), 3, generator=generator),
+        "pictures": torch.rand(rows, 2, 3, 3, 4, generator=generator),
+        "depth": (8 * torch.rand(rows, 2, 3, 4, generator=generator) - 1).relu(),
+        "place": torch.tensor([4.0, 0, 0]) + 0.2 * torch.randn(rows, 2, 3, generator=generator),
+        "rotation": side.repeat(rows, 2, 1, 1),
+        "intrinsics": lens.repeat(rows, 2, 1, 1),
+    }
+
+
+def ponder_v2(**optimization: Any) -> PonderV2:
+    network = without_norms(SparseUNet(6, 4, (4, 6), (1, 1)))
+    field = SignedField(3, 3, hidden=4)
+    small: dict[str, Any] = {"grid": (2, 3, 4), "keep": 0.6, "rays": 5, "pieces": 5, "finer": 3, "truncation": 0.2}
+    return PonderV2(VoxelPoints(network, size=0.5), GridUNet(6, 6, (4, 4)), field, **small, **optimization)
+
+
 def p2p(**optimization: Any) -> P2P:
     prompt = without_norms(PointPrompt(EdgeEncoder(4, 3, neighbours=3, groups=2), side=6))
     return P2P(MLP((3, 6, 6), (8,)), 3, prompt, votes=(2, 1), **optimization)
+
+
+def i2p_mae(**optimization: Any) -> I2PMAE:
+    torch.manual_seed(0)
+    sizes = {"groups": (8, 5), "sizes": (4, 3), "widths": (8, 12), "depths": (1, 1), "point_widths": (4, 4, 8)}
+    backbone = without_norms(PointPyramid(**sizes, heads=2, drop_path=0))
+    decoder = without_norms(PyramidDecoder((12, 8), (1, 1), heads=2, drop_path=0))
+    picture = {"img_size": 16, "patch_size": 8, "embed_dim": 4, "depth": 1, "num_heads": 2, "num_classes": 0}
+    guide = ImageGuide(timm_network("vit_tiny_patch16_224", **picture), side=16)
+    return I2PMAE(backbone, decoder, guide, GuidedMasks(0.6), spread=3, **optimization)
 
 
 def prithvi(**optimization: Any) -> Prithvi:
@@ -1034,7 +1124,15 @@ CASES: dict[str, Case] = {
         lambda **o: SequenceClassifier(sequence_transformer(2, width=8, depth=1, heads=2), 3, **o), series
     ),
     "supervised.slca": Case(lambda **o: SLCA(Pooled(), 3, **o), images(), unsharded="which FSDP2 splits"),
+    "masked.attribute_masking": Case(
+        attribute_masking, graphs, halves_differ="a mean over hidden nodes, of which halves have other numbers"
+    ),
+    "masked.i2p_mae": Case(
+        i2p_mae, clouds, halves_differ="clouds have different numbers of groups that are seen and hidden"
+    ),
     "masked.point_mae": Case(point_mae, clouds),
+    "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS),
+    "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),
     "supervised.word_reader": Case(word_reader, words, halves_differ=AMONG_LETTERS),
     "supervised.tag_classifier": Case(lambda **o: TagClassifier(Pooled(), nn.Linear(8, 3), **o), tagged),

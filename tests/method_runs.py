@@ -162,14 +162,41 @@ def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[st
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, given)
 
 
+PACKED = ("xyz", "colour", "normal", "classes")
+"""Fields that have a row for each point."""
+
+
 def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
     if OFFSETS not in given:
         return mapped(given, lambda tensor: tensor[part])
-    rows = {name: value for name, value in given.items() if name not in ("xyz", OFFSETS)}
-    clouds = given["xyz"].split(given[OFFSETS].diff().tolist())
-    kept = [clouds[place] for place in torch.arange(len(clouds))[part].tolist()]
-    ends = torch.tensor([0, *(len(cloud) for cloud in kept)]).cumsum(0)
-    return {"xyz": torch.cat([given["xyz"][:0], *kept]), OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
+    if "edge_index" in given:
+        return graphs_of(given, part)
+    rows = {name: value for name, value in given.items() if name not in (*PACKED, OFFSETS)}
+    counts = given[OFFSETS].diff()
+    kept = torch.arange(len(counts))[part].tolist()
+    packed = {name: given[name].split(counts.tolist()) for name in PACKED if name in given}
+    fields = {name: torch.cat([given[name][:0], *(each[at] for at in kept)]) for name, each in packed.items()}
+    ends = torch.tensor([0, *counts[kept].tolist()]).cumsum(0)
+    return fields | {OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
+
+
+def graphs_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
+    """Some graphs of a batch of them."""
+    counts = given[OFFSETS].diff()
+    places = torch.arange(len(counts))[part]
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    nodes = torch.cat([owner.new_zeros(0), *((owner == place).nonzero()[:, 0] for place in places)])
+    number = torch.full((len(owner),), -1)
+    number[nodes] = torch.arange(len(nodes))
+    edges = (number[given["edge_index"]] >= 0).all(0)
+    return {
+        "node": given["node"][nodes],
+        "edge_index": number[given["edge_index"][:, edges]],
+        "edge": given["edge"][edges],
+        OFFSETS: torch.cat([counts[:0], torch.zeros(1, dtype=torch.int64), counts[places].cumsum(0)]),
+        "kind": given["kind"][nodes],
+        **{name: given[name][part] for name in ("label", "index")},
+    }
 
 
 def in_halves(given: dict[str, Any]) -> list[dict[str, Any]]:

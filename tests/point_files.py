@@ -26,6 +26,23 @@ def bricks(folder: Path, count: int) -> Path:
     return folder
 
 
+def write_scans(folder: Path, count: int, points: int = 40) -> Path:
+    """Scans with colours, normals and classes 0 to 2, of which every seventh point has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        draws = np.random.default_rng(number)
+        classes = np.where(np.arange(points + number) % 7, np.arange(points + number) % 3, -1)
+        normal = draws.normal(size=(len(classes), 3))
+        np.savez(
+            folder / f"scan{number}.npz",
+            xyz=draws.uniform([6, 16, 26], [14, 24, 34], (len(classes), 3)),
+            colour=draws.integers(0, 256, (len(classes), 3)).astype(np.uint8),
+            normal=(normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
+            classes=classes.astype(np.int16),
+        )
+    return folder
+
+
 def ply(points: np.ndarray, normals: np.ndarray | None = None, faces: tuple[tuple[int, ...], ...] = ()) -> bytes:
     names = "xyz" if normals is None else ("x", "y", "z", "nx", "ny", "nz")
     rows = points if normals is None else np.concatenate([points, normals], axis=1)

@@ -513,6 +513,12 @@ def folder_of_points(place: Path, each: Asked) -> None:
             (place / name / f"{number}.ply").write_bytes(ply(CUBE * [1 + number, 1, 1]))
 
 
+def folder_of_scans(place: Path, each: Asked) -> None:
+    from point_files import write_scans
+
+    write_scans(place, SAMPLES)
+
+
 def modelnet(place: Path, each: Asked) -> None:
     from point_files import CUBE, off
 
@@ -520,6 +526,11 @@ def modelnet(place: Path, each: Asked) -> None:
         for part in ("a/train", "a/test", "b/train", "b/test"):
             (place / part).mkdir(parents=True, exist_ok=True)
             (place / part / f"{part[0]}_{number:04}.off").write_text(off(CUBE * [1 + number, 1, 1]))
+
+
+def folder_of_molecules(place: Path, each: Asked) -> None:
+    place.mkdir(parents=True)
+    (place / "a.csv").write_text("smiles\n" + "".join(f"{'C' * (1 + number)}O\n" for number in range(2000)))
 
 
 def reviews(place: Path, each: Asked) -> None:
@@ -580,7 +591,9 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "volume.folder.VolumeFolder": folder_of_volumes,
         "volume.radiance.RadianceFolder": folder_of_radiance,
         "points.folder.PointFolder": folder_of_points,
+        "points.labelled.LabelledScans": folder_of_scans,
         "points.sets.modelnet.ModelNet40": modelnet,
+        "graph.folder.GraphFolder": folder_of_molecules,
         "text.domains.DomainFiles": reviews,
         "text.spelling.WordList": lambda place, _: place.write_text("\n".join(f"word{n}" for n in range(2000))),
         "sequence.own.OwnSequences": sequences,

@@ -26,6 +26,7 @@ MAY_USE: dict[str, set[str]] = {
     "training": {"core", "nn", "optim"},
     "merging": {"adapters", "core", "objectives", "subspaces", "training"},
     "evaluation": {"core", "merging", "nn", "subspaces", "training"},
+    "selection": {"core", "datamodules", "evaluation", "subspaces"},
     "callbacks": {"adapters", "core", "evaluation", "nn", "optim", "subspaces", "training"},
     "methods": {
         *("adapters", "backbones", "core", "evaluation", "merging", "nn", "objectives", "optim", "subspaces"),

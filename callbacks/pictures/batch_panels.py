@@ -1,9 +1,9 @@
-"""A batch that is not only pictures, drawn: texts, pictures with texts, tables, clouds of points.
+"""A batch that is not only pictures, drawn: texts, pictures with texts, tables, clouds of points, graphs.
 
-Shapes: B samples, T tokens, F columns, C H W, N points of all samples.
+Shapes: B samples, T tokens, F columns, C H W, N points or nodes of all samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -12,32 +12,43 @@ from torch import Tensor
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
 from lightspan.core.batches import is_packed, offsets_in, read_names
-from lightspan.core.drawing import SOFT, canvas
+from lightspan.core.drawing import COLOURS, SOFT, canvas
 from lightspan.core.errors import printable
+from lightspan.evaluation.label_spaces.layout import plane_layout
 
 LINE, MOST_LINES = 90, 4
 """Letters of a line of text, and lines of a sample."""
 ROW_INCHES = 0.8
+MOST_NODES, GRAPH_COLUMNS = 200, 4
+"""Nodes of a graph that are drawn, and graphs side by side."""
 MOST_COLUMNS = 256  # of a table; what is wider, such as sound, is not seen as colours
 
 
 def panels(
-    batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenizer: Any, batch_type: type | None = None
+    batch: Any,
+    rows: int,
+    bounds: tuple[Tensor, Tensor] | None,
+    tokenizer: Any,
+    batch_type: type | None = None,
+    beside: Callable[[Any], Mapping[str, Tensor]] | None = None,
 ) -> Any | None:
-    """A figure of the first `rows` samples, or None for a batch without texts, tables and points.
+    """A figure of the first `rows` samples, or None for a batch without texts, tables, points and graphs.
 
     Args:
         bounds: what is black and white in pictures; see `shown_in_range`.
         tokenizer: turns tokens into text by its `decode`. Without one, tokens below 256 are bytes, and others numbers.
+        beside: makes pictures of a batch of clouds, [B 3 H W] in [0, 1] by name.
     """
     if not isinstance(batch, Mapping):
         return None
     if _is_of(batch.get("tokens"), 2) and not batch["tokens"].is_floating_point():
         return _text_figure(batch, rows, bounds, tokenizer)
+    if _is_of(batch.get("edge_index"), 2) and is_packed("node", batch, batch_type):
+        return _graph_figure(batch, rows, batch_type)
     name = next(iter(read_names(batch, batch_type)), "")
     read = batch.get(name)
     if _is_of(read, 2) and is_packed(name, batch, batch_type):
-        return _cloud_figure(read, batch, rows, batch_type) if read.shape[1] == 3 else None
+        return _cloud_figure(read, batch, rows, batch_type, beside) if read.shape[1] == 3 else None
     tables = read if isinstance(read, list | tuple) else [read]
     parts = [
         table for table in tables if _is_of(table, 2) and table.is_floating_point() and table.shape[1] <= MOST_COLUMNS
@@ -99,13 +110,25 @@ def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int)
     return figure
 
 
-def _cloud_figure(xyz_N3: Tensor, batch: Mapping[str, Any], rows: int, batch_type: type | None) -> Any:
-    """Each cloud from above and from the side."""
+def _cloud_figure(
+    xyz_N3: Tensor,
+    batch: Mapping[str, Any],
+    rows: int,
+    batch_type: type | None,
+    beside: Callable[[Any], Mapping[str, Tensor]] | None,
+) -> Any:
+    """Each cloud from above and from the side, then its pictures."""
+    pictures = {} if beside is None else {name: made.detach().float().cpu() for name, made in beside(batch).items()}
     offsets = offsets_in(batch, batch_type).tolist()
     clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
-    figure, axes = canvas("", (6.0, 3.0 * len(clouds) + 0.2), (len(clouds), 2))
+    columns = 2 + len(pictures)
+    figure, axes = canvas("", (3.0 * columns, 3.0 * len(clouds) + 0.2), (len(clouds), columns))
     for row, (cloud, label) in enumerate(zip(clouds, _labels(batch, rows), strict=False)):
-        for axis, (across, up) in zip(axes[row], ((0, 1), (0, 2)), strict=True):
+        for axis, (name, made) in zip(axes[row, 2:], pictures.items(), strict=True):
+            axis.axis("off")
+            axis.set_title(name, fontsize=8, loc="left")
+            _show(axis, made[row])
+        for axis, (across, up) in zip(axes[row, :2], ((0, 1), (0, 2)), strict=True):
             axis.scatter(cloud[:, across], cloud[:, up], s=1)
             axis.set_aspect("equal", "datalim")
             axis.set_xlabel("xyz"[across], fontsize=8)
@@ -113,6 +136,44 @@ def _cloud_figure(xyz_N3: Tensor, batch: Mapping[str, Any], rows: int, batch_typ
             axis.tick_params(labelsize=7)
         axes[row, 0].set_title(label, fontsize=8, loc="left")
     return figure
+
+
+def _graph_figure(batch: Mapping[str, Any], rows: int, batch_type: type | None) -> Any:
+    """Each graph with its nodes at such places that neighbours are near, coloured by their kinds. Of a large one the
+    first nodes alone are drawn, with the edges between them.
+    """
+    offsets = offsets_in(batch, batch_type).tolist()
+    edges_E2 = batch["edge_index"].cpu().T
+    kind_N = batch["kind"].cpu() if _is_of(batch.get("kind"), 1) else torch.zeros(offsets[-1], dtype=torch.int64)
+    cuts = [*pairwise(offsets)][:rows]
+    columns = min(GRAPH_COLUMNS, len(cuts))
+    lines = -(-len(cuts) // columns)
+    figure, axes = canvas("", (2.4 * columns, 2.4 * lines + 0.2), (lines, columns))
+    labels = _labels(batch, rows)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (first, end), label in zip(axes.flat, cuts, labels, strict=False):
+        last = min(end, first + MOST_NODES)
+        inside_E = ((edges_E2 >= first) & (edges_E2 < last)).all(dim=1)
+        at_N2, ends_E2 = _placed(edges_E2[inside_E] - first, last - first), edges_E2[inside_E] - first
+        axis.plot(*at_N2[ends_E2].permute(2, 1, 0), color=SOFT, linewidth=0.6, zorder=1)
+        colours = [COLOURS[kind % len(COLOURS)] for kind in kind_N[first:last].tolist()]
+        axis.scatter(*at_N2.T, s=max(2.0, 160 / max(last - first, 8)), c=colours or None, zorder=2)
+        axis.set_aspect("equal", "datalim")
+        shown = "" if last == end else f", of which {last - first:,} are drawn"
+        axis.set_title(f"{label + ', ' if label else ''}{end - first:,} nodes{shown}", fontsize=8, loc="left")
+    return figure
+
+
+def _placed(edges_E2: Tensor, nodes: int) -> Tensor:
+    """Places of nodes [N 2] whose distances are nearly the numbers of edges between them."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import shortest_path
+
+    steps = coo_array((torch.ones(len(edges_E2)), edges_E2.T.numpy()), shape=(nodes, nodes))
+    apart_NN = torch.from_numpy(shortest_path(steps.tocsr(), directed=False, unweighted=True))
+    reached_NN = apart_NN.isfinite()
+    return plane_layout(apart_NN.where(reached_NN, apart_NN[reached_NN].max() + 1 if nodes else torch.zeros(())))
 
 
 def _labels(batch: Mapping[str, Any], rows: int) -> list[str]:

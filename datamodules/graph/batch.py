@@ -15,14 +15,17 @@ class GraphBatch(TypedDict):
     from 0.
 
     node: what is known of each node.
-    edge_index: the two nodes of each edge, from the first to the second; in a batch they count through all graphs.
-    edge: what is known of each edge.
+    edge_index: the two nodes of each edge, from the first to the second; in a batch they count through all graphs. An
+        edge without a direction is there twice, once each way.
+    edge: what is known of each edge; of G = 0 numbers where nothing is.
     offsets: graph i has the nodes from offsets[i] up to offsets[i + 1].
+    kind: of each node, such as the number of its element; 0 is none that is known.
     """
 
     node: Annotated[Tensor, Field("float32", "N F", read=True)]
     edge_index: Annotated[Tensor, Field("int64", "2 E", read=True, points_to="N")]
-    edge: NotRequired[Annotated[Tensor, Field("float32", "E G")]]
+    edge: Annotated[Tensor, Field("float32", "E G", read=True)]
     offsets: Annotated[Tensor, Field("int64", "B+1", read=True, cuts="N")]
+    kind: NotRequired[Annotated[Tensor, Field("int64", "N")]]
     label: Label
     index: Index

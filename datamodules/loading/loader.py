@@ -16,7 +16,7 @@ from lightspan.datamodules.loading.workers import Dataset, Fetcher, Key, Replace
 
 
 def _keys(indices: np.ndarray, seeds: np.ndarray) -> list[Key]:
-    return list(zip(indices.tolist(), seeds[indices].tolist(), strict=True))
+    return list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
 class ExactLoader:
@@ -114,14 +114,14 @@ class ExactLoader:
             start += last - first
 
     def _batches(self, start: int, stop: int) -> Iterator[list[Key]]:
-        drawn, order, seeds = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        drawn, order, seeds = -1, np.empty(0, np.int64), np.empty(0, np.int64)  # seeds: of each place of the order
         for at in range(start + self.rank * self.micro_batch, stop, self.round_samples):
             keys: list[Key] = []
             for epoch, first, last in self.spans(at, at + self.micro_batch):
                 if epoch != drawn:
                     drawn, order = epoch, self.order.epoch(self.seed, epoch)
-                    seeds = sample_seeds(self.seed, epoch, len(self.dataset))
-                keys += _keys(order[first:last], seeds)
+                    seeds = self.order.seeds(self.seed, epoch, order)
+                keys += _keys(order[first:last], seeds[first:last])
             yield keys
 
     def description(self) -> dict[str, Any]:
@@ -245,7 +245,8 @@ class EvaluationLoader:
             samples = len(self.indices) - start
             # Full batches first, as long as each remaining batch keeps a sample.
             size = min(max(self.batch_size, -(-samples // left)), samples - left + 1)
-            yield _keys(self.indices[start : start + size], seeds)
+            places = self.indices[start : start + size]
+            yield _keys(places, seeds[places])
             start += size
 
 

@@ -64,18 +64,95 @@ class Order:
         sizes = np.bincount(blocks, minlength=len(self.sizes)).tolist()
         return replace(self, sizes=tuple(sizes), carries=True, content=f"{self.content}/{digest}")
 
+    def weighted(self, weight_N: np.ndarray, group_N: np.ndarray) -> "Weighted":
+        """The order of the same blocks in which samples come as often as their weights say, see `Weighted`."""
+        return Weighted(self.sizes, self.window, True, self.content, self.skips_damaged, self.damage, weight_N, group_N)
+
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """A permutation of range(len(self)): int64 [len(self)]. It needs 8 bytes per sample."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
         if len(self.sizes) == 1:
             return generator.permutation(len(self))
-        starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        blocks = generator.permutation(len(self.sizes))
+        return self._mixed(np.arange(len(self)), np.cumsum(self.sizes), generator)
+
+    def _mixed(self, samples: np.ndarray, ends: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Samples by block, of which those of block b end at `ends[b]`: blocks in random order, open windows mixed."""
+        by_block = np.split(samples, ends[:-1])
+        blocks = generator.permutation(len(by_block))
         windows = [
-            np.concatenate([np.arange(starts[block], starts[block + 1]) for block in blocks[at : at + self.window]])
+            np.concatenate([by_block[block] for block in blocks[at : at + self.window]])
             for at in range(0, len(blocks), self.window)
         ]
-        return np.concatenate([generator.permutation(samples) for samples in windows])
+        return np.concatenate([generator.permutation(opened) for opened in windows])
+
+    def seeds(self, seed: int, epoch: int, drawn: np.ndarray) -> np.ndarray:
+        """The seed of the sample at each place of an epoch, int64 [len(self)].
+
+        Args:
+            drawn: what `epoch` gave for the same seed and epoch.
+        """
+        return sample_seeds(seed, epoch, len(self))[drawn]
+
+
+@dataclass(frozen=True)
+class Weighted(Order):
+    """Samples in proportion to weights: over epochs each comes as often as its weight says, and in each nearly so.
+
+    An epoch has N places, of which a sample should have e = N w / (sum of w). It gets the whole number below or above
+    e, by systematic draws, and so does each group: its number of places is e of its samples together, rounded down or
+    up. Where one comes several times in an epoch, each time has a random seed of its own. Reading touches only the
+    blocks of an open window, as in any order.
+
+    Args:
+        weight_N: of each sample, float64, above 0 and finite.
+        group_N: of each sample, int64; groups are what a mixture is of, and a single one is none.
+    """
+
+    weight_N: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)
+    group_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
+
+    def of_part(self, chosen: np.ndarray, digest: str) -> Order:
+        """Of the samples that are left, as often as their weights say among these."""
+        plain = super().of_part(chosen, digest)
+        assert isinstance(plain, Weighted)
+        return replace(plain, weight_N=self.weight_N[chosen], group_N=self.group_N[chosen])
+
+    def weighted(self, weight_N: np.ndarray, group_N: np.ndarray) -> "Weighted":
+        """Raises: UserError, since these samples have weights."""
+        raise UserError("these samples have weights of their own; name one selection")
+
+    def times(self, generator: np.random.Generator) -> np.ndarray:
+        """How often each sample comes in one epoch, int64 [N], N together."""
+        count = len(self)
+        # Within its group in random order, so that which samples are rounded up differs from epoch to epoch.
+        turn = np.lexsort((generator.random(count), self.group_N))
+        upto = np.cumsum(self.weight_N[turn])
+        passed = np.floor(upto * (count / upto[-1]) + generator.random()).astype(np.int64)
+        passed[-1] = count  # whatever rounding made of it
+        times = np.empty(count, np.int64)
+        times[turn] = np.diff(np.minimum(passed, count), prepend=0)
+        return times
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """int64 [N], each sample as often as `times` says."""
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
+        times = self.times(generator)
+        ends = np.cumsum([0, *times])[np.cumsum(self.sizes)]
+        return self._mixed(np.repeat(np.arange(len(self)), times), ends, generator)
+
+    def seeds(self, seed: int, epoch: int, drawn: np.ndarray) -> np.ndarray:
+        """Those of any order where a sample comes first, and others where it comes again."""
+        first = np.zeros(len(drawn), bool)
+        first[np.unique(drawn, return_index=True)[1]] = True
+        others = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 3])))
+        return np.where(first, super().seeds(seed, epoch, drawn), others.integers(2**63, size=len(drawn)))
+
+
+def _no_weights(kind: str) -> UserError:
+    return UserError(
+        f"{kind} have an order of their own, in which samples cannot have weights; take a selection of samples "
+        "without weights, or leave that order out"
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +165,10 @@ class InSequence(Order):
             "a part of tasks that come one after the other would mix two of them in a batch; take fewer samples of "
             "each (train_size of their source)"
         )
+
+    def weighted(self, weight_N: np.ndarray, group_N: np.ndarray) -> Weighted:
+        """Raises: UserError, as batches would mix tasks."""
+        raise _no_weights("tasks that come one after the other")
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
@@ -138,6 +219,10 @@ class ClassBalanced(Order):
             labels=self.labels[chosen],
             clusters=None if whole is None else lambda epoch: whole(epoch)[chosen],
         )
+
+    def weighted(self, weight_N: np.ndarray, group_N: np.ndarray) -> Weighted:
+        """Raises: UserError, as classes are balanced already."""
+        raise _no_weights("batches of equally many samples of a class (per_class)")
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, 0])))
@@ -239,6 +324,10 @@ class ClassGroups(Order):
     def of_part(self, chosen: np.ndarray, digest: str) -> Order:
         """Batches go by class as before. Raises: UserError as the whole, for a part with too few classes."""
         return replace(self, sizes=(len(chosen),), content=f"{self.content}/{digest}", labels=self.labels[chosen])
+
+    def weighted(self, weight_N: np.ndarray, group_N: np.ndarray) -> Weighted:
+        """Raises: UserError, as classes are balanced already."""
+        raise _no_weights("batches of groups of a class (groups)")
 
     def require_micro_batch(self, size: int) -> None:
         if wrong := [group for group in self.groups.sizes if size % group]:

@@ -7,8 +7,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError, printable
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.selection import selected
 from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
 
@@ -50,11 +52,14 @@ def train_loader(
     num_workers: int,
     trainer: Trainer | None,
     order: Order | None = None,
+    selection: ReadPath | None = None,
 ) -> ExactLoader:
-    """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks. Where
-    the trainer has a `TrainingSubset`, it loads that part of the samples.
+    """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks. It loads
+    what `selection` says, the file of a `lightspan.datamodules.loading.selection.Selection`, and of that, where the
+    trainer has a `TrainingSubset`, that part.
     """
     own, ranks = data_rank(trainer)
+    dataset, order = selected(selection, dataset, order)
     if (subset := subset_of(trainer)) is not None:
         dataset, order = subset.taken(dataset, order)
     if trainer is None:

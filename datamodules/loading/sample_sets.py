@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.ranks import evaluation_loader, train_loader
@@ -25,6 +26,9 @@ class SampleSets(LightningDataModule, ABC):
         batch_size: samples of one optimiser step over all ranks.
         seed: of the order and of what is random in a training sample.
         num_workers: processes that fetch batches.
+        selection: which of the training samples are trained on, or how often: the file of a
+            `lightspan.datamodules.loading.selection.Selection`, or the run that wrote it. None is all, each once. The
+            bank stays whole.
 
     Attributes:
         bank: the training samples as they are, without anything random: what probes fit on.
@@ -37,9 +41,12 @@ class SampleSets(LightningDataModule, ABC):
     bank: Dataset
     val: Dataset
 
-    def __init__(self, batch_size: int = 32, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 32, seed: int = 0, num_workers: int = 0, selection: ReadPath | None = None
+    ) -> None:
         super().__init__()
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.selection = selection
 
     @property
     def batch_type(self) -> type | None:
@@ -75,9 +82,8 @@ class SampleSets(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
-        return train_loader(
-            self.train, self.batch_size, self.seed, self.num_workers, self.trainer, self.training_order()
-        )
+        settings = self.batch_size, self.seed, self.num_workers, self.trainer
+        return train_loader(self.train, *settings, self.training_order(), self.selection)
 
     def bank_dataloader(self) -> EvaluationLoader:
         """The bank in order."""

@@ -76,6 +76,14 @@ class SubsetOfBatches(SubsetSamples):
         return self.whole.batch(self.chosen[np.asarray(indices)].tolist(), seeds)
 
 
+def known_labels(dataset: Dataset) -> np.ndarray | None:
+    """The classes of samples, int64 [N], if they are known without reading the samples."""
+    if isinstance(dataset, SubsetSamples):
+        of_whole = known_labels(dataset.whole)
+        return None if of_whole is None else of_whole[dataset.chosen]
+    return dataset.labels() if isinstance(dataset, LabelledDataset) else None
+
+
 class TrainingSubset(Callback):
     """Trains on a part of the data, whatever data module has them; validation, test and the bank of probes stay whole.
 
@@ -115,7 +123,7 @@ class TrainingSubset(Callback):
 
     def candidates(self, dataset: Dataset) -> np.ndarray:
         """All samples of which a part may have any, in their `nested_order`. Raises: UserError."""
-        labels = dataset.labels() if isinstance(dataset, LabelledDataset) and self.by_class is not False else None
+        labels = None if self.by_class is False else known_labels(dataset)
         if labels is None and (self.by_class or self.classes is not None):
             asked = "by_class=true" if self.classes is None else f"classes={self.classes}"
             raise UserError(
@@ -149,8 +157,8 @@ class TrainingSubset(Callback):
                 "lightspan.datamodules.loading.ranks from train_dataloader()"
             )
         if trainer.is_global_zero:
-            knows = isinstance(part.whole, LabelledDataset) and self.by_class is not False
-            of = f" of {len(np.unique(part.labels()))} classes" if knows else ""
+            labels = None if self.by_class is False else known_labels(part)
+            of = "" if labels is None else f" of {len(np.unique(labels))} classes"
             print(
                 printable(f"training subset: {len(part):,} of {len(part.whole):,} samples{of}, seed {self.seed}"),
                 flush=True,

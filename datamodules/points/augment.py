@@ -172,6 +172,8 @@ class ChangedPoints:
             counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
             offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
             packed = {name: rows[kept_N] for name, rows in packed.items()}
+            if "classes" in batch:
+                packed["classes"] = batch["classes"][kept_N]
         if any(self.augmentation.degrees):
             for name in packed.keys() & {"xyz", "normal"}:
                 packed[name] = turned(packed[name], offsets, turn_B3)

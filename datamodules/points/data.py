@@ -3,11 +3,8 @@
 Shapes: N clouds, three coordinates.
 """
 
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,53 +12,15 @@ from torch import Tensor
 
 from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in, require_numbers
-from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.found_sets import Archive, FoundSets, KeptSamples
 from lightspan.datamodules.loading.on_device import finish_on_device
-from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.points.augment import ChangedPoints, PointAugmentation, bits, unit_sphere
 from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.points.shapes import Shape
 
 PointField = Literal["colour", "normal"]
-
-
-class ShapeArchive(Protocol):
-    """Shapes by number."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        ...
-
-    def read(self, number: int) -> Shape: ...
-
-
-@dataclass(frozen=True)
-class KeptShapes:
-    """Shapes in memory, without labels."""
-
-    shapes: Sequence[Shape]
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.zeros(len(self.shapes), np.int64)
-
-    def read(self, number: int) -> Shape:
-        return self.shapes[number]
-
-
-class FoundShapes(NamedTuple):
-    """What a data module found: all shapes; the numbers of those that train and validate, int64, ascending; names of
-    the classes, none without labels; and what identifies the training shapes, with which alone a run resumes.
-    """
-
-    archive: ShapeArchive
-    train: np.ndarray
-    val: np.ndarray
-    classes: Sequence[str]
-    content: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +36,7 @@ class PointSamples:
         augment: what is drawn for each cloud, and made on the device.
     """
 
-    archive: ShapeArchive
+    archive: Archive[Shape]
     numbers: np.ndarray
     points: int
     fields: tuple[PointField, ...] = ()
@@ -115,7 +74,7 @@ def _field(drawn: Shape, name: PointField) -> Tensor:
     return torch.zeros(drawn.xyz.shape) if drawn.normal is None else torch.tensor(drawn.normal, dtype=torch.float32)
 
 
-class PointSets(SampleSets):
+class PointSets(FoundSets[Shape]):
     """Point clouds of any number of points, packed: batches of `PointsBatch`. A subclass finds the shapes.
 
     Points are drawn from a surface evenly by area, and from a cloud without repetition, all of them if there are no
@@ -132,11 +91,11 @@ class PointSets(SampleSets):
         augment: of training clouds, after `normalise`, made on the device; None leaves them as they are.
         seed: of the order, the draws and the augmentation.
         num_workers: processes that fetch batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
 
-    Attributes:
-        labelled: whether clouds have labels, known after `setup`; without, all labels are 0.
-        classes: their names.
     """
+
+    called = "clouds"
 
     def __init__(
         self,
@@ -147,60 +106,34 @@ class PointSets(SampleSets):
         augment: PointAugmentation | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("[1, inf)", points=points)
         if len({*fields}) < len(fields):
             raise UserError(f"fields={list(fields)} names one twice")
         require_numbers(3 * (1 + len(fields)) * points, points=points)
         self.points, self.fields, self.normalise, self.augment = points, tuple(fields), normalise, augment
-        self.labelled, self.classes = False, tuple[str, ...]()
         self.train: PointSamples | None = None
         if augment is not None:
             finish_on_device(self, ChangedPoints(augment))
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes as words, with spaces for underscores."""
-        return tuple(name.replace("_", " ") for name in self.classes)
-
-    @abstractmethod
-    def find(self) -> FoundShapes:
-        """Finds and splits the shapes; says what is unusual about them."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Once. Raises: UserError where nothing is left to train or to validate on, and what `find` raises."""
-        if self.train is not None:
-            return
-        found = self.find()
-        require_split("readable clouds", train=found.train, val=found.val)
-        self.train = self.training(found.archive, found.train)
-        settings = (self.points, self.fields, self.normalise)
-        self.bank, self.val = (PointSamples(found.archive, numbers, *settings) for numbers in (found.train, found.val))
-        self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
-        say(
-            f"clouds: {len(found.train):,} for training and {len(found.val):,} for validation, of up to "
-            f"{self.points:,} points, " + (f"{len(self.classes):,} classes" if self.classes else "without labels")
-        )
-
-    def training(self, archive: ShapeArchive, numbers: np.ndarray) -> PointSamples:
-        """Training samples of these shapes."""
+    def training(self, archive: Archive[Shape], numbers: np.ndarray) -> PointSamples:
         return PointSamples(archive, numbers, self.points, self.fields, self.normalise, True, self.augment)
+
+    def unchanging(self, archive: Archive[Shape], numbers: np.ndarray) -> PointSamples:
+        return PointSamples(archive, numbers, self.points, self.fields, self.normalise)
+
+    def described(self) -> str:
+        return f"of up to {self.points:,} points"
 
     def blank_samples(self) -> PointSamples:
         """Two training samples of a surface, for plans where the data are not here."""
         triangle = Shape(np.eye(3, dtype=np.float32)[None])
-        return self.training(KeptShapes([triangle, triangle]), np.arange(2))
+        return self.training(KeptSamples([triangle, triangle]), np.arange(2))
 
     def stand_in(self) -> dict[str, Any] | None:
         samples = self.blank()
         if samples is None:
             return None
         return collated([samples.sample(index, 0) for index in range(2)], PointsBatch)
-
-    def test_dataloader(self) -> EvaluationLoader:
-        """The validation clouds: no others are held out."""
-        return self.val_dataloader()
-
-    def training_content(self) -> str:
-        return self._content

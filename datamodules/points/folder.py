@@ -11,12 +11,14 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.found_sets import FoundSamples
 from lightspan.datamodules.loading.packs import JoinedPacks
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.points.data import FoundShapes, PointSamples, PointSets
+from lightspan.datamodules.points.data import PointSamples, PointSets
 from lightspan.datamodules.points.ldraw import library_roots
 from lightspan.datamodules.points.packed import PointCache
 from lightspan.datamodules.points.reading import POINTS
+from lightspan.datamodules.points.shapes import Shape
 
 
 class PointFolder(PointSets):
@@ -63,7 +65,7 @@ class PointFolder(PointSets):
         """Two samples of a triangle, where the folder is not here."""
         return None if self.folder.exists() else self.blank_samples()
 
-    def find(self) -> FoundShapes:
+    def find(self) -> FoundSamples[Shape]:
         training = self._found(self.folder)
         sets = [training] if self.val_folder is None else [training, self._found(self.val_folder).like(training)]
         packs = [
@@ -82,7 +84,7 @@ class PointFolder(PointSets):
         else:
             train, val = sound[0], len(training.names) + sound[1]
         joined = JoinedPacks(packs, np.concatenate([found.labels for found in sets]))
-        return FoundShapes(joined, train, val, training.classes, joined.content(train))
+        return FoundSamples(joined, train, val, training.classes, joined.content(train))
 
     def validating(self, names: list[str], labels: np.ndarray) -> np.ndarray:
         """Which files of a folder without another one beside it are for validation, bool [N].

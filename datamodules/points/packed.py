@@ -6,7 +6,7 @@ Shapes: N points, F triangles.
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,19 +38,18 @@ def kept(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class _Read:
-    """The files of a folder as a loader fetches them: each writes its own arrays, and gives what is known of it."""
+    """Shapes as a loader fetches them: each writes its own arrays, and gives what is known of it."""
 
-    folder: Annotated[Path, PathUse.READ]
-    names: Sequence[str]
-    bricks: LDrawFiles
+    read: Callable[[int], Shape]
+    count: int
     to: Annotated[Path, PathUse.CACHE]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         try:
-            shape = kept(read_shape(self.folder / self.names[index], self.bricks))
+            shape = kept(self.read(index))
         except UserError:  # of this machine, not of the file
             raise
         except (ValueError, OSError, MemoryError) as error:
@@ -89,6 +88,12 @@ class PackedShapes:
         return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
 
 
+def arrays_in(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file of a pack by name."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 class PointCache:
     """Packs of shapes (`PackCache`), told apart by the files' names, sizes and times.
 
@@ -113,8 +118,23 @@ class PointCache:
         key = hashlib.sha256(json.dumps([settings, states]).encode()).hexdigest()[:32]
         size = sum(_bytes(name, state[1]) for name, state in zip(names, states, strict=True))
         self.packs.require_room(size, f"the shapes of {len(names):,} files", "or name fewer files")
-        pack, about = self.packs.pack(key, size, partial(_write, folder, names, LDrawFiles(roots), num_workers))
+        return self.written(key, size, partial(_read_file, folder, names, LDrawFiles(roots)), labels, num_workers)
+
+    def written(
+        self, key: str, size: int, read: Callable[[int], Shape], labels: np.ndarray, num_workers: int
+    ) -> PackedShapes:
+        """The pack of this key, of what `read` gives for each number below that of the labels.
+
+        Args:
+            size: of the pack in bytes, about.
+            read: raises ValueError or OSError for damage.
+        """
+        pack, about = self.packs.pack(key, size, partial(_write, read, len(labels), num_workers))
         return PackedShapes(pack, about["known"], labels)
+
+
+def _read_file(folder: Path, names: Sequence[str], bricks: LDrawFiles, number: int) -> Shape:
+    return read_shape(folder / names[number], bricks)
 
 
 def _bytes(name: str, size: int) -> int:
@@ -122,12 +142,12 @@ def _bytes(name: str, size: int) -> int:
     return _BRICK if name.lower().endswith(BRICKS) else min(MOST_KEPT, max(size, 0) // 12) * _ROW
 
 
-def _write(folder: Path, names: Sequence[str], bricks: LDrawFiles, num_workers: int, to: Path) -> dict[str, Any]:
-    loader = EvaluationLoader(_Read(folder, names, bricks, to), 1, num_workers=num_workers)
+def _write(read: Callable[[int], Shape], count: int, num_workers: int, to: Path) -> dict[str, Any]:
+    loader = EvaluationLoader(_Read(read, count, to), 1, num_workers=num_workers)
     silent = not sys.stdout.isatty()
     known = [
         json.loads(text)
         for batch in track(loader, "reading shapes", transient=True, disable=silent)
         for text in batch["known"]
     ]
-    return {"known": known, "folder": str(folder)}
+    return {"known": known}

@@ -41,7 +41,7 @@ def read_shape(path: Path, bricks: LDrawFiles) -> Shape:
 
 
 @contextmanager
-def _damage() -> Iterator[None]:
+def as_damage() -> Iterator[None]:
     """For readers of others, which raise all kinds of things for files that are not as they should be, and say more
     than is of use. A file may take as much memory and time as `lightspan.core.files.foreign` allows.
 
@@ -62,21 +62,33 @@ def _damage() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _mesh(path: Path, kind: str) -> Shape:
+def meshes_in(content: bytes, kind: str, beside: Any = None) -> list[Any]:
+    """The meshes and clouds of a file as trimesh has them. Call it inside of `as_damage`.
+
+    Args:
+        kind: such as "obj".
+        beside: gives the bytes of materials and pictures by their names; without, a file that names others is read
+            without them.
+    Raises: UserError without the extra `points`.
+    """
     try:
         import trimesh
     except ImportError as error:
         raise without("trimesh") from error
+    # Bytes, not a path: what a file names elsewhere is not looked for.
+    loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False, resolver=beside)
+    return list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+
+
+def _mesh(path: Path, kind: str) -> Shape:
     content = content_of(path)
     vertices, faces = 0, 0
     if kind == "ply":
         vertices, faces = _told(content)
     elif kind == "off":
         content, vertices, faces = _of_off(content)
-    with _damage():
-        # Bytes, not a path: materials and pictures that a file names elsewhere are not looked for.
-        loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False)
-        found = list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+    with as_damage():
+        found = meshes_in(content, kind)
         found = [one for one in found if len(getattr(one, "vertices", ()))]
         surfaces = [one for one in found if len(getattr(one, "faces", ()))]
         if sum(len(one.vertices) for one in found) < vertices or sum(len(one.faces) for one in surfaces) < faces:

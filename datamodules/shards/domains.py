@@ -108,7 +108,8 @@ class DomainShards(MaskedShards):
         assert self.target is not None
         pairs = DomainPairs(self.train, self.target)
         order = pairs.order(self.window)
-        return train_loader(pairs, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+        settings = self.batch_size, self.seed, self.num_workers, self.trainer
+        return train_loader(pairs, *settings, order, self.selection)
 
     def example(self) -> dict[str, Any]:
         """Black pictures, all of class 0."""

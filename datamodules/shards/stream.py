@@ -115,6 +115,7 @@ class Shards(LightningDataModule):
             shard that is larger is refused.
         views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers, and needs images of one size: set `image_size`.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`; a mixture may be one over the shards.
 
     Raises: UserError before the first step for a pattern, scheme or field that cannot work, and, unless `skip_damaged`,
         for a shard that is missing, not a tar, or cut short; while reading, for a sample that is damaged, naming shard,
@@ -141,6 +142,7 @@ class Shards(LightningDataModule):
         views_on: Place = "workers",
         hold_out: int = 0,
         bank_size: int | None = None,
+        selection: ReadPath | None = None,
     ) -> None:
         super().__init__()
         fields = {"image": "jpg|jpeg|png|webp", "label": "cls"} if fields is None else fields
@@ -159,7 +161,7 @@ class Shards(LightningDataModule):
             self.shards, self.val_shards = self.shards[:-hold_out], self.shards[-hold_out:]
         if bank_size is not None and bank_size < 1:
             raise UserError(f"bank_size={bank_size} must be at least 1; leave it out to take all samples")
-        self.bank_size = bank_size
+        self.bank_size, self.selection = bank_size, selection
         if image_size is not None and image_size < 1:
             raise UserError(f"image_size={image_size} pixels is too small; it must be at least 1")
         require_numbers(numbers_of_views(views, image_size or 1), image_size=image_size)
@@ -205,7 +207,8 @@ class Shards(LightningDataModule):
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
         order = self.train.order(self.window)
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+        settings = self.batch_size, self.seed, self.num_workers, self.trainer
+        return train_loader(self.train, *settings, order, self.selection)
 
     def bank_dataloader(self) -> EvaluationLoader:
         """`bank_size` training samples without views, in order: what probes fit on."""

@@ -136,12 +136,19 @@ class TextData(LightningDataModule, ABC):
         val_windows: evaluation reads this many windows, evenly spaced and always the same (all if there are fewer).
         seed: of the order of training windows.
         num_workers: processes that fetch batches.
+        selection: of windows, as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
     """
 
     batch_type = TextBatch
 
     def __init__(
-        self, context: int, batch_size: int, val_windows: int = 256, seed: int = 0, num_workers: int = 0
+        self,
+        context: int,
+        batch_size: int,
+        val_windows: int = 256,
+        seed: int = 0,
+        num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
         super().__init__()
         if context < 1:
@@ -150,7 +157,7 @@ class TextData(LightningDataModule, ABC):
         if val_windows < 1:
             raise UserError(f"val_windows={val_windows} leaves nothing to validate on; it must be at least 1")
         self.context, self.batch_size, self.val_windows = context, batch_size, val_windows
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.selection = seed, num_workers, selection
         self.train: Windows | None = None
         self.val: Windows | None = None
 
@@ -160,7 +167,8 @@ class TextData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> ExactLoader:
         assert self.train is not None
-        return train_loader(self.train, self.batch_size, self.seed, self.num_workers, self.trainer)
+        settings = self.batch_size, self.seed, self.num_workers, self.trainer
+        return train_loader(self.train, *settings, selection=self.selection)
 
     def val_dataloader(self) -> EvaluationLoader:
         assert self.val is not None

@@ -71,6 +71,7 @@ class VideoFolder(SampleSets):
             `lightspan.datamodules.image.data.held_out`; of the shots of a single video.
         seed: of the order, of the clips and of their views.
         num_workers: processes that read.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
         labels, links: as in `lightspan.datamodules.image.picture_files.find_labelled`.
         skip_damaged: True trains without videos that cannot be read or are too short, and names those found at the
             start; a clip that cannot be decoded later is replaced by another sample, drawn from the seed.
@@ -108,8 +109,9 @@ class VideoFolder(SampleSets):
         links: Links = "skip",
         skip_damaged: bool = False,
         cache_dir: CachePath | None = None,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("(0, 1)", val_share=val_share)
         require_in("[0, 1]", cut=cut)
         require_in("[1, inf)", size=size)

@@ -4,22 +4,19 @@ Shapes: N volumes, C channels, D H W voxels, V crops, of which K are base crops 
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import numbers_of_views
-from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.loading.found_sets import Archive, FoundSets
 from lightspan.datamodules.loading.on_device import finish_on_device
-from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.loading.sample_sets import SampleSets, require_split
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
 from lightspan.datamodules.volume.slices import SliceViews
@@ -42,43 +39,6 @@ class Volume(NamedTuple):
     segmentation: np.ndarray | None
     affine: np.ndarray
     label: int
-
-
-class Archive(Protocol):
-    """Volumes by number: all with as many channels, and with a segmentation or all without."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        ...
-
-    def read(self, number: int) -> Volume: ...
-
-
-@dataclass(frozen=True)
-class KeptVolumes:
-    """Volumes in memory."""
-
-    volumes: Sequence[Volume]
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return np.array([volume.label for volume in self.volumes], np.int64)
-
-    def read(self, number: int) -> Volume:
-        return self.volumes[number]
-
-
-class FoundVolumes(NamedTuple):
-    """What a data module found: all volumes; the numbers of those that train and validate, int64, ascending; names of
-    the classes, none without labels; and what identifies the training volumes, with which alone a run resumes.
-    """
-
-    archive: Archive
-    train: np.ndarray
-    val: np.ndarray
-    classes: Sequence[str]
-    content: str
 
 
 def cropped(values: np.ndarray, corner: Sequence[int], size: Sequence[int], fill: float | bool) -> np.ndarray:
@@ -130,7 +90,7 @@ class VolumeSamples:
         slices: which slices of the first crop are images too, with views.
     """
 
-    archive: Archive
+    archive: Archive[Volume]
     numbers: np.ndarray
     size: tuple[int, int, int]
     random: bool = False
@@ -199,7 +159,7 @@ class VolumeSamples:
         return [int(generator.integers(free + 1)) if self.random and free > 0 else free // 2 for free in room]
 
 
-class VolumeSets(SampleSets):
+class VolumeSets(FoundSets[Volume]):
     """Volumes: training batches of random crops, `VolumeBatch`, or with `crops` of several of each volume,
     `VolumeViewsBatch`; all other batches are a `VolumeBatch` of the crop in the middle. A subclass finds the volumes.
 
@@ -218,13 +178,13 @@ class VolumeSets(SampleSets):
             `crops`.
         seed: of the order, the crops and the augmentation.
         num_workers: processes that fetch batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
 
     Attributes:
-        labelled: whether volumes have labels, known after `setup`; without, all labels are 0.
-        classes: their names.
         tells_inside: whether batches say which voxels do not pad their volume.
     """
 
+    called = "volumes"
     tells_inside = False
 
     def __init__(
@@ -237,8 +197,9 @@ class VolumeSets(SampleSets):
         slices: SliceViews | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         self.size = along_axes(size)
         if min(self.size) < 1 or (crops is not None and crops < 1):
             raise UserError(f"size={size} must be at least 1 voxel along each axis, and crops={crops} at least 1")
@@ -260,47 +221,17 @@ class VolumeSets(SampleSets):
             numbers = slices.count * numbers_of_views(slices.views, max(self.size[1:]))
             require_numbers(numbers, size=size, **{"slices.count": slices.count})
         self.crops, self.augment, self.bases, self.slices = crops, augment, bases, slices
-        self.labelled, self.classes = False, tuple[str, ...]()
         self.train: VolumeSamples | None = None
         if augment is not None:
             finish_on_device(self, AlteredVolumes(augment))
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes as words, with spaces for underscores."""
-        return tuple(name.replace("_", " ") for name in self.classes)
-
-    @abstractmethod
-    def find(self) -> FoundVolumes:
-        """Finds and splits the volumes; says what is unusual about them."""
-
-    def setup(self, stage: str | None = None) -> None:
-        """Once. Raises: UserError where nothing is left to train or to validate on, and what `find` raises."""
-        if self.train is not None:
-            return
-        found = self.find()
-        require_split("readable volumes", train=found.train, val=found.val)
-        self.train = self.training(found.archive, found.train)
-        self.bank, self.val = (
-            VolumeSamples(found.archive, numbers, self.size, tells_inside=self.tells_inside)
-            for numbers in (found.train, found.val)
-        )
-        self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
-        say(
-            f"volumes: {len(found.train):,} for training and {len(found.val):,} for validation, crops of "
-            f"{' x '.join(map(str, self.size))} voxels, "
-            + (f"{len(self.classes):,} classes" if self.classes else "without labels")
-        )
-
-    def training(self, archive: Archive, numbers: np.ndarray) -> VolumeSamples:
-        """Training samples of these volumes."""
+    def training(self, archive: Archive[Volume], numbers: np.ndarray) -> VolumeSamples:
         return VolumeSamples(
             archive, numbers, self.size, True, self.crops, self.augment, self.bases, self.tells_inside, self.slices
         )
 
-    def test_dataloader(self) -> EvaluationLoader:
-        """The validation volumes: no others are held out."""
-        return self.val_dataloader()
+    def unchanging(self, archive: Archive[Volume], numbers: np.ndarray) -> VolumeSamples:
+        return VolumeSamples(archive, numbers, self.size, tells_inside=self.tells_inside)
 
-    def training_content(self) -> str:
-        return self._content
+    def described(self) -> str:
+        return f"crops of {' x '.join(map(str, self.size))} voxels"

@@ -14,9 +14,10 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Links
 from lightspan.datamodules.loading.damage import report_damage
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
 from lightspan.datamodules.loading.packs import JoinedPacks
 from lightspan.datamodules.loading.ranks import say
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets, along_axes
+from lightspan.datamodules.volume.data import Volume, VolumeSamples, VolumeSets, along_axes
 from lightspan.datamodules.volume.intensity import Intensity, Percentiles
 from lightspan.datamodules.volume.packed import PackedVolumes, VolumeCache, VolumeDecoder
 from lightspan.datamodules.volume.subjects import ALL, FoundSubjects, find_subjects
@@ -80,7 +81,7 @@ class VolumeFolder(VolumeSets):
         self.decode = VolumeDecoder(spacings, intensity or Percentiles(), whole if spacing is None else None)
         self.cache = VolumeCache(cache_dir, cache_gib)
 
-    def find(self) -> FoundVolumes:
+    def find(self) -> FoundSamples[Volume]:
         sets = [self._subjects(folder) for folder in (self.folder, self.val_folder) if folder is not None]
         classes = sets[0].classes
         labels = [_labels(found, classes, sets[0].folder) for found in sets]
@@ -97,7 +98,7 @@ class VolumeFolder(VolumeSets):
         else:
             train, val = sound[0], len(sets[0].subjects) + sound[1]
         archive = JoinedPacks(packs, joined)
-        return FoundVolumes(archive, train, val, classes, archive.content(train))
+        return FoundSamples(archive, train, val, classes, archive.content(train))
 
     def blank(self) -> VolumeSamples | None:
         """Two subjects of zeros of the size of a crop, where the folder is not here."""
@@ -106,7 +107,7 @@ class VolumeFolder(VolumeSets):
         channels, nothing = len(self.modalities), np.zeros(self.size, np.float16)
         labels = None if self.segmentation is None else nothing.astype(np.int64)
         zeros = Volume(np.stack([nothing] * channels), np.ones(channels, bool), labels, np.eye(4), 0)
-        return self.training(KeptVolumes([zeros, zeros]), np.arange(2))
+        return self.training(KeptSamples([zeros, zeros]), np.arange(2))
 
     def _subjects(self, folder: Path) -> FoundSubjects:
         found = find_subjects(folder, self.modalities, self.segmentation, self.links)

@@ -9,9 +9,10 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_numbers
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.rendered.slices import ANATOMY, KINDS, CutSlices, Ward
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSets
+from lightspan.datamodules.volume.data import Volume, VolumeSets
 
 ORGANS = ("outside", *ANATOMY)
 """What the numbers of a segmentation mean."""
@@ -89,8 +90,9 @@ class Phantoms(VolumeSets):
         self.patients, self.val_size, self.draw_seed, self.contrasts = patients, val_size, draw_seed, contrasts
         self.ward = Ward(side, cuts, diseased, noise)
 
-    def find(self) -> FoundVolumes:
+    def find(self) -> FoundSamples[Volume]:
         drawn = [_drawn(self.ward, self.contrasts, self.draw_seed, number) for number in range(self.patients)]
         numbers, first = np.arange(self.patients), self.patients - self.val_size
         content = f"{self.ward} {self.contrasts} {self.draw_seed} {first}"
-        return FoundVolumes(KeptVolumes(drawn), numbers[:first], numbers[first:], KINDS, content)
+        kept = KeptSamples(drawn, np.array([each.label for each in drawn]))
+        return FoundSamples(kept, numbers[:first], numbers[first:], KINDS, content)

@@ -4,7 +4,6 @@ Shapes: W L H4 a grid as files have it, along x, y and z, with r, g, b and a den
 it, along z, y and x.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.arrays import read_arrays
 from lightspan.core.files.atomic import atomic_path, expanded
 from lightspan.core.files.places import PathUse, ReadPath
-from lightspan.datamodules.image.data import held_out
+from lightspan.datamodules.loading.array_files import array_files
 from lightspan.datamodules.loading.damage import unreadable
-from lightspan.datamodules.loading.packs import file_state
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSamples, VolumeSets
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
+from lightspan.datamodules.volume.data import Volume, VolumeSamples, VolumeSets
 
 Density = Literal["exp", "relu", "alpha"]
 GRID = "rgbsigma"
@@ -120,35 +119,17 @@ class RadianceFolder(VolumeSets):
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.density, self.val_share, self.skip_damaged = density, val_share, skip_damaged
 
-    def find(self) -> FoundVolumes:
-        sets = [_files(folder) for folder in (self.folder, self.val_folder) if folder is not None]
-        files = [file for found in sets for file in found]
-        validates = np.arange(len(files)) >= len(sets[0])
-        if self.val_folder is None:
-            names = [file.name for file in files]
-            validates = held_out(names, np.zeros(len(names), np.int64), self.val_share)
-        train, val = np.flatnonzero(~validates), np.flatnonzero(validates)
-        known = [(files[number].name, *file_state(files[number])) for number in train.tolist()]
-        content = hashlib.sha256(repr((self.density, known)).encode()).hexdigest()[:32]
-        return FoundVolumes(RadianceFiles(files, self.density, self.skip_damaged), train, val, (), content)
+    def find(self) -> FoundSamples[Volume]:
+        found = array_files(self.folder, self.val_folder, self.val_share, f"scene, with an array {GRID} [W, L, H, 4]")
+        archive = RadianceFiles(found.files, self.density, self.skip_damaged)
+        return FoundSamples(archive, found.train, found.val, (), found.content(self.density))
 
     def blank(self) -> VolumeSamples | None:
         """Two scenes of nothing of the size of a crop, where the folder is not here."""
         if self.folder.exists():
             return None
         nothing = Volume(np.zeros((4, *self.size), np.float16), np.ones(4, bool), None, _AFFINE, 0)
-        return self.training(KeptVolumes([nothing, nothing]), np.arange(2))
-
-
-def _files(folder: Path) -> list[Path]:
-    """By name. Raises: UserError for a folder that is not there, or has none."""
-    found = sorted(file for file in folder.glob("*.npz") if file.is_file()) if folder.is_dir() else []
-    if not found:
-        raise UserError(
-            f"{folder} {'has no .npz files' if folder.is_dir() else 'is no folder'}; name one with a file for each "
-            f"scene, with an array {GRID} [W, L, H, 4]"
-        )
-    return found
+        return self.training(KeptSamples([nothing, nothing]), np.arange(2))
 
 
 def write_grid(grid_4DHW: Tensor, path: str | Path) -> None:

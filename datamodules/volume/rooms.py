@@ -9,10 +9,11 @@ import numpy as np
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_numbers
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
 from lightspan.datamodules.loading.sample_sets import held_out_size
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.rooms import METRES, RoomSpace
-from lightspan.datamodules.volume.data import FoundVolumes, KeptVolumes, Volume, VolumeSets
+from lightspan.datamodules.volume.data import Volume, VolumeSets
 
 
 def drawn_rooms(space: RoomSpace, draw_seed: int, numbers: np.ndarray, noise: float) -> list[Volume]:
@@ -84,9 +85,10 @@ class DrawnRooms(VolumeSets):
         require_numbers(rooms * max(side**3, cells**2), rooms=rooms, side=side, cells=cells)
         self.rooms, self.noise, self.draw_seed, self.val_size = rooms, noise, draw_seed, val_size
 
-    def find(self) -> FoundVolumes:
+    def find(self) -> FoundSamples[Volume]:
         drawn = drawn_rooms(self.space, self.draw_seed, np.arange(self.rooms), self.noise)
         numbers, first = np.arange(self.rooms), self.rooms - self.val_size
         kinds = [f"{count} objects" for count in range(self.space.fewest, self.space.most + 1)]
         content = f"{self.space} {self.noise} {self.draw_seed} {first}"
-        return FoundVolumes(KeptVolumes(drawn), numbers[:first], numbers[first:], kinds, content)
+        kept = KeptSamples(drawn, np.array([each.label for each in drawn]))
+        return FoundSamples(kept, numbers[:first], numbers[first:], kinds, content)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.foreign import content_of, settings_object
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.shards.decoders import decode_image
@@ -29,7 +29,8 @@ def views_in(folder: str | Path, reduced: int = 1) -> CameraViews:
 
     Args:
         reduced: by which factor pictures are made smaller, at least 1.
-    Raises: UserError for a folder or pictures that cannot be read, or of several sizes.
+    Raises: UserError for a folder or pictures that cannot be read, or of several sizes, and for pictures outside of the
+        folder.
     """
     require_in("[1, inf)", reduced=reduced)
     folder = Path(folder)
@@ -44,6 +45,10 @@ def views_in(folder: str | Path, reduced: int = 1) -> CameraViews:
     for frame in frames:
         name = str(frame.get("file_path"))
         file = folder / name if Path(name).suffix else folder / f"{name}.png"
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{folder / TRANSFORMS}: the frame {one_line(name)} lies outside of {folder}; move it there"
+            )
         try:
             image = decode_image(content_of(file)).float() / 255
             pose = np.array(frame["transform_matrix"], np.float32)

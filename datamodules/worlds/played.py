@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import BYTES
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.views import Views
@@ -55,6 +56,7 @@ class PlayedSteps(SampleSets):
         batch_size: samples of one optimiser step over all ranks.
         seed: of the order and of the views.
         num_workers: processes that make batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
     Raises: UserError as the worlds; for actions out of their space; for worlds of equal settings, which would validate
         on what was trained on.
     """
@@ -72,8 +74,9 @@ class PlayedSteps(SampleSets):
         batch_size: int = 64,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("(0, inf)", std=std)
         require_step_settings("PlayedSteps", actions, view)
         if world == val_world:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightspan.backbones.placed_vit import GridPatches
 from lightspan.core.errors import UserError
 from lightspan.nn.init import CONVOLUTIONS
+from lightspan.nn.sequences.attention import biased_attention
 from lightspan.nn.sequences.patches import patchify, unpatchify
 from lightspan.nn.sequences.positions import sincos
 
@@ -60,7 +61,7 @@ class WindowAttention(nn.Module):
         if (apart_WTT := _apart(grid, padded, window, shift, q.device)) is not None:
             mask_WhTT = mask_WhTT.masked_fill(apart_WTT[:, None], -math.inf)
         dropout = self.dropout if self.training else 0.0
-        out_BWhTd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_WhTT, dropout_p=dropout)
+        out_BWhTd = biased_attention(q, k, v, mask_WhTT, dropout)
         out = F.dropout(self.proj(out_BWhTd.transpose(2, 3).flatten(3)).flatten(2), self.dropout, self.training)
         grids = [length // side for side, length in zip(window, padded, strict=True)]
         x_BD = unpatchify(out, window, grids).movedim(1, -1).roll(shift, axes)

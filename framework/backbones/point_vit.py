@@ -28,12 +28,15 @@ class MiniPointNet(nn.Module):
 
     Args:
         widths: of the first's hidden layer and output, and of the second's hidden layer.
+        inputs: numbers of a point, in place of its three coordinates.
     """
 
-    def __init__(self, width: int, widths: tuple[int, int, int] = (128, 256, 512)) -> None:
+    def __init__(self, width: int, widths: tuple[int, int, int] = (128, 256, 512), inputs: int = 3) -> None:
         super().__init__()
         hidden, each, joined = widths
-        self.first = nn.Sequential(nn.Linear(3, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, each))
+        self.first = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, each)
+        )
         self.second = nn.Sequential(
             nn.Linear(2 * each, joined), nn.BatchNorm1d(joined), nn.ReLU(), nn.Linear(joined, width)
         )

@@ -11,9 +11,11 @@ from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
+from lightspan.nn.heads.pooling import masked_mean
+from lightspan.nn.sequences.texts import require_encoder
 
 # A recipe may name the classes listed here.
-__all__ = ["TextMemory", "TextTransformer"]
+__all__ = ["MeanTokens", "TextMemory", "TextTransformer"]
 
 
 class TextTransformer(nn.Module):
@@ -122,6 +124,26 @@ class TextMemory(nn.Module):
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         states_BTD = self.text.states(tokens_BT)
         return torch.cat([self.text_map(last_states(states_BTD, mask_BT)).unsqueeze(1), states_BTD], dim=1)
+
+
+class MeanTokens(nn.Module):
+    """Tokens and mask [B T] -> [B D], the mean of a network's states over the tokens of each text: Sentence-BERT
+    (Reimers, Gurevych, 2019, arXiv 1908.10084), whose networks are trained to be read so.
+
+    Args:
+        network: an encoder of transformers without a head, such as `lightspan.backbones.pretrained.minilm` makes.
+    Raises: UserError for another network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        require_encoder(network, "MeanTokens")
+        config: Any = network.config
+        self.network, self.num_features = network, int(config.hidden_size)
+
+    def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        states_BTD = self.network(input_ids=tokens_BT, attention_mask=mask_BT).last_hidden_state
+        return masked_mean(states_BTD, mask_BT)
 
 
 def last_states(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:

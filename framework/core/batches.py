@@ -175,9 +175,14 @@ def views_field(batch_type: type | None = None) -> str:
     return next((name for name, field in fields_of(batch_type).items() if field.of is not None), VIEWS)
 
 
+def single_fields(batch_type: type | None = None) -> list[str]:
+    """The fields with which a network is called, where a batch has one view of each sample."""
+    return [field.of or name for name, field in fields_of(batch_type).items() if field.read] or [SINGLE]
+
+
 def single_field(batch_type: type | None = None) -> str:
-    """The field with which a network is called first, where a batch has one view of each sample."""
-    return next((field.of or name for name, field in fields_of(batch_type).items() if field.read), SINGLE)
+    """The first of `single_fields`."""
+    return single_fields(batch_type)[0]
 
 
 def samples_in(batch: Any, batch_type: type | None = None) -> int | None:

@@ -52,6 +52,10 @@ class Result(ABC):
         """Rows that a spreadsheet shows, of equal keys, values numbers or text. A subclass without any leaves it."""
         return ()
 
+    def metadata(self) -> dict[str, str]:
+        """What the file of `tensors` says of them, text by name. A subclass whose file is read by itself gives it."""
+        return {}
+
     def to_json(self) -> str:
         """The fields as text; `from_json` of the same class gives an equal result."""
         return json.dumps(self._plain(), indent=1, allow_nan=False)

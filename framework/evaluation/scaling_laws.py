@@ -167,6 +167,33 @@ def _interval(value: float, drawn: Sequence[float], chances: Sequence[float], se
     return Interval(value, value - reach, value + reach)
 
 
+def bootstrapped(statistic: Callable[[np.ndarray], float], seeds: int) -> Interval:
+    """A statistic of scores of seeds and its 95 % interval, from resamples of the seeds as `scaling_curve` takes them.
+
+    Args:
+        statistic: (share of each seed [S], adding to 1) -> a finite number; `share_S @ scores_SK` are mean scores.
+        seeds: S, at least 1.
+    """
+    draws = _resamples(seeds)
+    value = statistic(np.full(seeds, 1 / seeds))
+    return _interval(value, [statistic(share_S) for share_S, _ in draws], [chance for _, chance in draws], seeds)
+
+
+def log_slope(sizes_K: Sequence[float], risks_SK: np.ndarray) -> Interval:
+    """b of risk ~ N^b, by least squares on logarithms of mean risks over seeds, with its interval.
+
+    Args:
+        sizes_K: at least 2 different ones above 0.
+        risks_SK: above 0; row s is a seed.
+    Raises: UserError for others.
+    """
+    sizes, risks_SK = np.asarray(sizes_K, dtype=np.float64), np.asarray(risks_SK, dtype=np.float64)
+    if len(set(sizes.tolist())) < 2 or not (sizes > 0).all() or not (risks_SK > 0).all():
+        raise UserError(f"a rate needs 2 different sizes and risks above 0, and got sizes {[*sizes_K]}")
+    x_K = np.log(sizes) - np.log(sizes).mean()
+    return bootstrapped(lambda share_S: float(x_K @ np.log(share_S @ risks_SK) / (x_K @ x_K)), len(risks_SK))
+
+
 @dataclass(frozen=True)
 class FormFit:
     """A form on all sizes.

@@ -1,6 +1,6 @@
 """The classes and numbers that a batch gives its samples, as methods read them, and what is wrong with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,32 @@ def require_classes(label: Tensor, classes: int, method: str, field: str = "sema
         f"{field} has the class {ends[1]}, and {method} num_classes={classes} knows those in [0, {classes}); raise "
         "num_classes, or let the data give -1 to pixels that do not count"
     )
+
+
+def places_labels_of(
+    batch: Mapping[str, Any], field: str, shape: Sequence[int], method: str, place: str, source: str
+) -> Tensor:
+    """The class of each place of the samples, such as of pixels, int64 of the shape of these.
+
+    Args:
+        field: its name in the batch.
+        shape: of the places.
+        method, place, source: for messages: its name, what a place is, and which data have classes.
+    Raises: UserError for a batch without the field, or with other than a whole number for each place.
+    """
+    label = batch.get(field)
+    if label is None:
+        raise UserError(
+            f"{method} needs a class for each {place} as field={field}, and this batch holds "
+            f"{', '.join(sorted(batch))}; take data that have them, such as {source}, or set model.init_args.field"
+        )
+    whole = isinstance(label, Tensor) and not label.is_floating_point() and label.dtype != torch.bool
+    if not whole or label.shape != tuple(shape):
+        raise UserError(
+            f"{method} needs a whole number for each {place}, {[*shape]}, as {field}, and this batch gives "
+            f"{described(label)}"
+        )
+    return label.long()
 
 
 def _of_each_sample(batch: Mapping[str, Any], field: str, whole: bool, method: str, samples: int | None) -> Tensor:

@@ -4,6 +4,8 @@ Source: Mildenhall et al., "NeRF", ECCV 2020, arXiv 2003.08934, eq. 3, after Max
 on, with density sigma and length delta,
 alpha_i = 1 - exp(-sigma_i delta_i), T_i = product over j < i of (1 - alpha_j), w_i = T_i alpha_i, C = sum of w_i c_i.
 T after the last sample is the share of light that passes all of them; it and the weights sum to 1.
+Surfaces of a signed distance, and finer samples around them: Wang et al., "NeuS", 2021, arXiv 2106.10689, eq. 13 and
+section 3.2.
 Samples stand in rows, [R S], or one after the other, [N] with `offsets` [R + 1] at which rays begin and end.
 Shapes: R rays (dense ones may have any axes), S samples of each, N of all, C channels, B cameras, H W pixels.
 """
@@ -34,6 +36,23 @@ def opacity(density: Tensor, length: Tensor) -> Tensor:
         length: >= 0.
     """
     return -torch.expm1(-wide(density) * wide(length))
+
+
+def surface_opacity(distance: Tensor, slope: Tensor, length: Tensor, sharpness: Tensor | float) -> Tensor:
+    """Of pieces of rays in a signed distance, in float32 or wider and in [0, 1]: with Phi the sigmoid, and the
+    distances s at a piece's ends by its middle and slope, (Phi(k s_begin) - Phi(k s_end)) / Phi(k s_begin), which sees
+    a surface where the distance is 0. Where a ray goes away from a body nothing is seen; deep inside all is opaque.
+
+    Args:
+        distance: in the middle of each piece, any shape.
+        slope: its derivative along the ray; above 0 it counts as 0.
+        length: of each piece, >= 0.
+        sharpness: k, above 0; the larger, the thinner is what is seen of a surface.
+    """
+    half = wide(slope).clamp_max(0) * wide(length) / 2
+    begin, end = ((sharpness * (wide(distance) + side * half)).sigmoid() for side in (-1, 1))
+    # The authors' constant, for where both are 0: deep inside the quotient is 1.
+    return ((begin - end + 1e-5) / (begin + 1e-5)).clamp(0, 1)
 
 
 def seen_by_density(density: Tensor, length: Tensor, offsets: Tensor | None = None) -> RayWeights:
@@ -102,24 +121,33 @@ class Rays(NamedTuple):
 
 
 def camera_rays(place_B3: Tensor, rotation_B33: Tensor, intrinsics_B33: Tensor, height: int, width: int) -> Rays:
-    """Through the middles of all pixels, [B H W 3] each.
+    """Through the middles of all pixels, [B H W 3] each: `rays_through` them."""
+    y_HW, x_HW = torch.meshgrid(
+        torch.arange(height, dtype=place_B3.dtype, device=place_B3.device),
+        torch.arange(width, dtype=place_B3.dtype, device=place_B3.device),
+        indexing="ij",
+    )
+    pixel_N2 = torch.stack([x_HW, y_HW], dim=-1).flatten(0, 1)
+    rays = rays_through(place_B3, rotation_B33, intrinsics_B33, pixel_N2.expand(len(place_B3), -1, -1))
+    return Rays(*(part.unflatten(1, (height, width)) for part in rays))
+
+
+def rays_through(place_B3: Tensor, rotation_B33: Tensor, intrinsics_B33: Tensor, pixel_BN2: Tensor) -> Rays:
+    """Through places of pictures, [B N 3] each.
 
     Args:
         place_B3: of the cameras.
         rotation_B33: whose rows are a camera's axes: to the right, down and ahead in its picture. A point X lies at
             rotation (X - place) as the camera sees it.
         intrinsics_B33: in pixels, upper triangular; a pixel's middle lies at whole numbers.
+        pixel_BN2: x and y.
     """
-    y_HW, x_HW = torch.meshgrid(
-        torch.arange(height, dtype=place_B3.dtype, device=place_B3.device),
-        torch.arange(width, dtype=place_B3.dtype, device=place_B3.device),
-        indexing="ij",
-    )
-    pixel_HW3 = torch.stack([x_HW, y_HW, torch.ones_like(x_HW)], dim=-1)
-    own_B33 = torch.linalg.inv(intrinsics_B33)
-    direction_BHW3 = torch.einsum("bji,bjk,hwk->bhwi", rotation_B33, own_B33, pixel_HW3)
-    direction_BHW3 = direction_BHW3 / direction_BHW3.norm(dim=-1, keepdim=True)
-    return Rays(place_B3[:, None, None].expand_as(direction_BHW3), direction_BHW3)
+    pixel_BN3 = torch.cat([pixel_BN2, torch.ones_like(pixel_BN2[..., :1])], dim=-1)
+    # Without a check, which would wait for the device: of a lens that is none nothing is finite.
+    own_B33 = torch.linalg.inv_ex(intrinsics_B33).inverse
+    direction_BN3 = torch.einsum("bji,bjk,bnk->bni", rotation_B33, own_B33, pixel_BN3)
+    direction_BN3 = direction_BN3 / direction_BN3.norm(dim=-1, keepdim=True)
+    return Rays(place_B3[:, None].expand_as(direction_BN3), direction_BN3)
 
 
 def crossing(rays: Rays, low_3: Tensor, high_3: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,3 +177,42 @@ def along(near_R: Tensor, far_R: Tensor, samples: int, jitter_RS: Tensor | None 
     share = 0.5 if jitter_RS is None else jitter_RS
     at_RS = near_R[..., None] + piece_R1 * (torch.arange(samples, device=near_R.device, dtype=near_R.dtype) + share)
     return at_RS, piece_R1.expand_as(at_RS)
+
+
+def cut_at(near_R: Tensor, far_R: Tensor, pieces: int, jitter_RS: Tensor | None = None) -> Tensor:
+    """Ends of the pieces of rays from `near` to `far`, ascending, [R S + 1].
+
+    Args:
+        jitter_RS: where each end but the first and the last lies, in [0, 1), within half a piece of its place, of which
+            S - 1 are read; None cuts equal pieces.
+    """
+    steps_E = torch.arange(pieces + 1, device=near_R.device, dtype=near_R.dtype)
+    at_RE = steps_E.expand(*near_R.shape, pieces + 1)
+    if jitter_RS is not None:
+        at_RE = at_RE + F.pad(jitter_RS[..., : pieces - 1] - 0.5, (1, 1))
+    return near_R[..., None] + (far_R - near_R)[..., None] * at_RE / pieces
+
+
+def finer_ends(end_RE: Tensor, distance_RE: Tensor, share_RK: Tensor, sharpness: float) -> Tensor:
+    """The ends of pieces and K more where a signed distance shows a surface, ascending, [R E + K], without gradients:
+    NeuS's step of importance sampling. A piece has the steeper slope of its own and that of the piece before it, as in
+    the authors' code.
+
+    Args:
+        distance_RE: at the ends.
+        share_RK: which quantiles of what is seen the new ends are, in [0, 1].
+        sharpness: see `surface_opacity`.
+    """
+    with torch.no_grad():
+        length_RS, middle_RS = end_RE.diff(dim=-1), (distance_RE[..., 1:] + distance_RE[..., :-1]) / 2
+        slope_RS = distance_RE.diff(dim=-1) / (length_RS + 1e-5)
+        slope_RS = torch.minimum(slope_RS, F.pad(slope_RS[..., :-1], (1, 0))).clamp(-1e3, 0)
+        weight_RS = seen_by_opacity(surface_opacity(middle_RS, slope_RS, length_RS, sharpness)).weight + 1e-5
+        sum_RE = F.pad(weight_RS.cumsum(dim=-1), (1, 0))
+        sum_RE = sum_RE / sum_RE[..., -1:]
+        right_RK = torch.searchsorted(sum_RE.contiguous(), share_RK.to(sum_RE.dtype).contiguous(), right=True)
+        right_RK = right_RK.clamp(1, end_RE.shape[-1] - 1)
+        low_RK, high_RK = sum_RE.gather(-1, right_RK - 1), sum_RE.gather(-1, right_RK)
+        within_RK = ((share_RK - low_RK) / (high_RK - low_RK).clamp_min(1e-12)).clamp(0, 1)
+        first_RK, last_RK = end_RE.gather(-1, right_RK - 1), end_RE.gather(-1, right_RK)
+        return torch.cat([end_RE, (first_RK + within_RK * (last_RK - first_RK)).to(end_RE.dtype)], dim=-1).sort().values

@@ -40,7 +40,8 @@ def cloud(points: int) -> dict[str, Any]:
 
 def graph(nodes: int, edges: int) -> dict[str, Any]:
     ends = torch.randint(nodes, (2, edges)) if nodes else torch.zeros(2, 0, dtype=torch.int64)
-    return {"node": torch.randn(nodes, 5), "edge_index": ends, "edge": torch.randn(edges, 2), "label": 0, "index": 1}
+    rows = {"node": torch.randn(nodes, 5), "edge_index": ends, "edge": torch.randn(edges, 2)}
+    return rows | {"kind": torch.randint(9, (nodes,)), "label": 0, "index": 1}
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -20,11 +20,15 @@ from torch import nn
 import lightspan.evaluation
 from lightspan.core.errors import UserError
 from lightspan.core.results import Result
+from lightspan.evaluation.augmentations.encoded_views import ViewFeatures
 from lightspan.evaluation.estimator import Estimator
+from lightspan.evaluation.features.compared import ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.preprocessing_grid import Grid, GridCell
 from lightspan.evaluation.features.stages import TextStages
 from lightspan.evaluation.features.stream import FeatureStream
+from lightspan.evaluation.graphs.collection import GraphCollection, PlainGraph
+from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
 from lightspan.evaluation.weights.merging_statistics import NetworkOnData
 from lightspan.evaluation.weights.prompts import DrawnImages, Prompts
@@ -36,7 +40,10 @@ QUICK = {
     "LinearProbe": {"max_iterations": 10},
     "AttentiveProbe": {"steps": 3},
     "LinearSegmentation": {"max_iterations": 10},
-}  # where a fit would look long for what has no end
+    "AlignPairs": {"components": (1, 4), "ridges": (0.0, 0.1), "folds": 2},
+    "LabelSaving": {"max_iterations": 5, "draws": 2},
+    "MLEThenERM": {"unlabelled": (10, 20), "labels": (5, 10), "seeds": 2},
+}  # where a fit would look long for what has no end, or chooses among much
 
 
 def found() -> Iterator[type[Estimator]]:
@@ -170,6 +177,13 @@ def filmed_of(features: Features) -> Features:
     return replace(features, fields=fields | {"camera": torch.arange(len(features)) % 2})
 
 
+def graphs_of(features: Features) -> GraphCollection:
+    """A row as a node, joined to those that point the same way."""
+    x = features.x.flatten(1).float().cpu().nan_to_num()
+    joined = (x.sign() @ x.sign().T > 0).fill_diagonal_(False)
+    return GraphCollection((PlainGraph(len(x), joined.nonzero().numpy()),) if len(x) else ())
+
+
 def grid_of(features: Features) -> Grid:
     """A cell whose bank and query are these."""
     stated = {"bands": None, "size": 8, "normalisation": {"name": "divided"}}
@@ -177,8 +191,23 @@ def grid_of(features: Features) -> Grid:
     return Grid((GridCell("network", 8, "divided", "all", stated, features, features),))
 
 
+def compared_of(features: Features) -> ComparedFeatures:
+    """These as the reference, and as an encoder that sees them doubled."""
+    both = {"reference": features, "twice": replace(features, x=2 * features.x)}
+    return ComparedFeatures(both, both)
+
+
+def views_of(features: Features) -> ViewFeatures:
+    """A row as one of three views of a sample, of which the others are those of its neighbours."""
+    views = torch.stack([features.x.roll(i, 0) for i in range(3)], dim=1)
+    return ViewFeatures({"rolled": replace(features, x=views)})
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
+    ComparedFeatures: compared_of,
+    ViewFeatures: views_of,
+    FactorWorld: lambda features: FactorWorld(4, 1),
     NetworkOnData: network_on,
     FeatureStream: stream_of,
     TextStages: stages_of,
@@ -211,6 +240,7 @@ GIVEN: dict[str, dict[str, Callable[[Features], Any]]] = {
         "query": lambda features: features,
         "metric": lambda features: ring(12),
     },
+    "W2PGNN": {name: lambda features: graphs_of(features) for name in ("downstream", "one", "two")},
     "ExtractionAttack": {
         "network": lambda features: Painter(),
         "prompts": lambda features: DrawnImages([0, 1, 2], (1, 1, features.x.shape[-1]), steps=1, first=1),
@@ -296,12 +326,19 @@ WRONG = {
         )
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
+    "W2PGNN": [{"cells": 0}, {"clusters": 0}],
     "LabelPropagation": [
         *({name: 0} for name in ("context", "neighbours")),
         *({name: wrong} for name in ("radius", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)),
     ],
     "ResizeNormalise": [{"k": 0}, {"k": -1}],
     "AttentionPatterns": [*({"hybrid": wrong} for wrong in (-0.1, 1.1, math.nan)), {"most": 0}],
+    "AlignPairs": [
+        *({name: 0} for name in ("folds", "top", "most")),
+        {"seed": -1},
+        *({"components": wrong} for wrong in ((), (0,))),
+        *({"ridges": wrong} for wrong in ((), (-1.0,), (math.nan,), (math.inf,))),
+    ],
     "Loki": [{name: wrong} for name in ("scale", "l2", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)],
     "MineIdentities": [
         *({name: wrong} for name in ("core", "within", "across") for wrong in (-1.1, 1.1, math.nan)),
@@ -321,6 +358,24 @@ WRONG = {
     "Gride": [{"furthest": 1}, {"most": 9}],
     "DecimatedTwoNN": [{"fewest": 9}, {"seed": -1}, {"most": 9}],
     "InformationImbalance": [{"neighbours": 0}, {"most": 2}],
+    "ConvergentLearning": [
+        *({name: 0} for name in ("clusters", "directions", "mapped")),
+        {"most": 9},
+        {"seed": -1},
+    ],
+    "LabelSaving": [
+        *({"l2": wrong} for wrong in (0.0, -1.0, math.nan, math.inf, (), (1.0, 0.0))),
+        *({"labels": wrong} for wrong in ((), (1, 5), (5, 4), (5, 5))),
+        *({name: 0} for name in ("draws", "max_iterations")),
+        {"seed": -1},
+    ],
+    "MLEThenERM": [
+        *({name: wrong} for name in ("unlabelled", "labels") for wrong in ((), (1, 5), (5, 4))),
+        {"labels": (5,)},
+        *({name: 0} for name in ("rank", "seeds")),
+    ],
+    "AugmentationComplexity": [*({name: 0} for name in ("draws", "points")), {"most": 3}, {"seed": -1}],
+    "CapturedTrace": [{"directions": 0}, {"seed": -1}],
     "WeightAudit": [
         *({name: 0} for name in ("rank", "top", "largest")),
         *({"epsilon": wrong} for wrong in (0.0, 1.0, math.nan)),
@@ -344,9 +399,26 @@ WRONG = {
 """Settings out of range; each number that an estimator takes is among them."""
 
 COMPUTED = {
+    "LabelSaving": {
+        *("one class", "a class of one sample", "classes left out", "constant features", "zeros", "a row of zeros"),
+        *("equal points", "a lattice", "denormal", "huge", "one constant feature"),
+    },
+    "MLEThenERM": {"no row", "NaN"},
+    "AugmentationComplexity": {
+        *("one class", "constant features", "zeros", "a row of zeros", "equal points", "a lattice", "denormal", "huge"),
+        *("more features than rows", "positions kept", "without labels", "labels below zero"),
+    },
+    "CapturedTrace": {
+        *("two rows", "one class", "a class of one sample", "classes left out", "a row of zeros", "equal points"),
+        *("a lattice", "denormal", "huge", "without labels"),
+    },
     "TwoNN": {"one class", "classes left out", "a row of zeros", "more features than rows", "without labels"},
     "Gride": {"one class", "classes left out", "a row of zeros", "one constant feature", "denormal", "without labels"},
     "DecimatedTwoNN": {"one class", "classes left out", "a row of zeros", "one constant feature", "without labels"},
+    "AlignPairs": {
+        *("one class", "classes left out", "one constant feature", "a row of zeros", "equal points", "a lattice"),
+        *("more features than rows", "denormal", "huge", "without labels", "labels below zero"),
+    },
     "CKA": {"one class", "classes left out", "a row of zeros", "equal points", "a lattice", "denormal", "huge"},
     "InformationImbalance": {
         "one class",
@@ -356,6 +428,10 @@ COMPUTED = {
         "a lattice",
         "denormal",
         "huge",
+    },
+    "ConvergentLearning": {
+        *("one class", "classes left out", "one constant feature", "a row of zeros", "equal points", "a lattice"),
+        *("denormal", "huge", "without labels", "several labels a sample"),
     },
     "WeightAudit": {
         *("no row", "one row", "two rows", "constant features", "zeros", "a row of zeros", "a lattice", "no feature"),
@@ -413,6 +489,17 @@ COMPUTED = {
     "DepthOrder": {"one row", "one class", "constant features", "zeros", "equal points", "a lattice", "denormal"},
     "PromptIoU": {"one row", "one class", "constant features", "zeros", "a row of zeros", "a lattice", "huge"},
     "LabelPropagation": {"one row", "two rows", "one class", "constant features", "zeros", "a lattice", "huge"},
+    "W2PGNN": {
+        "one row",
+        "two rows",
+        "constant features",
+        "zeros",
+        "no feature",
+        "denormal",
+        "huge",
+        "NaN",
+        "infinite",
+    },
     "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""

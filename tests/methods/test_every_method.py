@@ -71,6 +71,7 @@ DRAWN = (
     "image_text.dptr",
     "image_text.m3i",
     "image_text.m3i, one source",
+    "masked.attribute_masking",
     "masked.cae, pixels",
     "masked.croco",
     "masked.cropmae",

@@ -61,7 +61,8 @@ class ClassStream(ImageData):
         said = f"classes {classes}, each seen {'once' if self.passes == 1 else f'{self.passes} times'}"
         order = InSequence(tuple(map(len, places)), content=said)
         samples = SubsetSamples(self.train, np.concatenate(places))
-        return train_loader(samples, self.batch_size, self.seed, self.num_workers, self.trainer, order)
+        settings = self.batch_size, self.seed, self.num_workers, self.trainer
+        return train_loader(samples, *settings, order, self.selection)
 
     def task_steps(self) -> list[int]:
         """Optimiser steps of each task, after `setup`. Raises: UserError as `train_dataloader`."""

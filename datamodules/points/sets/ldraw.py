@@ -12,9 +12,11 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.datamodules.loading.damage import report_damage
-from lightspan.datamodules.points.data import FoundShapes, PointSamples, PointSets
+from lightspan.datamodules.loading.found_sets import FoundSamples
+from lightspan.datamodules.points.data import PointSamples, PointSets
 from lightspan.datamodules.points.ldraw import LIBRARY, Title, title_of
 from lightspan.datamodules.points.packed import PackedShapes, PointCache
+from lightspan.datamodules.points.shapes import Shape
 
 CATEGORIES = (
     *("Animal", "Brick", "Container", "Electric", "Figure", "Figure Accessory", "Hinge", "Minifig"),
@@ -94,7 +96,7 @@ class LDrawParts(PointSets):
         """Two samples of a triangle, where the library is not here."""
         return None if (self.root / "parts").is_dir() else self.blank_samples()
 
-    def find(self) -> FoundShapes:
+    def find(self) -> FoundSamples[Shape]:
         if not (self.root / "parts").is_dir():
             raise UserError(
                 f"{self.root} has no folder of parts; install the system package ldraw-parts-free, or set "
@@ -118,7 +120,7 @@ class LDrawParts(PointSets):
         tests = np.array([in_test(chosen[at][0]) for at in sound], bool)
         train, val = sound[~tests], sound[tests]
         self.captions, self.val_captions = ([chosen[at][0].title.title for at in part] for part in (train, val))
-        return FoundShapes(pack, train, val, self.categories, _content(pack, train))
+        return FoundSamples(pack, train, val, self.categories, _content(pack, train))
 
     def _few(self, parts: list[BrickPart]) -> list[BrickPart]:
         """All of those for testing, and `per_class` of the others."""

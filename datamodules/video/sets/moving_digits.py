@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.augment.views import Views
@@ -46,6 +47,7 @@ class MovingDigits(SampleSets):
         batch_size: clips of one optimiser step over all ranks.
         seed: of the order and of the clips.
         num_workers: processes that make batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
     """
 
     bounds: tuple[torch.Tensor, torch.Tensor]
@@ -62,8 +64,9 @@ class MovingDigits(SampleSets):
         batch_size: int = 64,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in(f"[{SIDE}, inf)", size=size)
         if not 0 <= speed[0] <= speed[1] < math.inf:
             raise UserError(f"speed={list(speed)} must be the least and the most, at least 0")

@@ -10,8 +10,8 @@ from lightspan.cli.config.resolve import TRAINED, Resolved, resolve
 from lightspan.core.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
-REPLACING = ("--images", "--volumes", "--videos", "--points", "--table")
-DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--videos", "--points", "--table", "--target")
+REPLACING = ("--images", "--volumes", "--videos", "--points", "--graphs", "--table")
+DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--videos", "--points", "--graphs", "--table", "--target")
 """Options that replace a recipe's data with the user's own; each takes a value."""
 
 
@@ -39,8 +39,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, --videos FOLDER, --points FOLDER, or --table FILE and
-    --target COLUMN, which `resolved_from` lays over the recipe.
+    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, --videos FOLDER, --points FOLDER,
+    --graphs FOLDER, or --table FILE and --target COLUMN, which `resolved_from` lays over the recipe.
     """
     parser.add_argument(
         "--images",
@@ -71,6 +71,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         type=folder,
         metavar="FOLDER",
         help="the PLY, OBJ, STL, OFF, LAS, LAZ and LDraw files in this folder instead of the recipe's data",
+    )
+    parser.add_argument(
+        "--graphs",
+        type=folder,
+        metavar="FOLDER",
+        help="the graphs, or the molecules as SMILES or SDF, in this folder instead of the recipe's data",
     )
     parser.add_argument(
         "--table",
@@ -113,6 +119,10 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         from lightspan.cli.config.user_points import with_points
 
         return with_points(args.recipe, args.overlays, args.points, *common)
+    if args.graphs is not None:
+        from lightspan.cli.config.user_graphs import with_graphs
+
+        return with_graphs(args.recipe, args.overlays, args.graphs, *common)
     if args.images is not None:
         from lightspan.cli.config.user_images import with_images
 

@@ -5,6 +5,7 @@ whether the parts fit together. Weights and data need not be here yet: what is m
 import argparse
 import os
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ MOST_NAMED = 5
 """Damaged files in one message."""
 MOST_VIDEOS = 500
 """Videos that are read through, without decoding them: each takes as long as reading its file."""
-MOST_CLOUDS = 500
+MOST_CLOUDS, MOST_GRAPHS, MOST_ROWS = 500, 500, 1_000
 """Which are read whole, tens of milliseconds each."""
 MOST_VOLUMES = 2_000
 """Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
@@ -116,14 +117,15 @@ def _is_here(place: str) -> bool:
 
 
 def _damaged_files(data: dict[str, Any]) -> list[str]:
-    """What to say of damaged files in the folders of pictures, volumes, videos or points that data name, if any."""
-    from lightspan.cli.config import user_images, user_points, user_videos, user_volumes
+    """What to say of damaged files in the folders of pictures and others that data name, if any."""
+    from lightspan.cli.config import user_graphs, user_images, user_points, user_videos, user_volumes
 
     kinds = {
         user_images.DATA: ("pictures", _damaged_pictures),
         user_volumes.DATA: ("subjects", _damaged_volumes),
         user_videos.DATA: ("videos", _damaged_videos),
         user_points.DATA: ("files", _damaged_points),
+        user_graphs.DATA: ("files", _damaged_graphs),
     }
     if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
@@ -200,6 +202,25 @@ def _damaged_points(folder: Path, settings: dict[str, Any]) -> tuple[list[str], 
     for number in seen:
         try:
             read_shape(folder / names[number], bricks)
+        except UserError:  # of this machine, not of the file
+            raise
+        except (ValueError, OSError) as error:
+            said.append(f"{names[number]} ({error})")
+    return said, len(seen), len(names)
+
+
+def _damaged_graphs(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+    """As `_damaged_pictures`, of graphs, which are read whole, and of the first molecules of each file."""
+    from lightspan.datamodules.graph.reading import GRAPHS, GraphReader
+    from lightspan.datamodules.image.picture_files import find_labelled
+    from lightspan.datamodules.shards.headers import looked_at
+
+    names, said = find_labelled(folder, GRAPHS, settings.get("links", "skip"), "none").names, []
+    seen, reader = looked_at(len(names), MOST_GRAPHS), GraphReader(settings.get("kind", "kind"), (), False)
+    for number in seen:
+        try:
+            for row, found in enumerate(islice(reader.read(folder / names[number]), MOST_ROWS), 1):
+                said += [f"{names[number]} row {row} ({found})"] if isinstance(found, str) else []
         except UserError:  # of this machine, not of the file
             raise
         except (ValueError, OSError) as error:

@@ -169,7 +169,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
             _write_encoder(resolved, built, run_dir)
-        if any(place is not None for place in (args.images, args.volumes, args.videos, args.points)):
+        if any(place is not None for place in (args.images, args.volumes, args.videos, args.points, args.graphs)):
             _write_report(run_dir)
         print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():

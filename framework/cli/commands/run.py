@@ -171,7 +171,8 @@ def _write(result: "Result", resolved: Resolved, run_dir: Path, args: argparse.N
     if result.tensors:
         forms = {name: Form(tuple(tensor.shape), tensor.dtype) for name, tensor in result.tensors.items()}
         with atomic_path(run_dir / TENSORS) as temporary:
-            write_tensors(temporary, forms, result.tensors.items(), {"format": "pt", "recipe": resolved.name})
+            facts = {"format": "pt", "recipe": resolved.name, **result.metadata()}
+            write_tensors(temporary, forms, result.tensors.items(), facts)
         written.append(TENSORS)
     if (picture := result.picture(str(resolved.about.get("title", resolved.name)))) is not None:
         write_atomic(run_dir / PICTURE, picture)

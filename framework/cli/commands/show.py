@@ -1,4 +1,4 @@
-"""`lightspan show RECIPE`: a recipe as it is written, or merged, or where one of its keys comes from."""
+"""`lightspan show RECIPE`: a recipe as written, or merged, or where a key comes from; or the file of a selection."""
 
 import argparse
 
@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.recipe.endswith(".safetensors"):
+        return _show_selection(args)
     if args.why is not None:
         _, tree, _ = merged(args.recipe, args.overlays, args.flags)
         lines = explain(tree, tuple(int(key) if key.isdigit() else key for key in args.why.split(".")))
@@ -39,4 +41,15 @@ def run(args: argparse.Namespace) -> int:
         print(printable(f"  {key:<10} {value}"))
     print(printable(f"  {'file':<10} {recipes.label(recipe.path)}\n"))
     print(printable(recipe.path.read_text(encoding="utf-8")), end="")
+    return 0
+
+
+def _show_selection(args: argparse.Namespace) -> int:
+    """What a file says of the samples that a run sees."""
+    if args.resolved or args.why is not None or args.overlays or args.flags:
+        raise UserError(f"{args.recipe} is no recipe, which alone --resolved, --why, overlays and flags are for")
+    from lightspan.datamodules.loading.selection import Selection
+
+    for name, text in Selection.read(args.recipe).described().items():
+        print(printable(f"{name:<24} {text}"))
     return 0

@@ -21,6 +21,7 @@ CLASSES_OF = (  # packages whose public classes may all be named
     "lightspan.objectives.moving_targets",
     "lightspan.objectives.swapped_prediction",
     "lightspan.optim",
+    "lightspan.selection",
     "lightspan.subspaces",
     "lightspan.training.deepspeed",
     "lightspan.training.loggers",

@@ -1,4 +1,4 @@
-"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos, points
+"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos, points, graphs
 (`user_data`).
 """
 
@@ -85,16 +85,16 @@ def _data_layer(resolved: Resolved, folder: Path, data: str, kept: Sequence[str]
     return {"data": {"class_path": data, "init_args": settings}}, []
 
 
-def fitting(channels: int, classes: int | None) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+def fitting(channels: int | None, classes: int | None) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
     """What `fitted` asks of each class with its settings and signature: those that follow from the data.
 
     Args:
-        classes: None leaves numbers of classes as they are.
+        channels, classes: None leaves numbers of channels, or of classes, as they are.
     """
 
     def wanted(settings: dict[str, Any], takes: Any) -> dict[str, Any]:
         own = {*settings, *(takes.parameters if isinstance(takes, Signature) else ())}
-        known = {"in_chans": channels}
+        known = {} if channels is None else {"in_chans": channels}
         known |= {"num_classes": classes} if classes is not None and settings.get("num_classes") else {}
         return {key: value for key, value in known.items() if key in own and settings.get(key) != value}
 

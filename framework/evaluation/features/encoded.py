@@ -7,16 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
-from lightspan.core.batches import batch_type_of, single_field
+from lightspan.core.batches import batch_type_of, single_fields
 from lightspan.core.collate import taken
 from lightspan.core.distributed import digest_of_first_rank, gather_rows, raise_on_all_ranks, rank
 from lightspan.core.errors import UserError
+from lightspan.core.files.arrays import read_arrays
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
 from lightspan.core.files.tensors import stored_tensors
@@ -36,18 +38,18 @@ class Encoded(Input):
     """What an encoder makes of each sample of a split, from the feature store, or computed if it is not there.
 
     The encoder is a method, any module with `features(batch)`, which is called with the batch and reads its own layers
-    if it has `token_features`; or else a network, which is called with one field of it. It is used in evaluation mode
-    and without gradients. Entries of the store are told apart by the encoder's code, attributes, hooks and weights
-    (`lightspan.evaluation.features.description` says what of them is not followed), the layer, the transforms, and some
-    of the samples as the encoder gets them.
+    if it has `token_features`; or else a network, which is called with the fields of it that the data declare as read.
+    It is used in evaluation mode and without gradients. Entries of the store are told apart by the encoder's code,
+    attributes, hooks and weights (`lightspan.evaluation.features.description` says what of them is not followed), the
+    layer, the transforms, and some of the samples as the encoder gets them.
 
     Args:
         encoder: the network or method.
         data: its `bank_dataloader` and the like yield mappings with `index` and perhaps `label`.
         split: "bank" (training samples without augmentation), "val" or "test".
-        field: of the batch, for an encoder without `features`; None takes the one that the data declare as read, or
+        field: of the batch, for an encoder without `features`; None takes those that the data declare as read, or
             `image` where they declare none.
-        transforms: applied in order to that field as one batch: a resize, a normalisation.
+        transforms: applied in order to that field, which must be a single one, as one batch: a resize, a normalisation.
         layer: counted as `lightspan.nn.tokens` counts layers, whose output is taken instead; -1 is the last.
         pool: what becomes of tokens, as `lightspan.nn.tokens.Tokens` arranges them: their "mean", the "first", or
             "none" keeps them.
@@ -113,7 +115,7 @@ class Encoded(Input):
             **({} if said is None else {"preprocessing": said}),
             "encoder": encoder,
             "transforms": transforms,
-            "reads": None if self._is_method() else self._field(loader),
+            "reads": None if self._is_method() else ", ".join(self._reads(loader)),
             "layer": self.layer,
             "tokens": self.pool,
             "dtype": self.dtype,
@@ -138,14 +140,20 @@ class Encoded(Input):
     def _batch_type(self, loader: Any) -> type | None:
         return batch_type_of(getattr(loader, "dataset", None), self.data)
 
-    def _field(self, loader: Any) -> str:
-        return self.field or single_field(self._batch_type(loader))
+    def _reads(self, loader: Any) -> list[str]:
+        names = single_fields(self._batch_type(loader)) if self.field is None else [self.field]
+        if self.transforms and len(names) > 1:
+            raise UserError(
+                f"transforms change one field, and {type(self.encoder).__name__} is called with {', '.join(names)}; "
+                "leave transforms out, or set field"
+            )
+        return names
 
     def _loader(self) -> Any:
         return split_loader(self.data, self.split)
 
     def _rows(self, loader: Any, done: set[int], device: torch.device) -> Iterator[Rows]:
-        kind, field = self._batch_type(loader), self._field(loader)
+        kind, names = self._batch_type(loader), self._reads(loader)
         modes = [(part, part.training) for part in self.encoder.modules()]
         self.encoder.to(device).eval()
         for transform in self.transforms:
@@ -160,7 +168,7 @@ class Encoded(Input):
                 if len(left) < len(batch["index"]):
                     batch = taken(batch, left, kind)
                 with torch.no_grad():
-                    x = self._encode(_moved(batch, device), field).to(DTYPES[self.dtype])
+                    x = self._encode(_moved(batch, device), names).to(DTYPES[self.dtype])
                 if len(x) != len(left):
                     raise UserError(f"{type(self.encoder).__name__} made {list(x.shape)} of {len(left)} samples")
                 rows = {"features": x, "index": batch["index"]}
@@ -169,24 +177,24 @@ class Encoded(Input):
             for part, training in modes:
                 part.training = training
 
-    def _encode(self, batch: Any, field: str) -> Tensor:
+    def _encode(self, batch: Any, names: list[str]) -> Tensor:
         if self.layer is None:
-            return pooled(self.encoder, self._run(batch, field), self.pool)
+            return pooled(self.encoder, self._run(batch, names), self.pool)
         if (of_method := getattr(self.encoder, "token_features", None)) is not None:
             (tokens,) = of_method(batch, [self.layer])
         else:
-            (tokens,) = token_features(self.encoder, lambda: self._run(batch, field), [self.layer])
+            (tokens,) = token_features(self.encoder, lambda: self._run(batch, names), [self.layer])
         return _by(tokens, self.pool)
 
-    def _run(self, batch: Any, field: str) -> Any:
+    def _run(self, batch: Any, names: list[str]) -> Any:
         if self._is_method():
             return self.encoder.features(batch)  # type: ignore[operator]
-        if field not in batch:
-            raise UserError(f"a batch has no {field!r}; it contains {sorted(batch)}; set field")
-        x = batch[field]
+        if lacking := [name for name in names if name not in batch]:
+            raise UserError(f"a batch has no {lacking[0]!r}; it contains {sorted(batch)}; set field")
+        x, *rest = (batch[name] for name in names)
         for transform in self.transforms:
             x = transform(x)
-        return self.encoder(x)
+        return self.encoder(x, *rest)
 
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
@@ -204,9 +212,10 @@ def split_loader(data: LightningDataModule, split: Split) -> Any:
 
 
 class FeatureFile(Input):
-    """Features that another program made: a safetensors file with `features` and perhaps `label` and `index`. What else
-    it holds are fields of the samples, such as `tracklet` or `camera`. Its metadata may state, as JSON under
-    `preprocessing`, how images were prepared, see `lightspan.evaluation.features.preprocessing.Preprocess.statement`.
+    """Features that another program made: a safetensors or .npz file with `features` and perhaps `label` and `index`.
+    What else it holds are fields of the samples, such as `tracklet` or `camera`. The metadata of safetensors may state,
+    as JSON under `preprocessing`, how images were prepared, see
+    `lightspan.evaluation.features.preprocessing.Preprocess.statement`.
 
     Args:
         path: of the file.
@@ -219,8 +228,10 @@ class FeatureFile(Input):
         """Raises: UserError for a file that is missing or not of this kind."""
         file = expanded(self.path, "path")
         if not file.is_file():
-            raise UserError(f"there are no features at {file}; write them with safetensors, as `features` [N, D]")
-        columns, metadata = stored_tensors(file)
+            raise UserError(
+                f"there are no features at {file}; write them as safetensors or .npz, with `features` [N, D]"
+            )
+        columns, metadata = (_arrays(file), dict[str, str]()) if file.suffix == ".npz" else stored_tensors(file)
         said = metadata.get("preprocessing")
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():
             raise UserError(f"{file} contains {', '.join(columns) or 'nothing'}; it needs `features`, floats [N, D]")
@@ -235,6 +246,13 @@ class FeatureFile(Input):
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {len(self.load(store))} samples in {self.path}"
+
+
+def _arrays(file: Path) -> dict[str, Tensor]:
+    try:
+        return {name: torch.from_numpy(array) for name, array in read_arrays(file).items()}
+    except (ValueError, TypeError) as error:  # torch has no text, and no numbers of 80 bits
+        raise UserError(f"{file} cannot be read as NumPy's .npz: {error}; write it again with np.savez") from error
 
 
 def pooled(encoder: nn.Module, x: Any, pool: Pool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightspan.evaluation.features.description import Description, name_of
 
 SAMPLES_LOOKED_AT = 32
-_OF_RUNS = {"batch_size", "num_workers", "pin_memory", "prepare_data_per_node", "trainer"}
+_OF_RUNS = {"batch_size", "num_workers", "pin_memory", "prepare_data_per_node", "selection", "trainer"}
 """Attributes of data that affect how a computation is carried out, not its result."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, np.generic, torch.dtype)
 

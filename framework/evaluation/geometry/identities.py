@@ -28,16 +28,10 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.labels import WHOLE
 from lightspan.evaluation.rows import unit_rows
+from lightspan.subspaces.canonical import whitened
 
 CHUNK = 1 << 22
 """Cosines that are held at once."""
-
-
-def whitened(x_ND: Tensor) -> Tensor:
-    """Rows whose columns are uncorrelated and of variance 1, in float64; directions without variance are left out."""
-    centred_ND = x_ND.double() - x_ND.double().mean(dim=0)
-    rows_NR, singular_R, _ = torch.linalg.svd(centred_ND, full_matrices=False)
-    return rows_NR[:, singular_R > 1e-6 * singular_R[:1]] * len(x_ND) ** 0.5
 
 
 def numbered(group_N: Tensor) -> Tensor:
@@ -223,7 +217,7 @@ class MineIdentities(Estimator):
                 "features contain NaN or infinite values, so nobody can be identified by them; the model has diverged"
             )
         if self.whiten:
-            rows_ND = whitened(rows_ND)
+            rows_ND = whitened(rows_ND).rows_NR
         # What all pictures have in common would make all of them close.
         x_ND, video_N = unit_rows(rows_ND - rows_ND.mean(dim=0)), self._field(features, self.video)
         group_N = numbered(self._field(features, self.tracklet))

@@ -135,7 +135,7 @@ class CKA(Estimator):
 
     def fit(self, first: Features, second: Features) -> Alignment:
         """Raises: UserError for fewer than 4 samples, other samples in second, or features that are all equal."""
-        _require_same_samples("CKA", first, second)
+        require_same_samples("CKA", first, second)
         x_ND, y_NE = first.rows(), second.rows()
         return Alignment(
             debiased=linear_cka(x_ND, y_NE),
@@ -192,7 +192,7 @@ class InformationImbalance(Estimator):
         """Raises: UserError for fewer samples than neighbours + 2, other samples in second, or features that are not
         finite.
         """
-        _require_same_samples("InformationImbalance", first, second)
+        require_same_samples("InformationImbalance", first, second)
         a_ND, b_NE = (spaced_rows(features.rows(), self.most) for features in (first, second))
         ranks = [imbalance_ranks(*pair, self.neighbours) for pair in ((a_ND, b_NE), (b_NE, a_ND))]
         half = len(a_ND) / 2
@@ -201,7 +201,8 @@ class InformationImbalance(Estimator):
         return Imbalance(means[0], means[1], errors[0], errors[1], rows=len(a_ND))
 
 
-def _require_same_samples(who: str, first: Features, second: Features) -> None:
+def require_same_samples(who: str, first: Features, second: Features) -> None:
+    """Raises: UserError for two sets of other numbers of samples, or with other indices."""
     if len(first) != len(second):
         raise UserError(
             f"{who}: {len(first)} rows in first and {len(second)} in second; take both from the same samples"

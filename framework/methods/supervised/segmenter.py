@@ -11,16 +11,14 @@ Shapes: B batch of this rank, C channels, sides of as many axes as samples have,
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from lightspan.core.batches import described, require_fields
-from lightspan.core.devices import widest_float
-from lightspan.core.errors import UserError
+from lightspan.core.batches import require_fields
 from lightspan.core.ranges import require_in, require_weights
+from lightspan.nn.class_overlap import overlap
 from lightspan.nn.heads.pixel_classifier import PixelClassifier
-from lightspan.nn.labels import require_classes
+from lightspan.nn.labels import places_labels_of, require_classes
 from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.views import image_of
 from lightspan.objectives.classes import known_cross_entropy
@@ -81,20 +79,9 @@ class Segmenter(Method):
         Raises: UserError for a batch without `field`, or with other than a whole number for each pixel.
         """
         require_fields(batch, "Segmenter")
-        sample_BC, label_B = image_of(batch, "Segmenter"), batch.get(self.field)
-        if label_B is None:
-            raise UserError(
-                f"Segmenter needs a class for each pixel as field={self.field}, and this batch holds "
-                f"{', '.join(sorted(batch))}; take data that have them, such as a folder of volumes with "
-                "data.init_args.segmentation, or set model.init_args.field"
-            )
-        whole = isinstance(label_B, Tensor) and not label_B.is_floating_point() and label_B.dtype != torch.bool
-        if not whole or label_B.shape != (len(sample_BC), *sample_BC.shape[2:]):
-            raise UserError(
-                f"Segmenter needs a whole number for each pixel of samples {[*sample_BC.shape]} as {self.field}, and "
-                f"this batch gives {described(label_B)}"
-            )
-        return label_B.long()
+        sample_BC = image_of(batch, "Segmenter")
+        source = "a folder of volumes with data.init_args.segmentation"
+        return places_labels_of(batch, self.field, (len(sample_BC), *sample_BC.shape[2:]), "Segmenter", "pixel", source)
 
     def losses(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(each loss before its weight, logits [B K sides...], classes [B sides...])."""
@@ -123,19 +110,3 @@ class Segmenter(Method):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits [B K sides...]."""
         return self(image_of(batch, "Segmenter"))
-
-
-def overlap(counts_KK: Tensor) -> dict[str, Tensor]:
-    """`dice`, 2 |A and B| / (|A| + |B|), and `iou`, |A and B| / |A or B|, each the mean over all classes but the first
-    that are there or guessed, in [0, 1]; 1 if none is.
-
-    Args:
-        counts_KK: pixels of each class, along the rows, by what they are guessed to be.
-    """
-    counts_KK = counts_KK.to(widest_float(counts_KK.device))
-    both_K, sizes_K = counts_KK.diagonal()[1:], (counts_KK.sum(dim=0) + counts_KK.sum(dim=1))[1:]
-    there_K = sizes_K > 0
-    if not there_K.any():
-        return {"dice": both_K.new_ones(()), "iou": both_K.new_ones(())}
-    both_K, sizes_K = both_K[there_K], sizes_K[there_K]
-    return {"dice": (2 * both_K / sizes_K).mean(), "iou": (both_K / (sizes_K - both_K)).mean()}

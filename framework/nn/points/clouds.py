@@ -3,7 +3,7 @@
 Shapes: N points of all clouds, B clouds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,24 @@ def points_of(batch: Any, method: str) -> tuple[Tensor, Tensor]:
             f"{offsets[:8].tolist()}"
         )
     return xyz, offsets
+
+
+def point_fields_of(batch: Mapping[str, Any], names: Sequence[str], points: int, method: str) -> list[Tensor]:
+    """What a batch has of its points besides coordinates, [N 3] each, in the order of the names.
+
+    Args:
+        points: N.
+        method: its name, for messages.
+    Raises: UserError for a field that is missing, or is not of the points.
+    """
+    given = [batch.get(name) for name in names]
+    for name, field in zip(names, given, strict=True):
+        if not isinstance(field, Tensor) or not field.is_floating_point() or field.shape != (points, 3):
+            raise UserError(
+                f"{method} reads {name} of points, floats [{points}, 3], and this batch has {_shown(field)}; set "
+                "data.init_args.fields to give it, or leave it out of the backbone's fields"
+            )
+    return given  # type: ignore[return-value]
 
 
 def _shown(value: Any) -> str:

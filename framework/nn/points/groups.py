@@ -1,9 +1,12 @@
 """Centres that are spread over a cloud, and the points nearest to each: what stands for patches where there is no grid.
 
 Source: farthest point sampling as in Qi et al., "PointNet++", 2017, arXiv 1706.02413, section 3.2.
+Groups of groups, whose points are the centres of finer ones, as in Zhang et al., "Point-M2AE", 2022, arXiv 2205.14401,
+section 3.1.
 Shapes: B clouds, N points of all, M of the largest, G centres of a cloud, K points of a group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,6 +91,22 @@ def nearest_points(centre_BG3: Tensor, xyz_BM3: Tensor, real_BM: Tensor, count: 
     return near_BGK.gather(2, places_BGK)
 
 
+class NestedGroups(NamedTuple):
+    """Groups of which it is known where their points come from.
+
+    Attributes:
+        centre_BG3, near_BGK3, real_B: as in `Groups`.
+        centre_BG: places of the centres among the finer points: those of the cloud, or the centres of the level below.
+        near_BGK: places of the groups' points among these.
+    """
+
+    centre_BG3: Tensor
+    near_BGK3: Tensor
+    real_B: Tensor
+    centre_BG: Tensor
+    near_BGK: Tensor
+
+
 def grouped(xyz_N3: Tensor, offsets: Tensor, groups: int, size: int) -> Groups:
     """`groups` centres of each cloud by `farthest_points`, and the `size` points nearest to each, the centre among
     them; with gradients to the points.
@@ -96,11 +115,47 @@ def grouped(xyz_N3: Tensor, offsets: Tensor, groups: int, size: int) -> Groups:
         offsets: int64 [B+1], see `lightspan.core.ragged`.
     Raises: UserError for less than one group or point.
     """
+    return Groups(*_groups_of(*padded(xyz_N3, offsets), groups, size)[:3])
+
+
+def nested_groups(
+    xyz_N3: Tensor, offsets: Tensor, groups: Sequence[int], sizes: Sequence[int]
+) -> tuple[NestedGroups, ...]:
+    """Groups of the points of each cloud, then groups of their centres, and so on, the finest first, each made as by
+    `grouped`. A cloud of fewer points than a level has centres has some more than once.
+
+    Args:
+        offsets: int64 [B+1], see `lightspan.core.ragged`.
+        groups, sizes: of each level.
+    Raises: UserError for less than one group or point.
+    """
+    at_BM3, real_BM = padded(xyz_N3, offsets)
+    levels: list[NestedGroups] = []
+    for count, size in zip(groups, sizes, strict=True):
+        levels.append(_groups_of(at_BM3, real_BM, count, size))
+        at_BM3, real_BM = levels[-1].centre_BG3, real_BM[:, :1].expand(-1, count)
+    return tuple(levels)
+
+
+def places_in_cloud(levels: Sequence[NestedGroups], level: int) -> Tensor:
+    """Places in their clouds of the points of a level's groups, int64 [B G K]. The first of a group is its centre,
+    or a point that is equal to it.
+
+    Args:
+        levels: the finest first.
+    """
+    places_BGK = levels[level].near_BGK
+    for finer in levels[:level][::-1]:
+        places_BGK = finer.centre_BG.gather(1, places_BGK.flatten(1)).view_as(places_BGK)
+    return places_BGK
+
+
+def _groups_of(xyz_BM3: Tensor, real_BM: Tensor, groups: int, size: int) -> NestedGroups:
     if groups < 1 or size < 1:
         raise UserError(f"groups={groups} and size={size} must be at least 1")
-    xyz_BM3, real_BM = padded(xyz_N3, offsets)
     clouds_B1 = torch.arange(len(xyz_BM3), device=xyz_BM3.device)[:, None]
-    centre_BG3 = xyz_BM3[clouds_B1, farthest_points(xyz_BM3, real_BM, groups)]
+    centre_BG = farthest_points(xyz_BM3, real_BM, groups)
+    centre_BG3 = xyz_BM3[clouds_B1, centre_BG]
     near_BGK = nearest_points(centre_BG3, xyz_BM3, real_BM, size)
     near_BGK3 = xyz_BM3[clouds_B1[..., None], near_BGK]
-    return Groups(centre_BG3, near_BGK3 - centre_BG3[:, :, None], real_BM[:, 0])
+    return NestedGroups(centre_BG3, near_BGK3 - centre_BG3[:, :, None], real_BM[:, 0], centre_BG, near_BGK)

@@ -1,4 +1,4 @@
-"""Attention in which queries, keys and values may come from three places.
+"""Attention in which queries, keys and values may come from three places, and attention with a learned bias.
 
 Shapes: B batch, Q queries, S keys, w width, a heads, c channels of a head.
 """
@@ -37,3 +37,17 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed_BaQc = F.scaled_dot_product_attention(q_BaQc, k_BaSc, v_BaSc, attn_mask=seen, dropout_p=dropout)
         return self.out(mixed_BaQc.transpose(1, 2).flatten(2))
+
+
+def biased_attention(q_BaQc: Tensor, k_BaSc: Tensor, v_BaSc: Tensor, bias_BaQS: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(c) + bias) v, [B a Q c], for a bias that is learned: its gradient is 0 without any rows.
+
+    Args:
+        bias_BaQS: of a shape that expands to [B a Q S]; -inf hides a key.
+        dropout: share of the attention weights that is dropped, in [0, 1).
+    """
+    mixed_BaQc = F.scaled_dot_product_attention(q_BaQc, k_BaSc, v_BaSc, attn_mask=bias_BaQS, dropout_p=dropout)
+    if len(q_BaQc):
+        return mixed_BaQc
+    # Of an empty batch torch gives the bias no gradient, and a rank that has no rows would leave the others waiting.
+    return mixed_BaQc + 0 * bias_BaQS.masked_fill(bias_BaQS.isinf(), 0).sum()

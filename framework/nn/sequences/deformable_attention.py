@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightspan.core.devices import wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
+from lightspan.nn.sequences.attention import biased_attention
 
 
 class DeformableAttention(nn.Module):
@@ -77,7 +78,7 @@ class DeformableAttention(nn.Module):
         scaled_BaSK1 = (apart_BaSK.sign() * apart_BaSK.abs().log1p())[..., None].to(x_BSw.dtype)
         bias_BaSK = self.bias(scaled_BaSK1)[..., 0].to(q_BacS.dtype)
         q_BaSc, k_BaKc, v_BaKc = (part.transpose(2, 3) for part in (q_BacS, k_BacK, v_BacK))
-        mixed_BaSc = F.scaled_dot_product_attention(q_BaSc, k_BaKc, v_BaKc, attn_mask=bias_BaSK)
+        mixed_BaSc = biased_attention(q_BaSc, k_BaKc, v_BaKc, bias_BaSK)
         return self.out(mixed_BaSc.transpose(1, 2).flatten(2))
 
 

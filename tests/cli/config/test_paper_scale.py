@@ -65,6 +65,7 @@ def at_scale(config: dict[str, Any]) -> bool:
         ".own.OwnSequences'",
         ".domains.DomainFiles'",
         ".labelled.LabelledTextFiles'",
+        ".labelled.LabelledScans'",
         ".chat.Chat'",
     )
     return any(part in str(config["data"]) for part in files)

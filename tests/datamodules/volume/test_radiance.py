@@ -228,6 +228,8 @@ def test_folders_of_views_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ({"frames": []}, "no frames"),
         ({"frames": [{"file_path": "a.png", "transform_matrix": np.eye(4).tolist()}]}, "a.png"),
         ({"frames": [3]}, "no frames"),
+        ({"frames": [{"file_path": "../a.png", "transform_matrix": np.eye(4).tolist()}]}, "outside"),
+        ({"frames": [{"file_path": "/etc/hostname", "transform_matrix": np.eye(4).tolist()}]}, "outside"),
     ):
         (tmp_path / "transforms.json").write_text(json.dumps({"camera_angle_x": 1.0, **said}))
         with pytest.raises(UserError, match=what):

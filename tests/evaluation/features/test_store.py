@@ -443,6 +443,14 @@ def test_features_of_other_programs_are_read(tmp_path: Path) -> None:
     found = FeatureFile(str(tmp_path / "c.safetensors")).load(FeatureStore(tmp_path))
     assert [*found.fields] == ["camera"]
     assert torch.equal(found.fields["camera"], camera)
+    np.savez(tmp_path / "n.npz", features=np.ones((3, 2), np.float32), index=np.arange(3), camera=camera.numpy())
+    found = FeatureFile(str(tmp_path / "n.npz")).load(FeatureStore(tmp_path))
+    assert torch.equal(found.x, torch.ones(3, 2))
+    assert torch.equal(found.fields["camera"], camera)
+    for name, held in (("text", np.array(["a"])), ("objects", np.array([{}]))):
+        np.savez(tmp_path / f"{name}.npz", features=held, allow_pickle=True)
+        with pytest.raises(UserError, match=rf"{name}\.npz cannot be read"):
+            FeatureFile(str(tmp_path / f"{name}.npz")).load(FeatureStore(tmp_path))
     save_file({"weights": torch.ones(3, 2)}, tmp_path / "w.safetensors")
     (tmp_path / "t.safetensors").write_bytes(b"torn")
     for name, message in (

@@ -14,7 +14,6 @@ from lightspan.evaluation.geometry.identities import (
     noise,
     numbered,
     pairwise_scores,
-    whitened,
     without_far_pictures,
 )
 
@@ -81,14 +80,3 @@ def test_pairwise_scores_by_hand() -> None:
     assert scores == pytest.approx((2 / 4, 2 / 3, 4 / 7))
     assert pairwise_scores(groups(-1, -1), groups(0, 0)) == (1.0, 0.0, 0.0)
     assert pairwise_scores(groups(0, 1), groups(0, 1)) == (1.0, 1.0, 1.0)
-
-
-def test_whitened_columns_are_uncorrelated_and_of_variance_one_and_dead_directions_are_left_out() -> None:
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor(
-        [100.0, 1, 0.01]
-    )
-    found = whitened(torch.cat([x, x[:, :1], torch.ones(50, 1)], dim=1))
-    assert found.shape == (50, 3)
-    torch.testing.assert_close(found.mean(dim=0), torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(found.T @ found / 50, torch.eye(3, dtype=torch.float64))
-    assert whitened(torch.ones(4, 2)).shape == (4, 0)

@@ -16,7 +16,8 @@ from lightspan.backbones.dense import UNet
 from lightspan.backbones.scanned_unet import ScannedUNet
 from lightspan.core.errors import UserError
 from lightspan.evaluation.dense.segmentation_scores import segmentation_scores
-from lightspan.methods.supervised.segmenter import Segmenter, overlap
+from lightspan.methods.supervised.segmenter import Segmenter
+from lightspan.nn.class_overlap import overlap
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -78,6 +79,7 @@ def test_scores_of_counts_are_those_of_pixels() -> None:
     assert np.isnan(dice[3])
     assert found["dice"].item() == pytest.approx(dice[1:3].mean())
     assert found["iou"].item() == pytest.approx((dice[1:3] / (2 - dice[1:3])).mean())
+    assert overlap(counts, first=0)["iou"].item() == pytest.approx((dice[:3] / (2 - dice[:3])).mean())
     assert [each.item() for each in overlap(torch.tensor([[5, 0], [0, 0]])).values()] == [1, 1]
     assert [each.item() for each in overlap(torch.tensor([[5, 2], [0, 0]])).values()] == [0, 0]
 

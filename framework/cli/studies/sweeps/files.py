@@ -31,6 +31,7 @@ _OPTIONS = (
     "--volumes",
     "--videos",
     "--points",
+    "--graphs",
     "--table",
     "--target",
     "--allow-module",

@@ -1,0 +1,73 @@
+"""Complexities estimated from samples, against the hypercube, where they are known."""
+
+import pytest
+import torch
+
+from lightspan.core.errors import UserError
+from lightspan.evaluation.augmentations.complexity import AugmentationComplexity, followed, sample_complexities
+from lightspan.evaluation.augmentations.densities import BlockMask, GaussianNoise, RandomMask
+from lightspan.evaluation.augmentations.tables import block_complexity, cube, masked_complexity, masked_cube
+from lightspan.evaluation.features.features import Features
+
+
+def estimate(density, x: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return sample_complexities(density, x, torch.arange(2), [len(x)], draws, generator)[0]
+
+
+def test_estimates_are_the_closed_forms_where_the_samples_are_the_distribution() -> None:
+    x = cube(6)
+    torch.testing.assert_close(
+        estimate(RandomMask(0.5), x), torch.full((2,), masked_complexity(6, 0.5)).double(), atol=0.4, rtol=0
+    )
+    exact = torch.full((2,), block_complexity(6, 0.5), dtype=torch.float64)
+    torch.testing.assert_close(estimate(BlockMask(0.5), x), exact)  # each draw has the same
+    torch.testing.assert_close(estimate(RandomMask(1.0), x), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(estimate(RandomMask(0.0), x, 2), torch.full((2,), 64.0, dtype=torch.float64))
+
+
+def test_noise_runs_from_no_information_to_all_of_it() -> None:
+    x = torch.arange(10.0, dtype=torch.float64)[:, None]
+    assert estimate(GaussianNoise(1e-3), x, 10).tolist() == pytest.approx([10, 10])
+    assert estimate(GaussianNoise(1e4), x, 10).tolist() == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_a_mask_keeps_what_agrees_and_rules_out_the_rest() -> None:
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    a = torch.tensor([[0.0, torch.nan], [torch.nan, 1.0]], dtype=torch.float64)
+    assert RandomMask(0.5).log_density(a, x).exp().tolist() == [[1, 1], [0, 1]]
+
+
+def test_what_samples_limit_is_said_and_not_followed_beyond_them() -> None:
+    exact = masked_complexity(8, 0.5)
+    found = AugmentationComplexity({"weak": RandomMask(0.02), "strong": RandomMask(0.9)}).fit(Features(cube(8)[:64]))
+    last = {row["augmentation"]: row for row in found.rows if row["samples"] == 64}
+    assert last["weak"]["saturated"]
+    assert not last["strong"]["saturated"]
+    assert last["weak"]["largest"] <= 64 < exact * 4
+    assert "limited" in found.figures()[0].name
+
+
+def test_following_to_infinitely_many_samples_comes_nearer_to_the_truth() -> None:
+    truth, errors = masked_complexity(8, 0.6), []
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        rows = torch.randperm(256, generator=generator)
+        given = masked_cube(8, 0.6)
+        values = tuple(given.of_samples(rows[:n]).kernel().diagonal()[rows[:n]].mean().item() for n in (20, 40))
+        end = followed((20, 40), values)
+        assert end is not None
+        errors.append((abs(end - truth), abs(values[1] - truth)))
+    near, plain = (sum(column) for column in zip(*errors, strict=True))
+    assert near < 0.6 * plain
+    assert followed((30, 60), (30.0, 60.0)) is None
+
+
+def test_wrong_settings_and_samples_are_refused() -> None:
+    with pytest.raises(UserError, match="augmentations"):
+        AugmentationComplexity({})
+    for kind, wrong in ((RandomMask, 1.5), (BlockMask, -0.1), (GaussianNoise, 0.0)):
+        with pytest.raises(UserError, match="must"):
+            kind(wrong)
+    with pytest.raises(UserError, match="4 samples"):
+        AugmentationComplexity().fit(Features(torch.ones(3, 2)))
