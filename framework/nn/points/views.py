@@ -25,7 +25,7 @@ class ViewsFromAbove:
     while here none lies outside of what is drawn in training.
 
     Args:
-        up: the axis of the data that points up. That of ModelNet40 is z, that of LDraw -y.
+        up: the axis of the data that points up: z in ModelNet40, and in LDraw files as they are read here.
         azimuth: degrees about it, the lower first.
         elevation: degrees above the horizon, in [-90, 90], the lower first.
         stretch: factors of what lies to the right and of what lies down, drawn for each between these: the projection
