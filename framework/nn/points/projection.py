@@ -48,8 +48,8 @@ class MapProjection(NamedTuple):
         flat_PC = wide_NC.new_zeros(self.maps * self.side**2, x_NC.shape[1]).index_add(0, self.pixel_N, wide_NC)
         maps_BCSS = flat_PC.unflatten(0, (self.maps, self.side, self.side)).permute(0, 3, 1, 2)
         # The blocks of all points at once: no block leaves its map, so that each is a box about its middle.
-        block = {"kernel_size": self.spread, "stride": 1, "padding": self.spread // 2, "divisor_override": 1}
-        return F.avg_pool2d(maps_BCSS, **block).to(x_NC.dtype)
+        sums_BCSS = F.avg_pool2d(maps_BCSS, self.spread, stride=1, padding=self.spread // 2, divisor_override=1)
+        return sums_BCSS.to(x_NC.dtype)
 
     def gathered(self, maps_BCSS: Tensor) -> Tensor:
         """What maps have at the middle of each point's block, [N C]."""

@@ -56,7 +56,8 @@ class ViewsFromAbove:
         """
         drawn_B4 = hashed_uniform(mixed_seed(index_B, self.seed, step), 0, (4,))
         ranges = torch.tensor([self.azimuth, self.elevation, self.stretch, self.stretch], device=drawn_B4.device)
-        azimuth_B, elevation_B, right_B, down_B = torch.lerp(*ranges.unbind(1), drawn_B4).unbind(1)
+        low_4, high_4 = ranges.unbind(1)
+        azimuth_B, elevation_B, right_B, down_B = torch.lerp(low_4, high_4, drawn_B4).unbind(1)
         stretch_B3 = torch.stack([right_B, down_B, torch.ones_like(right_B)], dim=1)
         return self.axes(azimuth_B, elevation_B) * stretch_B3[..., None]
 
