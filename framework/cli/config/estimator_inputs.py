@@ -120,7 +120,8 @@ def _judged(file: Path) -> tuple[str | None, int | None]:
     for name in ("label", "index"):
         rows = columns.get(name, (None, shape))[1][:1]
         if rows != shape[:1]:
-            return f"{file} has {shape[0]} features but {(rows or ['no'])[0]} of `{name}`; give one for each row", None
+            count = rows[0] if rows else "no"
+            return f"{file} has {shape[0]} features but {count} of `{name}`; give one for each row", None
     return None, shape[-1]
 
 

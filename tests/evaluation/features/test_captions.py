@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel
 from lightspan.backbones.text import MeanTokens, TextTransformer
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.core.errors import UserError
-from lightspan.datamodules.points.data import FoundShapes, KeptShapes, PointSets
+from lightspan.datamodules.loading.found_sets import FoundSamples, KeptSamples
+from lightspan.datamodules.points.data import PointSets
 from lightspan.datamodules.points.shapes import Shape
 from lightspan.evaluation.features.captions import Captions, TextLines
 from lightspan.evaluation.features.encoded import Encoded
@@ -31,10 +32,10 @@ class Bricks(PointSets):
     def blank(self) -> None:
         return None
 
-    def find(self) -> FoundShapes:
+    def find(self) -> FoundSamples[Shape]:
         shapes = [Shape((size + 1) * np.eye(3, dtype=np.float32)[None]) for size in range(len(TEXTS))]
         self.captions, self.val_captions = TEXTS[:3], TEXTS[3:]
-        return FoundShapes(KeptShapes(shapes), np.arange(3), np.arange(3, 4), (), "triangles")
+        return FoundSamples(KeptSamples(shapes), np.arange(3), np.arange(3, 4), (), "triangles")
 
 
 def test_texts_come_in_order_and_equal_ones_are_equal_to_the_last_bit(tmp_path: Path) -> None:
