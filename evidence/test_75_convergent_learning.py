@@ -3,7 +3,7 @@
 Pairs of networks of two hidden layers of 64 units on digits, trained with other weights and the same order of data, or
 another one, and before any training. Units are compared on 1,000 images that trained nothing. The floor of a matching
 is that of untrained networks, its ceiling a copy whose units were permuted and rescaled. A planted pair has half of its
-units in common. The learning rate was chosen on seed 100, by accuracy.
+units in common. The learning rate is chosen on seed 100, by cross-entropy on these images: accuracies are all alike.
 """
 
 import torch
@@ -15,8 +15,7 @@ from lightspan.evaluation.geometry.convergent_learning import Convergence, Conve
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 TRAINED_ON, WIDTH, EPOCHS, BATCH = 797, 64, 60, 64
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-RATE = 3e-3  # by `python evidence/test_75_convergent_learning.py`
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -30,7 +29,7 @@ def network(seed: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def trained(seed: int, order: int, rate: float = RATE) -> nn.Sequential:
+def trained(seed: int, order: int, rate: float) -> nn.Sequential:
     x, y = data()
     net, generator = network(seed), torch.Generator().manual_seed(order)
     optimizer = torch.optim.Adam(net.parameters(), lr=rate, weight_decay=1e-4)
@@ -52,6 +51,13 @@ def accuracy(net: nn.Module) -> float:
     x, y = data()
     with torch.no_grad():
         return 100 * float((net(x[TRAINED_ON:]).argmax(dim=1) == y[TRAINED_ON:]).float().mean())
+
+
+def searched(rate: float) -> float:
+    """Minus the cross-entropy on the images that units are compared on."""
+    (x, y), net = data(), trained(SEARCH_SEED, SEARCH_SEED, rate)
+    with torch.no_grad():
+        return -float(nn.functional.cross_entropy(net(x[TRAINED_ON:]), y[TRAINED_ON:]))
 
 
 def compared(first: Tensor, second: Tensor) -> Convergence:
@@ -79,9 +85,12 @@ def planted(seed: int) -> tuple[float, float]:
 
 def test_trained_networks_share_units_and_more_of_their_span(evidence) -> None:
     torch.set_num_threads(1)
+    rate = evidence.search({"trained": searched}, RATES)["trained"]
     pairs, before, after = {}, {}, {}
     for seed in SEEDS:
-        one, two, three = trained(2 * seed, seed), trained(2 * seed + 1, seed), trained(2 * seed + 1, seed + 50)
+        one, two, three = (
+            trained(s, order, rate) for s, order in ((2 * seed, seed), (2 * seed + 1, seed), (2 * seed + 1, seed + 50))
+        )
         drawn = network(2 * seed), network(2 * seed + 1)
         before[seed], after[seed] = accuracy(drawn[0]), accuracy(one)
         for layer in (1, 2):
@@ -138,9 +147,10 @@ def test_trained_networks_share_units_and_more_of_their_span(evidence) -> None:
 
 
 if __name__ == "__main__":
-    for one in RATES:
-        print(one, accuracy(trained(SEARCH_SEED, SEARCH_SEED, one)))
-    first, second = trained(SEARCH_SEED, 0), trained(SEARCH_SEED + 1, 0)
+    scores = {rate: searched(rate) for rate in (3e-4, *RATES, 3e-2)}
+    print(scores)
+    best = max(scores, key=scores.__getitem__)
+    first, second = trained(SEARCH_SEED, 0, best), trained(SEARCH_SEED + 1, 0, best)
     drawn = network(SEARCH_SEED), network(SEARCH_SEED + 1)
     for layer in (1, 2):
         for a, b in ((first, second), drawn, (first, first)):

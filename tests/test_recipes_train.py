@@ -61,13 +61,20 @@ LARGE = {"language/smollm2_svfit"}
 UNDONE = {
     *("analysis/extraction_attack", "analysis/memorised_neurons", "merging/prune_memorised"),
     *("merging/fisher", "merging/regmean", "merging/interference"),
+    "analysis/align_files",
 }
 """They read what other runs left (masks, statistics, task vectors, features); they are only built here, and run in
 tests of merging and estimators."""
 
 
 TWO_LANGUAGES = "data.init_args.languages=[es,fr]"
+ONE_CATEGORY = "data.init_args.categories=[Hinge]"
 FEWER = {
+    "analysis/align_ldraw": [
+        f"inputs.{name}.init_args.{ONE_CATEGORY}" for name in ("first", "second", "first_query", "second_query")
+    ],
+    "analysis/name_ldraw": [f"inputs.query.init_args.{ONE_CATEGORY}"],
+    "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/spoken_languages": [f"inputs.{name}.init_args.{TWO_LANGUAGES}" for name in ("bank", "query")],
 }
 """What a recipe that only computes reads here, where all of its data takes more than the time of a sweep's test."""

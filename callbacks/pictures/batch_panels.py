@@ -3,7 +3,7 @@
 Shapes: B samples, T tokens, F columns, C H W, N points or nodes of all samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -25,13 +25,19 @@ MOST_COLUMNS = 256  # of a table; what is wider, such as sound, is not seen as c
 
 
 def panels(
-    batch: Any, rows: int, bounds: tuple[Tensor, Tensor] | None, tokenizer: Any, batch_type: type | None = None
+    batch: Any,
+    rows: int,
+    bounds: tuple[Tensor, Tensor] | None,
+    tokenizer: Any,
+    batch_type: type | None = None,
+    beside: Callable[[Any], Mapping[str, Tensor]] | None = None,
 ) -> Any | None:
     """A figure of the first `rows` samples, or None for a batch without texts, tables, points and graphs.
 
     Args:
         bounds: what is black and white in pictures; see `shown_in_range`.
         tokenizer: turns tokens into text by its `decode`. Without one, tokens below 256 are bytes, and others numbers.
+        beside: makes pictures of a batch of clouds, [B 3 H W] in [0, 1] by name.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -42,7 +48,7 @@ def panels(
     name = next(iter(read_names(batch, batch_type)), "")
     read = batch.get(name)
     if _is_of(read, 2) and is_packed(name, batch, batch_type):
-        return _cloud_figure(read, batch, rows, batch_type) if read.shape[1] == 3 else None
+        return _cloud_figure(read, batch, rows, batch_type, beside) if read.shape[1] == 3 else None
     tables = read if isinstance(read, list | tuple) else [read]
     parts = [
         table for table in tables if _is_of(table, 2) and table.is_floating_point() and table.shape[1] <= MOST_COLUMNS
@@ -104,13 +110,25 @@ def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int)
     return figure
 
 
-def _cloud_figure(xyz_N3: Tensor, batch: Mapping[str, Any], rows: int, batch_type: type | None) -> Any:
-    """Each cloud from above and from the side."""
+def _cloud_figure(
+    xyz_N3: Tensor,
+    batch: Mapping[str, Any],
+    rows: int,
+    batch_type: type | None,
+    beside: Callable[[Any], Mapping[str, Tensor]] | None,
+) -> Any:
+    """Each cloud from above and from the side, then its pictures."""
+    pictures = {} if beside is None else {name: made.detach().float().cpu() for name, made in beside(batch).items()}
     offsets = offsets_in(batch, batch_type).tolist()
     clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
-    figure, axes = canvas("", (6.0, 3.0 * len(clouds) + 0.2), (len(clouds), 2))
+    columns = 2 + len(pictures)
+    figure, axes = canvas("", (3.0 * columns, 3.0 * len(clouds) + 0.2), (len(clouds), columns))
     for row, (cloud, label) in enumerate(zip(clouds, _labels(batch, rows), strict=False)):
-        for axis, (across, up) in zip(axes[row], ((0, 1), (0, 2)), strict=True):
+        for axis, (name, made) in zip(axes[row, 2:], pictures.items(), strict=True):
+            axis.axis("off")
+            axis.set_title(name, fontsize=8, loc="left")
+            _show(axis, made[row])
+        for axis, (across, up) in zip(axes[row, :2], ((0, 1), (0, 2)), strict=True):
             axis.scatter(cloud[:, across], cloud[:, up], s=1)
             axis.set_aspect("equal", "datalim")
             axis.set_xlabel("xyz"[across], fontsize=8)

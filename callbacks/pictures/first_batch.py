@@ -35,8 +35,9 @@ class FirstBatch(Callback):
     spaced. Of pictures with many bands three are shown, those that
     the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
-    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side. For any other
-    batch a note says that there is no picture.
+    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, beside the
+    pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1] by name. For any other batch a note says
+    that there is no picture.
 
     Args:
         folder: where the picture goes.
@@ -58,7 +59,8 @@ class FirstBatch(Callback):
         data = getattr(trainer, "datamodule", None)
         bounds, path = getattr(data, "bounds", None), self.folder / "first-batch.png"
         kind = batch_type_of(data, pl_module)
-        if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None), kind)) is not None:
+        beside = getattr(pl_module, "pictures", None)
+        if (figure := panels(batch, self.rows, bounds, getattr(data, "tokenizer", None), kind, beside)) is not None:
             write_atomic(path, png(figure))
             return
         if (dates := coloured_dates(batch, getattr(data, "shown_bands", None))) is not None:

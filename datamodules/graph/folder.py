@@ -103,6 +103,8 @@ class GraphFolder(GraphSets):
             self.cache.packed(found.folder, found.names, found.labels, self.kind, self.numbers, self.directed)
             for found in sets
         ]
+        if not packs[0].about["molecules"] and packs[0].about["words"] == [""]:
+            say(f"no node has a kind; if they have one by another name, set data.init_args.kind={self.kind} to that")
         return joined_graphs(self, sets, packs, self.val_share, self.skip_damaged)
 
     def _found(self, folder: Path) -> PictureFiles:
@@ -128,6 +130,8 @@ def joined_graphs(
     report_damage(damage, sum(pack.about["rows"] for pack in packs), "graphs", skips)
     if packs[0].about["molecules"]:
         data.require_molecules()
+        if data.number_names:
+            raise UserError(f"numbers={list(data.number_names)} are of nodes, and atoms have none; leave them out")
     if any(pack.about["molecules"] != packs[0].about["molecules"] for pack in packs):
         raise UserError(f"{sets[1].folder} and {training.folder} must both have molecules, or both other graphs")
     kinds, edge_kinds = (

@@ -130,7 +130,7 @@ class GraphCache:
         key = hashlib.sha256(json.dumps([settings, states]).encode()).hexdigest()[:32]
         size = _GROWTH * sum(max(state[1], 0) for state in states)
         self.packs.require_room(size, f"the graphs of {len(names):,} files", "or name fewer files")
-        are = {name: _has_molecules(folder / name) for name in names}
+        are = {name: is_of_molecules(folder / name) for name in names}
         if len({*are.values()}) > 1:
             one, other = (next(name for name in names if are[name] is which) for which in (True, False))
             raise UserError(
@@ -141,13 +141,6 @@ class GraphCache:
         pack, about = self.packs.pack(key, size, write)
         found = PackedGraphs(pack, about, np.zeros(0, np.int64))
         return replace(found, labels=np.asarray(labels, np.int64)[found.column("file")])
-
-
-def _has_molecules(path: Path) -> bool:
-    try:
-        return is_of_molecules(path)
-    except OSError:  # which reading says
-        return False
 
 
 def _write(folder: Path, names: Sequence[str], reader: GraphReader, molecules: bool, to: Path) -> dict[str, Any]:

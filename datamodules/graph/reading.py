@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError, install_extra, one_line
-from lightspan.core.files.foreign import CELLS, NUMBERS, bounded_memory, bounded_time, content_of, whole_text
+from lightspan.core.files.foreign import (
+    CELLS,
+    NUMBERS,
+    bounded_memory,
+    bounded_time,
+    content_of,
+    opened_regular,
+    whole_text,
+)
 from lightspan.datamodules.graph.graphs import Graph, LeftOut, graph_of
 from lightspan.datamodules.graph.molecules import Form, molecules
 from lightspan.datamodules.image.picture_files import Kind
@@ -177,13 +185,16 @@ def smiles_column(text: str) -> str | None:
 
 
 def is_of_molecules(path: Path) -> bool:
-    """Whether a file has molecules, by its ending or its first line. Raises: ValueError if it cannot be read."""
+    """Whether a file has molecules, by its ending or its first line; not if it cannot be read, which reading says."""
     if path.suffix.lower() in (".smi", ".sdf"):
         return True
     if path.suffix.lower() not in (".csv", ".tsv"):
         return False
-    with path.open("rb") as file:
-        return smiles_column(file.read(2**12).decode("utf-8-sig", "replace")) is not None
+    try:
+        with opened_regular(path) as file:
+            return smiles_column(file.read(2**12).decode("utf-8-sig", "replace")) is not None
+    except (OSError, ValueError, csv.Error):
+        return False
 
 
 def _molecules(texts: Collection[Any], form: Form = "smiles") -> Iterator[tuple[Graph, LeftOut] | str]:

@@ -123,6 +123,19 @@ class PairBatch(TypedDict):
     index: Index
 
 
+class QuestionBatch(TypedDict):
+    """A picture per sample, and what one of several tasks says of it.
+
+    task: which one asks, counted from 0.
+    target: its answer, 1 for yes and -1 for no.
+    """
+
+    image: Image
+    task: Annotated[Tensor, Field("int64", "B")]
+    target: Annotated[Tensor, Field("float32", "B")]
+    index: Index
+
+
 class TasksBatch(TypedDict):
     """One picture of each of several tasks a sample, standardised as each task's own.
 

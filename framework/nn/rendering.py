@@ -143,7 +143,8 @@ def rays_through(place_B3: Tensor, rotation_B33: Tensor, intrinsics_B33: Tensor,
         pixel_BN2: x and y.
     """
     pixel_BN3 = torch.cat([pixel_BN2, torch.ones_like(pixel_BN2[..., :1])], dim=-1)
-    own_B33 = torch.linalg.inv(intrinsics_B33)
+    # Without a check, which would wait for the device: of a lens that is none nothing is finite.
+    own_B33 = torch.linalg.inv_ex(intrinsics_B33).inverse
     direction_BN3 = torch.einsum("bji,bjk,bnk->bni", rotation_B33, own_B33, pixel_BN3)
     direction_BN3 = direction_BN3 / direction_BN3.norm(dim=-1, keepdim=True)
     return Rays(place_B3[:, None].expand_as(direction_BN3), direction_BN3)

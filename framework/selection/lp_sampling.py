@@ -19,8 +19,7 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.loading.selection import Selection
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
-from lightspan.evaluation.geometry.spectra import centred
-from lightspan.evaluation.scale import scaled
+from lightspan.selection.design import design_matrix
 from lightspan.selection.distortion import distortion, lp_regression
 from lightspan.selection.sampling import bernoulli, inclusion
 from lightspan.selection.selected import NamedSamples, Selected
@@ -32,7 +31,6 @@ from lightspan.selection.sensitivities import (
     lp_sensitivities,
     root_leverage,
 )
-from lightspan.subspaces.svd import thin_svd
 
 Rule = Literal["uniform", "leverage", "root_leverage", "lewis", "sensitivity", "sensitivity_and_leverage"]
 
@@ -138,13 +136,7 @@ class LpSample(Estimator):
         return Selected.of(selection, samples, measured)
 
     def _matrix(self, features: Features) -> tuple[Tensor, Tensor | None]:
-        x_ND = scaled(features.rows())[1][0]
-        if x_ND.isfinite().all() and x_ND.numel():
-            if self.components is not None and self.components < x_ND.shape[1]:
-                _, _, right_KD = thin_svd(centred(x_ND))
-                x_ND = x_ND @ right_KD[: self.components].T
-            if self.constant:
-                x_ND = torch.cat([x_ND, torch.ones(len(x_ND), 1, dtype=torch.float64)], dim=1)
+        x_ND = design_matrix(features, self.components, self.constant)
         target_N = features.fields.get("target", features.label_N) if self.target else None
         if target_N is None or target_N.ndim != 1 or not target_N.is_floating_point():
             return x_ND, None

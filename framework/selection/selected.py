@@ -90,8 +90,8 @@ class Selected(Result):
             uneven.
         heaviest: places of an epoch that one sample takes, at most.
         curve: places of an epoch that a sample takes, from the fewest to the most, at evenly spaced shares of the
-            selected samples; for a mixture empty.
-        shares: of each group in a mixture; `natural`: its share of the samples. Empty for other kinds.
+            selected samples; empty with groups.
+        shares: of each group in an epoch; `natural`: its share of the samples. Empty without groups.
     """
 
     kind: str
@@ -107,13 +107,27 @@ class Selected(Result):
     natural: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, selection: Selection, samples: NamedSamples, measured: Mapping[str, float]) -> "Selected":
+    def of(
+        cls,
+        selection: Selection,
+        samples: NamedSamples,
+        measured: Mapping[str, float],
+        shown_N: np.ndarray | None = None,
+    ) -> "Selected":
+        """Of a selection for these samples.
+
+        Args:
+            shown_N: groups whose shares are worth a look, int64 [N], of what is no mixture.
+        """
         weight_N, group_N = selection.expanded(samples.sizes)
+        grouped = selection.mixture_G is not None or shown_N is not None
+        group_N = group_N if shown_N is None else shown_N
+        groups = int(group_N.max()) + 1 if selection.mixture_G is None else len(selection.mixture_G)
+        share_G = np.bincount(group_N, weight_N, minlength=groups) / weight_N.sum()
+        natural_G = np.bincount(group_N, minlength=groups) / selection.count
         kept = int(np.count_nonzero(weight_N))
         places_n = np.sort(weight_N[weight_N > 0]) * (kept / weight_N.sum())
-        mixed = selection.mixture_G is not None
         at = np.linspace(0, kept - 1, PLACES).round().astype(int)
-        groups = 0 if selection.mixture_G is None else len(selection.mixture_G)
         return cls(
             kind=selection.kind,
             rule=selection.rule,
@@ -123,9 +137,9 @@ class Selected(Result):
             effective=float(places_n.sum() ** 2 / np.square(places_n).sum()),
             heaviest=float(places_n[-1]),
             measured={name: float(value) for name, value in measured.items()},
-            curve=() if mixed else tuple(places_n[at].tolist()),
-            shares=() if selection.mixture_G is None else tuple(selection.mixture_G.tolist()),
-            natural=tuple((np.bincount(group_N, minlength=groups) / selection.count).tolist()) if mixed else (),
+            curve=() if grouped else tuple(places_n[at].tolist()),
+            shares=tuple(share_G.tolist()) if grouped else (),
+            natural=tuple(natural_G.tolist()) if grouped else (),
             tensors=selection.columns(),
         )
 

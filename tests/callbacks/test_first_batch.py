@@ -9,6 +9,8 @@ import torch
 from lightspan.callbacks.pictures.batch_panels import panels, text_of
 from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
 from lightspan.core.drawing import png
+from lightspan.datamodules.graph.batch import GraphBatch
+from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.video.batch import ClipsBatch
 
 
@@ -51,6 +53,15 @@ def test_a_text_beside_its_picture():
     assert [axis.images[0].get_array().shape for axis in figure.axes if axis.images] == [(4, 5, 3)] * 2
 
 
+def test_clouds_are_beside_the_pictures_that_a_method_makes_of_them():
+    batch = {"xyz": torch.rand(9, 3), "offsets": torch.tensor([0, 4, 4, 9]), "label": torch.arange(3)}
+    maps = torch.rand(3, 3, 4, 5)
+    figure = panels(batch, 2, None, None, PointsBatch, lambda given: {"map 1": maps, "map 2": 1 - maps})
+    shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    assert [picture.tolist() for picture in shown[::2]] == maps[:2].permute(0, 2, 3, 1).tolist()
+    assert len(shown) == len([axis for axis in figure.axes if not axis.images]) == 4
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_the_columns_of_tables_are_colours(views):
     tables = [torch.full((4, 3), float(number)) for number in range(views)]
@@ -63,6 +74,32 @@ def test_the_columns_of_tables_are_colours(views):
 @pytest.mark.parametrize("batch", [None, [], {}, {"image": torch.ones(2, 3, 4, 4)}, {"tokens": torch.ones(0, 3)}])
 def test_what_is_neither_text_nor_table_has_no_panel(batch):
     assert panels(batch, 2, None, None) is None
+
+
+def test_graphs_are_drawn_with_neighbours_near_and_kinds_in_colours():
+    path = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    batch = {
+        "node": torch.ones(6, 3),
+        "edge_index": path,
+        "edge": torch.ones(6, 0),
+        "offsets": torch.tensor([0, 4, 5, 5, 6]),
+        "kind": torch.tensor([1, 2, 2, 1, 1, 3]),
+        "label": torch.arange(4),
+        "index": torch.arange(4),
+    }
+    figure = panels(batch, 3, None, None, GraphBatch)
+    assert [axis.get_title("left") for axis in figure.axes] == [
+        "label 0, 4 nodes",
+        "label 1, 1 nodes",
+        "label 2, 0 nodes",
+    ]
+    dots = figure.axes[0].collections[0]
+    places = torch.from_numpy(dots.get_offsets().data)
+    apart = (places[:, None] - places[None]).norm(dim=2)
+    torch.testing.assert_close(apart[0], torch.arange(4.0).double(), atol=0.05, rtol=0)
+    colours = dots.get_facecolors().tolist()
+    assert colours[0] == colours[3] != colours[1] == colours[2]
+    assert png(figure).startswith(b"\x89PNG")
 
 
 def test_long_and_formula_like_texts_are_drawn_as_they_are():

@@ -22,7 +22,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.results import Result
 from lightspan.evaluation.augmentations.encoded_views import ViewFeatures
 from lightspan.evaluation.estimator import Estimator
-from lightspan.evaluation.features.compared import Compared
+from lightspan.evaluation.features.compared import ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.preprocessing_grid import Grid, GridCell
 from lightspan.evaluation.features.stages import TextStages
@@ -191,10 +191,10 @@ def grid_of(features: Features) -> Grid:
     return Grid((GridCell("network", 8, "divided", "all", stated, features, features),))
 
 
-def compared_of(features: Features) -> Compared:
+def compared_of(features: Features) -> ComparedFeatures:
     """These as the reference, and as an encoder that sees them doubled."""
     both = {"reference": features, "twice": replace(features, x=2 * features.x)}
-    return Compared(both, both)
+    return ComparedFeatures(both, both)
 
 
 def views_of(features: Features) -> ViewFeatures:
@@ -205,7 +205,7 @@ def views_of(features: Features) -> ViewFeatures:
 
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
-    Compared: compared_of,
+    ComparedFeatures: compared_of,
     ViewFeatures: views_of,
     FactorWorld: lambda features: FactorWorld(4, 1),
     NetworkOnData: network_on,

@@ -7,7 +7,7 @@ Shapes: C H W image, V views, P parameters.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.core.augmentation import Augmentation
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.rendering import WHOLE, Drawn, Rendering, pixel_box
@@ -34,15 +35,12 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-class Views(ABC):
+class Views(Augmentation):
     """Maps one image to its views: float32 or uint8 [C, H, W] -> list of float32 [C, H, W], all in [0, 1].
 
     All randomness comes from torch's global CPU generator. Views of your own need no more than `__call__`; those that
     derive from `DrawnViews` can also be made on the device, and tell methods how they came about.
     """
-
-    @abstractmethod
-    def __call__(self, image: Tensor) -> list[Tensor]: ...
 
     @property
     def drawn(self) -> "DrawnViews | None":

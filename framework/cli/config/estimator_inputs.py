@@ -3,9 +3,11 @@
 import ast
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from lightspan.cli.config.annotations import class_names
 from lightspan.cli.config.problems import Problem
@@ -17,6 +19,11 @@ from lightspan.core.spelling import nearest
 
 FEATURE_FILE = "lightspan.evaluation.features.encoded.FeatureFile"
 _LONGEST_HEADER = 2**26  # bytes; a header describes each tensor in about a hundred
+_LONGEST_NPY_HEADER = 2**14  # NumPy itself takes no longer one
+_FAULTS = (
+    *(OSError, ValueError, struct.error, KeyError, IndexError, TypeError, AttributeError, SyntaxError),
+    *(BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),  # ways of packing that Python cannot read
+)
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -100,16 +107,14 @@ def _items(node: Node | None) -> list[tuple[Any, Node]]:
 def _judged(file: Path) -> tuple[str | None, int | None]:
     """(what is wrong with a feature file or None, its width), by its header: as `FeatureFile` judges what it loads."""
     if not file.is_file():
-        return f"there are no features at {file}; write them with safetensors, as `features` [N, D]", None
+        return f"there are no features at {file}; write them as safetensors or .npz, with `features` [N, D]", None
+    packed = file.suffix == ".npz"
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            forms: dict[str, Any] = json.loads(opened.read(min(length, _LONGEST_HEADER)))
-        columns = {name: (form["dtype"], form["shape"]) for name, form in forms.items() if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
-        return f"{file} is not a complete safetensors file", None
+        columns = _of_npz(file) if packed else _of_safetensors(file)
+    except (*_FAULTS, MemoryError):
+        return f"{file} is not a complete {'.npz' if packed else 'safetensors'} file", None
     dtype, shape = columns.get("features", ("", []))
-    if len(shape) < 2 or dtype not in _FLOATS:
+    if len(shape) < 2 or not (dtype in _FLOATS or (packed and dtype[1:2] == "f")):
         held = ", ".join(f"{name} {kind} {list(sizes)}" for name, (kind, sizes) in columns.items()) or "nothing"
         return f"{file} contains {held}; it needs `features`, floats [N, D]", None
     for name in ("label", "index"):
@@ -117,6 +122,28 @@ def _judged(file: Path) -> tuple[str | None, int | None]:
         if rows != shape[:1]:
             return f"{file} has {shape[0]} features but {(rows or ['no'])[0]} of `{name}`; give one for each row", None
     return None, shape[-1]
+
+
+def _of_safetensors(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        forms: dict[str, Any] = json.loads(opened.read(min(length, _LONGEST_HEADER)))
+    return {name: (form["dtype"], form["shape"]) for name, form in forms.items() if name != "__metadata__"}
+
+
+def _of_npz(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type, as NumPy writes it, and shape of each array."""
+    found = {}
+    with ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as opened:
+                start = opened.read(8)
+                kind = "<H" if start[6] == 1 else "<I"
+                (length,) = struct.unpack(kind, opened.read(struct.calcsize(kind)))
+                form = ast.literal_eval(opened.read(min(length, _LONGEST_NPY_HEADER)).decode("latin-1").strip())
+            found[name.removesuffix(".npy")] = str(form["descr"]), [*form["shape"]]
+    return found
 
 
 def _class_at(node: Node | None) -> Definition | None:

@@ -43,7 +43,7 @@ MAP, MAP_ALL, CKA_INSIDE, CKA_ALL = "map in the subspace", "map of all features"
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairedRows:
     """Rows of both encoders, row by row of the same samples; rows of one group are the same thing."""
 
     x_ND: Tensor
@@ -53,8 +53,8 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.x_ND)
 
-    def of(self, rows: Tensor) -> "Pairs":
-        return Pairs(self.x_ND[rows], self.y_NE[rows], self.group_N[rows])
+    def of(self, rows: Tensor) -> "PairedRows":
+        return PairedRows(self.x_ND[rows], self.y_NE[rows], self.group_N[rows])
 
     @cached_property
     def first(self) -> Principal:
@@ -68,8 +68,8 @@ class Pairs:
         """The directions that both encoders share, the most alike first."""
         return canonical_pair(self.first.whitened(ridge), self.second.whitened(ridge))
 
-    def inside(self, pair: CanonicalPair) -> "Pairs":
-        return Pairs(pair.first(self.x_ND), pair.second(self.y_NE), self.group_N)
+    def inside(self, pair: CanonicalPair) -> "PairedRows":
+        return PairedRows(pair.first(self.x_ND), pair.second(self.y_NE), self.group_N)
 
     def onto(self, orthogonal: bool, ridge: float = 0.0) -> Tensor:
         """The map [D E] of rows of the first encoder, less their mean, onto those of the second."""
@@ -77,7 +77,7 @@ class Pairs:
             return orthogonal_map(self.x_ND, self.y_NE)
         return linear_map(self.first.whitened(ridge), self.y_NE)
 
-    def cosines(self, asked: "Pairs", orthogonal: bool, ridge: float = 0.0) -> Tensor:
+    def cosines(self, asked: "PairedRows", orthogonal: bool, ridge: float = 0.0) -> Tensor:
         """Of mapped rows of the first encoder with rows of the second, about these pairs' means."""
         x_QD, y_GE = asked.x_ND - mean_of(self.x_ND), asked.y_NE - mean_of(self.y_NE)
         return cosines(x_QD @ self.onto(orthogonal, ridge), y_GE)
@@ -183,7 +183,8 @@ class AlignPairs(Estimator):
         orthogonal: of the map, a rotation in place of least squares. Inside the subspace it is nearly the identity.
         folds: into which pairs are divided to choose, at least 2.
         top: how many places count as found, at least 1.
-        most: rows that are asked for at most, evenly spaced; the time of an assignment grows with the third power.
+        most: rows that are asked for at once at most, evenly spaced, also of a fold; the time of an assignment grows
+            with the third power.
         group: a field of both sets of the second encoder, whole numbers [N], in place of equal rows.
         seed: of the folds and of pairs that are joined by chance.
     """
@@ -222,8 +223,8 @@ class AlignPairs(Estimator):
             self._rows(name, *sets)
             for name, sets in (("first", (first, first_query)), ("second", (second, second_query)))
         )
-        pairs = Pairs(x_ND, y_NE, self._groups("second", second, y_NE))
-        asked = Pairs(x_MD, y_ME, self._groups("second_query", second_query, y_ME))
+        pairs = PairedRows(x_ND, y_NE, self._groups("second", second, y_NE))
+        asked = PairedRows(x_MD, y_ME, self._groups("second_query", second_query, y_ME))
         asked = asked.of(spaced_rows(torch.arange(len(asked)), self.most))
         for name, given, least in (("first and second", pairs, 4), ("first_query and second_query", asked, 2)):
             if (groups := len(given.group_N.unique())) < least:
@@ -286,7 +287,7 @@ class AlignPairs(Estimator):
             raise UserError(f"AlignPairs group={self.group!r} must be whole numbers [N] in {name}, which has {got}")
         return column.long()
 
-    def _held_out(self, pairs: Pairs) -> Mapping[tuple[int, float], float]:
+    def _held_out(self, pairs: PairedRows) -> Mapping[tuple[int, float], float]:
         """Mean of 1 / place over all pairs while their fold was left out, by (k, ridge); k is 0 for all features.
 
         Of equals the first is taken: of fewest directions, and of the largest ridge.
@@ -299,7 +300,8 @@ class AlignPairs(Estimator):
             (components, ridge): [] for components in (0, *self.components) for ridge in reversed(self.ridges)
         }
         for fold in range(folds):
-            rest, asked = pairs.of(fold_N != fold), pairs.of(fold_N == fold)
+            rest = pairs.of(fold_N != fold)
+            asked = pairs.of(spaced_rows((fold_N == fold).nonzero()[:, 0], self.most))
             for ridge in self.ridges:
                 found[0, ridge].append(1 / asked.ranks(rest.cosines(asked, self.orthogonal, ridge)))
                 pair = rest.shared(ridge)
@@ -309,17 +311,17 @@ class AlignPairs(Estimator):
                     found[components, ridge].append(1 / asked.ranks(scores))
         return {key: float(torch.cat(places).double().mean()) for key, places in found.items()}
 
-    def _shared(self, pairs: Pairs) -> tuple[CanonicalPair, float, float, Mapping[tuple[int, float], float]]:
+    def _shared(self, pairs: PairedRows) -> tuple[CanonicalPair, float, float, Mapping[tuple[int, float], float]]:
         """The subspace, its ridge, that of all features, and the figures by which they were chosen."""
         held_out = self._held_out(pairs)
         components, ridge = max((key for key in held_out if key[0]), key=held_out.__getitem__)
         _, ridge_all = max((key for key in held_out if not key[0]), key=held_out.__getitem__)
         return pairs.shared(ridge).leading(components), ridge, ridge_all, held_out
 
-    def _control(self, pairs: Pairs, asked: Pairs) -> float:
+    def _control(self, pairs: PairedRows, asked: PairedRows) -> float:
         """The share that is found among the first, once the rows of the second encoder have been dealt out anew."""
         order_N = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seed + 1))
-        dealt = Pairs(pairs.x_ND, pairs.y_NE[order_N], pairs.group_N[order_N])
+        dealt = PairedRows(pairs.x_ND, pairs.y_NE[order_N], pairs.group_N[order_N])
         pair = self._shared(dealt)[0]
         scores_MM = dealt.inside(pair).cosines(asked.inside(pair), self.orthogonal)
         return float((asked.ranks(scores_MM) <= self.top).double().mean())
@@ -344,7 +346,7 @@ class AlignPairs(Estimator):
             "top": min(1.0, self.top / len(count_C)),
         }
 
-    def _maps(self, pair: CanonicalPair, inside: Pairs, scale_x: float, scale_y: float) -> dict[str, Tensor]:
+    def _maps(self, pair: CanonicalPair, inside: PairedRows, scale_x: float, scale_y: float) -> dict[str, Tensor]:
         """Weights and biases of both linear maps, of rows as they come; the first one's goes on into the second's."""
         sides = (
             ("first", pair.first_DK @ inside.onto(self.orthogonal), pair.first_mean_D, scale_x),
@@ -357,14 +359,14 @@ class AlignPairs(Estimator):
         }
 
 
-def _cka(pairs: Pairs) -> float | None:
+def _cka(pairs: PairedRows) -> float | None:
     try:
         return linear_cka(pairs.x_ND, pairs.y_NE)
     except UserError:  # of too few pairs, or such that hardly differ, there is none
         return None
 
 
-def _repeated(pairs: Pairs, asked: Pairs) -> int:
+def _repeated(pairs: PairedRows, asked: PairedRows) -> int:
     both_NF, both_MF = (torch.cat([one.x_ND, one.y_NE], dim=1) for one in (pairs, asked))
     number = numbered_rows(torch.cat([both_NF, both_MF]))
     return int(torch.isin(number[len(both_NF) :], number[: len(both_NF)]).sum())

@@ -151,7 +151,7 @@ class AugmentationComplexity(Estimator):
         at = spaced_rows(torch.arange(sizes[0]), self.points)
         rows, infinite = [], []
         for name, density in self.augmentations.items():
-            own = []
+            own: list[dict[str, Any]] = []
             drawn = torch.Generator().manual_seed(self.seed)
             for size, found_P in zip(
                 sizes, sample_complexities(density, x_ND, at, sizes, self.draws, drawn), strict=True

@@ -8,10 +8,10 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
+from lightspan.core.augmentation import Augmentation
 from lightspan.core.errors import UserError
 from lightspan.core.noise import mixed_seed
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.image.augment.views import Views, seeded
 from lightspan.evaluation.features.description import Description
 from lightspan.evaluation.features.encoded import Encoded, Pool, Split, pooled, split_loader
 from lightspan.evaluation.features.features import Features
@@ -38,7 +38,7 @@ class EncodedViews(Input):
     Args:
         encoder: as in `lightspan.evaluation.features.encoded.Encoded`.
         data: its batches have `image` and `index`.
-        presets: augmentations by name.
+        presets: augmentations by name, such as any of `lightspan.datamodules.image.augment.views`.
         views: of each image, V, at least 2.
         most: largest number of images, at least 2, evenly spaced.
         seed: of the views, at least 0.
@@ -50,7 +50,7 @@ class EncodedViews(Input):
         self,
         encoder: nn.Module,
         data: LightningDataModule,
-        presets: Mapping[str, Views],
+        presets: Mapping[str, Augmentation],
         views: int = 4,
         most: int = 1000,
         seed: int = 0,
@@ -78,7 +78,7 @@ class EncodedViews(Input):
         key = {**self.encoded.key(loader), "preset": said, "views": self.views, "most": self.most, "seed": self.seed}
         return store.get(key, lambda done: self._rows(loader, self.presets[name], done, store.device))
 
-    def _rows(self, loader: Any, preset: Views, done: set[int], device: torch.device) -> Iterator[Rows]:
+    def _rows(self, loader: Any, preset: Augmentation, done: set[int], device: torch.device) -> Iterator[Rows]:
         chosen = set(spaced_rows(torch.arange(_samples(loader)), self.most).tolist())
         encoder, transforms = self.encoded.encoder, self.encoded.transforms
         modes = [(part, part.training) for part in encoder.modules()]
@@ -100,13 +100,14 @@ class EncodedViews(Input):
             for part, training in modes:
                 part.training = training
 
-    def _encode(self, images: Tensor, index: Tensor, preset: Views, view: int, device: torch.device) -> Tensor:
+    def _encode(self, images: Tensor, index: Tensor, preset: Augmentation, view: int, device: torch.device) -> Tensor:
         """Features [B D] of one view of each image."""
         bounds = getattr(self.encoded.data, "bounds", None)
         low, high = bounds if bounds is not None else (0.0, 1.0)
         made = []
         for image, seed in zip((images - low) / (high - low), mixed_seed(index, self.seed, view).tolist(), strict=True):
-            with seeded(seed):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
                 drawn = preset(image.clamp(0, 1))
             made.append(drawn[view % len(drawn)])
         x = (torch.stack(made) * (high - low) + low).to(device)
@@ -123,7 +124,7 @@ class EncodedViews(Input):
 
 
 def _samples(loader: Any) -> int:
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not hasattr(dataset, "__len__"):
         raise UserError(
             f"EncodedViews takes images evenly from a whole set, and {type(dataset).__name__} has no length; make "

@@ -18,7 +18,7 @@ from lightspan.evaluation.features.store import FeatureStore
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedFeatures:
     """Features by encoder, in the order in which they were named.
 
     Attributes:
@@ -32,7 +32,7 @@ class Compared:
 class ComparedEncoders(Input):
     """What encoders make of the training samples and of those of another split, from the feature store.
 
-    An encoder with `learn(batches)`, such as `lightspan.backbones.latent_models.FactorModel`, is first fitted to the
+    An encoder with `learn(batches)`, such as `lightspan.nn.latent_models.FactorModel`, is first fitted to the
     training samples, transformed, without their labels.
 
     Args:
@@ -65,7 +65,7 @@ class ComparedEncoders(Input):
         self.transforms, self.plain = list(transforms or ()), set(without_transforms or ())
         self.pool, self.dtype = pool, dtype
 
-    def load(self, store: FeatureStore) -> Compared:
+    def load(self, store: FeatureStore) -> ComparedFeatures:
         """Raises: UserError as `Encoded`, and for samples that an encoder cannot learn from."""
         banks, queries = dict[str, Features](), dict[str, Features]()
         for name, encoder in self.encoders.items():
@@ -79,7 +79,7 @@ class ComparedEncoders(Input):
                 Encoded(network, self.data, split, transforms=transforms, **settings).load(store)
                 for split in ("bank", self.query)
             )
-        return Compared(banks, queries)
+        return ComparedFeatures(banks, queries)
 
     def outlook(self, store: FeatureStore) -> str:
         return f"features of {', '.join(self.encoders)}"

@@ -228,7 +228,9 @@ class FeatureFile(Input):
         """Raises: UserError for a file that is missing or not of this kind."""
         file = expanded(self.path, "path")
         if not file.is_file():
-            raise UserError(f"there are no features at {file}; write them with safetensors, as `features` [N, D]")
+            raise UserError(
+                f"there are no features at {file}; write them as safetensors or .npz, with `features` [N, D]"
+            )
         columns, metadata = (_arrays(file), dict[str, str]()) if file.suffix == ".npz" else stored_tensors(file)
         said = metadata.get("preprocessing")
         if "features" not in columns or columns["features"].ndim < 2 or not columns["features"].is_floating_point():

@@ -23,7 +23,7 @@ ITERATIONS = 1000
 CLOSE = 1e-6
 """Of the largest weight: where a sparse map moves by less, it is found."""
 FLAT = 1e-10
-"""Of the largest eigenvalue: a direction with less is one that rounding made."""
+"""Of the largest eigenvalue, or of the variance 1: what is less was made by rounding."""
 
 
 def correlations(moments: Moments, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,14 +103,15 @@ def half_square(x_NS: Tensor, map_ST: Tensor, y_NT: Tensor) -> float:
 
 def explained(fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> float:
     """The subspace test: the share of the second units' variance on held-out rows that least squares on the first
-    explain, of all units together. At most 1, below 0 for a map that is worse than the mean, and 0 without variance.
+    explain, of all units together. At most 1, below 0 for a map that is worse than the mean, and 0 where none of these
+    units changes there.
 
     Args:
         fit, held: (first [N S], second [N T]), standardised.
     """
     variance = float(held[1].var(dim=0, correction=0).sum())
     left = float((held[0] @ sparse_map(*fit, 0.0) - held[1]).square().mean(dim=0).sum())
-    return 1 - left / variance if variance > 0 else 0.0
+    return 1 - left / variance if variance > FLAT else 0.0
 
 
 def joint_clusters(

@@ -20,7 +20,7 @@ from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
 from lightspan.core.results import Figure, Result
 from lightspan.evaluation.estimator import Estimator
-from lightspan.evaluation.features.compared import Compared
+from lightspan.evaluation.features.compared import ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.geometry.spectra import centred
 from lightspan.evaluation.label_saving.curves import labels_for, saving
@@ -187,7 +187,7 @@ class LabelSaving(Estimator):
         self.reference, self.labels, self.draws = reference, None if labels is None else tuple(labels), draws
         self.l2, self.max_iterations, self.seed = settings_of("LabelSaving l2", l2), max_iterations, seed
 
-    def fit(self, compared: Compared) -> SavedLabels:
+    def fit(self, compared: ComparedFeatures) -> SavedLabels:
         """Raises: UserError for an unknown reference, fewer than 10 rows or fewer than labels are asked for, features
         that are not finite or not vectors, and labels that are missing or of no known kind.
         """
@@ -235,7 +235,7 @@ class LabelSaving(Estimator):
         )
         return SavedLabels(score, chance, reference, tuple(savings), rows, self.draws, count, len(asked))
 
-    def _rows(self, compared: Compared) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _rows(self, compared: ComparedFeatures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Rows of bank and query by encoder, in float64, near 1."""
         banks, queries = dict[str, Tensor](), dict[str, Tensor]()
         for name, bank in compared.banks.items():

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightspan.backbones.latent_models import fitted_factors, posterior_map
 from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
 from lightspan.core.results import Figure, Result
@@ -22,6 +21,7 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.label_saving.curves import labels_for
 from lightspan.evaluation.label_saving.factor_world import FactorWorld, Truth, least_squares
 from lightspan.evaluation.scaling_laws import Interval, log_slope
+from lightspan.nn.latent_models import fitted_factors, posterior_map
 
 RIDGES = tuple(10.0**k for k in range(-2, 5))
 DIRECT, RIDGE = "direct", "best ridge"
@@ -66,7 +66,7 @@ class ExcessRisks(Result):
         ]
         slopes = {f"slope in labels, {name}": self.label_slopes[name] for name in dict.fromkeys(map(_method, shown))}
         for name, slope in (slopes | {"slope in samples without labels": self.sample_slope}).items():
-            found += [Figure(name + end, slope[key]) for key, end in ENDS if slope[key] is not None]
+            found += [Figure(name + end, value) for key, end in ENDS if (value := slope[key]) is not None]
         return (*found, Figure("seeds", self.seeds))
 
     def table(self) -> tuple[dict[str, Any], ...]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightspan.backbones.voxel_points import VoxelPoints
-from lightspan.core.devices import wide
+from lightspan.core.devices import has_values, wide
 from lightspan.core.errors import UserError
 from lightspan.core.noise import hashed_uniform, mixed_seed
 from lightspan.core.ragged import ragged_maxima, ragged_means, row_owners
@@ -176,7 +176,10 @@ class PonderV2(Method):
             kept_N = self.kept_points(offsets, len(xyz_N3), seed_B)
             counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
             offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
-            xyz_N3, *fields = (rows[kept_N] for rows in (xyz_N3, *fields))
+            # A plan, which knows no draws, sees as many as there are on average.
+            most = round(self.keep * len(xyz_N3))
+            at_M = kept_N.nonzero()[:, 0] if has_values(kept_N) else torch.arange(most, device=kept_N.device)
+            xyz_N3, *fields = (rows[at_M] for rows in (xyz_N3, *fields))
         features_MD = self.backbone(xyz_N3, offsets, *fields)
         owner_M = row_owners(offsets, len(xyz_N3))
         inside_M3 = (wide(xyz_N3) - boxes.middle_B3[owner_M]) / boxes.side_B[owner_M, None] / boxes.half_B3[owner_M]
@@ -189,12 +192,16 @@ class PonderV2(Method):
         pixel_BVR = (hashed_uniform(mixed_seed(seed_B, 2), 0, (V, self.rays)) * (H * W)).long().clamp_max(H * W - 1)
         at_BVR2 = torch.stack([pixel_BVR % W, pixel_BVR // W], dim=-1).to(wide(place).dtype)
         cameras = (wide(part).flatten(0, 1) for part in (place, rotation, intrinsics))
-        rays = Rays(*(part.reshape(B, -1, 3) for part in rays_through(*cameras, at_BVR2.flatten(0, 1))))
-        origin_BR3 = (rays.origin - boxes.middle_B3[:, None]) / boxes.side_B[:, None, None]
+        through = rays_through(*cameras, at_BVR2.flatten(0, 1))
+        origin_BR3, ahead_BR3 = (part.unflatten(0, (B, V)).flatten(1, 2) for part in through)
+        origin_BR3 = (origin_BR3 - boxes.middle_B3[:, None]) / boxes.side_B[:, None, None]
+        # A camera that is none, such as one of zeros, has rays that miss the box.
+        sound_BR1 = (origin_BR3 + ahead_BR3).isfinite().all(dim=-1, keepdim=True)
+        rays = Rays(origin_BR3.where(sound_BR1, 2), ahead_BR3.where(sound_BR1, ahead_BR3.new_tensor([0, 0, 1])))
         colour_BV3R = wide(pictures).flatten(3).gather(3, pixel_BVR[:, :, None].expand(-1, -1, 3, -1))
         depth_BR = wide(depth).flatten(2).gather(2, pixel_BVR).flatten(1) / boxes.side_B[:, None]
         targets = Targets(colour_BV3R.movedim(2, 3).flatten(1, 2), depth_BR)
-        return Rays(origin_BR3, rays.direction), targets
+        return rays, targets
 
     def losses(self, batch: Any, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """(`rendering_losses`, the mean error of depths in the unit of the data), with the draws of a step."""

@@ -25,7 +25,9 @@ Shapes: B clouds, N points of all, G groups of K points, S of them visible, at m
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightspan.backbones.point_pyramid import PointPyramid
 from lightspan.core.errors import UserError
@@ -119,6 +121,30 @@ class I2PMAE(Method):
         self.log_training({"train/loss": loss, "train/points": points, "train/image": image})
         return loss
 
+    @torch.no_grad()
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        """For the picture of the first batch: each map, [B 3 S S], the redder the more salient, and centres of coarsest
+        groups, green where they are visible and blue where they are hidden.
+        """
+        xyz_N3, offsets = points_of(batch, "I2PMAE")
+        levels = self.backbone.grouped(xyz_N3, offsets)
+        maps, guidance = self.guided(xyz_N3, offsets)
+        drawn = self.masks.draw(self.saliency(maps, guidance, levels), self.global_step, index_in(batch, self))
+        side = self.guide.side
+        heat_VSS = F.interpolate(guidance.saliency_Vhw[:, None], (side, side), mode="bilinear")[:, 0]
+        heat_BVSS = (heat_VSS / heat_VSS.amax((1, 2), keepdim=True).clamp_min(1e-9)).view_as(maps.grey_BVSS)
+        red, green, blue = torch.eye(3, device=heat_VSS.device).view(3, 3, 1, 1)
+        coloured_BV3SS = maps.grey_BVSS[:, :, None].lerp(red, 0.5 * heat_BVSS[:, :, None])
+        centre_BVG = maps.pixel_BVM.gather(2, self.centres(levels)[:, None].expand(-1, len(AXIS_ORDERS), -1))
+        for which_BG, colour in ((drawn, blue), (~drawn, green)):
+            marks_BVP = heat_BVSS.new_zeros(heat_BVSS.shape).flatten(2)
+            marks_BVP = marks_BVP.scatter_reduce(
+                2, centre_BVG, which_BG[:, None].to(marks_BVP).expand_as(centre_BVG), "amax"
+            )
+            marks_BVSS = F.max_pool2d(marks_BVP.view_as(heat_BVSS), 3, 1, 1)
+            coloured_BV3SS = torch.where(marks_BVSS[:, :, None] > 0, colour, coloured_BV3SS)
+        return {f"map {view + 1}": coloured_BV3SS[:, view] for view in range(len(AXIS_ORDERS))}
+
     def guided(self, xyz_N3: Tensor, offsets: Tensor) -> tuple[CloudMaps, Guidance]:
         """Maps of the clouds from three sides, and what the guide makes of all of them, cloud by cloud."""
         maps = cloud_maps(xyz_N3, offsets, self.guide.side, self.spread)
@@ -126,9 +152,12 @@ class I2PMAE(Method):
 
     def saliency(self, maps: CloudMaps, guidance: Guidance, levels: Sequence[NestedGroups]) -> Tensor:
         """At the centres of the coarsest groups, the mean over a cloud's maps, [B G]."""
-        centre_BG = places_in_cloud(levels, len(levels) - 1)[:, :, 0]
         saliency_BVhw = guidance.saliency_Vhw.unflatten(0, maps.grey_BVSS.shape[:2])
-        return maps.read(saliency_BVhw[:, :, None], centre_BG).mean(dim=(2, 3))
+        return maps.read(saliency_BVhw[:, :, None], self.centres(levels)).mean(dim=(2, 3))
+
+    def centres(self, levels: Sequence[NestedGroups]) -> Tensor:
+        """Places in their clouds of the centres of the coarsest groups, int64 [B G]."""
+        return places_in_cloud(levels, len(levels) - 1)[:, :, 0]
 
     def decoded(self, levels: Sequence[NestedGroups], hidden: Sequence[Tensor]) -> Tensor:
         """The decoder's tokens of the level at which it guesses, [B G D], of which nothing hidden is seen but centres.

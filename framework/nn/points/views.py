@@ -21,11 +21,12 @@ class ViewsFromAbove:
     """Draws a direction and a stretch for each cloud to train on, and has fixed directions for evaluation.
 
     The defaults are those of the code of P2P (arXiv 2208.02812), whose angles are 0.04 to 1.94 pi about the vertical,
-    and -0.4 to -0.2 pi between the vertical and the line of sight.
+    and -0.4 to -0.2 pi between the vertical and the line of sight. Its views of evaluation begin at an azimuth of 0,
+    while here none lies outside of what is drawn in training.
 
     Args:
         up: the axis of the data that points up. That of ModelNet40 is z, that of LDraw -y.
-        azimuth: degrees about it between which a training view is drawn; evenly spaced all around in evaluation.
+        azimuth: degrees about it, the lower first.
         elevation: degrees above the horizon, in [-90, 90], the lower first.
         stretch: factors of what lies to the right and of what lies down, drawn for each between these: the projection
             takes no notice of one that both have in common, or of a shift.
@@ -60,11 +61,12 @@ class ViewsFromAbove:
         return self.axes(azimuth_B, elevation_B) * stretch_B3[..., None]
 
     def around(self, sides: int, heights: int) -> Tensor:
-        """The axes to the right, down and away of views from so many sides at so many heights, float32 [V 3 3]: evenly
-        spaced all around from an azimuth of 0 on, and from the lowest elevation to the highest, or in their middle.
+        """The axes to the right, down and away from so many sides at so many heights each, float32 [V 3 3]: from the
+        middles of equal parts of all azimuths, and from the lowest elevation to the highest, or in their middle.
         """
+        left, right = self.azimuth
         low, high = self.elevation
-        azimuth = torch.arange(sides) * (360 / sides)
+        azimuth = left + (torch.arange(sides) + 0.5) * ((right - left) / sides)
         elevation = torch.linspace(low, high, heights) if heights > 1 else torch.tensor([(low + high) / 2])
         return self.axes(azimuth.repeat(heights), elevation.repeat_interleave(sides))
 

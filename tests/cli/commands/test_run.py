@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rank_processes import launch
@@ -235,6 +236,9 @@ def test_check_finds_files_that_fit_in_order(capsys: pytest.CaptureFixture[str])
         (inputs(query=file("flat.safetensors")), "flat.safetensors contains features F32 [4]; it needs `features`"),
         (inputs(query=file("whole.safetensors")), "whole.safetensors contains features I64 [4, 3]; it needs"),
         (inputs(query=file("few.safetensors")), "few.safetensors has 4 features but 3 of `label`; give one for each"),
+        (inputs(query=file("whole.npz")), "whole.npz contains features <i8 [4, 3]; it needs `features`"),
+        (inputs(query=file("few.npz")), "few.npz has 4 features but 3 of `label`; give one for each"),
+        (inputs(query=file("torn.npz")), "torn.npz is not a complete .npz file"),
         (inputs(query=file("r.yaml")), "r.yaml is not a complete safetensors file"),
         (inputs(querry=file("bank.safetensors")), "inputs.querry: unknown; did you mean query? LinearProbe takes the"),
         ({"bank": file("bank.safetensors")}, "inputs.query: missing; LinearProbe takes the inputs bank, query"),
@@ -251,6 +255,9 @@ def test_check_judges_inputs_by_names_kinds_and_files(
     save_file({"features": torch.zeros(4)}, "flat.safetensors")
     save_file({"features": torch.zeros(4, 3, dtype=torch.int64)}, "whole.safetensors")
     save_file({"features": torch.zeros(4, 3), "label": torch.zeros(3)}, "few.safetensors")
+    np.savez("whole.npz", features=np.zeros((4, 3), np.int64))
+    np.savez("few.npz", features=np.zeros((4, 3), np.float32), label=np.zeros(3))
+    Path("torn.npz").write_bytes(Path("few.npz").read_bytes()[:-30])
     assert main(["check", recipe(ESTIMATOR, inputs=given)]) == 2
     assert said in capsys.readouterr().err
 
@@ -259,6 +266,9 @@ def test_check_notes_features_of_different_widths_and_checkpoints_that_are_not_t
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_file({"features": torch.zeros(4, 5)}, "wide.safetensors")
+    np.savez("wide.npz", features=np.zeros((4, 5), np.float32))
+    assert main(["check", recipe(ESTIMATOR, inputs=inputs(query=file("wide.npz")))]) == 0
+    assert "inputs of different widths: bank has 3, query has 5" in capsys.readouterr().err
     assert main(["check", recipe(ESTIMATOR, inputs=inputs(query=file("wide.safetensors")))]) == 0
     assert "inputs of different widths: bank has 3, query has 5" in capsys.readouterr().err
     assert main(["check", recipe(MERGER, checkpoints={"first": "bank.safetensors", "second": "runs/later"})]) == 0

@@ -1,6 +1,7 @@
 """A folder of graphs as batches: classes, the split, kinds, damage, the cache, and what a batch follows from."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def test_damaged_files_are_named_and_left_out_only_if_the_user_says_so(tmp_path:
     (folder / "empty.csv").write_text("")
     (folder / "loops.csv").write_text("a,a\na,b\na,b\n")
     (folder / "link.json").symlink_to(folder / "r0.json")
+    os.mkfifo(folder / "pipe.csv")
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(UserError, match=r"(?s)2 of 7 graphs .*bad\.json.*empty\.csv.*skip_damaged"):
+        with pytest.raises(UserError, match=r"(?s)3 of 8 graphs .*bad\.json.*empty\.csv.*pipe\.csv.*skip_damaged"):
             opened(folder)
     data = opened(folder, skip_damaged=True)
     assert len(data.train) + len(data.val) == 5
@@ -99,7 +101,7 @@ def test_damaged_files_are_named_and_left_out_only_if_the_user_says_so(tmp_path:
     assert "1 edges that come again" in said
 
 
-def test_numbers_of_nodes_are_columns_and_directions_are_kept_if_asked(tmp_path: Path) -> None:
+def test_numbers_of_nodes_are_columns_and_directions_are_kept_if_asked(tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for number in range(3):
@@ -112,6 +114,7 @@ def test_numbers_of_nodes_are_columns_and_directions_are_kept_if_asked(tmp_path:
     assert all(row.edges.tolist() == [[0, 1]] for row in rows)
     assert data.bank.sample(0, 0)["node"].shape[1] == 129
     assert opened(folder).bank.sample(0, 0)["edge_index"].shape == (2, 2)
+    assert "no node has a kind" in capsys.readouterr().out
 
 
 def test_a_graph_of_many_edges_is_read_and_one_beyond_the_limit_named(

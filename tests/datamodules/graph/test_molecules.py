@@ -84,6 +84,8 @@ def test_tables_smiles_and_sdf_files_are_molecules(tmp_path: Path) -> None:
     assert torch.equal(sample["node"].argmax(1), sample["kind"])
     with pytest.raises(UserError, match="node_kinds=16"):
         opened(folder, node_kinds=16)
+    with pytest.raises(UserError, match="numbers"):
+        opened(folder, numbers=("w",))
     (folder / "d.json").write_text('{"nodes": [1]}')
     with pytest.raises(UserError, match=r"a folder of its own"):
         opened(folder)

@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightspan.backbones.latent_models import FactorModel
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Digits
-from lightspan.evaluation.features.compared import Compared, ComparedEncoders
+from lightspan.evaluation.features.compared import ComparedEncoders, ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.label_saving.curves import labels_for, saving
 from lightspan.evaluation.label_saving.label_saving import LabelSaving, left_out
 from lightspan.evaluation.scaling_laws import bootstrapped, log_slope
+from lightspan.nn.latent_models import FactorModel
 
 
 def test_a_power_law_is_read_back_exactly_between_its_points() -> None:
@@ -61,7 +61,7 @@ def drawn(rows: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def compared(**sides: Tensor) -> Compared:
+def compared(**sides: Tensor) -> ComparedFeatures:
     """Two classes, told by the first column of the first side; the second half is the query."""
     x = next(iter(sides.values()))
     label = (x[:, 0] > 0).long()
@@ -71,7 +71,7 @@ def compared(**sides: Tensor) -> Compared:
         {n: Features(z[rows], label[rows], index[rows]) for n, z in sides.items()}
         for rows in (slice(half), slice(half, None))
     ]
-    return Compared(*parts)
+    return ComparedFeatures(*parts)
 
 
 def test_an_encoder_that_sees_as_much_saves_nothing_and_one_that_sees_the_labels_much() -> None:
@@ -109,7 +109,7 @@ def test_numbers_and_tags_are_labels_too() -> None:
             {name: Features(z[rows], label[rows]) for name, z in (("a", x), ("b", x[:, :2]))}
             for rows in (slice(120), slice(120, None))
         ]
-        found = LabelSaving(draws=2, max_iterations=10).fit(Compared(*sides))
+        found = LabelSaving(draws=2, max_iterations=10).fit(ComparedFeatures(*sides))
         assert found.score == score
         assert found.savings[0]["factor"] >= 1
 
@@ -127,9 +127,9 @@ def test_wrong_names_numbers_and_samples_are_refused() -> None:
         LabelSaving(reference="b").fit(sides)
     with pytest.raises(UserError, match=r"labels=\[5, 21\]"):
         LabelSaving(labels=(5, 21)).fit(sides)
-    other = Compared({**sides.banks, "b": Features(drawn(19, 3))}, {**sides.queries, "b": Features(drawn(20, 3))})
+    banks, queries = ({**side, "b": Features(drawn(19, 3))} for side in (sides.banks, sides.queries))
     with pytest.raises(UserError, match="b has other samples"):
-        LabelSaving().fit(other)
+        LabelSaving().fit(ComparedFeatures(banks, queries))
     for wrong in ({"encoders": {}}, {"encoders": {"a": nn.Flatten()}, "without_transforms": ["b"]}):
         with pytest.raises(UserError, match=[*wrong][-1]):
             ComparedEncoders(data=Digits(), **wrong)

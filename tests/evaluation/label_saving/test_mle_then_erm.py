@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightspan.backbones.latent_models import fitted_factors, posterior_map
 from lightspan.core.errors import UserError
 from lightspan.evaluation.label_saving.factor_world import FactorWorld, least_squares
 from lightspan.evaluation.label_saving.mle_then_erm import MLEThenERM
+from lightspan.nn.latent_models import fitted_factors, posterior_map
 
 
 def test_the_exact_excess_is_that_of_many_samples() -> None:

@@ -118,13 +118,27 @@ def test_boxes_hold_all_points_and_targets_are_what_the_pixels_of_the_rays_show(
     assert len(found) > 15
 
 
+def test_a_camera_that_is_none_shows_nothing() -> None:
+    model, batch = method(), posed_scenes(3, 0)
+    before = model.losses(batch, 0)[0]
+    batch["intrinsics"] = batch["intrinsics"].clone()
+    for name, value in (("intrinsics", 0.0), ("rotation", 0.0), ("place", float("nan"))):
+        broken = {**batch, name: batch[name].clone()}
+        broken[name][:2] = value
+        losses = model.losses(broken, 0)[0]
+        assert all(loss.isfinite() for loss in losses.values())
+        assert any(float(losses[name]) != float(before[name]) for name in losses)
+        broken[name][:] = value
+        assert all(float(loss) == 0 for loss in model.losses(broken, 0)[0].values())
+
+
 def test_boxes_are_met_where_a_plain_search_finds_them() -> None:
     generator = torch.Generator().manual_seed(0)
     origin, direction = torch.randn(2, 50, 3, generator=generator).unbind()
     rays = Rays(2 * origin, nn.functional.normalize(0.4 * direction - 2 * origin, dim=-1))
     high = torch.tensor([0.5, 0.3, 0.4])
     near, far = crossing(rays, -high, high)
-    along = torch.linspace(0, 6, 6001)
+    along = torch.linspace(0, 12, 12001)
     inside = ((rays.origin[:, None] + along[:, None] * rays.direction[:, None]).abs() <= high).all(dim=-1)
     assert 5 < inside.any(dim=1).sum() < 45
     assert ((far - near)[~inside.any(dim=1)] < 2e-3).all()

@@ -111,6 +111,17 @@ def test_what_the_guide_sees_does_not_depend_on_place_and_size() -> None:
     torch.testing.assert_close(after.saliency_Vhw, before.saliency_Vhw, rtol=1e-4, atol=1e-5)
 
 
+def test_pictures_show_each_map_and_the_centres_of_visible_and_hidden_groups() -> None:
+    model, given = method(), batch((40, 0, 9))
+    pictures = model.pictures(given)
+    assert [*pictures] == ["map 1", "map 2", "map 3"]
+    for picture in pictures.values():
+        assert picture.shape == (3, 3, 16, 16)
+        assert 0 <= picture.amin() <= picture.amax() <= 1
+        for colour in ((0, 1, 0), (0, 0, 1)):
+            assert (picture[0] == torch.tensor(colour).view(3, 1, 1)).all(0).any()
+
+
 def test_clouds_without_points_or_with_one_add_nothing_or_little() -> None:
     model = method().eval()
     whole, ragged = batch((30, 50)), batch((30, 50))

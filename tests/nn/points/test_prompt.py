@@ -96,13 +96,12 @@ def test_views_are_those_of_a_camera_that_looks_at_the_cloud() -> None:
         assert (shown[1:-1, 1] < 0).all()
 
 
-def test_views_of_evaluation_are_all_around_and_at_all_heights() -> None:
-    views = ViewsFromAbove()
-    assert torch.equal(
-        views.around(10, 4),
-        views.axes(torch.arange(10).repeat(4) * 36.0, torch.tensor([18.0] * 10 + [30] * 10 + [42] * 10 + [54] * 10)),
-    )
-    assert torch.equal(views.around(2, 1), views.axes(torch.tensor([0.0, 180]), torch.tensor([36.0, 36])))
+def test_views_of_evaluation_are_spread_over_the_azimuths_and_at_all_heights() -> None:
+    views = ViewsFromAbove(azimuth=(0, 300))
+    sides, heights = torch.arange(10) * 30.0 + 15, torch.tensor([18.0, 30, 42, 54])
+    expected = views.axes(sides.repeat(4), heights.repeat_interleave(10))
+    torch.testing.assert_close(views.around(10, 4), expected)
+    torch.testing.assert_close(views.around(2, 1), views.axes(torch.tensor([75.0, 225]), torch.tensor([36.0, 36])))
 
 
 def test_draws_are_functions_of_seed_step_and_cloud_within_their_ranges() -> None:

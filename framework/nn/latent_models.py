@@ -120,6 +120,7 @@ class FactorModel(_Latent):
 
     def forward(self, x: Tensor) -> Tensor:
         x_BD = self._given(x, None if self.mean_D is None else len(self.mean_D))
+        assert self.mean_D is not None
         return ((x_BD - self.mean_D) @ self.map_DR).to(torch.promote_types(x.dtype, torch.float32))
 
 

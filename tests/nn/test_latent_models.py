@@ -6,14 +6,14 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture as Theirs
 from torch import Tensor
 
-from lightspan.backbones.latent_models import (
+from lightspan.core.errors import UserError
+from lightspan.nn.latent_models import (
     FactorModel,
     GaussianMixture,
     factor_likelihood,
     fitted_factors,
     posterior_map,
 )
-from lightspan.core.errors import UserError
 
 
 def drawn(rows: int, width: int, seed: int = 0) -> Tensor:
