@@ -171,7 +171,7 @@ class Swin3DEncoder(nn.Module):
                 raise UserError(f"Swin3DEncoder: a width of {width} is no multiple of its heads={count}")
         self.widths, self.heads, self.windows = [*widths], [*heads], [*windows]
         self.strides, self.steps, self.signals = [*strides], steps, signals
-        self.encoded, self.num_features = signals if encoded is None else encoded, widths[-1]
+        self.encoded = signals if encoded is None else encoded
         self.stem, self.stem_norm = VoxelConv(3 + 3 * signals, widths[0], 3), RowNorm(widths[0])
         drops, first = drop_paths(drop_path, sum(depths), "Swin3DEncoder"), 0
         self.stages = nn.ModuleList()
