@@ -55,6 +55,20 @@ class ResidualBlock(nn.Module):
         return F.relu(y_VO + self.beside(x_VI))
 
 
+class SparseStage(nn.Module):
+    """Blocks, of which the first takes another width: [V I] -> [V O]."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * depth]
+        self.blocks = nn.ModuleList(ResidualBlock(*pair) for pair in pairwise(widths))
+
+    def forward(self, x_VI: Tensor, pairs: VoxelPairs) -> Tensor:
+        for block in self.blocks:
+            x_VI = block(x_VI, pairs)
+        return x_VI
+
+
 class SparseUNet(nn.Module):
     """A level of voxels -> features of each, [V num_features].
 
@@ -90,14 +104,13 @@ class SparseUNet(nn.Module):
         self.in_chans, self.num_features = in_chans, widths[-1]
         self.stem = ConvNorm(in_chans, stem, 5)
         self.down = nn.ModuleList(ConvNorm(a, b, 2) for a, b in pairwise(given))
-        self.down_blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width, width) for _ in range(depth))
-            for width, depth in zip(given[1:], depths, strict=False)
+        self.down_stages = nn.ModuleList(
+            SparseStage(width, width, depth) for width, depth in zip(given[1:], depths, strict=False)
         )
         below, skips = [given[-1], *widths[stages:-1]], given[-2::-1]
         self.up = nn.ModuleList(ConvNorm(a, b, 2) for a, b in zip(below, widths[stages:], strict=True))
-        self.up_blocks = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(width + (skip if block == 0 else 0), width) for block in range(depth))
+        self.up_stages = nn.ModuleList(
+            SparseStage(width + skip, width, depth)
             for width, skip, depth in zip(widths[stages:], skips, depths[stages:], strict=True)
         )
 
@@ -111,18 +124,14 @@ class SparseUNet(nn.Module):
         x_VD = F.relu(self.stem(inputs_VI.to(self.stem.conv.weight.dtype), around(level.voxels, 5)))
         kept, pairs = [x_VD], [around(level.voxels, 3)]
         links = []
-        for down, blocks in zip(self.down, self.down_blocks, strict=True):
+        for down, stage in zip(self.down, self.down_stages, strict=True):
             coarse, parent_V = coarser_level(level, 2)
             links.append(inside(level.voxels, parent_V, len(coarse.xyz_V3), 2))
             level = coarse
             pairs.append(around(level.voxels, 3))
-            x_VD = F.relu(down(x_VD, links[-1]))
-            for block in blocks:
-                x_VD = block(x_VD, pairs[-1])
+            x_VD = stage(F.relu(down(x_VD, links[-1])), pairs[-1])
             kept.append(x_VD)
-        for stage, (up, blocks) in enumerate(zip(self.up, self.up_blocks, strict=True)):
-            at = -2 - stage
-            x_VD = torch.cat([F.relu(up(x_VD, links[at + 1].turned())), kept[at]], dim=1)
-            for block in blocks:
-                x_VD = block(x_VD, pairs[at])
+        for above, (up, stage) in enumerate(zip(self.up, self.up_stages, strict=True), start=2):
+            divided_VD = F.relu(up(x_VD, links[1 - above].turned()))
+            x_VD = stage(torch.cat([divided_VD, kept[-above]], dim=1), pairs[-above])
         return x_VD

@@ -63,15 +63,10 @@ class ContextAttention(nn.Module):
     def forward(self, x_VD: Tensor, level: Level, windows: VoxelWindows) -> Tensor:
         q, k, v = self.qkv(x_VD).unflatten(1, (3, self.heads, -1)).unbind(1)
         known = (level.xyz_V3, *level.signals)
+        tables = zip(known, self.steps, self.query, self.key, self.value, strict=False)
         axes = [
-            ContextAxis(
-                known[signal][:, axis],
-                steps,
-                self.query[signal][axis],
-                self.key[signal][axis],
-                self.value[signal][axis],
-            )
-            for signal, steps in enumerate(self.steps)
+            ContextAxis(signal[:, axis], steps, query[axis], key[axis], value[axis])
+            for signal, steps, query, key, value in tables
             for axis in range(3)
         ]
         return self.proj(context_attention(q, k, v, axes, windows).flatten(1).to(x_VD.dtype))
@@ -171,7 +166,7 @@ class Swin3DEncoder(nn.Module):
                 raise UserError(f"Swin3DEncoder: a width of {width} is no multiple of its heads={count}")
         self.widths, self.heads, self.windows = [*widths], [*heads], [*windows]
         self.strides, self.steps, self.signals = [*strides], steps, signals
-        self.encoded, self.num_features = signals if encoded is None else encoded, widths[-1]
+        self.encoded = signals if encoded is None else encoded
         self.stem, self.stem_norm = VoxelConv(3 + 3 * signals, widths[0], 3), RowNorm(widths[0])
         drops, first = drop_paths(drop_path, sum(depths), "Swin3DEncoder"), 0
         self.stages = nn.ModuleList()
