@@ -35,7 +35,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.points.clouds import point_fields_of, points_of
 from lightspan.nn.points.grids import pooled_grid
 from lightspan.nn.rendering import Rays, rays_through
-from lightspan.nn.signed_fields import Rendering, SignedField
+from lightspan.nn.signed_fields import RayView, SignedField
 from lightspan.objectives.means import known_mean, weighted_sum
 from lightspan.training.method import Method
 
@@ -70,7 +70,7 @@ class Targets(NamedTuple):
     depth_BR: Tensor
 
 
-def rendering_losses(seen: Rendering, targets: Targets, drawn_B: Tensor, truncation: float) -> dict[str, Tensor]:
+def rendering_losses(seen: RayView, targets: Targets, drawn_B: Tensor, truncation: float) -> dict[str, Tensor]:
     """`colour`, `depth`, `surface`, `free` and `slope`, each a mean over what has a part in it of all ranks, scalars.
 
     Args:
