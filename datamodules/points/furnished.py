@@ -347,9 +347,9 @@ class FurnishedRooms(SampleSets):
         """What rooms are for."""
         return self.classes
 
-    def blank(self) -> RoomSamples | None:
-        """Two bare rooms, where the furniture is not here."""
-        return None if self.furniture.is_dir() else self._samples(KeptRooms([self._bare(0), self._bare(1)]), 0, 2)
+    def blank(self) -> RoomSamples:
+        """Two bare rooms, also where the furniture is here: a plan need not draw all rooms."""
+        return self._samples(KeptRooms([self._bare(0), self._bare(1)]), 0, 2)
 
     def _bare(self, number: int) -> RoomScan:
         layout = layout_of(self.scanning.draw_seed, number, KINDS, np.zeros(0, np.int64), np.zeros((0, 3)))
@@ -357,7 +357,7 @@ class FurnishedRooms(SampleSets):
 
     def stand_in(self) -> dict[str, Any] | None:
         samples = self.blank()
-        return None if samples is None else collated([samples.sample(at, 0) for at in range(2)], PosedPointsBatch)
+        return collated([samples.sample(at, 0) for at in range(2)], PosedPointsBatch)
 
     def setup(self, stage: str | None = None) -> None:
         """Draws the rooms or finds them in the cache, once."""

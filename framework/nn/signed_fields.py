@@ -45,7 +45,7 @@ class WidePerceptron(nn.Module):
         return x
 
 
-class Seen(NamedTuple):
+class RayView(NamedTuple):
     """What rays see, float32 or wider.
 
     colour: [B R 3] in (0, 1), before black. depth: [B R], length to what is seen. weight: [B R S].
@@ -115,7 +115,7 @@ class SignedField(nn.Module):
 
     def forward(
         self, grid_BC: Tensor, half_B3: Tensor, rays: Rays, pieces: int, jitter_BRS: Tensor, share_BRK: Tensor
-    ) -> Seen:
+    ) -> RayView:
         """What rays [B R 3] see inside of their scene's box.
 
         Args:
@@ -154,4 +154,4 @@ class SignedField(nn.Module):
             weight_BRS = seen_by_opacity(alpha_BRS).weight
             depth_BR = composited(weight_BRS, at_BRS[..., None])[..., 0] / weight_BRS.sum(dim=-1).clamp_min(1e-6)
             colour_BR3 = composited(weight_BRS, colour_BRS3)
-            return Seen(colour_BR3, depth_BR, weight_BRS, at_BRS, distance_BRS, slope_BRS3, crosses_BR)
+            return RayView(colour_BR3, depth_BR, weight_BRS, at_BRS, distance_BRS, slope_BRS3, crosses_BR)

@@ -35,7 +35,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.points.clouds import point_fields_of, points_of
 from lightspan.nn.points.grids import pooled_grid
 from lightspan.nn.rendering import Rays, rays_through
-from lightspan.nn.signed_fields import Seen, SignedField
+from lightspan.nn.signed_fields import RayView, SignedField
 from lightspan.objectives.means import known_mean, weighted_sum
 from lightspan.training.method import Method
 
@@ -70,7 +70,7 @@ class Targets(NamedTuple):
     depth_BR: Tensor
 
 
-def rendering_losses(seen: Seen, targets: Targets, drawn_B: Tensor, truncation: float) -> dict[str, Tensor]:
+def rendering_losses(seen: RayView, targets: Targets, drawn_B: Tensor, truncation: float) -> dict[str, Tensor]:
     """`colour`, `depth`, `surface`, `free` and `slope`, each a mean over what has a part in it of all ranks, scalars.
 
     Args:
@@ -197,7 +197,8 @@ class PonderV2(Method):
         origin_BR3 = (origin_BR3 - boxes.middle_B3[:, None]) / boxes.side_B[:, None, None]
         # A camera that is none, such as one of zeros, has rays that miss the box.
         sound_BR1 = (origin_BR3 + ahead_BR3).isfinite().all(dim=-1, keepdim=True)
-        rays = Rays(origin_BR3.where(sound_BR1, 2), ahead_BR3.where(sound_BR1, ahead_BR3.new_tensor([0, 0, 1])))
+        up_3 = torch.eye(3, device=ahead_BR3.device, dtype=ahead_BR3.dtype)[2]
+        rays = Rays(origin_BR3.where(sound_BR1, 2), ahead_BR3.where(sound_BR1, up_3))
         colour_BV3R = wide(pictures).flatten(3).gather(3, pixel_BVR[:, :, None].expand(-1, -1, 3, -1))
         depth_BR = wide(depth).flatten(2).gather(2, pixel_BVR).flatten(1) / boxes.side_B[:, None]
         targets = Targets(colour_BV3R.movedim(2, 3).flatten(1, 2), depth_BR)

@@ -19,7 +19,7 @@ from lightspan.methods.generative.ponder_v2 import PonderV2, Targets, rendering_
 from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.points.grids import pooled_grid
 from lightspan.nn.rendering import Rays, camera_rays, crossing
-from lightspan.nn.signed_fields import Seen, SignedField
+from lightspan.nn.signed_fields import RayView, SignedField
 
 
 class Coloured(VoxelPoints):
@@ -43,11 +43,11 @@ def method(backbone: VoxelPoints | None = None, **settings: Any) -> PonderV2:
     )
 
 
-def seen_of(true: Tensor, at: Tensor, distance: Tensor, **changed: Tensor) -> Seen:
+def seen_of(true: Tensor, at: Tensor, distance: Tensor, **changed: Tensor) -> RayView:
     """What rays see that are right in all but `changed`."""
     rays = true.shape
     slope = torch.tensor([0.0, 0, 1]).expand(*at.shape, 3)
-    given = Seen(torch.zeros(*rays, 3), true, at, at, distance, slope, torch.ones(rays, dtype=torch.bool))
+    given = RayView(torch.zeros(*rays, 3), true, at, at, distance, slope, torch.ones(rays, dtype=torch.bool))
     return given._replace(**changed)
 
 
