@@ -56,7 +56,7 @@ def headed(truth: Truth, map_DR: Tensor, x: Tensor, y: Tensor) -> float:
 
 def test_factors_without_labels_take_the_place_of_many_labels(evidence) -> None:
     runs, controls = ({seed: excesses(seed, control) for seed in SEEDS} for control in (False, True))
-    for name in runs[0]:
+    for name in runs[SEEDS[0]]:
         for n in LABELS:
             for what, of in (("excess", runs), ("control, excess", controls)):
                 evidence.figure(f"{what} with {n} labels, {name}", float(np.mean([of[s][name][n] for s in SEEDS])))
