@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightspan.core.batches import batch_type_of, single_field
 from lightspan.core.errors import UserError
-from lightspan.evaluation.features.encoded import Encoded, Pool, split_loader
+from lightspan.core.files.places import ReadPath
+from lightspan.evaluation.features.encoded import Encoded, FeatureFile, Pool, split_loader
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
@@ -95,3 +96,29 @@ class ComparedEncoders(Input):
                 for transform in transforms:
                     x = transform(x)
                 yield x
+
+
+class ComparedFiles(Input):
+    """Features that other programs made, as `lightspan.evaluation.features.encoded.FeatureFile` reads them.
+
+    Args:
+        banks, queries: files of the training samples and of those that are scored, by the encoder's name.
+    Raises: UserError for no file, or encoders that only one of both has.
+    """
+
+    def __init__(self, banks: dict[str, ReadPath], queries: dict[str, ReadPath]) -> None:
+        if not banks or banks.keys() != queries.keys():
+            raise UserError(
+                f"ComparedFiles banks are of {[*banks]} and queries of {[*queries]}; give both for each encoder"
+            )
+        self.banks, self.queries = banks, queries
+
+    def load(self, store: FeatureStore) -> ComparedFeatures:
+        """Raises: UserError as `FeatureFile`."""
+        sides = (self.banks, {name: self.queries[name] for name in self.banks})
+        return ComparedFeatures(
+            *({name: FeatureFile(path).load(store) for name, path in side.items()} for side in sides)
+        )
+
+    def outlook(self, store: FeatureStore) -> str:
+        return f"features of {', '.join(self.banks)} in files"

@@ -52,10 +52,10 @@ def semi_matched(between_ST: Tensor) -> Tensor:
     return between_ST.argmax(dim=1)
 
 
-def standardised(x_NS: Tensor, like_MS: Tensor) -> Tensor:
-    """Units less their mean over their deviation in other rows, in float64; zeros for one that never changes there."""
-    moments = Moments.of(like_MS)
-    deviation_S = (moments.within_DD.diagonal() / max(len(like_MS), 1)).sqrt()
+def standardised(x_NS: Tensor) -> Tensor:
+    """Units less their mean over their deviation, in float64; zeros for one that never changes."""
+    moments = Moments.of(x_NS)
+    deviation_S = (moments.within_DD.diagonal() / max(len(x_NS), 1)).sqrt()
     x_NS = x_NS.double() - moments.mean_CD
     return torch.where(deviation_S > 0, x_NS / torch.where(deviation_S > 0, deviation_S, 1), 0)
 

@@ -242,12 +242,12 @@ class ConvergentLearning(Estimator):
         return figures, between_ST, pairs, groups
 
     def _parts(self, x_NS: Tensor, y_NT: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(rows that a map learns from, held-out rows), each of both networks, standardised by the former."""
+        """(rows that a map learns from, held-out rows), each of both networks. All rows standardise them: by the former
+        alone, a unit that first fires in the latter would outweigh all others.
+        """
         held_N = rows_to_choose_by(len(x_NS))
-        (fit_x, held_x), (fit_y, held_y) = (
-            [standardised(rows[part], rows[~held_N]) for part in (~held_N, held_N)] for rows in (x_NS, y_NT)
-        )
-        return (fit_x, fit_y), (held_x, held_y)
+        x_NS, y_NT = standardised(x_NS), standardised(y_NT)
+        return (x_NS[~held_N], y_NT[~held_N]), (x_NS[held_N], y_NT[held_N])
 
     def _maps(self, x_NS: Tensor, y_NT: Tensor) -> tuple[dict[str, float], ...]:
         y_NT = spaced_rows(y_NT.T, self.mapped).T

@@ -78,7 +78,7 @@ def test_the_matching_is_scipys_and_no_semi_matching_has_less() -> None:
 def test_a_sparse_map_is_scikit_learns_lasso_and_starts_do_not_matter() -> None:
     x = drawn(80, 15) @ drawn(15, 15, 1)  # far from orthogonal
     y = x @ drawn(15, 4, 2) + 5 * drawn(80, 4, 3)
-    x, y = standardised(x, x), standardised(y, y)
+    x, y = standardised(x), standardised(y)
     for penalty in (0.3, 0.03):
         theirs = Lasso(alpha=penalty, fit_intercept=False, tol=1e-12, max_iter=100_000).fit(x.numpy(), y.numpy())
         for start in (None, drawn(15, 4, 4)):
@@ -109,8 +109,8 @@ def test_turned_groups_lose_their_units_but_keep_their_span_and_clusters() -> No
     x, y, group = blocks()
     c = between(x, y)
     assert c[matched(c)].mean() < 0.9
-    halves = slice(1500), slice(1500, None)
-    fit, held = [[standardised(each[part], each[:1500]) for each in (x, y)] for part in halves]
+    both = standardised(x), standardised(y)
+    fit, held = [[each[part] for each in both] for part in (slice(1500), slice(1500, None))]
     assert explained((fit[0], fit[1]), (held[0], held[1])) == pytest.approx(1, abs=1e-9)
     sums = Moments.of(torch.cat([x, y], dim=1))
     first, second = joint_clusters(*correlations(sums, 12), clusters=3)
@@ -139,10 +139,19 @@ def test_a_unit_that_hardly_ever_changes_weighs_little_in_what_a_map_explains() 
     x = drawn(100, 3)
     rare = torch.zeros(100, 1, dtype=torch.float64)
     rare[3] = 1.0  # never in held-out rows, where its variance is rounding
-    fit, held = [[standardised(each[part], each[:80]) for each in (x, torch.cat([x, rare], dim=1))] for part in (
-        slice(80), slice(80, None))]  # fmt: skip
+    both = standardised(x), standardised(torch.cat([x, rare], dim=1))
+    fit, held = [[each[part] for each in both] for part in (slice(80), slice(80, None))]
     assert explained((fit[0], fit[1]), (held[0], held[1])) > 0.9
     assert explained((fit[0], fit[1][:, 3:]), (held[0], held[1][:, 3:])) == 0
+
+
+def test_a_unit_that_fires_once_does_not_outweigh_all_others() -> None:
+    x = drawn(200, 5)
+    for row in range(20):  # some of these are held out
+        once = torch.zeros(200, 1, dtype=torch.float64)
+        once[row], once[row + 100] = 1.0, 1e-6
+        found = ConvergentLearning().fit(Features(x), Features(torch.cat([x @ drawn(5, 20, 1), once], dim=1)))
+        assert found.found["linear"] > 0.5
 
 
 def test_dead_units_are_counted_and_left_out_under_their_own_numbers() -> None:

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Digits
-from lightspan.evaluation.features.compared import ComparedEncoders, ComparedFeatures
+from lightspan.evaluation.features.compared import ComparedEncoders, ComparedFeatures, ComparedFiles
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.label_saving.curves import labels_for, saving
@@ -154,3 +155,17 @@ def test_encoders_that_learn_are_fitted_to_the_training_samples_as_they_will_get
     torch.testing.assert_close(factors.x, alone(pixels.x), atol=1e-5, rtol=0)
     assert torch.equal(made.banks["raw"].x, 2 * pixels.x)
     assert torch.equal(made.queries["pixels"].label_N, made.queries["factors"].label_N)
+
+
+def test_features_of_other_programs_are_compared_alike(tmp_path) -> None:
+    sides = compared(a=drawn(60, 4), b=drawn(60, 2))
+    paths: list[dict[str, str]] = []
+    for side, parts in (("bank", sides.banks), ("query", sides.queries)):
+        paths.append({})
+        for name, features in parts.items():
+            paths[-1][name] = str(tmp_path / f"{name}_{side}.safetensors")
+            save_file({"features": features.x, "label": features.label_N, "index": features.index_N}, paths[-1][name])
+    read = ComparedFiles(*paths).load(FeatureStore(tmp_path))
+    assert LabelSaving(draws=2).fit(read) == LabelSaving(draws=2).fit(sides)
+    with pytest.raises(UserError, match="queries"):
+        ComparedFiles(paths[0], {"a": paths[1]["a"]})
