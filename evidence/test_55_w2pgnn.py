@@ -6,7 +6,7 @@ is its degree, and what it has to tell is the node's closeness, in deviations fr
 this from 200 graphs of a source, and then from 4 graphs of the task; beside it one learns from the 4 graphs alone, in
 as many steps. The gain is the share of the variance of closeness that it explains more, on 60 other graphs. Of each
 task, Spearman's correlation of zeta and gain is taken over the seven other families, and then the mean over the tasks.
-Zeta knows the edges of about 60 graphs of the task and of the source.
+Zeta knows the edges of about 60 graphs of the task and of the source. Norms of the GIN are those of single nodes.
 
 Floor: the sources in a drawn order in place of zeta. Ceiling: the mean gain of the other seeds in place of zeta.
 Baseline: the nearness of the densities. Rates are searched on a seed of its own.
@@ -98,6 +98,8 @@ class Guesses(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.network, self.head = GIN(DEGREES, 0, width=32, depth=3), nn.Linear(32, 1)
+        for layer in self.network.layers:  # statistics of a source are none of a task whose degrees are others
+            layer.norm = nn.LayerNorm(32)
 
     def forward(self, batch: Batch) -> Tensor:
         node, edges, edge, *_ = batch
