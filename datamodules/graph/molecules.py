@@ -68,10 +68,10 @@ def _asked(texts: Sequence[str], form: Form) -> list[Graph | str]:
 
 def _opened() -> partial[Answer]:
     try:
-        from rdkit import Chem, RDLogger
+        from rdkit import Chem, rdBase
     except ImportError as error:
         raise UserError(f"molecules are read by rdkit; install the extra: {install_extra('graphs')}") from error
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     return partial(_read, Chem)
 
 
