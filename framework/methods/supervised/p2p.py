@@ -111,7 +111,7 @@ class P2P(Method):
         xyz_N3, offsets = points_of(batch, "P2P")
         label_B = labels_of(batch, "P2P", len(offsets) - 1)
         logits_BK = self(xyz_N3, offsets, self.views.drawn(index_in(batch, self), self.global_step))
-        loss = label_cross_entropy(logits_BK, smoothed(label_B, self.num_classes, self.smoothing))
+        loss = label_cross_entropy(logits_BK, smoothed(label_B, logits_BK.shape[1], self.smoothing))
         self.log_training(
             {"train/loss_nats": loss, "train/accuracy": share_right(logits_BK, label_B)}, batch_size=len(label_B)
         )
