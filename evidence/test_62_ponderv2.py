@@ -6,7 +6,7 @@ intersection over union in other rooms, whose furniture no training room has. Ar
 colour, where the encoder sees as few points as there and a linear map guesses the colour that each came with; scratch.
 Ceiling: from scratch with the labels of all 64 rooms.
 How well unseen rooms are rendered is told by the mean error of depths over that of always guessing the mean depth of
-the training rooms; its floor is the network before any step, its ceiling what it says of rooms it was trained on.
+the training rooms; its floor is the network before any step, its ceiling exact depths.
 Rates are searched on rooms that no figure is taken on.
 """
 
@@ -36,8 +36,8 @@ from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2), 100
 UNLABELLED, LABELLED, TEST, BATCH = 64, 6, 16, 4
-POINTS, KEEP = 4096, 0.2
-STEPS, TUNING = 160, 80
+POINTS, KEEP, TUNED_POINTS = 4096, 0.2, 2048
+STEPS, TUNING = 160, 150
 RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -129,7 +129,7 @@ def tuned(start: VoxelPoints, seed: int, rate: float, count: int, steps: int) ->
     seed_everything(seed, verbose=False)
     model = PointSegmenter(backbone(), len(CLASSES), **adamw(rate))
     model.backbone.load_state_dict(start.state_dict())
-    return trained(model, training(seed, count), steps, seed)
+    return trained(model, training(seed, count, TUNED_POINTS), steps, seed)
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     ratio = {name: {seed: of[seed] / error["mean depth"][seed] for seed in seeds} for name, of in error.items()}
     evidence.claim(
         "error of depths in unseen rooms, PonderV2 over the mean depth", ratio["PonderV2"], at_most=0.5,
-        arms=("PonderV2",), floor=ratio["untrained"], ceiling=ratio["training rooms"],
+        arms=("PonderV2",), floor=ratio["untrained"], ceiling=dict.fromkeys(seeds, 0.0),
     )  # fmt: skip
 
 

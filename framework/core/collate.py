@@ -139,7 +139,10 @@ def resized(batch: Any, rows: int, batch_type: type | None = None) -> Any:
         if field is None or not isinstance(value, Tensor):
             return tree_map(resize, value)
         if field.cuts is not None:
-            return torch.arange(rows + 1) * (rows * int(value[-1]) // max(old, 1)) // max(rows, 1)
+            # By the shape of what they cut: a plan on fake tensors reads no numbers.
+            cut = (batch[other].shape[each.packed] for other, each in fields.items()
+                   if other in batch and each.packed is not None and _packed_axis(each) == field.cuts)  # fmt: skip
+            return torch.arange(rows + 1) * (rows * next(cut, 0) // max(old, 1)) // max(rows, 1)
         return resize(value) if field.packed is None else grown(value, field.packed)
 
     if not fields:

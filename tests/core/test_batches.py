@@ -5,6 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.data import default_collate
 
 from lightspan.core.batches import (
@@ -163,6 +164,8 @@ def test_a_resized_batch_has_as_many_packed_rows_a_sample() -> None:
     batch = collated([cloud(points) for points in (3, 0, 6)], PointsBatch)
     larger = resized(batch, 6, PointsBatch)
     require_declared(larger, PointsBatch, "Plan")
+    with FakeTensorMode():  # of a real batch, as a plan makes it
+        assert resized(batch, 6, PointsBatch)["xyz"].shape == larger["xyz"].shape
     assert (samples_in(larger, PointsBatch), len(larger["xyz"])) == (6, 18)
     graphs = resized(collated([graph(4, 6), graph(2, 2)], GraphBatch), 1, GraphBatch)
     require_declared(graphs, GraphBatch, "Plan")
