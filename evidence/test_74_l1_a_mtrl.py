@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightspan.datamodules.image.sets.small import Digits
-from lightspan.datamodules.image.variants.questions import AskedImages, Questions
+from lightspan.datamodules.image.variants.questions import AskedImages, YesNoTasks
 from lightspan.datamodules.image.variants.tasks import Derived
 from lightspan.evaluation.features.features import Features
 from lightspan.selection.design import design_matrix
@@ -93,7 +93,7 @@ def check(pilot: int, targets: int, seed: int) -> float:
 def digits() -> tuple[Tensor, Tensor, np.ndarray]:
     turned = {f"turned {turns}": Derived(Digits(), quarter_turns=turns) for turns in (1, 2, 3)}
     shuffled = {f"shuffled {seed}": Derived(Digits(), pixels=seed) for seed in (1, 2)}
-    data = Questions({"upright": Digits(), **turned, **shuffled})
+    data = YesNoTasks({"upright": Digits(), **turned, **shuffled})
     data.setup("fit")
     assert isinstance(data.bank, AskedImages)
     x = torch.stack([data.bank.sample(number, 0)["image"].flatten() for number in range(len(data.bank))])

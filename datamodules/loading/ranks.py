@@ -55,7 +55,7 @@ def train_loader(
     selection: ReadPath | None = None,
 ) -> ExactLoader:
     """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks. It loads
-    what `selection` says, the file of a `lightspan.datamodules.loading.selection.Selection`, and of that, where the
+    what `selection` says, the file of a `lightspan.datamodules.loading.selection.DataSelection`, and of that, where the
     trainer has a `TrainingSubset`, that part.
     """
     own, ranks = data_rank(trainer)

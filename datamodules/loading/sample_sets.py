@@ -27,7 +27,7 @@ class SampleSets(LightningDataModule, ABC):
         seed: of the order and of what is random in a training sample.
         num_workers: processes that fetch batches.
         selection: which of the training samples are trained on, or how often: the file of a
-            `lightspan.datamodules.loading.selection.Selection`, or the run that wrote it. None is all, each once. The
+            `lightspan.datamodules.loading.selection.DataSelection`, or the run that wrote it. None is all, each once. The
             bank stays whole.
 
     Attributes:

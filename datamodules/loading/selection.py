@@ -52,7 +52,7 @@ def data_name(dataset: Dataset, order: Order | None) -> str:
 
 
 @dataclass(frozen=True)
-class Selection:
+class DataSelection:
     """Samples of a data set that are trained on, or how often each is. One of three kinds:
 
     - samples: `index_n` alone; an epoch sees each once.
@@ -168,7 +168,7 @@ class Selection:
             write_tensors(temporary, forms, columns.items(), {"format": "pt", **self.facts()})
 
     @classmethod
-    def read(cls, path: ReadPath | Path) -> "Selection":
+    def read(cls, path: ReadPath | Path) -> "DataSelection":
         """From its file, or the folder of a run that selected. Raises: UserError for anything else."""
         place = expanded(path, "data.init_args.selection")
         place = place / TENSORS if place.is_dir() else place
@@ -275,4 +275,4 @@ def _require_members(mixture_G: np.ndarray, members_G: np.ndarray) -> None:
 
 def selected(path: str | None, dataset: Dataset, order: Order | None) -> tuple[Dataset, Order | None]:
     """What a data module whose `selection` is the file at `path` trains on; None selects everything."""
-    return (dataset, order) if path is None else Selection.read(path).taken(dataset, order)
+    return (dataset, order) if path is None else DataSelection.read(path).taken(dataset, order)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.loading.selection import Selection
+from lightspan.datamodules.loading.selection import DataSelection
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
 from lightspan.selection.design import design_matrix
 from lightspan.selection.distortion import distortion, lp_regression
 from lightspan.selection.sampling import bernoulli, inclusion
-from lightspan.selection.selected import NamedSamples, Selected
+from lightspan.selection.selected import NamedSamples, SelectedData
 from lightspan.selection.sensitivities import (
     P_RANGE,
     in_column_space,
@@ -100,7 +100,7 @@ class LpSample(Estimator):
         self.rows, self.p, self.rule, self.components = rows, p, rule, components
         self.constant, self.target, self.against, self.seed = constant, target, against, seed
 
-    def fit(self, features: Features, samples: NamedSamples) -> Selected:
+    def fit(self, features: Features, samples: NamedSamples) -> SelectedData:
         """Raises: UserError for features that are not of these samples, not finite or all zero, for fewer rows above 0
         than `rows`, and for a draw without any row.
         """
@@ -130,10 +130,10 @@ class LpSample(Estimator):
             if least > 1e-20 * float(y_N.abs().pow(self.p).sum()):  # below, only rounding is left
                 measured["loss over the least"] = loss / least
         rule = f"{self.rule}, p = {self.p:g}, {self.rows} rows expected, seed {self.seed}"
-        selection = Selection(
+        selection = DataSelection(
             samples.count, samples.name, rule, index_N[drawn_n.numpy()], weight_n.numpy().astype("float64")
         )
-        return Selected.of(selection, samples, measured)
+        return SelectedData.of(selection, samples, measured)
 
     def _matrix(self, features: Features) -> tuple[Tensor, Tensor | None]:
         x_ND = design_matrix(features, self.components, self.constant)

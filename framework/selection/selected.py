@@ -11,7 +11,7 @@ from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
 from lightspan.core.results import Figure, Result
 from lightspan.datamodules.loading.order import Order
-from lightspan.datamodules.loading.selection import Selection, data_name
+from lightspan.datamodules.loading.selection import DataSelection, data_name
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
@@ -81,7 +81,7 @@ class TrainingSamples(Input):
 
 
 @dataclass(frozen=True)
-class Selected(Result):
+class SelectedData(Result):
     """A selection, with what was measured of it. Its `tensors` are the file that data modules take.
 
     Attributes:
@@ -109,11 +109,11 @@ class Selected(Result):
     @classmethod
     def of(
         cls,
-        selection: Selection,
+        selection: DataSelection,
         samples: NamedSamples,
         measured: Mapping[str, float],
         shown_N: np.ndarray | None = None,
-    ) -> "Selected":
+    ) -> "SelectedData":
         """Of a selection for these samples.
 
         Args:
@@ -143,12 +143,12 @@ class Selected(Result):
             tensors=selection.columns(),
         )
 
-    def selection(self) -> Selection:
+    def selection(self) -> DataSelection:
         """What data modules take."""
         columns = {name: column.numpy() for name, column in self.tensors.items()}
         names = {"index": "index_n", "weight": "weight_n", "group": "group_N", "mixture": "mixture_G"}
         arrays = {names[name]: column for name, column in columns.items()}
-        return Selection(self.count, self.data, self.rule, **arrays)
+        return DataSelection(self.count, self.data, self.rule, **arrays)
 
     def metadata(self) -> dict[str, str]:
         return self.selection().facts()

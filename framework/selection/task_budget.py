@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.loading.selection import Selection
+from lightspan.datamodules.loading.selection import DataSelection
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
 from lightspan.selection.design import design_matrix
 from lightspan.selection.sampling import allocated
-from lightspan.selection.selected import NamedSamples, Selected
+from lightspan.selection.selected import NamedSamples, SelectedData
 from lightspan.selection.task_relevance import TaskMoments, lasso_relevance, least_l2, shared_subspace
 
 Rule = Literal["mix", "l1", "l2", "uniform"]
@@ -130,7 +130,7 @@ class TaskBudget(Estimator):
         self.rule, self.strength, self.components = rule, strength, components
         self.constant, self.seed = constant, seed
 
-    def fit(self, features: Features, samples: NamedSamples) -> Selected:
+    def fit(self, features: Features, samples: NamedSamples) -> SelectedData:
         """Raises: UserError for features without tasks or answers or that are not of these samples; for a target task
         without at least 2 rows, no source, one with fewer rows than the pilot, and a budget that does not fit.
         """
@@ -164,10 +164,10 @@ class TaskBudget(Estimator):
         }
         chosen = np.concatenate([own, *(places[:n] for places, n in zip(rows.values(), count_T, strict=True))])
         rule = f"{self.rule} budget of {self.budget} rows for task {self.target}, pilot {self.pilot}, seed {self.seed}"
-        selection = Selection(samples.count, samples.name, rule, np.sort(index_N[chosen]))
+        selection = DataSelection(samples.count, samples.name, rule, np.sort(index_N[chosen]))
         shown_N = np.full(samples.count, int(task_N.max()) + 1)  # rows without features are a group of their own
         shown_N[index_N] = task_N
-        return Selected.of(selection, samples, measured, shown_N)
+        return SelectedData.of(selection, samples, measured, shown_N)
 
     def _in_order(self, places: np.ndarray) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 5])))

@@ -23,7 +23,7 @@ from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.image.variants.class_stream import ClassStream
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassBalanced, InSequence, Order, Weighted
-from lightspan.datamodules.loading.selection import Selection, data_name
+from lightspan.datamodules.loading.selection import DataSelection, data_name
 from lightspan.datamodules.loading.subset import TrainingSubset
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.datamodules.table.rows import Diabetes
@@ -42,21 +42,21 @@ class Numbers:
         return {"index": torch.tensor(self.first + index), "seed": torch.tensor(seed)}
 
 
-def of(count: int, **columns: Any) -> Selection:
+def of(count: int, **columns: Any) -> DataSelection:
     """Of `Numbers(count)`."""
     arrays = {
         name: np.asarray(x, np.float64 if name.startswith(("weight", "mixture")) else np.int64)
         for name, x in columns.items()
     }
-    return Selection(count, data_name(Numbers(count), None), "by hand", **arrays)
+    return DataSelection(count, data_name(Numbers(count), None), "by hand", **arrays)
 
 
-def loader(selection: Selection, rank: int = 0, ranks: int = 1, batch: int = 4, order: Order | None = None) -> Any:
+def loader(selection: DataSelection, rank: int = 0, ranks: int = 1, batch: int = 4, order: Order | None = None) -> Any:
     dataset, order = selection.taken(Numbers(selection.count), order)
     return ExactLoader(dataset, batch, 0, rank, ranks, order=order)
 
 
-def epochs(selection: Selection, count: int, order: Order | None = None) -> list[Counter[int]]:
+def epochs(selection: DataSelection, count: int, order: Order | None = None) -> list[Counter[int]]:
     dataset, order = selection.taken(Numbers(selection.count), order)
     drawn = [[dataset.sample(place, 0)["index"].item() for place in order.epoch(0, epoch)] for epoch in range(count)]
     return [Counter(one) for one in drawn]
@@ -118,7 +118,7 @@ def test_a_mixture_gives_each_group_its_part_of_every_epoch_shared_evenly_within
 
 def test_a_mixture_without_groups_is_one_of_the_blocks_and_reads_a_window_of_them_at_a_time() -> None:
     order = Order((6, 3, 3), window=1, content="tars")
-    selection = Selection(12, data_name(Numbers(), order), "by hand", mixture_G=np.array([0.25, 0.25, 0.5]))
+    selection = DataSelection(12, data_name(Numbers(), order), "by hand", mixture_G=np.array([0.25, 0.25, 0.5]))
     dataset, mixed = selection.taken(Numbers(), order)
     drawn = [int(dataset.sample(place, 0)["index"]) for place in mixed.epoch(3, 1)]
     block = np.searchsorted([6, 9, 12], drawn, side="right")
@@ -134,7 +134,7 @@ def test_where_a_sample_comes_again_it_is_drawn_anew() -> None:
     assert {s["seed"].item() for s in samples(selection, 2)} == {s["seed"].item() for s in plain}
 
 
-def samples(selection: Selection, batch: int) -> list[dict[str, Tensor]]:
+def samples(selection: DataSelection, batch: int) -> list[dict[str, Tensor]]:
     got = next(iter(loader(selection, batch=batch)))
     return [{name: column[row] for name, column in got.items()} for row in range(batch)]
 
@@ -185,7 +185,7 @@ def test_a_file_gives_back_what_was_written_and_is_the_same_bytes_again(tmp_path
     ):
         first, second = tmp_path / f"{number}.safetensors", tmp_path / f"{number}b.safetensors"
         selection.write(first)
-        read = Selection.read(str(first))
+        read = DataSelection.read(str(first))
         assert (read.kind, read.digest, read.facts()) == (selection.kind, selection.digest, selection.facts())
         read.write(second)
         assert first.read_bytes() == second.read_bytes()
@@ -209,9 +209,9 @@ def prepared(data: Any) -> Any:
     return data
 
 
-def made_for(data: Any, **columns: np.ndarray) -> Selection:
+def made_for(data: Any, **columns: np.ndarray) -> DataSelection:
     whole = prepared(data).train_dataloader()
-    return Selection(len(whole.dataset), data_name(whole.dataset, whole.order), "by hand", **columns)
+    return DataSelection(len(whole.dataset), data_name(whole.dataset, whole.order), "by hand", **columns)
 
 
 def test_data_modules_of_every_kind_take_a_selection(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ NAN = float("nan")
         (lambda: of(3), "needs an index, a weight or a mixture"),
         (lambda: of(3, weight_n=[1, 1, 1], mixture_G=[1.0]), "not both"),
         (lambda: of(3, weight_n=[1, 1, 1], group_N=[0, 0, 0]), "but no mixture"),
-        (lambda: Selection(0, "", ""), "count=0"),
+        (lambda: DataSelection(0, "", ""), "count=0"),
         (lambda: of(12, index_n=[0]).taken(Numbers(13), None), "of 12 training samples, and these data have 13"),
         (lambda: of(12, index_n=[0]).taken(Numbers(12, first=1), None), "made of other data"),
         (lambda: of(12, mixture_G=[0.5, 0.5]).taken(Numbers(), None), "mixes 2 blocks, and these data come in 1"),
@@ -332,7 +332,7 @@ def test_files_that_are_no_selection_are_refused(tmp_path: Path) -> None:
         (written("d", {**facts, "count": "many"}, index=torch.tensor([1])), "'count'"),
     ):
         with pytest.raises(UserError, match=said):
-            Selection.read(path)
+            DataSelection.read(path)
     (tmp_path / "e").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a complete safetensors file"):
-        Selection.read(str(tmp_path / "e"))
+        DataSelection.read(str(tmp_path / "e"))

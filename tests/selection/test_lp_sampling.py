@@ -16,7 +16,7 @@ from lightspan.evaluation.features.features import Features
 from lightspan.selection.distortion import distortion, lp_regression
 from lightspan.selection.lp_sampling import LpSample, Rule, scores
 from lightspan.selection.sampling import allocated, bernoulli, inclusion
-from lightspan.selection.selected import NamedSamples, Selected
+from lightspan.selection.selected import NamedSamples, SelectedData
 from lightspan.selection.sensitivities import (
     in_column_space,
     leverage_scores,
@@ -226,7 +226,7 @@ def test_the_selection_holds_the_drawn_rows_with_the_inverse_of_their_chances() 
     assert {0, 1, 2} <= set(drawn.tolist())
     assert found.measured["distortion at p = 1"] < found.measured["distortion of a uniform sample"]
     assert found.picture("title") is not None
-    assert Selected.from_json(found.to_json()) == found
+    assert SelectedData.from_json(found.to_json()) == found
 
 
 def test_rows_that_are_a_part_of_the_samples_keep_their_places() -> None:

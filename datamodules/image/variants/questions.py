@@ -52,7 +52,7 @@ class AskedImages:
         return {"image": image, "task": task, "target": target, "index": torch.tensor(index)}
 
 
-class Questions(SplitSampleSets):
+class YesNoTasks(SplitSampleSets):
     """Batches are `QuestionBatch`. Of S sets of C classes there are S C tasks, for methods that learn from many tasks,
     and for choosing which of them to label (`lightspan.selection.task_budget`).
 
@@ -69,7 +69,7 @@ class Questions(SplitSampleSets):
         kinds = {name: (data.image_shape, data.num_classes) for name, data in sets.items()}
         if not sets or len(set(kinds.values())) > 1 or next(iter(kinds.values()))[1] < 2:
             raise UserError(
-                f"Questions needs sets of one shape of image and at least two classes, as many, not {kinds}"
+                f"YesNoTasks needs sets of one shape of image and at least two classes, as many, not {kinds}"
             )
         self.sets, self.ask_seed = sets, ask_seed
         self.num_classes = next(iter(sets.values())).num_classes

@@ -48,8 +48,8 @@ def _show_selection(args: argparse.Namespace) -> int:
     """What a file says of the samples that a run sees."""
     if args.resolved or args.why is not None or args.overlays or args.flags:
         raise UserError(f"{args.recipe} is no recipe, which alone --resolved, --why, overlays and flags are for")
-    from lightspan.datamodules.loading.selection import Selection
+    from lightspan.datamodules.loading.selection import DataSelection
 
-    for name, text in Selection.read(args.recipe).described().items():
+    for name, text in DataSelection.read(args.recipe).described().items():
         print(printable(f"{name:<24} {text}"))
     return 0
