@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.noise import hashed_noise, mixed_seed
-from lightspan.core.ragged import ragged_maxima, ragged_means, row_owners
+from lightspan.core.ragged import ragged_maxima, ragged_means, ragged_ranks, row_owners
 from lightspan.core.ranges import require_in
 
 T = TypeVar("T")
@@ -52,11 +52,7 @@ def cropped(xyz_N3: Tensor, offsets: Tensor, side_B3: Tensor, keep_B: Tensor) ->
     """
     cloud_N = row_owners(offsets, len(xyz_N3))
     along_N = (xyz_N3 * side_B3[cloud_N]).sum(dim=1)
-    order_N = along_N.sort(descending=True, stable=True).indices
-    order_N = order_N[cloud_N[order_N].sort(stable=True).indices]
-    rank_N = torch.empty_like(order_N).scatter(
-        0, order_N, torch.arange(len(order_N), device=order_N.device) - offsets[cloud_N]
-    )
+    rank_N = ragged_ranks(-along_N, offsets)
     counts_B = offsets.diff()
     return rank_N < (counts_B * keep_B.double() - 1e-6).ceil().long().clamp_min(1)[cloud_N]
 

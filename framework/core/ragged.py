@@ -15,6 +15,15 @@ def row_owners(offsets: Tensor, rows: int) -> Tensor:
     return torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
 
 
+def ragged_ranks(x_N: Tensor, offsets: Tensor) -> Tensor:
+    """How many rows of its sample are before each, in ascending order, int64 [N]; of equal ones the first is first."""
+    owner_N = row_owners(offsets, len(x_N))
+    order_N = x_N.sort(stable=True).indices
+    order_N = order_N[owner_N[order_N].sort(stable=True).indices]
+    place_N = torch.arange(len(x_N), device=x_N.device) - offsets[owner_N]
+    return torch.empty_like(order_N).scatter(0, order_N, place_N)
+
+
 def ragged_means(x_ND: Tensor, offsets: Tensor) -> Tensor:
     """The mean over the rows of each sample, [B D] in the type of x; 0, with gradient 0, of an empty one."""
     sums_BD = x_ND.new_zeros(len(offsets) - 1, x_ND.shape[1]).index_add(0, row_owners(offsets, len(x_ND)), x_ND)

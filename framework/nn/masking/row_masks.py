@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.noise import hashed_uniform, mixed_seed
-from lightspan.core.ragged import row_owners
+from lightspan.core.ragged import ragged_ranks, row_owners
 
 
 def hidden_rows(offsets: Tensor, share: float, seed_B: Tensor, may_N: Tensor) -> Tensor:
@@ -24,8 +24,6 @@ def hidden_rows(offsets: Tensor, share: float, seed_B: Tensor, may_N: Tensor) ->
     owner_N = row_owners(offsets, len(may_N))
     place_N = torch.arange(len(may_N), device=offsets.device)
     drawn_N = hashed_uniform(mixed_seed(seed_B, 1)[owner_N] + place_N - offsets[owner_N], 0, (1,))[:, 0]
-    order_N = (drawn_N + 2 * ~may_N).sort(stable=True).indices
-    order_N = order_N[owner_N[order_N].sort(stable=True).indices]
-    rank_N = torch.empty_like(order_N).scatter(0, order_N, place_N - offsets[owner_N])
+    rank_N = ragged_ranks(drawn_N + 2 * ~may_N, offsets)
     may_B = torch.zeros_like(offsets[1:]).index_add(0, owner_N, may_N.long())
     return may_N & (rank_N < (share * may_B.double() + 1 + 1e-9).floor()[owner_N])
