@@ -26,9 +26,9 @@ class SampleSets(LightningDataModule, ABC):
         batch_size: samples of one optimiser step over all ranks.
         seed: of the order and of what is random in a training sample.
         num_workers: processes that fetch batches.
-        selection: which of the training samples are trained on, or how often: the file of a
-            `lightspan.datamodules.loading.selection.DataSelection`, or the run that wrote it. None is all, each once. The
-            bank stays whole.
+        selection: which of the training samples are trained on, or how often: a file of
+            `lightspan.datamodules.loading.selection.DataSelection`, or the folder of the run that wrote it. None is
+            all, each once. The bank stays whole.
 
     Attributes:
         bank: the training samples as they are, without anything random: what probes fit on.
