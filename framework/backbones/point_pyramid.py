@@ -85,7 +85,7 @@ class PointPyramid(nn.Module):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks of all levels: one layer of features each, see `lightspan.nn.tokens`."""
-        return [block for blocks in self.blocks for block in blocks]
+        return [block for blocks in self.blocks for block in blocks.children()]
 
     def grouped(self, xyz_N3: Tensor, offsets: Tensor) -> tuple[NestedGroups, ...]:
         return nested_groups(xyz_N3, offsets, self.groups, self.sizes)
@@ -104,7 +104,7 @@ class PointPyramid(nn.Module):
             x_BSD = self._embedded(level, groups, found[-1] if found else None, at_BS, seen_BS)
             place_BSD = self.places[level](at_places(groups.centre_BG3, at_BS)).to(x_BSD.dtype)
             seen_B11S = None if hidden is None else seen_BS[:, None, None]
-            for block in self.blocks[level]:
+            for block in self.blocks[level].children():
                 x_BSD = block(x_BSD + place_BSD, attn_mask=seen_B11S)
             x_BSD = self.norm(x_BSD) if level == len(self.widths) - 1 else x_BSD
             found.append(_put_back(x_BSD, at_BS, seen_BS, hidden_BG.shape[1]))

@@ -110,7 +110,7 @@ class PyramidDecoder(nn.Module):
         )
         drops = iter(drop_paths(drop_path, sum(depths), "PyramidDecoder"))
         for blocks in self.levels:
-            for block in blocks:
+            for block in blocks.children():
                 block.drop_path1 = block.drop_path2 = next(drops)
         self.norm = nn.LayerNorm(widths[-1])
         xavier_uniform_(self.levels)
@@ -132,7 +132,7 @@ class PyramidDecoder(nn.Module):
             if level:
                 x_BGD = self.ways[level - 1](x_BGD, from_BS3, seen_BGD, to_BG3, hidden_BG)
             place_BGD = place(to_BG3).to(x_BGD.dtype)
-            for block in blocks:
+            for block in blocks.children():
                 x_BGD = block(x_BGD + place_BGD)
             from_BS3 = to_BG3
         return self.norm(x_BGD)

@@ -6,7 +6,7 @@ Shapes: V pictures, S side, a heads, T tokens, h w places of the last map, D fea
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,11 +98,12 @@ class ImageGuide(Frozen):
         return Guidance(features_VDhw, attention_VT.unflatten(1, found.grid))
 
     def _tokens(self, pictures_V3SS: Tensor) -> Tokens:
-        network = self.module
+        network: Any = self.module
         return arranged(network, network.forward_features(pictures_V3SS), width=getattr(network, "num_features", None))
 
     def _of_class_token(self, logits_VaTT: Tensor) -> Tensor:
-        prefix: int = self.module.num_prefix_tokens
+        network: Any = self.module
+        prefix = network.num_prefix_tokens
         return wide(logits_VaTT[:, :, 0]).softmax(dim=2)[:, :, prefix:].mean(dim=1)
 
 
