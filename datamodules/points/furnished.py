@@ -148,7 +148,7 @@ class _Rooms:
         chosen = own[layout.piece]
         shapes = [self.pieces.read(number) for number in chosen.tolist()]
         scan = self.scanning.scan(layout, shapes, self.kinds[chosen], index)
-        np.savez(self.to / f"{index}.npz", **scan._asdict())  # type: ignore[arg-type]
+        np.savez(self.to / f"{index}.npz", **scan._asdict())
         content = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in scan)).hexdigest()
         return {"known": json.dumps({"content": content, "label": layout.use})}
 

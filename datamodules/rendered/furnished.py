@@ -148,7 +148,9 @@ def furnished(layout: RoomPlan, shapes: Sequence[Shape], kind: np.ndarray) -> Su
         shapes: the surfaces of its K pieces, standing on z = 0 around x = y = 0.
         kind: of each of them, int64 [K].
     """
-    corners, colours, classes = [np.zeros((0, 3, 3))], [np.zeros((0, 3, 3))], [np.zeros(0, np.int64)]
+    corners: list[np.ndarray] = [np.zeros((0, 3, 3))]
+    colours: list[np.ndarray] = [np.zeros((0, 3, 3))]
+    classes: list[np.ndarray] = [np.zeros(0, np.int64)]
     for shape, own, turn, place in zip(shapes, kind, layout.turn, layout.place, strict=True):
         cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[turn]
         x, y, z = np.moveaxis(shape.xyz.astype(float), -1, 0)

@@ -41,7 +41,8 @@ class WidePerceptron(nn.Module):
         for number, layer in enumerate(self.layers):
             if number:
                 x = F.softplus(x, beta=100) if self.smooth else x.relu()
-            x = F.linear(x, wide(layer.weight), wide(layer.bias))
+            weight, bias = (wide(layer.get_parameter(name)) for name in ("weight", "bias"))
+            x = F.linear(x, weight, bias)
         return x
 
 

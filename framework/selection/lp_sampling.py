@@ -113,12 +113,10 @@ class LpSample(Estimator):
         if not len(drawn_n):
             raise UserError(f"rows={self.rows} with seed={self.seed} drew none; raise rows, or take another seed")
         weight_n = 1 / chance_N[drawn_n]
-        solutions = []
+        solutions, residual_CN = [], u_NR.new_zeros(0, len(u_NR))
         if y_N is not None:
             solutions = [lp_regression(x_ND[drawn_n], y_N[drawn_n], self.p, weight_n), lp_regression(x_ND, y_N, self.p)]
-        residual_CN = (
-            torch.stack([x_ND @ b_D - y_N for b_D in solutions]) if solutions else u_NR.new_zeros(0, len(u_NR))
-        )
+            residual_CN = torch.stack([x_ND @ b_D - y_N for b_D in solutions])
         measured = {
             f"distortion at p = {self.p:g}": distortion(u_NR, drawn_n, weight_n, self.p, residual_CN @ u_NR),
             "distortion of a uniform sample": self._of_uniform(u_NR),
