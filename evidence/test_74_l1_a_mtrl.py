@@ -1,9 +1,10 @@
 """L1-A-MTRL (arXiv 2306.02556) beside budgets by L2 and even ones: drawn tasks, and digits under six changes.
 
 Drawn: 40 tasks with heads of length 1 in 5 of 20 dimensions, a target that is the mean of three of them, noise 1. The
-figure is the squared distance of the target from the subspace that the bought rows give, over the other arm's mean. With known heads 1,000 rows
-are bought; with heads estimated from a pilot, 4,000. Floor: the scores of the Lasso belong to other tasks. Ceiling: known
-heads and four times the budget. (The three tasks alone are none: they span three of the five dimensions.)
+figure is the squared distance of the target from the subspace that the bought rows give, over the other arm's mean.
+With known heads 1,000 rows are bought; with heads estimated from a pilot, 4,000. Floor: the scores of the Lasso belong
+to other tasks. Ceiling: known heads and four times the budget. (To buy the three tasks alone is none, for they span
+three of the five dimensions.)
 
 After a pilot of 25 rows a task and 50 of the target the budget by L1 is expected to lose against an even one: this is
 recorded, beside the mix that is the default and the check that tells both cases apart.
