@@ -1,9 +1,10 @@
 """L1-A-MTRL (arXiv 2306.02556) beside budgets by L2 and even ones: drawn tasks, and digits under six changes.
 
 Drawn: 40 tasks with heads of length 1 in 5 of 20 dimensions, a target that is the mean of three of them, noise 1. The
-figure is the squared distance of the target from the subspace that the bought rows give. With known heads 1,000 rows
-are bought; with heads estimated from a pilot, 4,000. Floor: the scores of the Lasso belong to other tasks. Ceiling: all
-of the budget beyond the floors goes to the three.
+figure is the squared distance of the target from the subspace that the bought rows give, over the other arm's mean.
+With known heads 1,000 rows are bought; with heads estimated from a pilot, 4,000. Floor: the scores of the Lasso belong
+to other tasks. Ceiling: known heads and four times the budget. (To buy the three tasks alone is none, for they span
+three of the five dimensions.)
 
 After a pilot of 25 rows a task and 50 of the target the budget by L1 is expected to lose against an even one: this is
 recorded, beside the mix that is the default and the check that tells both cases apart.
@@ -55,8 +56,6 @@ class Drawn:
 
 
 def scores_of(arm: str, fit: PilotFit, seed: int) -> np.ndarray:
-    if arm == "planted":
-        return (np.arange(TASKS) < PLANTED).astype(float)
     if arm == "permuted":
         return np.random.default_rng(seed).permutation(spending(fit, "l1", STRENGTH))
     return spending(fit, arm, STRENGTH)  # type: ignore[arg-type]
@@ -78,9 +77,10 @@ def drawn_run(arm: str, pilot: int, targets: int, known: bool, budget: int, seed
     return world.missed(shared_subspace(TaskMoments.of(joined), RANK).basis_DK), before
 
 
-def ratio(arm: str, other: str, seed: int, setting: tuple) -> float:
-    """Of geometric kind: the distance of one arm over that of another, on the same world."""
-    return drawn_run(arm, *setting, seed)[0] / drawn_run(other, *setting, seed)[0]
+def over(arm: str, setting: tuple, other: str, others: tuple) -> dict[int, float]:
+    """The distance of an arm over the mean of another one, whose own ratios have a heavy tail."""
+    mean = float(np.mean([drawn_run(other, *others, seed)[0] for seed in SEEDS]))
+    return {seed: drawn_run(arm, *setting, seed)[0] / mean for seed in SEEDS}
 
 
 def check(pilot: int, targets: int, seed: int) -> float:
@@ -123,7 +123,7 @@ def test_a_budget_by_l1_learns_the_target_from_fewer_rows(evidence) -> None:
     torch.set_num_threads(1)
     known, estimated, small = (5, 50, True, 1000), (50, 500, False, 4000), (25, 50, False, 4000)
     for name, setting in (("known heads", known), ("pilot 50", estimated), ("pilot 25", small)):
-        for arm in ("l1", "l2", "mix", "uniform", "planted", "permuted"):
+        for arm in ("l1", "l2", "mix", "uniform", "permuted"):
             for seed in SEEDS:
                 evidence.figure(f"distance, {name}, {arm}", drawn_run(arm, *setting, seed)[0], seed)
         evidence.gate(
@@ -139,10 +139,10 @@ def test_a_budget_by_l1_learns_the_target_from_fewer_rows(evidence) -> None:
     ):
         evidence.claim(
             f"distance of l1 over {other}, {name}",
-            {seed: ratio("l1", other, seed, setting) for seed in SEEDS},
+            over("l1", setting, other, setting),
             at_most=margin,
-            floor={seed: ratio("permuted", other, seed, setting) for seed in SEEDS},
-            ceiling={seed: ratio("planted", other, seed, setting) for seed in SEEDS},
+            floor=over("permuted", setting, other, setting),
+            ceiling=over("l1", (*setting[:2], True, 4 * setting[3]), other, setting),
             arms=(f"l1, {name}",),
         )
     for seed in SEEDS:
@@ -164,7 +164,7 @@ def test_digits_under_changes(evidence) -> None:
 
 if __name__ == "__main__":
     for case in ((5, 50, True, 1000), (50, 500, False, 4000), (25, 50, False, 4000)):
-        names = ("l1", "l2", "mix", "uniform", "planted", "permuted")
+        names = ("l1", "l2", "mix", "uniform", "permuted")
         print(case, {arm: round(drawn_run(arm, *case, SEARCH_SEED)[0], 4) for arm in names})
     print(check(50, 500, SEARCH_SEED), check(25, 50, SEARCH_SEED))
     for rule in ("l1", "l2", "mix", "uniform"):
