@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule
@@ -20,7 +20,8 @@ PLACES = 101
 """Of a curve that is drawn."""
 
 
-class NamedSamples(NamedTuple):
+@dataclass(frozen=True)
+class NamedSamples:
     """Training samples that a selection is of. `name` is their `lightspan.datamodules.loading.selection.data_name`, and
     `sizes` are those of their blocks, such as tars.
     """
