@@ -113,10 +113,11 @@ class LpSample(Estimator):
         if not len(drawn_n):
             raise UserError(f"rows={self.rows} with seed={self.seed} drew none; raise rows, or take another seed")
         weight_n = 1 / chance_N[drawn_n]
-        solutions, residual_CN = [], u_NR.new_zeros(0, len(u_NR))
+        residual_CN = u_NR.new_zeros(0, len(u_NR))  # of the regression on the sample, and of that on all rows
         if y_N is not None:
-            solutions = [lp_regression(x_ND[drawn_n], y_N[drawn_n], self.p, weight_n), lp_regression(x_ND, y_N, self.p)]
-            residual_CN = torch.stack([x_ND @ b_D - y_N for b_D in solutions])
+            sampled_D = lp_regression(x_ND[drawn_n], y_N[drawn_n], self.p, weight_n)
+            whole_D = lp_regression(x_ND, y_N, self.p)
+            residual_CN = torch.stack([x_ND @ sampled_D - y_N, x_ND @ whole_D - y_N])
         measured = {
             f"distortion at p = {self.p:g}": distortion(u_NR, drawn_n, weight_n, self.p, residual_CN @ u_NR),
             "distortion of a uniform sample": self._of_uniform(u_NR),

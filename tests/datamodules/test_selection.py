@@ -16,6 +16,7 @@ from shard_files import write_shards
 from torch import Tensor
 
 from lightspan.cli.config.signatures import Signature, signature
+from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 from lightspan.core.files.tensors import Form, write_tensors
 from lightspan.core.source import load, submodules
@@ -336,3 +337,13 @@ def test_files_that_are_no_selection_are_refused(tmp_path: Path) -> None:
     (tmp_path / "e").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a complete safetensors file"):
         DataSelection.read(str(tmp_path / "e"))
+
+
+def test_show_says_what_a_file_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of(12, group_N=[0, 1] * 6, mixture_G=[0.25, 0.75]).write(tmp_path / "mix.safetensors")
+    assert main(["show", str(tmp_path / "mix.safetensors")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("a mixture", "by hand", "0.25, 0.75", data_name(Numbers(), None)):
+        assert part in shown
+    assert main(["show", str(tmp_path / "mix.safetensors"), "--resolved"]) != 0
+    assert "is no recipe" in capsys.readouterr().err
