@@ -190,8 +190,9 @@ class ASTProbe(Estimator):
     """A probe of each layer, which learns to rebuild the trees of some texts and is asked about those of others.
 
     Of the texts, in the order in which they come, 64 % teach, 16 % choose when a probe stops and which layer is best,
-    and 20 % are asked. Texts of a single word have no gap, and are left out. Adam; its rate falls to a tenth whenever
-    the loss on the texts that choose does not.
+    and 20 % are asked. Texts of a single word have no gap, and are left out. Adam; its rate falls to a tenth when the
+    loss on the texts that choose does not fall. With a few hundred texts an epoch is a few steps, and that loss may
+    rise before it falls: wait longer then, or every probe, above all those of controls, stops before it has learned.
 
     Args:
         dimensions: of the probe's space, at least 1; as many as a layer has features, if those are fewer.
@@ -199,6 +200,7 @@ class ASTProbe(Estimator):
         rate: above 0.
         epochs: at most so many, at least 1; the paper has 20, of 20,000 texts.
         patience: epochs without a lower loss after which a probe stops, at least 1.
+        rate_patience: such epochs before the rate falls, at least 0, as in the paper.
         batch_size: texts, at least 1.
         seed: of first weights and batches, at least 0.
     """
@@ -210,19 +212,21 @@ class ASTProbe(Estimator):
         rate: float = 1e-3,
         epochs: int = 20,
         patience: int = 5,
+        rate_patience: int = 0,
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
         for name, value, least in (
             ("dimensions", dimensions, 1), ("epochs", epochs, 1), ("patience", patience, 1),
             ("batch_size", batch_size, 1), ("seed", seed, 0), ("orthogonal", orthogonal, 0),
+            ("rate_patience", rate_patience, 0),
         ):  # fmt: skip
             if not least <= value < math.inf:
                 raise UserError(f"ASTProbe {name}={value} must be at least {least} and finite")
         if not 0 < rate < math.inf:
             raise UserError(f"ASTProbe rate={rate} must be above 0 and finite")
         self.dimensions, self.orthogonal, self.rate, self.epochs = dimensions, orthogonal, rate, epochs
-        self.patience, self.batch_size, self.seed = patience, batch_size, seed
+        self.patience, self.rate_patience, self.batch_size, self.seed = patience, rate_patience, batch_size, seed
 
     def fit(self, code: CodeFeatures) -> SyntaxByLayer:
         """Raises: UserError for no layer, fewer than 5 texts of two words or more, features that are not finite or not
@@ -311,7 +315,7 @@ class ASTProbe(Estimator):
             width = len(mean_D)
             probe = SyntaxProbe(width, min(self.dimensions, width), len(c), len(u))
             optimizer = torch.optim.Adam(probe.parameters(), lr=self.rate)
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=self.rate_patience)
             lowest, kept, at = math.inf, {name: x.clone() for name, x in probe.state_dict().items()}, 0
             for epoch in range(1, self.epochs + 1):
                 order = [teaching[i] for i in torch.randperm(len(teaching)).tolist()]

@@ -1,8 +1,8 @@
 """Syntax trees of Python text, by Python's own parser and tokenizer. Nothing is imported or run.
 
 The words of a tree are the tokens of the text, and its nodes those of the module `ast`; a token belongs to the
-innermost node around it. The module's grammar changes with Python's version, and so do labels: scores are comparable within one.
-A string is a single word, whatever is in it, as in the code of AST-Probe (`lightspan.evaluation.syntax.trees`).
+innermost node around it. The grammar changes with Python's version, and so do labels: scores are comparable within
+one. A string is a single word, whatever is in it, as in the code of AST-Probe (`lightspan.evaluation.syntax.trees`).
 """
 
 import ast
