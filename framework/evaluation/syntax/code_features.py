@@ -206,7 +206,7 @@ class EncodedCode(Input):
         for one in tokens:
             firsts.append(firsts[-1] + max(one.words) + 1)
         batches = [range(len(tokens))[i : i + self.batch_size] for i in range(0, len(tokens), self.batch_size)]
-        left = [batch for batch in batches[rank() :: world_size()] if firsts[batch[0]] not in done]
+        left = [batch for batch in batches[rank() :: world_size()] if any(firsts[i] not in done for i in batch)]
         if not left:
             return
         network = self.network if seed is None else drawn_anew(self.network, seed)
