@@ -74,6 +74,10 @@ FEWER = {
         f"inputs.{name}.init_args.{ONE_CATEGORY}" for name in ("first", "second", "first_query", "second_query")
     ],
     "analysis/name_ldraw": [f"inputs.query.init_args.{ONE_CATEGORY}"],
+    "analysis/ast_probe": [
+        *(f"inputs.code.init_args.{fewer}" for fewer in ("functions=8", "words=16", "layers=[0,1]")),
+        "estimator.init_args.epochs=1",
+    ],
     "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/spoken_languages": [f"inputs.{name}.init_args.{TWO_LANGUAGES}" for name in ("bank", "query")],
 }

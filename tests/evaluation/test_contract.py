@@ -30,6 +30,8 @@ from lightspan.evaluation.features.stream import FeatureStream
 from lightspan.evaluation.graphs.collection import GraphCollection, PlainGraph
 from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
+from lightspan.evaluation.syntax.code_features import CodeFeatures
+from lightspan.evaluation.syntax.trees import Node
 from lightspan.evaluation.weights.merging_statistics import NetworkOnData
 from lightspan.evaluation.weights.prompts import DrawnImages, Prompts
 from lightspan.merging.models import Held
@@ -42,6 +44,7 @@ QUICK = {
     "LinearSegmentation": {"max_iterations": 10},
     "AlignPairs": {"components": (1, 4), "ridges": (0.0, 0.1), "folds": 2},
     "LabelSaving": {"max_iterations": 5, "draws": 2},
+    "ASTProbe": {"epochs": 2},
     "MLEThenERM": {"unlabelled": (10, 20), "labels": (5, 10), "seeds": 2},
 }  # where a fit would look long for what has no end, or chooses among much
 
@@ -203,6 +206,16 @@ def views_of(features: Features) -> ViewFeatures:
     return ViewFeatures({"rolled": replace(features, x=views)})
 
 
+def code_of(features: Features) -> CodeFeatures:
+    """A row as a word; each five are a text, whose inner node has two or three of them."""
+    trees, layer = [], features.x
+    for first in range(0, len(layer), 5):
+        words = len(layer[first : first + 5])
+        inner = tuple(range(min(2 + first % 2, words)))
+        trees.append(Node("A", (Node("B", inner), *range(len(inner), words))))
+    return CodeFeatures(tuple(trees), {0: layer, 1: layer.flip(0)}, {"doubled": {1: 2 * layer}})
+
+
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     ComparedFeatures: compared_of,
@@ -210,6 +223,7 @@ OF: dict[type, Callable[[Features], Any]] = {
     FactorWorld: lambda features: FactorWorld(4, 1),
     NetworkOnData: network_on,
     FeatureStream: stream_of,
+    CodeFeatures: code_of,
     TextStages: stages_of,
     Grid: grid_of,
 }
@@ -327,6 +341,12 @@ WRONG = {
     },
     "PromptIoU": [*({"thresholds": wrong} for wrong in (1.0, -1.1, math.nan, ())), {"ignore_label": -1}],
     "W2PGNN": [{"cells": 0}, {"clusters": 0}],
+    "ASTProbe": [
+        *({name: 0} for name in ("dimensions", "epochs", "patience", "batch_size")),
+        *({"rate": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
+        *({"orthogonal": wrong} for wrong in (-1.0, math.nan, math.inf)),
+        *({name: -1} for name in ("seed", "rate_patience")),
+    ],
     "LabelPropagation": [
         *({name: 0} for name in ("context", "neighbours")),
         *({name: wrong} for name in ("radius", "temperature") for wrong in (0.0, -1.0, math.nan, math.inf)),
@@ -404,6 +424,10 @@ COMPUTED = {
         *("equal points", "a lattice", "denormal", "huge", "one constant feature"),
     },
     "MLEThenERM": {"no row", "NaN"},
+    "ASTProbe": {
+        *("one class", "classes left out", "constant features", "zeros", "a row of zeros", "equal points", "a lattice"),
+        *("denormal", "huge", "one constant feature", "without labels", "labels below zero"),
+    },
     "AugmentationComplexity": {
         *("one class", "constant features", "zeros", "a row of zeros", "equal points", "a lattice", "denormal", "huge"),
         *("more features than rows", "positions kept", "without labels", "labels below zero"),
