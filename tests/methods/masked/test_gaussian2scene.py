@@ -103,7 +103,7 @@ def test_the_loss_is_the_weighted_sum_and_gaussians_are_drawn_from_their_share_o
     batch, logged = drawn_scenes(4, 0), list[dict[str, Tensor]]()
     model.log_training = lambda figures, **options: logged.append(figures)  # type: ignore[method-assign]
     losses = model.losses(batch, 0, True)
-    assert all(float(value) > 0 for value in losses.values())
+    assert all((value > 0).all() for value in losses.values())
     wanted = sum(weights[name] * float(value) for name, value in losses.items())
     assert float(model.training_step(batch, 0)) == pytest.approx(wanted, rel=1e-5)
     model.draw_from = 0.5
@@ -124,7 +124,7 @@ def test_pictures_and_positions_train_the_encoder_of_points() -> None:
 
 
 def test_losses_do_not_depend_on_the_order_of_points_and_move_with_points_and_cameras() -> None:
-    model, batch = method().eval(), drawn_scenes(4, 0)
+    model, batch = method().eval(), drawn_scenes(2, 0)
     starts, counts = batch["offsets"].tolist(), batch["offsets"].diff().tolist()
     order = torch.cat([start + torch.randperm(count) for start, count in zip(starts, counts, strict=False)])
     mixed = batch | {"xyz": batch["xyz"][order]}
