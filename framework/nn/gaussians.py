@@ -40,7 +40,7 @@ class Gaussians(NamedTuple):
     colour_BGC: Tensor
 
 
-class Cameras(NamedTuple):
+class GaussianCameras(NamedTuple):
     """place_B3, rotation_B33, intrinsics_B33: as in `lightspan.nn.rendering.rays_through`."""
 
     place_B3: Tensor
@@ -61,7 +61,7 @@ class Splats(NamedTuple):
     colour_BGC: Tensor
 
 
-class Drawn(NamedTuple):
+class GaussianPictures(NamedTuple):
     """colour_BCHW. passes_BHW: the share of light that passes all Gaussians, in [0, 1]."""
 
     colour_BCHW: Tensor
@@ -79,14 +79,14 @@ def turns(quaternion: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
-def sound(cameras: Cameras) -> Tensor:
+def sound(cameras: GaussianCameras) -> Tensor:
     """Which cameras can see, bool [B]: those of finite numbers with a rotation and a lens that can be inverted."""
     finite_B = torch.stack([part.flatten(1).isfinite().all(dim=1) for part in cameras]).all(dim=0)
     flat_B = (_determinant(cameras.rotation_B33) == 0) | (_determinant(cameras.intrinsics_B33) == 0)
     return finite_B & ~flat_B
 
 
-def splatted(gaussians: Gaussians, cameras: Cameras, near: float = 0.2) -> Splats:
+def splatted(gaussians: Gaussians, cameras: GaussianCameras, near: float = 0.2) -> Splats:
     """Gaussians as cameras see them, in float32 or wider and with gradients to all of them.
 
     Those that are less than `near` ahead are not seen, nor is anything by a camera that is not `sound`: their gradients
@@ -142,12 +142,12 @@ def splat_opacity(splats: Splats, pixel_P2: Tensor) -> Tensor:
 
 def drawn(
     gaussians: Gaussians,
-    cameras: Cameras,
+    cameras: GaussianCameras,
     height: int,
     width: int,
     near: float = 0.2,
     background_C: Tensor | None = None,
-) -> Drawn:
+) -> GaussianPictures:
     """Pictures of Gaussians, each of its own.
 
     Args:
@@ -167,7 +167,9 @@ def drawn(
     colour_BPC, passes_BP = (torch.cat(part, dim=1) for part in zip(*shown, strict=True))
     if background_C is not None:
         colour_BPC = colour_BPC + passes_BP[..., None] * background_C
-    return Drawn(colour_BPC.transpose(1, 2).unflatten(2, (height, width)), passes_BP.unflatten(1, (height, width)))
+    return GaussianPictures(
+        colour_BPC.transpose(1, 2).unflatten(2, (height, width)), passes_BP.unflatten(1, (height, width))
+    )
 
 
 def _shown(splats: Splats, pixel_P2: Tensor) -> tuple[Tensor, Tensor]:

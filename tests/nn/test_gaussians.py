@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
 from lightspan.nn import gaussians as parts
-from lightspan.nn.gaussians import Cameras, Gaussians, drawn, sound, splat_opacity, splatted, turns
+from lightspan.nn.gaussians import GaussianCameras, Gaussians, drawn, sound, splat_opacity, splatted, turns
 from lightspan.nn.rendering import seen_by_opacity
 
 
@@ -24,13 +24,15 @@ def cloud(count: int, seed: int = 0, pictures: int = 1, dtype: torch.dtype = tor
     return Gaussians(centre, 0.1 + 0.3 * draw(3), draw(4) - 0.5, 0.2 + 0.6 * draw(), draw(3))
 
 
-def camera(pictures: int = 1, dtype: torch.dtype = torch.float64) -> Cameras:
+def camera(pictures: int = 1, dtype: torch.dtype = torch.float64) -> GaussianCameras:
     lens = torch.tensor([[7.0, 0.2, 3.5], [0, 8, 2.5], [0, 0, 1]], dtype=dtype)
     eye = torch.eye(3, dtype=dtype).repeat(pictures, 1, 1)
-    return Cameras(torch.zeros(pictures, 3, dtype=dtype), eye, lens.repeat(pictures, 1, 1))
+    return GaussianCameras(torch.zeros(pictures, 3, dtype=dtype), eye, lens.repeat(pictures, 1, 1))
 
 
-def moved(given: Gaussians, seen: Cameras, turn_4: Tensor, shift_3: Tensor) -> tuple[Gaussians, Cameras]:
+def moved(
+    given: Gaussians, seen: GaussianCameras, turn_4: Tensor, shift_3: Tensor
+) -> tuple[Gaussians, GaussianCameras]:
     """Everything, by one rotation and one shift."""
     turn = turns(turn_4)
     by, own = turn_4 / turn_4.norm(), given.turn_BG4

@@ -27,18 +27,18 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.backbones.point_vit import PointViT
-from lightspan.core.devices import wide
+from lightspan.core.devices import has_values, wide
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_shares, require_weights
 from lightspan.datamodules.points.batch import PosedPointsBatch
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.point_decoder import PointDecoder
-from lightspan.nn.gaussians import Cameras, Gaussians, drawn, sound
+from lightspan.nn.gaussians import GaussianCameras, Gaussians, drawn, sound
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, require_seen_and_hidden, seen_and_hidden
 from lightspan.nn.points.clouds import points_of
 from lightspan.nn.points.groups import Groups
-from lightspan.nn.points.posed import PosedViews, posed_views_of
+from lightspan.nn.points.posed import SceneViews, posed_views_of
 from lightspan.nn.sequences.joint_encoder import JointEncoder
 from lightspan.nn.sequences.patches import at_places, patchify
 from lightspan.nn.sequences.token_backbone import patch_tokens, require_tokens, settle_patch_decoder
@@ -53,7 +53,7 @@ NUMBERS = 14
 MOST_LOG = 3.0  # of a scale over `size`
 
 
-class Guess(NamedTuple):
+class SceneGuess(NamedTuple):
     """numbers_BGKn: what the decoder gives of all groups. pixels_PMd: of the hidden patches of all P = B V views."""
 
     numbers_BGKn: Tensor
@@ -172,7 +172,9 @@ class Gaussian2Scene(Method):
     def features(self, batch: Any) -> Tensor:
         return self.backbone(*points_of(batch, "Gaussian2Scene"))
 
-    def guess(self, groups: Groups, pictures_P3HW: Tensor, see_BS: Tensor, see_PQ: Tensor, hide_PM: Tensor) -> Guess:
+    def guess(
+        self, groups: Groups, pictures_P3HW: Tensor, see_BS: Tensor, see_PQ: Tensor, hide_PM: Tensor
+    ) -> SceneGuess:
         """What the seen groups of a scene and the seen patches of its views tell of everything.
 
         Args:
@@ -188,7 +190,7 @@ class Gaussian2Scene(Method):
         numbers_BGKn = self.decoder(joint_BSD, seen_BS3, groups.centre_BG3)
         grid = self.pictures.grid(pictures_P3HW)  # type: ignore[operator]
         pixels_PMd = self.pixels(joint_BLD.reshape(patches_PQD.shape), see_PQ, hide_PM, grid)
-        return Guess(numbers_BGKn.unflatten(2, (self.backbone.size, NUMBERS)), pixels_PMd)
+        return SceneGuess(numbers_BGKn.unflatten(2, (self.backbone.size, NUMBERS)), pixels_PMd)
 
     def losses(self, batch: Any, step: int, drawing: bool) -> dict[str, Tensor]:
         """`point` and `pixel`, and if Gaussians are drawn `picture` and `position`, scalars: with a step's masks."""
@@ -217,12 +219,12 @@ class Gaussian2Scene(Method):
         }
         return losses | self.drawing_losses(guess, groups, views) if drawing else losses
 
-    def drawing_losses(self, guess: Guess, groups: Groups, views: PosedViews) -> dict[str, Tensor]:
+    def drawing_losses(self, guess: SceneGuess, groups: Groups, views: SceneViews) -> dict[str, Tensor]:
         """`picture` and `position`, see `losses`."""
         gaussians = gaussians_of(guess.numbers_BGKn, groups.centre_BG3, self.size)
         pictures_P3HW, _, place_P3, rotation_P33, lens_P33 = (part.flatten(0, 1) for part in views)
         per_scene = views.pictures_BV3HW.shape[1]
-        cameras = Cameras(place_P3, rotation_P33, lens_P33)
+        cameras = GaussianCameras(place_P3, rotation_P33, lens_P33)
         each = Gaussians(*(part.repeat_interleave(per_scene, dim=0) for part in gaussians))
         shown = drawn(each, cameras, *pictures_P3HW.shape[2:], self.near)
         known_P = groups.real_B.repeat_interleave(per_scene) & sound(cameras)
@@ -233,7 +235,9 @@ class Gaussian2Scene(Method):
         }
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = self.losses(batch, self.global_step, self.share_of_run() >= self.draw_from)
+        # A plan counts what the second stage needs, which is more.
+        drawing = self.share_of_run() >= self.draw_from or not has_values(batch["index"])
+        losses = self.losses(batch, self.global_step, drawing)
         loss = weighted_sum(losses, self.weights)
         self.log_training({"train/loss": loss, **{f"train/{name}_loss": value for name, value in losses.items()}})
         return loss

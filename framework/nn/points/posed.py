@@ -11,7 +11,7 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 
 
-class PosedViews(NamedTuple):
+class SceneViews(NamedTuple):
     """See `lightspan.datamodules.points.batch.PosedPointsBatch`."""
 
     pictures_BV3HW: Tensor
@@ -21,7 +21,7 @@ class PosedViews(NamedTuple):
     intrinsics_BV33: Tensor
 
 
-def posed_views_of(batch: Mapping[str, Any], scenes: int, method: str) -> PosedViews:
+def posed_views_of(batch: Mapping[str, Any], scenes: int, method: str) -> SceneViews:
     """The views of a batch.
 
     Args:
@@ -35,7 +35,7 @@ def posed_views_of(batch: Mapping[str, Any], scenes: int, method: str) -> PosedV
     if pictures is not None and len(pictures) == 5 and pictures[0] == scenes and pictures[2] == 3:
         B, V, _, H, W = pictures
         if shapes[1:] == [[B, V, H, W], [B, V, 3], [B, V, 3, 3], [B, V, 3, 3]] and V * H * W:
-            return PosedViews(*found)  # type: ignore[arg-type]
+            return SceneViews(*found)  # type: ignore[arg-type]
     raise UserError(
         f"{method} renders posed views, pictures [{scenes}, V, 3, H, W] with depth, place, rotation and intrinsics, "
         f"and this batch has floats of {shapes}; take data whose batches are a PosedPointsBatch, such as "
