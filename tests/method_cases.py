@@ -99,6 +99,7 @@ from lightspan.methods.masked.bm_mae import BMMAE
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE
+from lightspan.methods.masked.gaussian2scene import Gaussian2Scene
 from lightspan.methods.masked.i2p_mae import I2PMAE
 from lightspan.methods.masked.i_jepa import IJEPA
 from lightspan.methods.masked.mae import MAE
@@ -175,6 +176,7 @@ from lightspan.nn.points.edges import EdgeEncoder
 from lightspan.nn.points.prompt import PointPrompt
 from lightspan.nn.pretext import QuarterTurn
 from lightspan.nn.relations import PlaneTurn
+from lightspan.nn.sequences.joint_encoder import JointEncoder
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.nn.signed_fields import SignedField
@@ -755,6 +757,23 @@ def ponder_v2(**optimization: Any) -> PonderV2:
     return PonderV2(VoxelPoints(network, size=0.5), GridUNet(6, 6, (4, 4)), field, **small, **optimization)
 
 
+def drawn_scenes(rows: int, seed: int) -> dict[str, Any]:
+    """As `posed_scenes`, with pictures of 4 x 4 pixels."""
+    batch, generator = posed_scenes(rows, seed), torch.Generator().manual_seed(seed + 70)
+    pictures = torch.rand(rows, 2, 3, 4, 4, generator=generator)
+    return {**batch, "pictures": pictures, "depth": 1 + pictures[:, :, 0]}
+
+
+def gaussian2scene(**optimization: Any) -> Gaussian2Scene:
+    backbone = without_norms(
+        PointViT(groups=5, size=4, width=12, depth=1, heads=2, drop_path=0, point_widths=(4, 4, 8))
+    )
+    pictures = vit(12, 1, 2, img_size=4, patch_size=2, class_token=False)
+    decoders = PointDecoder(12, depth=1, heads=2, drop_path=0), MaskDecoder(12, width=8, depth=1, heads=2)
+    settings: dict[str, Any] = {"draw_from": 0.0} | optimization
+    return Gaussian2Scene(backbone, pictures, JointEncoder(12, 1, 2), *decoders, **settings)
+
+
 def p2p(**optimization: Any) -> P2P:
     prompt = without_norms(PointPrompt(EdgeEncoder(4, 3, neighbours=3, groups=2), side=6))
     return P2P(MLP((3, 6, 6), (8,)), 3, prompt, votes=(2, 1), **optimization)
@@ -1131,6 +1150,7 @@ CASES: dict[str, Case] = {
         i2p_mae, clouds, halves_differ="clouds have different numbers of groups that are seen and hidden"
     ),
     "masked.point_mae": Case(point_mae, clouds),
+    "masked.gaussian2scene": Case(gaussian2scene, drawn_scenes),
     "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS),
     "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),

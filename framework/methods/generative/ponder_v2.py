@@ -17,7 +17,7 @@ Shapes: B scenes, N points of all, M that are kept, D features, V views, H W pix
 ray.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.image_numbers import index_in
 from lightspan.nn.points.clouds import point_fields_of, points_of
 from lightspan.nn.points.grids import pooled_grid
+from lightspan.nn.points.posed import posed_views_of
 from lightspan.nn.rendering import Rays, rays_through
 from lightspan.nn.signed_fields import RayView, SignedField
 from lightspan.objectives.means import known_mean, weighted_sum
@@ -187,7 +188,7 @@ class PonderV2(Method):
 
     def drawn_rays(self, batch: Any, boxes: SceneBoxes, seed_B: Tensor) -> tuple[Rays, Targets]:
         """Rays through random pixels of all views, in the unit cube, and what their pixels show."""
-        pictures, depth, place, rotation, intrinsics = views_of_scenes(batch, len(seed_B))
+        pictures, depth, place, rotation, intrinsics = posed_views_of(batch, len(seed_B), "PonderV2")
         B, V, _, H, W = pictures.shape
         pixel_BVR = (hashed_uniform(mixed_seed(seed_B, 2), 0, (V, self.rays)) * (H * W)).long().clamp_max(H * W - 1)
         at_BVR2 = torch.stack([pixel_BVR % W, pixel_BVR // W], dim=-1).to(wide(place).dtype)
@@ -236,22 +237,3 @@ class PonderV2(Method):
         figures = {f"val/{name}_loss": value for name, value in losses.items()}
         figures |= {"val/loss": weighted_sum(losses, self.weights), "val/depth_error": error}
         self.log_dict(figures, batch_size=len(batch["index"]), sync_dist=True)
-
-
-def views_of_scenes(batch: Mapping[str, Any], scenes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(pictures [B V 3 H W], depth [B V H W], place [B V 3], rotation and intrinsics [B V 3 3]) of a batch.
-
-    Raises: UserError for one that is missing, or does not fit the others.
-    """
-    found = [batch.get(name) for name in ("pictures", "depth", "place", "rotation", "intrinsics")]
-    shapes = [[*x.shape] if isinstance(x, Tensor) and x.is_floating_point() else None for x in found]
-    pictures = shapes[0]
-    if pictures is not None and len(pictures) == 5 and pictures[0] == scenes and pictures[2] == 3:
-        B, V, _, H, W = pictures
-        if shapes[1:] == [[B, V, H, W], [B, V, 3], [B, V, 3, 3], [B, V, 3, 3]] and V * H * W:
-            return tuple(found)  # type: ignore[return-value]
-    raise UserError(
-        f"PonderV2 renders posed views, pictures [{scenes}, V, 3, H, W] with depth, place, rotation and intrinsics, "
-        f"and this batch has floats of {shapes}; take data whose batches are a PosedPointsBatch, such as "
-        "lightspan.datamodules.points.furnished.FurnishedRooms"
-    )
