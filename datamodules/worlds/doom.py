@@ -145,6 +145,7 @@ def game_of(level: str, buttons: Sequence[str] = BUTTONS, arguments: Sequence[st
     game.set_depth_buffer_enabled(True)
     game.set_labels_buffer_enabled(True)
     game.set_objects_info_enabled(True)
+    game.set_sectors_info_enabled(True)
     for hidden in (game.set_render_hud, game.set_render_weapon, game.set_render_crosshair, game.set_render_messages):
         hidden(False)
     game.set_window_visible(False)

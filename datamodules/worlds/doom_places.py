@@ -16,6 +16,7 @@ from lightspan.datamodules.worlds.doom import game_of, middle_of
 TURN = ("TURN_LEFT_RIGHT_DELTA",)
 STRAYED = 8.0  # units from where the walker was sent: there is no room for it
 CHEATS = "-nomonsters", "+sv_cheats 1"
+AWAKE = 35  # tics after the start; a walker does not turn in the first ones
 STEP_ASIDE = 48.0  # from the object that marks a place, which would be taken
 TRIES = 8
 
@@ -45,7 +46,7 @@ class DoomPlaces(PlaceSets):
         shift: of a query, in each coordinate.
         turn: of a query, in degrees, the least and the most.
         image_size: height and width in pixels of the middle of the view, in [8, 120].
-        near: in units; None is 1.5 of `shift`, within which all queries are of their view.
+        near: in units; None is 1.5 of `shift`, at least 1, within which all queries are of their view.
         world_seed: of places, shifts and turns.
         settings: those of `PlaceSets`.
     Raises: UserError as `PlaceSets`, for an unknown level, one in both lists, and settings out of range.
@@ -68,9 +69,10 @@ class DoomPlaces(PlaceSets):
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
         **settings: Any,
     ) -> None:
-        super().__init__(1.5 * shift if near is None else near, mean, std, **settings)
+        require_in("[0, inf)", shift=shift)
+        super().__init__(max(1.0, 1.5 * shift) if near is None else near, mean, std, **settings)
         require_in("[1, inf)", places=places, directions=directions, queries=queries)
-        require_in("[0, inf)", shift=shift, world_seed=world_seed)
+        require_in("[0, inf)", world_seed=world_seed)
         require_in("[0, 180]", turn=turn)
         require_in("(0, inf)", spacing=spacing)
         require_in("[8, 120]", image_size=image_size)
@@ -107,13 +109,26 @@ class DoomPlaces(PlaceSets):
             game.set_seed(self.world_seed)
             game.new_episode()
             game.send_game_command("god")
-            for place in self._chosen(game, draws):
+            game.make_action([0.0], AWAKE)
+            walls_W22 = np.array([
+                [(line.x1, line.y1), (line.x2, line.y2)]
+                for sector in game.get_state().sectors
+                for line in sector.lines
+                if line.is_blocking
+            ])  # fmt: skip
+            for place in self._chosen(game, draws, walls_W22):
                 for direction in range(self.directions):
                     angle, region = 360.0 * direction / self.directions, number * self.directions + direction
-                    yield from self._views(game, draws, place, angle, region)
+                    yield from self._views(game, draws, walls_W22, place, angle, region)
 
     def _views(
-        self, game: Any, draws: np.random.Generator, place: np.ndarray, angle: float, region: int
+        self,
+        game: Any,
+        draws: np.random.Generator,
+        walls_W22: np.ndarray,
+        place: np.ndarray,
+        angle: float,
+        region: int,
     ) -> Iterator[tuple[SeenPlace, bool]]:
         """A view for the database, and its queries; nothing where the walker has no room."""
         if (frame := self._seen_from(game, place, angle)) is None:
@@ -123,11 +138,13 @@ class DoomPlaces(PlaceSets):
             for _ in range(TRIES):
                 aside = place + draws.uniform(-self.shift, self.shift, 2).round()
                 turned = angle + draws.uniform(*self.turn) * draws.choice([-1, 1])
+                if behind_wall(walls_W22, place, aside):
+                    continue
                 if (frame := self._seen_from(game, aside, turned)) is not None:
                     yield SeenPlace(frame, (float(aside[0]), float(aside[1])), region), True
                     break
 
-    def _chosen(self, game: Any, draws: np.random.Generator) -> list[np.ndarray]:
+    def _chosen(self, game: Any, draws: np.random.Generator, walls_W22: np.ndarray) -> list[np.ndarray]:
         """Places beside objects, in an order of chance."""
         state = game.get_state()
         objects = sorted({(o.position_x, o.position_y) for o in state.objects if o.name != "DoomPlayer"})
@@ -135,12 +152,13 @@ class DoomPlaces(PlaceSets):
         for at in draws.permutation(len(objects)):
             angle = draws.uniform(0, 2 * np.pi)
             place = (np.array(objects[at]) + STEP_ASIDE * np.array([np.cos(angle), np.sin(angle)])).round()
-            if len(chosen) < self.places and all(np.hypot(*(place - each)) >= self.spacing for each in chosen):
+            apart = all(np.hypot(*(place - each)) >= self.spacing for each in chosen)
+            if len(chosen) < self.places and apart and not behind_wall(walls_W22, np.array(objects[at]), place):
                 chosen.append(place)
         return chosen
 
     def _seen_from(self, game: Any, place: np.ndarray, angle: float) -> np.ndarray | None:
-        """uint8 [S S 3]; None if the walker cannot stand there."""
+        """uint8 [S S 3]; None if the walker cannot stand there. There is room outside of a level, too."""
         if game.is_episode_finished():
             return None
         game.send_game_command(f"warp {place[0]:.0f} {place[1]:.0f}")
@@ -153,3 +171,15 @@ class DoomPlaces(PlaceSets):
         game.make_action([float((now - angle + 180) % 360 - 180)])  # to the right
         state = game.get_state()
         return None if state is None else middle_of(state.screen_buffer, self.image_size)
+
+
+def behind_wall(walls_W22: np.ndarray, here: np.ndarray, there: np.ndarray) -> bool:
+    """Whether a wall, from one point [2] to another, meets the straight way between two points [2]."""
+
+    def left(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return (b[..., 0] - a[..., 0]) * (c[..., 1] - a[..., 1]) - (b[..., 1] - a[..., 1]) * (c[..., 0] - a[..., 0])
+
+    one, two = walls_W22[:, 0], walls_W22[:, 1]
+    parts_way = left(one, two, here) * left(one, two, there) <= 0
+    parts_wall = left(here, there, one) * left(here, there, two) <= 0
+    return bool((parts_way & parts_wall).any())
