@@ -130,6 +130,7 @@ from lightspan.methods.supervised.p2p import P2P
 from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.methods.supervised.regressor import Regressor
 from lightspan.methods.supervised.segmenter import Segmenter
+from lightspan.methods.supervised.selavpr import SelaVPR
 from lightspan.methods.supervised.sequence_classifier import SequenceClassifier
 from lightspan.methods.supervised.slca import SLCA
 from lightspan.methods.supervised.tag_classifier import TagClassifier
@@ -157,6 +158,7 @@ from lightspan.nn.heads.class_gates import ClassPairGate
 from lightspan.nn.heads.dino_head import DINOHead
 from lightspan.nn.heads.grassmann_head import GrassmannHead
 from lightspan.nn.heads.hyper_linear import HyperLinear
+from lightspan.nn.heads.local_features import UpConvolutions
 from lightspan.nn.heads.mlp_head import MLPHead
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.residual_mlp import ResidualMLP
@@ -281,6 +283,13 @@ def placed_views(rows: int, seed: int) -> dict[str, Any]:
     """Two views and how each was turned, in degrees."""
     turns = 360 * torch.rand(rows, 2, 1, generator=torch.Generator().manual_seed(seed + 100))
     return views()(rows, seed) | {"parameters": turns}
+
+
+def place_pairs(rows: int, seed: int) -> dict[str, Any]:
+    """A query and a picture near it, rows a hundred units apart or in other regions."""
+    aside = torch.randn(rows, 2, 2, generator=torch.Generator().manual_seed(seed + 100))
+    place = 100.0 * torch.arange(rows)[:, None, None] + aside
+    return views()(rows, seed) | {"places": place}
 
 
 def base_crops(rows: int, seed: int) -> dict[str, Any]:
@@ -1136,6 +1145,9 @@ CASES: dict[str, Case] = {
     ),
     "supervised.p2p": Case(p2p, clouds),
     "supervised.regressor": Case(lambda **o: Regressor(MLP((1, 1, 12), (8,)), 1.0, 2.0, **o), measured_rows),
+    "supervised.selavpr": Case(
+        lambda **o: SelaVPR(patch_vit(), UpConvolutions(16, [6, 4]), **o), place_pairs, halves_differ=AMONG_ROWS
+    ),
     "supervised.segmenter": Case(
         lambda **o: Segmenter(ScannedUNet((2, 2), 1, 8, (1, 1), None, states=2, drop_path=0), 3, **o), domains
     ),

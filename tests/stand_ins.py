@@ -353,6 +353,9 @@ PUBLISHED: dict[str, Write] = {
     "dinov2_vits14.safetensors": of_module(
         lambda: timm.create_model("vit_small_patch14_dinov2", num_classes=0), mask_token=(1, 384)
     ),
+    "dinov2_vitl14.safetensors": of_module(
+        lambda: timm.create_model("vit_large_patch14_dinov2", num_classes=0), mask_token=(1, 1024)
+    ),
     "flava-image-codebook/model.safetensors": of_module(of_transformers("FlavaImageCodebook")),
     "runs/mit_b5/model.safetensors": of_module(
         of_transformers("SegformerModel", depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512]), "network."
@@ -471,6 +474,14 @@ def folder_of_pictures(place: Path, each: Asked) -> None:
     write_pictures(place, {f"class{number:02}": SAMPLES for number in range(each.classes)})
 
 
+def folder_of_places(place: Path, each: Asked) -> None:
+    for number in range(SAMPLES):
+        for part in ("train/database", "train/queries", "val/database", "val/queries"):
+            (place / part).mkdir(parents=True, exist_ok=True)
+            name = f"@{690000 + 100 * number:.2f}@5330000.00@32@U@48.1@11.5@id{number}@@@@@@@.png"
+            (place / part / name).write_bytes(png_of(pixels(number, 48, 64)))
+
+
 def folder_of_videos(place: Path, each: Asked) -> None:
     rate = round(each.settings.get("fps") or 25)
     for number in range(SAMPLES):
@@ -585,6 +596,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "multispectral.shards.MultispectralShards": shard(spectral),
         "multispectral.seasons.SeasonShards": shard(seasons),
         "image.folder.ImageFolder": folder_of_pictures,
+        "image.places.PlaceFolder": folder_of_places,
         "video.folder.VideoFolder": folder_of_videos,
         "video.captioned.CaptionedVideos": answered_videos,
         "worlds.steps.StepShards": shard(agent_step),

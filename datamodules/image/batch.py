@@ -123,6 +123,32 @@ class PairBatch(TypedDict):
     index: Index
 
 
+class PlaceBatch(ImageBatch):
+    """Pictures and where they were taken.
+
+    place: two coordinates, such as metres to the east and to the north of somewhere.
+    query: 1 for a picture whose place is asked for, 0 for one of the database that answers.
+    label: the region; pictures of two regions show different places, whatever their coordinates.
+    """
+
+    place: Annotated[Tensor, Field("float32", "B 2")]
+    query: Annotated[Tensor, Field("int64", "B")]
+
+
+class PlaceViewsBatch(TypedDict):
+    """Pictures that were taken near one another.
+
+    views: the first a query, the second one of the database, V is 2.
+    places: of each view, as `place` of a `PlaceBatch`.
+    label: the region, as there.
+    """
+
+    views: Images
+    places: Annotated[Tensor, Field("float32", "B V 2")]
+    label: Label
+    index: Index
+
+
 class QuestionBatch(TypedDict):
     """A picture per sample, and what one of several tasks says of it.
 

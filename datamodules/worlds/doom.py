@@ -76,7 +76,7 @@ class Walks(Recorded):
         """The members of each step, level by level. Raises: UserError for an unknown level."""
         for task, level in enumerate(self.maps):
             self.tasks.append(level)
-            with _game(level) as game:
+            with game_of(level) as game:
                 for walk in range(self.walks):
                     yield from self._walk(game, self.seed + walk, task, f"{level}_{walk:04}")
 
@@ -111,16 +111,26 @@ class Walks(Recorded):
             if label.object_name not in self.objects:
                 self.objects.append(label.object_name)
             objects[state.labels_buffer == label.value] = self.objects.index(label.object_name) + 1
-        frame, depth, objects = (self._middle(array) for array in (state.screen_buffer, state.depth_buffer, objects))
+        seen = state.screen_buffer, state.depth_buffer, objects
+        frame, depth, objects = (middle_of(array, self.size) for array in seen)
         return View(frame, depth, objects, np.array(state.game_variables))
 
-    def _middle(self, array: np.ndarray) -> np.ndarray:
-        top, left = ((side - self.size) // 2 for side in array.shape[:2])
-        return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
+
+def middle_of(array: np.ndarray, size: int) -> np.ndarray:
+    """[H W ...] -> a copy of its middle, [size size ...]."""
+    top, left = ((side - size) // 2 for side in array.shape[:2])
+    return np.ascontiguousarray(array[top : top + size, left : left + size])
 
 
 @contextmanager
-def _game(level: str) -> Iterator[Any]:
+def game_of(level: str, buttons: Sequence[str] = BUTTONS, arguments: Sequence[str] = ("-nomonsters",)) -> Iterator[Any]:
+    """A level of Freedoom's second part, with views of 160 x 120 pixels, depth, labels and the state of `SEEN`.
+
+    Args:
+        buttons: what an action has a number for.
+        arguments: of the engine.
+    Raises: UserError for an unknown level, and without ViZDoom.
+    """
     try:
         import vizdoom
     except ImportError as error:
@@ -134,14 +144,16 @@ def _game(level: str) -> Iterator[Any]:
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
     game.set_labels_buffer_enabled(True)
+    game.set_objects_info_enabled(True)
+    game.set_sectors_info_enabled(True)
     for hidden in (game.set_render_hud, game.set_render_weapon, game.set_render_crosshair, game.set_render_messages):
         hidden(False)
     game.set_window_visible(False)
     game.set_sound_enabled(False)
     game.set_episode_timeout(0)
-    game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
+    game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
     game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in SEEN])
-    game.add_game_args("-nomonsters")
+    game.add_game_args(" ".join(arguments))
     with tempfile.TemporaryDirectory() as folder:
         game.set_doom_config_path(str(Path(folder, "doom.ini")))
         with chdir(folder):  # where it keeps files of its own

@@ -320,6 +320,7 @@ LEFT_OUT = {
     "DEPICT": "has an encoder of its own, the half of an autoencoder",
     "Prithvi": "learns from several dates of one place, and these pictures have one each",
     "BMMAE": "has an encoder of its own, with tokens for each modality of a volume, of which these pictures have one",
+    "SelaVPR": "learns from photographs of one place, and these pictures have one each",
     "P2P": "learns to paint clouds of points, which these pictures are not",
     "AttributeMasking": "learns from graphs, which these pictures are not",
     "I2PMAE": "learns from clouds of points, which these pictures are not",
