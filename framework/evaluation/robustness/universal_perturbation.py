@@ -98,9 +98,8 @@ class UniversalRobustness(Result):
 
     def best_defence(self) -> str:
         """What leaves the largest accuracy under the worst perturbation, which may be "none"."""
-        return max((row for row in self.rows if row["perturbation"] == self.worst), key=lambda row: row["perturbed"])[
-            "defence"
-        ]
+        rows = [row for row in self.rows if row["perturbation"] == self.worst]
+        return max(rows, key=lambda row: row["perturbed"])["defence"]
 
     def figures(self) -> tuple[Figure, ...]:
         first = self._undefended()[0]
@@ -112,9 +111,10 @@ class UniversalRobustness(Result):
                 Figure(f"predictions that change, {name}", 100 * row["fooled"], "%"),
             ]
         found += [
-            Figure(f"accuracy under {self.worst} with the defence {row['defence']}", 100 * row["perturbed"], "%")
+            Figure(f"{what} with the defence {row['defence']}", 100 * row[key], "%")
             for row in self.rows
             if row["perturbation"] == self.worst and row["defence"] != UNDEFENDED
+            for key, what in (("perturbed", f"accuracy under {self.worst}"), ("clean", "clean accuracy"))
         ]
         found += [
             Figure(f"accuracy of neighbours, {key}, {row['perturbation']}", 100 * row[key], "%")
@@ -137,7 +137,7 @@ class UniversalRobustness(Result):
         defences = list(dict.fromkeys(row["defence"] for row in self.rows))
         kinds = list(dict.fromkeys(row["perturbation"] for row in self.rows))
         width = 0.8 / (1 + len(kinds))
-        clean = [next(row["clean"] for row in self.rows if row["defence"] == each) for each in defences]
+        clean = [row["clean"] for row in self.rows if row["perturbation"] == self.worst]
         place = torch.arange(len(defences)).double()
         axes.bar((place - 0.4 + width / 2).tolist(), clean, width, color=SOFT, label="clean")
         for number, (kind, colour) in enumerate(zip(kinds, COLOURS * 9, strict=False), 1):
@@ -146,7 +146,8 @@ class UniversalRobustness(Result):
         axes.axhline(self.chance, color=SOFT, linewidth=1, linestyle=":", label="chance")
         axes.set_xticks(place.tolist(), defences, rotation=20)
         axes.set(xlabel="defence", ylabel="accuracy")
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(top=1.25 * max(*clean, self.chance, 0.1))
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
 
     def _undefended(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["defence"] == UNDEFENDED]

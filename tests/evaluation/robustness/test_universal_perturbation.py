@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.robustness.audited import AuditedEncoder
+from lightspan.datamodules.image.sets.small import Digits
+from lightspan.evaluation.features.store import FeatureStore
+from lightspan.evaluation.robustness.audited import AuditedEncoder, EncoderToAudit
 from lightspan.evaluation.robustness.defences import Blurred, Jpeg, Noisy
 from lightspan.evaluation.robustness.perturbations import (
     Direct,
@@ -206,3 +208,13 @@ def test_bad_inputs_are_refused() -> None:
     standardised.surrogate[0, 0] = -1
     with pytest.raises(UserError, match=r"\[0, 1\]"):
         quick().fit(standardised)
+
+
+def test_images_of_two_data_modules_are_put_back_into_0_to_1() -> None:
+    digits = EncoderToAudit(nn.Flatten(), Digits(), Digits(), most=50).load(FeatureStore("unused"))
+    assert digits.surrogate.shape == digits.train.shape == digits.test.shape == (50, 1, 8, 8)
+    assert (digits.train.min().item(), digits.train.max().item()) == pytest.approx((0, 1), abs=1e-6)
+    assert torch.allclose(16 * digits.train, (16 * digits.train).round(), atol=1e-4)  # digits have 17 shades
+    assert digits.train_label_N.shape == digits.test_label_N.shape == (50,)
+    with pytest.raises(UserError, match="most"):
+        EncoderToAudit(nn.Flatten(), Digits(), Digits(), most=1)
