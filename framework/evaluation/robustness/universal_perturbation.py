@@ -234,7 +234,7 @@ class UniversalPerturbation(Estimator):
                     head = self._head(self._encoded(hardened, hardened.train), known_N)
                     clean = head(self._encoded(hardened, hardened.test))
                     for name in (RANDOM, *self.perturbations):
-                        moved = self._moved(hardened, hardened.test, self._delta(hardened, name, self.seed))
+                        moved = self._moved(hardened, hardened.test, self.perturbation(hardened, name, self.seed))
                         found = _scored(clean, head(self._encoded(hardened, moved)), asked_N)
                         rows.append({"perturbation": name, "defence": "hardened encoder"} | found)
         names = [RANDOM, *self.perturbations]
@@ -255,10 +255,10 @@ class UniversalPerturbation(Estimator):
         rows, neighbours, change = list[dict[str, Any]](), list[dict[str, Any]](), dict[str, float]()
         guarded = {name: self._encoded(audited, guard(audited.test)) for name, guard in self.defences.items()}
         for name in (RANDOM, *self.perturbations):
-            moved = self._moved(audited, audited.test, self._delta(audited, name, self.seed))
+            moved = self._moved(audited, audited.test, self.perturbation(audited, name, self.seed))
             change[name] = float((moved - audited.test).double().square().mean().sqrt())
             moved_ND = self._encoded(audited, moved)
-            other = self._moved(audited, audited.train, self._delta(audited, name, self.seed + 1))
+            other = self._moved(audited, audited.train, self.perturbation(audited, name, self.seed + 1))
             rehearsed = self._head(torch.cat([train_ND, self._encoded(audited, other)]), known_N.repeat(2))
             pairs: dict[str, tuple[Predicted, Tensor, Tensor]] = {UNDEFENDED: (head, test_ND, moved_ND)}
             for which, guard in self.defences.items():
@@ -271,8 +271,8 @@ class UniversalPerturbation(Estimator):
             neighbours.append({"perturbation": name} | _scored(vote(test_ND), vote(moved_ND), asked_N))
         return rows, neighbours, change
 
-    def _delta(self, audited: AuditedEncoder, name: str, seed: int) -> Tensor:
-        """A perturbation [C H W] between its bounds."""
+    def perturbation(self, audited: AuditedEncoder, name: str, seed: int) -> Tensor:
+        """Trained or random [C H W], between its bounds; `name` is one of `perturbations`, or `RANDOM`."""
         generator, shape = torch.Generator().manual_seed(seed), tuple(audited.surrogate.shape[1:])
         if name == RANDOM:
             return random_signs(shape, self.placement, generator)
