@@ -1,4 +1,4 @@
-"""AdvEncoder's audit (arXiv 2307.12280): one perturbation, trained without the task, costs an EfficientNet-Lite0 accuracy.
+"""AdvEncoder's audit (arXiv 2307.12280): one perturbation, made without the task, costs an EfficientNet-Lite0 accuracy.
 
 The encoder is frozen, images are of 32 pixels, enlarged to 64. The perturbation is trained on 257 drawings of animals
 of Debian's openclipart and changes a pixel by at most 10/255; the task is the 16 topics of Tux Paint's stamps, 761 for
@@ -32,7 +32,9 @@ def given() -> AuditedEncoder:
     surrogate = ImageFolder(DRAWINGS, size=32, labels="none", fit="pad", skip_damaged=True)
     stamps = Stamps(tokenizer=HashedWords(), length=8)
     prepared: list[nn.Module] = [v2.Resize(64), v2.Normalize([0.5] * 3, [0.5] * 3)]
-    return EncoderToAudit(efficientnet_lite0().eval(), surrogate, stamps, prepared).load(FeatureStore("unused"))
+    return EncoderToAudit(efficientnet_lite0().eval().requires_grad_(False), surrogate, stamps, prepared).load(
+        FeatureStore("unused")
+    )
 
 
 def encoded(audited: AuditedEncoder, x: Tensor) -> Tensor:
