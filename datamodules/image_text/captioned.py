@@ -124,6 +124,12 @@ class CaptionedImages(SplitSampleSets):
             f"{len(self.test)} test images of {' x '.join(map(str, self.image_shape))} with captions"
         )
 
+    @property
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Black and white after standardising: the least and greatest value of an image, each [C, 1, 1]."""
+        mean, std = self.moments
+        return -mean / std, (1 - mean) / std
+
     def _samples(self, pairs: Captioned, view: Views | None = None) -> PairSamples:
         images = ImageSamples(Labelled(pairs.images, pairs.labels), *self.moments, view)
         return PairSamples(images, *tokenized(self.tokenizer, pairs.captions, self.length))

@@ -30,6 +30,7 @@ from lightspan.evaluation.features.stream import FeatureStream
 from lightspan.evaluation.graphs.collection import GraphCollection, PlainGraph
 from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
+from lightspan.evaluation.robustness.audited import AuditedEncoder
 from lightspan.evaluation.syntax.code_features import CodeFeatures
 from lightspan.evaluation.syntax.trees import Node
 from lightspan.evaluation.weights.merging_statistics import NetworkOnData
@@ -46,6 +47,7 @@ QUICK = {
     "LabelSaving": {"max_iterations": 5, "draws": 2},
     "ASTProbe": {"epochs": 2},
     "MLEThenERM": {"unlabelled": (10, 20), "labels": (5, 10), "seeds": 2},
+    "UniversalPerturbation": {"steps": 2, "hardening_steps": 1},
 }  # where a fit would look long for what has no end, or chooses among much
 
 
@@ -200,6 +202,13 @@ def compared_of(features: Features) -> ComparedFeatures:
     return ComparedFeatures(both, both)
 
 
+def audited_of(features: Features) -> AuditedEncoder:
+    """Rows, brought into [0, 1], as pictures of one line."""
+    rows = features.x.float().sigmoid()[:, None, None]
+    label = features.label_N
+    return AuditedEncoder(nn.Sequential(nn.Flatten(), Layer(features.x.shape[-1])), [], rows, rows, label, rows, label)
+
+
 def views_of(features: Features) -> ViewFeatures:
     """A row as one of three views of a sample, of which the others are those of its neighbours."""
     views = torch.stack([features.x.roll(i, 0) for i in range(3)], dim=1)
@@ -218,6 +227,7 @@ def code_of(features: Features) -> CodeFeatures:
 
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
+    AuditedEncoder: audited_of,
     ComparedFeatures: compared_of,
     ViewFeatures: views_of,
     FactorWorld: lambda features: FactorWorld(4, 1),
@@ -394,6 +404,14 @@ WRONG = {
         {"labels": (5,)},
         *({name: 0} for name in ("rank", "seeds")),
     ],
+    "UniversalPerturbation": [
+        *({name: 0} for name in ("steps", "k")),
+        {"batch_size": 1},
+        *({name: -1} for name in ("hardening_steps", "seed")),
+        *({name: wrong} for name in ("alpha", "radius") for wrong in (-1.0, math.nan, math.inf)),
+        *({name: wrong} for name in ("temperature", "hardening_rate", "l2") for wrong in (0.0, math.nan, math.inf)),
+        *({"pruned": wrong} for wrong in (-0.1, 1.0, math.nan)),
+    ],
     "AugmentationComplexity": [*({name: 0} for name in ("draws", "points")), {"most": 3}, {"seed": -1}],
     "CapturedTrace": [{"directions": 0}, {"seed": -1}],
     "WeightAudit": [
@@ -523,6 +541,11 @@ COMPUTED = {
         "huge",
         "NaN",
         "infinite",
+    },
+    "UniversalPerturbation": {
+        *("two rows", "one class", "a class of one sample", "classes left out", "constant features", "zeros"),
+        *("one constant feature", "a row of zeros", "equal points", "a lattice", "more features than rows", "denormal"),
+        "huge",
     },
     "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }

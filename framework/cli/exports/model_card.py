@@ -20,11 +20,13 @@ from lightspan.cli.runs.status import Status, status_of
 from lightspan.core.cards import Card, bullets, code, fence, plain, table
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import settings_object
-from lightspan.core.files.runs import PROVENANCE, RESOLVED, SUMMARY
+from lightspan.core.files.runs import PROVENANCE, RESOLVED, RESULT, SUMMARY
 from lightspan.core.source import Definition, locate
 
 SEED = "seed_everything"
 MOST_SIBLINGS = 500
+AUDITS = "audits"
+"""Folder inside a run whose sub-folders are run folders of estimators that looked at its weights."""
 _TASKS = {"image": "image-feature-extraction", "text": "feature-extraction"}
 _METRICS = ("accuracy", "perplexity", "loss")  # the Hub's names, by what is in ours
 
@@ -85,6 +87,7 @@ def model_card(resolved: Resolved, run: Path | None, facts: CardFacts) -> str:
     )
     card.section("Data", *_data(resolved.config, about))
     card.section("Figures", *_figures_said(scores, measured, about))
+    card.section("Audits", *_audits(run))
     card.section("Provenance", bullets(_provenance(provenance, resolved.config)))
     card.section("Licence", _licence(facts.licence))
     return card.text()
@@ -257,6 +260,21 @@ def _figures_said(scores: Mapping[str, _Figure], run: Run | None, about: Mapping
         how,
         f"What the recipe says it should reach: {plain(expected)}." if expected else "",
     ]
+
+
+def _audits(run: Path | None) -> list[str]:
+    """A table of the figures of each audit that has been written into the run folder."""
+    found: list[str] = []
+    for folder in sorted((run / AUDITS).glob("*"))[:MOST_SIBLINGS] if run else []:
+        figures = _read(folder, RESULT).get("figures")
+        rows = [
+            [plain(one["name"]), f"{one['value']:.4g} {plain(one.get('unit', ''))}".rstrip()]
+            for one in (figures if isinstance(figures, list) else [])
+            if isinstance(one, dict) and "name" in one and isinstance(one.get("value"), int | float)
+        ]
+        if rows:
+            found += [f"{plain(folder.name)}:", table(("figure", "value"), rows)]
+    return found
 
 
 def _provenance(provenance: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -65,10 +65,29 @@ def of_base_classes(hub: Path) -> list[str]:
     return [*eurosat(hub), *(f"inputs.{part}.init_args.data.init_args.{each}" for part in parts for each in more)]
 
 
+def signs(hub: Path) -> list[str]:
+    """Two kinds of traffic signs, a ResNet-18 that a run left, and perturbations of a single step."""
+    write_pictures(Path("stl10"), {"": 4})
+    for part in ("train", "test"):
+        write_pictures(Path("gtsrb", part), {"00000": 2, "00001": 2})
+    Path("runs/simclr").mkdir(parents=True)
+    network = timm.create_model("resnet18", num_classes=0)
+    weights = {f"backbone.{name}": x for name, x in network.state_dict().items()}
+    save_file(weights, "runs/simclr/model.safetensors")
+    settings = "estimator.init_args"
+    data = [f"inputs.audited.init_args.{each}.init_args" for each in ("surrogate", "downstream")]
+    return [
+        *(f"{settings}.{each}" for each in ("steps=1", "hardening_steps=1", "batch_size=2")),
+        f"{settings}.perturbations.generated.init_args.rows=2",
+        *(f"{each}.{setting}" for each in data for setting in ("num_workers=0", "batch_size=2", "cache_dir=cache")),
+    ]
+
+
 ROWS = {
     "analysis/gda_clip_eurosat": of_all_classes,
     "analysis/gda_clip_new_eurosat": of_base_classes,
     "analysis/nmc_cifar100": cifar100,
+    "analysis/universal_perturbation_gtsrb": signs,
 }
 
 

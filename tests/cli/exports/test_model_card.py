@@ -144,6 +144,23 @@ def test_damaged_records_count_as_none(make_run: MakeRun, text: str) -> None:
     assert card_of(run).data.eval_results is None
 
 
+def test_audits_of_the_run_are_in_its_card(make_run: MakeRun) -> None:
+    run = tiny(make_run)
+    assert "## Audits" not in card_of(run).text
+    results = {
+        "perturbation": {"figures": [{"name": "clean | accuracy", "value": 68.9474, "unit": "%"}, {"value": 3}, "no"]},
+        "broken": {"figures": 3},
+    }
+    for name, result in results.items():
+        (run / "audits" / name).mkdir(parents=True)
+        (run / "audits" / name / "result.json").write_text(json.dumps(result))
+    (run / "audits/unfinished").mkdir()
+    text = card_of(run).text
+    assert "68.95 %" in text.partition("## Audits")[2].partition("## Provenance")[0]
+    assert "broken" not in text
+    assert "unfinished" not in text
+
+
 def test_hostile_names_start_nothing(make_run: MakeRun) -> None:
     evil = "x\n---\n# owned\n<script>alert(1)</script> | `rm` \x1b[2J"
     about = CONFIG["about"] | dict.fromkeys(("title", "paper", "needs", "expected", "family"), evil)
