@@ -31,7 +31,9 @@ class GroundMoves(NamedTuple):
 
     def ground(self, xy_N2: Tensor, cloud_N: Tensor) -> Tensor:
         """Where places on the ground come to lie, [N 2], in the type of the moves or wider."""
-        return (self.matrix_B22[cloud_N] @ xy_N2[..., None].to(self.matrix_B22))[..., 0] + self.shift_B2[cloud_N]
+        kind = torch.promote_types(xy_N2.dtype, self.matrix_B22.dtype)
+        turned_N2 = (self.matrix_B22[cloud_N].to(kind) @ xy_N2[..., None].to(kind))[..., 0]
+        return turned_N2 + self.shift_B2[cloud_N]
 
     def points(self, xyz_N3: Tensor, cloud_N: Tensor) -> Tensor:
         """Where points come to lie, [N 3] in their type.
