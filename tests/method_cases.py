@@ -31,6 +31,7 @@ from lightspan.backbones.gin import GIN
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
 from lightspan.backbones.language import llama, t5
+from lightspan.backbones.pillars import Pillars
 from lightspan.backbones.placed_vit import GridViT, GroupedViT, ModalityViT, SeriesViT, series_widths
 from lightspan.backbones.point_pyramid import PointPyramid
 from lightspan.backbones.point_vit import PointViT
@@ -55,6 +56,7 @@ from lightspan.methods.clustering.joint_2d_3d import Joint2D3D
 from lightspan.methods.clustering.mlc import MLC
 from lightspan.methods.clustering.swav import SwAV
 from lightspan.methods.compression.pela import PELA
+from lightspan.methods.contrastive.e_ssl3d import ESSL3D
 from lightspan.methods.contrastive.hydra import Hydra
 from lightspan.methods.contrastive.lejepa import LeJEPA
 from lightspan.methods.contrastive.mixed_barlow_twins import MixedBarlowTwins
@@ -735,6 +737,25 @@ def labelled_clouds(rows: int, seed: int) -> dict[str, Any]:
     return {**batch, "colour": colour, "classes": torch.randint(-1, 3, (points,), generator=generator)}
 
 
+def sweeps(rows: int, seed: int) -> dict[str, Any]:
+    """Clouds of 0 to 12 points that move at random, of which the next sweep sees some, and has others."""
+    batch, generator = clouds(rows, seed), torch.Generator().manual_seed(seed + 70)
+    points, counts = len(batch["xyz"]), 3 * torch.arange(1, rows + 1) % 7
+    return {
+        **batch,
+        "flow": 0.3 * torch.randn(points, 3, generator=generator),
+        "again": torch.rand(points, generator=generator) < 0.7,
+        "next_xyz": torch.randn(int(counts.sum()), 3, generator=generator),
+        "next_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+    }
+
+
+def e_ssl3d(**optimization: Any) -> ESSL3D:
+    backbone = without_norms(Pillars(3.0, 0.75, 6, [4, 6], [1, 0], [1, 2], 4))
+    heads = [without_norms(Projector(*sizes)) for sizes in ((8, [8], 6), (6, [8], 6), (16, [8], 4))]
+    return ESSL3D(backbone, *heads, points=5, **optimization)
+
+
 def point_segmenter(**optimization: Any) -> PointSegmenter:
     encoder = Swin3DEncoder(
         widths=(4, 6), depths=(2, 1), heads=(2, 2), windows=(2, 2), strides=(2,), neighbours=3, drop_path=0.0
@@ -1161,6 +1182,7 @@ CASES: dict[str, Case] = {
     "masked.i2p_mae": Case(
         i2p_mae, clouds, halves_differ="clouds have different numbers of groups that are seen and hidden"
     ),
+    "contrastive.e_ssl3d": Case(e_ssl3d, sweeps, halves_differ=AMONG_ROWS),
     "masked.point_mae": Case(point_mae, clouds),
     "masked.gaussian2scene": Case(gaussian2scene, drawn_scenes),
     "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS),

@@ -162,8 +162,8 @@ def mapped(given: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[st
     return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, given)
 
 
-PACKED = ("xyz", "colour", "normal", "classes")
-"""Fields that have a row for each point."""
+PACKED = {OFFSETS: ("xyz", "colour", "normal", "classes", "flow", "again"), "next_offsets": ("next_xyz",)}
+"""Fields that have a row for each point, by what cuts them."""
 
 
 def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
@@ -171,13 +171,15 @@ def rows_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
         return mapped(given, lambda tensor: tensor[part])
     if "edge_index" in given:
         return graphs_of(given, part)
-    rows = {name: value for name, value in given.items() if name not in (*PACKED, OFFSETS)}
-    counts = given[OFFSETS].diff()
-    kept = torch.arange(len(counts))[part].tolist()
-    packed = {name: given[name].split(counts.tolist()) for name in PACKED if name in given}
-    fields = {name: torch.cat([given[name][:0], *(each[at] for at in kept)]) for name, each in packed.items()}
-    ends = torch.tensor([0, *counts[kept].tolist()]).cumsum(0)
-    return fields | {OFFSETS: ends} | mapped(rows, lambda tensor: tensor[part])
+    found = dict[str, Any]()
+    for cuts, names in PACKED.items():
+        if cuts in given:
+            counts = given[cuts].diff()
+            kept = torch.arange(len(counts))[part].tolist()
+            packed = {name: given[name].split(counts.tolist()) for name in names if name in given}
+            found |= {name: torch.cat([given[name][:0], *(each[at] for at in kept)]) for name, each in packed.items()}
+            found[cuts] = torch.tensor([0, *counts[kept].tolist()]).cumsum(0)
+    return found | mapped({name: x for name, x in given.items() if name not in found}, lambda tensor: tensor[part])
 
 
 def graphs_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Batches of point clouds, packed: the points of all samples, one after another.
 
-Shapes: B clouds, N points of all of them together, P parameters of an augmentation, V views of each, H W pixels.
+Shapes: B clouds, N points of all of them together, P parameters of an augmentation, V views of each, H W pixels,
+M points of all next clouds, K boxes of all.
 """
 
 from typing import Annotated, NotRequired, TypedDict
@@ -54,3 +55,24 @@ class PosedPointsBatch(PointsBatch):
     place: Annotated[Tensor, Field("float32", "B V 3")]
     rotation: Annotated[Tensor, Field("float32", "B V 3 3")]
     intrinsics: Annotated[Tensor, Field("float32", "B V 3 3")]
+
+
+class SweepsBatch(PointsBatch):
+    """Sweeps of a sensor at two moments, both in the axes of the first: its own motion is taken out. z is up.
+
+    flow: from where a point is to where it is at the next moment.
+    again: whether the sensor then sees that place; what is hidden, or out of reach, has no partner.
+    next_xyz, next_offsets: the sweep of the next moment, packed as the first.
+    box: of what stands on the ground at the first moment: x, y and z of the middle, length, width, height, and the yaw
+        from x to y in radians.
+    box_offsets: by which boxes are cut. box_class: as of points. box_shift: of the middle, up to the next moment.
+    """
+
+    flow: Points
+    again: Annotated[Tensor, Field("bool", "N")]
+    next_xyz: Annotated[Tensor, Field("float32", "M 3")]
+    next_offsets: Annotated[Tensor, Field("int64", "B+1", cuts="M")]
+    box: NotRequired[Annotated[Tensor, Field("float32", "K 7")]]
+    box_offsets: NotRequired[Annotated[Tensor, Field("int64", "B+1", cuts="K")]]
+    box_class: NotRequired[Annotated[Tensor, Field("int64", "K")]]
+    box_shift: NotRequired[Annotated[Tensor, Field("float32", "K 3")]]

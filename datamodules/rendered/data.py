@@ -17,6 +17,7 @@ from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.sets.small import channel_moments
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SplitSampleSets
+from lightspan.datamodules.loading.workers import Dataset
 
 MOST = 2**32  # samples of a set
 SEEDS = 2**63
@@ -93,7 +94,7 @@ class DrawnSets(SplitSampleSets):
         self.size, self.val_size, self.test_size, self.draw_seed = size, val_size, test_size, draw_seed
 
     @abstractmethod
-    def sets(self) -> Callable[[int, int], RenderedSamples]:
+    def sets(self) -> Callable[[int, int], Dataset]:
         """(first number, count) -> the samples of a set."""
 
     @abstractmethod

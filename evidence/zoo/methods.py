@@ -323,6 +323,7 @@ LEFT_OUT = {
     "SelaVPR": "learns from photographs of one place, and these pictures have one each",
     "P2P": "learns to paint clouds of points, which these pictures are not",
     "AttributeMasking": "learns from graphs, which these pictures are not",
+    "ESSL3D": "learns from sweeps of points, which these pictures are not",
     "I2PMAE": "learns from clouds of points, which these pictures are not",
     "PointMAE": "learns from clouds of points, which these pictures are not",
     "SatMAEpp": "has an encoder of its own, with tokens for groups of bands, of which these pictures have one",

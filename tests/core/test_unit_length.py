@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightspan.core.unit_length import unit_length
-from lightspan.methods.distillation.byol import prediction_distance
 from lightspan.nn.heads.dino_head import Prototypes
 from lightspan.objectives.koleo import koleo
+from lightspan.objectives.prediction import prediction_distance
 
 
 def both(function: object, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,12 +59,14 @@ from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.furnished import FurnishedRooms
 from lightspan.datamodules.points.labelled import LabelledScans
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
+from lightspan.datamodules.points.sweeps import DrawnSweeps
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
 from lightspan.datamodules.rendered.scene_data import PosedViews, RenderedObjects, RenderedScenes, TwoDomains
 from lightspan.datamodules.rendered.slices import BodySlices
 from lightspan.datamodules.rendered.speech import RenderedSpeech
+from lightspan.datamodules.rendered.traffic import Lidar
 from lightspan.datamodules.rendered.words import PrintedWords
 from lightspan.datamodules.sequence.blank import BlankSequences
 from lightspan.datamodules.sequence.listops import ListOps
@@ -510,6 +512,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     ),
     "LDrawParts": (parts, "PointsBatch"),
     "FurnishedRooms": (furnished, "PosedPointsBatch"),
+    "DrawnSweeps": (lambda folder: DrawnSweeps(lidar=Lidar(beams=3, steps=9), batch_size=4), "SweepsBatch"),
     "GraphFolder": (graphs, "GraphBatch"),
     "GraphFolder, numbers": (lambda folder: graphs(folder, numbers=("w",), directed=True), "GraphBatch"),
     "DatamolTables": (molecules, "GraphBatch"),

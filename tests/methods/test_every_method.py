@@ -64,6 +64,7 @@ def test_micro_batches_train_as_one_batch_unless_its_rows_see_one_another(name: 
 
 DRAWN = (
     "clustering.joint_2d_3d",
+    "contrastive.e_ssl3d",
     "contrastive.rspnet",
     "contrastive.selfie",
     "contrastive.voco_large",

@@ -9,25 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightspan.core.devices import wide
-from lightspan.core.unit_length import unit_length
 from lightspan.nn.submodule_alias import submodule_alias
 from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.views import views_of
 from lightspan.nn.widths import require_predictor, require_projector
-from lightspan.objectives.means import mean
+from lightspan.objectives.prediction import prediction_distance
 from lightspan.optim.schedules import TeacherMomentum
 from lightspan.training.method import Method
-
-
-def prediction_distance(guess_BD: Tensor, target_BD: Tensor) -> Tensor:
-    """Mean over the rows of all ranks of |g/|g| - t/|t||^2 = 2 - 2 cos(g, t), a scalar in [0, 4] in float32 or wider
-    (eq. 2).
-
-    Targets carry no gradient. A row of zeros has the distance 2 from all; without rows the loss is 0.
-    """
-    cosine_B = (unit_length(wide(guess_BD)) * unit_length(wide(target_BD.detach()))).sum(dim=1)
-    return mean(2 - 2 * cosine_B)
 
 
 class BYOL(Method):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightspan.backbones.vision import SmallConvNet
 from lightspan.core.errors import UserError
-from lightspan.methods.distillation.byol import BYOL, prediction_distance
+from lightspan.methods.distillation.byol import BYOL
 from lightspan.nn.heads.projector import Projector
+from lightspan.objectives.prediction import prediction_distance
 from lightspan.optim.schedules import cosine_between
 
 BATCHES = [batch(seed=seed, locals_=0) for seed in range(4)]
