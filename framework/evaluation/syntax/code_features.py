@@ -25,7 +25,7 @@ from lightspan.evaluation.features.identity import module_identity
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore, Rows
 from lightspan.evaluation.syntax.python_trees import Parsed, python_functions
-from lightspan.evaluation.syntax.trees import Node
+from lightspan.evaluation.syntax.trees import SyntaxNode
 from lightspan.nn.taps import tapped
 
 DRAWN = "blocks drawn anew"
@@ -44,7 +44,7 @@ class CodeFeatures:
         controls: the same of networks that know less, by name and number.
     """
 
-    trees: tuple[Node, ...]
+    trees: tuple[SyntaxNode, ...]
     layers: Mapping[int, Tensor]
     controls: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
