@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.backbones.pretrained import drawn_from
 from lightspan.core.distributed import digest_of_first_rank, raise_on_all_ranks, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
@@ -93,7 +92,8 @@ def drawn_anew(network: nn.Module, seed: int) -> nn.Module:
         raise UserError(f"{type(network).__name__} has no config by which to build it anew; {_WAY_OUT}")
     path, _ = list_of_blocks(network, lambda parameter: True, _WAY_OUT)
     kind: Any = type(network)
-    with drawn_from(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         fresh: nn.Module = kind(copy.deepcopy(config))
     kept = {name: each for name, each in network.state_dict().items() if not name.startswith(f"{path}.")}
     fresh.load_state_dict(kept, strict=False)

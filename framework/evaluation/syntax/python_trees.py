@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
+from lightspan.core.files.folders import LIBRARY_LEAVES_OUT, find_files
 from lightspan.core.files.foreign import whole_text
-from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
 from lightspan.evaluation.syntax.trees import SyntaxNode
 
 _NO_WORDS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
