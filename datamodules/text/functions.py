@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
+from lightspan.core.files.folders import LIBRARY_LEAVES_OUT, find_files
 from lightspan.core.files.foreign import whole_text
-from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
 
 FEWEST_WORDS = 3
 _INNER_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded, require_regular_file
+from lightspan.core.files.folders import LIBRARY_LEAVES_OUT, find_files
 from lightspan.core.files.foreign import BYTES, TooMuchError, content_of
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_numbers
@@ -25,21 +26,6 @@ from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_lo
 from lightspan.datamodules.text.batch import TextBatch
 
 SEPARATOR = b"\0"  # is put between files; a file that contains it counts as binary and is skipped
-# Tests are left out of the standard library because they repeat one another; the rest is not the library's own.
-LIBRARY_LEAVES_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-
-def find_files(root: Path, suffixes: tuple[str, ...], leave_out: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    """(path relative to root, path) of the files under `root` whose names end in one of the suffixes, in sorted order.
-
-    Folders named in `leave_out` are not entered. Links are not followed, so nothing is read twice or from elsewhere.
-    """
-    for folder, children, names in os.walk(root, followlinks=False):
-        children[:] = sorted(child for child in children if child not in leave_out)
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith(suffixes) and path.is_file() and not path.is_symlink():
-                yield path.relative_to(root).as_posix(), path
 
 
 def text_files(paths: list[str] | None, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:

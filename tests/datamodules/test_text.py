@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.text.windows import ByteText, Windows, find_files, in_validation, text_files
+from lightspan.core.files.folders import find_files
+from lightspan.datamodules.text.windows import ByteText, Windows, in_validation, text_files
 
 
 @pytest.fixture

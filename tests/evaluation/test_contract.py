@@ -32,7 +32,7 @@ from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
 from lightspan.evaluation.robustness.audited import AuditedEncoder
 from lightspan.evaluation.syntax.code_features import CodeFeatures
-from lightspan.evaluation.syntax.trees import Node
+from lightspan.evaluation.syntax.trees import SyntaxNode
 from lightspan.evaluation.weights.merging_statistics import NetworkOnData
 from lightspan.evaluation.weights.prompts import DrawnImages, Prompts
 from lightspan.merging.models import Held
@@ -221,7 +221,7 @@ def code_of(features: Features) -> CodeFeatures:
     for first in range(0, len(layer), 5):
         words = len(layer[first : first + 5])
         inner = tuple(range(min(2 + first % 2, words)))
-        trees.append(Node("A", (Node("B", inner), *range(len(inner), words))))
+        trees.append(SyntaxNode("A", (SyntaxNode("B", inner), *range(len(inner), words))))
     return CodeFeatures(tuple(trees), {0: layer, 1: layer.flip(0)}, {"doubled": {1: 2 * layer}})
 
 

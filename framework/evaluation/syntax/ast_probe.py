@@ -12,7 +12,7 @@ Shapes: N texts, B of a batch, n words of the longest, D features, M dimensions 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.scale import scaled
 from lightspan.evaluation.scaling_laws import bootstrapped
 from lightspan.evaluation.syntax.code_features import CodeFeatures
-from lightspan.evaluation.syntax.trees import Encoded, Node, Score, decode, encode, tree_score
+from lightspan.evaluation.syntax.trees import SyntaxNode, TreeScore, TreeSequences, decode, encode, tree_score
 
 FEWEST = 5
 """Texts of at least two words: of five, three teach, one chooses and one is asked."""
@@ -82,7 +82,7 @@ class SyntaxProbe(nn.Module):
         return (gram_MM - torch.eye(len(gram_MM), device=gram_MM.device, dtype=gram_MM.dtype)).square().sum()
 
 
-class Batch(NamedTuple):
+class TreeBatch(NamedTuple):
     """Texts and their trees, padded at the end; labels are UNKNOWN there, words False."""
 
     x_BnD: Tensor
@@ -92,7 +92,7 @@ class Batch(NamedTuple):
     word_Bn: Tensor
 
 
-def probe_loss(probe: SyntaxProbe, batch: Batch, orthogonal: float) -> Tensor:
+def probe_loss(probe: SyntaxProbe, batch: TreeBatch, orthogonal: float) -> Tensor:
     """The rank hinge of heights, the cross entropies of both labels, and `orthogonal` times |B^T B - 1|_F^2."""
     d_BG, c_BGC, u_BnU = probe(batch.x_BnD)
     ordered = rank_hinge(d_BG, batch.d_BG, batch.word_Bn[:, 1:])
@@ -105,14 +105,14 @@ def _nats(scores: Tensor, label: Tensor) -> Tensor:
     return total / (label != UNKNOWN).sum().clamp_min(1)
 
 
-class Learned(NamedTuple):
+class ReadingProbe(NamedTuple):
     """A probe, and what its words' features are brought to 0 and 1 by."""
 
     probe: SyntaxProbe
     mean_D: Tensor
     scale_D: Tensor
 
-    def read(self, x_nD: Tensor, c: Sequence[str], u: Sequence[str]) -> Node:
+    def read(self, x_nD: Tensor, c: Sequence[str], u: Sequence[str]) -> SyntaxNode:
         """The tree that the probe sees in a text of at least one word."""
         with torch.no_grad():
             d_1G, c_1GC, u_1nU = self.probe((((x_nD - self.mean_D) / self.scale_D).float())[None])
@@ -241,9 +241,9 @@ class ASTProbe(Estimator):
             raise UserError(f"ASTProbe got {len(usable)} texts of two words or more, but needs {FEWEST}; take more")
         seen, asked = _cut(usable)
         teaching, choosing = _cut(seen)
-        c, u = ([*Counter(_all([each[k] for each in encoded], teaching))] for k in (1, 2))
+        c, u = ([*Counter(_all([labels(each) for each in encoded], teaching))] for labels in _LABELS)
         right = _leaning_right([encoded[i] for i in teaching])
-        scores: dict[tuple[str, int], list[Score]] = {}
+        scores: dict[tuple[str, int], list[TreeScore]] = {}
         rows: list[dict[str, Any]] = []
         for name, layers in {"": code.layers, **code.controls}.items():
             for layer, x_WD in sorted(layers.items()):
@@ -282,12 +282,12 @@ class ASTProbe(Estimator):
     def _learn(
         self,
         texts: Sequence[Tensor],
-        encoded: Sequence[Encoded],
+        encoded: Sequence[TreeSequences],
         teaching: Sequence[int],
         choosing: Sequence[int],
         c: Sequence[str],
         u: Sequence[str],
-    ) -> tuple[Learned, int]:
+    ) -> tuple[ReadingProbe, int]:
         """(the probe with the lowest loss on the texts that choose, after how many epochs); without touching any random
         state.
         """
@@ -295,19 +295,19 @@ class ASTProbe(Estimator):
         scale_D = torch.where(scale_D > 1e-12, scale_D, 1)
         numbers = [{label: i for i, label in enumerate(known)} for known in (c, u)]
 
-        def batch(part: Sequence[int]) -> Batch:
+        def batch(part: Sequence[int]) -> TreeBatch:
             x = pad_sequence([((texts[i] - mean_D) / scale_D).float() for i in part], batch_first=True)
             c_BG, u_Bn = (
                 pad_sequence(
-                    [torch.tensor([known.get(label, UNKNOWN) for label in encoded[i][k]]) for i in part],
+                    [torch.tensor([known.get(label, UNKNOWN) for label in labels(encoded[i])]) for i in part],
                     batch_first=True,
                     padding_value=UNKNOWN,
                 )
-                for k, known in enumerate(numbers, start=1)
+                for labels, known in zip(_LABELS, numbers, strict=True)
             )
             d_BG = pad_sequence([torch.tensor(encoded[i].d, dtype=torch.float32) for i in part], batch_first=True)
             word_Bn = pad_sequence([torch.ones(len(encoded[i].u), dtype=torch.bool) for i in part], batch_first=True)
-            return Batch(x, d_BG, c_BG, u_Bn, word_Bn)
+            return TreeBatch(x, d_BG, c_BG, u_Bn, word_Bn)
 
         held = [batch(choosing[i : i + self.batch_size]) for i in range(0, len(choosing), self.batch_size)]
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -334,7 +334,11 @@ class ASTProbe(Estimator):
                 elif epoch - at >= self.patience:
                     break
             probe.load_state_dict(kept)
-        return Learned(probe.eval().requires_grad_(False), mean_D, scale_D), at
+        return ReadingProbe(probe.eval().requires_grad_(False), mean_D, scale_D), at
+
+
+_LABELS: tuple[Callable[[TreeSequences], tuple[str, ...]], ...] = (lambda tree: tree.c, lambda tree: tree.u)
+"""Of gaps, and of words."""
 
 
 def _checked(name: str, layer: int, x_WD: Tensor, words: int) -> Tensor:
@@ -357,12 +361,14 @@ def _all(labels: Sequence[Sequence[str]], part: Sequence[int]) -> list[str]:
     return [label for i in part for label in labels[i]]
 
 
-def _leaning_right(encoded: Sequence[Encoded]) -> Any:
+def _leaning_right(encoded: Sequence[TreeSequences]) -> Callable[[int], SyntaxNode]:
     """words -> the tree whose root has the commonest label of roots, and whose gaps and words have the commonest."""
     root = Counter(each.c[int(np.argmax(each.d))] for each in encoded).most_common(1)[0][0]
-    commonest = [Counter(label for each in encoded for label in each[k]).most_common(1)[0][0] for k in (1, 2)]
+    commonest = [
+        Counter(label for each in encoded for label in labels(each)).most_common(1)[0][0] for labels in _LABELS
+    ]
 
-    def tree(words: int) -> Node:
+    def tree(words: int) -> SyntaxNode:
         c = [root] + [commonest[0]] * (words - 2)
         return decode([float(words - i) for i in range(words - 1)], c, [commonest[1]] * words)
 

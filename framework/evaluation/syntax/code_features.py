@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightspan.backbones.pretrained import drawn_from
 from lightspan.core.distributed import digest_of_first_rank, raise_on_all_ranks, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
@@ -25,7 +24,7 @@ from lightspan.evaluation.features.identity import module_identity
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore, Rows
 from lightspan.evaluation.syntax.python_trees import Parsed, python_functions
-from lightspan.evaluation.syntax.trees import Node
+from lightspan.evaluation.syntax.trees import SyntaxNode
 from lightspan.nn.taps import tapped
 
 DRAWN = "blocks drawn anew"
@@ -44,7 +43,7 @@ class CodeFeatures:
         controls: the same of networks that know less, by name and number.
     """
 
-    trees: tuple[Node, ...]
+    trees: tuple[SyntaxNode, ...]
     layers: Mapping[int, Tensor]
     controls: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
@@ -93,7 +92,8 @@ def drawn_anew(network: nn.Module, seed: int) -> nn.Module:
         raise UserError(f"{type(network).__name__} has no config by which to build it anew; {_WAY_OUT}")
     path, _ = list_of_blocks(network, lambda parameter: True, _WAY_OUT)
     kind: Any = type(network)
-    with drawn_from(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         fresh: nn.Module = kind(copy.deepcopy(config))
     kept = {name: each for name, each in network.state_dict().items() if not name.startswith(f"{path}.")}
     fresh.load_state_dict(kept, strict=False)

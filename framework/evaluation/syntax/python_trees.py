@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
+from lightspan.core.files.folders import LIBRARY_LEAVES_OUT, find_files
 from lightspan.core.files.foreign import whole_text
-from lightspan.datamodules.text.windows import LIBRARY_LEAVES_OUT, find_files
-from lightspan.evaluation.syntax.trees import Node
+from lightspan.evaluation.syntax.trees import SyntaxNode
 
 _NO_WORDS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 _FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError)
@@ -38,7 +38,7 @@ class Parsed(NamedTuple):
     file: str
     text: str
     words: tuple[tuple[int, int], ...]
-    tree: Node
+    tree: SyntaxNode
 
 
 def parsed(text: str, file: str = "") -> Parsed:
@@ -104,12 +104,12 @@ class _Reader:
             known = [span for span in spans if span is not None]
             self.spans[node] = (min(a for a, _ in known), max(b for _, b in known)) if known else None
 
-    def _node(self, node: ast.AST, first: int, last: int) -> Node:
+    def _node(self, node: ast.AST, first: int, last: int) -> SyntaxNode:
         """The node with the tokens in [first, last), at least one."""
         if _is_string(node):
             self.words.append((self.tokens[first][0], self.tokens[last - 1][1]))
-            return Node(type(node).__name__, (len(self.words) - 1,))
-        children: list[Node | int] = []
+            return SyntaxNode(type(node).__name__, (len(self.words) - 1,))
+        children: list[SyntaxNode | int] = []
         below = [child for child in ast.iter_child_nodes(node) if self.spans[child] is not None]
         for child in sorted(below, key=lambda child: self.spans[child] or (0, 0)):
             begin, end = self.spans[child] or (0, 0)
@@ -120,7 +120,7 @@ class _Reader:
             children += self._leaves(first, inside)
             children.append(self._node(child, inside, after))
             first = after
-        return Node(type(node).__name__, (*children, *self._leaves(first, last)))
+        return SyntaxNode(type(node).__name__, (*children, *self._leaves(first, last)))
 
     def _leaves(self, first: int, last: int) -> range:
         self.words += self.tokens[first:last]

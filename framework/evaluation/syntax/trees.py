@@ -25,7 +25,7 @@ CHAIN = " > "
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class SyntaxNode:
     """A node of a syntax tree.
 
     Attributes:
@@ -34,17 +34,17 @@ class Node:
     """
 
     label: str
-    children: tuple["Node | int", ...]
+    children: tuple["SyntaxNode | int", ...]
 
     def words(self) -> tuple[int, ...]:
         """The numbers of all words below, in their order."""
         found: list[int] = []
         for child in self.children:
-            found += child.words() if isinstance(child, Node) else (child,)
+            found += child.words() if isinstance(child, SyntaxNode) else (child,)
         return tuple(found)
 
 
-class Encoded(NamedTuple):
+class TreeSequences(NamedTuple):
     """A tree of n words.
 
     Attributes:
@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     u: tuple[str, ...]
 
 
-def require_tree(tree: Node) -> int:
+def require_tree(tree: SyntaxNode) -> int:
     """The number of its words. Raises: UserError for words out of order, nodes without any, and labels that are kept
     for the encoding.
     """
@@ -69,26 +69,26 @@ def require_tree(tree: Node) -> int:
                 f"a node of a syntax tree has the label {node.label!r} and {len(node.children)} children; give it a "
                 f"label without {CHAIN!r}, and at least one child"
             )
-        waiting += [child for child in node.children if isinstance(child, Node)]
+        waiting += [child for child in node.children if isinstance(child, SyntaxNode)]
     words = tree.words()
     if words != tuple(range(len(words))):
         raise UserError(f"the words of a syntax tree must be 0, 1, 2, ... from left to right, and begin {words[:5]}")
     return len(words)
 
 
-def encode(tree: Node) -> Encoded:
+def encode(tree: SyntaxNode) -> TreeSequences:
     """Algorithm 1 of the paper, on the tree made binary. Raises: UserError as `require_tree`."""
     require_tree(tree)
     d: list[float] = []
     c: list[str] = []
     u: list[str] = []
 
-    def height(child: Node | int) -> int:
+    def height(child: SyntaxNode | int) -> int:
         labels: list[str] = []
-        while isinstance(child, Node) and len(child.children) == 1:
+        while isinstance(child, SyntaxNode) and len(child.children) == 1:
             labels.append(child.label)
             child = child.children[0]
-        if not isinstance(child, Node):
+        if not isinstance(child, SyntaxNode):
             u.append(CHAIN.join(labels))
             return 0
         first, *rest = child.children
@@ -106,10 +106,10 @@ def encode(tree: Node) -> Encoded:
         return reached
 
     height(tree)
-    return Encoded(tuple(d), tuple(c), tuple(u))
+    return TreeSequences(tuple(d), tuple(c), tuple(u))
 
 
-def decode(d: Sequence[float], c: Sequence[str], u: Sequence[str]) -> Node:
+def decode(d: Sequence[float], c: Sequence[str], u: Sequence[str]) -> SyntaxNode:
     """The tree of three sequences, which may be guesses: any numbers without NaN make one. Of equal ones the first is
     the largest. Nodes without a label give their children to the node above.
 
@@ -118,7 +118,7 @@ def decode(d: Sequence[float], c: Sequence[str], u: Sequence[str]) -> Node:
     if not u or len(d) != len(u) - 1 or len(c) != len(u) - 1:
         raise UserError(f"a tree of n words has n - 1, n - 1 and n entries, and not {len(d)}, {len(c)} and {len(u)}")
 
-    def forest(first: int, last: int) -> list[Node | int]:
+    def forest(first: int, last: int) -> list[SyntaxNode | int]:
         if first == last:
             return _below(u[first], [first])
         at = first
@@ -130,28 +130,28 @@ def decode(d: Sequence[float], c: Sequence[str], u: Sequence[str]) -> Node:
 
     parts = forest(0, len(u) - 1)
     whole = parts[0]
-    return whole if len(parts) == 1 and isinstance(whole, Node) else Node(BAD_ROOT, tuple(parts))
+    return whole if len(parts) == 1 and isinstance(whole, SyntaxNode) else SyntaxNode(BAD_ROOT, tuple(parts))
 
 
-def _below(label: str, parts: list[Node | int]) -> list[Node | int]:
+def _below(label: str, parts: list[SyntaxNode | int]) -> list[SyntaxNode | int]:
     """These under the nodes that share a label; as they are under an empty one."""
     for name in reversed(label.split(CHAIN) if label != EMPTY else ()):
-        parts = [Node(name, tuple(parts))]
+        parts = [SyntaxNode(name, tuple(parts))]
     return parts
 
 
-def constituents(tree: Node) -> Counter[tuple[str, int, int]]:
+def constituents(tree: SyntaxNode) -> Counter[tuple[str, int, int]]:
     """How often a label stands over the words from a first to a last one."""
     found: Counter[tuple[str, int, int]] = Counter()
     waiting = [tree]
     for node in waiting:
         words = node.words()
         found[node.label, words[0], words[-1]] += 1
-        waiting += [child for child in node.children if isinstance(child, Node)]
+        waiting += [child for child in node.children if isinstance(child, SyntaxNode)]
     return found
 
 
-class Score(NamedTuple):
+class TreeScore(NamedTuple):
     """Shares in [0, 1]."""
 
     precision: float
@@ -159,8 +159,8 @@ class Score(NamedTuple):
     f1: float
 
 
-def tree_score(predicted: Node, true: Node) -> Score:
+def tree_score(predicted: SyntaxNode, true: SyntaxNode) -> TreeScore:
     """Precision, recall and F1 of the constituents, each counted as often as both trees have it."""
     ours, theirs = constituents(predicted), constituents(true)
     both = (ours & theirs).total()
-    return Score(both / ours.total(), both / theirs.total(), 2 * both / (ours.total() + theirs.total()))
+    return TreeScore(both / ours.total(), both / theirs.total(), 2 * both / (ours.total() + theirs.total()))

@@ -8,11 +8,21 @@ import pytest
 
 from lightspan.core.errors import UserError
 from lightspan.evaluation.syntax.python_trees import parsed, python_functions
-from lightspan.evaluation.syntax.trees import BAD_ROOT, Node, constituents, decode, encode, require_tree, tree_score
+from lightspan.evaluation.syntax.trees import (
+    BAD_ROOT,
+    SyntaxNode,
+    constituents,
+    decode,
+    encode,
+    require_tree,
+    tree_score,
+)
 
 
 def test_a_tree_by_hand_is_its_sequences() -> None:
-    tree = Node("S", (Node("X", (Node("NP", (0,)),)), Node("VP", (Node("V", (1, 2)),)), 3))
+    tree = SyntaxNode(
+        "S", (SyntaxNode("X", (SyntaxNode("NP", (0,)),)), SyntaxNode("VP", (SyntaxNode("V", (1, 2)),)), 3)
+    )
     assert encode(tree) == ((3, 1, 2), ("S", "VP > V", ""), ("X > NP", "", "", ""))
     assert decode(*encode(tree)) == tree
     assert constituents(tree) == {("S", 0, 3): 1, ("X", 0, 0): 1, ("NP", 0, 0): 1, ("VP", 1, 2): 1, ("V", 1, 2): 1}
@@ -36,21 +46,28 @@ def test_any_guess_is_a_tree_of_the_same_words() -> None:
         d = [draw.choice((0.0, 1.0, -2.5)) for _ in range(words - 1)]
         c, u = ([draw.choice(("", "A", "A > B")) for _ in range(n)] for n in (words - 1, words))
         assert require_tree(decode(d, c, u)) == words
-    assert decode([2, 1], ["", ""], ["", "", ""]) == Node(BAD_ROOT, (0, 1, 2))
-    assert decode([], [], ["A"]) == Node("A", (0,))
+    assert decode([2, 1], ["", ""], ["", "", ""]) == SyntaxNode(BAD_ROOT, (0, 1, 2))
+    assert decode([], [], ["A"]) == SyntaxNode("A", (0,))
 
 
 def test_a_score_counts_constituents_as_often_as_both_trees_have_them() -> None:
-    twice, once = Node("A", (Node("A", (0, 1)),)), Node("A", (0, 1))
+    twice, once = SyntaxNode("A", (SyntaxNode("A", (0, 1)),)), SyntaxNode("A", (0, 1))
     assert tree_score(twice, once) == (1 / 2, 1, pytest.approx(2 / 3))
     assert tree_score(once, twice) == (1, 1 / 2, pytest.approx(2 / 3))
-    assert tree_score(Node("B", (0, 1)), once) == (0, 0, 0)
+    assert tree_score(SyntaxNode("B", (0, 1)), once) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    "tree", [Node("A", ()), Node("", (0,)), Node("A > B", (0,)), Node("A", (1, 0)), Node("A", (1, 2))]
+    "tree",
+    [
+        SyntaxNode("A", ()),
+        SyntaxNode("", (0,)),
+        SyntaxNode("A > B", (0,)),
+        SyntaxNode("A", (1, 0)),
+        SyntaxNode("A", (1, 2)),
+    ],
 )
-def test_what_is_no_tree_is_refused(tree: Node) -> None:
+def test_what_is_no_tree_is_refused(tree: SyntaxNode) -> None:
     with pytest.raises(UserError, match="syntax tree"):
         encode(tree)
 
