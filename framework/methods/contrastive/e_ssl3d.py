@@ -46,7 +46,7 @@ from lightspan.optim.schedules import TeacherMomentum
 from lightspan.training.method import Method
 
 
-class Sweeps(NamedTuple):
+class SweepPair(NamedTuple):
     """A batch: xyz [N 3] cut by offsets, flow [N 3], again bool [N], and the next sweep."""
 
     xyz: Tensor
@@ -57,7 +57,7 @@ class Sweeps(NamedTuple):
     next_offsets: Tensor
 
 
-def sweeps_of(batch: Any, method: str) -> Sweeps:
+def sweeps_of(batch: Any, method: str) -> SweepPair:
     """The two sweeps of a batch. Raises: UserError for a field that is missing, or does not fit the others."""
     xyz, offsets = points_of(batch, method)
     flow, again, later, cuts = (batch.get(name) for name in ("flow", "again", "next_xyz", "next_offsets"))
@@ -68,10 +68,10 @@ def sweeps_of(batch: Any, method: str) -> Sweeps:
             f"{len(offsets) - 1}, and this batch has flow, again and next_offsets of shapes {shapes}; take data whose "
             "batches are a SweepsBatch, such as lightspan.datamodules.points.sweeps.DrawnSweeps"
         )
-    return Sweeps(xyz, offsets, flow, again, *points_of({"xyz": later, OFFSETS: cuts}, f"{method}, next_xyz"))
+    return SweepPair(xyz, offsets, flow, again, *points_of({"xyz": later, OFFSETS: cuts}, f"{method}, next_xyz"))
 
 
-class Compared(NamedTuple):
+class ComparedPoints(NamedTuple):
     """Points that are compared: xyz [M 3], where they are at the next moment [M 3], their clouds int64 [M], and which
     of them the next sweep sees again, bool [M].
     """
@@ -175,7 +175,7 @@ class ESSL3D(Method):
         xyz_N3, offsets = points_of(batch, "ESSL3D")
         return self.backbone.pooled(self.backbone(xyz_N3, offsets), xyz_N3, offsets)
 
-    def compared(self, sweeps: Sweeps, moves: GroundMoves, seed_B: Tensor) -> Compared:
+    def compared(self, sweeps: SweepPair, moves: GroundMoves, seed_B: Tensor) -> ComparedPoints:
         """At most `points` of each sweep that lie over the field before and after the move, in a random choice."""
         points, reach = len(sweeps.xyz), self.backbone.reach
         owner_N = row_owners(sweeps.offsets, points)
@@ -190,7 +190,7 @@ class ESSL3D(Method):
         most = min(points, self.points * (len(sweeps.offsets) - 1))
         at_M = kept_N.nonzero()[:, 0] if has_values(kept_N) else torch.arange(most, device=kept_N.device)
         later_M3 = sweeps.xyz[at_M] + sweeps.flow[at_M]
-        return Compared(sweeps.xyz[at_M], later_M3, owner_N[at_M], sweeps.again[at_M] & inside(later_M3, reach))
+        return ComparedPoints(sweeps.xyz[at_M], later_M3, owner_N[at_M], sweeps.again[at_M] & inside(later_M3, reach))
 
     def losses(self, batch: Any, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(`contrast`, `turn` and `flow`; figures), with the draws of a step, scalars."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightspan.backbones.pillars import Pillars
 from lightspan.core.errors import UserError
 from lightspan.core.ragged import row_owners
-from lightspan.methods.contrastive.e_ssl3d import ESSL3D, Sweeps, sweeps_of
+from lightspan.methods.contrastive.e_ssl3d import ESSL3D, SweepPair, sweeps_of
 from lightspan.nn.heads.projector import Projector
 from lightspan.nn.points.ground import GroundGroup, GroundMoves, turned_by
 from lightspan.objectives.prediction import prediction_distance
@@ -221,7 +221,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ]:  # fmt: skip
         with pytest.raises(UserError, match=name):
             sweeps_of({**given, name: value}, "ESSL3D")
-    assert isinstance(sweeps_of(given, "ESSL3D"), Sweeps)
+    assert isinstance(sweeps_of(given, "ESSL3D"), SweepPair)
 
 
 @pytest.mark.parametrize(
