@@ -192,8 +192,8 @@ class PonderV2(Method):
         B, V, _, H, W = pictures.shape
         pixel_BVR = (hashed_uniform(mixed_seed(seed_B, 2), 0, (V, self.rays)) * (H * W)).long().clamp_max(H * W - 1)
         at_BVR2 = torch.stack([pixel_BVR % W, pixel_BVR // W], dim=-1).to(wide(views[0]).dtype)
-        cameras = (wide(part).flatten(0, 1) for part in views)
-        through = rays_through(*cameras, at_BVR2.flatten(0, 1))
+        place, rotation, lens = (wide(part).flatten(0, 1) for part in views)
+        through = rays_through(place, rotation, lens, at_BVR2.flatten(0, 1))
         origin_BR3, ahead_BR3 = (part.unflatten(0, (B, V)).flatten(1, 2) for part in through)
         origin_BR3 = (origin_BR3 - boxes.middle_B3[:, None]) / boxes.side_B[:, None, None]
         # A camera that is none, such as one of zeros, has rays that miss the box.
