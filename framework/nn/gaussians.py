@@ -24,8 +24,10 @@ from lightspan.nn.rendering import composited, seen_by_opacity
 BLUR = 0.3
 """Added to the variances of a Gaussian in a picture, in pixels^2: none is thinner than a pixel."""
 MOST_OPAQUE, LEAST_OPAQUE = 0.99, 1 / 255
-MOST_PAIRS = 2**24
-"""Pixels times Gaussians that are held at once; those of larger pictures are computed again for the gradient."""
+MOST_PAIRS = 2**26
+"""Pixels times Gaussians that are held at once, 256 MB a tensor; of more pictures each part is computed again for the
+gradient.
+"""
 
 
 class Gaussians(NamedTuple):

@@ -211,7 +211,7 @@ class Gaussian2Scene(Method):
             for part in (groups.near_BGK3, guess.numbers_BGKn[..., :3])
         )
         known_BA = groups.real_B[:, None].expand(-1, hide_BA.shape[1])
-        patch = tuple(self.pictures.patch_shape[:-1])  # type: ignore[arg-type, index]
+        patch = tuple(self.pictures.patch_shape[:-1])  # type: ignore[index]
         hidden_PMd = at_places(patchify(pictures_P3HW, patch), hide_PM)
         losses = {
             "point": chamfer_loss(guess_BAK3.flatten(0, 1), near_BAK3.flatten(0, 1), known_BA.flatten()),
@@ -226,7 +226,8 @@ class Gaussian2Scene(Method):
         per_scene = views.pictures_BV3HW.shape[1]
         cameras = GaussianCameras(place_P3, rotation_P33, lens_P33)
         each = Gaussians(*(part.repeat_interleave(per_scene, dim=0) for part in gaussians))
-        shown = drawn(each, cameras, *pictures_P3HW.shape[2:], self.near)
+        height, width = pictures_P3HW.shape[2:]
+        shown = drawn(each, cameras, height, width, self.near)
         known_P = groups.real_B.repeat_interleave(per_scene) & sound(cameras)
         cloud_BN3 = (groups.centre_BG3[:, :, None] + groups.near_BGK3).flatten(1, 2)
         return {
