@@ -69,5 +69,7 @@ class Jpeg(nn.Module):
         stored = io.BytesIO()
         picture = Image.fromarray(pixels_HWC if pixels_HWC.shape[2] == 3 else pixels_HWC[..., 0])
         picture.save(stored, "JPEG", quality=self.quality)
-        read_HWC = np.array(Image.open(stored)).reshape(pixels_HWC.shape)
+        # By the decoder alone: these bytes are no foreign file, whose kind has to be found and whose size be checked.
+        read = Image.frombytes(picture.mode, picture.size, stored.getvalue(), "jpeg", picture.mode, "")
+        read_HWC = np.array(read).reshape(pixels_HWC.shape)
         return torch.from_numpy(read_HWC).permute(2, 0, 1).float() / 255

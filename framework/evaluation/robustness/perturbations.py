@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lightspan.core.ranges import require_in, require_numbers
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+"""C H W"""
 NOISE = 100
 """Numbers of noise a row, of which the paper's generator makes an image."""
 

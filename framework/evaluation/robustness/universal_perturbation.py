@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
 from lightspan.core.results import Figure, Result
+from lightspan.core.unit_length import unit_length
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.labels import kind_of, require_few_classes, require_labels
 from lightspan.evaluation.probes.knn import knn_mean
@@ -35,7 +36,6 @@ from lightspan.evaluation.robustness.perturbations import (
     high_frequencies,
     random_signs,
 )
-from lightspan.objectives.info_nce import gated_cosine
 
 RANDOM, UNDEFENDED = "random signs", "none"
 Predicted = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ def apart(clean_BD: Tensor, moved_BD: Tensor, temperature: float) -> Tensor:
     Of the rows of this process alone: in an audit all ranks have the same.
     """
     own_B = torch.arange(len(clean_BD), device=clean_BD.device)
-    return F.cross_entropy(gated_cosine(clean_BD, moved_BD) / temperature, own_B)
+    return F.cross_entropy(unit_length(clean_BD) @ unit_length(moved_BD).T / temperature, own_B)
 
 
 def perturbation_loss(

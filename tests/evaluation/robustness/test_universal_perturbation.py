@@ -1,9 +1,12 @@
 """One perturbation for all images: its bounds, its parts, and what an audit says of encoders whose answer is known."""
 
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lightspan.core.errors import UserError
@@ -175,7 +178,13 @@ def test_defences_of_images() -> None:
     assert torch.allclose(Blurred()(point)[0, 0, 1:4, 1:4], torch.outer(weights, weights))
     assert torch.equal(Noisy()(x), Noisy()(x))
     assert (Jpeg(95)(x[:, :1].round()) - x[:, :1].round()).abs().mean() < 0.1
-    assert Jpeg()(x).shape == x.shape
+    smooth = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
+    for bands in (1, 3):
+        as_bytes = (255 * smooth[0, :bands]).round().byte().permute(1, 2, 0).numpy()
+        stored = io.BytesIO()
+        Image.fromarray(as_bytes if bands == 3 else as_bytes[..., 0]).save(stored, "JPEG", quality=30)
+        opened = torch.from_numpy(np.array(Image.open(stored))).view(16, 16, bands).permute(2, 0, 1)
+        assert torch.equal((255 * Jpeg(30)(smooth[:, :bands])[0]).round().byte(), opened)
     with pytest.raises(UserError, match="2 bands"):
         Jpeg()(x[:, :2])
 
