@@ -27,6 +27,7 @@ from lightspan.backbones.diffusion import DiT
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.elastic import ElasticViT
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.generators import ConvGenerator
 from lightspan.backbones.gin import GIN
 from lightspan.backbones.grid_swin import GridSwin
 from lightspan.backbones.image_language import ImageLanguage
@@ -86,6 +87,7 @@ from lightspan.methods.distillation.sd_fpt import SDFPT
 from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
+from lightspan.methods.generative.hda import HDA
 from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
@@ -926,6 +928,10 @@ def dit(**optimization: Any) -> DenoisingDiffusion:
     return DenoisingDiffusion(backbone, levels=10, **optimization)
 
 
+def hda(**optimization: Any) -> HDA:
+    return HDA(ConvGenerator(3, start=(4, 4), widths=(4, 3)), [Pooled()], 3, **optimization)
+
+
 def ssvi(**optimization: Any) -> SSVI:
     return SSVI(MLP((1, 8, 8), (12,)), 3, density=0.3, train_samples=100, **optimization)
 
@@ -1054,6 +1060,7 @@ CASES: dict[str, Case] = {
         views(1),
     ),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
+    "generative.hda": Case(hda, images(), halves_differ=AMONG_ROWS, ranks_differ=PER_RANK),
     "image_text.clip": Case(
         lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),
         pairs,

@@ -1,0 +1,86 @@
+"""Letters and figures of several fonts, few of each: a font is a class.
+
+With fonts of one family, such as a regular, a bold and a slanted one, classes are styles, and the same letter in a bold
+and slanted font is exactly what a mixture of two styles should look like.
+Shapes: N images, S pixels per side.
+"""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.places import ReadPath
+from lightspan.core.ranges import require_in
+from lightspan.datamodules.image.sets.small import ImageData, Labelled
+
+SIDE = 28
+CHARACTERS = string.ascii_letters + string.digits
+SHIPPED = ("DejaVuSans-Bold", "DejaVuSans-Oblique")
+"""Fonts of matplotlib; its DejaVuSans and DejaVuSans-BoldOblique are their source and their mixture."""
+
+
+def shipped(name: str) -> Path:
+    """The file of a font that matplotlib brings along."""
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+
+
+def glyphs(path: Path, characters: str = CHARACTERS) -> np.ndarray:
+    """Each character in white on black, uint8 [N, S, S], around one centre and on one baseline.
+
+    Raises: UserError for a file that is not a font.
+    """
+    try:
+        font = ImageFont.truetype(str(path), size=SIDE * 5 // 7)
+    except OSError as error:
+        raise UserError(f"fonts: {path} is not a font that can be read ({error})") from error
+    found = np.zeros((len(characters), SIDE, SIDE), dtype=np.uint8)
+    for i, character in enumerate(characters):
+        picture = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(picture).text((SIDE / 2, SIDE * 5 / 7), character, fill=255, font=font, anchor="ms")
+        found[i] = np.asarray(picture)
+    return found
+
+
+class FontShots(ImageData):
+    """Letters of A to Z and a to z and figures, 28 x 28 grey: `shots` of each font for training, its others for tests.
+
+    Args:
+        fonts: files such as .ttf, one for each class; None is a bold and a slanted one that matplotlib brings along.
+        shots: of each font, in [1, 61].
+        draw_seed: of which characters are shots; each font has its own.
+        settings: those of `ImageData`.
+    """
+
+    image_shape = (1, SIDE, SIDE)
+
+    def __init__(
+        self, fonts: list[ReadPath] | None = None, shots: int = 10, draw_seed: int = 0, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        require_in(f"[1, {len(CHARACTERS) - 1}]", shots=shots)
+        require_in("[0, inf)", draw_seed=draw_seed)
+        if fonts is not None and not fonts:
+            raise UserError("FontShots fonts=[] leaves nothing to draw with; name files such as .ttf, or leave it out")
+        self.fonts, self.shots, self.draw_seed = fonts, shots, draw_seed
+        self.num_classes = len(SHIPPED if fonts is None else fonts)  # type: ignore[misc]
+
+    def load(self) -> tuple[Labelled, Labelled]:
+        named = None if self.fonts is None else [expanded(font, "data.init_args.fonts") for font in self.fonts]
+        paths = [shipped(name) for name in SHIPPED] if named is None else named
+        training, test = [], []
+        for i, path in enumerate(paths):
+            drawn = glyphs(path)[np.random.default_rng((self.draw_seed, i)).permutation(len(CHARACTERS))]
+            training.append(drawn[: self.shots])
+            test.append(drawn[self.shots :])
+        return _labelled(training), _labelled(test)
+
+
+def _labelled(images: list[np.ndarray]) -> Labelled:
+    return Labelled(np.concatenate(images), np.repeat(np.arange(len(images)), [*map(len, images)]))

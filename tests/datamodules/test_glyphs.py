@@ -1,0 +1,43 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightspan.core.errors import UserError
+from lightspan.datamodules.image.sets.glyphs import CHARACTERS, FontShots, glyphs, shipped
+
+
+def test_every_font_has_as_many_shots_and_no_character_is_in_both_parts() -> None:
+    training, test = FontShots(shots=7).load()
+    assert np.bincount(training.labels).tolist() == [7, 7]
+    assert np.bincount(test.labels).tolist() == [len(CHARACTERS) - 7] * 2
+    for label, name in enumerate(("DejaVuSans-Bold", "DejaVuSans-Oblique")):
+        parts = [*training.images[training.labels == label], *test.images[test.labels == label]]
+        assert sorted(map(bytes, parts)) == sorted(map(bytes, glyphs(shipped(name))))
+
+
+def test_shots_are_a_function_of_the_seed() -> None:
+    one, again, other = (FontShots(draw_seed=seed).load()[0].images for seed in (0, 0, 1))
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+def test_bold_letters_have_more_ink_and_every_glyph_lies_inside_its_picture() -> None:
+    plain, bold = glyphs(shipped("DejaVuSans")), glyphs(shipped("DejaVuSans-Bold"))
+    assert (bold.mean(axis=(1, 2)) > plain.mean(axis=(1, 2))).all()
+    assert plain.max(axis=(1, 2)).min() > 200
+    assert not plain[:, [0, -1]].any()
+    assert not plain[:, :, [0, -1]].any()
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.ttf").write_text("no font")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"fonts": []}, "fonts"),
+        ({"shots": 0}, "shots"),
+        ({"shots": 62}, "shots"),
+    ]
+    for settings, named in [*cases, ({"draw_seed": -1}, "draw_seed"), ({"fonts": [str(tmp_path / "no.ttf")]}, "fonts")]:
+        with pytest.raises(UserError, match=named):
+            FontShots(**settings).load()
