@@ -188,8 +188,9 @@ def _functions(path: Path) -> Iterator[str]:
             waiting += reversed([*ast.iter_child_nodes(node)])
             continue
         for part in ast.walk(node):
-            named = isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-            if named and ast.get_docstring(part, clean=False) is not None:
+            if not isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if ast.get_docstring(part, clean=False) is not None:
                 part.body = part.body[1:] or [ast.Pass()] * (part is not node)
         node.decorator_list = []
         if node.body:

@@ -129,11 +129,11 @@ def field_at(field_BCHW: Tensor, xy_N2: Tensor, cloud_N: Tensor, reach: float) -
 def warped(field_BCHW: Tensor, moves: GroundMoves, reach: float) -> Tensor:
     """W_T of fields, [B C H W]: of cells that come from outside zeros."""
     B, _, H, W = field_BCHW.shape
-    kind = {"device": field_BCHW.device, "dtype": widest_float(field_BCHW.device)}
-    y_H, x_W = ((2 * torch.arange(side, **kind) + 1) * (reach / side) - reach for side in (H, W))
+    device, dtype = field_BCHW.device, widest_float(field_BCHW.device)
+    y_H, x_W = ((2 * torch.arange(side, device=device, dtype=dtype) + 1) * (reach / side) - reach for side in (H, W))
     grid_V2 = torch.stack([x_W.expand(H, W), y_H[:, None].expand(H, W)], dim=-1).reshape(-1, 2)
-    cloud_N = torch.arange(B, device=field_BCHW.device).repeat_interleave(H * W)
-    moves = GroundMoves(*(part.to(kind["dtype"]) for part in moves))
+    cloud_N = torch.arange(B, device=device).repeat_interleave(H * W)
+    moves = GroundMoves(*(part.to(dtype) for part in moves))
     from_N2 = moves.inverse().ground(grid_V2.repeat(B, 1), cloud_N)
     found_NC = field_at(field_BCHW, from_N2, cloud_N, reach)
     return found_NC.unflatten(0, (B, H, W)).movedim(-1, 1).to(field_BCHW.dtype)
