@@ -35,7 +35,7 @@ class GeM(nn.Module):
     def __init__(self, p: float = 3.0, least: float = 1e-6) -> None:
         super().__init__()
         require_in("(0, inf)", p=p, least=least)
-        self.p, self.least = nn.Parameter(torch.tensor(float(p))), least
+        self.p, self.least = nn.Parameter(torch.full((1,), float(p))), least  # FSDP2 splits no scalar
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         with torch.autocast(x_BTD.device.type, enabled=False):
