@@ -105,7 +105,7 @@ def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> 
 PAPER = (
     r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|stable-diffusion|cion_al|cifar100_pictures|eurosat|"
     r"xtail/|mrpc/|chat\.jsonl|kinetics400/|videomix2m/|ct_scans|brats2021|instructions/|nerfmae_features|luna16|"
-    r"brain_and_body_scans|ShapeNetCore|ModelNet40|zinc_standard|structured3d/|s3dis/"
+    r"brain_and_body_scans|ShapeNetCore|ModelNet40|zinc_standard|structured3d/|s3dis/|gtsrb/"
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 
