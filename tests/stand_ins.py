@@ -40,6 +40,7 @@ from torch._subclasses import FakeTensorMode
 from video_files import numbered, write_video
 
 from lightspan.backbones.dual_encoder import DualEncoder
+from lightspan.backbones.generators import ConvGenerator
 from lightspan.backbones.text import TextTransformer
 from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import catalogue_folder, catalogue_names
@@ -355,6 +356,10 @@ PUBLISHED: dict[str, Write] = {
     ),
     "dinov2_vitl14.safetensors": of_module(
         lambda: timm.create_model("vit_large_patch14_dinov2", num_classes=0), mask_token=(1, 1024)
+    ),
+    "dino_vits16.safetensors": of_module(lambda: timm.create_model("vit_small_patch16_224", num_classes=0)),
+    "source_generator.safetensors": of_module(
+        lambda: ConvGenerator(512, 3, (8, 8), (512, 512, 512, 256, 128, 64)), "generator."
     ),
     "flava-image-codebook/model.safetensors": of_module(of_transformers("FlavaImageCodebook")),
     "runs/mit_b5/model.safetensors": of_module(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import wide
+from lightspan.core.devices import has_values, wide
 from lightspan.core.errors import UserError
 from lightspan.subspaces.svd import thin_svd
 
@@ -49,7 +49,7 @@ def affine_hull(points_ND: Tensor) -> AffineHull:
     Raises: UserError without any point, or with points that are NaN or infinite.
     """
     points_ND = wide(points_ND)
-    if not len(points_ND) or not points_ND.isfinite().all():
+    if not len(points_ND) or (has_values(points_ND) and not points_ND.isfinite().all()):
         what = "NaN or infinite ones" if len(points_ND) else "none"
         raise UserError(f"an affine hull is spanned by finite points, one at least, and got {what}")
     origin_D = points_ND.mean(dim=0)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightspan.core.devices import wide
+from lightspan.core.devices import has_values, wide
 from lightspan.core.distributed import gather_rows
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
@@ -115,12 +115,14 @@ class HDA(Method):
         """See `hull_losses`; their sums over the encoders. Every rank must call it."""
         drawn, source = self.generator(z_ZL), self.source(z_ZL)
         domain_R, _ = gather_rows(domain_B)
-        there = [k for k in range(len(self.blend)) if bool((domain_R == k).any())]
+        # A plan, of shapes alone, lets every shot be one of every domain.
+        known = has_values(domain_R)
+        there = [k for k in range(len(self.blend)) if not known or bool((domain_R == k).any())]
         found = []
         for encoder in self.encoders:
             e_ZD, source_ZD = _unit(encoder(drawn)), _unit(encoder(source))
             shots_RD, _ = gather_rows(_unit(encoder(shots_BCHW)))
-            hulls = [affine_hull(shots_RD[domain_R == k]) for k in there]
+            hulls = [affine_hull(shots_RD[domain_R == k] if known else shots_RD) for k in there]
             found.append(hull_losses(e_ZD, source_ZD, hulls, [self.blend[k] for k in there]))
         return {name: torch.stack([losses[name] for losses in found]).sum() for name in found[0]}
 
