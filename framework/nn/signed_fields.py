@@ -80,7 +80,7 @@ class SignedField(nn.Module):
         self.geometry, self.appearance = geometry, appearance
         self.shape = WidePerceptron((geometry, hidden, 1 + hidden), smooth=True)
         self.paint = WidePerceptron((3 + appearance + hidden + 3, hidden, 3), smooth=False)
-        self.log_sharpness = nn.Parameter(torch.tensor(start))
+        self.log_sharpness = nn.Parameter(torch.full((1,), start))  # FSDP2 splits no scalar
 
     @property
     def channels(self) -> int:
@@ -89,7 +89,7 @@ class SignedField(nn.Module):
 
     def sharpness(self) -> Tensor:
         """Of surfaces, at most 1e6."""
-        return (10 * wide(self.log_sharpness)).exp().clamp_max(1e6)
+        return (10 * wide(self.log_sharpness)).exp().clamp_max(1e6)[0]
 
     def distances(self, grid_BC: Tensor, half_B3: Tensor, at_BN3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(signed distance [B N], h [B N hidden], features [B N appearance]).
