@@ -40,7 +40,8 @@ WITHOUT_DECAY = {
     *("contrastive/supremix_agedb", "clustering/depict_mnist"),
     *("image_text/dptr_union14m", "masked/ul2_c4", "supervised/word_reader_union14m"),
     *("contrastive/starbucks_msmarco", "masked/spt_lra_image", "supervised/sequence_lra_image"),
-    *("supervised/tag_classifier_jft", "masked/models_genesis_luna"),
+    *("supervised/tag_classifier_jft", "masked/models_genesis_luna", "masked/attribute_masking_zinc"),
+    "supervised/selavpr_msls",
 }
 
 
@@ -119,6 +120,8 @@ def built(name: str) -> Method:
     flags = [*ONE_RANK]
     if "/cae" in name:
         flags.append("model.init_args.tokenizer.init_args.weights=null")
+    if "/selavpr" in name:
+        flags.append("model.init_args.backbone.init_args.network.init_args.path=null")
     with torch.device("cpu" if "grassmann" in name else "meta"):  # whose frames are the Q of a QR of numbers
         model = build(resolve(name, overlays, flags)).model
     assert isinstance(model, Method)
@@ -148,7 +151,7 @@ def test_what_decays_is_what_decays_in_the_authors_code(name: str) -> None:
         exempt = {key for key, each in trained.items() if each.ndim < 2 and not key.endswith(tokens)}
         if "/spark" in name:  # which names its mask tokens as exempt
             exempt |= {f"decoder.mask_tokens.{level}" for level in range(4)}
-        if "/point_mae" in name:  # which names all tokens as exempt
+        if "/point_mae" in name or "/i2p_mae" in name:  # which name all tokens as exempt
             exempt |= {"decoder.mask_token"}
         assert spared == exempt
 
