@@ -325,6 +325,7 @@ LEFT_OUT = {
     "AttributeMasking": "learns from graphs, which these pictures are not",
     "ESSL3D": "learns from sweeps of points, which these pictures are not",
     "I2PMAE": "learns from clouds of points, which these pictures are not",
+    "Gaussian2Scene": "learns from clouds of points with posed pictures, which these are not",
     "PointMAE": "learns from clouds of points, which these pictures are not",
     "SatMAEpp": "has an encoder of its own, with tokens for groups of bands, of which these pictures have one",
     "POA": "trains a network that many smaller ones are cut out of, not a given encoder",
