@@ -101,13 +101,15 @@ class HDA(Method):
             raise UserError(f"HDA blend={blend} must have one number for each of domains={domains}")
         if not encoders:
             raise UserError("HDA encoders=[] sees nothing of an image; name one network at least")
-        if not hasattr(generator, "latent_features"):
+        width: Any = getattr(generator, "latent_features", None)
+        if width is None:
             raise UserError(
                 f"HDA generator={type(generator).__name__} must say in latent_features how many numbers its latents "
                 "have, as lightspan.backbones.generators.ConvGenerator does"
             )
         self.num_classes, self.latents, self.direction, self.blend = domains, latents, direction, tuple(blend)
         self.source = Frozen(copy.deepcopy(generator))
+        self.latent_features: int = width
         self.generator = generator
         self.encoders = nn.ModuleList(map(FixedNetwork, encoders))
 
@@ -129,7 +131,7 @@ class HDA(Method):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         shots_BCHW, domain_B = image_of(batch, "HDA"), labels_of(batch, "HDA")
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
-        z_ZL = torch.randn(self.latents if len(shots_BCHW) else 0, self.generator.latent_features)  # type: ignore[arg-type]
+        z_ZL = torch.randn(self.latents if len(shots_BCHW) else 0, self.latent_features)
         losses = self.losses(z_ZL.to(shots_BCHW), shots_BCHW, domain_B)
         loss = weighted_sum(losses, {"distance": 1.0, "direction": self.direction})
         self.log_training({"train/loss": loss}, prog_bar=True)
