@@ -34,6 +34,7 @@ from lightspan.objectives import (
     masked,
     mmd,
     overlaps,
+    prediction,
     prototypes,
     pseudo_labels,
     sigreg,
@@ -237,6 +238,9 @@ CASES = {
     "overlaps.split_overlap_loss": Case(split_overlap_loss),
     "barlow.barlow_twins_loss": Case(barlow_twins_loss, 2 + 2 + 1),
     "barlow.mixed_regulariser": Case(mixed_regulariser, 2 + 2 + 2 + 1),
+    "prediction.prediction_distance": Case(
+        lambda x, weight, label_B, mixed_B: prediction.prediction_distance(x @ weight, x.sin() @ weight)
+    ),
     "diffusion.prediction_loss": Case(
         lambda x, weight, label_B, mixed_B: diffusion.prediction_loss(x @ weight, x.sin())
     ),
@@ -359,6 +363,7 @@ CASES = {
 }
 PARTS = {
     "chamfer.chamfer_squared",
+    "similarity.structural_similarity",
     "soft_contrast.tag_similarity",
     *("coding_rate.require_distortion", "coding_rate.pairwise_membership"),
     *("asymmetric.require_asymmetry", "mmd.require_widths"),

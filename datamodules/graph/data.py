@@ -14,6 +14,7 @@ from torch import Tensor
 from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import NUMBERS
+from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.datamodules.graph.graphs import Graph, graph_of
@@ -81,6 +82,7 @@ class GraphSets(FoundSets[Graph]):
         batch_size: graphs of one optimiser step over all ranks.
         seed: of the order.
         num_workers: processes that fetch batches.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
     """
 
     called = "graphs"
@@ -92,8 +94,9 @@ class GraphSets(FoundSets[Graph]):
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("[4, inf)", node_kinds=node_kinds, edge_kinds=edge_kinds)
         require_numbers(node_kinds + edge_kinds, node_kinds=node_kinds, edge_kinds=edge_kinds)
         self.node_kinds, self.edge_kinds = node_kinds, edge_kinds

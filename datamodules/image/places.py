@@ -20,7 +20,7 @@ from torch import Tensor
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.batch import PlaceBatch, PlaceViewsBatch
 from lightspan.datamodules.image.packed import Decoder
@@ -192,6 +192,7 @@ class PlaceFolder(PlaceSets):
     def __init__(self, folder: ReadPath, image_size: int = 224, near: float = 10.0, **settings: Any) -> None:
         super().__init__(near=near, **settings)
         require_in("[1, inf)", image_size=image_size)
+        require_numbers(2 * 3 * image_size**2, image_size=image_size)
         self.folder, self.image_size = expanded(folder, "data.init_args.folder"), image_size
 
     def find(self) -> tuple[Places, Places]:

@@ -143,6 +143,7 @@ class LabelledScans(FoundSets[Scan]):
         seed: of the order, the draws and the augmentation.
         num_workers: processes that fetch batches.
         skip_damaged: True passes over files that cannot be read, when their turn comes; False stops there.
+        selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`.
     Raises: UserError for a folder without such files.
     """
 
@@ -160,8 +161,9 @@ class LabelledScans(FoundSets[Scan]):
         seed: int = 0,
         num_workers: int = 0,
         skip_damaged: bool = False,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, selection)
         require_in("[1, inf)", points=points)
         require_in("(0, 1)", val_share=val_share)
         require_numbers(12 * (points or 1), points=points)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in
+from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.image.places import Places, PlaceSets
 from lightspan.datamodules.worlds.doom import game_of, middle_of
 
@@ -76,6 +76,8 @@ class DoomPlaces(PlaceSets):
         require_in("[0, 180]", turn=turn)
         require_in("(0, inf)", spacing=spacing)
         require_in("[8, 120]", image_size=image_size)
+        views = (len(maps) + len(val_maps)) * places * directions * (1 + queries)
+        require_numbers(3 * views * image_size**2, places=places, directions=directions, queries=queries)
         for name, levels in (("maps", maps), ("val_maps", val_maps)):
             if not levels:
                 raise UserError(f"DoomPlaces {name} is an empty list; name a level such as map02")

@@ -5,7 +5,7 @@ import inspect
 import json
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, is_typeddict
@@ -18,7 +18,8 @@ from graph_files import rings
 from lightning import LightningDataModule
 from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
-from point_files import bricks, write_scans
+from PIL import Image
+from point_files import CUBE, bricks, off, write_scans
 from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
 
 from lightspan import datamodules
@@ -32,15 +33,18 @@ from lightspan.datamodules.image.augment.views import MultiCrop, RandomViews, Tw
 from lightspan.datamodules.image.dataset import PictureDataset
 from lightspan.datamodules.image.folder import ImageFolder
 from lightspan.datamodules.image.in_memory import PicturesInMemory
+from lightspan.datamodules.image.places import PlaceFolder
 from lightspan.datamodules.image.sets.blank import Blank
 from lightspan.datamodules.image.sets.classes import ClassSubset
 from lightspan.datamodules.image.sets.coloured_shapes import ColouredShapes
+from lightspan.datamodules.image.sets.glyphs import FontShots
 from lightspan.datamodules.image.sets.shapes import Shapes
 from lightspan.datamodules.image.sets.small import Digits, FashionMNIST, MNIST5k
 from lightspan.datamodules.image.sets.textured_scenes import TexturedScenes
 from lightspan.datamodules.image.variants.class_stream import ClassStream
 from lightspan.datamodules.image.variants.few_shots import FewShots
 from lightspan.datamodules.image.variants.noisy_labels import NoisyLabels
+from lightspan.datamodules.image.variants.questions import YesNoTasks
 from lightspan.datamodules.image.variants.repeated import RepeatedImages
 from lightspan.datamodules.image.variants.tasks import Derived, TaskImages
 from lightspan.datamodules.image_text.pairs import ImageTextShards
@@ -59,6 +63,7 @@ from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.furnished import FurnishedRooms
 from lightspan.datamodules.points.labelled import LabelledScans
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
+from lightspan.datamodules.points.sets.modelnet import ModelNet40
 from lightspan.datamodules.points.sweeps import DrawnSweeps
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
@@ -105,6 +110,7 @@ from lightspan.datamodules.volume.folder import VolumeFolder
 from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.datamodules.volume.radiance import RadianceFolder
 from lightspan.datamodules.volume.rooms import DrawnRooms
+from lightspan.datamodules.worlds.doom_places import DoomPlaces
 from lightspan.datamodules.worlds.played import PlayedSteps
 from lightspan.datamodules.worlds.point_mass import PointMass
 from lightspan.datamodules.worlds.steps import StepShards, npy, step_members
@@ -212,6 +218,27 @@ def graphs(folder: Path, **options: Any) -> GraphFolder:
 
 def molecules(folder: Path) -> DatamolTables:
     return DatamolTables(("freesolv",), batch_size=4, cache_dir=str(folder / "cache"))
+
+
+def modelnet(folder: Path) -> ModelNet40:
+    for number, part in enumerate(("a/train", "a/train", "a/test", "b/train", "b/train", "b/test")):
+        (folder / "in" / part).mkdir(parents=True, exist_ok=True)
+        (folder / "in" / part / f"{number}.off").write_text(off(CUBE))
+    return ModelNet40(str(folder / "in"), cache_dir=str(folder / "cache"), points=8, batch_size=4)
+
+
+def located(folder: Path) -> PlaceFolder:
+    for part, metres in (("train/database", (0, 6)), ("train/queries", (3, 4, 5, 8)), ("val/database", (0, 10))):
+        write_places(folder / part, metres)
+    write_places(folder / "val/queries", (1, 2, 3, 4))
+    return PlaceFolder(str(folder), image_size=8, batch_size=4)
+
+
+def write_places(folder: Path, metres: Sequence[int]) -> None:
+    folder.mkdir(parents=True)
+    for east in metres:
+        name = f"@{500000 + east:.2f}@5800000.00@32@U@@@{east}@.png"
+        Image.fromarray(np.full((8, 8, 3), east, np.uint8)).save(folder / name)
 
 
 def parts(folder: Path) -> LDrawParts:
@@ -511,6 +538,14 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         "PointsBatch",
     ),
     "LDrawParts": (parts, "PointsBatch"),
+    "ModelNet40": (modelnet, "PointsBatch"),
+    "PlaceFolder": (located, "PlaceViewsBatch"),
+    "DoomPlaces": (
+        lambda folder: DoomPlaces(["map02"], ["map03"], places=4, image_size=8, batch_size=4),
+        "PlaceViewsBatch",
+    ),
+    "FontShots": (lambda folder: FontShots(shots=4, batch_size=4), "ImageBatch"),
+    "YesNoTasks": (lambda folder: YesNoTasks({"digits": Digits(4)}, batch_size=4), "QuestionBatch"),
     "FurnishedRooms": (furnished, "PosedPointsBatch"),
     "DrawnSweeps": (lambda folder: DrawnSweeps(lidar=Lidar(beams=3, steps=9), batch_size=4), "SweepsBatch"),
     "GraphFolder": (graphs, "GraphBatch"),

@@ -38,7 +38,8 @@ class Normed(nn.Conv2d):
     """A convolution whose rows see one another in training, and that counts what it saw."""
 
     def __init__(self, of: nn.Conv2d) -> None:
-        super().__init__(of.in_channels, of.out_channels, of.kernel_size, of.stride)  # type: ignore[arg-type]
+        bias = of.bias is not None
+        super().__init__(of.in_channels, of.out_channels, of.kernel_size, of.stride, of.padding, bias=bias)  # type: ignore[arg-type]
         self.load_state_dict(of.state_dict())
         self.norm = nn.BatchNorm2d(of.out_channels)
         self.requires_grad_(of.weight.requires_grad)
@@ -57,11 +58,11 @@ def test_embeddings_and_assignments_are_of_each_sample_alone_and_change_nothing(
     model, given = made(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     modes, drawn = [part.training for part in model.modules()], torch.get_rng_state()
-    alone = {key: rows[:1] for key, rows in given.items()}
+    alone = method_runs.rows_of(given, slice(0, 1))
     for read in ("embeddings", "assignments") if name in WITH_PROTOTYPES else ("embeddings",):
         with detached(model):
             seen, one = getattr(model, read)(given), getattr(model, read)(alone)
-        assert seen.shape == (len(given["image"]), one.shape[1])
+        assert seen.shape == (ROWS, one.shape[1])
         assert seen.isfinite().all()
         torch.testing.assert_close(one, seen[:1])  # whatever else is in the batch
     assert [part.training for part in model.modules()] == modes

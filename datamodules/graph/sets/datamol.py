@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.core.files.places import CachePath
+from lightspan.core.files.places import CachePath, ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.graph.data import GraphSamples, GraphSets
 from lightspan.datamodules.graph.folder import joined_graphs
@@ -36,7 +36,7 @@ class DatamolTables(GraphSets):
         tables: which ones, one after another.
         val_share: share of the molecules held out, in (0, 1), by a hash of their places.
         cache_dir, cache_gib: as in `lightspan.datamodules.graph.folder.GraphFolder`.
-        batch_size, seed, num_workers: see `GraphSets`.
+        batch_size, seed, num_workers, selection: see `GraphSets`.
     Raises: UserError before the first step without the package, and without the extra `graphs`.
     """
 
@@ -49,8 +49,9 @@ class DatamolTables(GraphSets):
         num_workers: int = 0,
         cache_dir: CachePath | None = None,
         cache_gib: float = 32,
+        selection: ReadPath | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers, selection=selection)
         require_in("(0, 1)", val_share=val_share)
         if not tables or len({*tables}) < len(tables):
             raise UserError(f"tables={list(tables)} must be at least one, each once")

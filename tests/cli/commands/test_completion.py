@@ -44,7 +44,7 @@ def test_behind_a_verb_come_its_own_options() -> None:
 
 def test_recipes_and_overlays_are_those_of_the_catalogue_or_files() -> None:
     assert offered("fit", "") == catalogue_names()
-    assert offered("fit", "masked/i") == ["masked/i_jepa", "masked/i_jepa_imagenet"]
+    assert offered("fit", "masked/i_") == ["masked/i_jepa", "masked/i_jepa_imagenet"]
     assert offered("fit", "language/quickstart", "-c", "") == catalogue_names(overlays=True)
     assert offered("check", "--config", "scale/fs") == ["scale/fsdp2"]
     assert completion(["copy", "./mi"]) == ([], "files")
