@@ -23,6 +23,13 @@ from lightspan.nn.trilinear import trilinear
 COARSE_SHARPNESS = 64.0  # of the step that finds where pieces are cut finer
 
 
+class WideLinear(nn.Linear):
+    """In float32 or wider, whatever the type of its weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(wide(input), wide(self.weight), wide(self.bias))
+
+
 class WidePerceptron(nn.Module):
     """Linear layers in float32 or wider, [... I] -> [... O].
 
@@ -33,7 +40,7 @@ class WidePerceptron(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], smooth: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(WideLinear(a, b) for a, b in pairwise(sizes))
         self.smooth = smooth
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,8 +48,7 @@ class WidePerceptron(nn.Module):
         for number, layer in enumerate(self.layers):
             if number:
                 x = F.softplus(x, beta=100) if self.smooth else x.relu()
-            weight, bias = (wide(layer.get_parameter(name)) for name in ("weight", "bias"))
-            x = F.linear(x, weight, bias)
+            x = layer(x)
         return x
 
 

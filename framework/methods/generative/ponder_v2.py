@@ -224,6 +224,10 @@ class PonderV2(Method):
         error_BR = (seen.depth - targets.depth_BR).abs().detach() * boxes.side_B[:, None]
         return losses, known_mean(error_BR, known_BR)
 
+    def configure_model(self) -> None:
+        # A backward pass within the forward one, for slopes, would end the gathering of FSDP2's parts too soon.
+        self.require_whole("takes slopes of its field within a step")
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses, error = self.losses(batch, self.global_step)
         loss = weighted_sum(losses, self.weights)
