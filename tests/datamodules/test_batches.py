@@ -605,9 +605,13 @@ def data_modules() -> set[str]:
     return found
 
 
+OF_EVALUATION = "PlaceBatch"
+"""No data module trains on these; its own tests hold it to its fields."""
+
+
 def test_every_data_module_and_every_batch_is_held_to_it() -> None:
     assert {name.split(",")[0] for name in MADE} == data_modules()
-    assert {batch for _, batch in MADE.values()} == BATCHES.keys()
+    assert {batch for _, batch in MADE.values()} | {OF_EVALUATION} == BATCHES.keys()
 
 
 def test_every_field_is_declared_and_docstrings_speak_of_fields_alone() -> None:
