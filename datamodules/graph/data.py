@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import NUMBERS
 from lightspan.core.files.places import ReadPath
@@ -142,9 +141,3 @@ class GraphSets(FoundSets[Graph]):
             np.array([1, 2]), np.array([[0, 1]]), np.ones(1), False, np.zeros((2, len(self.number_names)))
         )
         return self.training(KeptSamples([pair, pair]), np.arange(2))
-
-    def stand_in(self) -> dict[str, Any] | None:
-        samples = self.blank()
-        if samples is None:
-            return None
-        return collated([samples.sample(index, 0) for index in range(2)], GraphBatch)

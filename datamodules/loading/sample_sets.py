@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
-from torch.utils.data import default_collate
 
 from lightspan.core.batches import batch_type_of
+from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
@@ -66,7 +66,9 @@ class SampleSets(LightningDataModule, ABC):
     def stand_in(self) -> dict[str, Any] | None:
         """A training batch of the `blank` samples, if there are any."""
         samples = self.blank()
-        return None if samples is None else default_collate([samples.sample(index, 0) for index in range(2)])
+        if samples is None:
+            return None
+        return collated([samples.sample(index, 0) for index in range(2)], batch_type_of(samples))
 
     def training_content(self) -> str:
         """What identifies the training samples beyond their number, so that a run that is resumed goes on with the same

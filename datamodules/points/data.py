@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in, require_numbers
@@ -131,9 +130,3 @@ class PointSets(FoundSets[Shape]):
         """Two training samples of a surface, for plans where the data are not here."""
         triangle = Shape(np.eye(3, dtype=np.float32)[None])
         return self.training(KeptSamples([triangle, triangle]), np.arange(2))
-
-    def stand_in(self) -> dict[str, Any] | None:
-        samples = self.blank()
-        if samples is None:
-            return None
-        return collated([samples.sample(index, 0) for index in range(2)], PointsBatch)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from lightspan.core.collate import collated
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import CachePath, PathUse, ReadPath
@@ -354,10 +353,6 @@ class FurnishedRooms(SampleSets):
     def _bare(self, number: int) -> RoomScan:
         layout = layout_of(self.scanning.draw_seed, number, KINDS, np.zeros(0, np.int64), np.zeros((0, 3)))
         return self.scanning.scan(layout, [], np.zeros(0, np.int64), number)
-
-    def stand_in(self) -> dict[str, Any] | None:
-        samples = self.blank()
-        return collated([samples.sample(at, 0) for at in range(2)], PosedPointsBatch)
 
     def setup(self, stage: str | None = None) -> None:
         """Draws the rooms or finds them in the cache, once."""

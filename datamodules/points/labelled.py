@@ -11,7 +11,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 
-from lightspan.core.collate import collated
 from lightspan.core.files.arrays import read_arrays
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import PathUse, ReadPath
@@ -197,7 +196,3 @@ class LabelledScans(FoundSets[Scan]):
         xyz = np.random.default_rng(0).random((self.points or 1024, 3), np.float32) * 2
         nothing = Scan(xyz, np.zeros(len(xyz), np.int64), dict.fromkeys(self.fields, np.zeros_like(xyz)))
         return self.training(KeptSamples([nothing, nothing]), np.arange(2))
-
-    def stand_in(self) -> dict[str, Any] | None:
-        samples = self.blank()
-        return None if samples is None else collated([samples.sample(index, 0) for index in range(2)], PointsBatch)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightspan.core.collate import collated
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.loading.workers import Dataset
 from lightspan.datamodules.points.batch import SweepsBatch
@@ -109,10 +108,6 @@ class DrawnSweeps(DrawnSets):
 
     def blank(self) -> SweepSamples:
         return self._samples(0, 2)
-
-    def stand_in(self) -> dict[str, Any]:
-        samples = self.blank()
-        return collated([samples.sample(at, 0) for at in range(2)], SweepsBatch)
 
     def described(self) -> str:
         return f"two sweeps of up to {self.lidar.beams * self.lidar.steps:,} returns"

@@ -2,8 +2,8 @@
 
 Source: Yang et al., "Swin3D: A Pretrained Transformer Backbone for 3D Indoor Scene Understanding", 2023, arXiv
 2304.06906, section 3, and its code, microsoft/Swin3D. A voxel has the place, colour and normal of one of its points.
-The encoding (`lightspan.nn.voxels.context`) sees how these differ between the voxels of a window. Windows hang on the
-grid of the coordinates, and every second block has them moved by half a side; nothing is rolled or masked.
+The encoding (`lightspan.nn.voxels.context`) sees how these differ between the voxels of a window. Windows are fixed
+to the grid of the coordinates, and every second block has them moved by half a side; nothing is rolled or masked.
 As in the code: a voxel's branches are dropped by themselves, blocks on the way up have a share of 0.1, and the norm of
 what pools comes before its linear layer.
 Shapes: V voxels, C coarser ones, D width, h heads.

@@ -1,8 +1,8 @@
 """The voxels of several clouds that have points, each known by one whole number, in ascending order.
 
 The number packs cloud, x, y and z, so that a neighbour is an addition and a search away, whatever the cloud's size.
-Places are whole numbers from the origin of the coordinates, which may be negative: the grid hangs on no cloud, so that
-moving one by whole voxels moves its voxels alone.
+Places are whole numbers from the origin of the coordinates, which may be negative: the grid is independent of the
+clouds, so that moving one by whole voxels moves its voxels alone.
 Shapes: N points of all clouds, B clouds, V voxels of all, C coarser ones, K steps.
 """
 
