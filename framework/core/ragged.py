@@ -7,7 +7,7 @@ Shapes: N rows of all samples, B samples, D numbers of a row, M rows of the larg
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import has_values
+from lightspan.core.devices import has_values, wide
 
 
 def row_owners(offsets: Tensor, rows: int) -> Tensor:
@@ -25,9 +25,12 @@ def ragged_ranks(x_N: Tensor, offsets: Tensor) -> Tensor:
 
 
 def ragged_means(x_ND: Tensor, offsets: Tensor) -> Tensor:
-    """The mean over the rows of each sample, [B D] in the type of x; 0, with gradient 0, of an empty one."""
-    sums_BD = x_ND.new_zeros(len(offsets) - 1, x_ND.shape[1]).index_add(0, row_owners(offsets, len(x_ND)), x_ND)
-    return sums_BD / offsets.diff().clamp_min(1)[:, None].to(x_ND.dtype)
+    """The mean over the rows of each sample, [B D] in the type of x; 0, with gradient 0, of an empty one. Sums are made
+    in float32 or wider: in half types those of many rows overflow, or stop growing.
+    """
+    given_ND = wide(x_ND)
+    sums_BD = given_ND.new_zeros(len(offsets) - 1, x_ND.shape[1]).index_add(0, row_owners(offsets, len(x_ND)), given_ND)
+    return (sums_BD / offsets.diff().clamp_min(1)[:, None]).to(x_ND.dtype)
 
 
 def ragged_maxima(x_ND: Tensor, offsets: Tensor) -> Tensor:

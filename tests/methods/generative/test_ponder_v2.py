@@ -156,6 +156,14 @@ def test_cells_hold_the_mean_of_their_points() -> None:
     assert torch.equal(grid, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cells_of_many_points_hold_their_mean_in_half_types(dtype: torch.dtype) -> None:
+    x = torch.full((2000, 1), 64.0, dtype=dtype)
+    grid = pooled_grid(x, torch.full((2000, 3), 0.1), torch.zeros(2000, dtype=torch.int64), 1, (2, 2, 2))
+    assert grid.dtype == dtype
+    assert grid[0, 0, 0, 0, 0] == 64
+
+
 def test_features_and_losses_do_not_depend_on_the_order_of_points_or_on_other_scenes() -> None:
     model, batch = method(keep=1.0).eval(), posed_scenes(4, 0)
     order = torch.cat([start + torch.randperm(count) for start, count in

@@ -43,6 +43,13 @@ def test_means_and_maxima_are_those_of_each_cloud_and_zero_of_an_empty_one(dtype
     assert ragged_means(*nothing).shape == ragged_maxima(*nothing).shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_rows_do_not_leave_the_range_of_half_types(dtype: torch.dtype) -> None:
+    offsets = torch.tensor([0, 70_000, 70_300])
+    x = torch.cat([torch.ones(70_000, 2), torch.full((300, 2), 300.0)]).to(dtype)
+    assert torch.equal(ragged_means(x, offsets), x[[0, -1]])
+
+
 def test_gradients_of_means_maxima_and_groups_are_right() -> None:
     xyz, offsets = packed()
     xyz.requires_grad_()
