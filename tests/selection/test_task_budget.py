@@ -109,6 +109,14 @@ def test_without_noise_the_subspace_and_the_heads_are_found() -> None:
     assert torch.allclose(turned, world.basis_DK @ world.target_K, atol=1e-3)
 
 
+def test_it_starts_from_solutions_that_weigh_as_the_roots_of_their_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    many, few = (torch.randn(rows, 3, generator=generator) for rows in (400, 16))
+    tasks = TaskMoments.of([(many, many[:, 0]), (few, 4 * few[:, 1])])  # lengths of 20 and of 16
+    found = shared_subspace(tasks, 1, steps=0)
+    torch.testing.assert_close(found.basis_DK.abs(), torch.eye(3).double()[:, :1], rtol=0, atol=1e-6)
+
+
 def test_the_loss_is_that_of_the_rows_and_falls_with_every_step() -> None:
     tasks = World(1).sources([30] * TASKS)
     losses = []

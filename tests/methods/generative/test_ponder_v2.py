@@ -118,6 +118,15 @@ def test_boxes_hold_all_points_and_targets_are_what_the_pixels_of_the_rays_show(
     assert len(found) > 15
 
 
+def test_a_grid_of_features_reaches_as_far_as_the_box_along_every_axis() -> None:
+    xyz = torch.tensor([[0.0, 0, 0], [4.0, 2.0, 1.0]])
+    batch = {"xyz": xyz, "offsets": torch.tensor([0, 2]), "colour": torch.ones(2, 3), "index": torch.tensor([0])}
+    model, seen = method(Coloured(), keep=1.0, grid=(3, 3, 3)), list[Tensor]()
+    model.volume.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.rendered_field(batch, scene_boxes(xyz, batch["offsets"]), torch.tensor([0]))
+    assert seen[0][0, 0].nonzero().tolist() == [[0, 0, 0], [2, 2, 2]]
+
+
 def test_a_camera_that_is_none_shows_nothing() -> None:
     model, batch = method(), posed_scenes(3, 0)
     before = model.losses(batch, 0)[0]

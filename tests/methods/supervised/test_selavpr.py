@@ -148,6 +148,15 @@ def test_evaluation_finds_places_and_sorts_the_nearest_anew_by_matches() -> None
     assert torch.tensor(model.retrieval(rows, about)["recall_at_1"]).isnan()
 
 
+def test_of_as_many_matches_those_that_are_more_alike_come_first() -> None:
+    model = method(local_head=UpConvolutions(16, [2]))
+    model.local_head.out_features = 2
+    query = torch.tensor([1.0, 0, 0, 1])
+    turned = torch.tensor([0.8, 0.6, -0.6, 0.8])  # both positions match, less alike
+    (scores,) = model._matched(query, torch.stack([turned, query, torch.tensor([1.0, 0, 1, 0])]))
+    assert scores.argsort(descending=True).tolist() == [1, 0, 2]
+
+
 def test_validation_logs_the_figures_of_all_batches(tmp_path: Path) -> None:
     model, data = method(rerank=2), [pictures(seed=seed) | {"index": torch.arange(6) + 6 * seed} for seed in range(2)]
     trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path)
