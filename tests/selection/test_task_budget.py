@@ -203,6 +203,16 @@ def bought(found: Any, given: Features) -> list[int]:
     return np.bincount(given.fields["task"][found.selection().index_n], minlength=7).tolist()
 
 
+def test_a_budget_is_spent_by_the_size_of_the_l1_mix_the_square_of_the_l2_mix_or_evenly() -> None:
+    heads_KT, target_K = heads(tasks=8)
+    pilot = PilotFit(heads_KT, target_K)
+    one_T, two_T = np.abs(pilot.relevance(0.01)), (np.linalg.pinv(heads_KT) @ target_K) ** 2
+    assert spending(pilot, "l1", 0.01) == pytest.approx(one_T / one_T.sum())
+    assert spending(pilot, "l2", 0.01) == pytest.approx(two_T / two_T.sum())
+    assert spending(pilot, "uniform", 0.01) == pytest.approx(np.full(8, 1 / 8))
+    assert spending(pilot, "mix", 0.01) == pytest.approx(one_T / one_T.sum() / 2 + 1 / 16)
+
+
 def test_the_source_that_asks_the_same_is_bought_first_and_floors_and_budget_hold() -> None:
     given = features()
     for rule in ("l1", "mix", "l2"):
