@@ -15,6 +15,16 @@ def row_owners(offsets: Tensor, rows: int) -> Tensor:
     return torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
 
 
+def kept_offsets(kept_N: Tensor, offsets: Tensor) -> Tensor:
+    """The offsets of the rows that are kept, int64 [B+1].
+
+    Args:
+        kept_N: bool.
+    """
+    counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
+    return torch.cat([offsets[:1], counts_B.cumsum(0)])
+
+
 def ragged_ranks(x_N: Tensor, offsets: Tensor) -> Tensor:
     """How many rows of its sample are before each, in ascending order, int64 [N]; of equal ones the first is first."""
     owner_N = row_owners(offsets, len(x_N))

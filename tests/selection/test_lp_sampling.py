@@ -133,9 +133,12 @@ def test_sensitivities_against_a_sample_are_near_those_against_all_rows() -> Non
 
 
 @pytest.mark.parametrize("p", PS)
-def test_root_leverage_is_the_leverage_to_the_half_of_p(p: float) -> None:
-    u_NR = in_column_space(matrix())
-    torch.testing.assert_close(scores(u_NR, "root_leverage", p), u_NR.norm(dim=1) ** p)
+def test_root_leverage_is_the_leverage_to_the_half_of_p_and_rules_are_sums(p: float) -> None:
+    u_NR = in_column_space(matrix(20))
+    root, sensitivity = scores(u_NR, "root_leverage", p), scores(u_NR, "sensitivity", p)
+    torch.testing.assert_close(root, u_NR.norm(dim=1) ** p)
+    torch.testing.assert_close(scores(u_NR, "sensitivity_and_leverage", p), sensitivity + u_NR.norm(dim=1) ** 2)
+    torch.testing.assert_close(scores(u_NR, "sensitivity_and_root_leverage", p), sensitivity + root)
 
 
 @given(
