@@ -5,6 +5,7 @@ and slanted font is exactly what a mixture of two styles should look like.
 Shapes: N images, S pixels per side.
 """
 
+import io
 import string
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import bounded_memory, bounded_time, content_of
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
@@ -34,17 +36,19 @@ def shipped(name: str) -> Path:
 def glyphs(path: Path, characters: str = CHARACTERS) -> np.ndarray:
     """Each character in white on black, uint8 [N, S, S], around one centre and on one baseline.
 
-    Raises: UserError for a file that is not a font.
+    Raises: UserError for a file that is not a font, or one of which a character is damaged or larger than any picture.
     """
-    try:
-        font = ImageFont.truetype(str(path), size=SIDE * 5 // 7)
-    except OSError as error:
-        raise UserError(f"fonts: {path} is not a font that can be read ({error})") from error
     found = np.zeros((len(characters), SIDE, SIDE), dtype=np.uint8)
-    for i, character in enumerate(characters):
-        picture = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(picture).text((SIDE / 2, SIDE * 5 / 7), character, fill=255, font=font, anchor="ms")
-        found[i] = np.asarray(picture)
+    try:
+        with bounded_memory(), bounded_time():
+            font = ImageFont.truetype(io.BytesIO(content_of(path)), size=SIDE * 5 // 7)
+            for i, character in enumerate(characters):
+                picture = Image.new("L", (SIDE, SIDE))
+                ImageDraw.Draw(picture).text((SIDE / 2, SIDE * 5 / 7), character, fill=255, font=font, anchor="ms")
+                found[i] = np.asarray(picture)
+    # FreeType reads a character when it is drawn. A file of a few bytes may describe one of any size.
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"fonts: {path} is not a font that can be read ({first_lines(error)})") from error
     return found
 
 

@@ -114,6 +114,17 @@ def test_few_and_equal_points_are_repeated_and_an_empty_cloud_is_marked() -> Non
     assert not found.centre_BG3[2].any()
 
 
+@pytest.mark.parametrize("far", [1e30, torch.inf, torch.nan])
+def test_points_without_a_distance_stay_in_their_cloud(far: float) -> None:
+    xyz, offsets = packed((3, 9), torch.float32)
+    xyz[:2] = torch.tensor([[far, 0, 0], [0, 1, -far]])
+    xyz_BM3, real_BM = padded(xyz, offsets)
+    near_BGK = nearest_points(xyz_BM3, xyz_BM3, real_BM, 4)
+    assert near_BGK[0].max() <= 2
+    assert near_BGK.min() >= 0
+    assert farthest_points(xyz_BM3, real_BM, 6)[0].max() <= 2
+
+
 def test_groups_do_not_depend_on_the_order_of_points_or_on_other_clouds() -> None:
     xyz, offsets = packed((30, 50), torch.float32)
     both, alone = grouped(xyz, offsets, 6, 4), grouped(xyz[:30], offsets[:2], 6, 4)
