@@ -210,7 +210,8 @@ def _like(x_BCTHW: Tensor, other_BCTHW: Tensor) -> Tensor:
 
 
 def _norm(chans: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(chans, 8), chans)
+    # Two channels a group at least: of one alone, a map of one place would be all that is normalised.
+    return nn.GroupNorm(math.gcd(chans // 2, 8), chans)
 
 
 def _heads(chans: int) -> int:

@@ -281,7 +281,8 @@ class LCVD(Method):
         sigmas = edm.falling_sigmas(steps, *self.sigmas).tolist()
         noise_BCTHW = torch.randn(clip_BCTHW.shape, generator=torch.Generator().manual_seed(seed))
         x_BCTHW = sigmas[0] * noise_BCTHW.to(device, wide_type(seen))
-        given = {name: x.to(seen) if x.is_floating_point() else x for name, x in batch.items() if name != "light"}
+        fields = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+        given = {name: x.to(seen) if x.is_floating_point() else x for name, x in fields.items()}
         told = self.told(given, self.all_but((), clip_BCTHW))
         fewer = self.told(given, self.all_but(without, clip_BCTHW)) if guidance != 1 else told
         parts = windows(frames, window, overlap)
