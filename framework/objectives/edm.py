@@ -86,8 +86,8 @@ def falling_sigmas(steps: int, least: float, most: float, bend: float = 7.0) -> 
     require_in(f"(0, {most}]", least=least)
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
     ends = most ** (1 / bend), least ** (1 / bend)
-    # The ends as they are: a power and its root round.
-    falling = (ends[0] + share * (ends[1] - ends[0])).pow(bend).clamp(least, most)
+    falling = (ends[0] + share * (ends[1] - ends[0])).pow(bend)
+    falling[-1], falling[0] = least, most  # a power of a root rounds
     return torch.cat([falling, falling.new_zeros(1)])
 
 

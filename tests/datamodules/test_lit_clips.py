@@ -72,7 +72,7 @@ def test_what_is_no_such_array_is_refused(name: str, wrong: np.ndarray, tmp_path
     ("name", "settings"),
     [
         *(("shape", {"shape": (4, 0, 2, 2)}), ("pixels", {"pixels": (0, 4)}), ("embedding", {"embedding": -1})),
-        *(("scale", {"scale": 0.0}), ("fps", {"fps": 0.0}), ("views", {"views": TwoViews(8)})),
+        *(("scale", {"scale": 0.0}), ("fps", {"fps": 0.0}), ("views", {"views": TwoViews()})),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(name: str, settings: dict[str, Any]) -> None:

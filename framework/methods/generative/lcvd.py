@@ -172,7 +172,7 @@ class LCVD(Method):
         Args:
             noise_BCHW: added to the reference beside the noisy clip; None adds none.
         """
-        given = _given(batch, self.context)
+        given = self._given(batch)
         frames = batch["clip"].shape[2]
         shown_BDTHW = by_frame(self.adapters["shading"], given["shading"])
         known_BDHW = self.adapters["reference"](given["portrait"])
@@ -306,6 +306,29 @@ class LCVD(Method):
         own = Told(told.hint_BDTHW[:, :, part], told.beside_BCTHW[:, :, part], told.context_BL)
         return edm.denoised(self.predict(noisy, sigma_B, own).to(noisy.dtype), noisy, sigma_B)
 
+    def _given(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The fields of a `LitClipBatch` that are told. Raises: UserError for one that is missing or does not fit."""
+        B, C, T, H, W = _clip_of(batch).shape
+        colours = {name: getattr(adapter, "in_chans", None) for name, adapter in self.adapters.items()}
+        wanted: dict[str, tuple[tuple[int | None, ...], bool]] = {
+            "reference": ((B, C, H, W), True),
+            "reference_face": ((B, H, W), False),
+            "face": ((B, T, H, W), False),
+            "portrait": ((B, colours["reference"], None, None), True),
+            "shading": ((B, colours["shading"], T, None, None), True),
+            **({"embedding": ((B, self.context), True)} if self.context else {}),
+        }
+        for name, (sides, floats) in wanted.items():
+            x = batch.get(name)
+            fits = isinstance(x, Tensor) and x.ndim == len(sides) and x.is_floating_point() == floats
+            if not fits or any(side not in (None, size) for side, size in zip(sides, x.shape, strict=True)):  # type: ignore[union-attr]
+                shape = ", ".join("any" if side is None else str(side) for side in sides)
+                raise UserError(
+                    f"LCVD needs {name} as {'floats' if floats else 'whole numbers'} [{shape}], and this batch "
+                    f"{'has none' if x is None else f'gives {described(x)}'}; {WAY_OUT}"
+                )
+        return {name: batch[name] for name in wanted}
+
 
 def _clip_of(batch: Mapping[str, Any]) -> Tensor:
     """[B C T H W]. Raises: UserError for a batch without clips."""
@@ -315,26 +338,3 @@ def _clip_of(batch: Mapping[str, Any]) -> Tensor:
         found = "has none" if clip is None else f"gives {described(clip)}"
         raise UserError(f"LCVD needs a clip as floats [B, C, T, H, W], and this batch {found}; {WAY_OUT}")
     return clip
-
-
-def _given(batch: Mapping[str, Any], context: int) -> dict[str, Tensor]:
-    """The fields of a `LitClipBatch` that are told. Raises: UserError for one that is missing or does not fit."""
-    B, C, T, H, W = _clip_of(batch).shape
-    wanted: dict[str, tuple[tuple[int | None, ...], bool]] = {
-        "reference": ((B, C, H, W), True),
-        "reference_face": ((B, H, W), False),
-        "face": ((B, T, H, W), False),
-        "portrait": ((B, None, None, None), True),
-        "shading": ((B, None, T, None, None), True),
-        **({"embedding": ((B, context), True)} if context else {}),
-    }
-    for name, (sides, floats) in wanted.items():
-        x = batch.get(name)
-        fits = isinstance(x, Tensor) and x.ndim == len(sides) and x.is_floating_point() == floats
-        if not fits or any(side not in (None, size) for side, size in zip(sides, x.shape, strict=True)):  # type: ignore[union-attr]
-            shape = ", ".join("any" if side is None else str(side) for side in sides)
-            raise UserError(
-                f"LCVD needs {name} as {'floats' if floats else 'whole numbers'} [{shape}], and this batch "
-                f"{'has none' if x is None else f'gives {described(x)}'}; {WAY_OUT}"
-            )
-    return {name: batch[name] for name in wanted}
