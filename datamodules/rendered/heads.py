@@ -50,7 +50,7 @@ class Heads(NamedTuple):
     lips_at: np.ndarray
 
 
-class Seen(NamedTuple):
+class SeenHeads(NamedTuple):
     """What a camera sees of heads, float32.
 
     colour: [B, T, 3, H, W], of the surface, 0 beside it. normal: [B, T, 3, H, W], 0 beside it. face: bool [B, T, H, W].
@@ -123,7 +123,7 @@ def turned(yaw: np.ndarray, pitch: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2).astype(np.float32)
 
 
-def seen(heads: Heads, rotation: np.ndarray, size: int) -> Seen:
+def seen(heads: Heads, rotation: np.ndarray, size: int) -> SeenHeads:
     """Heads [B] as they are turned, float32 [B, T, 3, 3], on `size` x `size` pixels."""
     B, T = rotation.shape[:2]
     middle = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 * REACH / size) - np.float32(REACH)
@@ -150,7 +150,9 @@ def seen(heads: Heads, rotation: np.ndarray, size: int) -> Seen:
     colour = np.where(face[:, :, None], _coloured(heads, point), 0)
     towards = sum(rotation[:, :, :, i, None] * normal[:, :, None, i] for i in range(3))
     sides = (B, T, 3, size, size)
-    return Seen(np.float32(colour).reshape(sides), np.float32(towards).reshape(sides), face.reshape(B, T, size, size))
+    return SeenHeads(
+        np.float32(colour).reshape(sides), np.float32(towards).reshape(sides), face.reshape(B, T, size, size)
+    )
 
 
 def _sum(vectors: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from lightspan.core.ranges import require_in
 from lightspan.objectives.means import squared_error
 
 
-class Scales(NamedTuple):
+class LevelScales(NamedTuple):
     """c_skip, c_out and c_in, shaped to broadcast to images [B ...], and c_noise [B]."""
 
     skip: Tensor
@@ -30,7 +30,7 @@ class Scales(NamedTuple):
     level_B: Tensor
 
 
-def scales(sigma_B: Tensor, image: Tensor, std: float = 1.0) -> Scales:
+def scales(sigma_B: Tensor, image: Tensor, std: float = 1.0) -> LevelScales:
     """Of levels sigma_B > 0, for images like `image`, in float32 or wider.
 
     Args:
@@ -38,7 +38,7 @@ def scales(sigma_B: Tensor, image: Tensor, std: float = 1.0) -> Scales:
     """
     sigma = _shaped(sigma_B, image)
     total = (sigma.square() + std**2).sqrt()
-    return Scales((std / total).square(), -sigma * std / total, 1 / total, sigma.flatten().log() / 4)
+    return LevelScales((std / total).square(), -sigma * std / total, 1 / total, sigma.flatten().log() / 4)
 
 
 def with_noise(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ WAY_OUT = (
 )
 
 
-class Told(NamedTuple):
+class ToldClips(NamedTuple):
     """What the network is told of each clip. beside: the reference without its face, in each frame."""
 
     hint_BDTHW: Tensor
@@ -47,7 +47,7 @@ class Told(NamedTuple):
     context_BL: Tensor | None
 
 
-class Kept(NamedTuple):
+class KeptHints(NamedTuple):
     """What a clip's network is told, bool [B] each; hints [B 2], as in `HINTS`."""
 
     hints_B2: Tensor
@@ -55,7 +55,7 @@ class Kept(NamedTuple):
     context_B: Tensor
 
 
-def drawn_to_keep(draws_B4: Tensor, all_kept: float, none_kept: float, hidden: float) -> Kept:
+def drawn_to_keep(draws_B4: Tensor, all_kept: float, none_kept: float, hidden: float) -> KeptHints:
     """What is kept of each clip, from uniform numbers in [0, 1).
 
     Args:
@@ -66,7 +66,7 @@ def drawn_to_keep(draws_B4: Tensor, all_kept: float, none_kept: float, hidden: f
     """
     kind_B1, own_B2, still_B = draws_B4[:, :1], draws_B4[:, 1:3], draws_B4[:, 3]
     hints_B2 = (kind_B1 < all_kept) | ((own_B2 < 0.5) & (kind_B1 >= all_kept + none_kept))
-    return Kept(hints_B2, (still_B < hidden) | (still_B >= 3 * hidden), still_B >= 2 * hidden)
+    return KeptHints(hints_B2, (still_B < hidden) | (still_B >= 3 * hidden), still_B >= 2 * hidden)
 
 
 def face_loss(output: Tensor, target: Tensor, face_BTHW: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class LCVD(Method):
         self.shares = all_kept, none_kept, hidden
         self.sigmas = least_sigma, most_sigma
 
-    def told(self, batch: Mapping[str, Any], kept: Kept, noise_BCHW: Tensor | None = None) -> Told:
+    def told(self, batch: Mapping[str, Any], kept: KeptHints, noise_BCHW: Tensor | None = None) -> ToldClips:
         """What the network is told of the clips of a batch.
 
         Args:
@@ -183,16 +183,18 @@ class LCVD(Method):
         shown_B1HW = ~given["reference_face"].bool()[:, None] & kept.beside_B.view(-1, 1, 1, 1)
         beside_BCTHW = beside_BCHW.where(shown_B1HW, 0)[:, :, None].expand(-1, -1, frames, -1, -1)
         context_BL = given["embedding"] * kept.context_B[:, None] if self.context else None
-        return Told(hint_BDTHW, beside_BCTHW, context_BL)
+        return ToldClips(hint_BDTHW, beside_BCTHW, context_BL)
 
-    def predict(self, noisy_BCTHW: Tensor, sigma_B: Tensor, told: Told) -> Tensor:
+    def predict(self, noisy_BCTHW: Tensor, sigma_B: Tensor, told: ToldClips) -> Tensor:
         """F [B C T H W]."""
         scale = edm.scales(sigma_B, noisy_BCTHW)
         scaled_BCTHW = (scale.into * noisy_BCTHW).to(told.beside_BCTHW.dtype)
         read = torch.cat([scaled_BCTHW, told.beside_BCTHW], dim=1)
         return self.backbone(read, scale.level_B, told.hint_BDTHW, told.context_BL)
 
-    def losses(self, batch: Mapping[str, Any], sigma_B: Tensor, noise_BCTHW: Tensor, told: Told) -> dict[str, Tensor]:
+    def losses(
+        self, batch: Mapping[str, Any], sigma_B: Tensor, noise_BCTHW: Tensor, told: ToldClips
+    ) -> dict[str, Tensor]:
         """`clip`, the mean over all entries, and `face`, over the face, scalars. Every rank must call it."""
         clip_BCTHW = batch["clip"]
         output = self.predict(edm.with_noise(clip_BCTHW, noise_BCTHW, sigma_B), sigma_B, told)
@@ -211,7 +213,7 @@ class LCVD(Method):
         mean_level, std_level = self.reference_levels
         grain_B111 = (mean_level + std_level * torch.randn(rows, 1, 1, 1)).exp()
         grain_BCHW = grain_B111 * torch.randn(clip_BCTHW[:, :, 0].shape)
-        kept = Kept(*(keep.to(device) for keep in drawn_to_keep(torch.rand(rows, 4), *self.shares)))
+        kept = KeptHints(*(keep.to(device) for keep in drawn_to_keep(torch.rand(rows, 4), *self.shares)))
         told = self.told(batch, kept, grain_BCHW.to(clip_BCTHW))
         losses = self.losses(batch, sigma_B.to(device), noise_BCTHW, told)
         loss = weighted_sum(losses, self.weights)
@@ -239,13 +241,13 @@ class LCVD(Method):
             found.append(weighted_sum(self.losses(batch, sigma_B, noise_BCTHW, told), self.weights))
         return torch.stack(found).mean()
 
-    def all_but(self, without: Sequence[Hint], clip_BCTHW: Tensor) -> Kept:
+    def all_but(self, without: Sequence[Hint], clip_BCTHW: Tensor) -> KeptHints:
         """Everything but some hints. Raises: UserError for a name that is no hint."""
         if unknown := [name for name in without if name not in HINTS]:
             raise UserError(f"without={[*without]} names {unknown[0]}, which is none of the hints {', '.join(HINTS)}")
         rows = torch.ones(len(clip_BCTHW), dtype=torch.bool, device=clip_BCTHW.device)
         hints_B2 = torch.stack([rows & (name not in without) for name in HINTS], dim=1)
-        return Kept(hints_B2, rows, rows)
+        return KeptHints(hints_B2, rows, rows)
 
     @torch.no_grad()
     def sample(
@@ -299,11 +301,11 @@ class LCVD(Method):
             x_BCTHW = edm.euler_step(x_BCTHW, total_BCTHW / weight_T[:, None, None], sigma, following)
         return x_BCTHW
 
-    def _denoised(self, x_BCTHW: Tensor, sigma: float, told: Told, part: list[int]) -> Tensor:
+    def _denoised(self, x_BCTHW: Tensor, sigma: float, told: ToldClips, part: list[int]) -> Tensor:
         """D of some frames."""
         noisy = x_BCTHW[:, :, part]
         sigma_B = noisy.new_full((len(noisy),), sigma)
-        own = Told(told.hint_BDTHW[:, :, part], told.beside_BCTHW[:, :, part], told.context_BL)
+        own = ToldClips(told.hint_BDTHW[:, :, part], told.beside_BCTHW[:, :, part], told.context_BL)
         return edm.denoised(self.predict(noisy, sigma_B, own).to(noisy.dtype), noisy, sigma_B)
 
     def _given(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

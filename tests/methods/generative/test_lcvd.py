@@ -49,7 +49,7 @@ def method(start: bool = False, **settings: Any) -> LCVD:
     return model.eval()
 
 
-def everything(model: LCVD, batch: dict[str, Tensor]) -> lcvd.Told:
+def everything(model: LCVD, batch: dict[str, Tensor]) -> lcvd.ToldClips:
     return model.told(batch, model.all_but((), batch["clip"]))
 
 
