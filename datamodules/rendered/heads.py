@@ -2,7 +2,8 @@
 
 A head is a few ellipsoids, seen along parallel rays: where a ray meets one has a closed form, and so has the normal
 there. Colours of skin, hair, eyes and lips belong to the head and turn with it. What is seen is colour times shading
-(`lightspan.nn.harmonic_light`), before a ground that no light falls on; a clip's shading is the same head in white.
+(`lightspan.datamodules.rendered.harmonic_light`), before a ground that no light falls on; a clip's shading is the same
+head in white.
 Shapes: B heads, T frames, K ellipsoids, H W pixels, P = H*W of them. Axes: x to the right, y up, z to the camera.
 """
 
@@ -14,8 +15,8 @@ import torch
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.rendered.data import ChannelMoments, RenderedSamples, RenderedSets, require_pictures
 from lightspan.datamodules.rendered.draws import Draws
+from lightspan.datamodules.rendered.harmonic_light import COEFFICIENTS, CONSTANT, shading
 from lightspan.datamodules.video.batch import LitClipBatch
-from lightspan.nn.harmonic_light import COEFFICIENTS, CONSTANT, shading
 
 FPS = 25.0
 REACH = 1.25

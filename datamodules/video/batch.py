@@ -58,7 +58,8 @@ class LitClipBatch(TypedDict):
     shading: the face of each frame in white under the light of the clip, in pixels where 1 is as bright as white under
         even light, and 0 beside it.
     embedding: of the reference.
-    light: nine coefficients for each colour, see `lightspan.nn.harmonic_light`: to judge by, not to learn from.
+    light: nine coefficients for each colour, see `lightspan.datamodules.rendered.harmonic_light`: to judge by, not to
+        learn from.
     label: the person.
     """
 

@@ -6,8 +6,8 @@ import torch
 
 from lightspan.core.errors import UserError
 from lightspan.datamodules.rendered.draws import Draws
+from lightspan.datamodules.rendered.harmonic_light import CONSTANT, fitted_light, shading
 from lightspan.datamodules.rendered.heads import REACH, HeadSpace, LitHeads, heads_of, seen, turned
-from lightspan.nn.harmonic_light import CONSTANT, fitted_light, shading
 
 SPACE = HeadSpace(16, 3, 30.0, False)
 

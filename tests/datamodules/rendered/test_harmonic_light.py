@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightspan.nn.harmonic_light import CONSTANT, LAMBERT, fitted_light, harmonics, shading
+from lightspan.datamodules.rendered.harmonic_light import CONSTANT, LAMBERT, fitted_light, harmonics, shading
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
