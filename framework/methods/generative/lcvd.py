@@ -4,8 +4,8 @@ Source: Guo et al., "High-Fidelity Relightable Monocular Portrait Animation with
 Model", CVPR 2025, arXiv 2502.19894. Who a clip shows comes from a picture of the person, the reference; pose,
 expression and light come from a shaded face of the same geometry without colours, rendered for each frame
 (`lightspan.datamodules.rendered.harmonic_light`). Two adapters that start at zero (`lightspan.nn.hint_encoder`) add
-both to the first features of a U-Net. Beside the noisy clip the U-Net reads the reference, without its face, which can thus come through
-the adapters alone. Noise, scaling and sampler are those of `lightspan.objectives.edm`, with which
+both to the first features of a U-Net. Beside the noisy clip the U-Net reads the reference, without its face, which can
+thus come through the adapters alone. Noise, scaling and sampler are those of `lightspan.objectives.edm`, with which
 L = mean w (D - clean)^2 + face_weight * the same over the face, w = 1 / c_out^2.
 What is drawn is guided away from what the model draws without some of the hints: without the shading, the light is
 stronger; without both, everything is.
