@@ -87,8 +87,10 @@ def heads_of(draws: Draws) -> Heads:
     hair_tone = draws.between(0.08, 0.75)[:, None] * draws.between(0.6, 1.0, 3)
     skin = np.clip(tone * draws.between(0.9, 1.1, 3), 0, 1)
     lips = np.clip(skin * np.array([1.05, 0.6, 0.6], np.float32), 0, 1)
+    places, halves = (np.stack([np.stack(part, axis=1) for part in parts], axis=1) for parts in (centre, radii))
     return Heads(
-        *(np.stack([np.stack(part, axis=1) for part in parts], axis=1) for parts in (centre, radii)),
+        places,
+        halves,
         skin,
         hair_tone,
         draws.between(0.02, 0.5, 3),

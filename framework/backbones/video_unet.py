@@ -190,12 +190,12 @@ class VideoUNet(nn.Module):
             x = x + hint_BDTHW
         kept = [x]
         for layers, halve in zip(self.down, self.halve, strict=True):
-            for layer in layers:  # type: ignore[union-attr]
+            for layer in layers:  # type: ignore[attr-defined]
                 kept.append(x := layer(x, level_BE))
             x = as_clip(halve(as_frames(x)), frames)
         x = self.middle(x, level_BE)
         for layers in self.up:
-            for layer in layers:  # type: ignore[union-attr]
+            for layer in layers:  # type: ignore[attr-defined]
                 x = layer(torch.cat([_like(x, kept[-1]), kept.pop()], dim=1), level_BE)
         x = torch.cat([x, kept.pop()], dim=1)
         return as_clip(self.last(F.silu(self.norm(as_frames(x)))), frames)
