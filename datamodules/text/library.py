@@ -1,4 +1,4 @@
-"""Source of a Python library as two kinds of documents: its code without docstrings, and its docstrings. No download."""
+"""Source of a Python library as two kinds of documents: code without docstrings, and docstrings. No download."""
 
 import ast
 import hashlib

@@ -96,9 +96,7 @@ class ClimbMixture(Estimator):
         self.repeats, self.temper, self.candidates, self.seed = repeats, temper, candidates, seed
 
     def fit(self, features: Features, samples: NamedSamples, proxy: MixtureLosses) -> SelectedData:
-        """Raises: UserError for features that are not of all samples or not finite, and for limits that no mixture
-        keeps.
-        """
+        """Raises: UserError for features that are not of all samples, or not finite."""
         if len(samples.places(features)) < samples.count:
             raise UserError(
                 f"{len(features):,} features are not of all {samples.count:,} training samples, and a mixture needs "

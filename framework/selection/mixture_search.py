@@ -5,7 +5,8 @@ Source: Diao et al., "CLIMB: CLustering-based Iterative Data Mixture Bootstrappi
 a pool of which the next round is drawn at random, and the best prediction as the answer. Sizes, limits and settings of
 the trees are those of the code that its authors published. Different here: later rounds are drawn around the same prior
 as the first and within the same limits, where that code draws around the natural one without any, so that small
-groups hardly rise; trees have no L1 penalty, which scikit-learn's lack; and the answer is tried as well.
+groups hardly rise; draws beyond the limits are moved and not rejected; trees have no L1 penalty, which those of
+scikit-learn lack; and the answer is tried as well.
 
 Shapes: M mixtures, G groups.
 """
@@ -23,18 +24,18 @@ Losses = Callable[[np.ndarray], np.ndarray]
 """Steps of mixtures [M G] -> float64 [M], of which less is better."""
 POOL = 128
 FOLDS = 5
-PATIENCE = 20
+TREES, RATE, PATIENCE = 1000, 0.01, 20
 
 
 def boosted_trees(steps_MG: np.ndarray, loss_M: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A regression from mixtures to losses, by gradient-boosted trees of depth 4, at a rate of 0.01.
+    """A regression from mixtures to losses, by gradient-boosted trees of depth 4.
 
-    With a tenth of 20 or more mixtures it is found where up to 1,000 trees no longer help; of fewer all are fitted.
+    A tenth of 20 or more mixtures tells where further trees no longer help; of fewer all are fitted.
     """
     enough = len(loss_M) >= PATIENCE
     trees = HistGradientBoostingRegressor(
-        learning_rate=0.01,
-        max_iter=1000,
+        learning_rate=RATE,
+        max_iter=TREES,
         max_depth=4,
         min_samples_leaf=min(5, max(1, len(loss_M) // 4)),
         l2_regularization=1.0,

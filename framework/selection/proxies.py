@@ -39,19 +39,6 @@ class TrainedOn(NamedTuple):
     losses: Callable[[DataSelection, int], Losses]
 
 
-class Proxy(Input):
-    """A small model that stands for the one that is to be trained. Its losses are kept in the feature store as soon as
-    they are known, so that a search that was interrupted goes on with the proxies that are left.
-    """
-
-    def load(self, store: FeatureStore) -> "MixtureLosses":
-        return MixtureLosses(self.trained_on(), store)
-
-    @abstractmethod
-    def trained_on(self) -> TrainedOn:
-        """Reads the data."""
-
-
 @dataclass(frozen=True)
 class MixtureLosses:
     """The losses of a proxy, from the store, or computed if they are not there."""
@@ -84,3 +71,16 @@ class MixtureLosses:
                 "check its settings and data"
             )
         return loss_M2
+
+
+class Proxy(Input):
+    """A small model that stands for the one that is to be trained. Its losses are kept in the feature store as soon as
+    they are known, so that a search that was interrupted goes on with the proxies that are left.
+    """
+
+    def load(self, store: FeatureStore) -> MixtureLosses:
+        return MixtureLosses(self.trained_on(), store)
+
+    @abstractmethod
+    def trained_on(self) -> TrainedOn:
+        """Reads the data."""

@@ -67,9 +67,7 @@ class TrigramModel:
         strength: k.
     """
 
-    def __init__(
-        self, pool: TokenWindows, count: int, target_U3: np.ndarray, vocabulary: int, strength: float
-    ) -> None:
+    def __init__(self, pool: TokenWindows, count: int, target_U3: np.ndarray, vocabulary: int, strength: float) -> None:
         self.vocabulary, self.strength = vocabulary, strength
         place = vocabulary ** np.arange(2, -1, -1, dtype=np.int64)
         parts, self.at = list[csr_array](), list[np.ndarray]()
@@ -129,7 +127,7 @@ class TrigramProxy(Proxy):
         own, other = (getattr(data, "num_tokens", None) for data in (self.data, self.target))
         if own is None or own != other:
             raise UserError(
-                f"data and target of TrigramProxy have {own} and {other} numbers of tokens; give both the same tokenizer"
+                f"data and target of TrigramProxy have {own} and {other} numbers of tokens; give both one tokenizer"
             )
         windows = TokenWindows.of(asked)
         if len(np.unique(windows.sample_W)) < 2:
