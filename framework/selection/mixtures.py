@@ -28,7 +28,7 @@ def stepped(share_MG: np.ndarray) -> np.ndarray:
 
 
 def caps(prior_G: np.ndarray, repeats: float) -> np.ndarray:
-    """The most steps of each group, int64 [G]: its prior times `repeats`, at least the prior and at most all of them."""
+    """The most steps of each group, int64 [G]: its prior times `repeats`, at least the prior, at most all."""
     return np.clip(np.floor(GRID * repeats * prior_G), np.ceil(GRID * prior_G), GRID).astype(np.int64)
 
 
