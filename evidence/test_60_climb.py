@@ -4,9 +4,9 @@ The pool is 200 files in pieces of 500 bytes, of which about one in six is of do
 by n-grams that knows neither; a proxy is a smoothed model of three bytes in a row, trained on 200,000 bytes of a
 mixture. 16, 8 and 4 proxies and one for the answer are searched by half of the target's pieces, and the figure is the
 loss on the other half, in nats a byte, of eight proxies that are trained anew, with seeds that no search has seen, so
-that no arm is paid for lucky draws. The baseline is the best of as many random mixtures, drawn in the same way. Floor: all
-groups alike, and for the predictor one that is fitted on losses of other mixtures. Ceiling: the best of 400 random
-mixtures by the reported half itself, and for the predictor the losses of proxies trained with another seed.
+that no arm is paid for lucky draws. The baseline is the best of as many random mixtures, drawn in the same way. Floor:
+all groups alike, the natural mixture, and a predictor that is fitted on losses of other mixtures. Ceiling: the best of
+400 random mixtures by the reported half itself, and in place of predictions the losses of proxies with another seed.
 
 The control is a target like the pool, pieces of the files held out of both kinds: nothing is to be gained there, and
 the search has to say so or to lose nothing.
