@@ -21,7 +21,7 @@ from lightspan.evaluation.features.identity import data_identity, module_identit
 from lightspan.selection.proxies import Losses, Proxy, TrainedOn
 
 
-class Held:
+class LoadedBatches:
     """Batches that are loaded."""
 
     def __init__(self, batches: list[Any]) -> None:
@@ -83,10 +83,10 @@ class TrainedProxy(Proxy):
             "data": data_identity(self.data, bank),
             "target": data_identity(self.target, asked),
         }
-        halves = Held(batches[::2]), Held(batches[1::2])
+        halves = LoadedBatches(batches[::2]), LoadedBatches(batches[1::2])
         return TrainedOn(identity, lambda selection, seed: self._losses(selection, seed, halves))
 
-    def _losses(self, selection: DataSelection, seed: int, halves: tuple[Held, Held]) -> Losses:
+    def _losses(self, selection: DataSelection, seed: int, halves: tuple[LoadedBatches, LoadedBatches]) -> Losses:
         with _own_randomness(seed), tempfile.TemporaryDirectory() as folder:
             data, method = copy.copy(self.data), copy.deepcopy(self.method)
             data.selection, data.seed = str(Path(folder, "mixture.safetensors")), seed

@@ -1,5 +1,6 @@
 """Mixtures, the search over them and its proxies, against planted optima, loops and independent implementations."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rank_processes
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule
@@ -214,6 +217,28 @@ def test_a_search_that_was_interrupted_goes_on_where_it_was_and_ends_alike(tmp_p
     again = Counting(far_from([0.1, 0.1, 0.8]))
     ClimbMixture(**QUICK).fit(X, OF_X, again.kept_in(tmp_path / "whole"))
     assert again.calls == 0
+
+
+def mixtures_of_x(count: int) -> list[DataSelection]:
+    group_N = np.arange(120) % 3
+    share_MG = np.random.default_rng(0).dirichlet(np.ones(3), size=count)
+    return [DataSelection(120, OF_X.name, "", group_N=group_N, mixture_G=share_G) for share_G in share_MG]
+
+
+def one_rank(index: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=2)
+    proxy = Counting(far_from([0.1, 0.1, 0.8]))
+    found = proxy.kept_in(Path(folder, "shared")).of(mixtures_of_x(5), [0, 1, 2, 3, 4])
+    Path(folder, f"{index}.json").write_text(json.dumps([found.tolist(), proxy.calls]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_ranks_share_the_proxies_and_know_all_losses(tmp_path: Path) -> None:
+    rank_processes.start(one_rank, 2, str(tmp_path))
+    expected = Counting(far_from([0.1, 0.1, 0.8])).kept_in(tmp_path / "own").of(mixtures_of_x(5), [0, 1, 2, 3, 4])
+    for index, calls in ((0, 3), (1, 2)):
+        assert json.loads(Path(tmp_path, f"{index}.json").read_text()) == [expected.tolist(), calls]
 
 
 @pytest.mark.usefixtures("few_trees")
