@@ -36,7 +36,7 @@ class TokenWindows(NamedTuple):
         """Those of all samples. Tokens where `mask` is 0 are left out. Raises: UserError for batches without `tokens`
         and `mask`.
         """
-        found, samples, before = list[np.ndarray](), list[np.ndarray](), 0
+        found, samples, before = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)], 0
         for batch in batches:
             tokens, mask = batch.get("tokens"), batch.get("mask")
             if not isinstance(tokens, Tensor) or not isinstance(mask, Tensor) or tokens.ndim != 2:
@@ -44,10 +44,10 @@ class TokenWindows(NamedTuple):
                     f"trigrams are counted in tokens and mask [B, T], and a batch has {', '.join(sorted(batch))}; give "
                     "texts such as those of lightspan.datamodules.text.corpus.Corpus with the form Padded"
                 )
-            windows_BT3 = tokens.unfold(1, 3, 1).numpy() if tokens.shape[1] > 2 else np.zeros((len(tokens), 0, 3))
-            whole_BT = mask.unfold(1, 3, 1).numpy().all(axis=2) if tokens.shape[1] > 2 else windows_BT3.any(axis=2)
-            found.append(windows_BT3[whole_BT].astype(np.int64))
-            samples.append(before + np.nonzero(whole_BT)[0])
+            if tokens.shape[1] >= 3:
+                whole_BT = mask.unfold(1, 3, 1).bool().all(dim=2)
+                found.append(tokens.unfold(1, 3, 1)[whole_BT].long().numpy())
+                samples.append(before + whole_BT.nonzero()[:, 0].numpy())
             before += len(tokens)
         return cls(np.concatenate(found), np.concatenate(samples))
 
