@@ -36,6 +36,7 @@ from lightspan.selection.trigrams import TrigramProxy
 
 SEEDS, SEARCH_SEED = (0, 1, 2, 3, 4), 100
 ROUNDS, CANDIDATES, REPEATS, TEMPER = (16, 8, 4), 20_000, 15.0, 0.5
+TOKENS = 200_000
 CLUSTERS, GROUPS, COMPONENTS = 50, 10, 50
 MANY, FRESH = 400, 60
 OTHER = 1000  # added to a seed where losses are reported: proxies that no search has seen
@@ -56,7 +57,7 @@ def embedded() -> torch.Tensor:
 
 @cache
 def proxy(parts: tuple) -> TrainedOn:
-    return TrigramProxy(texts(("code", "docstrings")), texts(parts)).trained_on()
+    return TrigramProxy(texts(("code", "docstrings")), texts(parts), tokens=TOKENS).trained_on()
 
 
 @dataclass(frozen=True)
