@@ -88,7 +88,8 @@ class TrainedProxy(Proxy):
 
     def _losses(self, selection: DataSelection, seed: int, halves: tuple[LoadedBatches, LoadedBatches]) -> Losses:
         with _own_randomness(seed), tempfile.TemporaryDirectory() as folder:
-            data, method = copy.copy(self.data), copy.deepcopy(self.method)
+            data: Any = copy.copy(self.data)
+            method = copy.deepcopy(self.method)
             data.selection, data.seed = str(Path(folder, "mixture.safetensors")), seed
             selection.write(Path(folder, "mixture.safetensors"))
             trainer = Trainer(
