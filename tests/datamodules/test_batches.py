@@ -107,6 +107,7 @@ from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
 from lightspan.datamodules.text.labelled import LabelledTextFiles
+from lightspan.datamodules.text.library import LibraryTexts
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.shards import TextShards
@@ -171,6 +172,12 @@ def pictures(folder: Path, **options: Any) -> ImageFolder:
 def text_folder(folder: Path) -> str:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
+    return str(folder)
+
+
+def source_folder(folder: Path) -> str:
+    for name in ("one", "two", "three", "four"):
+        (folder / f"{name}.py").write_text('"""Something is said about this file."""\n\nX = [1, 2, 3]\n' * 4)
     return str(folder)
 
 
@@ -581,6 +588,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "ByteText": (text, "TextBatch"),
     "Corpus": (
         lambda folder: Corpus([text_folder(folder)], form=Padded(9), val_fraction=0.5, batch_size=4),
+        "DocumentBatch",
+    ),
+    "LibraryTexts": (
+        lambda folder: LibraryTexts(folder=source_folder(folder), form=Padded(9), val_fraction=0.5, batch_size=4),
         "DocumentBatch",
     ),
     "TextShards": (
