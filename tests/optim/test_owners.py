@@ -5,7 +5,9 @@ One set of processes for each number of ranks does all that the tests look at.
 
 import copy
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import rank_processes
 import torch
 import torch.distributed as dist
 from every_preset import PRESETS, of_rank
+from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -26,9 +29,10 @@ from lightspan.optim.low_rank.presets import Trion
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.matrices.moments import BFloat16Moments, Float32Moments
 from lightspan.optim.matrices.newton_schulz import operations
-from lightspan.optim.matrices.owners import divided
+from lightspan.optim.matrices.owners import bytes_of, divided, fullest_rank
 from lightspan.optim.muon import FactoredMuon, Muon
 from lightspan.optim.virtual import virtual_steps
+from lightspan.training.method import Method
 
 SHAPES = [(24, 16), (16, 24), (24, 16), (12, 40), (6, 3, 2, 4), (2, 10, 8), (64, 80), (9,)]
 """Matrices, two of one shape; a convolution; a stack; a table for AdamW, so large that one rank owns it; a vector."""
@@ -189,6 +193,38 @@ def undone() -> bool:
     return now.keys() == kept.keys() and all(torch.equal(now[w][key], kept[w][key]) for w in kept for key in kept[w])
 
 
+class Net(Method):
+    """Each epoch is one step, of two micro-batches on each of `ranks`."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__(partial(Muon, lr=0.02, owners=True))
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh(), nn.Linear(12, 6)).double()
+        self.ranks = ranks
+
+    def train_dataloader(self) -> Any:
+        draws = [torch.Generator().manual_seed(10 * self.trainer.current_epoch + rank) for rank in self.ranks]
+        rows = [torch.randn(5, 8, generator=one, dtype=torch.float64) for one in draws for _ in range(2)]
+        return torch.utils.data.DataLoader(rows, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) - batch[0, :, :6]).square().mean()
+
+
+def fit(ranks: Sequence[int], folder: str, epochs: int, start: Path | None = None) -> tuple[Trainer, list[Tensor]]:
+    """Trains with the data of these ranks, and clips; the weights afterwards."""
+    several = len(ranks) == 1
+    trainer = Trainer(
+        accelerator="cpu", devices=2 if several else 1, strategy="ddp" if several else "auto", logger=False,
+        max_epochs=epochs, reload_dataloaders_every_n_epochs=1, accumulate_grad_batches=2 * len(ranks),
+        gradient_clip_val=0.5, default_root_dir=folder, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    module = Net(ranks)
+    trainer.fit(module, ckpt_path=start)
+    return trainer, [weight.detach().clone() for weight in module.parameters()]
+
+
 def one_rank(index: int, ranks: int, folder: str, saved_by: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=index, world_size=ranks)
     before = torch.load(saved_by, weights_only=True)
@@ -200,6 +236,11 @@ def one_rank(index: int, ranks: int, folder: str, saved_by: str) -> None:
         "said": refusals(),
         "undone": undone(),
     }
+    if ranks == 2:
+        os.environ.update(LOCAL_RANK=str(index), NODE_RANK="0")
+        out["straight"] = fit([index], folder, 4)[1]
+        fit([index], folder, 2)[0].save_checkpoint(Path(folder, "half.ckpt"))
+        out["half"] = str(Path(folder, "half.ckpt"))
     torch.save(out, Path(folder, f"{index}.pt"))
     end_process_group()
 
@@ -258,6 +299,17 @@ def test_each_rank_keeps_the_state_of_its_own_parameters_alone(runs, alone, rule
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("rule", RULES)
+def test_what_the_fullest_rank_keeps_is_foreseen(runs, rule) -> None:
+    weights = parameters(rule)
+    optimizer = built(rule, weights)
+    take(optimizer, weights, range(1))
+    for ranks, outs in runs.items():
+        foreseen = fullest_rank(optimizer.divided(ranks), optimizer.state)
+        assert sum(map(bytes_of, foreseen.values())) == max(out["trained"][rule]["bytes"] for out in outs)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rule", RULES)
 def test_a_checkpoint_is_that_of_one_process_and_continues_on_any_number_of_ranks(runs, alone, rule) -> None:
     for outs in runs.values():
         assert equal_states(outs[0]["trained"][rule]["saved"], alone[rule]["saved"])
@@ -271,6 +323,18 @@ def test_each_weight_with_a_gradient_travels_once_a_step_and_nothing_else_does(r
     for out in itertools.chain(*runs.values()):
         for step, sizes in enumerate(out["traffic"]):
             assert sorted(sizes) == sorted(size for i, size in enumerate(owned) if i != 2 or step % 2 == 0)
+
+
+@pytest.mark.ranks
+def test_a_trainer_saves_the_whole_state_and_one_process_goes_on_with_it(runs, tmp_path) -> None:
+    """Gradients of two micro-batches are averaged over ranks in another order than in one process."""
+    first, second = runs[2]
+    assert equal(first["straight"], second["straight"])
+    for start in (None, Path(first["half"])):
+        for ours, theirs in zip(fit((0, 1), str(tmp_path), 4, start)[1], first["straight"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    saved = torch.load(first["half"], weights_only=True)["optimizer_states"][0]["state"]
+    assert len(saved) == len(first["straight"])
 
 
 @pytest.mark.ranks

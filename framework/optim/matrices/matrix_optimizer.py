@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightspan.core.distributed import world_size
+from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
@@ -40,9 +40,10 @@ KEYS_OF_OTHERS = frozenset((
 ))  # fmt: skip
 """What torch, its schedules and `lightspan.optim.groups` write into groups."""
 
-
 Unprojected = tuple[dict[str, Any], list[Tensor]]
-"""Parameters that get AdamW together, after their group."""
+"""A group, and those of its parameters that get AdamW together."""
+Apply = Callable[[Sequence[State]], None]
+"""A part of a step, given its state."""
 ELEMENTWISE_OPERATIONS = 20
 """Of a step of AdamW, for each number."""
 
@@ -324,19 +325,19 @@ class MatrixOptimizer(Optimizer, ABC):
         before the next step is whole: that of one process, which continues on any number of ranks. All ranks must call
         it. Lightning does before it saves, as it does for torch's ZeroRedundancyOptimizer. Otherwise it does nothing.
         """
-        if self._owners.ranks > 1:
-            others = gathered(self._owners, self.state, to)
-            self._others = others if self._owners.index == to else None
+        if (owners := self.divided(world_size())).ranks > 1:
+            others = gathered(owners, self.state, to)
+            self._others = others if owners.index == to else None
 
     def state_dict(self) -> dict[str, Any]:
         """torch's. Raises: UserError with `owners` on several ranks, unless `consolidate_state_dict` has brought the
         state of all of them here since the last step: what is saved would lack it.
         """
-        if self._owners.ranks == 1:
+        if not self.owners or not self.state or world_size() == 1:
             return super().state_dict()
         if self._others is None:
             raise UserError(
-                f"owners=True: rank {self._owners.index} has the state of its own parameters alone. Call "
+                f"owners=True: rank {rank()} has the state of its own parameters alone. Call "
                 "optimizer.consolidate_state_dict(to=0) on all ranks, then optimizer.state_dict() on rank 0; Lightning "
                 "does both when it saves a checkpoint"
             )
@@ -420,7 +421,7 @@ class MatrixOptimizer(Optimizer, ABC):
                 self.state[number] = held
                 continue
             parameter, group = owners[number]
-            if not self._owners.mine(parameter):
+            if parameter in self._owners.of and not self._owners.mine(parameter):
                 continue
             projected = self.projected(parameter, group)
             for key, value in held.items():
@@ -445,8 +446,10 @@ class MatrixOptimizer(Optimizer, ABC):
         if self.owners and not self._agreed:
             self._require_agreement()
         steps = [self.step_of(bucket) for bucket in self.buckets() if bucket.owners()]
-        sending = self._owners.sending()
-        steps.sort(key=lambda step: self._owners.place(step.bucket.parameters[0]))
+        sending: Sending | None = None
+        if self._owners.ranks > 1:
+            sending, place = Sending(self._owners), self._owners.place
+            steps.sort(key=lambda step: place[step.bucket.parameters[0]])
         unprojected = self._unprojected()
         self.used_gradients = bool(steps) or any(p.grad is not None for p in self._parameters())
         # What is chosen from these would hide what overflows in a norm.
@@ -459,13 +462,14 @@ class MatrixOptimizer(Optimizer, ABC):
         _run([
             StateTransfer(
                 step.layout.device, [step.bucket.state], [step.bucket.offloaded],
-                sending.after(step.bucket.parameters[0], partial(step.update, clip)),
+                _sent(sending, step.bucket.parameters[0], partial(step.update, clip)),
             )
             for step in steps
         ])  # fmt: skip
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
         _run(self._steps_of_unprojected(unprojected, clip, sending))
-        sending.finish()
+        if sending is not None:
+            sending.finish()
         self._checked = self.measures_norm = False
         self._others = None
         self.clips_next_at = None
@@ -580,10 +584,10 @@ class MatrixOptimizer(Optimizer, ABC):
         """
         places, owners, found, owned = self._buckets.places, self._owners, list[Unprojected](), list[Unprojected]()
         for group in self.param_groups:
-            given = [p for p in group["params"] if p.grad is not None and p not in places and owners.mine(p)]
-            found.append((group, [p for p in given if not owners.owned(p)]))
-            owned += [(group, [p]) for p in given if owners.owned(p)]
-        every = [*found, *sorted(owned, key=lambda each: owners.place(each[1][0]))]
+            given = [p for p in group["params"] if p.grad is not None and p not in places]
+            found.append((group, [p for p in given if p not in owners.of]))
+            owned += [(group, [p]) for p in given if p in owners.of and owners.mine(p)]
+        every = [*found, *sorted(owned, key=lambda each: owners.place[each[1][0]])]
         for parameter in (p for _, parameters in every for p in parameters):
             if self.state[parameter]:
                 self.placement.place(self.state[parameter], parameter)
@@ -596,7 +600,7 @@ class MatrixOptimizer(Optimizer, ABC):
         return elementwise.initial_state(like, self.moments)
 
     def _steps_of_unprojected(
-        self, unprojected: list[Unprojected], clip: Tensor | None, sending: Sending
+        self, unprojected: list[Unprojected], clip: Tensor | None, sending: Sending | None
     ) -> list[StateTransfer]:
         numbers, seed = {parameter: number for number, parameter in enumerate(self._parameters())}, self.seed
         transfers = []
@@ -607,8 +611,8 @@ class MatrixOptimizer(Optimizer, ABC):
             for part in self.placement.parts(parameters, states) if parameters else ():
                 own, first = parameters[part], parameters[part.start]
                 apply = partial(elementwise.step_elementwise, own, group, self.moments, clip, seeds[part])
-                apply = sending.after(first, apply)
-                transfers.append(StateTransfer(first.device, states[part], offloaded[part], apply))
+                sent = _sent(sending, first, apply)
+                transfers.append(StateTransfer(first.device, states[part], offloaded[part], sent))
         return transfers
 
     def _parameters(self) -> list[Tensor]:
@@ -630,7 +634,7 @@ class MatrixOptimizer(Optimizer, ABC):
         if before is not None and before[1] != now[1]:
             forget_unstepped(self.state, before[1], now[1])
         self._owners = self.divided(world_size())
-        for parameter in [p for p in self.state if not self._owners.mine(p)]:
+        for parameter in [p for p in self.state if p in self._owners.of and not self._owners.mine(p)]:
             del self.state[parameter]
         every = build_buckets(self._members(), self, self.seed, self.placement)
         self._buckets = Buckets(every, now, splits_of(self._parameters()))
@@ -675,6 +679,11 @@ def _run(transfers: Sequence[StateTransfer]) -> None:
         return
     for transfer in transfers:
         transfer.apply(transfer.states)
+
+
+def _sent(sending: Sending | None, parameter: Tensor, apply: Apply) -> Apply:
+    """A step of a parameter, after which its weights are sent if it belongs to one of several ranks."""
+    return apply if sending is None else sending.after(parameter, apply)
 
 
 def local_gradient(parameter: Tensor) -> Tensor:

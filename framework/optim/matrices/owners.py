@@ -50,6 +50,8 @@ class Owners:
 
     Attributes:
         order: parameters in the order in which their weights travel: matrices, then others, the largest first.
+        of: the rank that each of these belongs to.
+        place: where each of these is in `order`.
     """
 
     def __init__(
@@ -58,28 +60,12 @@ class Owners:
         self.ranks, self.index = ranks, rank() if index is None else index
         costs = {**matrices, **others}
         self.order = [p for part in (matrices, others) for p in sorted(part, key=lambda p: -costs[p])]
-        self._owner = dict(zip(self.order, divided([costs[p] for p in self.order], ranks), strict=True))
-        self._place = {p: place for place, p in enumerate(self.order)}
-
-    def owned(self, parameter: Tensor) -> bool:
-        """Whether the parameter belongs to one rank."""
-        return parameter in self._owner
-
-    def of(self, parameter: Tensor) -> int:
-        """The rank that it belongs to."""
-        return self._owner[parameter]
+        self.of = dict(zip(self.order, divided([costs[p] for p in self.order], ranks), strict=True))
+        self.place = {p: place for place, p in enumerate(self.order)}
 
     def mine(self, parameter: Tensor) -> bool:
         """Whether this rank steps it, be it alone or with all others."""
-        return self._owner.get(parameter, self.index) == self.index
-
-    def place(self, parameter: Tensor) -> int:
-        """Its place in `order`; -1 if all ranks step it."""
-        return self._place.get(parameter, -1)
-
-    def sending(self) -> "Sending":
-        """The weights of one step, before the first is sent."""
-        return Sending(self)
+        return self.of.get(parameter, self.index) == self.index
 
 
 NOBODY = Owners({}, {}, ranks=1, index=0)
@@ -91,12 +77,12 @@ class Sending:
 
     def __init__(self, owners: Owners) -> None:
         self.owners = owners
-        self._left = deque(p for p in owners.order if p.grad is not None and owners.ranks > 1)
+        self._left = deque(p for p in owners.order if p.grad is not None)
         self._under_way: list[tuple[Any, Tensor, Tensor]] = []
 
     def after(self, parameter: Tensor, apply: Callable[[Sequence[State]], None]) -> Callable[[Sequence[State]], None]:
         """`apply`, this rank's step of a parameter, followed by sending it. Steps are taken in the owners' order."""
-        if self.owners.ranks == 1 or not self.owners.owned(parameter):
+        if parameter not in self.owners.of:
             return apply
 
         def applied(states: Sequence[State]) -> None:
@@ -125,7 +111,7 @@ class Sending:
     def _send(self, parameter: Tensor) -> None:
         sent = parameter.detach().contiguous()  # itself, if it has no gaps and its axes are in order
         self._under_way.append(
-            (dist.broadcast(_bytes_of(sent), src=self.owners.of(parameter), async_op=True), parameter, sent)
+            (dist.broadcast(_bytes_of(sent), src=self.owners.of[parameter], async_op=True), parameter, sent)
         )
 
 
@@ -133,13 +119,13 @@ def gathered(owners: Owners, state: Mapping[Tensor, State], to: int) -> dict[Ten
     """On the rank `to`, what the other ranks own of a state, in host memory, one tensor after the other; empty on all
     others. All ranks must call it.
     """
-    own = {owners.place(p): held for p, held in state.items() if owners.owned(p) and owners.mine(p)}
+    own = {owners.place[p]: held for p, held in state.items() if p in owners.of and owners.mine(p)}
     said = {at: {key: (value.shape, value.dtype) for key, value in held.items()} for at, held in own.items()}
     every: list[Any] = [None] * owners.ranks
     dist.all_gather_object(every, said)
     found: dict[Tensor, State] = {}
     for at, parameter in enumerate(owners.order):
-        source = owners.of(parameter)
+        source = owners.of[parameter]
         if source == to or at not in every[source] or owners.index not in (source, to):
             continue
         for key, (shape, dtype) in every[source][at].items():
@@ -154,14 +140,28 @@ def gathered(owners: Owners, state: Mapping[Tensor, State], to: int) -> dict[Ten
     return found
 
 
+def fullest_rank(owners: Owners, state: Mapping[Tensor, State]) -> dict[Tensor, State]:
+    """Of a state that one process has whole, the part of the rank that has most."""
+    sizes = [0] * owners.ranks
+    for parameter, held in state.items():
+        if parameter in owners.of:
+            sizes[owners.of[parameter]] += bytes_of(held)
+    most = sizes.index(max(sizes))
+    return {parameter: held for parameter, held in state.items() if owners.of.get(parameter, most) == most}
+
+
+def bytes_of(held: State) -> int:
+    """Of one parameter's state."""
+    return sum(value.nbytes for value in held.values())
+
+
 def require_equal_weights(owners: Owners, parameters: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
     """All ranks must call it.
 
     Raises: UserError if ranks differ in a parameter or in its owner: its owner's would overwrite the others.
     """
     own = [
-        (tuple(p.shape), str(p.dtype), int(_bits(p).sum(dtype=torch.int64)), owners.of(p) if owners.owned(p) else -1)
-        for p in parameters
+        (tuple(p.shape), str(p.dtype), int(_bits(p).sum(dtype=torch.int64)), owners.of.get(p, -1)) for p in parameters
     ]
     every: list[Any] = [None] * owners.ranks
     dist.all_gather_object(every, own)
