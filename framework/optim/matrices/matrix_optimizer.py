@@ -582,18 +582,23 @@ class MatrixOptimizer(Optimizer, ABC):
         """Parameters that have a gradient and are not projected, as far as this rank steps them, by group; their state
         exists when this returns. What belongs to one rank is alone, in the order in which it travels.
         """
-        places, owners, found, owned = self._buckets.places, self._owners, list[Unprojected](), list[Unprojected]()
+        places, owners = self._buckets.places, self._owners
+        found: list[Unprojected] = []
+        owned: list[Unprojected] = []
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None and p not in places]
             found.append((group, [p for p in given if p not in owners.of]))
             owned += [(group, [p]) for p in given if p in owners.of and owners.mine(p)]
-        every = [*found, *sorted(owned, key=lambda each: owners.place[each[1][0]])]
-        for parameter in (p for _, parameters in every for p in parameters):
-            if self.state[parameter]:
-                self.placement.place(self.state[parameter], parameter)
-            else:
-                self.state[parameter] = self.placement.create(partial(self._elementwise_state, parameter), parameter)
-        return every
+        if owned:
+            found += sorted(owned, key=lambda each: owners.place[each[1][0]])
+        for _, parameters in found:
+            for parameter in parameters:
+                if self.state[parameter]:
+                    self.placement.place(self.state[parameter], parameter)
+                else:
+                    make = partial(self._elementwise_state, parameter)
+                    self.state[parameter] = self.placement.create(make, parameter)
+        return found
 
     def _elementwise_state(self, parameter: Tensor, device: torch.device) -> State:
         like = parameter if parameter.device == device else torch.empty_like(parameter, device=device)
