@@ -33,7 +33,7 @@ class SubspaceProjection(Callback):
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
             the printed table says. None: the weights that `lightspan.optim.groups` counts as matrices, so neither
             embeddings nor the output head of a language model.
-        basis, residual, inner, moments, refresh, scale, backward, seed, offload: see
+        basis, residual, inner, moments, refresh, scale, backward, seed, offload, owners: see
             `lightspan.optim.low_rank.optimizer.LowRank`.
     Raises: UserError for a setting out of range; when fitting starts, for a pattern that matches nothing in any
         optimiser, a rank too large for all of them, or a matched optimiser other than Adam and AdamW.
@@ -54,9 +54,17 @@ class SubspaceProjection(Callback):
         backward: Literal["whole", "hooks", "projected"] = "whole",
         seed: int = 0,
         offload: bool = False,
+        owners: bool = False,
     ) -> None:
         require_patterns(match or [], "SubspaceProjection match")
-        own = {"rank": rank, "scale": scale, "backward": backward, "seed": seed, "offload": offload}
+        own = {
+            "rank": rank,
+            "scale": scale,
+            "backward": backward,
+            "seed": seed,
+            "offload": offload,
+            "owners": owners,
+        }
         require_valid("SubspaceProjection", own)
         self.match = match
         self.options = {

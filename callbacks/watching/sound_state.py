@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from lightspan.core.sharded import local
+from lightspan.optim.virtual import own_state
 
 
 class SoundState:
@@ -19,7 +20,7 @@ class SoundState:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.module = {name: _copied(local(value)) for name, value in _tensors(module).items()}
-        self.optimizers = [tree_map(_copied, optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self.optimizers = [tree_map(_copied, own_state(optimizer)) for optimizer in trainer.optimizers]
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self.bases = [list(getattr(one.scheduler, "base_lrs", [])) for one in trainer.lr_scheduler_configs]
 

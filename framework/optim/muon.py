@@ -33,7 +33,7 @@ from torch import Tensor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
-from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, shape_factor
+from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, operations_of, shape_factor
 from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
@@ -72,6 +72,9 @@ class _WholeMatrices(TwoRates):
 
     def step_of(self, bucket: Bucket) -> StackStep:
         return _Step(bucket, self)
+
+    def operations(self, layout: Layout) -> int:
+        return operations_of(layout, layout.size)
 
     def fixed(self) -> dict[str, str]:
         return {"update": type(self).__name__, "by_heads": str(self.by_heads), "moments": described(self.moments)}
@@ -306,6 +309,9 @@ class Dion2(_WholeMatrices):
             "fraction": fraction, "momentum": momentum, "convention": convention, "precision": precision,
         }  # fmt: skip
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
+
+    def operations(self, layout: Layout) -> int:
+        return operations_of(layout, math.ceil(self.settings["fraction"] * layout.size))
 
     def direction(self, gradient_BMN: Tensor, step: StackStep) -> Tensor:
         layout, group, state = step.layout, step.bucket.group, step.state

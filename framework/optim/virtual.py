@@ -6,6 +6,7 @@ They are the optimiser's own, with its rule, rates and state, so that what is se
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,18 @@ def virtual_steps(optimizer: Optimizer, keep_state: bool = False) -> Iterator[No
     Args:
         keep_state: let the state go on from where the virtual steps leave it.
     """
-    before = None if keep_state else copy.deepcopy(optimizer.state_dict())
+    before = None if keep_state else copy.deepcopy(own_state(optimizer))
     with uncounted(optimizer):
         try:
             yield
         finally:
             if before is not None:
                 optimizer.load_state_dict(before)
+
+
+def own_state(optimizer: Optimizer) -> dict[str, Any]:
+    """What this rank's `load_state_dict` takes back: where ranks own parts of the state, its own part."""
+    return getattr(optimizer, "own_state_dict", optimizer.state_dict)()
 
 
 def step_on(loss: Tensor, optimizer: Optimizer) -> None:

@@ -270,6 +270,7 @@ def test_an_optimiser_without_adams_moments_is_refused(tmp_path):
 
 
 def test_settings_out_of_range_are_refused_when_the_callback_is_built():
-    for name, value in (("rank", "64"), ("scale", 0.0), ("seed", 1.5), ("backward", "half"), ("offload", 1)):
+    wrong = {"rank": "64", "scale": 0.0, "seed": 1.5, "backward": "half", "offload": 1, "owners": 1}
+    for name, value in wrong.items():
         with pytest.raises(UserError, match=f"SubspaceProjection {name}={value!r}"):
             SubspaceProjection(**{name: value})

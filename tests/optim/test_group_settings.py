@@ -52,6 +52,7 @@ SAME_EQUATIONS = {
     "params": "what is stepped",
     "check_finite": "refuses a step, changes none",
     "offload": "where state lives between steps",
+    "owners": "which rank takes which part of a step",
     "backward": "when gradients are projected, and what becomes of them",
     "start": "known by its sha256, which a state has",
 }

@@ -37,6 +37,7 @@ from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+from lightspan.optim.matrices.owners import bytes_of, fullest_rank
 from lightspan.optim.random_subspace import RandomSubspace
 
 _FEW = (2, 4)
@@ -286,12 +287,25 @@ class _Step:
             yield lambda rows: self._at_home(counter.count(resized(self.batch, rows, self.batch_type), rows), made)
 
     def _at_home(self, found: StepMemory, made: list[Optimizer]) -> StepMemory:
-        """On a device, without the state that lives on the host, but with room for its transfers. What is counted here,
-        on the host, has all of it in one place.
+        """Without the state that other ranks own, on the rank that has most of it; and on a device without that which
+        lives on the host, but with room for its transfers. What is counted here has all of it in one place.
         """
+        own = [each for each in made if isinstance(each, MatrixOptimizer)]
+        kept = [fullest_rank(each.divided(self.division.ranks), each.state) for each in own]
+        elsewhere = sum(
+            bytes_of(held)
+            for each, here in zip(own, kept, strict=True)
+            for parameter, held in each.state.items()
+            if parameter not in here
+        )
+        if elsewhere:
+            note = f"{in_mib(elsewhere)} MiB of optimiser state belong to other ranks, and are not counted above"
+            self.notes = [*dict.fromkeys([*self.notes, note])]
+            state, peak = found.optimizer_state - elsewhere, found.peak - elsewhere
+            found = dataclasses.replace(found, optimizer_state=state, peak=peak)
         if not self.on_device:
             return found
-        sizes = [each.placement.sizes(each.state) for each in made if isinstance(each, MatrixOptimizer)]
+        sizes = [each.placement.sizes(here) for each, here in zip(own, kept, strict=True)]
         offloaded, transferred = (sum(size) for size in zip((0, 0), *sizes, strict=True))
         state, peak = found.optimizer_state - offloaded, found.peak - offloaded + transferred
         return dataclasses.replace(found, optimizer_state=state, peak=peak, host_state=offloaded)

@@ -13,7 +13,14 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import MomentStorage
-from lightspan.optim.matrices.newton_schulz import STEPS, Convention, Precision, direction_of, shape_factor
+from lightspan.optim.matrices.newton_schulz import (
+    STEPS,
+    Convention,
+    Precision,
+    direction_of,
+    operations_of,
+    shape_factor,
+)
 from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
@@ -56,6 +63,10 @@ class Inner(ABC):
     @abstractmethod
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction [B M R], a new tensor; updates `state` in place."""
+
+    def operations(self, layout: Layout) -> int:
+        """About how many `direction` takes for one matrix: a few for each coordinate."""
+        return 20 * layout.rows * layout.rank
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,9 @@ class NewtonSchulz(Inner):
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         return {}
+
+    def operations(self, layout: Layout) -> int:
+        return operations_of(layout, layout.rank, self.steps)
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         found_BMR = direction_of(coordinates_BMR, setting.layout, self.precision, self.steps)

@@ -60,9 +60,9 @@ class LowRank(MatrixOptimizer):
             `attach` of `lightspan.optim.low_rank.gradients`; norms for `max_norm` are then computed inside the frames,
             and neither torch's clip_grad_norm_ nor GradScaler sees what is in coordinates: the former has no effect on
             it, the latter is refused.
-        moments, scale, betas, eps, weight_decay, max_norm, check_finite, seed, offload: as in
+        moments, scale, betas, eps, weight_decay, max_norm, check_finite, seed, offload, owners: as in
             `lightspan.optim.matrices.matrix_optimizer.MatrixOptimizer`. `scale` is GaLore's alpha, random frames are
-            drawn from `seed`, and frames never live on the host.
+            drawn from `seed`, and frames never live on the host. `owners` needs backward="whole".
     Raises: UserError also for parts that do not fit, and if `rank` is below the shorter side of no parameter, unless
         all groups have project=False.
     """
@@ -91,16 +91,17 @@ class LowRank(MatrixOptimizer):
         check_finite: bool = True,
         seed: int = 0,
         offload: bool = False,
+        owners: bool = False,
     ) -> None:
         require_valid(type(self).__name__, {"rank": rank, "backward": backward})
         trigger = Every(refresh) if isinstance(refresh, int) else refresh
         self.rule = UpdateRule(basis or PowerBasis(), residual or NoResidual(), inner, moments, trigger)
         self.backward = backward
-        require_fit(self.rule, backward, offload)
+        require_fit(self.rule, backward, offload, owners)
         self.settings, self.stays = {"rank": rank, **self.rule.settings()}, self.rule.of_frames
         super().__init__(
             params, lr, moments=moments, scale=scale, betas=betas, eps=eps, weight_decay=weight_decay,
-            max_norm=max_norm, check_finite=check_finite, seed=seed, offload=offload,
+            max_norm=max_norm, check_finite=check_finite, seed=seed, offload=offload, owners=owners,
         )  # fmt: skip
 
     @property
@@ -109,6 +110,10 @@ class LowRank(MatrixOptimizer):
 
     def initial(self, layout: Layout) -> State:
         return self.rule.initial(layout)
+
+    def operations(self, layout: Layout) -> int:
+        there_and_back = 4 * layout.rows * layout.size * layout.rank
+        return there_and_back + self.rule.inner.operations(layout)
 
     def step_of(self, bucket: Bucket) -> BucketStep:
         return BucketStep(bucket, self.rule)

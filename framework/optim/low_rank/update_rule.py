@@ -74,8 +74,15 @@ class UpdateRule:
         }
 
 
-def require_fit(rule: UpdateRule, backward: str, offload: bool) -> None:
-    """Raises: UserError for parts of a rule that do not fit one another, the backward mode or state on the host."""
+def require_fit(rule: UpdateRule, backward: str, offload: bool, owners: bool) -> None:
+    """Raises: UserError for parts of a rule that do not fit one another, the backward mode, state on the host, or
+    owners.
+    """
+    if owners and backward != "whole":
+        raise UserError(
+            f"backward={backward!r} projects gradients on every rank, which needs the frames that owners={owners} "
+            "keeps on one rank each; set owners=False, or backward='whole'"
+        )
     if offload and rule.basis.momentum and not rule.residual.feeds_back:
         raise UserError(
             f"offload={offload} keeps moments on the host until gradients are projected, but PowerBasis momentum="

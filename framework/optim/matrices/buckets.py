@@ -86,6 +86,8 @@ class Member:
         stacked: whether it counts as a stack of matrices [E out in].
         heads: how many of its rows belong to each attention head, see `Layout`.
         saved: its state so far; empty if it has none.
+        alone: whether it has a bucket to itself, so that its steps do not depend on what else this rank steps.
+        here: whether this rank steps it.
     """
 
     parameter: Tensor
@@ -95,11 +97,14 @@ class Member:
     heads: tuple[int, ...]
     name: str
     saved: State
+    alone: bool = False
+    here: bool = True
 
 
 def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, placement: StatePlacement) -> list[Bucket]:
     """Groups what can step together: parameters of one group whose matrices have one shape, one rank, and their
-    axes in one order in memory; the rows of moved ones are made alike.
+    axes in one order in memory; the rows of moved ones are made alike. What other ranks step counts for the seeds, and
+    gets no bucket.
 
     Raises: UserError for saved state of another rule or another rank.
     """
@@ -112,7 +117,8 @@ def build_buckets(members: Sequence[Member], rule: StateMaker, seed: int, placem
         matrix = local(parameter) if shards is not None and shards.moved else canonical(like)
         look = (matrix.shape, matrix.stride(), matrix_shape(like), is_wide(like), shards, count, ranks_of(parameter))
         key = (id(member.group), member.stacked, look, parameter.dtype, parameter.device, member.rank, member.heads)
-        alike[key].append((member, order if slices is None else order + slices.start))
+        if member.here:
+            alike[key].append((member, order if slices is None else order + slices.start))
         order += count if slices is None else slices.total
     buckets = []
     for pairs in (part for one_kind in alike.values() for part in _parts(one_kind, rule, placement)):
@@ -144,9 +150,9 @@ def _parts(
     """
     member, shards = pairs[0][0], shards_of(pairs[0][0].parameter)
     least = 1 if shards is None else shards.ranks.count
-    count = len(pairs)
+    count = 1 if member.alone else len(pairs)
     if rule.projects_late:
-        count = max(LARGEST_STACK // member.parameter.shape.numel(), least)
+        count = min(count, max(LARGEST_STACK // member.parameter.shape.numel(), least))
     if (fitting := placement.largest_count(_offloaded_size(member, rule, placement))) is not None:
         count = min(count, max(fitting, least))
     return (pairs[start : start + count] for start in range(0, len(pairs), count))

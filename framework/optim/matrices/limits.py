@@ -58,6 +58,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_norm": (lambda value: value is None or (_is_number(value) and value > 0), "above 0, or None"),
     "backward": (lambda value: value in ("whole", "hooks", "projected"), "'whole', 'hooks' or 'projected'"),
     "offload": (lambda value: isinstance(value, bool), "True or False"),
+    "owners": (lambda value: isinstance(value, bool), "True or False"),
     "momentum": (_is_share, "in [0, 1)"),
     "beta2": (_is_share, "in [0, 1)"),
     "nu": (

@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
@@ -18,6 +20,15 @@ from lightspan.optim.matrices.buckets import Member, build_buckets, forget_unste
 from lightspan.optim.matrices.limits import refuse_unknown_settings, require_part, require_valid
 from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
+from lightspan.optim.matrices.owners import (
+    NOBODY,
+    SMALLEST_OWNED,
+    Owners,
+    Sending,
+    gathered,
+    require_equal_weights,
+    require_whole_weights,
+)
 from lightspan.optim.matrices.placement import HostState, StatePlacement, StateTransfer, run_offloaded
 from lightspan.optim.matrices.projected import Selection, require_some_projected
 from lightspan.optim.matrices.shapes import count_of, one_of, require_shapes
@@ -28,6 +39,13 @@ KEYS_OF_OTHERS = frozenset((
     "base_momentum",
 ))  # fmt: skip
 """What torch, its schedules and `lightspan.optim.groups` write into groups."""
+
+Unprojected = tuple[dict[str, Any], list[Tensor]]
+"""A group, and those of its parameters that get AdamW together."""
+Apply = Callable[[Sequence[State]], None]
+"""A part of a step, given its state."""
+ELEMENTWISE_OPERATIONS = 20
+"""Of a step of AdamW, for each number."""
 
 
 class ParameterInfo(NamedTuple):
@@ -69,12 +87,17 @@ class MatrixOptimizer(Optimizer, ABC):
         offload: whether state lives on the host between steps, except for that of small parameters and what `stays`;
             see `lightspan.optim.matrices.placement`. Without effect for parameters that are on the host themselves. The
             host waits once a step for the last of it to come back.
+        owners: whether ranks that have the same weights, those of DDP, divide the step: each matrix, and each other
+            parameter of at least 4096 numbers, belongs to one rank, which alone has its state and steps it, and sends
+            its new weights to the others; see `lightspan.optim.matrices.owners`. Parameters are then stepped one by
+            one, so any number of ranks takes the same steps bit for bit. `state_dict` wants `consolidate_state_dict`
+            before it, which Lightning calls.
     Raises: UserError for values out of range, if there is no matrix to step, unless all groups have project=False, and
         in `step` for a gradient that is sparse or not finite.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "settings", "stays", "moments", "check_finite", "placement", "_info", "_built",
+        "settings", "stays", "moments", "check_finite", "placement", "owners", "_info", "_built",
     )  # fmt: skip
     """Attributes that this class adds and a copy or a pickle has; a class below names those that it adds."""
     KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
@@ -97,6 +120,10 @@ class MatrixOptimizer(Optimizer, ABC):
     """Whether the next step sets `gradient_norm`, also if it does not clip. A step sets it back."""
     clips_next_at: float | None = None
     """A limit of the norm for the next step alone, beside `max_norm`. A step sets it back."""
+    _agreed = False
+    """Whether ranks that divide the step are known to have equal weights."""
+    _others: dict[Tensor, State] | None = None
+    """The state of other ranks, if it has been brought here since the last step."""
     gradient_norm: Tensor | None = None
     """Euclidean norm of all gradients of the last step before clipping, 0-d on the device, the same on all ranks;
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
@@ -116,15 +143,17 @@ class MatrixOptimizer(Optimizer, ABC):
         check_finite: bool = True,
         seed: int = 0,
         offload: bool = False,
+        owners: bool = False,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "project": True, "stacks": False,
             "scale": scale, "max_norm": max_norm, "seed": seed, **self.settings,
         }  # fmt: skip
-        require_valid(type(self).__name__, {**defaults, "offload": offload})
+        require_valid(type(self).__name__, {**defaults, "offload": offload, "owners": owners})
         require_part("moments", moments, MomentStorage)
         self.moments, self.check_finite = moments, check_finite
         self.placement = HostState(self.stays | {"step"}) if offload else StatePlacement()
+        self.owners, self._owners = owners, NOBODY
         self._info: dict[Tensor, ParameterInfo] = {}
         self._built = False
         self._buckets, self._checked = Buckets(), False
@@ -145,6 +174,10 @@ class MatrixOptimizer(Optimizer, ABC):
     @abstractmethod
     def fixed(self) -> dict[str, str]:
         """What no loading can change, in words by name: a saved state must have been made by the same."""
+
+    @abstractmethod
+    def operations(self, layout: Layout) -> int:
+        """About how many operations a step of one matrix takes, by its shape alone: by these, owners share out."""
 
     @property
     def max_norm(self) -> float | None:
@@ -226,6 +259,8 @@ class MatrixOptimizer(Optimizer, ABC):
         given = param_group["params"]
         parameters = given if isinstance(given, set) else [given] if isinstance(given, Tensor) else list(given)
         require_shapes(p if isinstance(p, tuple) else ("", p) for p in parameters)
+        if self.owners:
+            require_whole_weights([p[1] if isinstance(p, tuple) else p for p in parameters])
         named = any("param_names" in group for group in self.param_groups)
         if named and not any(isinstance(p, tuple) for p in parameters):
             first = sum(len(group["params"]) for group in self.param_groups)
@@ -237,7 +272,7 @@ class MatrixOptimizer(Optimizer, ABC):
         names = group.get("param_names") or [""] * len(group["params"])
         infos = (ParameterInfo(name, heads.get(p, ())) for p, name in zip(group["params"], names, strict=True))
         self._info.update(zip(group["params"], infos, strict=True))
-        self._buckets, self._checked = Buckets(), False  # the next step builds them from the state
+        self._buckets, self._checked, self._agreed = Buckets(), False, False  # the next step builds and asks anew
         whole = [self.called(p) for p in group["params"] if self.projected(p, group) and not self.heads_of(p)]
         if self._built and whole and "heads" not in param_group and any(map(self.heads_of, self._info)):
             warnings.warn(
@@ -283,7 +318,63 @@ class MatrixOptimizer(Optimizer, ABC):
         """
         names = [name for kind in type(self).__mro__ for name in vars(kind).get("KEPT_IN_COPIES", ())]
         kept = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False}
+        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False, "_owners": NOBODY}
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """With `owners`, brings the state of all ranks to the rank `to`, into host memory, so that its `state_dict`
+        before the next step is whole: that of one process, which continues on any number of ranks. All ranks must call
+        it. Lightning does before it saves, as it does for torch's ZeroRedundancyOptimizer. Otherwise it does nothing.
+        """
+        if (owners := self.divided(world_size())).ranks > 1:
+            others = gathered(owners, self.state, to)
+            self._others = others if owners.index == to else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's. Raises: UserError with `owners` on several ranks, unless `consolidate_state_dict` has brought the
+        state of all of them here since the last step: what is saved would lack it.
+        """
+        if not self.owners or not self.state or world_size() == 1:
+            return super().state_dict()
+        if self._others is None:
+            raise UserError(
+                f"owners=True: rank {rank()} has the state of its own parameters alone. Call "
+                "optimizer.consolidate_state_dict(to=0) on all ranks, then optimizer.state_dict() on rank 0; Lightning "
+                "does both when it saves a checkpoint"
+            )
+        every = [p for p in self._parameters() if p in self.state or p in self._others]
+        whole = {p: self.state[p] if p in self.state else self._others[p] for p in every}
+        return self._state_dict_of(whole)
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, with what this rank keeps: to go back to by `load_state_dict` on the same rank."""
+        return self._state_dict_of(self.state)
+
+    def _state_dict_of(self, state: Mapping[Tensor, State]) -> dict[str, Any]:
+        kept, self.state = self.state, defaultdict(dict, state)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = kept
+
+    def divided(self, ranks: int, index: int | None = None) -> Owners:
+        """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`.
+
+        Args:
+            index: of the rank that looks; None for this process.
+        """
+        if not self.owners:
+            return NOBODY
+        matrices, others = dict[Tensor, int](), dict[Tensor, int]()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                selection = self.selection(parameter, group)
+                if selection.projected:
+                    count, like = count_of(parameter, selection.stacked), one_of(parameter, selection.stacked)
+                    layout = layout_of([like], selection.width, [0], like.device, self.heads_of(parameter))
+                    matrices[parameter] = count * self.operations(layout)
+                elif parameter.numel() >= SMALLEST_OWNED:
+                    others[parameter] = ELEMENTWISE_OPERATIONS * parameter.numel()
+        return Owners(matrices, others, ranks, index)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -324,11 +415,14 @@ class MatrixOptimizer(Optimizer, ABC):
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """Sets the state, each tensor in its own dtype."""
         owners = {number: (parameter, group) for parameter, group, number in numbered(self, state_dict)}
+        self._owners, self._others = self.divided(world_size()), None
         for number, held in state_dict["state"].items():  # in the saved order, so that the next save has it too
             if number not in owners:
                 self.state[number] = held
                 continue
             parameter, group = owners[number]
+            if parameter in self._owners.of and not self._owners.mine(parameter):
+                continue
             projected = self.projected(parameter, group)
             for key, value in held.items():
                 # The fused step reads its step count on the parameter's device, the others are on the host.
@@ -349,9 +443,15 @@ class MatrixOptimizer(Optimizer, ABC):
         self._require_supported()
         if not self.rates_checked:
             self.require_rates()
+        if self.owners and not self._agreed:
+            self._require_agreement()
         steps = [self.step_of(bucket) for bucket in self.buckets() if bucket.owners()]
-        unprojected = [self._unprojected(group) for group in self.param_groups]
-        self.used_gradients = bool(steps) or any(unprojected)
+        sending: Sending | None = None
+        if self._owners.ranks > 1:
+            sending, place = Sending(self._owners), self._owners.place
+            steps.sort(key=lambda step: place[step.bucket.parameters[0]])
+        unprojected = self._unprojected()
+        self.used_gradients = bool(steps) or any(p.grad is not None for p in self._parameters())
         # What is chosen from these would hide what overflows in a norm.
         choosing = [gradient for step in steps for gradient in step.prepare(energy=self._needs_energy())]
         # The norm is that of all gradients, so it comes after all are prepared; and nothing has been written yet.
@@ -360,12 +460,18 @@ class MatrixOptimizer(Optimizer, ABC):
         if self.check_finite:
             self._require_finite(steps, unprojected, choosing)
         _run([
-            StateTransfer(step.layout.device, [step.bucket.state], [step.bucket.offloaded], partial(step.update, clip))
+            StateTransfer(
+                step.layout.device, [step.bucket.state], [step.bucket.offloaded],
+                _sent(sending, step.bucket.parameters[0], partial(step.update, clip)),
+            )
             for step in steps
         ])  # fmt: skip
         # By itself: torch.compile does not look into torch's fused step, and leaves out a loop that contains it.
-        _run(self._steps_of_unprojected(unprojected, clip))
+        _run(self._steps_of_unprojected(unprojected, clip, sending))
+        if sending is not None:
+            sending.finish()
         self._checked = self.measures_norm = False
+        self._others = None
         self.clips_next_at = None
         return loss
 
@@ -380,6 +486,14 @@ class MatrixOptimizer(Optimizer, ABC):
                     f"nor optimiser state were changed. {type(self).__name__} needs dense gradients: build "
                     "nn.Embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
                 )
+
+    def _require_agreement(self) -> None:
+        """Once, before anything is sent. Raises: UserError if ranks do not have the same weights."""
+        require_whole_weights(self._parameters())
+        owners = self.divided(world_size())
+        if owners.ranks > 1:
+            require_equal_weights(owners, self._parameters(), self.called)
+        self._agreed = True
 
     def require_rates(self) -> None:
         """Raises: UserError for rates that no step should take. A class with `rates_checked` False, which sets it once
@@ -396,13 +510,17 @@ class MatrixOptimizer(Optimizer, ABC):
 
     def _needs_energy(self) -> bool:
         """Whether `StackStep.prepare` must find the squared norms of gradients, which it can only of whole ones."""
-        return self.backward == "whole" and self._needs_norm()
+        return self.backward == "whole" and not self.owners and self._needs_norm()
 
-    def _norm(self, steps: list[StackStep], unprojected: list[list[Tensor]]) -> Tensor:
-        """The global norm of all gradients, 0-d; see `gradient_norm`."""
+    def _norm(self, steps: list[StackStep], unprojected: list[Unprojected]) -> Tensor:
+        """The global norm of all gradients, 0-d; see `gradient_norm`. Ranks that divide a step all have all gradients,
+        and must find the same bits, so none takes what it knows from its own steps.
+        """
+        if self.owners:
+            return total_over(squares_by_ranks((None, gradient) for gradient in self._gradients())).sqrt()
         in_frames = self.backward != "whole"
         squares = [(step.bucket.ranks, square) for step in steps for square in step.squares(in_frames)]
-        others = [(ranks_of(p), local_gradient(p)) for parameters in unprojected for p in parameters]
+        others = [(ranks_of(p), local_gradient(p)) for _, parameters in unprojected for p in parameters]
         return total_over([*squares, *squares_by_ranks(others)]).sqrt()
 
     def _clip_factor(self) -> Tensor | None:
@@ -411,14 +529,15 @@ class MatrixOptimizer(Optimizer, ABC):
             return None
         return (limit / (self.gradient_norm + 1e-6)).clamp_max(1.0)
 
-    def _require_finite(self, steps: list[StackStep], unprojected: list[list[Tensor]], choosing: list[Tensor]) -> None:
+    def _require_finite(self, steps: list[StackStep], unprojected: list[Unprojected], choosing: list[Tensor]) -> None:
         """Checks all gradients at once: what is not finite anywhere in a tensor is not finite in its norm, and second
         moments and row norms are squares, which overflow above 1.8e19 in float32. What new frames were chosen from is
         checked itself. All ranks raise or none does; each passes its own parts of the same gradients. Costs one host
         synchronisation.
         """
-        norms = [norm for step in steps for norm in step.norms()]
-        if others := choosing + [local_gradient(p) for parameters in unprojected for p in parameters]:
+        norms = [] if self.owners else [norm for step in steps for norm in step.norms()]
+        others = choosing + [local_gradient(p) for _, parameters in unprojected for p in parameters]
+        if others := self._gradients() if self.owners else others:
             norms.append(square_norms(others))
         if not any(norm.numel() for norm in norms):
             return
@@ -456,32 +575,49 @@ class MatrixOptimizer(Optimizer, ABC):
         wrong = [self.called(p) for p, flag in zip(given, flags.tolist(), strict=True) if flag]
         return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
-    def _unprojected(self, group: dict[str, Any]) -> list[Tensor]:
-        """Parameters of the group that have a gradient and are not projected; their state exists when this returns."""
-        places = self._buckets.places
-        parameters = [p for p in group["params"] if p.grad is not None and p not in places]
-        for parameter in parameters:
-            if self.state[parameter]:
-                self.placement.place(self.state[parameter], parameter)
-            else:
-                self.state[parameter] = self.placement.create(partial(self._elementwise_state, parameter), parameter)
-        return parameters
+    def _gradients(self) -> list[Tensor]:
+        return [local_gradient(p) for p in self._parameters() if p.grad is not None]
+
+    def _unprojected(self) -> list[Unprojected]:
+        """Parameters that have a gradient and are not projected, as far as this rank steps them, by group; their state
+        exists when this returns. What belongs to one rank is alone, in the order in which it travels.
+        """
+        places, owners = self._buckets.places, self._owners
+        found: list[Unprojected] = []
+        owned: list[Unprojected] = []
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None and p not in places]
+            found.append((group, [p for p in given if p not in owners.of]))
+            owned += [(group, [p]) for p in given if p in owners.of and owners.mine(p)]
+        if owned:
+            found += sorted(owned, key=lambda each: owners.place[each[1][0]])
+        for _, parameters in found:
+            for parameter in parameters:
+                if self.state[parameter]:
+                    self.placement.place(self.state[parameter], parameter)
+                else:
+                    make = partial(self._elementwise_state, parameter)
+                    self.state[parameter] = self.placement.create(make, parameter)
+        return found
 
     def _elementwise_state(self, parameter: Tensor, device: torch.device) -> State:
         like = parameter if parameter.device == device else torch.empty_like(parameter, device=device)
         return elementwise.initial_state(like, self.moments)
 
-    def _steps_of_unprojected(self, unprojected: list[list[Tensor]], clip: Tensor | None) -> list[StateTransfer]:
+    def _steps_of_unprojected(
+        self, unprojected: list[Unprojected], clip: Tensor | None, sending: Sending | None
+    ) -> list[StateTransfer]:
         numbers, seed = {parameter: number for number, parameter in enumerate(self._parameters())}, self.seed
         transfers = []
-        for group, parameters in zip(self.param_groups, unprojected, strict=True):
+        for group, parameters in unprojected:
             states = [self.state[p] for p in parameters]
             seeds = [elementwise.first_noise(p, numbers[p], seed) for p in parameters]
             offloaded = [[key for key in self.state[p] if self.placement.is_offloaded(p, key)] for p in parameters]
             for part in self.placement.parts(parameters, states) if parameters else ():
                 own, first = parameters[part], parameters[part.start]
                 apply = partial(elementwise.step_elementwise, own, group, self.moments, clip, seeds[part])
-                transfers.append(StateTransfer(first.device, states[part], offloaded[part], apply))
+                sent = _sent(sending, first, apply)
+                transfers.append(StateTransfer(first.device, states[part], offloaded[part], sent))
         return transfers
 
     def _parameters(self) -> list[Tensor]:
@@ -502,6 +638,9 @@ class MatrixOptimizer(Optimizer, ABC):
         before, now = self._buckets.built_for, built_for(self.param_groups)
         if before is not None and before[1] != now[1]:
             forget_unstepped(self.state, before[1], now[1])
+        self._owners = self.divided(world_size())
+        for parameter in [p for p in self.state if p in self._owners.of and not self._owners.mine(p)]:
+            del self.state[parameter]
         every = build_buckets(self._members(), self, self.seed, self.placement)
         self._buckets = Buckets(every, now, splits_of(self._parameters()))
         for bucket in self._buckets.every:
@@ -517,7 +656,9 @@ class MatrixOptimizer(Optimizer, ABC):
                 selection.stacked,
                 self.heads_of(parameter),
                 self.name_of(parameter),
-                self.state[parameter],
+                self.state.get(parameter, {}),
+                self.owners,
+                self._owners.mine(parameter),
             )
             for group in self.param_groups
             for parameter in group["params"]
@@ -543,6 +684,11 @@ def _run(transfers: Sequence[StateTransfer]) -> None:
         return
     for transfer in transfers:
         transfer.apply(transfer.states)
+
+
+def _sent(sending: Sending | None, parameter: Tensor, apply: Apply) -> Apply:
+    """A step of a parameter, after which its weights are sent if it belongs to one of several ranks."""
+    return apply if sending is None else sending.after(parameter, apply)
 
 
 def local_gradient(parameter: Tensor) -> Tensor:

@@ -121,6 +121,27 @@ def orthogonalised(x_BmN: Tensor, shards: RowShards | None, steps: int, coeffici
     return shards.from_owners(method(shards.to_owners(x_BmN), steps, coefficients), len(x_BmN))
 
 
+def operations(rows: int, columns: int, steps: int = STEPS) -> int:
+    """Of one matrix, multiplications and additions, in exact arithmetic: of the shape alone, whatever products are made
+    in, so that all ranks find the same.
+    """
+    longer, shorter = max(rows, columns), min(rows, columns)
+    square, product = 2 * shorter**3, 2 * longer * shorter**2
+    if longer >= 2 * shorter:
+        return 2 * product + (steps + 3 * (steps - 1)) * square
+    return steps * (2 * product + square)
+
+
+def operations_of(layout: Layout, columns: int, steps: int = STEPS) -> int:
+    """Of one matrix of this layout with so many columns, or of all its heads."""
+    rows = layout.rows
+    if not layout.heads:
+        return operations(rows, columns, steps)
+    return sum(
+        operations(size, columns, steps) if not layout.wide else operations(rows, size, steps) for size in layout.heads
+    )
+
+
 def orthogonalised_parts(
     x_BmN: Tensor, parts: Sequence[int], axis: int, shards: RowShards | None, steps: int, coefficients: Coefficients
 ) -> Tensor:

@@ -7,6 +7,7 @@ from rich.table import Table
 from torch.optim import Optimizer
 
 from lightspan.core.console import SafeConsole
+from lightspan.core.distributed import world_size
 from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.optim.parameter_summary import ParameterSummary, parameter_summary
 
@@ -37,6 +38,12 @@ def print_report(optimizer: Optimizer) -> None:
         f"optimiser state {_mib(own)} MiB instead of {_mib(full)} MiB in float32: {own / full:.0%} of AdamW's"
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer.owners and (ranks := world_size()) > 1:
+        owners, sizes = optimizer.divided(ranks), [0] * ranks
+        for parameter, treatment in zip(parameters, treatments, strict=True):
+            for number in [owners.of[parameter]] if parameter in owners.of else range(ranks):
+                sizes[number] += treatment.state_bytes
+        table.caption += f"\nowners=True divides it among {ranks} ranks: at most {_mib(max(sizes))} MiB on each"
     if optimizer.by_heads and not any(map(optimizer.heads_of, parameters)):
         table.caption += "\nby_heads=True, but no group names attention heads: matrices are taken whole"
     SafeConsole().print(table)

@@ -27,6 +27,8 @@ from lightspan.datamodules.shards.stream import Shards
 from lightspan.optim.low_rank.gradients import attach
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.matrices import placement
+from lightspan.optim.matrices.owners import bytes_of
+from lightspan.optim.muon import FactoredMuon
 from lightspan.training.strategies import FSDP2
 
 GIB = 2**30
@@ -97,6 +99,22 @@ def test_every_low_rank_optimizer_is_planned_on_fake_tensors_and_trains_with_its
     assert plan.step.optimizer_state == state_bytes(run.optimizers[0])
     assert plan.notes == []
     assert run.optimizers[0].check_finite
+
+
+@pytest.mark.parametrize("kind", [LowRank, FactoredMuon])
+def test_a_rank_is_planned_with_the_state_that_it_owns(tmp_path: Path, kind: type[LowRank]) -> None:
+    """Of two matrices the larger one; vectors are on every rank."""
+    options = {"rank": 2} if kind is LowRank else {}
+    module = Regression(lambda p: kind(p, lr=0.01, owners=True, **options))
+    one, two = (make_plan(trainer(tmp_path), module, Numbers(), AMPLE, division=Division(ranks=n)) for n in (1, 2))
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=Numbers())
+    optimizer = run.optimizers[0]
+    elsewhere = bytes_of(optimizer.state[module.net[2].weight])
+    assert one.step.optimizer_state == state_bytes(optimizer)
+    assert two.step.optimizer_state == state_bytes(optimizer) - elsewhere
+    assert one.step.peak - two.step.peak == elsewhere
+    assert [note.endswith("belong to other ranks, and are not counted above") for note in two.notes] == [True]
 
 
 class Attached(Regression):

@@ -1,0 +1,197 @@
+"""Owners: ranks that hold the same weights divide the step of an optimiser among them.
+
+Under DDP every rank has all weights and all gradients, so one rank alone can step a matrix, and the others need nothing
+of its state. With `owners` each matrix belongs to one rank, as does every other parameter that is worth it. That rank
+keeps its state and steps it; its new weights then travel to all others, which is the update without a second rounding.
+Small parameters, such as norms and biases, are stepped by every rank, as without owners.
+
+Who owns what follows from shapes alone, so that ranks agree without asking. A weight is sent as soon as it is stepped,
+while its owner works on its next one, and all ranks send and receive in one order; the step ends when all have arrived.
+
+Shapes: P parameters.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightspan.core.distributed import rank
+from lightspan.core.errors import UserError
+from lightspan.optim.matrices.stacks import State
+
+SMALLEST_OWNED = 4096
+"""Numbers of the smallest parameter, matrices apart, that belongs to one rank: sending less takes longer than stepping
+it everywhere."""
+
+
+def divided(costs: Sequence[int], ranks: int) -> list[int]:
+    """The rank that each cost goes to: the largest first, each to the rank with the least so far, of these to the first
+    (Graham 1969: the rank with most has at most 4/3 of the least that is possible).
+    """
+    loads, found = [0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        found[i] = loads.index(min(loads))
+        loads[found[i]] += costs[i]
+    return found
+
+
+class Owners:
+    """Which rank steps which parameter.
+
+    Args:
+        matrices, others: operations of a step by parameter, of what belongs to one rank.
+        ranks: how many share the work.
+        index: this rank's number; None for that of this process.
+
+    Attributes:
+        order: parameters in the order in which their weights travel: matrices, then others, the largest first.
+        of: the rank that each of these belongs to.
+        place: where each of these is in `order`.
+    """
+
+    def __init__(
+        self, matrices: Mapping[Tensor, int], others: Mapping[Tensor, int], ranks: int, index: int | None = None
+    ) -> None:
+        self.ranks, self.index = ranks, rank() if index is None else index
+        costs = {**matrices, **others}
+        self.order = [p for part in (matrices, others) for p in sorted(part, key=lambda p: -costs[p])]
+        self.of = dict(zip(self.order, divided([costs[p] for p in self.order], ranks), strict=True))
+        self.place = {p: place for place, p in enumerate(self.order)}
+
+    def mine(self, parameter: Tensor) -> bool:
+        """Whether this rank steps it, be it alone or with all others."""
+        return self.of.get(parameter, self.index) == self.index
+
+
+NOBODY = Owners({}, {}, ranks=1, index=0)
+"""Every rank steps everything."""
+
+
+class Sending:
+    """The weights of those parameters that have a gradient, on their way from their owners to all ranks."""
+
+    def __init__(self, owners: Owners) -> None:
+        self.owners = owners
+        self._left = deque(p for p in owners.order if p.grad is not None)
+        self._under_way: list[tuple[Any, Tensor, Tensor]] = []
+
+    def after(self, parameter: Tensor, apply: Callable[[Sequence[State]], None]) -> Callable[[Sequence[State]], None]:
+        """`apply`, this rank's step of a parameter, followed by sending it. Steps are taken in the owners' order."""
+        if parameter not in self.owners.of:
+            return apply
+
+        def applied(states: Sequence[State]) -> None:
+            apply(states)
+            self._send_to(parameter)
+
+        return applied
+
+    def finish(self) -> None:
+        """What is left travels, and all has arrived for what this rank computes from now on."""
+        while self._left:
+            self._send(self._left.popleft())
+        for work, parameter, sent in self._under_way:
+            work.wait()
+            if not parameter.is_contiguous() and not self.owners.mine(parameter):
+                parameter.copy_(sent)
+        self._under_way = []
+
+    def _send_to(self, parameter: Tensor) -> None:
+        """All up to this one: those before it come from other ranks, and are waited for by nobody yet."""
+        while (first := self._left.popleft()) is not parameter:
+            self._send(first)
+        self._send(parameter)
+
+    @torch.compiler.disable
+    def _send(self, parameter: Tensor) -> None:
+        sent = parameter.detach().contiguous()  # itself, if it has no gaps and its axes are in order
+        self._under_way.append(
+            (dist.broadcast(_bytes_of(sent), src=self.owners.of[parameter], async_op=True), parameter, sent)
+        )
+
+
+def gathered(owners: Owners, state: Mapping[Tensor, State], to: int) -> dict[Tensor, State]:
+    """On the rank `to`, what the other ranks own of a state, in host memory, one tensor after the other; empty on all
+    others. All ranks must call it.
+    """
+    own = {owners.place[p]: held for p, held in state.items() if p in owners.of and owners.mine(p)}
+    said = {at: {key: (value.shape, value.dtype) for key, value in held.items()} for at, held in own.items()}
+    every: list[Any] = [None] * owners.ranks
+    dist.all_gather_object(every, said)
+    found: dict[Tensor, State] = {}
+    for at, parameter in enumerate(owners.order):
+        source = owners.of[parameter]
+        if source == to or at not in every[source] or owners.index not in (source, to):
+            continue
+        for key, (shape, dtype) in every[source][at].items():
+            sends = owners.index == source
+            value = (own[at][key] if sends else torch.empty(shape, dtype=dtype)).to(parameter.device).contiguous()
+            if sends and value.numel():
+                dist.send(_bytes_of(value), dst=to)
+            elif value.numel():
+                dist.recv(_bytes_of(value), src=source)
+            if not sends:
+                found.setdefault(parameter, {})[key] = value.cpu()
+    return found
+
+
+def fullest_rank(owners: Owners, state: Mapping[Tensor, State]) -> dict[Tensor, State]:
+    """Of a state that one process has whole, the part of the rank that has most."""
+    sizes = [0] * owners.ranks
+    for parameter, held in state.items():
+        if parameter in owners.of:
+            sizes[owners.of[parameter]] += bytes_of(held)
+    most = sizes.index(max(sizes))
+    return {parameter: held for parameter, held in state.items() if owners.of.get(parameter, most) == most}
+
+
+def bytes_of(held: State) -> int:
+    """Of one parameter's state."""
+    return sum(value.nbytes for value in held.values())
+
+
+def require_equal_weights(owners: Owners, parameters: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """All ranks must call it.
+
+    Raises: UserError if ranks differ in a parameter or in its owner: its owner's would overwrite the others.
+    """
+    own = [
+        (tuple(p.shape), str(p.dtype), int(_bits(p).sum(dtype=torch.int64)), owners.of.get(p, -1)) for p in parameters
+    ]
+    every: list[Any] = [None] * owners.ranks
+    dist.all_gather_object(every, own)
+    for number, theirs in enumerate(every):
+        if theirs != every[0]:
+            which = [name_of(p) for p, one, other in zip(parameters, every[0], theirs, strict=False) if one != other]
+            raise UserError(
+                f"owners=True needs equal weights on all ranks, but rank {number} differs from rank 0 in "
+                f"{', '.join(which[:3]) or 'the number of parameters'}; train under DDP (trainer.strategy=ddp), which "
+                "makes them equal, or set owners=False"
+            )
+
+
+def require_whole_weights(parameters: Sequence[Tensor]) -> None:
+    """Raises: UserError for a parameter that is split over ranks: these share its step already."""
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise UserError(
+            "owners=True divides matrices that every rank has whole, as under DDP, but FSDP2 has split these, and "
+            "their state and work with them; set owners=False"
+        )
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """Its memory as whole numbers of the size of its own."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    part = parameter.detach()
+    part = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+    return part.contiguous().view(kinds[part.dtype.itemsize])
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor: collectives then need not know its dtype."""
+    return tensor.view(-1).view(torch.uint8)
