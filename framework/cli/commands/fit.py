@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.cli.commands.arguments import (
+    REPLACING,
     add_data_arguments,
     add_recipe_arguments,
     add_run_argument,
     add_worker_arguments,
+    option_value,
     resolved_from,
 )
 from lightspan.cli.config.build import Built, Resolved, build, with_layer
@@ -169,7 +171,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
             _write_encoder(resolved, built, run_dir)
-        if any(place is not None for place in (args.images, args.volumes, args.videos, args.points, args.graphs)):
+        if any(option_value(args, option) is not None for option in REPLACING if option != "--table"):
             _write_report(run_dir)
         print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():
