@@ -55,7 +55,7 @@ def at_volumes(folder: Path, settings: Settings) -> Look:
             slices = sorted(path.name for path in home.iterdir() if path.name.lower().endswith(DICOM))
             file = VolumeFile(home.relative_to(folder).as_posix(), tuple(slices))
         depth, height, width = file.grid(folder).shape
-        return Seen({"slices": depth, "voxels deep": height, "voxels wide": width})
+        return Seen({"slices": depth, "rows": height, "columns": width})
 
     return look
 

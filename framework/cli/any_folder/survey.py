@@ -52,8 +52,7 @@ class FoundKind:
         """How many there are and how large, in words."""
         name = self.kind.kind.name if len(self.names) == 1 else self.kind.name
         parts = [f"{len(self.names):,} {name}"]
-        parts += [f"{_number(low)}{'' if low == high else f' to {_number(high)}'} {unit}"
-                  for unit, (low, high) in self.sizes.items()]  # fmt: skip
+        parts += [_range(low, high, unit) for unit, (low, high) in self.sizes.items()]
         looked = f" ({self.opened:,} were opened)" if self.sizes and self.opened < len(self.names) else ""
         return ", ".join(parts) + looked
 
@@ -147,10 +146,11 @@ class Survey:
             lines.append(
                 f"{len(main.faults):,} of {main.opened:,} that were opened cannot be read: {_few(main.faults)}"
             )
-        if self.below.others:
-            lines.append(f"{self.below.others.total():,} other files: left out ({self.below.shown_others()})")
-        if self.below.links:
-            lines.append(f"{self.below.links:,} links: not followed (data.init_args.links=follow does)")
+        others, links = self.below.others.total(), self.below.links
+        if others:
+            lines.append(f"{_range(others, others, 'files')} of other kinds: left out ({self.below.shown_others()})")
+        if links:
+            lines.append(f"{_range(links, links, 'links')}: not followed (data.init_args.links=follow does)")
         if not self.below.whole:
             lines.append(f"counted to {MOST_ENTRIES:,} files and folders; there are more, and the run reads all")
         return lines
@@ -216,6 +216,13 @@ def _to_open(folder: Path, names: list[str]) -> Sequence[str]:
 def _few(faults: Sequence[str]) -> str:
     more = f", and {len(faults) - MOST_SHOWN:,} more" if len(faults) > MOST_SHOWN else ""
     return ", ".join(faults[:MOST_SHOWN]) + more
+
+
+def _range(low: float, high: float, unit: str) -> str:
+    """Of a unit in the plural."""
+    first, _, rest = unit.partition(" ")
+    unit = f"{first.removesuffix('s') if high == 1 else first} {rest}".rstrip()
+    return f"{_number(low)}{'' if low == high else f' to {_number(high)}'} {unit}"
 
 
 def _number(number: float) -> str:

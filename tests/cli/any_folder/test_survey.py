@@ -27,7 +27,7 @@ def test_kinds_are_counted_with_sizes_of_those_that_were_opened_and_the_rest_by_
     assert (len(pictures.names), pictures.opened, pictures.faults) == (12, module.MOST_OPENED, [])
     assert pictures.sizes["pixels wide"] == (12, 12)
     assert pictures.said().startswith("12 pictures, 12 pixels wide, 12 to 14 pixels high (8 were opened)")
-    assert found.lines(pictures) == ["3 other files: left out (2 .xyz, 1 without an ending)"]
+    assert found.lines(pictures) == ["3 files of other kinds: left out (2 .xyz, 1 without an ending)"]
 
 
 def test_sub_folders_are_classes_as_the_data_module_has_them(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_links_are_counted_and_not_followed(tmp_path: Path) -> None:
         survey(tmp_path / "in").main()
     write_pictures(tmp_path / "in", {"b": 2})
     found = survey(tmp_path / "in")
-    assert found.lines(found.main()) == ["1 links: not followed (data.init_args.links=follow does)"]
+    assert found.lines(found.main()) == ["1 link: not followed (data.init_args.links=follow does)"]
     assert survey(tmp_path / "in" / "away").main()  # what the user names is meant
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "train").symlink_to(tmp_path / "out")
@@ -154,7 +154,7 @@ def test_slices_of_a_series_are_one_volume(tmp_path: Path) -> None:
     write_series(tmp_path / "scan", noise(0))
     write_nifti(tmp_path / "other.nii.gz", noise(1, (4, 7, 5)))
     found = survey(tmp_path).main()
-    assert found.said() == "2 volumes, 4 to 6 slices, 7 voxels deep, 5 voxels wide"
+    assert found.said() == "2 volumes, 4 to 6 slices, 7 rows, 5 columns"
 
 
 def test_sizes_of_recordings_and_videos(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_sizes_of_recordings_and_videos(tmp_path: Path) -> None:
     from video_files import numbered, write_video
 
     write_recordings(tmp_path / "sound", {"": 2}, seconds=0.5)
-    assert survey(tmp_path / "sound").main().said() == "2 recordings, 0.5 seconds, 16,000 Hz, 1 channels"
+    assert survey(tmp_path / "sound").main().said() == "2 recordings, 0.5 seconds, 16,000 Hz, 1 channel"
     write_video(tmp_path / "films" / "a.mkv", numbered(5))
     assert survey(tmp_path / "films").main().said() == "1 video, 5 frames, 25 frames a second"
 
