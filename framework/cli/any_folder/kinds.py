@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightspan.cli.any_folder.looks import Look, Settings, at_pictures, at_tables, at_texts, at_volumes
-from lightspan.cli.config.user_files import OWN_FILES
+from lightspan.cli.config.user_files import USER_FILES
 from lightspan.datamodules.graph.reading import GRAPHS
 from lightspan.datamodules.image.picture_files import PICTURES, Kind
 from lightspan.datamodules.table.columns import TABLES
@@ -40,7 +40,7 @@ class DataKind:
 KINDS = (
     DataKind("--images", "image", PICTURES, at_pictures),
     DataKind("--volumes", "volume", VOLUMES, at_volumes, has_classes=False),
-    *(DataKind(own.option, own.modality, own.kind(), own.look) for own in OWN_FILES),
+    *(DataKind(own.option, own.modality, own.kind(), own.look) for own in USER_FILES),
     DataKind("--table", "table", TABLES, at_tables, has_classes=False),
     DataKind("", "text", TEXTS, at_texts, has_classes=False),
 )

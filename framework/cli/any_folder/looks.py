@@ -13,7 +13,7 @@ MOST_ROWS = 1_000
 """Molecules of a file that are read."""
 
 
-class Seen(NamedTuple):
+class FileSizes(NamedTuple):
     """Of a file.
 
     Attributes:
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     faults: tuple[str, ...] = ()
 
 
-Look = Callable[[str], Seen]
+Look = Callable[[str], FileSizes]
 Settings = Mapping[str, Any]
 
 
@@ -34,12 +34,12 @@ def at_pictures(folder: Path, settings: Settings) -> Look:
     from lightspan.core.files.foreign import content_of
     from lightspan.datamodules.shards.headers import UNDECODABLE, open_image
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         try:
             width, height = open_image(content_of(folder / name)).size
         except UNDECODABLE as error:
             raise ValueError(str(error) or type(error).__name__) from error
-        return Seen({"pixels wide": width, "pixels high": height})
+        return FileSizes({"pixels wide": width, "pixels high": height})
 
     return look
 
@@ -48,14 +48,14 @@ def at_volumes(folder: Path, settings: Settings) -> Look:
     """By headers; of a DICOM series by those of its slices, whichever of them is named."""
     from lightspan.datamodules.volume.reading import DICOM, VolumeFile
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         file = VolumeFile(name)
         if name.lower().endswith(DICOM):
             home = (folder / name).parent
             slices = sorted(path.name for path in home.iterdir() if path.name.lower().endswith(DICOM))
             file = VolumeFile(home.relative_to(folder).as_posix(), tuple(slices))
         depth, height, width = file.grid(folder).shape
-        return Seen({"slices": depth, "rows": height, "columns": width})
+        return FileSizes({"slices": depth, "rows": height, "columns": width})
 
     return look
 
@@ -64,9 +64,9 @@ def at_videos(folder: Path, settings: Settings) -> Look:
     """By packets and the first frame, which takes as long as reading the file."""
     from lightspan.datamodules.video.reader import index_of
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         index = index_of(folder / name)
-        return Seen({"frames": len(index), "frames a second": index.fps})
+        return FileSizes({"frames": len(index), "frames a second": index.fps})
 
     return look
 
@@ -78,9 +78,9 @@ def at_points(folder: Path, settings: Settings) -> Look:
 
     bricks = LDrawFiles(library_roots(folder))
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         shape = read_shape(folder / name, bricks)
-        return Seen({"triangles" if shape.is_surface else "points": len(shape.xyz)})
+        return FileSizes({"triangles" if shape.is_surface else "points": len(shape.xyz)})
 
     return look
 
@@ -91,14 +91,14 @@ def at_graphs(folder: Path, settings: Settings) -> Look:
 
     reader = GraphReader(settings.get("kind", "kind"), (), False)
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         found = list(islice(reader.read(folder / name), MOST_ROWS))
         faults = tuple(f"{name} row {row} ({one})" for row, one in enumerate(found, 1) if isinstance(one, str))
         if is_of_molecules(folder / name):
             more = " or more" if len(found) == MOST_ROWS else ""
-            return Seen({f"molecules{more}": len(found)}, faults)
+            return FileSizes({f"molecules{more}": len(found)}, faults)
         graphs = [one[0] for one in found if not isinstance(one, str)]
-        return Seen({"nodes": sum(len(graph.kind) for graph in graphs)}, faults)
+        return FileSizes({"nodes": sum(len(graph.kind) for graph in graphs)}, faults)
 
     return look
 
@@ -107,9 +107,9 @@ def at_recordings(folder: Path, settings: Settings) -> Look:
     """By headers."""
     from lightspan.datamodules.audio.sound import header
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         said = header(folder / name)
-        return Seen({"seconds": said.frames / said.rate, "Hz": said.rate, "channels": said.channels})
+        return FileSizes({"seconds": said.frames / said.rate, "Hz": said.rate, "channels": said.channels})
 
     return look
 
@@ -118,8 +118,8 @@ def at_texts(folder: Path, settings: Settings) -> Look:
     """By its bytes, which must be UTF-8."""
     from lightspan.core.files.foreign import whole_text
 
-    def look(name: str) -> Seen:
-        return Seen({"characters": len(whole_text(folder / name))})
+    def look(name: str) -> FileSizes:
+        return FileSizes({"characters": len(whole_text(folder / name))})
 
     return look
 
@@ -128,8 +128,8 @@ def at_tables(folder: Path, settings: Settings) -> Look:
     """By reading all of it."""
     from lightspan.datamodules.table.columns import read_columns
 
-    def look(name: str) -> Seen:
+    def look(name: str) -> FileSizes:
         columns = read_columns(folder / name)
-        return Seen({"rows": len(next(iter(columns.values()))), "columns": len(columns)})
+        return FileSizes({"rows": len(next(iter(columns.values()))), "columns": len(columns)})
 
     return look

@@ -122,9 +122,9 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
 
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return with_images(args.recipe, args.overlays, args.images, size, *common)
-    from lightspan.cli.config.user_files import OWN_FILES, with_files
+    from lightspan.cli.config.user_files import USER_FILES, with_files
 
-    for own in OWN_FILES:
+    for own in USER_FILES:
         if (place := option_value(args, own.option)) is not None:
             return with_files(own, args.recipe, args.overlays, place, *common)
     return resolve(args.recipe, args.overlays, *common)

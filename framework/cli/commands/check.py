@@ -25,7 +25,7 @@ from lightspan.datamodules.shards.fetch import expand_braces
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-    from lightspan.cli.config.user_files import OwnFiles
+    from lightspan.cli.config.user_files import UserFiles
 
 MOST_NAMED = 5
 """Damaged files in one message."""
@@ -123,12 +123,12 @@ def _is_here(place: str) -> bool:
 def _damaged_files(data: dict[str, Any]) -> list[str]:
     """What to say of damaged files in the folders of pictures and others that data name, if any."""
     from lightspan.cli.config import user_images, user_volumes
-    from lightspan.cli.config.user_files import OWN_FILES
+    from lightspan.cli.config.user_files import USER_FILES
 
     kinds = {
         user_images.DATA: ("pictures", _damaged_pictures),
         user_volumes.DATA: ("subjects", _damaged_volumes),
-        **{own.data: (own.name, _damaged_files_of(own)) for own in OWN_FILES},
+        **{own.data: (own.name, _damaged_files_of(own)) for own in USER_FILES},
     }
     if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
@@ -174,7 +174,7 @@ def _damaged_volumes(folder: Path, settings: dict[str, Any]) -> tuple[list[str],
     return said, len(seen), len(subjects)
 
 
-def _damaged_files_of(own: "OwnFiles") -> Damaged:
+def _damaged_files_of(own: "UserFiles") -> Damaged:
     """As `_damaged_pictures`, of files of which each is looked at by the reader of its kind."""
     from lightspan.datamodules.image.picture_files import find_labelled
     from lightspan.datamodules.shards.headers import looked_at

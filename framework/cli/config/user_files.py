@@ -1,7 +1,7 @@
 """`lightspan fit RECIPE --videos FOLDER`, `--points`, `--graphs` and `--recordings`: the layer that gives a recipe the
 user's own files, which are sorted into classes by their folders or not at all (`user_data`).
 
-It replaces the data, keeps those of their settings that `OwnFiles.kept` names, and changes what depends on the files:
+It replaces the data, keeps those of their settings that `UserFiles.kept` names, and changes what depends on the files:
 the channels of the network's first layer, the number of classes, and a batch that they would not fill.
 """
 
@@ -56,7 +56,7 @@ def _one_graph(path: Path, settings: Settings) -> bool:
 
 
 @dataclass(frozen=True)
-class OwnFiles:
+class UserFiles:
     """Files of a kind.
 
     Attributes:
@@ -102,23 +102,23 @@ class OwnFiles:
         return layer, notes
 
 
-OWN_FILES = (
-    OwnFiles(
+USER_FILES = (
+    UserFiles(
         *("--videos", "video", "lightspan.datamodules.video.folder.VideoFolder"),
         ("frames", "fps", "clips", "speeds", "size", "views", "views_on", "batch_size", "seed"),
         *(_videos, at_videos, 3, "videos", _not_shots),
     ),
-    OwnFiles(
+    UserFiles(
         *("--points", "points", "lightspan.datamodules.points.folder.PointFolder"),
         ("points", "fields", "normalise", "batch_size", "augment", "seed"),
         *(_points, at_points, 3),
     ),
-    OwnFiles(
+    UserFiles(
         *("--graphs", "graph", "lightspan.datamodules.graph.folder.GraphFolder"),
         ("node_kinds", "edge_kinds", "batch_size", "seed"),
         *(_graphs, at_graphs, None, "files", _one_graph),
     ),
-    OwnFiles(
+    UserFiles(
         *("--recordings", "audio", "lightspan.datamodules.audio.folder.AudioFolder"),
         ("rate", "level_db", "batch_size", "seed"),
         *(_recordings, at_recordings, None, "recordings"),
@@ -128,7 +128,7 @@ OWN_FILES = (
 
 
 def with_files(
-    own: OwnFiles,
+    own: UserFiles,
     recipe: str,
     overlays: Sequence[str],
     folder: Path,

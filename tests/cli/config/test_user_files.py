@@ -10,7 +10,7 @@ from graph_files import rings
 from point_files import bricks
 
 from lightspan.cli.config.resolve import Resolved, resolve
-from lightspan.cli.config.user_files import OWN_FILES, OwnFiles, with_files
+from lightspan.cli.config.user_files import USER_FILES, UserFiles, with_files
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -26,7 +26,7 @@ def tones(folder: Path, count: int) -> Path:
 class Case(NamedTuple):
     """A recipe for files of a kind, how to write so many of them, and a damaged one's name and content."""
 
-    own: OwnFiles
+    own: UserFiles
     recipe: str
     write: Callable[[Path, int], Path]
     kept: str
@@ -37,7 +37,7 @@ class Case(NamedTuple):
         return with_files(self.own, self.recipe, (), folder, list(flags))
 
 
-OF = {own.option: own for own in OWN_FILES}
+OF = {own.option: own for own in USER_FILES}
 CASES = [
     Case(
         *(OF["--points"], "masked/point_mae", bricks, "augment", ("bad.dat", "0 Nothing\n")),

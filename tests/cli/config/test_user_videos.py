@@ -7,11 +7,11 @@ import pytest
 from video_files import numbered, write_video
 
 from lightspan.cli.config.resolve import resolve
-from lightspan.cli.config.user_files import OWN_FILES, with_files
+from lightspan.cli.config.user_files import USER_FILES, with_files
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
-VIDEOS = next(own for own in OWN_FILES if own.option == "--videos")
+VIDEOS = next(own for own in USER_FILES if own.option == "--videos")
 RECIPE, PAIRS = "masked/videomae_small", "contrastive/rspnet"
 
 
