@@ -180,7 +180,7 @@ def _damaged_files_of(own: "UserFiles") -> Damaged:
     from lightspan.datamodules.shards.headers import looked_at
 
     def damaged(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
-        names, said = find_labelled(folder, own.kind(), settings.get("links", "skip"), "none").names, []
+        names, said = find_labelled(folder, own.kind(), settings.get("links", "skip"), "none").names, list[str]()
         seen, look = looked_at(len(names), MOST_FILES), own.look(folder, settings)
         for number in seen:
             try:
