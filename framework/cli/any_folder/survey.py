@@ -143,9 +143,10 @@ class Survey:
         lines += [f"{one.said()}: none that was opened can be read: {_few(one.faults)}"
                   for one in self.kinds if not one.is_readable]  # fmt: skip
         if main.faults:
-            lines.append(
-                f"{len(main.faults):,} of {main.opened:,} that were opened cannot be read: {_few(main.faults)}"
-            )
+            counted = f"{len(main.faults):,} of {main.opened:,} that were opened"
+            lines.append(f"{counted} cannot be read: {_few(main.faults)}")
+            if main.kind.modality not in DESCRIBING:
+                lines.append("data.init_args.skip_damaged=true trains without such files")
         others, links = self.below.others.total(), self.below.links
         if others:
             lines.append(f"{_range(others, others, 'files')} of other kinds: left out ({self.below.shown_others()})")
