@@ -1,6 +1,7 @@
 """`lightspan fit --data FOLDER`: what is in it, which recipe takes it and why, and the command that does the same."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from lightspan.datamodules.text.endings import LINES
 CLASSES = 10
 """Values of a column of whole numbers that are taken for classes, at most."""
 MOST_COLUMNS = 20
+SEGMENT_S = 15
+"""Of recordings: the longest segment, unless a setting names another."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,10 @@ def answer(place: Path, target: str | None = None, recipe: str | None = None) ->
     said = [main.said(), *([classes.said()] if main.kind.has_classes else []), *found.lines(main)]
     if classes.validates:
         said.append("the folder beside `train` validates")
-    chosen = choice(main.kind.modality, _labels(classes))
-    return _taken(place, said, chosen, recipe, [main.kind.option, str(place)])
+    chosen, words = choice(main.kind.modality, _labels(classes)), [main.kind.option, str(place)]
+    if (longest := main.sizes.get("seconds", (0, SEGMENT_S))[1]) < SEGMENT_S:  # else all would be padded to it
+        words.append(f"data.init_args.seconds={math.ceil(longest)}")
+    return _taken(place, said, chosen, recipe, words)
 
 
 def _of_file(path: Path, target: str | None, recipe: str | None) -> Answer:

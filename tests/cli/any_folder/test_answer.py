@@ -1,6 +1,7 @@
 """Which recipe a folder gets and why, and the command that does the same: printed, asked about and run."""
 
 import argparse
+import inspect
 import json
 import shlex
 import sys
@@ -12,7 +13,7 @@ from graph_files import rings
 from picture_files import write_pictures
 from point_files import bricks
 
-from lightspan.cli.any_folder.answer import answer
+from lightspan.cli.any_folder.answer import SEGMENT_S, answer
 from lightspan.cli.any_folder.choices import CHOICES, FEW_LABELS, as_markdown, choice
 from lightspan.cli.any_folder.kinds import KINDS
 from lightspan.cli.commands import asking, fit
@@ -20,6 +21,7 @@ from lightspan.cli.config.recipes import load
 from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
+from lightspan.datamodules.audio.data import AudioData
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,6 +67,16 @@ def test_graphs_and_points_go_to_their_options_and_a_recipe_of_ones_own_is_taken
     own = answer(tmp_path / "bricks", recipe="supervised/p2p")
     assert own.words == ["supervised/p2p", "--points", str(tmp_path / "bricks")]
     assert "takes supervised/p2p, as you say" in own.lines
+
+
+def test_short_recordings_are_not_padded_to_long_segments(tmp_path: Path) -> None:
+    pytest.importorskip("soundfile", reason="the extra `audio` is not installed")
+    from sound_files import write_recordings
+
+    assert inspect.signature(AudioData).parameters["seconds"].default == SEGMENT_S
+    for name, seconds, words in (("short", 1.2, ["data.init_args.seconds=2"]), ("long", 15.5, [])):
+        write_recordings(tmp_path / name, {"": 2}, seconds=seconds)
+        assert answer(tmp_path / name).words == ["masked/tera", "--recordings", str(tmp_path / name), *words]
 
 
 def test_a_single_sample_is_too_few_unless_it_may_hold_many(tmp_path: Path) -> None:
