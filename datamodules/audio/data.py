@@ -14,7 +14,8 @@ import torch
 
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.audio.batch import AudioBatch, SpokenBatch
-from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, read
+from lightspan.datamodules.audio.segments import WaveReader
+from lightspan.datamodules.audio.sound import header, is_clipped, is_silent, read
 from lightspan.datamodules.loading.damage import report_damage, unreadable
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SplitSampleSets, require_split

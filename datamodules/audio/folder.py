@@ -9,12 +9,10 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.audio.data import AudioData
-from lightspan.datamodules.audio.sound import SOUNDS
+from lightspan.datamodules.audio.sound import RECORDINGS
 from lightspan.datamodules.image.data import held_out
-from lightspan.datamodules.image.picture_files import Kind, Labels, Links, PictureFiles, find_labelled
+from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.ranks import say
-
-RECORDINGS = Kind("recording", "WAV, FLAC, OGG or MP3", tuple(f".{ending}" for ending in SOUNDS))
 
 
 class AudioFolder(AudioData):

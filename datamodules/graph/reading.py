@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -188,6 +189,25 @@ def smiles_column(text: str) -> str | None:
     except csv.Error as error:
         raise ValueError(f"line 1: {error}") from error
     return next((name.strip() for name in names if name.strip().lower() in SMILES), None)
+
+
+def is_graph(path: Path) -> bool:
+    """Whether a file of `GRAPHS` looks like one by its first lines, where others have its ending too: JSON with a list
+    of nodes, and a table with a column of molecules or with edges, of which the first column is named by `FIRSTS`.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".json", ".csv", ".tsv"):
+        return True
+    try:
+        with opened_regular(path) as file:
+            start = file.read(2**16).decode("utf-8-sig", "replace")
+    except (OSError, ValueError):
+        return False
+    if ending == ".json":
+        return re.search(r'"nodes"\s*:\s*\[', start) is not None
+    first = next((line for line in start.split("\n") if line.strip() and not line.startswith("#")), "")
+    word = re.split(rf"[{re.escape(DELIMITERS)} ]", first)[0].strip().strip('"').lower()
+    return word in FIRSTS or is_of_molecules(path)
 
 
 def is_of_molecules(path: Path) -> bool:

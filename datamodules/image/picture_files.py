@@ -3,8 +3,10 @@
 Shapes: N pictures.
 """
 
+import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -82,21 +84,26 @@ def find_labelled(folder: Path, kind: Kind, links: Links = "skip", labels: Label
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{kind.name} folder {folder} {what}; name a folder of {kind.formats} files")
-    names, others, skipped = _walk(folder, links, kind.endings)
+    found = files_below(folder, kind.endings, links)
     remarks = []
-    if skipped:
-        remarks.append(f"{skipped:,} links were left out (data.init_args.links=follow reads them)")
-    if others:
-        most = sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
-        shown = ", ".join(f"{count:,} {one_line(ending)}" for ending, count in most)
-        remarks.append(f"{others.total():,} other files were left out: {shown}")
-    if not names:
+    if found.links:
+        remarks.append(f"{found.links:,} links were left out (data.init_args.links=follow reads them)")
+    if found.others:
+        remarks.append(f"{found.others.total():,} other files were left out: {found.shown_others()}")
+    if not found.names:
         raise UserError(
             f"{folder} and its sub-folders have no file that ends in {', '.join(kind.endings)}"
             + (f"; {'; '.join(remarks)}" if remarks else "; the folder is empty")
             + f"; name a folder of {kind.name}s"
         )
-    names.sort()
+    return sorted_into_classes(folder, found.names, kind, labels, remarks)
+
+
+def sorted_into_classes(
+    folder: Path, names: list[str], kind: Kind, labels: Labels = "auto", remarks: Sequence[str] = ()
+) -> PictureFiles:
+    """Files of a kind as `find_labelled` gives them. names: at least one. Raises: UserError as there, for labels."""
+    names = sorted(names)
     firsts = [name.split("/")[0] if "/" in name else "" for name in names]
     outside = firsts.count("")
     if labels == "folders" and outside:
@@ -106,20 +113,41 @@ def find_labelled(folder: Path, kind: Kind, links: Links = "skip", labels: Label
         )
     classes = sorted(set(firsts))
     if labels == "none" or (labels == "auto" and (outside or len(classes) < 2)):
-        return PictureFiles(folder, names, np.zeros(len(names), np.int64), [], remarks)
+        return PictureFiles(folder, names, np.zeros(len(names), np.int64), [], [*remarks])
     numbers = {name: number for number, name in enumerate(classes)}
-    return PictureFiles(folder, names, np.array([numbers[first] for first in firsts], np.int64), classes, remarks)
+    return PictureFiles(folder, names, np.array([numbers[first] for first in firsts], np.int64), classes, [*remarks])
 
 
-def _walk(folder: Path, links: Links, endings: tuple[str, ...]) -> tuple[list[str], Counter[str], int]:
-    """(names of files that end so, endings of other files, links that were left out)."""
+class FilesBelow(NamedTuple):
+    """names: with "/" between the parts, in no order. others: how many other files have each ending. links: that were
+    left out. whole: whether all were counted.
+    """
+
+    names: list[str]
+    others: Counter[str]
+    links: int
+    whole: bool = True
+
+    def shown_others(self) -> str:
+        """The most frequent endings."""
+        most = sorted(self.others.items(), key=lambda pair: (-pair[1], pair[0]))[:5]
+        return ", ".join(f"{count:,} {one_line(ending)}" for ending, count in most)
+
+
+def files_below(folder: Path, endings: tuple[str, ...], links: Links = "skip", most: float = math.inf) -> FilesBelow:
+    """The files below a folder that end so, hidden ones left out; see `find_labelled`.
+
+    Args:
+        most: files and folders that are counted before it stops.
+    Raises: UserError for a folder that cannot be read.
+    """
 
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}); change its permissions or remove it")
 
     names: list[str] = []
     others: Counter[str] = Counter()
-    skipped, seen = 0, {os.path.realpath(folder)}
+    skipped, count, seen = 0, 0, {os.path.realpath(folder)}
     for parent, children, files in os.walk(folder, onerror=fail, followlinks=links == "follow"):
         kept = []
         for child in sorted(child for child in children if not child.startswith(".")):
@@ -132,14 +160,17 @@ def _walk(folder: Path, links: Links, endings: tuple[str, ...]) -> tuple[list[st
                 seen.add(real)
                 kept.append(child)
         children[:] = kept
+        count += len(kept)
         for name in files:
             path = os.path.join(parent, name)
             if name.startswith("."):
                 continue
+            if (count := count + 1) > most:
+                return FilesBelow(names, others, skipped, whole=False)
             if os.path.islink(path) and links == "skip":
                 skipped += 1
             elif name.lower().endswith(endings):
                 names.append(Path(path).relative_to(folder).as_posix())
             else:
                 others[Path(name).suffix.lower() or "without an ending"] += 1
-    return names, others, skipped
+    return FilesBelow(names, others, skipped)

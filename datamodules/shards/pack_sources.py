@@ -65,7 +65,8 @@ def text_sources(folder: Path) -> Sources:
 
     Raises: UserError if there is no such folder, or no text, and for a line without one.
     """
-    from lightspan.datamodules.text.documents import SUFFIXES, Skipped, find_documents
+    from lightspan.datamodules.text.documents import Skipped, find_documents
+    from lightspan.datamodules.text.endings import SUFFIXES
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; name the folder whose texts are to be packed")

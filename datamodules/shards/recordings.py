@@ -9,7 +9,8 @@ import torch
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.audio.batch import AudioBatch
-from lightspan.datamodules.audio.sound import SOUNDS, WaveReader
+from lightspan.datamodules.audio.segments import WaveReader
+from lightspan.datamodules.audio.sound import SOUNDS
 from lightspan.datamodules.shards.decoders import decode_class, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
 from lightspan.datamodules.shards.stream import Decoding, Shards

@@ -17,12 +17,14 @@ import numpy as np
 
 from lightspan.core.errors import UserError, install_extra, one_line
 from lightspan.core.files.foreign import BYTES, CELLS, NUMBERS, bounded_memory, opened_regular, whole_text
+from lightspan.datamodules.image.picture_files import Kind
 
 Cells = np.ndarray
 """A column [N]: float64, NaN where a cell is missing; or text, None where one is missing."""
 Columns = dict[str, Cells]
 Encoding = Literal["one_hot", "index"]
 
+TABLES = Kind("table", "CSV (.csv, .tsv) or Parquet (.parquet)", (".csv", ".tsv", ".parquet"))
 DELIMITERS = ",;\t|"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 LARGEST = float(np.finfo(np.float32).max)

@@ -19,7 +19,6 @@ from lightspan.datamodules.loading.order import content_of
 from lightspan.datamodules.loading.ranks import evaluation_loader, say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.text.documents import (
-    SUFFIXES,
     VAL_FRACTION,
     Document,
     Skipped,
@@ -28,6 +27,7 @@ from lightspan.datamodules.text.documents import (
     find_documents,
     numbers_of,
 )
+from lightspan.datamodules.text.endings import SUFFIXES
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training
 from lightspan.datamodules.text.windows import in_validation, require_paths, require_val_fraction
 

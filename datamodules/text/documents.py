@@ -14,13 +14,12 @@ import numpy as np
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.tokenizing import cut
+from lightspan.datamodules.text.endings import LINES
 from lightspan.datamodules.text.windows import SEPARATOR, text_content, text_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LINES = ".jsonl"
-SUFFIXES = (".txt", ".md", ".py", LINES)
 FIELD = "text"
 VAL_FRACTION = 0.05
 """Share of the documents that is held out."""

@@ -3,7 +3,7 @@ torch."""
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -115,7 +115,7 @@ def find_subjects(
     if labels is not None and "subject" not in labels.groupindex:
         raise UserError(f"segmentation={segmentation!r} does not tell whose labels a file has; put {{subject}} there")
     found = find_labelled(folder, VOLUMES, links, "none")
-    files = _volume_files(folder, found.names)
+    files = volume_files(found.names)
     held: dict[tuple[str, str], dict[str, VolumeFile]] = defaultdict(dict)
     groups: dict[tuple[str, str], str] = {}
     used = dict.fromkeys([*wanted, *(["segmentation"] if labels is not None else [])], 0)
@@ -161,7 +161,8 @@ def find_subjects(
     return FoundSubjects(folder, subjects, sorted(set(groups.values())), remarks)
 
 
-def _volume_files(folder: Path, names: list[str]) -> list[VolumeFile]:
+def volume_files(names: Iterable[str]) -> list[VolumeFile]:
+    """By name: each NIfTI file, and the DICOM files of one folder as a series."""
     series: dict[str, list[str]] = defaultdict(list)
     files = []
     for name in names:

@@ -10,8 +10,8 @@ from lightspan.cli.config.resolve import TRAINED, Resolved, resolve
 from lightspan.core.errors import UserError
 
 IMAGE_SIZE = 64  # of --images, in pixels
-REPLACING = ("--images", "--volumes", "--videos", "--points", "--graphs", "--table")
-DATA_OPTIONS = ("--images", "--image-size", "--volumes", "--videos", "--points", "--graphs", "--table", "--target")
+REPLACING = ("--images", "--volumes", "--videos", "--points", "--graphs", "--recordings", "--table")
+DATA_OPTIONS = (*REPLACING, "--image-size", "--target")
 """Options that replace a recipe's data with the user's own; each takes a value."""
 
 
@@ -39,8 +39,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images FOLDER and --image-size PIXELS, --volumes FOLDER, --videos FOLDER, --points FOLDER,
-    --graphs FOLDER, or --table FILE and --target COLUMN, which `resolved_from` lays over the recipe.
+    """--images FOLDER and --image-size PIXELS, --volumes, --videos, --points, --graphs or --recordings FOLDER, or
+    --table FILE and --target COLUMN, which `resolved_from` lays over the recipe.
     """
     parser.add_argument(
         "--images",
@@ -79,6 +79,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="the graphs, or the molecules as SMILES or SDF, in this folder instead of the recipe's data",
     )
     parser.add_argument(
+        "--recordings",
+        type=folder,
+        metavar="FOLDER",
+        help="the WAV, FLAC, OGG and MP3 files in this folder instead of the recipe's data",
+    )
+    parser.add_argument(
         "--table",
         type=file,
         metavar="FILE",
@@ -111,23 +117,16 @@ def resolved_from(args: argparse.Namespace, kinds: Sequence[str] = TRAINED) -> R
         from lightspan.cli.config.user_volumes import with_volumes
 
         return with_volumes(args.recipe, args.overlays, args.volumes, *common)
-    if args.videos is not None:
-        from lightspan.cli.config.user_videos import with_videos
-
-        return with_videos(args.recipe, args.overlays, args.videos, *common)
-    if args.points is not None:
-        from lightspan.cli.config.user_points import with_points
-
-        return with_points(args.recipe, args.overlays, args.points, *common)
-    if args.graphs is not None:
-        from lightspan.cli.config.user_graphs import with_graphs
-
-        return with_graphs(args.recipe, args.overlays, args.graphs, *common)
     if args.images is not None:
         from lightspan.cli.config.user_images import with_images
 
         size = IMAGE_SIZE if args.image_size is None else args.image_size
         return with_images(args.recipe, args.overlays, args.images, size, *common)
+    from lightspan.cli.config.user_files import USER_FILES, with_files
+
+    for own in USER_FILES:
+        if (place := option_value(args, own.option)) is not None:
+            return with_files(own, args.recipe, args.overlays, place, *common)
     return resolve(args.recipe, args.overlays, *common)
 
 

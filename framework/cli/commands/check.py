@@ -4,8 +4,8 @@ whether the parts fit together. Weights and data need not be here yet: what is m
 
 import argparse
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,18 @@ from lightspan.datamodules.shards.fetch import expand_braces
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+    from lightspan.cli.config.user_files import UserFiles
+
 MOST_NAMED = 5
 """Damaged files in one message."""
-MOST_VIDEOS = 500
-"""Videos that are read through, without decoding them: each takes as long as reading its file."""
-MOST_CLOUDS, MOST_GRAPHS, MOST_ROWS = 500, 500, 1_000
-"""Which are read whole, tens of milliseconds each."""
+MOST_FILES = 500
+"""Videos, clouds, graphs or recordings that are looked at: a video takes as long as reading its file, a cloud or a
+graph tens of milliseconds.
+"""
 MOST_VOLUMES = 2_000
 """Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
+Damaged = Callable[[Path, dict[str, Any]], tuple[list[str], int, int]]
+"""Of a folder under the settings of its data, see `_damaged_pictures`."""
 WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
 
 
@@ -118,14 +122,13 @@ def _is_here(place: str) -> bool:
 
 def _damaged_files(data: dict[str, Any]) -> list[str]:
     """What to say of damaged files in the folders of pictures and others that data name, if any."""
-    from lightspan.cli.config import user_graphs, user_images, user_points, user_videos, user_volumes
+    from lightspan.cli.config import user_images, user_volumes
+    from lightspan.cli.config.user_files import USER_FILES
 
     kinds = {
         user_images.DATA: ("pictures", _damaged_pictures),
         user_volumes.DATA: ("subjects", _damaged_volumes),
-        user_videos.DATA: ("videos", _damaged_videos),
-        user_points.DATA: ("files", _damaged_points),
-        user_graphs.DATA: ("files", _damaged_graphs),
+        **{own.data: (own.name, _damaged_files_of(own)) for own in USER_FILES},
     }
     if (kind := kinds.get(data.get("class_path", ""))) is None:
         return []
@@ -171,58 +174,21 @@ def _damaged_volumes(folder: Path, settings: dict[str, Any]) -> tuple[list[str],
     return said, len(seen), len(subjects)
 
 
-def _damaged_videos(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
-    """As `_damaged_pictures`, of videos, by their packets and their first frames."""
-    from lightspan.datamodules.image.picture_files import find_labelled
-    from lightspan.datamodules.shards.headers import looked_at
-    from lightspan.datamodules.video.files import VIDEOS
-    from lightspan.datamodules.video.reader import index_of
-
-    names, said = find_labelled(folder, VIDEOS, settings.get("links", "skip"), "none").names, []
-    seen = looked_at(len(names), MOST_VIDEOS)
-    for number in seen:
-        try:
-            index_of(folder / names[number])
-        except UserError:  # of this machine, not of the video
-            raise
-        except (ValueError, OSError) as error:
-            said.append(f"{names[number]}: {error}")
-    return said, len(seen), len(names)
-
-
-def _damaged_points(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
-    """As `_damaged_pictures`, of point clouds and surfaces, which are read whole."""
-    from lightspan.datamodules.image.picture_files import find_labelled
-    from lightspan.datamodules.points.ldraw import LDrawFiles, library_roots
-    from lightspan.datamodules.points.reading import POINTS, read_shape
-    from lightspan.datamodules.shards.headers import looked_at
-
-    names, said = find_labelled(folder, POINTS, settings.get("links", "skip"), "none").names, []
-    seen, bricks = looked_at(len(names), MOST_CLOUDS), LDrawFiles(library_roots(folder))
-    for number in seen:
-        try:
-            read_shape(folder / names[number], bricks)
-        except UserError:  # of this machine, not of the file
-            raise
-        except (ValueError, OSError) as error:
-            said.append(f"{names[number]} ({error})")
-    return said, len(seen), len(names)
-
-
-def _damaged_graphs(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
-    """As `_damaged_pictures`, of graphs, which are read whole, and of the first molecules of each file."""
-    from lightspan.datamodules.graph.reading import GRAPHS, GraphReader
+def _damaged_files_of(own: "UserFiles") -> Damaged:
+    """As `_damaged_pictures`, of files of which each is looked at by the reader of its kind."""
     from lightspan.datamodules.image.picture_files import find_labelled
     from lightspan.datamodules.shards.headers import looked_at
 
-    names, said = find_labelled(folder, GRAPHS, settings.get("links", "skip"), "none").names, []
-    seen, reader = looked_at(len(names), MOST_GRAPHS), GraphReader(settings.get("kind", "kind"), (), False)
-    for number in seen:
-        try:
-            for row, found in enumerate(islice(reader.read(folder / names[number]), MOST_ROWS), 1):
-                said += [f"{names[number]} row {row} ({found})"] if isinstance(found, str) else []
-        except UserError:  # of this machine, not of the file
-            raise
-        except (ValueError, OSError) as error:
-            said.append(f"{names[number]} ({error})")
-    return said, len(seen), len(names)
+    def damaged(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+        names, said = find_labelled(folder, own.kind(), settings.get("links", "skip"), "none").names, list[str]()
+        seen, look = looked_at(len(names), MOST_FILES), own.look(folder, settings)
+        for number in seen:
+            try:
+                said += look(names[number]).faults
+            except UserError:  # of this machine, not of the file
+                raise
+            except (ValueError, OSError) as error:
+                said.append(f"{names[number]} ({error})")
+        return said, len(seen), len(names)
+
+    return damaged

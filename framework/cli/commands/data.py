@@ -205,7 +205,8 @@ def _tokenizer(source: Path, args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} already exists; name a new folder with --out, or remove that one")
     from lightspan.backbones.trained_tokenizers import trained_tokenizer
     from lightspan.core.files.atomic import atomic_path
-    from lightspan.datamodules.text.documents import SUFFIXES, VAL_FRACTION, Skipped, find_documents
+    from lightspan.datamodules.text.documents import VAL_FRACTION, Skipped, find_documents
+    from lightspan.datamodules.text.endings import SUFFIXES
     from lightspan.datamodules.text.windows import in_validation
 
     skipped = Skipped()

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightspan.cli.commands.arguments import (
+    REPLACING,
     add_data_arguments,
     add_recipe_arguments,
     add_run_argument,
     add_worker_arguments,
+    folder,
+    option_value,
     resolved_from,
 )
+from lightspan.cli.commands.asking import agreed
+from lightspan.cli.commands.verbs import VERBS
 from lightspan.cli.config.build import Built, Resolved, build, with_layer
 from lightspan.cli.config.flags import allow_options
 from lightspan.cli.config.tree import COMMAND_LINE
@@ -54,6 +59,15 @@ ENCODER, REPORT_FOLDER = Path("export") / "encoder", "report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--data",
+        type=folder,
+        action=_InPlaceOfRecipe,
+        metavar="FOLDER",
+        help="a folder of files of any one kind, or a table: says what is in it, chooses RECIPE unless it is given, "
+        "prints the command that does the same, and runs it after a yes",
+    )
+    parser.add_argument("--yes", action="store_true", help="run what --data chooses without asking")
     add_data_arguments(parser)
     add_run_argument(parser)
     parser.add_argument(
@@ -86,8 +100,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _InPlaceOfRecipe(argparse.Action):
+    """An option with which RECIPE may be left out."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        next(action for action in parser._actions if action.dest == "recipe").required = False
+
+
 def run(args: argparse.Namespace) -> int:
+    if args.data is None and args.yes:
+        raise UserError("--yes answers what --data FOLDER asks, which is not given")
     with recorded_start(args.run):
+        chosen = args if args.data is None else _chosen(args)
+        if chosen is None:
+            return 0
+        args = chosen
         resolved = resolved_from(args)
     if args.dry_run:
         from lightspan.cli.planning.rehearsal import rehearse
@@ -102,6 +132,42 @@ def run(args: argparse.Namespace) -> int:
     run_dir = run_folder(args.run, resolved.name)
     with sole_use(run_dir):
         return _fit(args, resolved, run_dir)
+
+
+def _chosen(args: argparse.Namespace) -> argparse.Namespace | None:
+    """What the command line means whose data are any folder: that of a recipe and of an option for its kind of data;
+    None without a yes.
+
+    Raises: UserError for a folder that cannot be trained on, for two kinds of data, and where nobody can be asked.
+    """
+    from lightspan.cli.any_folder.answer import answer, command
+    from lightspan.cli.main import parse
+
+    if given := [option for option in REPLACING if option_value(args, option) is not None]:
+        raise UserError(f"--data finds out what {given[0]} says; give one of them")
+    found = answer(args.data, args.target, args.recipe)
+    if args.target is not None and "--target" not in found.words:
+        raise UserError(f"--target is a column of a table, and {args.data} is none")
+    words = [*found.words, *_others(args)]
+    if is_first_rank():
+        print(printable("\n".join([*found.lines, "", command(words), ""])), flush=True)
+        if found.needs:
+            raise UserError(f"{found.words[0]} also needs {found.needs}; run the command above once that is there")
+        if not (args.yes or args.dry_run or agreed("run it?")):
+            print("nothing was started")
+            return None
+    return parse(next(verb for verb in VERBS if verb.name == "fit"), words)
+
+
+def _others(args: argparse.Namespace) -> list[str]:
+    """The words of the command line without RECIPE, --data, --target and --yes."""
+    words, left = [], iter(args.command_line[2:])
+    for word in left:
+        if word in ("--data", "--target"):
+            next(left, None)
+        elif word.partition("=")[0] not in ("--data", "--target", "--yes", "--debug") and word != args.recipe:
+            words.append(word)
+    return words
 
 
 def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tuple[Resolved, "Built", Path | None]:
@@ -169,7 +235,7 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             print_notes([_nothing_left(checkpoint, step, built.trainer)])
         if args.images is not None:
             _write_encoder(resolved, built, run_dir)
-        if any(place is not None for place in (args.images, args.volumes, args.videos, args.points, args.graphs)):
+        if any(option_value(args, option) is not None for option in REPLACING if option != "--table"):
             _write_report(run_dir)
         print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
         if (run_dir / LAST_CHECKPOINT).exists():

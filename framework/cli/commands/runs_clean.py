@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lightspan.cli.commands.asking import agreed
 from lightspan.cli.commands.runs import add_filter_arguments, filter_from
 from lightspan.core.errors import UserError, one_line, printable
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     for run in deletable:
         print(one_line(f"{run.entry.status:<10} {size_text(run.size):>10}  {run.entry.folder}"))
     question = f"delete {_runs(len(deletable))}, {size_text(sum(run.size for run in deletable))}?"
-    if not args.yes and not _agreed(question):
+    if not args.yes and not agreed(question):
         print("nothing was deleted")
         return 0
     return _delete(deletable)
@@ -61,15 +62,6 @@ def _delete(deletable: Sequence["Deletable"]) -> int:
             print(one_line(f"lightspan: {error}"), file=sys.stderr)
     print(printable(f"deleted {_runs(len(deletable) - failures)}"))
     return 1 if failures else 0
-
-
-def _agreed(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UserError(f"{question} Nobody can be asked, since standard input is no terminal; say it with --yes")
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
 
 
 def _runs(count: int) -> str:

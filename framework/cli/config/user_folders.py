@@ -1,4 +1,4 @@
-"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, videos, points, graphs
+"""What layers that give a recipe a folder of the user's own have in common: pictures, volumes, and other files
 (`user_data`).
 """
 
@@ -49,6 +49,7 @@ def split_folders(folder: Path) -> tuple[Path, Path | None]:
 
 
 def with_folder(
+    option: str,
     modality: str,
     data: str,
     kept: Sequence[str],
@@ -63,16 +64,17 @@ def with_folder(
     """The recipe with its overlays, then the folder, then the flags.
 
     Args:
-        modality: of the data, such as "video"; the option is its plural, or itself if that is one, as "points".
+        option: of the command line, such as "--videos", whose word names the data.
+        modality: of recipes for them, such as "video".
         data: class path of the data module.
         kept: settings of the recipe's own data that this one keeps.
         model_layer: see `UserData`.
     Raises: UserError for a recipe of other data, a folder without any, and as `resolve`.
     """
-    name = modality if modality.endswith("s") else f"{modality}s"
+    name = option.removeprefix("--")
     hint = f"`lightspan recipes --modality {modality}` lists those for {name}"
     layers = (lambda found: _data_layer(found, folder, data, kept)), model_layer
-    own = UserData(f"--{name}", modality, hint, data, {"folder", "num_workers", *kept}, name, folder, *layers)
+    own = UserData(option, modality, hint, data, {"folder", "num_workers", *kept}, name, folder, *layers)
     return own.laid_over(recipe, overlays, flags, allow_modules, kinds)
 
 

@@ -44,5 +44,5 @@ def _model_layer(resolved: Resolved) -> Layer:
     return layer, notes
 
 
-with_volumes = partial(with_folder, "volume", DATA, KEPT, _model_layer)
+with_volumes = partial(with_folder, "--volumes", "volume", DATA, KEPT, _model_layer)
 """See `with_folder`."""

@@ -7,10 +7,11 @@ import pytest
 from video_files import numbered, write_video
 
 from lightspan.cli.config.resolve import resolve
-from lightspan.cli.config.user_videos import DATA, with_videos
+from lightspan.cli.config.user_files import USER_FILES, with_files
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
+VIDEOS = next(own for own in USER_FILES if own.option == "--videos")
 RECIPE, PAIRS = "masked/videomae_small", "contrastive/rspnet"
 
 
@@ -21,16 +22,16 @@ def videos(folder: Path, count: int = 6, frames: int = 12) -> Path:
 
 
 def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path: Path) -> None:
-    before, after = resolve(RECIPE), with_videos(RECIPE, (), videos(tmp_path / "in"), ["data.init_args.fps=10"])
+    before, after = resolve(RECIPE), with_files(VIDEOS, RECIPE, (), videos(tmp_path / "in"), ["data.init_args.fps=10"])
     data = after.config["data"]
-    assert data["class_path"] == DATA
+    assert data["class_path"] == VIDEOS.data
     given, kept = data["init_args"], before.config["data"]["init_args"]
     assert (given["folder"], given["frames"], given["size"]) == (str(tmp_path / "in"), kept["frames"], kept["size"])
     assert (given["batch_size"], given["fps"]) == (4, 10)
     assert after.config["model"]["init_args"]["backbone"]["init_args"]["in_chans"] == 3
     assert after.about["title"] == f"{RECIPE} on the videos of in"
     assert after.notes == [
-        f"--videos: 6 video files in {tmp_path / 'in'}",
+        f"--videos: 6 videos in {tmp_path / 'in'}",
         "model.init_args.backbone.init_args.in_chans=3",
         "data.init_args.batch_size=4, since there are few videos",
         "trainer.callbacks.probes left out: probes need classes, and the folder has none",
@@ -41,14 +42,14 @@ def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path:
 def test_train_and_validation_folders_are_taken_and_classes_bring_probes(tmp_path: Path) -> None:
     for place in ("train/a", "train/b", "val/a", "val/b"):
         videos(tmp_path / "in" / place, 1)
-    found = with_videos(RECIPE, (), tmp_path / "in", []).config
+    found = with_files(VIDEOS, RECIPE, (), tmp_path / "in", []).config
     assert found["data"]["init_args"]["val_folder"] == str(tmp_path / "in" / "val")
     assert "probes" in found["trainer"]["callbacks"]
 
 
 def test_a_method_that_compares_clips_keeps_their_starts_speeds_and_views(tmp_path: Path) -> None:
-    before, after = (one.config for one in (resolve(PAIRS), with_videos(PAIRS, (), videos(tmp_path / "in"), [])))
-    assert after["data"]["class_path"] == DATA
+    before, after = (one.config for one in (resolve(PAIRS), with_files(VIDEOS, PAIRS, (), videos(tmp_path / "in"), [])))
+    assert after["data"]["class_path"] == VIDEOS.data
     for name in ("clips", "speeds", "views", "frames"):
         assert after["data"]["init_args"][name] == before["data"]["init_args"][name]
     assert (after["data"]["init_args"]["clips"], after["data"]["init_args"]["speeds"]) == (2, [1, 2])
@@ -57,10 +58,10 @@ def test_a_method_that_compares_clips_keeps_their_starts_speeds_and_views(tmp_pa
 
 def test_recipes_of_other_data_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contrastive/simclr is a recipe for data of modality image"):
-        with_videos("contrastive/simclr", (), videos(tmp_path / "in", 1), [])
+        with_files(VIDEOS, "contrastive/simclr", (), videos(tmp_path / "in", 1), [])
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="the folder is empty"):
-        with_videos(RECIPE, (), tmp_path / "none", [])
+        with_files(VIDEOS, RECIPE, (), tmp_path / "none", [])
     assert main(["check", RECIPE, "--videos", str(tmp_path / "in"), "--images", str(tmp_path), "--fast"]) == 2
 
 
@@ -69,7 +70,7 @@ def test_check_names_damaged_videos(tmp_path: Path, capsys: Any) -> None:
     assert main(["check", RECIPE, "--videos", str(folder), "--fast"]) == 0
     (folder / "1.mkv").write_bytes((folder / "0.mkv").read_bytes()[:-9])
     assert main(["check", RECIPE, "--videos", str(folder), "--fast"]) == 2
-    assert "1 of 3 videos cannot be read: 1.mkv: it is cut short" in capsys.readouterr().err
+    assert "1 of 3 videos cannot be read: 1.mkv (it is cut short" in capsys.readouterr().err
 
 
 @pytest.mark.runs

@@ -10,7 +10,8 @@ from scipy.signal import resample_poly
 from sound_files import BAD, FORMATS, encoded, tone, wav_header, written
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.audio.sound import WaveReader, header, is_clipped, is_silent, levelled, read, resampled
+from lightspan.datamodules.audio.segments import WaveReader
+from lightspan.datamodules.audio.sound import header, is_clipped, is_silent, levelled, read, resampled
 from lightspan.datamodules.audio.spoken import FOLDER
 
 
