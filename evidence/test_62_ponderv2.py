@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning import seed_everything
 from quiet import quiet_trainer
+from rare_classes import RareSegmenter, rarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,6 @@ from lightspan.core.collate import collated
 from lightspan.datamodules.points.batch import PosedPointsBatch
 from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms, RoomSamples, SceneMoves
 from lightspan.methods.generative.ponder_v2 import PonderV2
-from lightspan.methods.supervised.point_segmenter import PointSegmenter
 from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.signed_fields import SignedField
 from lightspan.optim.schedules import WarmupCosine
@@ -59,7 +59,7 @@ def training(seed: int, count: int = UNLABELLED, points: int = POINTS) -> RoomSa
 
 
 def backbone() -> VoxelPoints:
-    return VoxelPoints(SparseUNet(9, 16, (24, 32, 32, 24), (1, 1, 1, 1)), 0.08, ("colour", "normal"))
+    return VoxelPoints(SparseUNet(9, 16, (24, 32, 32, 24), (1, 1, 1, 1), 0.1), 0.08, ("colour", "normal"))
 
 
 def adamw(rate: float) -> dict[str, Any]:
@@ -124,16 +124,19 @@ def in_order(samples: RoomSamples, count: int = TEST) -> list[dict[str, Any]]:
             for first in range(0, count, BATCH)]  # fmt: skip
 
 
-def tuned(start: VoxelPoints, seed: int, rate: float, count: int, steps: int) -> PointSegmenter:
-    """All weights of a copy of the encoder, behind a new classifier."""
+def tuned(start: VoxelPoints, seed: int, rate: float, count: int, steps: int) -> RareSegmenter:
+    """All weights of a copy of the encoder, behind a new classifier, in whose loss rare classes count."""
     seed_everything(seed, verbose=False)
-    model = PointSegmenter(backbone(), len(CLASSES), **adamw(rate))
+    samples = training(seed, count, TUNED_POINTS)
+    still = replace(samples, random=False, moves=None)
+    weights = rarity((still.sample(at, 0)["classes"] for at in range(count)), len(CLASSES))
+    model = RareSegmenter(backbone(), weights, **adamw(rate))
     model.backbone.load_state_dict(start.state_dict())
-    return trained(model, training(seed, count, TUNED_POINTS), steps, seed)
+    return trained(model, samples, steps, seed)
 
 
 @torch.no_grad()
-def overlap(model: PointSegmenter, batches: Sequence[dict[str, Any]]) -> float:
+def overlap(model: RareSegmenter, batches: Sequence[dict[str, Any]]) -> float:
     """Mean over the classes that are there of the intersection over union of all rooms' points, in per cent."""
     guess, truth = (
         torch.cat(part) for part in zip(*((model(b).argmax(1), b["classes"]) for b in batches), strict=True)
@@ -177,7 +180,7 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     starts = {arm: pretrained(arm, SEARCH, rates[arm], steps).backbone for arm in rates}
     starts |= {"scratch": blank, "all labels": blank}
 
-    def segmenter(arm: str, seed: int, start: VoxelPoints, rate: float, steps: int = tuning) -> PointSegmenter:
+    def segmenter(arm: str, seed: int, start: VoxelPoints, rate: float, steps: int = tuning) -> RareSegmenter:
         return tuned(start, seed, rate, UNLABELLED if arm == "all labels" else LABELLED, steps)
 
     tuning_rates = evidence.search(
