@@ -322,7 +322,7 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, t
         make = {s: partial(built, arm, 1e-3, s) for s in seeds}
         losses = [
             {s: own_loss(make[s], weights(s).state_dict(), tests[s]) for s in seeds}
-            for weights in (partial(learned, arm, rates[arm], steps=steps), lambda s, make=make: make[s]())
+            for weights in (lambda s, arm=arm: learned(arm, rates[arm], s, steps), lambda s, make=make: make[s]())
         ]
         evidence.gate(arm, *losses, by=0.3, lower_is_better=True)
     own = {name: {s: result[name] for s, result in runs[SCRATCH].items()} for name in ("own", "own before")}
