@@ -42,7 +42,8 @@ from lightspan.training.method import Method
 
 NEEDS = ("/usr/share/sweethome3d/furniture", "trimesh")
 SEEDS, SEARCH = (0, 1, 2), 100
-UNLABELLED, LABELLED, TEST, BATCH, POINTS = 64, 10, 16, 4, 1024
+UNLABELLED, LABELLED, TEST, BATCH, POINTS = 64, 10, 24, 4, 1024
+GROUPS, SIZE = 64, 8
 STEPS, DRAW_FROM, TUNING = 350, 0.7, 150
 RATES = (5e-4, 1e-3, 2e-3)
 BOTH, FIRST, ADRIFT = "both stages", "first stage alone", "without the loss of positions"
@@ -54,21 +55,31 @@ Room = dict[str, Any]
 @cache
 def rooms(seed: int) -> FurnishedRooms:
     data = FurnishedRooms(
-        rooms=UNLABELLED + TEST, val_size=TEST, frames=6, height=32, width=32, views=2, points=POINTS, draw_seed=seed,
+        rooms=UNLABELLED + TEST + 1, val_size=1, frames=6, height=32, width=32, views=2, points=POINTS, draw_seed=seed,
         moves=SceneMoves(degrees=180, flip=0.5, scale=(0.8, 1.2)),
     )  # fmt: skip
     data.setup()
     return data
 
 
-def training(seed: int, count: int = UNLABELLED) -> RoomSamples:
-    """The first rooms."""
+def part(seed: int, first: int, end: int) -> RoomSamples:
+    """Rooms with the same furniture."""
     samples = rooms(seed).train
     assert samples is not None
-    return replace(samples, numbers=samples.numbers[:count], kept_labels=samples.kept_labels[:count])
+    return replace(samples, numbers=samples.numbers[first:end], kept_labels=samples.kept_labels[first:end])
 
 
-def in_order(samples: RoomSamples, count: int = TEST) -> list[Room]:
+def training(seed: int, count: int = UNLABELLED) -> RoomSamples:
+    """The first rooms."""
+    return part(seed, 0, count)
+
+
+def unseen(seed: int) -> list[Room]:
+    """Batches of rooms that nothing is learned from."""
+    return in_order(part(seed, UNLABELLED, UNLABELLED + TEST), TEST)
+
+
+def in_order(samples: RoomSamples, count: int) -> list[Room]:
     """Batches of the first rooms, as they are."""
     still = replace(samples, random=False, moves=None)
     return [
@@ -85,7 +96,7 @@ def adamw(rate: float) -> dict[str, Any]:
 
 
 def points_encoder() -> PointViT:
-    return PointViT(64, 8, width=96, depth=4, heads=4, drop_path=0.0, point_widths=(32, 64, 96))
+    return PointViT(GROUPS, SIZE, width=96, depth=4, heads=4, drop_path=0.0, point_widths=(32, 64, 96))
 
 
 def built(arm: str, rate: float, seed: int) -> Any:
@@ -195,11 +206,11 @@ def tuned(arm: str, rate: float, tuning_rate: float, seed: int, steps: int, tuni
         model.backbone.load_state_dict(learned(arm, rate, seed, steps)[0].backbone.state_dict())
     before = score(model, own)
     trained(model.train(), training(seed, LABELLED), tuning, seed)
-    return {"iou": score(model, in_order(rooms(seed).val)), "own": score(model, own), "own before": before}
+    return {"iou": score(model, unseen(seed)), "own": score(model, own), "own before": before}
 
 
 def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
-    held = in_order(rooms(SEARCH).val)
+    held = unseen(SEARCH)
     rates = evidence.search(
         {
             arm: lambda rate, arm=arm: -losses(learned(arm, rate, SEARCH, steps)[0], held)["point"]
@@ -217,7 +228,7 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     )  # fmt: skip
     after |= {ALL: after[BOTH]}
     runs = {arm: {s: tuned(arm, rates[arm], after[arm], s, steps, tuning) for s in seeds} for arm in after}
-    test = {s: in_order(rooms(s).val) for s in seeds}
+    test = {s: unseen(s) for s in seeds}
     ends = {arm: {s: losses(learned(arm, rates[arm], s, steps)[0], test[s]) for s in seeds}
             for arm in (BOTH, FIRST, ADRIFT)}  # fmt: skip
     ends["untrained"] = {s: losses(built(BOTH, 1.0, s), test[s]) for s in seeds}

@@ -1,12 +1,13 @@
 """E-SSL3D (arXiv 2404.11737): features of LiDAR sweeps that move with the scene, for a detector with few labels.
 
-Drawn streets of cars, poles and pedestrians, each swept twice by a LiDAR of 24 beams. Pillars of one metre and four
-convolutions learn from 400 streets without boxes. Then they are tuned, behind a new head, on 20 of them with boxes of
-cars and pedestrians, twice with others, and judged on 96 more by the average precision, of centres that lie within a
-metre of the true ones. Boxes without five returns are neither learned nor asked for. Arms with equal steps: E-SSL3D;
-the same with a flow of zeros; BYOL, whose pooled features shall not change when a sweep is moved, mirrored and turned,
-so that they are invariant where those of E-SSL3D are equivariant; random weights. Ceiling: an encoder that learned the
-boxes of all 400 streets. Floor: random weights, and for the flow the invariant features.
+Drawn streets of cars, poles and pedestrians, each swept twice by a LiDAR of 24 beams, which look far more than down, so
+that there is more than ground, and much of it has moved in between. Pillars of one metre and four convolutions learn
+from 400 streets without boxes. Then they are tuned, behind a new head, on 20 of them with boxes of cars and
+pedestrians, twice with others, and judged on 96 more by the average precision, of centres that lie within a metre of
+the true ones. Boxes without five returns are neither learned nor asked for. Arms with equal steps: E-SSL3D; the same
+with a flow of zeros; BYOL, whose pooled features shall not change when a sweep is moved, mirrored and turned, so that
+they are invariant where those of E-SSL3D are equivariant; random weights. Ceiling: an encoder that learned the boxes of
+all 400 streets. Floor: random weights, and for the flow the invariant features.
 The error of headings is that of the cells in which cars have their centres. Cars and pedestrians that move are judged
 alone, too: what stands is then neither right nor wrong.
 Rates are searched on streets that no figure is taken on.
@@ -30,7 +31,7 @@ from lightspan.core.noise import hashed_uniform, mixed_seed
 from lightspan.core.ragged import row_owners
 from lightspan.datamodules.points.batch import SweepsBatch
 from lightspan.datamodules.points.sweeps import DrawnSweeps
-from lightspan.datamodules.rendered.traffic import CAR, PEDESTRIAN
+from lightspan.datamodules.rendered.traffic import CAR, PEDESTRIAN, Lidar, Traffic
 from lightspan.methods.contrastive.e_ssl3d import ESSL3D
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.nn.heads.projector import Projector
@@ -45,6 +46,7 @@ RATES = (1e-3, 3e-3, 1e-2)
 KINDS, LEAST_RETURNS, NEAR, MOVES = (CAR, PEDESTRIAN), 5, 1.0, 0.3
 FULL, STILL, INVARIANT, SCRATCH, ALL = "E-SSL3D", "flow of zeros", "invariant", "random weights", "all boxes"
 
+TRAFFIC, LIDAR = Traffic(cars=14, pedestrians=10, speed=5.0, walk=1.5), Lidar(low=-14.0)
 GROUP, BLUR = GroundGroup(), 0.7
 USUAL = torch.tensor([[4.1, 1.75], [0.6, 0.6]])
 """Length and width of a car and of a pedestrian, in metres."""
@@ -76,7 +78,7 @@ def seen_boxes(sweep: Sweep) -> Sweep:
 @cache
 def streets(seed: int) -> tuple[list[Sweep], list[Sweep]]:
     """To learn from, and to test on."""
-    data = DrawnSweeps(size=STREETS, val_size=TEST, test_size=1, draw_seed=seed)
+    data = DrawnSweeps(TRAFFIC, LIDAR, size=STREETS, val_size=TEST, test_size=1, draw_seed=seed)
     data.setup()
     own, test = data.train, data.val
     return tuple([seen_boxes(part.sample(at, 0)) for at in range(len(part))] for part in (own, test))  # type: ignore
