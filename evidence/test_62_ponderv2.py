@@ -181,17 +181,17 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
         model = pretrained("own colour", SEARCH, rate, steps)
         return -float(np.mean([float(model.error(batch)) for batch in coloured]))
 
-    rates = evidence.search(
+    early = evidence.search(
         {
-            "PonderV2": lambda rate: -depth_error(pretrained("PonderV2", SEARCH, rate, steps), held),
-            "own colour": own_colour,
+            "PonderV2, before tuning": lambda rate: -depth_error(pretrained("PonderV2", SEARCH, rate, steps), held),
+            "own colour, before tuning": own_colour,
         },
         RATES,
         what="rate of pre-training",
         seed=SEARCH,
     )
     blank = pretrained("PonderV2", SEARCH, 1.0, 0).backbone
-    rates |= {"all labels": 3e-3}
+    rates = {arm: early[f"{arm}, before tuning"] for arm in ("PonderV2", "own colour")} | {"all labels": 3e-3}
     starts = {arm: pretrained(arm, SEARCH, rates[arm], steps).backbone for arm in ("PonderV2", "own colour")}
     starts |= {"scratch": blank}
     tuning_rates = evidence.search(

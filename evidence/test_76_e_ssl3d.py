@@ -42,7 +42,7 @@ from lightspan.training.method import Method
 SEEDS, SEARCH = (0, 1, 2), 100
 STREETS, LABELLED, TEST, BATCH = 400, 20, 96, 4
 STEPS, TUNING, DRAWS = 300, 200, 2
-RATES = (1e-3, 3e-3, 1e-2)
+RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), 3e-3
 KINDS, LEAST_RETURNS, NEAR, MOVES = (CAR, PEDESTRIAN), 5, 1.0, 0.3
 FULL, STILL, INVARIANT, SCRATCH, ALL = "E-SSL3D", "flow of zeros", "invariant", "random weights", "all boxes"
 
@@ -303,17 +303,26 @@ def tuned(arm: str, rate: float, tuning_rate: float, seed: int, steps: int, tuni
 
 
 def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
-    arms = (FULL, INVARIANT, SCRATCH)
-    after = evidence.search(
-        {SCRATCH: lambda rate: tuned(SCRATCH, 0.0, rate, SEARCH, steps, tuning)["AP"]}, RATES,
-        what="rate of tuning", seed=SEARCH,
-    )[SCRATCH]  # fmt: skip
-    rates = evidence.search(
-        {arm: partial(lambda arm, rate: tuned(arm, rate, after, SEARCH, steps, tuning)["AP"], arm) for arm in arms[:2]},
+    early = evidence.search(
+        {
+            f"{arm}, before tuning": partial(
+                lambda arm, rate: tuned(arm, rate, TUNING_RATE, SEARCH, steps, tuning)["AP"], arm
+            )
+            for arm in (FULL, INVARIANT)
+        },
         RATES, what="rate of pre-training", seed=SEARCH,
     )  # fmt: skip
+    rates = {arm: early[f"{arm}, before tuning"] for arm in (FULL, INVARIANT)}
     rates |= {STILL: rates[FULL], ALL: 1e-2, SCRATCH: 0.0}
-    runs = {arm: {s: tuned(arm, rates[arm], after, s, steps, tuning) for s in seeds} for arm in rates}
+    after = evidence.search(
+        {
+            arm: partial(lambda arm, rate: tuned(arm, rates[arm], rate, SEARCH, steps, tuning)["AP"], arm)
+            for arm in (FULL, STILL, INVARIANT, SCRATCH)
+        },
+        RATES, what="rate of tuning", seed=SEARCH,
+    )  # fmt: skip
+    after |= {ALL: after[FULL]}
+    runs = {arm: {s: tuned(arm, rates[arm], after[arm], s, steps, tuning) for s in seeds} for arm in rates}
     for arm, of_seed in runs.items():
         for seed, result in of_seed.items():
             for name, unit in (("AP", "%"), ("AP of what moves", "%"), ("heading", "degrees")):
