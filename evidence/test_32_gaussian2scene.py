@@ -221,12 +221,12 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> 
     held = unseen(SEARCH)
     early = evidence.search(
         {
-            f"{arm}, its own training": lambda rate, arm=arm: -losses(learned(arm, rate, SEARCH, steps)[0], held)["point"]
+            f"{arm}, own training": lambda rate, arm=arm: -losses(learned(arm, rate, SEARCH, steps)[0], held)["point"]
             for arm in (BOTH, FIRST)
         },
         RATES, what="rate of pre-training", seed=SEARCH,
     )  # fmt: skip
-    rates = {arm: early[f"{arm}, its own training"] for arm in (BOTH, FIRST)}
+    rates = {arm: early[f"{arm}, own training"] for arm in (BOTH, FIRST)}
     rates |= {ADRIFT: rates[BOTH], ALL: 2e-3, SCRATCH: 0.0}
     penalties = evidence.search(
         {
