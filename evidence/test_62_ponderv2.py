@@ -35,9 +35,9 @@ from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2), 100
-UNLABELLED, LABELLED, TEST, BATCH = 64, 6, 16, 4
+UNLABELLED, LABELLED, TEST, BATCH = 64, 4, 16, 4
 POINTS, KEEP, TUNED_POINTS = 4096, 0.2, 2048
-STEPS, TUNING = 160, 150
+STEPS, TUNING = 240, 150
 RATES = (1e-3, 3e-3, 1e-2)
 
 
