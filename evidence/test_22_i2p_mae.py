@@ -8,7 +8,12 @@ which is left of it without guide (masks at random, no features to guess); rando
 
 Rates are chosen on the search seed by the probe, with parts for testing that no other seed tests on. Floor: the
 untrained encoder. Ceiling: the same encoder trained on the labels of all 960 parts. Gates: each arm's own loss on the
-parts for testing; for random weights, the categories that are told.
+parts for testing.
+
+What is measured is how such training begins: it sees 9,600 clouds, and the paper's 300 epochs 12.6 million. On the
+search seed a Point-MAE of the same parts is still on the first plateau after 800 steps: its loss is three quarters of
+that of one constant guess for all groups, and its features, which random weights spread over nine directions, are in
+three; neither the pooling, the normalisation nor the size of first weights changes that.
 """
 
 from collections.abc import Mapping
@@ -231,7 +236,6 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -
             for weights in (runs[arm].__getitem__, lambda s, make=make: make[s]())
         ]
         evidence.gate(arm, *losses, by=0.3, lower_is_better=True)
-    evidence.gate(RANDOM, scores[RANDOM], 100 / KINDS, by=1.0, unit="points")
     evidence.note(
         f"{OF_EACH} parts of each of {KINDS} categories to learn from, {TEST} others to test; {steps} steps of {BATCH} "
         f"clouds of {POINTS} points. Rates on seed {SEARCH}, whose parts to test on are others."
@@ -243,7 +247,8 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -
     for other, margin in ((ALONE, 3.0), (RANDOM, 8.0), (BLIND, 3.0)):
         evidence.claim(
             f"categories told by a linear probe, I2P-MAE minus {other}", minus(FULL, other), at_least=margin,
-            unit="points", floor=minus(RANDOM, other), ceiling=minus(LABELS, other), arms=(FULL, other),
+            unit="points", floor=minus(RANDOM, other), ceiling=minus(LABELS, other),
+            arms=(FULL,) if other == RANDOM else (FULL, other),  # random weights have no rate
         )  # fmt: skip
     evidence.claim(
         "categories told, I2P-MAE minus descriptors that are not learned",

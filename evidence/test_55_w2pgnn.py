@@ -9,6 +9,10 @@ three draws of graphs and weights. Of each task, Spearman's correlation of zeta 
 families, and then the mean over the tasks. Zeta knows the edges of about 60 graphs of the task and of the source. Norms
 of the GIN are those of single nodes.
 
+Known graphons: six, ten graphs of 100 to 199 nodes each. In three pairs, the one that has the graphon from which other
+graphs were drawn is to have the largest zeta, and graphs of a mixture of two are to lie nearer to the hull of both than
+to either. Ceilings: the graphons themselves in place of what is estimated, and other graphs of the same mixture.
+
 Floor: the sources in a drawn order in place of zeta. Ceiling: the mean gain of the other seeds in place of zeta.
 Baseline: the nearness of the densities. Rates are searched on a seed of its own.
 """
@@ -25,8 +29,8 @@ from lightspan.backbones.gin import GIN
 from lightspan.datamodules.graph.sets.datamol import DatamolTables
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.graphs.collection import GraphCollection, GraphInput, PlainGraph, neighbourhood, plain
-from lightspan.evaluation.graphs.feasibility import W2PGNN
-from lightspan.evaluation.graphs.graphons import closeness, drawn_graph
+from lightspan.evaluation.graphs.feasibility import W2PGNN, Feasibility, gw_distance
+from lightspan.evaluation.graphs.graphons import closeness, drawn_graph, graphon
 
 NEEDS = ("datamol", "rdkit", "networkx")
 SEEDS, SEARCH, DRAWS = (0, 1, 2, 3, 4), 100, 3
@@ -37,6 +41,15 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PRETRAINED, SCRATCH, RATE = "pre-trained", "from scratch", 3e-3
 AT = (np.arange(20) + 0.5) / 20
 U, V = np.meshgrid(AT, AT, indexing="ij")
+KNOWN_GRAPHONS = {
+    "product": U * V,
+    "exponential": np.exp(-U - V),
+    "blocks": np.where((U < 0.5) == (V < 0.5), 0.8, 0.05),
+    "bipartite": np.where((U < 0.4) == (V < 0.4), 0.05, 0.8),
+    "far": np.abs(U - V),
+    "near": 1 - np.abs(U - V),
+}
+GRAPHS, GRAPHON_NODES = 10, (100, 200)
 DRAWN = {"product": U * V, "blocks": np.where((U < 0.5) == (V < 0.5), 0.6, 0.05), "near": (1 - np.abs(U - V)) ** 4}
 TABLES = ("freesolv", "solubility", "chembl_drugs", "chembl_samples")
 FAMILIES = (*TABLES, "people", *DRAWN)
@@ -148,6 +161,26 @@ def tuned(source: str | None, task: str, seed: int, rate: float) -> tuple[float,
     return explained(model, test), before, explained(model, few)
 
 
+@cache
+def drawn(name: str, seed: int) -> GraphCollection:
+    """Graphs of a known graphon, or of the equal mixture of two, "A + B"."""
+    generator = np.random.default_rng([seed, *name.encode()])
+    values = np.mean([KNOWN_GRAPHONS[part] for part in name.split(" + ")], axis=0)
+    sizes = generator.integers(*GRAPHON_NODES, size=GRAPHS)
+    return GraphCollection(tuple(drawn_graph(values, int(nodes), generator) for nodes in sizes))
+
+
+def pairs_of(seed: int) -> list[tuple[str, str]]:
+    """The known graphons in three pairs."""
+    order = np.random.default_rng([seed, 6]).permutation([*KNOWN_GRAPHONS])
+    return [(str(one), str(other)) for one, other in order.reshape(3, 2)]
+
+
+def zeta_of(pair: tuple[str, str], task: str, seed: int) -> Feasibility:
+    """Of other graphs than those of the task."""
+    return W2PGNN(cells=CELLS).fit(drawn(task, seed + 1000), **{name: drawn(name, seed) for name in pair})
+
+
 def density(graphs: GraphCollection) -> float:
     return float(np.mean([len(graph.edges) / (graph.nodes * (graph.nodes - 1)) for graph in graphs.graphs]))
 
@@ -228,3 +261,43 @@ def test_zeta_ranks_sources_as_the_gain_does(evidence):
         floor={seed: found["drawn order"][seed] - found["density"][seed] for seed in SEEDS},
         ceiling={seed: found["gain of other seeds"][seed] - found["density"][seed] for seed in SEEDS},
     )
+
+
+def test_known_graphons_are_found(evidence):
+    first: dict[str, dict[int, float]] = {"zeta": {}, "density": {}, "drawn order": {}, "true graphons": {}}
+    nearer: dict[str, dict[int, float]] = {"zeta": {}, "true mixture": {}, "another pair": {}}
+    for seed in SEEDS:
+        pairs, generator, found = pairs_of(seed), np.random.default_rng([seed, 7]), {name: [] for name in first}
+        for task in KNOWN_GRAPHONS:
+            graphs, values = drawn(task, seed + 1000), KNOWN_GRAPHONS[task]
+            guesses = {
+                "zeta": [zeta_of(pair, task, seed).zeta for pair in pairs],
+                "density": [max(-abs(density(drawn(one, seed)) - density(graphs)) for one in pair) for pair in pairs],
+                "drawn order": generator.random(len(pairs)),
+                "true graphons": [max(-gw_distance(KNOWN_GRAPHONS[one], values) for one in pair) for pair in pairs],
+            }
+            for name, of_pairs in guesses.items():
+                found[name].append(task in pairs[int(np.argmax(of_pairs))])
+        for name, right in found.items():
+            first[name][seed] = 100 * float(np.mean(right))
+            evidence.figure(f"the pair with the true graphon is first, {name}", first[name][seed], seed, "%")
+        ratios: dict[str, list[float]] = {name: [] for name in nearer}
+        for number, pair in enumerate(pairs):
+            task = " + ".join(pair)
+            ours, others = (zeta_of(each, task, seed) for each in (pair, pairs[number - 1]))
+            nearest = max(ours.alone.values())
+            exact = gw_distance(graphon(drawn(task, seed), CELLS), graphon(drawn(task, seed + 1000), CELLS))
+            ratios["zeta"].append(ours.zeta / nearest)
+            ratios["another pair"].append(others.zeta / nearest)
+            ratios["true mixture"].append(exact / -nearest)
+        for name, values in ratios.items():
+            nearer[name][seed] = float(np.mean(values))
+            evidence.figure(f"distance of a mixture over that of its nearer graphon, {name}", nearer[name][seed], seed)
+    evidence.claim(
+        "the pair with the true graphon has the largest zeta", first["zeta"], at_least=90.0, unit="%", arms=(),
+        floor=first["drawn order"], ceiling=first["true graphons"],
+    )  # fmt: skip
+    evidence.claim(
+        "distance of a mixture from the hull of its graphons over that from the nearer of both", nearer["zeta"],
+        at_most=0.95, arms=(), floor=nearer["another pair"], ceiling=nearer["true mixture"],
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from lightspan.nn.voxels.levels import Level, coarser_level
 # A recipe may name the class listed here.
 __all__ = ["SparseUNet"]
 
-EPSILON, MOMENTUM = 1e-3, 0.01  # of the norms, as published
+EPSILON = 1e-3  # of the norms, as published
 
 
 class ConvNorm(nn.Module):
@@ -31,7 +31,7 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
         self.conv = VoxelConv(in_channels, out_channels, kernel)
-        self.norm = RowNorm(out_channels, EPSILON, MOMENTUM)
+        self.norm = RowNorm(out_channels, EPSILON)
 
     def forward(self, x_VI: Tensor, pairs: VoxelPairs) -> Tensor:
         return self.norm(self.conv(x_VI, pairs))
@@ -47,7 +47,7 @@ class ResidualBlock(nn.Module):
         self.beside = (
             nn.Identity()
             if in_channels == out_channels
-            else nn.Sequential(linear, RowNorm(out_channels, EPSILON, MOMENTUM))
+            else nn.Sequential(linear, RowNorm(out_channels, EPSILON))
         )
 
     def forward(self, x_VI: Tensor, pairs: VoxelPairs) -> Tensor:
@@ -79,6 +79,8 @@ class SparseUNet(nn.Module):
         in_chans: of a level's `inputs`: three for the place in the voxel, and three for each signal.
         stem: width of the first convolution, whose kernel has five voxels a side.
         widths, depths: of the stages down and then up, each a width and a number of blocks; as many up as down.
+        momentum: share of a batch in the norms' running statistics, in (0, 1]. The published one needs some hundred
+            steps to forget where these began; shorter runs take 0.1.
     Raises: UserError for stages that do not fit.
     """
 
@@ -88,6 +90,7 @@ class SparseUNet(nn.Module):
         stem: int = 32,
         widths: Sequence[int] = (32, 64, 128, 256, 256, 128, 96, 96),
         depths: Sequence[int] = (2, 3, 4, 6, 2, 2, 2, 2),
+        momentum: float = 0.01,
     ) -> None:
         super().__init__()
         if not widths or len(widths) % 2 or len(widths) != len(depths):
@@ -97,6 +100,7 @@ class SparseUNet(nn.Module):
             )
         require_in("[1, inf)", in_chans=in_chans, stem=stem, widths=widths)
         require_in("[0, inf)", depths=depths)
+        require_in("(0, 1]", momentum=momentum)
         stages = len(widths) // 2
         if not all(depths[stages:]):
             raise UserError(f"SparseUNet: depths={[*depths]} must be at least 1 on the way up")
@@ -113,6 +117,9 @@ class SparseUNet(nn.Module):
             SparseStage(width + skip, width, depth)
             for width, skip, depth in zip(widths[stages:], skips, depths[stages:], strict=True)
         )
+        for layer in self.modules():
+            if isinstance(layer, RowNorm):
+                layer.momentum = momentum
 
     def forward(self, level: Level) -> Tensor:
         inputs_VI = level.inputs

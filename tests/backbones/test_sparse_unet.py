@@ -6,6 +6,7 @@ import torch
 from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.core.errors import UserError
+from lightspan.nn.voxels.convolution import around
 
 
 def small(**settings) -> VoxelPoints:
@@ -50,6 +51,16 @@ def test_points_of_a_voxel_have_its_features() -> None:
     assert not torch.equal(given[0], given[2])
 
 
+@pytest.mark.parametrize("momentum", [0.01, 0.5])
+def test_running_statistics_are_moved_by_the_momentum(momentum: float) -> None:
+    net = SparseUNet(6, 4, (4, 4), (1, 1), momentum=momentum)
+    points = VoxelPoints(net, size=0.25).train()
+    points(*cloud()[:1], torch.tensor([0, 60]), cloud()[1])
+    first = points.level(*cloud()[:1], torch.tensor([0, 60]), cloud()[1])[0]
+    given = net.stem.conv(first.inputs, around(first.voxels, 5))
+    torch.testing.assert_close(net.stem.norm.running_mean, momentum * given.detach().mean(dim=0))
+
+
 def test_training_goes_on_without_points_and_with_a_single_one() -> None:
     for points in (0, 1, 2):
         net = small().train()
@@ -66,6 +77,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         (lambda: SparseUNet(widths=(4, 4), depths=(1,)), "depths"),
         (lambda: SparseUNet(widths=(4, 4), depths=(1, 0)), "way up"),
         (lambda: SparseUNet(widths=(4, 0), depths=(1, 1)), "widths"),
+        (lambda: SparseUNet(widths=(4, 4), depths=(1, 1), momentum=0.0), "momentum"),
         (lambda: small(fields=())(*cloud()[:1], torch.tensor([0, 60])), "in_chans=6"),
         (lambda: VoxelPoints(torch.nn.Identity()), "num_features"),
         (lambda: VoxelPoints(SparseUNet(), size=0.0), "size"),
