@@ -13,7 +13,7 @@ parts for testing.
 What is measured is how such training begins: it sees 9,600 clouds, and the paper's 300 epochs 12.6 million. On the
 search seed a Point-MAE of the same parts is still on the first plateau after 800 steps: its loss is three quarters of
 that of one constant guess for all groups, and its features, which random weights spread over nine directions, are in
-three; neither the pooling, the normalisation nor the size of first weights changes that.
+three; neither the pooling nor the size of first weights changes that.
 """
 
 from collections.abc import Mapping
