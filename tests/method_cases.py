@@ -930,11 +930,11 @@ def dit(**optimization: Any) -> DenoisingDiffusion:
 
 
 def hda(**optimization: Any) -> HDA:
-    return HDA(ConvGenerator(3, start=(4, 4), widths=(4, 3)), [Pooled()], 3, **optimization)
+    return HDA(ConvGenerator(3, image_size=8, widths=(4, 3)), [Pooled()], 3, **optimization)
 
 
 def vae(**optimization: Any) -> VAE:
-    return VAE(Pooled(), ConvGenerator(3, start=(4, 4), widths=(4, 3)), **optimization)
+    return VAE(Pooled(), ConvGenerator(3, image_size=8, widths=(4, 3)), **optimization)
 
 
 def ssvi(**optimization: Any) -> SSVI:

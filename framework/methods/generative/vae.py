@@ -39,7 +39,7 @@ class VAE(Method):
         noise: deviation of a pixel, s, in standardised units, above 0. The larger it is, the less is kept of an image
             and the more latents are like normal numbers.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
-    Raises: UserError for a generator without `latent_features`.
+    Raises: UserError for a backbone or a generator that does not say its width, and images of other sides than drawn.
     """
 
     def __init__(self, backbone: nn.Module, generator: nn.Module, noise: float = 0.3, **optimization: Any) -> None:
@@ -66,6 +66,11 @@ class VAE(Method):
         """`pixels` and `divergence`, in nats, the mean over the images of all ranks."""
         mean_BL, log_variance_BL = self.latents(image_BCHW)
         drawn_BCHW = self.generator(mean_BL + (log_variance_BL / 2).exp() * normal_BL)
+        if drawn_BCHW.shape != image_BCHW.shape:
+            raise UserError(
+                f"VAE generator draws images of {[*drawn_BCHW.shape[1:]]} (channels, height, width), and these are "
+                f"{[*image_BCHW.shape[1:]]}; set its in_chans and image_size"
+            )
         apart_B = (wide(drawn_BCHW) - wide(image_BCHW)).square().flatten(1).sum(dim=1)
         return {
             "pixels": mean(apart_B / (2 * self.noise**2)),

@@ -31,7 +31,7 @@ class Seen(nn.Module):
 
 def method(**settings: Any) -> HDA:
     torch.manual_seed(0)
-    given = {"generator": ConvGenerator(3, start=(2, 2), widths=(6, 4)), "encoders": [Seen()], "domains": 2}
+    given = {"generator": ConvGenerator(3, image_size=4, widths=(6, 4)), "encoders": [Seen()], "domains": 2}
     return HDA(**(given | {"optimizer": SGD} | settings))
 
 

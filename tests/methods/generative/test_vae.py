@@ -22,7 +22,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def method(**settings: Any) -> VAE:
     torch.manual_seed(0)
-    given = {"backbone": MLP((1, 4, 4), (8,)), "generator": ConvGenerator(3, start=(2, 2), widths=(6, 4))}
+    given = {"backbone": MLP((1, 4, 4), (8,)), "generator": ConvGenerator(3, image_size=4, widths=(6, 4))}
     return VAE(**(given | {"optimizer": partial(torch.optim.Adam, lr=1e-2)} | settings))
 
 
@@ -60,6 +60,12 @@ def test_it_learns_images_and_its_means_draw_them_again(tmp_path: Path) -> None:
 def test_no_images_give_a_finite_gradient() -> None:
     losses = method().losses(normal(0, 1, 4, 4), normal(0, 3))
     assert all(value == 0 for value in losses.values())
+
+
+def test_images_of_other_sides_are_refused() -> None:
+    model = method(backbone=MLP((1, 8, 8), (8,)))
+    with pytest.raises(UserError, match="image_size"):
+        model.losses(normal(2, 1, 8, 8), normal(2, 3))
 
 
 @pytest.mark.parametrize(
