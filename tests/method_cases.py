@@ -934,7 +934,7 @@ def hda(**optimization: Any) -> HDA:
 
 
 def vae(**optimization: Any) -> VAE:
-    return VAE(Pooled(), ConvGenerator(3, image_size=8, widths=(4, 3)), **optimization)
+    return VAE(Pooled(), ConvGenerator(3, image_size=8, widths=(4, 3)), noise=1.0, **optimization)
 
 
 def ssvi(**optimization: Any) -> SSVI:

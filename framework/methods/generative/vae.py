@@ -4,10 +4,11 @@ Source: Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, arXiv 
 and appendices B and C.2. Of an image x the encoder and one linear layer behind it say a mean m and a log variance v of
 each number of a latent; z = m + exp(v / 2) e with normal e, and a pixel is normal around G(z) with deviation s:
 L = mean over images of sum_pixels (x - G(z))^2 / (2 s^2) + sum_latent (m^2 + exp(v) - 1 - v) / 2,
-which is the bound in nats, but for a constant.
+which is the bound in nats, but for a constant. It is divided by C H W, so that one rate fits images of all sizes.
 Shapes: B images of this rank, L numbers of a latent, F features, C H W image.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class VAE(Method):
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
         normal_BL = torch.randn(len(image_BCHW), self.generator.latent_features)  # type: ignore[arg-type]
         losses = self.losses(image_BCHW, normal_BL.to(image_BCHW))
-        loss = losses["pixels"] + losses["divergence"]
+        loss = (losses["pixels"] + losses["divergence"]) / math.prod(image_BCHW.shape[1:])
         self.log_training({"train/loss": loss}, prog_bar=True)
         self.log_training({f"train/{name}": value for name, value in losses.items()})
         return loss
