@@ -41,14 +41,15 @@ FEW = {"OnlineProbes": {"bank_samples": 200, "val_samples": 200}, "CollapseSenti
 
 
 def shortened(name: str, overlays: list[str], flags: list[str] = SHORT) -> Resolved:
-    """A recipe with these settings; a batch of a few of each class has two of each, worlds are played for four
-    episodes, and callbacks that watch read few samples, which come four at a time.
+    """A recipe with these settings; a batch of a few of each class has two of each, worlds but those of maps are played
+    for four episodes, and callbacks that watch read few samples, which come four at a time.
     """
     resolved = resolve(name, overlays, flags)
     given = resolved.config["data"].get("init_args", {})
     pairs = ["data.init_args.per_class=2"] if "per_class" in given else []
     pairs += ["data.init_args.groups.sizes=[2]", "data.init_args.groups.from_epochs=[0]"] if "groups" in given else []
-    pairs += [f"data.init_args.{world}.init_args.episodes=4" for world in ("world", "val_world") if world in given]
+    played = [world for world in ("world", "val_world") if world in given and "maps" not in given[world]["init_args"]]
+    pairs += [f"data.init_args.{world}.init_args.episodes=4" for world in played]
     for entry, callback in resolved.config["trainer"]["callbacks"].items():
         for key, samples in FEW.get(callback["class_path"].rpartition(".")[2] if callback else "", {}).items():
             pairs.append(f"trainer.callbacks.{entry}.init_args.{key}={samples}")

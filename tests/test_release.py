@@ -16,6 +16,7 @@ from source_copies import BESIDE, copy_sources
 import lightspan
 
 ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 _SPEC = importlib.util.spec_from_file_location("release_check", ROOT / "tools" / "release_check.py")
 assert _SPEC
@@ -74,24 +75,27 @@ def test_the_citation_is_valid_and_of_this_version() -> None:
     assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
 
 
-def test_the_workflow_is_valid() -> None:
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
+def test_workflows_are_valid_and_have_few_rights(workflow: Path) -> None:
     pytest.importorskip("check_jsonschema")
-    valid("github-workflows", WORKFLOW)
-
-
-def test_the_workflow_runs_what_a_change_has_to_pass_with_few_rights() -> None:
-    text = WORKFLOW.read_text()
-    workflow = yaml.safe_load(text)
-    commands = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
-    assert any(command.endswith(".ci/run") for command in commands)
-    assert any("make release-check" in command for command in commands)
-    assert workflow["permissions"] == {"contents": "read"}
-    assert not [job for job in workflow["jobs"].values() if "permissions" in job]
+    valid("github-workflows", workflow)
+    text = workflow.read_text()
+    found = yaml.safe_load(text)
+    assert found["permissions"] == {"contents": "read"}
+    assert not [job for job in found["jobs"].values() if "permissions" in job]
     assert "secrets." not in text
 
 
-def test_actions_are_pinned_by_their_commits() -> None:
-    steps = [step for job in yaml.safe_load(WORKFLOW.read_text())["jobs"].values() for step in job["steps"]]
+def test_the_workflow_runs_what_a_change_has_to_pass() -> None:
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+    commands = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert any(command.endswith(".ci/run") for command in commands)
+    assert any("make release-check" in command for command in commands)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda file: file.stem)
+def test_actions_are_pinned_by_their_commits(workflow: Path) -> None:
+    steps = [step for job in yaml.safe_load(workflow.read_text())["jobs"].values() for step in job["steps"]]
     used = [step["uses"] for step in steps if "uses" in step]
     assert used
     for action in used:

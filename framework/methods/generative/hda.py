@@ -72,7 +72,7 @@ class HDA(Method):
             trained on the source domain.
         encoders: images -> features [B D], frozen. What they do not see cannot be adapted: one that ignores colours is
             blind for a domain of other colours.
-        domains: K, at least 1.
+        num_classes: K, of domains, at least 1.
         latents: Z, drawn for each batch, on each rank that has shots; at least 1.
         direction: lambda, at least 0.
         blend: w_k, at least 0, one for each domain; None is 1 for all.
@@ -86,19 +86,19 @@ class HDA(Method):
         self,
         generator: nn.Module,
         encoders: list[nn.Module],
-        domains: int,
+        num_classes: int,
         latents: int = 4,
         direction: float = 1.0,
         blend: list[float] | None = None,
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_in("[1, inf)", domains=domains, latents=latents)
+        require_in("[1, inf)", num_classes=num_classes, latents=latents)
         require_in("[0, inf)", direction=direction)
-        blend = [1.0] * domains if blend is None else blend
+        blend = [1.0] * num_classes if blend is None else blend
         require_in("[0, inf)", blend=blend)
-        if len(blend) != domains:
-            raise UserError(f"HDA blend={blend} must have one number for each of domains={domains}")
+        if len(blend) != num_classes:
+            raise UserError(f"HDA blend={blend} must have one number for each of num_classes={num_classes}")
         if not encoders:
             raise UserError("HDA encoders=[] sees nothing of an image; name one network at least")
         width: Any = getattr(generator, "latent_features", None)
@@ -107,7 +107,7 @@ class HDA(Method):
                 f"HDA generator={type(generator).__name__} must say in latent_features how many numbers its latents "
                 "have, as lightspan.backbones.generators.ConvGenerator does"
             )
-        self.num_classes, self.latents, self.direction, self.blend = domains, latents, direction, tuple(blend)
+        self.num_classes, self.latents, self.direction, self.blend = num_classes, latents, direction, tuple(blend)
         self.source = Frozen(copy.deepcopy(generator))
         self.latent_features: int = width
         self.generator = generator

@@ -115,6 +115,7 @@ class SelaVPR(Method):
     """
 
     batch_type = PlaceViewsBatch
+    least_rows = 2
 
     def __init__(
         self,

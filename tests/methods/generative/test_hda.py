@@ -31,7 +31,7 @@ class Seen(nn.Module):
 
 def method(**settings: Any) -> HDA:
     torch.manual_seed(0)
-    given = {"generator": ConvGenerator(3, image_size=4, widths=(6, 4)), "encoders": [Seen()], "domains": 2}
+    given = {"generator": ConvGenerator(3, image_size=4, widths=(6, 4)), "encoders": [Seen()], "num_classes": 2}
     return HDA(**(given | {"optimizer": SGD} | settings))
 
 
@@ -145,7 +145,7 @@ def test_at_the_start_the_generator_is_its_source() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"domains": 0}, "domains"),
+        ({"num_classes": 0}, "num_classes"),
         ({"latents": 0}, "latents"),
         ({"direction": -1.0}, "direction"),
         ({"blend": [1.0]}, "blend"),

@@ -1,6 +1,7 @@
-"""Prints pip constraints that hold every dependency at the lowest version that pyproject.toml allows.
+"""Prints what pip needs to install the ends of the ranges in pyproject.toml, and beyond.
 
-`make test-lowest` runs: tools/lowest_versions.py pyproject.toml EXTRA...
+`make test-lowest` runs `tools/version_ends.py lowest pyproject.toml EXTRA...`, for constraints that hold every
+dependency at its lowest version; `make test-newest` runs it with `newest`, for requirements without their upper ends.
 """
 
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 
 def lowest(requirements: Iterable[str]) -> Iterator[str]:
@@ -23,6 +25,17 @@ def lowest(requirements: Iterable[str]) -> Iterator[str]:
         yield f"{requirement.name}=={bounds[0]}" + (f"; {requirement.marker}" if requirement.marker else "")
 
 
+def newest(requirements: Iterable[str]) -> Iterator[str]:
+    """Each requirement as it is, but for bounds from above."""
+    for requirement in map(Requirement, requirements):
+        lower = [str(part) for part in requirement.specifier if part.operator == ">="]
+        requirement.specifier = SpecifierSet(",".join(lower))
+        yield str(requirement)
+
+
+ENDS = {"lowest": lowest, "newest": newest}
+
+
 def requirements_of(project: dict, extras: Iterable[str]) -> Iterator[str]:
     """The base dependencies and those of `extras`; an extra that names others of the project is followed."""
     yield from project["dependencies"]
@@ -35,9 +48,9 @@ def requirements_of(project: dict, extras: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def main(pyproject: str, *extras: str) -> None:
+def main(end: str, pyproject: str, *extras: str) -> None:
     project = tomllib.loads(Path(pyproject).read_text())["project"]
-    print(*dict.fromkeys(lowest(requirements_of(project, extras))), sep="\n")
+    print(*dict.fromkeys(ENDS[end](requirements_of(project, extras))), sep="\n")
 
 
 if __name__ == "__main__":
