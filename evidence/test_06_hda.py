@@ -1,16 +1,16 @@
-"""HDA (arXiv 2310.19378): ten bold and ten slanted letters make a generator of regular ones draw bold slanted ones.
+"""HDA (arXiv 2310.19378): a generator of regular letters sees ten bold and ten slanted ones; their mixture is known.
 
-A VAE learns 1,400 letters of Latin, Greek and Cyrillic in Roboto's regular style; its generator is the source, and the
+A VAE learns 1,580 letters of Latin, Greek and Cyrillic in Roboto's regular style; its generator is the source, and the
 means of its encoder are the latents of letters. Ten letters A to Z and a to z of the bold and ten of the italic style
 are the shots; no letter in bold italic is ever seen, and that style exists: what each latent should become is known
 exactly. Figures are the mean shift of weight (ink by length of the outline) and of slant (by second moments) in units
-of the true shift, the smaller of the two, the error of pixels by that of the source, and the letters that are nearest
-to their own truth among all. Each seed draws shots and letters anew.
+of the true shift, the smaller of the two, the error of pixels by that of the source, and the share of letters that are
+nearest to their own truth among all. Each seed draws shots and letters anew.
 
 Arms: HDA; its distance alone; and the mean of the weights of two generators, each adapted to one domain by HDA. Their
-rates are chosen on the search seed for another mixture, of the light and the italic style. Floor: the source. Ceiling:
-the same generator trained on the true letters of the mixture. Gates: each arm's own loss on latents of letters, by
-that of the source; the VAE's error by that of the mean letter.
+rates are chosen on the search seed for another mixture, of the light and the italic style, by the letters told. Floors:
+chance, and the source. Ceiling: the same generator trained on the true letters of the mixture. Gates: each arm's own
+loss on latents of letters, by that of the source; the VAE's error by that of the mean letter.
 """
 
 import copy
@@ -39,7 +39,7 @@ FONTS = ROBOTO / "RobotoTTF"
 REGULAR, MIXTURE, DOMAINS = "Roboto-Regular", "Roboto-BoldItalic", ("Roboto-Bold", "Roboto-Italic")
 OTHER_MIXTURE, OTHER_DOMAINS = "Roboto-LightItalic", ("Roboto-Light", "Roboto-Italic")
 SHOTS, LATENTS, STEPS, VAE_STEPS, BATCH = 10, 16, 120, 1200, 64
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 FULL, DISTANCE, AVERAGE, SOURCE, ORACLE = "HDA", "distance alone", "mean of weights", "source", "trained on the mixture"
 ARMS = {FULL: 1.0, DISTANCE: 0.0, AVERAGE: 1.0}
 """By the weight of the direction."""
@@ -183,7 +183,7 @@ def test_two_attributes_meet_in_one_generator(evidence) -> None:
     torch.set_num_threads(1)
 
     def searched(arm: str, rate: float) -> float:
-        return -run(arm, rate, SEARCH, search=True)[0]["error over the source's"]
+        return run(arm, rate, SEARCH, search=True)[0]["letters told"]
 
     rates = evidence.search({arm: partial(searched, arm) for arm in ARMS}, RATES)
     evidence.gate("source", {SEARCH: source()[2]}, 1.0, by=0.7, unit="of the variance", lower_is_better=True)
@@ -203,26 +203,22 @@ def test_two_attributes_meet_in_one_generator(evidence) -> None:
     def of(arm: str, name: str, less: str = "") -> dict[int, float]:
         return {seed: found[name] - (runs[less][seed][name] if less else 0) for seed, found in runs[arm].items()}
 
-    name = "smaller shift"
-    for other, margin in ((AVERAGE, 0.15), (DISTANCE, 0.0)):
+    chance = dict.fromkeys(SEEDS, 100 / len(letters()))
+    for other, margin in ((SOURCE, 5.0), (AVERAGE, 3.0), (DISTANCE, 8.0)):
+        name, arms = "letters told", ("source", FULL, *({other} & {*ARMS}))
         evidence.claim(
-            f"{name}, {FULL} minus {other}", of(FULL, name, other), at_least=margin,
-            floor=of(SOURCE, name, other), ceiling=of(ORACLE, name, other), arms=("source", FULL, other),
+            f"{name}, {FULL} minus {other}", of(FULL, name, other), at_least=margin, unit="points",
+            floor={seed: chance[seed] - runs[other][seed][name] for seed in SEEDS}, ceiling=of(ORACLE, name, other),
+            arms=arms,
         )  # fmt: skip
+    name = "smaller shift"
     evidence.claim(
         f"{name}, {FULL}", of(FULL, name), at_least=0.5,
         floor=of(SOURCE, name), ceiling=of(ORACLE, name), arms=("source", FULL),
     )  # fmt: skip
-    name = "error over the source's"
     evidence.claim(
-        f"error of pixels, {FULL} over source", of(FULL, name), at_most=0.9,
-        floor=of(SOURCE, name), ceiling=of(ORACLE, name), arms=("source", FULL),
-    )  # fmt: skip
-    name = "letters told"
-    evidence.claim(
-        f"{name}, {FULL} minus {DISTANCE}", of(FULL, name, DISTANCE), at_least=8.0, unit="points",
-        floor={seed: 100 / len(letters()) - runs[DISTANCE][seed][name] for seed in SEEDS},
-        ceiling=of(ORACLE, name, DISTANCE), arms=("source", FULL, DISTANCE),
+        f"{name}, {FULL} minus {AVERAGE}", of(FULL, name, AVERAGE), at_least=0.15,
+        floor=of(SOURCE, name, AVERAGE), ceiling=of(ORACLE, name, AVERAGE), arms=("source", FULL, AVERAGE),
     )  # fmt: skip
     evidence.note("Latents are those of letters: between them the generator draws none.")
 
