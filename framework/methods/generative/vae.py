@@ -56,6 +56,7 @@ class VAE(Method):
         if features is None:
             raise UserError(f"VAE backbone={type(backbone).__name__} must say in num_features how many it gives")
         self.backbone, self.generator, self.noise = backbone, generator, noise
+        self.latent_features: int = latent
         self.moments = nn.Linear(features, 2 * latent)
 
     def latents(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ class VAE(Method):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         image_BCHW = image_of(batch, "VAE")
         # Drawn from torch's CPU generator on every device: a resumed run then draws the same.
-        normal_BL = torch.randn(len(image_BCHW), self.generator.latent_features)  # type: ignore[arg-type]
+        normal_BL = torch.randn(len(image_BCHW), self.latent_features)
         losses = self.losses(image_BCHW, normal_BL.to(image_BCHW))
         loss = (losses["pixels"] + losses["divergence"]) / math.prod(image_BCHW.shape[1:])
         self.log_training({"train/loss": loss}, prog_bar=True)
@@ -91,7 +92,7 @@ class VAE(Method):
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """With each latent at its mean."""
         image_BCHW = image_of(batch, "VAE")
-        normal_BL = image_BCHW.new_zeros(len(image_BCHW), self.generator.latent_features)  # type: ignore[call-overload]
+        normal_BL = image_BCHW.new_zeros(len(image_BCHW), self.latent_features)
         losses = self.losses(image_BCHW, normal_BL)
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()}, batch_size=len(image_BCHW), sync_dist=True
