@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from xml.parsers import expat
 
 import numpy as np
 
@@ -144,7 +145,7 @@ class GraphReader:
         if len(place) < len(nodes):
             raise ValueError("two of its nodes have the same id")
         ends = [(_name(link.get("source")), _name(link.get("target"))) for link in links]
-        if unknown := next((end for pair in ends for end in pair if end not in place), None):
+        if (unknown := next((end for pair in ends for end in pair if end not in place), None)) is not None:
             raise ValueError(f"it has a link of node {one_line(unknown)[:40]}, which is not there")
         edges = np.array([[place[end] for end in pair] for pair in ends], np.int64)
         return self._made(nodes, edges, [link.get(self.kind) for link in links], bool(found.get("directed")))
@@ -156,14 +157,13 @@ class GraphReader:
             raise UserError(f"GraphML and GML are read by networkx; install it: {install_extra('graphs')}") from error
         if not content.strip():
             raise ValueError("it is empty")
-        if b"<!" in content.replace(b"<!--", b"").replace(b"<![CDATA[", b""):
-            raise ValueError("it has declarations of its own (<!DOCTYPE or <!ENTITY); write it without them")
         NUMBERS.require(len(content) // 4)
         try:
             with bounded_memory(), bounded_time():
                 if ending == ".gml":
                     graph = networkx.parse_gml(content.decode("utf-8-sig").split("\n"), label="id")
                 else:
+                    _require_plain(content)
                     graph = networkx.read_graphml(io.BytesIO(content))
         except UserError:
             raise
@@ -178,9 +178,15 @@ class GraphReader:
 
 
 def smiles_column(text: str) -> str | None:
-    """The column of a table that has molecules, by the first line; None of a file of edges."""
+    """The column of a table that has molecules, by the first line; None of a file of edges.
+
+    Raises: ValueError for a first line that is no row of a table.
+    """
     first = text.partition("\n")[0]
-    names = next(iter(csv.reader([first], delimiter=max(DELIMITERS, key=first.count))), [])
+    try:
+        names = next(iter(csv.reader([first], delimiter=max(DELIMITERS, key=first.count))), [])
+    except csv.Error as error:
+        raise ValueError(f"line 1: {error}") from error
     return next((name.strip() for name in names if name.strip().lower() in SMILES), None)
 
 
@@ -193,7 +199,7 @@ def is_of_molecules(path: Path) -> bool:
     try:
         with opened_regular(path) as file:
             return smiles_column(file.read(2**12).decode("utf-8-sig", "replace")) is not None
-    except (OSError, ValueError, csv.Error):
+    except (OSError, ValueError):
         return False
 
 
@@ -204,6 +210,17 @@ def _molecules(texts: Collection[Any], form: Form = "smiles") -> Iterator[tuple[
     while some := ["" if text is None else str(text) for text in islice(rows, 2**12)]:
         for found in molecules(some, form):
             yield found if isinstance(found, str) else (found, LeftOut())
+
+
+def _require_plain(content: bytes) -> None:
+    """Raises: ValueError for XML with declarations of its own, which may unfold to any size, in whatever encoding."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("it has declarations of its own (<!DOCTYPE or <!ENTITY); write it without them")
+
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.Parse(content, True)
 
 
 def _json(content: bytes) -> Any:

@@ -25,6 +25,7 @@ from lightspan.datamodules.image.augment.fields import ImageFields
 from lightspan.datamodules.image.batch import PlaceBatch, PlaceViewsBatch
 from lightspan.datamodules.image.packed import Decoder
 from lightspan.datamodules.image.picture_files import find_pictures
+from lightspan.datamodules.loading.packs import file_state
 from lightspan.datamodules.loading.ranks import say
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.headers import UNDECODABLE
@@ -207,16 +208,18 @@ class PlaceFolder(PlaceSets):
     def _places(self, folder: Path) -> Places:
         files: list[Path] = []
         query: list[bool] = []
+        known: list[tuple[str, str, int, int]] = []
         for name, asks in PARTS.items():
             found = find_pictures(folder / name, labels="none")
             files += [found.folder / each for each in found.names]
             query += [asks] * len(found.names)
+            known += [(name, each, *file_state(found.folder / each)) for each in found.names]
         told = [place_in_name(file) for file in files]
         zones = sorted({zone for *_, zone in told})
         region = np.array([zones.index(zone) for *_, zone in told], np.int64)
         place = np.array([each[:2] for each in told], np.float64)
         read = partial(_decoded, files, Decoder(self.image_size, "crop", 255))
-        return Places(read, place, region, np.array(query), "\n".join(map(str, files)))
+        return Places(read, place, region, np.array(query), repr(((self.image_size, "crop"), known)))
 
 
 def place_in_name(file: Path) -> tuple[float, float, str]:

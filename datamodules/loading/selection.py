@@ -194,7 +194,8 @@ class DataSelection:
         if self.index_n is not None:
             known["samples"] = f"{len(self.index_n):,}"
         if self.weight_n is not None:
-            places_n = self.weight_n / self.weight_n[self.weight_n > 0].mean()
+            share_n = self.weight_n / self.weight_n.max()  # sums of the largest numbers leave their range
+            places_n = share_n / share_n[self.weight_n > 0].mean()
             marks = ("least", 0), ("median", 0.5), ("most", 1)
             known["places in an epoch"] = ", ".join(f"{name} {np.quantile(places_n, at):.4g}" for name, at in marks)
         if self.mixture_G is not None:

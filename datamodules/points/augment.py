@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightspan.core.noise import hashed_noise, mixed_seed
-from lightspan.core.ragged import ragged_maxima, ragged_means, ragged_ranks, row_owners
+from lightspan.core.ragged import kept_offsets, ragged_maxima, ragged_means, ragged_ranks, row_owners
 from lightspan.core.ranges import require_in
 
 T = TypeVar("T")
@@ -165,8 +165,7 @@ class ChangedPoints:
         packed = {name: batch[name].float() for name in ("xyz", "colour", "normal") if name in batch}
         if self.augmentation.keep < 1:
             kept_N = cropped(packed["xyz"], offsets, side_B3, columns.keep)
-            counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
-            offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
+            offsets = kept_offsets(kept_N, offsets)
             packed = {name: rows[kept_N] for name, rows in packed.items()}
             if "classes" in batch:
                 packed["classes"] = batch["classes"][kept_N]

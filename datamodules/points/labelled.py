@@ -3,7 +3,7 @@
 Shapes: N points.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,7 +22,7 @@ from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.points.augment import ChangedPoints, PointAugmentation, bits
 from lightspan.datamodules.points.batch import PointsBatch
 from lightspan.datamodules.points.data import PointField
-from lightspan.datamodules.points.shapes import FARTHEST
+from lightspan.datamodules.points.shapes import FARTHEST, unit_normals
 
 REQUIRED = ("xyz", "classes")
 
@@ -38,9 +38,10 @@ class Scan(NamedTuple):
 
 
 def scan_of(arrays: Mapping[str, np.ndarray], fields: Sequence[PointField]) -> Scan:
-    """Points without a place, such as of NaN, are left out. Bytes are colours of which 255 are 1.
+    """Points without a place, such as of NaN, are left out. Whole numbers are colours of which 255 are 1; normals get
+    length 1, and are 0 where they are not finite.
 
-    Raises: ValueError for arrays that are missing or do not fit.
+    Raises: ValueError for arrays that are missing or do not fit, and colours out of range.
     """
     if missing := [name for name in (*REQUIRED, *fields) if name not in arrays]:
         raise ValueError(f"it holds {', '.join(sorted(arrays)) or 'nothing'}, and no {missing[0]}")
@@ -58,13 +59,22 @@ def scan_of(arrays: Mapping[str, np.ndarray], fields: Sequence[PointField]) -> S
         raise ValueError("it has no point with a place")
     xyz = xyz[there].astype(np.float64)
     low, high = xyz.min(axis=0), xyz.max(axis=0)
-    given = {name: arrays[name][there] for name in fields}
-    scaled = {name: x / np.float32(255) if x.dtype.kind in "ui" else x for name, x in given.items()}
     return Scan(
         (xyz - [*(low + high)[:2] / 2, low[2]]).astype(np.float32),
         np.maximum(classes[there].astype(np.int64), -1),
-        {name: np.nan_to_num(x.astype(np.float32)) for name, x in scaled.items()},
+        {name: _KEPT[name](arrays[name][there]) for name in fields},
     )
+
+
+def _colours(given_N3: np.ndarray) -> np.ndarray:
+    colour_N3 = (given_N3 / np.float32(255) if given_N3.dtype.kind in "ui" else given_N3).astype(np.float32)
+    inside = (colour_N3 >= 0) & (colour_N3 <= 1)
+    if not inside.all():
+        raise ValueError(f"its colour has {given_N3[~inside][0]}, and is not of bytes or floats in [0, 1]")
+    return colour_N3
+
+
+_KEPT: Mapping[PointField, Callable[[np.ndarray], np.ndarray]] = {"colour": _colours, "normal": unit_normals}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from lightspan.core.errors import one_line
-from lightspan.core.files.foreign import SETTINGS_BYTES, TRIANGLES, content_of
+from lightspan.core.files.foreign import SETTINGS_BYTES, TRIANGLES, bounded_memory, bounded_time, content_of
 from lightspan.core.files.places import PathUse
 
 LIBRARY = Path("/usr/share/ldraw")
@@ -71,11 +71,15 @@ class LDrawFiles:
         its own is grey.
 
         Raises: ValueError for lines that are damaged, files that are not there or that contain themselves, and more
-            triangles than the limit.
+            triangles, memory or time than the limits.
         """
-        found = self._of(Path(os.path.realpath(path)), ())
-        if self._held > _KEPT:
-            self._read, self._held = {}, 0
+        try:
+            # Of files within files each level is kept for the others that name it.
+            with bounded_memory(), bounded_time():
+                found = self._of(Path(os.path.realpath(path)), ())
+        finally:
+            if self._held > _KEPT:
+                self._read, self._held = {}, 0
         with np.errstate(invalid="ignore"):  # what is not finite is left out later
             return found.corners @ _UP.T, self._shown(found.colours)
 

@@ -96,10 +96,10 @@ def shape_of(xyz: np.ndarray, colour: np.ndarray | None = None, normal: np.ndarr
         colour, normal = (None if column is None else column[sound] for column in (colour, normal))
     rows = xyz.reshape(-1, 3)
     middle = (rows.min(axis=0) + rows.max(axis=0)) / 2
-    return Shape((xyz - middle).astype(np.float32), colour, None if normal is None else _unit(normal))
+    return Shape((xyz - middle).astype(np.float32), colour, None if normal is None else unit_normals(normal))
 
 
-def _unit(normal: np.ndarray) -> np.ndarray:
+def unit_normals(normal: np.ndarray) -> np.ndarray:
     """float32 [N 3] of length 1, or 0 where there is no direction."""
     finite = np.where(np.isfinite(normal).all(axis=1, keepdims=True), normal, 0).astype(np.float64)
     finite /= np.abs(finite).max(axis=1, keepdims=True).clip(1e-300)

@@ -7,12 +7,22 @@ Shapes: N rows of all samples, B samples, D numbers of a row, M rows of the larg
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import has_values
+from lightspan.core.devices import has_values, wide
 
 
 def row_owners(offsets: Tensor, rows: int) -> Tensor:
     """The number of the sample to which each of `rows` packed rows belongs, int64 [N], without waiting for a device."""
     return torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff(), output_size=rows)
+
+
+def kept_offsets(kept_N: Tensor, offsets: Tensor) -> Tensor:
+    """The offsets of the rows that are kept, int64 [B+1].
+
+    Args:
+        kept_N: bool.
+    """
+    counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
+    return torch.cat([offsets[:1], counts_B.cumsum(0)])
 
 
 def ragged_ranks(x_N: Tensor, offsets: Tensor) -> Tensor:
@@ -25,9 +35,12 @@ def ragged_ranks(x_N: Tensor, offsets: Tensor) -> Tensor:
 
 
 def ragged_means(x_ND: Tensor, offsets: Tensor) -> Tensor:
-    """The mean over the rows of each sample, [B D] in the type of x; 0, with gradient 0, of an empty one."""
-    sums_BD = x_ND.new_zeros(len(offsets) - 1, x_ND.shape[1]).index_add(0, row_owners(offsets, len(x_ND)), x_ND)
-    return sums_BD / offsets.diff().clamp_min(1)[:, None].to(x_ND.dtype)
+    """The mean over the rows of each sample, [B D] in the type of x; 0, with gradient 0, of an empty one. Sums are made
+    in float32 or wider: in half types those of many rows overflow, or stop growing.
+    """
+    given_ND = wide(x_ND)
+    sums_BD = given_ND.new_zeros(len(offsets) - 1, x_ND.shape[1]).index_add(0, row_owners(offsets, len(x_ND)), given_ND)
+    return (sums_BD / offsets.diff().clamp_min(1)[:, None]).to(x_ND.dtype)
 
 
 def ragged_maxima(x_ND: Tensor, offsets: Tensor) -> Tensor:

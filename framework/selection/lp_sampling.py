@@ -32,7 +32,15 @@ from lightspan.selection.sensitivities import (
     root_leverage,
 )
 
-Rule = Literal["uniform", "leverage", "root_leverage", "lewis", "sensitivity", "sensitivity_and_leverage"]
+Rule = Literal[
+    "uniform",
+    "leverage",
+    "root_leverage",
+    "lewis",
+    "sensitivity",
+    "sensitivity_and_leverage",
+    "sensitivity_and_root_leverage",
+]
 
 
 def scores(u_NR: Tensor, rule: Rule, p: float, against: int | None = None, seed: int = 0) -> Tensor:
@@ -44,6 +52,7 @@ def scores(u_NR: Tensor, rule: Rule, p: float, against: int | None = None, seed:
         "lewis": lambda: lewis_weights(u_NR, p),
         "sensitivity": lambda: _sensitivities(u_NR, p, against, seed),
         "sensitivity_and_leverage": lambda: _sensitivities(u_NR, p, against, seed) + leverage_scores(u_NR),
+        "sensitivity_and_root_leverage": lambda: _sensitivities(u_NR, p, against, seed) + root_leverage(u_NR, p),
     }
     return rows[rule]()
 
@@ -68,9 +77,9 @@ class LpSample(Estimator):
     Args:
         rows: expected number of drawn rows, at least 1 and at most those of a score above 0.
         p: of the norm, in [1, 8]: 2 for least squares, 1 for absolute errors.
-        rule: what a row is drawn by. "sensitivity_and_leverage" is recommended for p in [1, 2], and "sensitivity"
-            above; both take long for many rows of a high rank. "lewis" (p below 4) and "root_leverage" never do, and
-            "uniform" is what the others have to beat.
+        rule: what a row is drawn by. "sensitivity_and_leverage" is recommended for p in [1, 2], and above "sensitivity"
+            or the paper's "sensitivity_and_root_leverage"; all three take long for many rows of a high rank. "lewis" (p
+            below 4) and "root_leverage" never do, and "uniform" is what the others have to beat.
         components: features are reduced to their strongest principal components first; None keeps all.
         constant: whether a column of ones is added, for models with an intercept.
         target: whether the field `target`, or numbers as labels, are a column too, as the guarantee for a regression

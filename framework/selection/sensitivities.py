@@ -5,10 +5,11 @@
     Lewis weight  w_i = tau_i of diag(w)^(1/2 - 1/p) A
 
 Source: Woodruff, Yasuda, "Sharper Bounds for lp Sensitivity Sampling", ICML 2023, arXiv 2306.00732: the definitions,
-the scores by which rows are sampled (uniform, sensitivities, root leverage for p < 2 and its sum with sensitivities),
-and the bounds on the sum of sensitivities, d for p <= 2 and d^(p/2) above. That sigma + tau serves p in [1, 2] is of a
-later paper (arXiv 2406.00328). They prescribe no way to compute sigma; here it is by iteratively reweighted least
-squares over the x with a_i x = 1, which are all feasible, so that what comes out is never above the sensitivity.
+the scores by which rows are sampled (uniform, sensitivities, root leverage tau^(p/2) for p < 2, and its sum with
+sensitivities for p > 2, here without the flattening of heavy rows that its proof takes first), and the bounds on the
+sum of sensitivities, d for p <= 2 and d^(p/2) above. That sigma + tau serves p in [1, 2] is of a later paper (arXiv
+2406.00328). They prescribe no way to compute sigma; here it is by iteratively reweighted least squares over the x with
+a_i x = 1, which are all feasible, so that what comes out is never above the sensitivity.
 Matrices without full rank are taken in their column space, and rows of zeros have scores of 0.
 
 Shapes: N rows, D columns, R their rank, M rows of which a norm is taken, B rows at a time.

@@ -117,7 +117,9 @@ def test_the_decoder_reads_what_was_seen_and_centres_alone() -> None:
     tokens, centres = net.tokens(levels, hidden), [level.centre_BG3 for level in levels]
     before = decoder(tokens, centres, hidden)
     assert before.shape == (3, 10, 12)
-    other = [torch.where(hide[..., None], 7.0, level) for level, hide in zip(tokens, hidden, strict=True)]
+    other = [
+        torch.where(hide[..., None], torch.randn_like(level), level) for level, hide in zip(tokens, hidden, strict=True)
+    ]
     other[0] += 1
     assert torch.equal(decoder(other, centres, hidden), before)
     for level in (1, 2):

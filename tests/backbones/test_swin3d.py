@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.spatial import cKDTree
+from timm.layers import DropPath
 from torch import Tensor
 
-from lightspan.backbones.swin3d import ContextTables, Swin3D, Swin3DEncoder
+from lightspan.backbones.swin3d import ContextTables, NearestPooling, Swin3D, Swin3DEncoder, VoxelBlock, VoxelStage
 from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.backbones.weights import with_weights
 from lightspan.core.errors import UserError
+from lightspan.nn.voxels.levels import Level, coarser_level, level_of
+from lightspan.nn.voxels.windows import windows_of
 
 SIZE = 0.25
 SMALL: dict[str, Any] = {
@@ -98,6 +102,43 @@ def test_equal_points_and_half_types_are_finite() -> None:
     half = net.bfloat16()(xyz.bfloat16(), offsets, colour.bfloat16())
     assert half.dtype == torch.bfloat16
     assert half.isfinite().all()
+
+
+def voxel_row(*places: int) -> Level:
+    """Voxels along x, each with the point in its middle."""
+    xyz = torch.tensor([[place + 0.5, 0.5, 0.5] for place in places])
+    return level_of(xyz, torch.tensor([0, len(places)]), 1.0)[0]
+
+
+@pytest.mark.parametrize(("depth", "reached"), [(1, {0, 1}), (2, {0, 1, 2, 3})])
+def test_every_second_block_has_its_windows_moved_by_half_a_side(depth: int, reached: set[int]) -> None:
+    torch.manual_seed(0)
+    stage, level = VoxelStage(4, 2, 4, 2, 0, [torch.nn.Identity()] * depth), voxel_row(1, 3, 4, 5, 8)
+    x = torch.randn(5, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(stage(x, level)[1].square().sum(), x)
+    assert {*gradient.any(dim=1).nonzero()[:, 0].tolist()} == reached
+
+
+def test_a_block_without_its_branches_is_the_identity() -> None:
+    level, x = voxel_row(0, 1, 2), torch.randn(3, 4)
+    block = VoxelBlock(4, 2, 4, 2, 0, DropPath(1 - 1e-9))
+    assert torch.equal(block.train()(x, level, windows_of(level.voxels, 4)), x)
+    assert not torch.equal(block.eval()(x, level, windows_of(level.voxels, 4)), x)
+
+
+def test_coarser_voxels_have_the_largest_of_the_voxels_nearest_to_their_point() -> None:
+    xyz, _ = cloud(200)
+    fine, _ = level_of(xyz, torch.tensor([0, 200]), 0.2)
+    coarse, _ = coarser_level(fine, 3)
+    pool, x = NearestPooling(4, 5, 6), torch.randn(len(fine.xyz_V3), 4)
+    near = cKDTree(fine.xyz_V3.numpy()).query(3 * coarse.xyz_V3.numpy(), k=6)[1]
+    torch.testing.assert_close(pool(x, fine, coarse, 3), pool.linear(pool.norm(x))[near].amax(dim=1))
+
+
+def test_what_enters_is_where_in_its_voxel_a_point_is() -> None:
+    xyz = torch.tensor([[0.5, 1.25, -2.0]])
+    level, _ = level_of(xyz, torch.tensor([0, 1]), 0.5, [torch.full((1, 3), 0.3)])
+    torch.testing.assert_close(level.inputs, torch.tensor([[-1.0, 0.0, -1.0, 0.3, 0.3, 0.3]]))
 
 
 def test_an_encoder_takes_the_weights_of_another_run_alone(tmp_path: Path) -> None:

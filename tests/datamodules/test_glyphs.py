@@ -1,3 +1,4 @@
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,15 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     for settings, named in [*cases, ({"fonts": [broken], "characters": "letters"}, "fonts")]:
         with pytest.raises(UserError, match=named):
             FontShots(**settings).load()
+
+
+def test_a_font_that_is_damaged_inside_or_no_regular_file_is_refused(tmp_path: Path) -> None:
+    content = bytearray(shipped("DejaVuSans").read_bytes())
+    tables = {bytes(content[at : at + 4]): at for at in range(12, 12 + 16 * content[5], 16)}
+    first, size = (int.from_bytes(content[at : at + 4], "big") for at in (tables[b"glyf"] + 8, tables[b"glyf"] + 12))
+    content[first : first + size] = b"\xff" * size  # the outlines alone, which are read when a character is drawn
+    (tmp_path / "torn.ttf").write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.ttf")
+    for name in ("torn.ttf", "pipe.ttf"):
+        with pytest.raises(UserError, match=name):
+            glyphs(tmp_path / name)

@@ -78,6 +78,17 @@ def test_other_pictures_or_places_are_another_training_set(folder: Path) -> None
     assert data_of(folder).training_content() != first
 
 
+def test_another_picture_of_the_same_name_is_another_training_set_and_another_place_of_the_folder_is_none(
+    folder: Path,
+) -> None:
+    first = data_of(folder).training_content()
+    moved = folder.rename(folder.with_name("moved"))
+    assert data_of(moved).training_content() == first
+    picture = next((moved / "train" / "queries").iterdir())
+    Image.fromarray(pixels(9, 30, 30)).save(picture)
+    assert data_of(moved).training_content() != first
+
+
 def test_names_tell_places(tmp_path: Path) -> None:
     assert place_in_name(Path("@0549.9@-4180.25@17@T@40.4@-79.9@x@@@@.jpg")) == (549.9, -4180.25, "17T")
     assert place_in_name(Path("@1@2@.jpg")) == (1.0, 2.0, "")

@@ -1,6 +1,7 @@
 """Selections: which samples a run sees and how often, from a file, on any ranks, resumed exactly, of one data set."""
 
 import ast
+import warnings
 from collections import Counter
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -337,6 +338,12 @@ def test_files_that_are_no_selection_are_refused(tmp_path: Path) -> None:
     (tmp_path / "e").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a complete safetensors file"):
         DataSelection.read(str(tmp_path / "e"))
+
+
+def test_the_largest_weights_are_shown_as_shares_too() -> None:
+    with warnings.catch_warnings(action="error"):
+        shown = of(3, weight_n=[1.5e308, 1.5e308, 0]).described()
+    assert shown["places in an epoch"] == "least 0, median 1, most 1"
 
 
 def test_show_says_what_a_file_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

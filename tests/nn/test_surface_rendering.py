@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lightspan.nn.rendering import Rays, composited, cut_at, finer_ends, seen_by_opacity, surface_opacity
-from lightspan.nn.signed_fields import SignedField
+from lightspan.nn.signed_fields import SignedField, WidePerceptron
 
 
 def test_opacity_is_the_change_of_the_sigmoid_over_a_piece() -> None:
@@ -126,6 +127,35 @@ def test_a_sphere_in_a_grid_has_its_depth_and_its_normals() -> None:
     assert (slope.norm(dim=-1)[meets] - 1).abs().max() < 0.03
     cosine = torch.nn.functional.cosine_similarity(slope, at_surface, dim=-1)[meets]
     assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 2
+
+
+def test_finer_ends_are_those_of_a_loop_along_a_wavy_distance() -> None:
+    end = torch.linspace(0, 1, 9, dtype=torch.float64)
+    distance = 0.05 + 0.2 * torch.cos(9 * end)
+    share = (torch.arange(5, dtype=torch.float64) + 0.3) / 5
+    light, before, weights = 1.0, 0.0, []
+    for piece in range(8):
+        length = float(end[piece + 1] - end[piece])
+        own = float(distance[piece + 1] - distance[piece]) / (length + 1e-5)
+        slope, before = min(own, before, 0.0), own
+        middle = float(distance[piece] + distance[piece + 1]) / 2
+        first, last = (1 / (1 + math.exp(-20 * (middle + side * slope * length / 2))) for side in (-1, 1))
+        alpha = min(max((first - last + 1e-5) / (first + 1e-5), 0), 1)
+        weights.append(light * alpha + 1e-5)
+        light *= 1 - alpha
+    sums = np.cumsum([0, *weights]) / sum(weights)
+    expected = torch.from_numpy(np.sort([*end.tolist(), *np.interp(share.numpy(), sums, end.numpy())]))
+    torch.testing.assert_close(finer_ends(end[None], distance[None], share[None], 20.0)[0], expected)
+
+
+def test_a_smooth_perceptron_has_the_published_softplus_between_its_layers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3)
+    for smooth in (True, False):
+        first, last = (net := WidePerceptron((3, 4, 2), smooth)).layers
+        inner = first(x)
+        told = (100 * inner.double()).exp().log1p().div(100).float() if smooth else inner.clamp_min(0)
+        torch.testing.assert_close(net(x), last(told))
 
 
 def test_slopes_have_gradients_and_are_the_same_without_them() -> None:

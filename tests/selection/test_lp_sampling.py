@@ -126,6 +126,19 @@ def test_sensitivities_against_a_sample_are_near_those_against_all_rows() -> Non
     exact = scores(u_NR, "sensitivity", 1.0)
     assert torch.equal(scores(u_NR, "sensitivity", 1.0, against=200), exact)
     assert (near / exact - 1).abs().max() < 0.5
+    # Rows that are all drawn alike count for the norm as often as they were left out.
+    even_NR = in_column_space(matrix(120, heavy=False))
+    near, exact = (scores(even_NR, "sensitivity", 3.0, against).sum() for against in (60, None))
+    assert float(near) == pytest.approx(float(exact), rel=0.5)
+
+
+@pytest.mark.parametrize("p", PS)
+def test_root_leverage_is_the_leverage_to_the_half_of_p_and_rules_are_sums(p: float) -> None:
+    u_NR = in_column_space(matrix(20))
+    root, sensitivity = scores(u_NR, "root_leverage", p), scores(u_NR, "sensitivity", p)
+    torch.testing.assert_close(root, u_NR.norm(dim=1) ** p)
+    torch.testing.assert_close(scores(u_NR, "sensitivity_and_leverage", p), sensitivity + u_NR.norm(dim=1) ** 2)
+    torch.testing.assert_close(scores(u_NR, "sensitivity_and_root_leverage", p), sensitivity + root)
 
 
 @given(
@@ -163,6 +176,14 @@ def test_distortion_sees_a_row_that_a_sample_left_out() -> None:
     u_NR = torch.eye(4, dtype=torch.float64)
     assert distortion(u_NR, torch.tensor([0, 1, 2]), torch.ones(3), 1.0) == pytest.approx(1)
     assert distortion(u_NR, torch.arange(4), torch.tensor([1.0, 1, 1, 3]), 2.0) == pytest.approx(2)
+
+
+def test_at_p_2_the_distortion_is_nearly_the_largest_eigenvalue() -> None:
+    u_NR = in_column_space(torch.randn(60, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    drawn, weight = torch.arange(0, 60, 2), torch.full((30,), 2.0, dtype=torch.float64)
+    kept_RR = u_NR[drawn].T @ (weight[:, None] * u_NR[drawn])
+    worst = float((torch.linalg.eigvalsh(kept_RR) - 1).abs().max())
+    assert 0.99 * worst < distortion(u_NR, drawn, weight, 2.0) <= worst + 1e-9
 
 
 def test_heavy_rows_are_kept_where_a_uniform_sample_loses_them() -> None:

@@ -109,6 +109,14 @@ def test_without_noise_the_subspace_and_the_heads_are_found() -> None:
     assert torch.allclose(turned, world.basis_DK @ world.target_K, atol=1e-3)
 
 
+def test_it_starts_from_solutions_that_weigh_as_the_roots_of_their_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    many, few = (torch.randn(rows, 3, generator=generator) for rows in (400, 16))
+    tasks = TaskMoments.of([(many, many[:, 0]), (few, 4 * few[:, 1])])  # lengths of 20 and of 16
+    found = shared_subspace(tasks, 1, steps=0)
+    torch.testing.assert_close(found.basis_DK.abs(), torch.eye(3).double()[:, :1], rtol=0, atol=1e-6)
+
+
 def test_the_loss_is_that_of_the_rows_and_falls_with_every_step() -> None:
     tasks = World(1).sources([30] * TASKS)
     losses = []
@@ -193,6 +201,16 @@ BUDGET: dict[str, Any] = {"budget": 160, "rank": 5, "pilot": 20, "constant": Fal
 
 def bought(found: Any, given: Features) -> list[int]:
     return np.bincount(given.fields["task"][found.selection().index_n], minlength=7).tolist()
+
+
+def test_a_budget_is_spent_by_the_size_of_the_l1_mix_the_square_of_the_l2_mix_or_evenly() -> None:
+    heads_KT, target_K = heads(tasks=8)
+    pilot = PilotFit(heads_KT, target_K)
+    one_T, two_T = np.abs(pilot.relevance(0.01)), (np.linalg.pinv(heads_KT) @ target_K) ** 2
+    assert spending(pilot, "l1", 0.01) == pytest.approx(one_T / one_T.sum())
+    assert spending(pilot, "l2", 0.01) == pytest.approx(two_T / two_T.sum())
+    assert spending(pilot, "uniform", 0.01) == pytest.approx(np.full(8, 1 / 8))
+    assert spending(pilot, "mix", 0.01) == pytest.approx(one_T / one_T.sum() / 2 + 1 / 16)
 
 
 def test_the_source_that_asks_the_same_is_bought_first_and_floors_and_budget_hold() -> None:

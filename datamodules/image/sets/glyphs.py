@@ -5,6 +5,7 @@ and slanted font is exactly what a mixture of two styles should look like.
 Shapes: N images, S pixels per side.
 """
 
+import io
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import bounded_memory, bounded_time, content_of
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.image.sets.small import ImageData, Labelled
@@ -39,19 +41,21 @@ def shipped(name: str) -> Path:
 def glyphs(path: Path, characters: str = CHARACTERS) -> np.ndarray:
     """Each character in white on black, uint8 [N, S, S], around one centre and on one baseline.
 
-    Raises: UserError for a file that is not a font.
+    Raises: UserError for a file that is not a font, or one of which a character is damaged or larger than any picture.
     """
     if ROBOTO in path.parents and not path.exists():
         raise UserError(f"fonts: there is no {path}; install the system package fonts-roboto-unhinted")
-    try:
-        font = ImageFont.truetype(str(path), size=SIDE * 5 // 7)
-    except OSError as error:
-        raise UserError(f"fonts: {path} is not a font that can be read ({error})") from error
     found = np.zeros((len(characters), SIDE, SIDE), dtype=np.uint8)
-    for i, character in enumerate(characters):
-        picture = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(picture).text((SIDE / 2, SIDE * 5 / 7), character, fill=255, font=font, anchor="ms")
-        found[i] = np.asarray(picture)
+    try:
+        with bounded_memory(), bounded_time():
+            font = ImageFont.truetype(io.BytesIO(content_of(path)), size=SIDE * 5 // 7)
+            for i, character in enumerate(characters):
+                picture = Image.new("L", (SIDE, SIDE))
+                ImageDraw.Draw(picture).text((SIDE / 2, SIDE * 5 / 7), character, fill=255, font=font, anchor="ms")
+                found[i] = np.asarray(picture)
+    # FreeType reads a character when it is drawn. A file of a few bytes may describe one of any size.
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"fonts: {path} is not a font that can be read ({first_lines(error)})") from error
     return found
 
 
@@ -61,11 +65,7 @@ def common_letters(paths: Sequence[Path]) -> str:
 
     Raises: UserError for a file that is not a font.
     """
-    from matplotlib.ft2font import FT2Font
-
-    for path in paths:
-        glyphs(path, "")
-    known = set.intersection(*({*FT2Font(str(path)).get_charmap()} for path in paths))
+    known = set.intersection(*map(_characters, paths))
     letters = [letter for letter in map(chr, sorted(known)) if unicodedata.category(letter) in ("Lu", "Ll")]
     drawn = [glyphs(path, "".join(letters)) for path in paths]
     edge = np.ones((SIDE, SIDE), bool)
@@ -73,6 +73,18 @@ def common_letters(paths: Sequence[Path]) -> str:
     fits = ~np.any([images[:, edge].any(axis=1) for images in drawn], axis=0) & drawn[0].any(axis=(1, 2))
     first = {drawn[0][i].tobytes(): i for i in reversed(range(len(letters)))}
     return "".join(letters[i] for i in sorted(first.values()) if fits[i])
+
+
+def _characters(path: Path) -> set[int]:
+    """That a font has. Raises: UserError as `common_letters`."""
+    from matplotlib.ft2font import FT2Font
+
+    glyphs(path, "")
+    try:
+        with bounded_memory(), bounded_time():
+            return {*FT2Font(io.BytesIO(content_of(path))).get_charmap()}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"fonts: {path} is not a font that can be read ({first_lines(error)})") from error
 
 
 class FontShots(ImageData):

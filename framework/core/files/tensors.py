@@ -9,7 +9,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -161,12 +161,13 @@ def opened_tensors(path: str | Path, way_out: str = "write or export it again") 
 
 
 def _header_bytes(path: str | Path) -> int:
-    """How long a file's header is; 0 of a file that is shorter than that, or cannot be opened."""
-    with opened(path) as file:
+    """How long a file's header is; 0 of a file that is shorter than that, or cannot be read, which its reader says."""
+    with suppress(OSError), opened(path) as file:
         if file is None:
             return 0
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         return length if 8 + length <= os.fstat(file.fileno()).st_size else 0
+    return 0
 
 
 def stored_tensors(

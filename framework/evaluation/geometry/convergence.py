@@ -3,7 +3,8 @@
 Source: Li, Yosinski, Clune, Lipson, Hopcroft, "Convergent Learning: Do different neural networks learn the same
 representations?", ICLR 2016, arXiv 1511.07543: one to one (section 3), one to few (4), many to many (5). A unit whose
 value never changes has no correlation and is left out. Correlations keep their sign in a matching, as theirs: a partner
-of the opposite sign is none. Positions of one image are not independent samples.
+of the opposite sign is none. Positions of one image are not independent samples. Not here: matching by mutual
+information, which agrees with correlation for most units, and the tree of clusters of the first layer.
 Shapes: N samples, S units of the first network, T of the second, K clusters.
 """
 

@@ -13,13 +13,15 @@ import tokenize
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.folders import LIBRARY_LEAVES_OUT, find_files
-from lightspan.core.files.foreign import whole_text
+from lightspan.core.files.foreign import TooMuchError, bounded_program, whole_text
 from lightspan.evaluation.syntax.trees import SyntaxNode
 
 _NO_WORDS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -44,7 +46,7 @@ class Parsed(NamedTuple):
 def parsed(text: str, file: str = "") -> Parsed:
     """The tree of a text; of a single statement, such as a function, that statement is the root.
 
-    Raises: UserError for text that is no Python of this version, or has no statement.
+    Raises: UserError for text that is no Python of this version, is nested too deeply, or has no statement.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     try:
@@ -54,11 +56,16 @@ def parsed(text: str, file: str = "") -> Parsed:
             for token in tokenize.generate_tokens(io.StringIO(text).readline)
             if token.type not in _NO_WORDS
         ]
+    except TooMuchError:
+        raise
     except _FAULTS as error:
         raise UserError(f"{file or 'a text'} is no Python of this version: {one_line(error)[:200]}") from error
     if not module.body:
         raise UserError(f"{file or 'a text'} has no statement, and so no syntax tree")
-    return _Reader(text, words).parsed(module.body[0] if len(module.body) == 1 else module, file)
+    try:
+        return _Reader(text, words).parsed(module.body[0] if len(module.body) == 1 else module, file)
+    except RecursionError as error:
+        raise UserError(f"{file or 'a text'} is nested too deeply to be read") from error
 
 
 def _parse(text: str) -> ast.Module:
@@ -78,6 +85,7 @@ class _Reader:
         self.starts = starts
         self.tokens = [(starts[a[0] - 1] + a[1], starts[b[0] - 1] + b[1]) for a, b in tokens]
         self.firsts = [first for first, _ in self.tokens]
+        self.bytes_of: dict[int, list[int]] = {}
         self.words: list[tuple[int, int]] = []
         self.spans: dict[ast.AST, tuple[int, int] | None] = {}
 
@@ -89,7 +97,12 @@ class _Reader:
     def _place(self, line: int, column: int) -> int:
         """The number of a character; `ast` counts columns in bytes."""
         text = self.lines[line - 1]
-        return self.starts[line - 1] + (column if text.isascii() else len(text.encode()[:column].decode()))
+        if not text.isascii():
+            if line not in self.bytes_of:  # once for all of its nodes, as a line may have many
+                characters = [number for number, letter in enumerate(text) for _ in letter.encode()]
+                self.bytes_of[line] = [*characters, len(text)]
+            column = self.bytes_of[line][column]
+        return self.starts[line - 1] + column
 
     def _measure(self, root: ast.AST) -> None:
         """The span of each node and all below it: some, such as `arguments`, have none of their own."""
@@ -140,8 +153,9 @@ def python_functions(folder: str | None = None, most: int = 400, per_file: int =
     """Functions of the Python files under a folder, without comments, docstrings and decorators, as `ast.unparse`
     writes them. Those of a file stand together, and files in the order of a hash of their path.
 
-    Files that cannot be parsed are left out, and functions of nothing but a docstring, of more than so many words, or
-    with the text of an earlier one.
+    Files that cannot be parsed, or that take more time or memory than `lightspan.core.files.foreign` allows, are left
+    out, and functions of nothing but a docstring, of more than so many words, nested too deeply, or with the text of an
+    earlier one.
 
     Args:
         folder: None is the standard library of the Python that runs, without its tests.
@@ -155,19 +169,10 @@ def python_functions(folder: str | None = None, most: int = 400, per_file: int =
     found: list[Parsed] = []
     files = find_files(root, (".py",), LIBRARY_LEAVES_OUT)
     for file, path in sorted(files, key=lambda known: hashlib.sha256(known[0].encode("utf-8", "replace")).digest()):
-        of_file = 0
-        for text in _functions(path):
-            if of_file == per_file or len(found) == most:
-                break
-            if text in seen:
-                continue
-            seen.add(text)
-            one = parsed(text, file)
-            if len(one.words) <= words:
-                found.append(one)
-                of_file += 1
         if len(found) == most:
             break
+        with suppress(TooMuchError), bounded_program():
+            found += islice(_read(path, file, seen, words), min(per_file, most - len(found)))
     if not found:
         raise UserError(
             f"{root} has no Python file with a function of at most {words} words; name another in "
@@ -176,10 +181,26 @@ def python_functions(folder: str | None = None, most: int = 400, per_file: int =
     return found
 
 
+def _read(path: Path, file: str, seen: set[str], words: int) -> Iterator[Parsed]:
+    """The functions of a file that are new and of at most so many words."""
+    for text in _functions(path):
+        if text in seen:
+            continue
+        seen.add(text)
+        try:
+            one = parsed(text, file)
+        except UserError:  # nested too deeply
+            continue
+        if len(one.words) <= words:
+            yield one
+
+
 def _functions(path: Path) -> Iterator[str]:
     """The functions of a file as text, each once: those inside another are parts of it."""
     try:
         waiting: list[ast.AST] = [_parse(whole_text(path))]
+    except TooMuchError:
+        raise
     except _FAULTS:
         return
     while waiting:
@@ -197,6 +218,8 @@ def _functions(path: Path) -> Iterator[str]:
             try:
                 text = ast.unparse(node)
                 _parse(text)
+            except TooMuchError:
+                raise
             except _FAULTS:  # nested too deeply to be written again
                 continue
             yield text

@@ -11,7 +11,9 @@ Rays that miss the box, or whose pixel has no depth, are left out of the terms i
 those of the unit cube. The encoder is kept.
 Differences: pieces of rays are judged in their middles, as in NeuS, where the code takes their beginnings; points are
 means in the grid, where the code has voxels; D is the length of a ray; points, pixels and places are functions of
-seed, step and scene; a scene without points shows nothing. The classes of pixels play no part.
+seed, step and scene; a scene without points shows nothing. The field's perceptrons have one hidden layer and are not
+told where a place is, and distances and colours have channels of their own, where those of the code's configuration
+share all channels. The classes of pixels play no part.
 Not here: the rendering of texts' features, which needs labels, hidden blocks, and outdoor scenes of pictures alone.
 Shapes: B scenes, N points of all, M that are kept, D features, V views, H W pixels, R rays of a scene, S places on a
 ray.
@@ -27,7 +29,7 @@ from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.core.devices import has_values, wide
 from lightspan.core.errors import UserError
 from lightspan.core.noise import hashed_uniform, mixed_seed
-from lightspan.core.ragged import ragged_maxima, ragged_means, row_owners
+from lightspan.core.ragged import kept_offsets, ragged_maxima, ragged_means, row_owners
 from lightspan.core.ranges import require_in, require_weights
 from lightspan.datamodules.points.batch import PosedPointsBatch
 from lightspan.nn.decoders.grid_unet import GridUNet
@@ -175,8 +177,7 @@ class PonderV2(Method):
         fields = point_fields_of(batch, self.backbone.fields, len(xyz_N3), "PonderV2")
         if self.keep < 1:
             kept_N = self.kept_points(offsets, len(xyz_N3), seed_B)
-            counts_B = torch.zeros_like(offsets[1:]).index_add(0, row_owners(offsets, len(kept_N)), kept_N.long())
-            offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
+            offsets = kept_offsets(kept_N, offsets)
             # A plan, which knows no draws, sees as many as there are on average.
             most = round(self.keep * len(xyz_N3))
             at_M = kept_N.nonzero()[:, 0] if has_values(kept_N) else torch.arange(most, device=kept_N.device)

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.core.devices import wide
+
 
 def pooled_grid(x_MC: Tensor, at_M3: Tensor, cloud_M: Tensor, clouds: int, sides: Sequence[int]) -> Tensor:
-    """The mean over the points in each cell, [B C D H W] in the type of x; 0 of a cell without any.
+    """The mean over the points in each cell, [B C D H W] in the type of x; 0 of a cell without any. Sums are made in
+    float32 or wider: bfloat16 counts to 256 alone.
 
     Args:
         at_M3: x, y and z in a cloud's box, from 0 to 1; a point beyond belongs to the nearest cell.
@@ -23,7 +26,8 @@ def pooled_grid(x_MC: Tensor, at_M3: Tensor, cloud_M: Tensor, clouds: int, sides
     x_M, y_M, z_M = (at_M3 * sides_3).long().clamp_min(0).minimum(sides_3 - 1).unbind(1)
     cell_M = ((cloud_M * depth + z_M) * height + y_M) * width + x_M
     cells = clouds * math.prod(sides)
-    sums_VC = x_MC.new_zeros(cells, x_MC.shape[1]).index_add(0, cell_M, x_MC)
-    count_V = x_MC.new_zeros(cells).index_add(0, cell_M, torch.ones_like(x_MC[:, 0]))
-    means_VC = sums_VC / count_V.clamp_min(1)[:, None]
+    given_MC = wide(x_MC)
+    sums_VC = given_MC.new_zeros(cells, x_MC.shape[1]).index_add(0, cell_M, given_MC)
+    count_V = given_MC.new_zeros(cells).index_add(0, cell_M, torch.ones_like(given_MC[:, 0]))
+    means_VC = (sums_VC / count_V.clamp_min(1)[:, None]).to(x_MC.dtype)
     return means_VC.unflatten(0, (clouds, depth, height, width)).movedim(-1, 1)

@@ -67,7 +67,7 @@ def farthest_points(xyz_BM3: Tensor, real_BM: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def nearest_points(centre_BG3: Tensor, xyz_BM3: Tensor, real_BM: Tensor, count: int) -> Tensor:
     """The points nearest to each centre, the nearest first, int64 [B G count]; in a cloud of fewer points they follow
-    one another again from the first.
+    one another again from the first. Where distances are no numbers, or too large for one, some points of the cloud.
 
     Args:
         real_BM: which rows are points, each cloud's first.
@@ -86,9 +86,11 @@ def nearest_points(centre_BG3: Tensor, xyz_BM3: Tensor, real_BM: Tensor, count: 
         apart_BGM = apart_BGM.masked_fill(~real_BM[:, None], torch.inf)
         parts.append(apart_BGM.topk(kept, dim=2, largest=False).indices)
     near_BGK = torch.cat(parts, dim=1) if parts else real_BM.new_zeros(clouds, 0, kept, dtype=torch.int64)
-    there_B11 = real_BM.sum(dim=1).clamp(1, kept).view(-1, 1, 1)
+    points_B11 = real_BM.sum(dim=1).clamp_min(1).view(-1, 1, 1)
+    there_B11 = points_B11.clamp_max(kept)
     places_BGK = (torch.arange(count, device=near_BGK.device) % there_B11).expand(-1, near_BGK.shape[1], -1)
-    return near_BGK.gather(2, places_BGK)
+    # A distance that overflows is no less than that of the rows which are no points.
+    return near_BGK.gather(2, places_BGK).minimum(points_B11 - 1)
 
 
 class NestedGroups(NamedTuple):

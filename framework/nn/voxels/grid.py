@@ -72,8 +72,9 @@ def voxels_at(place_N3: Tensor, offsets: Tensor, spread: int = 1) -> tuple[Voxel
     else:
         key_V = key_N[: -(-len(key_N) // spread)]
         voxel_N = torch.arange(len(key_N), device=key_N.device) % max(len(key_V), 1)
-    first_B = torch.arange(clouds + 1, device=key_N.device) << (3 * BITS)
-    return Voxels(key_V, torch.searchsorted(key_V, first_B)), voxel_N
+    # The number at which a cloud after the last one began would be beyond int64.
+    first_B = torch.arange(clouds, device=key_N.device) << (3 * BITS)
+    return Voxels(key_V, F.pad(torch.searchsorted(key_V, first_B), (0, 1), value=len(key_V))), voxel_N
 
 
 def packed_steps(step_K3: Tensor) -> Tensor:

@@ -66,3 +66,9 @@ def test_a_header_above_the_limit_is_not_parsed(tmp_path: Path, monkeypatch: pyt
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="is not a complete safetensors file"):
             stored_tensors(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="only Linux has such a file")
+def test_a_regular_file_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(UserError, match="/proc/self/mem"):
+        stored_tensors("/proc/self/mem")

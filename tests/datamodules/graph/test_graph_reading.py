@@ -108,6 +108,17 @@ def test_graphml_and_gml_are_read_as_networkx_reads_them(tmp_path: Path) -> None
     assert read(tmp_path / "d.graphml", directed=True)[0].edges.tolist() == [[0, 1], [1, 0], [1, 2]]
 
 
+def test_marks_of_declarations_in_texts_are_no_declarations(tmp_path: Path) -> None:
+    pytest.importorskip("networkx")
+    node = '<node id="a"><data key="k"><![CDATA[<!DOCTYPE]]></data></node><!-- <!ENTITY -->'
+    key = '<key id="k" for="node" attr.name="kind" attr.type="string"/>'
+    graph = f'<graphml xmlns="http://graphml.graphdrawing.org/xmlns">{key}<graph edgedefault="directed">{node}</graph>'
+    *_, reader = read(tmp_path / "a.graphml", f"{graph}</graphml>")
+    assert list(reader.words.number) == ["", "<!DOCTYPE"]
+    *_, reader = read(tmp_path / "a.gml", 'graph [ node [ id 0 kind "<!ENTITY" ] ]')
+    assert list(reader.words.number) == ["", "<!ENTITY"]
+
+
 def test_damaged_files_are_refused_and_nothing_in_them_runs(tmp_path: Path) -> None:
     deep = "[" * 200_000
     bomb = '<!DOCTYPE x [<!ENTITY a "aaaa">]><graphml><graph edgedefault="undirected"/></graphml>'
@@ -116,17 +127,20 @@ def test_damaged_files_are_refused_and_nothing_in_them_runs(tmp_path: Path) -> N
         ("a.csv", "", "empty"),
         ("b.csv", ",\n", "names no node"),
         ("b2.csv", 'a,"b\n', "line 1"),
+        ("b3.csv", "a" * 200_000 + ",b\n", "line 1"),
         ("c.json", "", "empty"),
         ("d.json", "{", "not JSON"),
         ("e.json", deep, "nested too deep"),
         ("f.json", "[]", "no graph as JSON"),
         ("g.json", json.dumps(links), "a link of node 2"),
+        ("g2.json", json.dumps(links | {"links": [{"source": "", "target": 1}]}), "a link of node"),
         ("h.json", '{"nodes": [{"id": 1}, {"id": 1}]}', "the same id"),
         ("i.json", '{"nodes": [1], "links": 3}', "links are no list"),
         ("j.json", '{"nodes": [{"id": [1]}]}', "neither text nor a number"),
         ("k.json", '{"nodes": []}', "no node"),
         ("l.graphml", "", "empty"),
         ("m.graphml", bomb, "declarations"),
+        ("m2.graphml", bomb.encode("utf-16"), "declarations"),
         ("n.graphml", "<graphml>", "damaged"),
         ("o.gml", "graph [ node [ id 0", "damaged"),
         ("p.gml", b"\xff\xfe", "damaged"),

@@ -26,6 +26,13 @@ def test_points_lie_about_the_middle_of_the_floor_and_those_without_a_place_are_
     np.testing.assert_array_equal(far.xyz, scan.xyz)
 
 
+def test_normals_have_length_one_whatever_a_file_holds() -> None:
+    arrays = {"xyz": XYZ, "classes": CLASSES, "normal": np.array([[0, 0, 1], [0, -3, 4], [0, 0, 0]])}
+    np.testing.assert_allclose(scan_of(arrays, ("normal",)).fields["normal"], [[0, 0, 1], [0, -0.6, 0.8], [0, 0, 0]])
+    lost = arrays | {"normal": np.array([[np.inf, 0, 0], [np.nan, 0, 1], [0, 2e300, 0]])}
+    np.testing.assert_array_equal(scan_of(lost, ("normal",)).fields["normal"], [[0, 0, 0], [0, 0, 0], [0, 1, 0]])
+
+
 def test_training_sees_a_ball_and_validation_the_whole(tmp_path: Path) -> None:
     data = LabelledScans(str(write_scans(tmp_path / "in", 6)), points=10, val_share=0.3, fields=())
     data.setup()
@@ -86,6 +93,9 @@ def test_folders_and_files_that_hold_no_scan_are_named(tmp_path: Path) -> None:
         ({"xyz": XYZ, "classes": np.array(3), "colour": XYZ}, "xyz"),
         ({"xyz": XYZ * np.nan, "classes": CLASSES, "colour": XYZ}, "no point with a place"),
         ({"xyz": XYZ.astype(str), "classes": CLASSES, "colour": XYZ}, "xyz"),
+        ({"xyz": XYZ, "classes": CLASSES, "colour": XYZ}, "colour has 2.0"),
+        ({"xyz": XYZ, "classes": CLASSES, "colour": XYZ * np.nan}, "colour has nan"),
+        ({"xyz": XYZ, "classes": CLASSES, "colour": np.full((3, 3), 65535, np.uint16)}, "colour has 65535"),
     ):
         for number in range(2):
             np.savez(folder / f"scan{number}.npz", **arrays)

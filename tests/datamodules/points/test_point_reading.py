@@ -63,6 +63,22 @@ def test_ldraw_files_that_are_damaged_or_never_end_are_refused(tmp_path: Path, m
     assert len(read(tmp_path, "a.dat", f"{line}wide25.dat\n").xyz) == 32
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a file takes")
+def test_levels_of_files_within_files_take_no_more_memory_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "1 16 0 0 0 1 0 0 0 1 0 0 0 1 "
+    (tmp_path / "deep60.dat").write_text("3 4 0 0 0 1 0 0 0 1 0\n" * 500)
+    (tmp_path / "deep59.dat").write_text(f"{line}deep60.dat\n" * 40)
+    for number in range(59):
+        (tmp_path / f"deep{number}.dat").write_text(f"{line}deep{number + 1}.dat\n")
+    files = LDrawFiles([tmp_path])
+    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**25))  # 20,000 triangles take 1.6 MB at each level
+    with pytest.raises(ValueError, match="LIGHTSPAN_MAX_BYTES"):
+        files.triangles(tmp_path / "deep0.dat")
+    assert len(files.triangles(tmp_path / "deep59.dat")[0]) == 20_000
+
+
 def test_files_are_found_whatever_their_case_and_links_are_not_followed(tmp_path: Path) -> None:
     brick(tmp_path / "in" / "parts" / "Box.dat")
     brick(tmp_path / "secret.dat")

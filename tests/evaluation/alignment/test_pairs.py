@@ -121,6 +121,13 @@ def test_equal_captions_are_one_group_and_rows_that_come_back_are_counted() -> N
     assert aligned(x, y).repeated == 1
 
 
+def test_pairs_of_one_group_are_never_on_both_sides_of_a_split() -> None:
+    x, y = (torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)).repeat(4, 1) for seed in (0, 1))
+    found = QUICK.fit(Features(x), Features(y), Features(x), Features(y))
+    # Whoever has seen a twin of each pair would find all of them.
+    assert max(row["reciprocal_rank"] for row in found.held_out) < 0.6
+
+
 def test_groups_can_be_named_by_a_field() -> None:
     given = inputs(*planted())
     group = torch.arange(LEARNED + ASKED) // 2

@@ -32,6 +32,13 @@ def test_noise_runs_from_no_information_to_all_of_it() -> None:
     assert estimate(GaussianNoise(1e4), x, 10).tolist() == pytest.approx([1, 1], abs=1e-3)
 
 
+def test_the_density_of_noise_is_the_normal_one_up_to_a_constant() -> None:
+    a, x = (torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows)).double() for rows in (4, 5))
+    normal = torch.distributions.Normal(x, 0.7).log_prob(a[:, None]).sum(dim=2)
+    found = GaussianNoise(0.7).log_density(a, x)
+    torch.testing.assert_close(found - found[:, :1], normal - normal[:, :1])
+
+
 def test_a_mask_keeps_what_agrees_and_rules_out_the_rest() -> None:
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     a = torch.tensor([[0.0, torch.nan], [torch.nan, 1.0]], dtype=torch.float64)

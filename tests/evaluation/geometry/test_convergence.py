@@ -169,6 +169,9 @@ def test_narrower_second_networks_leave_units_without_a_partner() -> None:
     found = ConvergentLearning().fit(Features(x), Features(x[:, :2]))
     assert sorted(row["partner"] for row in found.units) == [-1, -1, -1, -1, 0, 1]
     assert found.contested > 0
+    partners = np.corrcoef(x.T)[:, :2]
+    assert found.found["semi_matched"] == pytest.approx(partners.max(axis=1).mean())
+    assert found.found["matched"] == pytest.approx(1)
 
 
 def test_positions_are_samples_and_both_networks_need_the_same() -> None:

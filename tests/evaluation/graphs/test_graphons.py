@@ -59,6 +59,15 @@ def test_the_graphon_of_a_constant_density_is_that_density() -> None:
         np.testing.assert_allclose(found, found.T)
 
 
+def test_nodes_of_high_degree_come_first_and_blocks_of_log_n_are_smoothed_by_their_deviation() -> None:
+    clique = [5, 1, 7, 2]  # of eight nodes, which make two blocks of four
+    edges = np.array([(a, b) for a in clique for b in clique if a != b])
+    for count in (1, 4):
+        found = graphon(GraphCollection((PlainGraph(8, edges),) * count), 2)
+        blocks = np.array([[12 / 16, 0], [0, 0]])
+        np.testing.assert_allclose(found, tv_smoothed(blocks, 1 / (2 * 4 * count**0.5)))
+
+
 def test_smaller_graphs_are_padded_and_the_numbering_of_nodes_says_nothing() -> None:
     full = PlainGraph(2, np.array([[0, 1], [1, 0]]))
     none = PlainGraph(4, np.zeros((0, 2), np.int64))

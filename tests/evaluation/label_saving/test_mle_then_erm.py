@@ -65,6 +65,19 @@ def test_pretraining_saves_labels_where_factors_tell_of_them_and_loses_in_the_co
     assert found.floor == pytest.approx(1.2)  # 1 + 1 / (1 + 2^2)
 
 
+def test_the_best_ridge_has_the_penalty_of_the_least_true_risk() -> None:
+    world, labels = FactorWorld(12, 2), (8, 30)
+    found = MLEThenERM(unlabelled=(50,), labels=labels, seeds=1).fit(world)
+    generator = torch.Generator().manual_seed(0)
+    truth = world.drawn(generator)
+    x, y = truth.samples(30, generator)
+    for count in labels:
+        few, eye = x[:count], torch.eye(12, dtype=torch.float64)
+        solved = (torch.linalg.solve(few.T @ few + 10.0**k * eye, few.T @ y[:count]) for k in range(-2, 5))
+        (row,) = [row for row in found.rows if (row["method"], row["labels"]) == ("best ridge", count)]
+        assert row["excess"] == pytest.approx(min(truth.excess(w) for w in solved))
+
+
 def test_one_seed_has_no_interval_and_one_number_of_samples_no_slope() -> None:
     found = MLEThenERM(unlabelled=(50,), labels=(10, 20), seeds=1).fit(FactorWorld(5, 2))
     assert found.label_slopes["direct"]["low"] is None

@@ -124,6 +124,7 @@ def test_generated_perturbations_have_the_images_size_whatever_it_is() -> None:
         module().square().sum().backward()
         assert all(weight.grad is not None for weight in module.parameters())
     assert Generated(rows=2).begin((3, 64, 64), Everywhere()).images[-2].out_channels == 3
+    assert (Generated().betas, Generated().step(Everywhere())) == ((0.5, 0.999), 2e-4)  # the paper's Adam
 
 
 def test_an_audit_finds_what_breaks_an_encoder_and_random_signs_do_not() -> None:

@@ -11,7 +11,15 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from lightspan.backbones.pretrained import drawn_from
 from lightspan.core.errors import UserError
 from lightspan.evaluation.features.store import FeatureStore
-from lightspan.evaluation.syntax.ast_probe import RIGHT, ASTProbe, SyntaxProbe, rank_hinge
+from lightspan.evaluation.syntax.ast_probe import (
+    RIGHT,
+    UNKNOWN,
+    ASTProbe,
+    SyntaxProbe,
+    TreeBatch,
+    probe_loss,
+    rank_hinge,
+)
 from lightspan.evaluation.syntax.code_features import (
     DRAWN,
     CodeFeatures,
@@ -79,6 +87,22 @@ def test_the_hinge_is_its_sum_over_pairs_and_sees_only_the_order() -> None:
     assert float(rank_hinge(order, order, valid)) == 0
     assert float(rank_hinge(guess, torch.ones(3, 6), valid)) == 0
     assert float(rank_hinge(guess[:, :0], d[:, :0], valid[:, :0])) == 0
+
+
+def test_the_loss_is_the_sum_of_the_papers_four_terms() -> None:
+    probe, x = SyntaxProbe(5, 3, 4, 2), drawn(2, 4, 5)
+    d, c, u = drawn(2, 3, seed=1), torch.tensor([[0, 3, UNKNOWN]] * 2), torch.tensor([[1, 0, 1, UNKNOWN]] * 2)
+    word = torch.tensor([[True] * 4, [True, True, True, False]])
+    probe.basis_DM.data = drawn(5, 3, seed=2)
+    assert all(0.04 < float(part.abs().max()) <= 0.05 for part in SyntaxProbe(50, 50, 50, 50).parameters())
+    with torch.no_grad():
+        z = x @ probe.basis_DM
+        gap = z[:, 1:] - z[:, :-1]
+        labels = -torch.stack([(gap[:, i] @ probe.labels_MC).log_softmax(1)[:, c[0, i]] for i in range(2)]).mean()
+        unary = -torch.stack([(z[:, i] @ probe.unary_MU).log_softmax(1)[:, u[0, i]] for i in range(3)]).mean()
+        off = (probe.basis_DM.T @ probe.basis_DM - torch.eye(3)).square().sum()
+        expected = rank_hinge(gap.square().sum(2), d, word[:, 1:]) + labels + unary + 7 * off
+        torch.testing.assert_close(probe_loss(probe, TreeBatch(x, d, c, u, word), 7.0), expected)
 
 
 def test_heights_do_not_change_when_an_orthonormal_basis_turns() -> None:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,27 @@ def test_a_text_of_one_word_is_a_tree_of_one_leaf() -> None:
 def test_text_without_a_tree_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"is no Python|no statement"):
         parsed(text)
+
+
+def _chain(links: int) -> str:
+    """Alternatives, which `ast.unparse` writes without descending, in a tree as deep as they are many."""
+    return "def f(x):\n    if x:\n        pass\n" + "    elif x:\n        pass\n" * links
+
+
+def test_functions_that_are_nested_too_deeply_are_left_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too deeply"):
+        parsed(_chain(1500))
+    (tmp_path / "a.py").write_text(_chain(1500) + "def g():\n    return 1\n")
+    (found,) = python_functions(str(tmp_path))
+    assert found.text == "def g():\n    return 1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a file takes")
+def test_files_that_take_too_much_memory_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("def g():\n    return 1\n")
+    (tmp_path / "b.py").write_text("def f():\n    return 2\n\n\nnumbers = [" + "1, " * 100_000 + "]\n")
+    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**25))
+    assert [one.file for one in python_functions(str(tmp_path))] == ["a.py"]
 
 
 def test_functions_of_a_folder_without_comments_docstrings_and_repetitions(tmp_path: Path) -> None:

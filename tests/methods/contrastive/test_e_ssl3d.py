@@ -121,6 +121,21 @@ def test_the_turn_is_told_from_what_both_clouds_have_at_their_points() -> None:
     assert logits.shape == (3, 4)
 
 
+def test_what_is_to_be_guessed_is_by_how_much_the_second_cloud_was_turned() -> None:
+    model, given, asked, kinds = method().eval(), still(24), [], []
+    model.turns.register_forward_hook(lambda module, args, out: asked.append((args[0], out)))
+    losses, _ = model.losses(given, 0)
+    (pooled, logits), (xyz, offsets) = asked[0], (given["xyz"], given["offsets"])
+    owner, encode = row_owners(offsets, len(xyz)), model.student.backbone
+    clouds = [turned_by(torch.full((24,), kind / 4)).points(xyz, owner) for kind in range(4)]
+    by_kind = torch.stack([encode.pooled(encode(cloud, offsets), cloud, offsets) for cloud in clouds], dim=1)
+    for row, turned in enumerate(pooled[:, by_kind.shape[2] :]):
+        (kind,) = [kind for kind in range(4) if torch.allclose(turned, by_kind[row, kind], rtol=1e-4, atol=1e-5)]
+        kinds.append(kind)
+    assert set(kinds) == {0, 1, 2, 3}
+    torch.testing.assert_close(losses["turn"], F.cross_entropy(logits, torch.tensor(kinds)))
+
+
 def test_an_invariant_encoder_guesses_turns_no_better_than_by_chance() -> None:
     model = method(Heights()).eval()
     given = still(1)

@@ -35,6 +35,11 @@ def method(**settings: Any) -> HDA:
     return HDA(**(given | {"optimizer": SGD} | settings))
 
 
+def other_generator() -> ConvGenerator:
+    torch.manual_seed(5)
+    return ConvGenerator(3, start=(2, 2), widths=(6, 4))
+
+
 def shots(*domains: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return normal(len(domains), 1, 4, 4, seed=seed).float(), torch.tensor(domains, dtype=torch.int64)
 
@@ -94,6 +99,21 @@ def test_the_gradient_is_that_of_differences() -> None:
     hulls, source_ZD = [affine_hull(normal(3, 6, seed=s)) for s in (1, 2)], normal(2, 6, seed=3)
     total = lambda e_ZD: sum(hull_losses(e_ZD, source_ZD, hulls, [1.0, 2.0]).values())  # noqa: E731
     assert torch.autograd.gradcheck(total, normal(2, 6).requires_grad_())
+
+
+def test_features_of_any_length_pull_alike_and_the_direction_has_its_weight() -> None:
+    model, z_ZL, (image, domain) = method(direction=3.0), normal(5, 3, seed=4).float(), shots(0, 0, 1, 0, 1)
+    model.generator.load_state_dict(method(generator=other_generator()).generator.state_dict())
+    losses = model.losses(z_ZL, image, domain)
+    with torch.no_grad():
+        for parameter in model.encoders.parameters():
+            parameter *= 10
+    torch.testing.assert_close(model.losses(z_ZL, image, domain), losses, rtol=1e-4, atol=1e-4)
+    assert losses["distance"] < 2 * 2  # a feature of length 1 and a point of a hull are no farther apart than that
+    model.losses = lambda *_: losses  # type: ignore[method-assign]
+    model.log_training = lambda *_, **__: None  # type: ignore[method-assign]
+    found = model.training_step({"image": image, "label": domain}, 0)  # type: ignore[typeddict-item]
+    torch.testing.assert_close(found, losses["distance"] + 3 * losses["direction"])
 
 
 def test_neither_order_nor_repeated_shots_matter_and_an_absent_domain_pulls_at_nothing() -> None:

@@ -118,6 +118,15 @@ def test_boxes_hold_all_points_and_targets_are_what_the_pixels_of_the_rays_show(
     assert len(found) > 15
 
 
+def test_a_grid_of_features_reaches_as_far_as_the_box_along_every_axis() -> None:
+    xyz = torch.tensor([[0.0, 0, 0], [4.0, 2.0, 1.0]])
+    batch = {"xyz": xyz, "offsets": torch.tensor([0, 2]), "colour": torch.ones(2, 3), "index": torch.tensor([0])}
+    model, seen = method(Coloured(), keep=1.0, grid=(3, 3, 3)), list[Tensor]()
+    model.volume.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.rendered_field(batch, scene_boxes(xyz, batch["offsets"]), torch.tensor([0]))
+    assert seen[0][0, 0].nonzero().tolist() == [[0, 0, 0], [2, 2, 2]]
+
+
 def test_a_camera_that_is_none_shows_nothing() -> None:
     model, batch = method(), posed_scenes(3, 0)
     before = model.losses(batch, 0)[0]
@@ -154,6 +163,14 @@ def test_cells_hold_the_mean_of_their_points() -> None:
     wanted = torch.zeros(3, 1, 2, 2, 2)
     wanted[0, 0, 0, 0, 0], wanted[0, 0, 0, 0, 1], wanted[1, 0, 1, 1, 1], wanted[1, 0, 0, 1, 1] = 2, 5, 7, 9
     assert torch.equal(grid, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cells_of_many_points_hold_their_mean_in_half_types(dtype: torch.dtype) -> None:
+    x = torch.full((2000, 1), 64.0, dtype=dtype)
+    grid = pooled_grid(x, torch.full((2000, 3), 0.1), torch.zeros(2000, dtype=torch.int64), 1, (2, 2, 2))
+    assert grid.dtype == dtype
+    assert grid[0, 0, 0, 0, 0] == 64
 
 
 def test_features_and_losses_do_not_depend_on_the_order_of_points_or_on_other_scenes() -> None:

@@ -59,6 +59,9 @@ def logged(model: SelaVPR) -> dict[str, Tensor]:
 
 def test_before_training_it_is_the_plain_network_with_pooled_tokens() -> None:
     plain, image = network().eval(), batch()["views"][0]
+    with torch.no_grad():
+        for parameter in plain.parameters():  # after a norm without weights all tokens are of one length
+            parameter += 0.3 * torch.randn_like(parameter)
     model = method(backbone=copy.deepcopy(plain))
     tokens = nn.functional.normalize(patch_tokens(plain, image), dim=2)
     pooled = tokens.clamp_min(1e-6).pow(3).mean(1).pow(1 / 3)
@@ -146,6 +149,15 @@ def test_evaluation_finds_places_and_sorts_the_nearest_anew_by_matches() -> None
     assert model.retrieval(rows, about)["recall_at_1"] == 0
     about[2, 2] = 1  # the same coordinates in another region
     assert torch.tensor(model.retrieval(rows, about)["recall_at_1"]).isnan()
+
+
+def test_of_as_many_matches_those_that_are_more_alike_come_first() -> None:
+    model = method(local_head=UpConvolutions(16, [2]))
+    model.local_head.out_features = 2
+    query = torch.tensor([1.0, 0, 0, 1])
+    turned = torch.tensor([0.8, 0.6, -0.6, 0.8])  # both positions match, less alike
+    (scores,) = model._matched(query, torch.stack([turned, query, torch.tensor([1.0, 0, 1, 0])]))
+    assert scores.argsort(descending=True).tolist() == [1, 0, 2]
 
 
 def test_validation_logs_the_figures_of_all_batches(tmp_path: Path) -> None:

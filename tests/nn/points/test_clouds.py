@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from lightspan.core.errors import UserError
-from lightspan.core.ragged import padded, ragged_maxima, ragged_means, row_owners
+from lightspan.core.ragged import kept_offsets, padded, ragged_maxima, ragged_means, row_owners
 from lightspan.nn.points import groups as groups_module
 from lightspan.nn.points.clouds import points_of
 from lightspan.nn.points.groups import farthest_points, grouped, nearest_points
@@ -43,12 +43,27 @@ def test_means_and_maxima_are_those_of_each_cloud_and_zero_of_an_empty_one(dtype
     assert ragged_means(*nothing).shape == ragged_maxima(*nothing).shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_rows_do_not_leave_the_range_of_half_types(dtype: torch.dtype) -> None:
+    offsets = torch.tensor([0, 70_000, 70_300])
+    x = torch.cat([torch.ones(70_000, 2), torch.full((300, 2), 300.0)]).to(dtype)
+    assert torch.equal(ragged_means(x, offsets), x[[0, -1]])
+
+
 def test_gradients_of_means_maxima_and_groups_are_right() -> None:
     xyz, offsets = packed()
     xyz.requires_grad_()
     assert gradcheck(lambda x: ragged_means(x, offsets), xyz)
     assert gradcheck(lambda x: ragged_maxima(x, offsets), xyz)
     assert gradcheck(lambda x: grouped(x, offsets, 2, 3)[:2], xyz)
+
+
+def test_offsets_of_kept_rows_cut_them_into_the_same_clouds() -> None:
+    xyz, offsets = packed()
+    kept = xyz[:, 0] > 0
+    cut = clouds(xyz[kept], kept_offsets(kept, offsets))
+    for found, cloud in zip(cut, clouds(xyz, offsets), strict=True):
+        assert torch.equal(found, cloud[cloud[:, 0] > 0])
 
 
 def test_padding_keeps_rows_and_tells_them_apart() -> None:
@@ -97,6 +112,17 @@ def test_few_and_equal_points_are_repeated_and_an_empty_cloud_is_marked() -> Non
     assert (found.centre_BG3[1] == 2).all()
     assert not found.near_BGK3[1:].any()
     assert not found.centre_BG3[2].any()
+
+
+@pytest.mark.parametrize("far", [1e30, torch.inf, torch.nan])
+def test_points_without_a_distance_stay_in_their_cloud(far: float) -> None:
+    xyz, offsets = packed((3, 9), torch.float32)
+    xyz[:2] = torch.tensor([[far, 0, 0], [0, 1, -far]])
+    xyz_BM3, real_BM = padded(xyz, offsets)
+    near_BGK = nearest_points(xyz_BM3, xyz_BM3, real_BM, 4)
+    assert near_BGK[0].max() <= 2
+    assert near_BGK.min() >= 0
+    assert farthest_points(xyz_BM3, real_BM, 6)[0].max() <= 2
 
 
 def test_groups_do_not_depend_on_the_order_of_points_or_on_other_clouds() -> None:

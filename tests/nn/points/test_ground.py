@@ -97,6 +97,8 @@ def test_moves_are_drawn_within_their_settings_by_seed_alone() -> None:
     still = GroundGroup(0.0, (1.0, 1.0), 0.0).drawn(seed[:3])
     xyz = torch.randn(3, 3)
     assert torch.equal(still.points(xyz, torch.arange(3)), xyz)
+    double = GroundGroup(0.0, (2.0, 2.0), 0.0).drawn(seed[:3])
+    torch.testing.assert_close(double.points(xyz, torch.arange(3)), 2 * xyz)
 
 
 @pytest.mark.parametrize(("name", "value"), [("shift", -1.0), ("scale", (0.0, 1.0)), ("flip", 1.5)])

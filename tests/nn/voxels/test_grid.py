@@ -35,6 +35,7 @@ def test_the_farthest_places_and_the_last_cloud_have_voxels() -> None:
     offsets[-1] = 8
     voxels, _ = voxels_at(corners, offsets)
     assert as_tuples(voxels) == [(CLOUDS - 1, *corner) for corner in corners.tolist()]
+    assert voxels.offsets.tolist() == [0] * CLOUDS + [len(corners)]
     assert (neighbours(voxels, torch.tensor([[0, 0, 15], [-15, 0, 0]])) == -1).all()
 
 
