@@ -44,6 +44,7 @@ from lightspan.backbones.swin3d import Swin3D, Swin3DEncoder
 from lightspan.backbones.text import TextTransformer
 from lightspan.backbones.timm_networks import timm_network
 from lightspan.backbones.tokenizers import HashedWords
+from lightspan.backbones.video_unet import VideoUNet
 from lightspan.backbones.vision import MLP
 from lightspan.backbones.vit import vit
 from lightspan.backbones.voxel_points import VoxelPoints
@@ -88,6 +89,7 @@ from lightspan.methods.distillation.simsiam import SimSiam
 from lightspan.methods.distillation.unip import UNIP
 from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.generative.hda import HDA
+from lightspan.methods.generative.lcvd import LCVD
 from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.methods.generative.vae import VAE
 from lightspan.methods.image_text.clip import CLIP
@@ -169,6 +171,7 @@ from lightspan.nn.heads.projector import Projector
 from lightspan.nn.heads.residual_mlp import ResidualMLP
 from lightspan.nn.heads.reweighting import ReweightingHead
 from lightspan.nn.heads.subspace_learners import SubspaceLearners
+from lightspan.nn.hint_encoder import HintEncoder
 from lightspan.nn.masking.block_masks import BlockMasks, RectangleMasks
 from lightspan.nn.masking.coefficient_maps import CoefficientMaps
 from lightspan.nn.masking.corruption import GroupCorruption
@@ -937,6 +940,31 @@ def vae(**optimization: Any) -> VAE:
     return VAE(Pooled(), ConvGenerator(3, image_size=8, widths=(4, 3)), noise=1.0, **optimization)
 
 
+def lcvd(**optimization: Any) -> LCVD:
+    backbone = VideoUNet(4, 2, widths=(4, 6))
+    nn.init.normal_(backbone.last.weight, std=0.2)
+    hints = [HintEncoder(4, widths=(3, 4), halvings=1) for _ in range(2)]
+    return LCVD(backbone, *hints, **optimization)
+
+
+def lit_clips(rows: int, seed: int) -> dict[str, Any]:
+    """Clips of three frames of two channels, with hints of twice the sides."""
+    generator = torch.Generator().manual_seed(seed)
+    clip, reference = (torch.randn(rows, 2, *sides, generator=generator) for sides in ((3, 4, 5), (4, 5)))
+    portrait, shading = (torch.rand(rows, 3, *sides, generator=generator) for sides in ((8, 10), (3, 8, 10)))
+    return {
+        "clip": clip,
+        "fps": torch.full((rows,), 25.0),
+        "face": (clip[:, 0] > 0).long(),
+        "reference": reference,
+        "reference_face": (reference[:, 0] > 0).long(),
+        "portrait": portrait,
+        "shading": shading,
+        "label": torch.arange(rows) % 3,
+        "index": torch.arange(rows) + rows * seed,
+    }
+
+
 def ssvi(**optimization: Any) -> SSVI:
     return SSVI(MLP((1, 8, 8), (12,)), 3, density=0.3, train_samples=100, **optimization)
 
@@ -1065,6 +1093,7 @@ CASES: dict[str, Case] = {
         views(1),
     ),
     "generative.denoising_diffusion": Case(dit, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
+    "generative.lcvd": Case(lcvd, lit_clips, halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "generative.hda": Case(hda, images(), halves_differ=AMONG_ROWS, ranks_differ=PER_RANK),
     "image_text.clip": Case(
         lambda **o: CLIP(DualEncoder(Pooled(), TextTransformer(20, 8, 1, 2, 6), width=5), **o),

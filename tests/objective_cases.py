@@ -25,6 +25,7 @@ from lightspan.objectives import (
     dice,
     diffusion,
     distillation,
+    edm,
     entropy,
     info_nce,
     koleo,
@@ -245,6 +246,9 @@ CASES = {
         lambda x, weight, label_B, mixed_B: diffusion.prediction_loss(x @ weight, x.sin())
     ),
     "diffusion.variance_loss": Case(variance_loss),
+    "edm.denoising_loss": Case(
+        lambda x, weight, label_B, mixed_B: edm.denoising_loss(x @ weight, x.sin(), x.cos(), 0.5 + label_B)
+    ),
     "distillation.mean_squared": Case(
         lambda x, weight, label_B, mixed_B: distillation.mean_squared(x @ weight, x.sin())
     ),
@@ -372,6 +376,8 @@ PARTS = {
     *("diffusion.linear_kept", "diffusion.cosine_kept", "diffusion.add_noise", "diffusion.velocity"),
     *("diffusion.noise_of_velocity", "diffusion.step_back", "diffusion.scaled_linear_kept", "diffusion.variance_ends"),
     *("diffusion.log_variance", "diffusion.log_pixel_probability"),
+    *("edm.scales", "edm.with_noise", "edm.denoised", "edm.target", "edm.level_weight", "edm.falling_sigmas"),
+    "edm.euler_step",
     *("supremix.mixed_pairs", "text_pairs.pair_scores"),
     *("info_nce.gated_cosine", "info_nce.row_cosine", "info_nce.class_pair_masks", "info_nce.own_rows"),
     *("info_nce.unit", "means.sum_over_rows", "vicreg.vicreg_terms", "sigreg.random_directions", "sigreg.epps_pulley"),

@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -58,6 +59,37 @@ def sound_shard(path: Path, samples: list[dict[str, bytes]]) -> str:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return str(path)
+
+
+def lit_clip(
+    number: int, shape: tuple[int, int, int, int], pixels: tuple[int, int], embedding: int
+) -> dict[str, np.ndarray]:
+    """The arrays of one sample of `LitClipShards`, by name: floats, and bytes of pictures and masks."""
+    draws, (C, T, *sides) = np.random.default_rng(number), shape
+    return {
+        "clip": draws.normal(size=(T, C, *sides)).astype(np.float16),
+        "reference": draws.normal(size=(C, *sides)).astype(np.float16),
+        "face": draws.integers(2, size=(T, *sides)).astype(np.uint8) * 255,
+        "reference_face": draws.integers(2, size=sides).astype(np.uint8) * 255,
+        "portrait": draws.integers(256, size=(3, *pixels)).astype(np.uint8),
+        "shading": draws.integers(256, size=(T, 3, *pixels)).astype(np.uint8),
+        "embedding": draws.normal(size=embedding).astype(np.float32),
+    }
+
+
+def npy_members(arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Name -> array as ending -> content."""
+    members = {}
+    for name, array in arrays.items():
+        content = io.BytesIO()
+        np.save(content, array)
+        members[f"{name}.npy"] = content.getvalue()
+    return members
+
+
+def lit_clip_shard(path: Path, count: int, **sizes: Any) -> str:
+    """Samples of `LitClipShards` of these sizes."""
+    return sound_shard(path, [npy_members(lit_clip(number, **sizes)) for number in range(count)])
 
 
 def partial_shard(path: Path, said: list[dict[str, str]]) -> str:

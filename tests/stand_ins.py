@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 import transformers
 from dit_files import published as dit_names
 from picture_files import pixels, write_pictures
-from shard_files import add_members, png_of
+from shard_files import add_members, lit_clip_shard, png_of
 from shipped_recipes import CONFIGS, TREES
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -350,7 +351,21 @@ LLAVA = folder(
     text_config=SMALL | {"vocab_size": 32064, "max_position_embeddings": 4096, "model_type": "llama"},
 )
 
+
+def stable_video(place: Path) -> None:
+    """With the first and the last widths of the published one, and one layer at two levels."""
+    diffusers = pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
+    parts = {"down_block_types": ["CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"]}
+    parts |= {"up_block_types": ["UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"]}
+    sizes = {"block_out_channels": [320, 320], "layers_per_block": 1, "num_attention_heads": [5, 5]}
+    with torch.device("meta"):
+        unet = diffusers.UNetSpatioTemporalConditionModel(**parts, **sizes)
+    unet.save_config(place / "unet")
+    write_weights(place / "unet" / "diffusion_pytorch_model.safetensors", unet)
+
+
 PUBLISHED: dict[str, Write] = {
+    "stable-video": stable_video,
     "dinov2_vits14.safetensors": of_module(
         lambda: timm.create_model("vit_small_patch14_dinov2", num_classes=0), mask_token=(1, 384)
     ),
@@ -475,6 +490,11 @@ def picture_and(**others: Callable[[int], bytes]) -> Callable[[int, Asked], dict
     }
 
 
+def lit_clips(place: Path, each: Asked) -> None:
+    """Of the sizes that the authors' networks have: a batch, which is 50 MB."""
+    lit_clip_shard(place, 4, shape=(4, 16, 64, 64), pixels=(512, 512), embedding=1024)
+
+
 def folder_of_pictures(place: Path, each: Asked) -> None:
     write_pictures(place, {f"class{number:02}": SAMPLES for number in range(each.classes)})
 
@@ -593,6 +613,7 @@ DATA: dict[str, Callable[[Path, Asked], None]] = {
         "shards.latents.LatentShards": shard(
             lambda n, _: {"npy": array(np.random.default_rng(n).normal(size=(8, 32, 32)).astype(np.float16))}
         ),
+        "shards.lit_clips.LitClipShards": lit_clips,
         "text.chat.Chat": conversations,
         "text.labelled.LabelledTextFiles": labelled,
         "text.shards.TextShards": shard(lambda n, _: {"txt": TEXT}),

@@ -81,6 +81,7 @@ FEWER = {
     ],
     "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/universal_perturbation": ["estimator.init_args.steps=2", "estimator.init_args.hardening_steps=1"],
+    "selection/climb": ["estimator.init_args.rounds=[4,2]", "estimator.init_args.candidates=500"],
     "analysis/spoken_languages": [f"inputs.{name}.init_args.{TWO_LANGUAGES}" for name in ("bank", "query")],
 }
 """What a recipe that only computes reads here, where all of its data takes more than the time of a sweep's test."""

@@ -3,7 +3,8 @@
 Shapes: N tokens, D documents, P pieces.
 """
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from lightspan.datamodules.text.documents import (
     numbers_of,
 )
 from lightspan.datamodules.text.forms import Padded, TextForm, joined_in_training
-from lightspan.datamodules.text.windows import in_validation, require_paths
+from lightspan.datamodules.text.windows import in_validation, require_paths, require_val_fraction
 
 SIDES = {"training": False, "validation": True}
 """Of a split: whether documents are held out."""
@@ -73,20 +74,15 @@ class Pieces:
         return {**self.form(self.piece(index), seed), "index": torch.tensor(index)}
 
 
-class Corpus(SampleSets):
-    """Files of text, or lines of .jsonl files, as pieces of documents: batches are those of `form`.
+class DocumentPieces(SampleSets, ABC):
+    """Documents as pieces: batches are those of `form`.
 
-    Training and validation are split by document, by a hash of its name alone (its path in its folder, or
-    FILE.jsonl:LINE), so no document is in both, on any machine. A document that is longer than a row is cut into pieces
-    of equal length.
+    Training and validation are split by document, by a hash of its name alone, so no document is in both, on any
+    machine. A document that is longer than a row is cut into pieces of equal length.
 
     Args:
-        paths: folders and files to read. None reads the source of the running Python's standard library, tests and
-            installed packages left out. A folder gives the files under it that end in `suffixes`, a file is used as it
-            is.
         tokenizer: turns a text into tokens; None uses its bytes (UTF-8).
         form: makes the fields of a batch; None pads to 256 tokens, `DocumentBatch`.
-        suffixes: endings of the file names taken from folders; of .jsonl files, each line is a document.
         batch_size: pieces of one optimiser step over all ranks.
         val_fraction: share of the documents held out, in (0, 1).
         val_pieces: validation reads this many pieces, evenly spaced and always the same; None reads all.
@@ -95,28 +91,32 @@ class Corpus(SampleSets):
     Attributes:
         num_tokens: numbers of tokens, from 0 up, with those that `form` adds; after `setup`.
 
-    Raises: UserError at setup for a missing path, a folder without a matching file, a line without a text, tokens that
-        clash with those of `form`, or too little text. Documents that are too short for `form`, binary or no UTF-8 are
-        counted and left out.
+    Raises: UserError at setup for tokens that clash with those of `form`, or too little text. Documents that are too
+        short for `form` are counted and left out.
     """
+
+    more = "documents"
+    """What a user has to give more of where too little text is left."""
 
     def __init__(
         self,
-        paths: list[ReadPath] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         form: TextForm | None = None,
-        suffixes: tuple[str, ...] = SUFFIXES,
         batch_size: int = 16,
         val_fraction: float = VAL_FRACTION,
         val_pieces: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(batch_size, **settings)
-        require_paths(paths, suffixes, val_fraction)
+        require_val_fraction(val_fraction)
         if val_pieces is not None and val_pieces < 1:
             raise UserError(f"val_pieces={val_pieces} leaves nothing to validate on; it must be at least 1")
-        self.paths, self.tokenizer, self.form, self.suffixes = paths, tokenizer, form or Padded(), tuple(suffixes)
+        self.tokenizer, self.form = tokenizer, form or Padded()
         self.val_fraction, self.val_pieces = val_fraction, val_pieces
+
+    @abstractmethod
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        """All of them, in a fixed order; what cannot be used is counted in `skipped`."""
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and tokenise, once."""
@@ -125,7 +125,7 @@ class Corpus(SampleSets):
         self.num_tokens = self.form.prepare(*numbers_of(self.tokenizer))
         skipped = Skipped()
         sides: dict[bool, list[Document]] = {False: [], True: []}
-        for document in find_documents(self.paths, self.suffixes, skipped):
+        for document in self.documents(skipped):
             sides[in_validation(document.name, self.val_fraction)].append(document)
         train, val = (self._pieces(side, sides[held_out], skipped) for side, held_out in SIDES.items())
         self.train = self.bank = train
@@ -165,7 +165,41 @@ class Corpus(SampleSets):
         if not found:
             raise UserError(
                 f"no {side} document of at least {self.form.shortest} tokens is left{skipped}; whole documents are "
-                f"held out with val_fraction={self.val_fraction}, so give more documents in data.init_args.paths, or "
-                "change val_fraction"
+                f"held out with val_fraction={self.val_fraction}, so give more {self.more}, or change val_fraction"
             )
         return Pieces(found, names, self.form)
+
+
+class Corpus(DocumentPieces):
+    """Files of text, or lines of .jsonl files, as pieces of documents.
+
+    A document's name, by which it is in training or validation, is its path in its folder, or FILE.jsonl:LINE.
+
+    Args:
+        paths: folders and files to read. None reads the source of the running Python's standard library, tests and
+            installed packages left out. A folder gives the files under it that end in `suffixes`, a file is used as it
+            is.
+        tokenizer, form: as in `DocumentPieces`.
+        suffixes: endings of the file names taken from folders; of .jsonl files, each line is a document.
+        settings: the others of `DocumentPieces`.
+
+    Raises: UserError at setup as `DocumentPieces`, and for a missing path, a folder without a matching file, or a line
+        without a text. Documents that are binary or no UTF-8 are counted and left out.
+    """
+
+    more = "documents in data.init_args.paths"
+
+    def __init__(
+        self,
+        paths: list[ReadPath] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        form: TextForm | None = None,
+        suffixes: tuple[str, ...] = SUFFIXES,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tokenizer, form, **settings)
+        require_paths(paths, suffixes)
+        self.paths, self.suffixes = paths, tuple(suffixes)
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        return find_documents(self.paths, self.suffixes, skipped)

@@ -79,10 +79,14 @@ def require_within(size: int, what: str) -> None:
         raise UserError(f"{what} is too long: {error}") from error
 
 
-def require_paths(paths: list[str] | None, suffixes: tuple[str, ...], val_fraction: float) -> None:
-    """Raises: UserError for settings of text files that cannot work, whatever the files are."""
+def require_val_fraction(val_fraction: float) -> None:
+    """Raises: UserError for a share that holds out nothing or everything."""
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction} is outside (0, 1); 0.05 holds out one file in twenty")
+
+
+def require_paths(paths: list[str] | None, suffixes: tuple[str, ...]) -> None:
+    """Raises: UserError for settings of text files that cannot work, whatever the files are."""
     if paths is not None and not paths:
         raise UserError("paths is an empty list; name a folder or a file, or leave it out for the standard library")
     if paths is not None and "" in paths:
@@ -195,7 +199,8 @@ class ByteText(TextData):
         **settings: Any,
     ) -> None:
         super().__init__(context, batch_size, **settings)
-        require_paths(paths, suffixes, val_fraction)
+        require_val_fraction(val_fraction)
+        require_paths(paths, suffixes)
         self.paths, self.suffixes, self.val_fraction = paths, tuple(suffixes), val_fraction
 
     def setup(self, stage: str | None = None) -> None:

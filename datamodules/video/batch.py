@@ -1,7 +1,7 @@
 """Batches of video.
 
 Shapes: B samples, V clips of a sample, C channels, T frames, H W pixels, K clips that were augmented by themselves,
-P parameters of a view, L tokens of a text.
+P parameters of a view, L tokens of a text, h w pixels of a hint, E numbers of an embedding.
 """
 
 from typing import Annotated, NotRequired, TypedDict
@@ -44,6 +44,35 @@ class ClipTextBatch(TypedDict):
     mask: Text
     learned: Text
     clip_at: Annotated[Tensor, Field("int64", "B")]
+    index: Index
+
+
+class LitClipBatch(TypedDict):
+    """Clips of a face, of pixels or latents, with what a model of them is told: who it is, and how the face is lit.
+
+    fps: as in `ClipBatch`.
+    face: 1 where a frame shows the face.
+    reference: a picture of the same person, as the frames are.
+    reference_face: 1 where it shows the face.
+    portrait: that picture in pixels, as an adapter reads it.
+    shading: the face of each frame in white under the light of the clip, in pixels where 1 is as bright as white under
+        even light, and 0 beside it.
+    embedding: of the reference.
+    light: nine coefficients for each colour, see `lightspan.datamodules.rendered.harmonic_light`: to judge by, not to
+        learn from.
+    label: the person.
+    """
+
+    clip: Annotated[Tensor, Field("float32", "B C T H W", read=True)]
+    fps: Annotated[Tensor, Field("float32", "B")]
+    face: Annotated[Tensor, Field("int64", "B T H W")]
+    reference: Annotated[Tensor, Field("float32", "B C H W")]
+    reference_face: Annotated[Tensor, Field("int64", "B H W")]
+    portrait: Annotated[Tensor, Field("float32", "B 3 h w")]
+    shading: Annotated[Tensor, Field("float32", "B 3 T h w")]
+    embedding: NotRequired[Annotated[Tensor, Field("float32", "B E")]]
+    light: NotRequired[Annotated[Tensor, Field("float32", "B 9 3")]]
+    label: Label
     index: Index
 
 

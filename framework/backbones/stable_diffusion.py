@@ -7,6 +7,7 @@ Shapes: B batch, C H W latent, K captions, T tokens of a caption, D width of the
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,31 +92,48 @@ def encoded(place: Path, texts: list[str]) -> Tensor:
 
 def stored_unet(place: Path, text_width: int) -> nn.Module:
     """The U-Net of a folder in float32. Raises: UserError as `stable_diffusion`."""
-    try:
-        from diffusers import UNet2DConditionModel
-    except ImportError as error:
-        raise UserError(f"Stable Diffusion needs the package diffusers: {install_extra('diffusion')}") from error
-    for name in (CONFIG, UNET):
-        if not (place / name).is_file():
-            raise UserError(
-                f"{place} has no {name}; save the U-Net there with diffusers' save_pretrained, as safetensors"
-            )
-    weights, _ = stored_tensors(place / UNET, "save the folder again")
-    try:
-        with (
-            torch.device("meta"),
-            no_larger_than(len(weights)),
-        ):  # settings may describe a network of any size: none is made before its tensors fit
-            unet = UNet2DConditionModel.from_config(settings_object(place / CONFIG))
-    except Exception as error:  # whatever diffusers and torch raise for settings that they do not know
-        raise UserError(f"{place} has no U-Net that diffusers can read: {one_line(error)[:400]}") from error
-    read, given = unet.config.cross_attention_dim, (unet.config.in_channels, unet.config.addition_embed_type)
-    if given != (unet.config.out_channels, None) or read != text_width:
+    unet, tensors = unet_and_tensors(place, "UNet2DConditionModel")
+    config: Any = unet.config
+    read, given = config.cross_attention_dim, (config.in_channels, config.addition_embed_type)
+    if given != (config.out_channels, None) or read != text_width:
         raise UserError(
             f"the U-Net in {place} takes more than a noisy latent and a caption, or reads captions of width {read} "
             f"where the text encoder has {text_width}; take Stable Diffusion 1 or 2, not SDXL, and no network that "
             "fills holes"
         )
-    require_fit(unet, weights, str(place / UNET))
-    unet.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return filled(unet, tensors, place)
+
+
+def unet_and_tensors(place: Path, kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A U-Net of diffusers as the settings of a folder describe it, without numbers, and the tensors there.
+
+    Args:
+        kind: class of diffusers.
+    Raises: UserError without diffusers, and for a folder that lacks a part or has another network.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(f"{kind} needs the package diffusers: {install_extra('diffusion')}") from error
+    for name in (CONFIG, UNET):
+        if not (place / name).is_file():
+            raise UserError(
+                f"{place} has no {name}; save the U-Net there with diffusers' save_pretrained, as safetensors"
+            )
+    tensors, _ = stored_tensors(place / UNET, "save the folder again")
+    try:
+        with (
+            torch.device("meta"),
+            no_larger_than(len(tensors)),
+        ):  # settings may describe a network of any size: none is made before its tensors fit
+            unet: nn.Module = getattr(diffusers, kind).from_config(settings_object(place / CONFIG))
+    except Exception as error:  # whatever diffusers and torch raise for settings that they do not know
+        raise UserError(f"{place} has no U-Net that diffusers can read: {one_line(error)[:400]}") from error
+    return unet, tensors
+
+
+def filled(unet: nn.Module, tensors: dict[str, Tensor], place: Path) -> nn.Module:
+    """The U-Net with its tensors, in float32. Raises: UserError where they do not fit."""
+    require_fit(unet, tensors, str(place / UNET))
+    unet.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return unet

@@ -20,7 +20,16 @@ from optional import skip_without_packages
 from picture_files import write_pictures, write_tiffs
 from PIL import Image
 from point_files import CUBE, bricks, off, write_scans
-from shard_files import array_shard, masked_shard, pair_shard, partial_shard, posed_shard, sound_shard, write_shards
+from shard_files import (
+    array_shard,
+    lit_clip_shard,
+    masked_shard,
+    pair_shard,
+    partial_shard,
+    posed_shard,
+    sound_shard,
+    write_shards,
+)
 
 from lightspan import datamodules
 from lightspan.backbones.tokenizers import HashedWords
@@ -65,6 +74,7 @@ from lightspan.datamodules.points.labelled import LabelledScans
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.points.sets.modelnet import ModelNet40
 from lightspan.datamodules.points.sweeps import DrawnSweeps
+from lightspan.datamodules.rendered.heads import LitHeads
 from lightspan.datamodules.rendered.land import LandScenes, LandSeasons, LandSeries
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -79,6 +89,7 @@ from lightspan.datamodules.sequence.own import OwnSequences
 from lightspan.datamodules.sequence.pixels import PixelSequences
 from lightspan.datamodules.shards.domains import DomainShards
 from lightspan.datamodules.shards.latents import LatentShards
+from lightspan.datamodules.shards.lit_clips import LitClipShards
 from lightspan.datamodules.shards.masked import MaskedShards
 from lightspan.datamodules.shards.paired import PairedShards
 from lightspan.datamodules.shards.posed import PosedShards
@@ -96,6 +107,7 @@ from lightspan.datamodules.text.domains import DomainDenoising, DomainPrompts
 from lightspan.datamodules.text.drawn_reviews import DrawnReviews
 from lightspan.datamodules.text.forms import Padded
 from lightspan.datamodules.text.labelled import LabelledTextFiles
+from lightspan.datamodules.text.library import LibraryTexts
 from lightspan.datamodules.text.pairs import LibraryPairs, ScoredPairs, TextPairs
 from lightspan.datamodules.text.reviews import FoodReviews
 from lightspan.datamodules.text.shards import TextShards
@@ -147,6 +159,11 @@ def shards(folder: Path, **options: Any) -> Shards:
     return Shards(write_shards(folder, [5]), batch_size=4, **options)
 
 
+def lit_clips(folder: Path) -> LitClipShards:
+    settings: dict[str, Any] = {"shape": (2, 3, 4, 5), "pixels": (8, 10), "embedding": 6}
+    return LitClipShards([lit_clip_shard(folder / "a.tar", 4, **settings)], batch_size=4, **settings)
+
+
 def pictures(folder: Path, **options: Any) -> ImageFolder:
     write_pictures(folder / "in", {"a": 4, "b": 4})
     return ImageFolder(str(folder / "in"), cache_dir=str(folder / "cache"), size=8, batch_size=4, **options)
@@ -155,6 +172,12 @@ def pictures(folder: Path, **options: Any) -> ImageFolder:
 def text_folder(folder: Path) -> str:
     for name in ("one", "two"):
         (folder / f"{name}.txt").write_text("to be or not to be, " * 200)
+    return str(folder)
+
+
+def source_folder(folder: Path) -> str:
+    for name in ("one", "two", "three", "four"):
+        (folder / f"{name}.py").write_text('"""Something is said about this file."""\n\nX = [1, 2, 3]\n' * 4)
     return str(folder)
 
 
@@ -359,6 +382,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
         lambda folder: PairedShards([posed_shard(folder / "pairs.tar", renders=2)], batch_size=4),
         "PairBatch",
     ),
+    "LitClipShards": (lit_clips, "LitClipBatch"),
     "LatentShards": (
         lambda folder: LatentShards(
             [array_shard(folder / "s.tar", [np.random.rand(2, 3, 3)] * 4)], shape=(1, 3, 3), batch_size=4
@@ -408,6 +432,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "RenderedObjects": (lambda folder: RenderedObjects(size=64, batch_size=4), "ImageBatch"),
     "PosedViews": (lambda folder: PosedViews(batch_size=4), "ViewsBatch"),
     "ScenePairs": (lambda folder: ScenePairs(batch_size=4), "ScenePairBatch"),
+    "LitHeads": (lambda folder: LitHeads(image_size=8, frames=2, batch_size=4), "LitClipBatch"),
     "Persons": (lambda folder: Persons(batch_size=4), "PersonBatch"),
     "Persons, together": (lambda folder: Persons(batch_size=4, together=3), "ViewsBatch"),
     "PrintedWords": (lambda folder: PrintedWords(batch_size=4), "WordBatch"),
@@ -563,6 +588,10 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "ByteText": (text, "TextBatch"),
     "Corpus": (
         lambda folder: Corpus([text_folder(folder)], form=Padded(9), val_fraction=0.5, batch_size=4),
+        "DocumentBatch",
+    ),
+    "LibraryTexts": (
+        lambda folder: LibraryTexts(folder=source_folder(folder), form=Padded(9), val_fraction=0.5, batch_size=4),
         "DocumentBatch",
     ),
     "TextShards": (

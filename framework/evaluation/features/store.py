@@ -41,7 +41,7 @@ from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, fault, man
 
 SETTING = "--features"
 ENTRY, CONTENT, PARTS, LOCK = "entry", "features.safetensors", "parts", "lock"
-PART_BYTES = 2**26  # collected in memory before they are written
+PART_BYTES = 2**26
 ROWS_AT_A_TIME = 4096
 GIB = 2**30
 _ANEW = "delete {}, and the features are computed again"
@@ -77,13 +77,20 @@ class FeatureStore:
         entry = self.entry(key)
         return (entry / COMPLETE).is_file() and fault(entry, contents=self.verify) is None
 
-    def get(self, key: Mapping[str, Any], compute: Callable[[set[int]], Iterable[Rows]]) -> Features:
+    def get(
+        self,
+        key: Mapping[str, Any],
+        compute: Callable[[set[int]], Iterable[Rows]],
+        held_bytes: int = PART_BYTES,
+    ) -> Features:
         """The features of a key, computed if they are not in the store. All ranks call it together.
 
         Args:
             key: the same on every rank.
             compute: given the indices of samples that are done, yields the rows of this rank's others, in batches.
                 A sample that appears twice counts once.
+            held_bytes: so many are collected in memory before they are written; with 0 an interruption loses nothing
+                that was computed.
         Raises: UserError, on every rank, if the disk is full, the entry would exceed the limit, or there is no sample;
             whatever `compute` raises, and a UserError on the ranks where it did not raise.
         """
@@ -91,13 +98,13 @@ class FeatureStore:
             if not from_first_rank(lambda: self.holds(key)):
                 parts = self.entry(key).with_name(PARTS)
                 with raise_on_all_ranks("compute features"):
-                    self._compute(parts, compute)
+                    self._compute(parts, compute, held_bytes)
                 with raise_on_all_ranks("write features"):
                     if rank() == 0:
                         self._assemble(key, parts)
         return self._open(key)
 
-    def _compute(self, parts: Path, compute: Callable[[set[int]], Iterable[Rows]]) -> None:
+    def _compute(self, parts: Path, compute: Callable[[set[int]], Iterable[Rows]], held_bytes: int) -> None:
         make_folder(parts, SETTING)
         there = sorted(parts.glob("*.safetensors"))
         done = {index for path in there for index in _stored(path)["index"].tolist()}
@@ -106,7 +113,7 @@ class FeatureStore:
         for rows in compute(done):
             _require_rows(rows, "rows for a feature store")
             held.append(rows)
-            if (size := sum(map(_bytes, held))) >= PART_BYTES:
+            if (size := sum(map(_bytes, held))) >= held_bytes:
                 mine += size
                 self._write_part(parts, held, before + mine * world_size())
                 held = []
