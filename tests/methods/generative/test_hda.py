@@ -37,7 +37,7 @@ def method(**settings: Any) -> HDA:
 
 def other_generator() -> ConvGenerator:
     torch.manual_seed(5)
-    return ConvGenerator(3, start=(2, 2), widths=(6, 4))
+    return ConvGenerator(3, image_size=4, widths=(6, 4))
 
 
 def shots(*domains: int, seed: int = 0) -> tuple[Tensor, Tensor]:
