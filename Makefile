@@ -27,7 +27,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) 
 TIER := -m 'not (long or docker or slurm or other_targets)'
 # Of Debian, for tests that are skipped without: programs and data.
 SHELL_PACKAGES := chromium shellcheck openssl zsh fish
-DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default wordnet-base ldraw-parts-free sweethome3d-furniture
+DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default wordnet-base ldraw-parts-free sweethome3d-furniture fonts-roboto-unhinted
 # Interpreters of `make release-check`.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
 # Runs at a time of `make d90`.

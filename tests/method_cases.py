@@ -91,6 +91,7 @@ from lightspan.methods.generative.denoising_diffusion import DenoisingDiffusion
 from lightspan.methods.generative.hda import HDA
 from lightspan.methods.generative.lcvd import LCVD
 from lightspan.methods.generative.ponder_v2 import PonderV2
+from lightspan.methods.generative.vae import VAE
 from lightspan.methods.image_text.clip import CLIP
 from lightspan.methods.image_text.dptr import DPTR
 from lightspan.methods.image_text.m3i import M3I
@@ -932,7 +933,11 @@ def dit(**optimization: Any) -> DenoisingDiffusion:
 
 
 def hda(**optimization: Any) -> HDA:
-    return HDA(ConvGenerator(3, start=(4, 4), widths=(4, 3)), [Pooled()], 3, **optimization)
+    return HDA(ConvGenerator(3, image_size=8, widths=(4, 3)), [Pooled()], 3, **optimization)
+
+
+def vae(**optimization: Any) -> VAE:
+    return VAE(Pooled(), ConvGenerator(3, image_size=8, widths=(4, 3)), noise=1.0, **optimization)
 
 
 def lcvd(**optimization: Any) -> LCVD:
@@ -1221,6 +1226,7 @@ CASES: dict[str, Case] = {
     "contrastive.e_ssl3d": Case(e_ssl3d, sweeps, halves_differ=AMONG_ROWS),
     "masked.point_mae": Case(point_mae, clouds),
     "masked.gaussian2scene": Case(gaussian2scene, drawn_scenes),
+    "generative.vae": Case(vae, images(), halves_differ=PER_RANK, ranks_differ=PER_RANK),
     "generative.ponder_v2": Case(ponder_v2, posed_scenes, halves_differ=AMONG_RAYS, unsharded="which FSDP2 splits"),
     "supervised.point_segmenter": Case(point_segmenter, labelled_clouds, halves_differ=AMONG_POINTS),
     "supervised.volume_fusion": Case(volume_fusion, views()),

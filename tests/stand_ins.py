@@ -374,7 +374,7 @@ PUBLISHED: dict[str, Write] = {
     ),
     "dino_vits16.safetensors": of_module(lambda: timm.create_model("vit_small_patch16_224", num_classes=0)),
     "source_generator.safetensors": of_module(
-        lambda: ConvGenerator(512, 3, (8, 8), (512, 512, 512, 256, 128, 64)), "generator."
+        lambda: ConvGenerator(512, 3, 256, (512, 512, 512, 256, 128, 64)), "generator."
     ),
     "flava-image-codebook/model.safetensors": of_module(of_transformers("FlavaImageCodebook")),
     "runs/mit_b5/model.safetensors": of_module(

@@ -1,4 +1,5 @@
 import os
+import string
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.image.sets.glyphs import CHARACTERS, FontShots, glyphs, shipped
+from lightspan.datamodules.image.sets.glyphs import CHARACTERS, ROBOTO, FontShots, common_letters, glyphs, shipped
 
 
 def test_every_font_has_as_many_shots_and_no_character_is_in_both_parts() -> None:
@@ -32,6 +33,29 @@ def test_bold_letters_have_more_ink_and_every_glyph_lies_inside_its_picture() ->
     assert not plain[:, :, [0, -1]].any()
 
 
+def test_letters_are_in_every_font_and_differ_and_each_is_whole() -> None:
+    paths = [shipped("DejaVuSans"), shipped("cmr10")]
+    letters = common_letters(paths)
+    assert {*string.ascii_letters} <= {*letters}
+    assert all(letter.islower() or letter.isupper() for letter in letters)
+    for images in (glyphs(path, letters) for path in paths):
+        assert not images[:, [0, -1]].any()
+        assert not images[:, :, [0, -1]].any()
+    many = common_letters(paths[:1])
+    assert len({image.tobytes() for image in glyphs(paths[0], many)}) == len(many) > len(letters)
+    assert "A" in many
+    assert "\N{CYRILLIC CAPITAL LETTER A}" not in many  # which looks like it
+
+
+def test_a_font_of_letters_has_those_that_are_not_shots_for_tests() -> None:
+    font = str(shipped("cmr10"))
+    letters = common_letters([shipped("cmr10")])
+    training, test = FontShots([font], len(letters) - 3, characters="letters").load()
+    assert [len(training.labels), len(test.labels)] == [len(letters) - 3, 3]
+    with pytest.raises(UserError, match="shots"):
+        FontShots([font], len(letters), characters="letters").load()
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.ttf").write_text("no font")
     cases: list[tuple[dict[str, Any], str]] = [
@@ -39,7 +63,9 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         ({"shots": 0}, "shots"),
         ({"shots": 62}, "shots"),
     ]
-    for settings, named in [*cases, ({"draw_seed": -1}, "draw_seed"), ({"fonts": [str(tmp_path / "no.ttf")]}, "fonts")]:
+    missing, broken = str(ROBOTO / "no.ttf"), str(tmp_path / "no.ttf")
+    cases += [({"draw_seed": -1}, "draw_seed"), ({"fonts": [missing]}, "fonts-roboto"), ({"fonts": [broken]}, "fonts")]
+    for settings, named in [*cases, ({"fonts": [broken], "characters": "letters"}, "fonts")]:
         with pytest.raises(UserError, match=named):
             FontShots(**settings).load()
 

@@ -31,13 +31,13 @@ class Seen(nn.Module):
 
 def method(**settings: Any) -> HDA:
     torch.manual_seed(0)
-    given = {"generator": ConvGenerator(3, start=(2, 2), widths=(6, 4)), "encoders": [Seen()], "num_classes": 2}
+    given = {"generator": ConvGenerator(3, image_size=4, widths=(6, 4)), "encoders": [Seen()], "num_classes": 2}
     return HDA(**(given | {"optimizer": SGD} | settings))
 
 
 def other_generator() -> ConvGenerator:
     torch.manual_seed(5)
-    return ConvGenerator(3, start=(2, 2), widths=(6, 4))
+    return ConvGenerator(3, image_size=4, widths=(6, 4))
 
 
 def shots(*domains: int, seed: int = 0) -> tuple[Tensor, Tensor]:
