@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lightspan.cli.config.build import build, build_parts, load_resolved, resolve, with_layer
+from lightspan.cli.config.resolve import ANY_KIND
 from lightspan.cli.config.tree import dump
 from lightspan.core.errors import UserError
 
@@ -211,7 +212,7 @@ def test_a_function_that_does_not_say_what_it_returns_is_told_how(key, tmp_path,
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("bare_parts.py").write_text("from torch import nn\ndef bare():\n    return nn.Flatten()\n")
     recipe = {"views": "analysis/augmentation_trace", "compared": "analysis/label_saving"}[key.partition(".")[0]]
-    resolved = resolve(recipe, [], [f"inputs.{key}.class_path=bare_parts.bare"], ["bare_parts"])
+    resolved = resolve(recipe, [], [f"inputs.{key}.class_path=bare_parts.bare"], ["bare_parts"], ANY_KIND)
     with pytest.raises(UserError, match=r"(?s)bare_parts\.bare is neither .* function .*-> Module"):
         build_parts(resolved)
 
