@@ -107,7 +107,7 @@ def _table_figure(tables: Sequence[Tensor], rows: int, labels: Sequence[str]) ->
         picture = axis.imshow(part, aspect="auto", cmap="RdBu", vmin=-3, vmax=3)
         axis.set_xlabel("column" if len(parts) == 1 else f"column, view {number + 1}", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[0, 0].set_yticks(range(len(parts[0])), labels[: len(parts[0])], parse_math=False)
+    axes[0, 0].set_yticks(range(len(parts[0])), labels[: len(parts[0])])
     figure.colorbar(picture, ax=axes[0, -1], label="standardised")
     return figure
 
@@ -137,7 +137,7 @@ def _cloud_figure(
             axis.set_xlabel("xyz"[across], fontsize=8)
             axis.set_ylabel("xyz"[up], fontsize=8)
             axis.tick_params(labelsize=7)
-        axes[row, 0].set_title(label, fontsize=8, loc="left", parse_math=False)
+        axes[row, 0].set_title(label, fontsize=8, loc="left")
     return figure
 
 
@@ -163,9 +163,7 @@ def _graph_figure(batch: Mapping[str, Any], rows: int, labels: Sequence[str], ba
         axis.scatter(*at_N2.T, s=max(2.0, 160 / max(last - first, 8)), c=colours or None, zorder=2)
         axis.set_aspect("equal", "datalim")
         shown = "" if last == end else f", of which {last - first:,} are drawn"
-        axis.set_title(
-            f"{label + ', ' if label else ''}{end - first:,} nodes{shown}", fontsize=8, loc="left", parse_math=False
-        )
+        axis.set_title(f"{label + ', ' if label else ''}{end - first:,} nodes{shown}", fontsize=8, loc="left")
     return figure
 
 
