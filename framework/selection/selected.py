@@ -164,8 +164,6 @@ class SelectedData(Result):
         )
 
     def draw(self, axes: Any) -> None:
-        from matplotlib.ticker import LogFormatter
-
         if self.shares:
             at = np.arange(len(self.shares))
             axes.bar(at - 0.2, self.natural, 0.4, color=SOFT, label="of the samples")
@@ -175,5 +173,3 @@ class SelectedData(Result):
             return
         axes.plot(np.linspace(0, 100, len(self.curve)), self.curve, color=COLOURS[0])
         axes.set(xlabel="selected samples, %", ylabel="places in an epoch", yscale="log")
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(LogFormatter(labelOnlyBase=False))  # 0.6 and 2 in place of powers of ten
