@@ -31,6 +31,7 @@ def panels(
     tokenizer: Any,
     batch_type: type | None = None,
     beside: Callable[[Any], Mapping[str, Tensor]] | None = None,
+    classes: Sequence[str] = (),
 ) -> Any | None:
     """A figure of the first `rows` samples, or None for a batch without texts, tables, points and graphs.
 
@@ -38,22 +39,24 @@ def panels(
         bounds: what is black and white in pictures; see `shown_in_range`.
         tokenizer: turns tokens into text by its `decode`. Without one, tokens below 256 are bytes, and others numbers.
         beside: makes pictures of a batch of clouds, [B 3 H W] in [0, 1] by name.
+        classes: names of labels, where the data module has some.
     """
     if not isinstance(batch, Mapping):
         return None
+    labels = _labels(batch, rows, classes)
     if _is_of(batch.get("tokens"), 2) and not batch["tokens"].is_floating_point():
-        return _text_figure(batch, rows, bounds, tokenizer)
+        return _text_figure(batch, rows, labels, bounds, tokenizer)
     if _is_of(batch.get("edge_index"), 2) and is_packed("node", batch, batch_type):
-        return _graph_figure(batch, rows, batch_type)
+        return _graph_figure(batch, rows, labels, batch_type)
     name = next(iter(read_names(batch, batch_type)), "")
     read = batch.get(name)
     if _is_of(read, 2) and is_packed(name, batch, batch_type):
-        return _cloud_figure(read, batch, rows, batch_type, beside) if read.shape[1] == 3 else None
+        return _cloud_figure(read, batch, rows, labels, batch_type, beside) if read.shape[1] == 3 else None
     tables = read if isinstance(read, list | tuple) else [read]
     parts = [
         table for table in tables if _is_of(table, 2) and table.is_floating_point() and table.shape[1] <= MOST_COLUMNS
     ]
-    return _table_figure(parts, batch, rows) if parts and len(parts) == len(tables) else None
+    return _table_figure(parts, rows, labels) if parts and len(parts) == len(tables) else None
 
 
 def text_of(tokens_T: Tensor, tokenizer: Any) -> str:
@@ -69,7 +72,7 @@ def text_of(tokens_T: Tensor, tokenizer: Any) -> str:
     return " ".join(map(str, numbers))
 
 
-def _text_figure(batch: Mapping[str, Any], rows: int, bounds: Any, tokenizer: Any) -> Any:
+def _text_figure(batch: Mapping[str, Any], rows: int, labels: Sequence[str], bounds: Any, tokenizer: Any) -> Any:
     tokens_BT, mask = batch["tokens"][:rows].cpu(), batch.get("mask")
     mask_BT = mask[:rows].cpu().bool() if _is_of(mask, 2) and mask[:rows].shape == tokens_BT.shape else None
     texts = [
@@ -82,7 +85,6 @@ def _text_figure(batch: Mapping[str, Any], rows: int, bounds: Any, tokenizer: An
     figure, axes = canvas(
         "", (9.0, ROW_INCHES * len(texts) + 0.2), (len(texts), columns), width_ratios=[8] if columns == 1 else [1, 8]
     )
-    labels = _labels(batch, rows)
     for row, text in enumerate(texts):
         for column in range(columns):
             axes[row, column].axis("off")
@@ -97,7 +99,7 @@ def _text_figure(batch: Mapping[str, Any], rows: int, bounds: Any, tokenizer: An
     return figure
 
 
-def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int) -> Any:
+def _table_figure(tables: Sequence[Tensor], rows: int, labels: Sequence[str]) -> Any:
     parts = [table[:rows].detach().float().cpu() for table in tables]
     size = (2.0 + 0.25 * sum(part.shape[1] for part in parts), 1.2 + 0.25 * len(parts[0]))
     figure, axes = canvas("", (min(size[0], 16.0), size[1]), (1, len(parts)), sharey=True)
@@ -105,7 +107,7 @@ def _table_figure(tables: Sequence[Tensor], batch: Mapping[str, Any], rows: int)
         picture = axis.imshow(part, aspect="auto", cmap="RdBu", vmin=-3, vmax=3)
         axis.set_xlabel("column" if len(parts) == 1 else f"column, view {number + 1}", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[0, 0].set_yticks(range(len(parts[0])), _labels(batch, rows))
+    axes[0, 0].set_yticks(range(len(parts[0])), labels[: len(parts[0])])
     figure.colorbar(picture, ax=axes[0, -1], label="standardised")
     return figure
 
@@ -114,6 +116,7 @@ def _cloud_figure(
     xyz_N3: Tensor,
     batch: Mapping[str, Any],
     rows: int,
+    labels: Sequence[str],
     batch_type: type | None,
     beside: Callable[[Any], Mapping[str, Tensor]] | None,
 ) -> Any:
@@ -123,7 +126,7 @@ def _cloud_figure(
     clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
     columns = 2 + len(pictures)
     figure, axes = canvas("", (3.0 * columns, 3.0 * len(clouds) + 0.2), (len(clouds), columns))
-    for row, (cloud, label) in enumerate(zip(clouds, _labels(batch, rows), strict=False)):
+    for row, (cloud, label) in enumerate(zip(clouds, labels, strict=False)):
         for axis, (name, made) in zip(axes[row, 2:], pictures.items(), strict=True):
             axis.axis("off")
             axis.set_title(name, fontsize=8, loc="left")
@@ -138,7 +141,7 @@ def _cloud_figure(
     return figure
 
 
-def _graph_figure(batch: Mapping[str, Any], rows: int, batch_type: type | None) -> Any:
+def _graph_figure(batch: Mapping[str, Any], rows: int, labels: Sequence[str], batch_type: type | None) -> Any:
     """Each graph with its nodes at such places that neighbours are near, coloured by their kinds. Of a large one the
     first nodes alone are drawn, with the edges between them.
     """
@@ -149,7 +152,6 @@ def _graph_figure(batch: Mapping[str, Any], rows: int, batch_type: type | None) 
     columns = min(GRAPH_COLUMNS, len(cuts))
     lines = -(-len(cuts) // columns)
     figure, axes = canvas("", (2.4 * columns, 2.4 * lines + 0.2), (lines, columns))
-    labels = _labels(batch, rows)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (first, end), label in zip(axes.flat, cuts, labels, strict=False):
@@ -176,11 +178,13 @@ def _placed(edges_E2: Tensor, nodes: int) -> Tensor:
     return plane_layout(apart_NN.where(reached_NN, apart_NN[reached_NN].max() + 1 if nodes else torch.zeros(())))
 
 
-def _labels(batch: Mapping[str, Any], rows: int) -> list[str]:
-    """What a sample is to be told as: its label or target, if the batch has one."""
-    for name in ("label", "target"):
-        if _is_of(batch.get(name), 1):
-            return [f"{name} {value:.4g}" for value in batch[name][:rows].tolist()]
+def _labels(batch: Mapping[str, Any], rows: int, classes: Sequence[str]) -> list[str]:
+    """What a sample is to be told as: its class by name, or its label or target, if the batch has one."""
+    names = {number: printable(name) for number, name in enumerate(classes)}
+    for field in ("label", "target"):
+        if _is_of(batch.get(field), 1):
+            known = names if field == "label" else {}
+            return [known.get(value, f"{field} {value:.4g}") for value in batch[field][:rows].tolist()]
     return [""] * rows
 
 

@@ -82,7 +82,7 @@ class CanonicalPair:
     """Two views and the maps to what they share, the strongest pair of directions first.
 
     Attributes:
-        correlation_K: in [0, 1], descending.
+        correlation_K: S in [0, 1], descending; a ridge shrinks it below the correlation of the projected samples.
         first, second: maps of the views, [D K] and [E K] for rows less their means, [D] and [E].
     """
 

@@ -60,6 +60,8 @@ def test_clouds_are_beside_the_pictures_that_a_method_makes_of_them():
     shown = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert [picture.tolist() for picture in shown[::2]] == maps[:2].permute(0, 2, 3, 1).tolist()
     assert len(shown) == len([axis for axis in figure.axes if not axis.images]) == 4
+    named = panels(batch, 3, None, None, PointsBatch, classes=["chair", "sofa"])
+    assert [axis.get_title("left") for axis in named.axes[::2]] == ["chair", "sofa", "label 2"]
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -91,6 +93,12 @@ def test_graphs_are_drawn_with_neighbours_near_and_kinds_in_colours():
     assert [axis.get_title("left") for axis in figure.axes] == [
         "label 0, 4 nodes",
         "label 1, 1 nodes",
+        "label 2, 0 nodes",
+    ]
+    named = panels(batch, 3, None, None, GraphBatch, classes=("ring", "cost in $ and $"))
+    assert [axis.get_title("left") for axis in named.axes] == [
+        "ring, 4 nodes",
+        "cost in $ and $, 1 nodes",
         "label 2, 0 nodes",
     ]
     dots = figure.axes[0].collections[0]

@@ -20,6 +20,7 @@ _CALLERS = (
 )  # of the parts that a configuration names
 _PARSER_KEY = re.compile(r'^(?:error: )?(?:Parser key|Validation failed: Key) "([^"]+)":?\s*(.*)$')
 _DENIED = re.compile(r"Importing '([\w.]+)' is not allowed, .* to allow it\.")
+_UNFIT = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
 _STRUCTURE = (  # lines of a jsonargparse message that do not describe the mistake
     "Does not validate against any",
     "Subtypes:",
@@ -162,5 +163,6 @@ def deepest_cause(text: str, resolved: Resolved) -> str:
             best = (rank, ".init_args.".join(key for _, key in keys), content)
     _, key, complaint = best
     complaint = _DENIED.sub(lambda found: f"{found[1]} may not be imported; {permission_advice(found[1])}", complaint)
+    complaint = _UNFIT.sub(r"\1 is neither a subclass of \2 nor a function that is written with `-> \2`", complaint)
     where = next((place for path, place in resolved.sources.items() if path == key or path.startswith(key + ".")), "")
     return " ".join(part for part in (where, f"{key}:" if key else "", complaint) if part)

@@ -24,6 +24,7 @@ from lightspan.evaluation.alignment.local_cka import local_cka
 from lightspan.evaluation.alignment.matching import cosines, matching_accuracy, numbered_rows, ranks
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
+from lightspan.evaluation.geometry.convergence import standardised
 from lightspan.evaluation.geometry.similarity import linear_cka, require_same_samples
 from lightspan.evaluation.labels import WHOLE
 from lightspan.evaluation.rows import spaced_rows
@@ -97,7 +98,7 @@ class PairAlignment(Result):
         chance: the same shares of an order by chance.
         control: among the first `top` by the map in the subspace, had the pairs been joined by chance.
         components, ridge, ridge_all: what was chosen, k and the ridge inside, and the ridge of all features.
-        correlations: of the k pairs of directions, over the pairs that were learned from.
+        correlations: of the k pairs of directions, over the pairs that were learned from, whatever the ridge.
         cka, cka_inside: debiased CKA of the pairs that are asked for, before and after the projection; None where rows
             hardly differ.
         held_out: mean of 1 / place of pairs that a fit did not see, by components and ridge; components 0 are all
@@ -135,7 +136,7 @@ class PairAlignment(Result):
             Figure(f"{among}, pairs joined by chance", 100 * self.control, "%"),
             Figure("directions of the subspace", self.components),
             Figure("ridge", self.ridge),
-            Figure("largest canonical correlation", self.correlations[0]),
+            Figure("largest canonical correlation", max(self.correlations)),
         ]
         found += [
             Figure(name, value)
@@ -247,7 +248,7 @@ class AlignPairs(Estimator):
             components=len(pair.correlation_K),
             ridge=ridge,
             ridge_all=ridge_all,
-            correlations=tuple(pair.correlation_K.tolist()),
+            correlations=tuple(_correlations(inside).tolist()),
             cka=_cka(asked),
             cka_inside=_cka(asked_inside),
             held_out=tuple(
@@ -357,6 +358,11 @@ class AlignPairs(Estimator):
             for side, map_DK, mean_D, scale in sides
             for name, value in (("weight", map_DK.T / scale), ("bias", -(mean_D @ map_DK)))
         }
+
+
+def _correlations(rows: PairedRows) -> Tensor:
+    """Of the two columns of each direction, [K] in [-1, 1]; what `CanonicalPair` has is shrunk by a ridge."""
+    return (standardised(rows.x_ND) * standardised(rows.y_NE)).mean(dim=0).clamp(-1, 1)
 
 
 def _cka(pairs: PairedRows) -> float | None:

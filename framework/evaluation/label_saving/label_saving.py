@@ -147,6 +147,9 @@ class SavedLabels(Result):
             axes.errorbar(x, y, yerr=error, fmt="-o", color=colour, markersize=3, capsize=2, label=name)
         axes.axhline(self.chance, color=SOFT, linewidth=1, linestyle=":", label="floor: the best constant")
         axes.set(xlabel="labels", ylabel=self.score.replace("_", " "), xscale="log")
+        counts = sorted({row["labels"] for row in self.rows})
+        axes.set_xticks(counts, [f"{count:,}" for count in counts], rotation=45, ha="right", fontsize=8)
+        axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
 
 

@@ -180,6 +180,7 @@ class SyntaxByLayer(Result):
         name, floor = next(iter(self.floors.items()))
         axes.axhline(floor, color=SOFT, linestyle="--", linewidth=1.2, label=name)
         axes.set(xlabel="layer, 0 being the embeddings", ylabel="F1 of trees", ylim=(0, 1))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
 
 

@@ -83,7 +83,8 @@ def tokenized(one: Parsed, tokenizer: PreTrainedTokenizerBase) -> Tokenized | No
 
 def drawn_anew(network: nn.Module, seed: int) -> nn.Module:
     """The network with the weights of its blocks as its class draws them, and all others, such as embeddings, as they
-    are: the control of AST-Probe's code, which its paper calls randomly initialised.
+    are: the control of AST-Probe's code, which its paper calls randomly initialised. A network that was itself drawn
+    from this seed gets the draws that follow, and never its own blocks again.
 
     Raises: UserError for a network without `config`, by which transformers' are built, or without a list of blocks.
     """
@@ -92,12 +93,16 @@ def drawn_anew(network: nn.Module, seed: int) -> nn.Module:
         raise UserError(f"{type(network).__name__} has no config by which to build it anew; {_WAY_OUT}")
     path, _ = list_of_blocks(network, lambda parameter: True, _WAY_OUT)
     kind: Any = type(network)
+    dtype, before = next(network.parameters()).dtype, network.state_dict()
+    blocks = [name for name in before if name.startswith(f"{path}.")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh: nn.Module = kind(copy.deepcopy(config))
-    kept = {name: each for name, each in network.state_dict().items() if not name.startswith(f"{path}.")}
-    fresh.load_state_dict(kept, strict=False)
-    return fresh.to(next(network.parameters()).dtype)
+        fresh: nn.Module = kind(copy.deepcopy(config)).to(dtype)
+        drawn = fresh.state_dict()
+        if all(torch.equal(drawn[name], before[name].cpu()) for name in blocks):
+            fresh = kind(copy.deepcopy(config)).to(dtype)
+    fresh.load_state_dict({name: each for name, each in before.items() if name not in blocks}, strict=False)
+    return fresh
 
 
 class EncodedCode(Input):

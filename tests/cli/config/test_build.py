@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightspan.cli.config.build import build, load_resolved, resolve, with_layer
+from lightspan.cli.config.build import build, build_parts, load_resolved, resolve, with_layer
+from lightspan.cli.config.resolve import ANY_KIND
 from lightspan.cli.config.tree import dump
 from lightspan.core.errors import UserError
 
@@ -203,6 +204,17 @@ def test_a_misspelt_module_is_said_to_be_missing():
     assert [note for note in notes if "--allow-module" in note] == [
         "--allow-module tiny_lib: there is no such module here, neither installed nor in the current folder"
     ]
+
+
+@pytest.mark.parametrize("key", ["views.init_args.encoder", "compared.init_args.encoders.mine"])
+def test_a_function_that_does_not_say_what_it_returns_is_told_how(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("bare_parts.py").write_text("from torch import nn\ndef bare():\n    return nn.Flatten()\n")
+    recipe = {"views": "analysis/augmentation_trace", "compared": "analysis/label_saving"}[key.partition(".")[0]]
+    resolved = resolve(recipe, [], [f"inputs.{key}.class_path=bare_parts.bare"], ["bare_parts"], ANY_KIND)
+    with pytest.raises(UserError, match=r"(?s)bare_parts\.bare is neither .* function .*-> Module"):
+        build_parts(resolved)
 
 
 def test_a_parser_of_ones_own_imports_after_a_build_what_it_could_before():

@@ -13,6 +13,7 @@ from lightspan.core.errors import UserError
 from lightspan.evaluation.alignment.matching import cosines
 from lightspan.evaluation.alignment.pairs import CKA_ALL, CKA_INSIDE, MAP, MAP_ALL, AlignPairs, PairAlignment
 from lightspan.evaluation.features.features import Features
+from lightspan.subspaces.canonical import canonical_pair, whitened
 
 SHARED, LEARNED, ASKED = 3, 80, 30
 QUICK = AlignPairs(components=(1, 3, 12), ridges=(0.0, 0.1), folds=2)
@@ -61,6 +62,19 @@ def test_encoders_that_share_nothing_find_nothing_however_well_directions_correl
     for arm in (MAP, MAP_ALL, CKA_INSIDE, CKA_ALL):
         assert sum(found.share(arm, "top") for found in results) / 6 == pytest.approx(5 / ASKED, abs=0.08)
     assert max(found.correlations[0] for found in results) > 0.7
+
+
+@pytest.mark.parametrize("ridge", [0.0, 10.0])
+def test_correlations_are_those_of_the_projected_pairs_whatever_the_ridge(ridge: float) -> None:
+    x, y = planted()
+    found = aligned(x, y, AlignPairs(components=(2,), ridges=(ridge,), folds=2))
+    x, y = x[:LEARNED], y[:LEARNED]
+    pair = canonical_pair(whitened(x, ridge), whitened(y, ridge))
+    a, b = pair.first(x), pair.second(y)
+    wanted = [float(torch.corrcoef(torch.stack([a[:, k], b[:, k]]))[0, 1]) for k in range(2)]
+    assert found.correlations == pytest.approx(wanted, abs=1e-6)
+    figures = {figure.name: figure.value for figure in found.figures()}
+    assert figures["largest canonical correlation"] == pytest.approx(max(wanted), abs=1e-6)
 
 
 def test_the_choice_never_looks_at_the_pairs_that_are_asked_for() -> None:

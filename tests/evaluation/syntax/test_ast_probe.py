@@ -189,6 +189,9 @@ def test_the_control_keeps_embeddings_and_draws_blocks_anew() -> None:
         elif "proj" in name:
             assert not torch.equal(first[name], before), name
             assert not torch.equal(first[name], other[name]), name
+    for seed in range(2):  # of what was drawn from the same seed: not itself again
+        same = drawn_anew(drawn_anew(network, seed), seed).state_dict()
+        assert any(not torch.equal(same[name], (first, other)[seed][name]) for name in same)
     with pytest.raises(UserError, match="no config"):
         drawn_anew(torch.nn.Linear(2, 2), 0)
 
