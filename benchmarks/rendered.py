@@ -26,6 +26,7 @@ from rich.table import Table
 from lightspan.backbones.tokenizers import HashedWords
 from lightspan.core.files.atomic import write_atomic
 from lightspan.datamodules.rendered.data import RenderedSets
+from lightspan.datamodules.rendered.heads import LitHeads
 from lightspan.datamodules.rendered.land import LandScenes
 from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.persons import Persons
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[str, int, Callable[[], RenderedSets]]] = {
     "Persons": ("one picture, 48 x 24", 1, lambda: Persons()),
     "PrintedWords": ("one picture, 32 x 96", 1, lambda: PrintedWords()),
     "BodySlices": ("one grey picture, 64 x 64", 1, lambda: BodySlices()),
+    "LitHeads": ("six frames of a head and another one, 16 x 16", 7, lambda: LitHeads()),
     "LandScenes": ("one picture of 13 bands, 64 x 64", 1, lambda: LandScenes()),
 }
 

@@ -127,7 +127,8 @@ class LDrawFiles:
     def _placed(part: Triangles, colour: int, numbers: list[float]) -> Triangles:
         place_3, turn_33 = np.array(numbers[:3]), np.array(numbers[3:]).reshape(3, 3)
         with np.errstate(invalid="ignore", over="ignore"):
-            corners = part.corners @ turn_33.T + place_3
+            # Not a product of BLAS, which ends the process where memory runs out.
+            corners = np.einsum("tci,oi->tco", part.corners, turn_33) + place_3
         return Triangles(corners, np.where(part.colours == MAIN, colour, part.colours))
 
     def _named(self, name: str, by: Path, where: str) -> Path:

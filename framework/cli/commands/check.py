@@ -176,10 +176,11 @@ def _damaged_volumes(folder: Path, settings: dict[str, Any]) -> tuple[list[str],
 
 def _damaged_files_of(own: "UserFiles") -> Damaged:
     """As `_damaged_pictures`, of files of which each is looked at by the reader of its kind."""
-    from lightspan.datamodules.image.picture_files import find_labelled
-    from lightspan.datamodules.shards.headers import looked_at
 
     def damaged(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+        from lightspan.datamodules.image.picture_files import find_labelled
+        from lightspan.datamodules.shards.headers import looked_at
+
         names, said = find_labelled(folder, own.kind(), settings.get("links", "skip"), "none").names, list[str]()
         seen, look = looked_at(len(names), MOST_FILES), own.look(folder, settings)
         for number in seen:

@@ -81,7 +81,7 @@ class FeatureStore:
         self,
         key: Mapping[str, Any],
         compute: Callable[[set[int]], Iterable[Rows]],
-        held_bytes: int = PART_BYTES,
+        held_bytes: int | None = None,
     ) -> Features:
         """The features of a key, computed if they are not in the store. All ranks call it together.
 
@@ -89,8 +89,8 @@ class FeatureStore:
             key: the same on every rank.
             compute: given the indices of samples that are done, yields the rows of this rank's others, in batches.
                 A sample that appears twice counts once.
-            held_bytes: so many are collected in memory before they are written; with 0 an interruption loses nothing
-                that was computed.
+            held_bytes: so many are collected in memory before they are written, None is 64 MiB; with 0 an
+                interruption loses nothing that was computed.
         Raises: UserError, on every rank, if the disk is full, the entry would exceed the limit, or there is no sample;
             whatever `compute` raises, and a UserError on the ranks where it did not raise.
         """
@@ -98,7 +98,7 @@ class FeatureStore:
             if not from_first_rank(lambda: self.holds(key)):
                 parts = self.entry(key).with_name(PARTS)
                 with raise_on_all_ranks("compute features"):
-                    self._compute(parts, compute, held_bytes)
+                    self._compute(parts, compute, PART_BYTES if held_bytes is None else held_bytes)
                 with raise_on_all_ranks("write features"):
                     if rank() == 0:
                         self._assemble(key, parts)

@@ -318,7 +318,14 @@ class MatrixOptimizer(Optimizer, ABC):
         """
         names = [name for kind in type(self).__mro__ for name in vars(kind).get("KEPT_IN_COPIES", ())]
         kept = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **kept, "_buckets": Buckets(), "_checked": False, "_owners": NOBODY}
+        return {
+            **super().__getstate__(),
+            **kept,
+            "_buckets": Buckets(),
+            "_checked": False,
+            "_agreed": False,
+            "_owners": NOBODY,
+        }
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """With `owners`, brings the state of all ranks to the rank `to`, into host memory, so that its `state_dict`

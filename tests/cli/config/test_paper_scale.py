@@ -22,6 +22,7 @@ REPRESENTATIONS = {"contrastive", "distillation", "clustering", "masked", "image
 
 WITHOUT = {
     "Learning to Prompt for Vision-Language Models (arXiv 2109.01134)": "image_text/pre_eurosat without `encoder`",
+    "lightspan.methods.generative.vae": "generative/vae_letters has pictures of the paper's size, 28 x 28 pixels",
     "lightspan.methods.supervised.regressor": "no paper of its own: least squares on tables",
     "none": "supervised/linear is the baseline of supervised/grassmann",
 }

@@ -118,7 +118,7 @@ def header_faults(name: str, read: list[Asked], needs: str) -> list[str]:
         if not (each.run is not None and any(run in needs for run in runs))
         and not any(re.search(rf"(?<![\w/.-]){re.escape(part)}(?![\w/-])", needs) for part in prefixes[each.place])
     ]
-    known = {part for parts in prefixes.values() for part in parts} | runs
+    known = {part.removeprefix("/") for parts in prefixes.values() for part in parts} | runs
     said = re.findall(r"\b[a-z][\w.-]*/[\w./-]*\w|[\w-]+\.(?:safetensors|jsonl|npz|txt)\b", needs)
     return faults + [f"{name} needs {word}, which it does not read" for word in said if word not in known]
 

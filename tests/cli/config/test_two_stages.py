@@ -15,6 +15,7 @@ LOADS = {f"{WEIGHTS}with_weights": "backbone.", f"{WEIGHTS}decoder_with_weights"
 
 OTHERWISE = {
     "contrastive/starbucks_msmarco": "both are BERT-base; the first stage reads its settings from a folder",
+    "supervised/swin3d_s3dis": "the stride between stages is 2 in place of 3, on which no weight depends",
     "compression/pela_finetune": "the first stage factorises the network itself, by the same ratio",
 }
 """Second stages that name their network in another way, and why it is the same."""

@@ -68,15 +68,15 @@ def test_levels_of_files_within_files_take_no_more_memory_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = "1 16 0 0 0 1 0 0 0 1 0 0 0 1 "
-    (tmp_path / "deep60.dat").write_text("3 4 0 0 0 1 0 0 0 1 0\n" * 500)
-    (tmp_path / "deep59.dat").write_text(f"{line}deep60.dat\n" * 40)
+    (tmp_path / "deep60.dat").write_text("3 4 0 0 0 1 0 0 0 1 0\n" * 1000)
+    (tmp_path / "deep59.dat").write_text(f"{line}deep60.dat\n" * 80)
     for number in range(59):
         (tmp_path / f"deep{number}.dat").write_text(f"{line}deep{number + 1}.dat\n")
     files = LDrawFiles([tmp_path])
-    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**25))  # 20,000 triangles take 1.6 MB at each level
+    monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**26))  # 80,000 triangles take 6.4 MB at each level
     with pytest.raises(ValueError, match="LIGHTSPAN_MAX_BYTES"):
         files.triangles(tmp_path / "deep0.dat")
-    assert len(files.triangles(tmp_path / "deep59.dat")[0]) == 20_000
+    assert len(files.triangles(tmp_path / "deep59.dat")[0]) == 80_000
 
 
 def test_files_are_found_whatever_their_case_and_links_are_not_followed(tmp_path: Path) -> None:

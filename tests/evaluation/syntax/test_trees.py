@@ -114,7 +114,7 @@ def test_functions_that_are_nested_too_deeply_are_left_out(tmp_path: Path) -> No
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a file takes")
 def test_files_that_take_too_much_memory_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text("def g():\n    return 1\n")
-    (tmp_path / "b.py").write_text("def f():\n    return 2\n\n\nnumbers = [" + "1, " * 100_000 + "]\n")
+    (tmp_path / "b.py").write_text("def f():\n    return 2\n\n\nnumbers = [" + "1, " * 400_000 + "]\n")
     monkeypatch.setenv("LIGHTSPAN_MAX_BYTES", str(2**25))
     assert [one.file for one in python_functions(str(tmp_path))] == ["a.py"]
 
