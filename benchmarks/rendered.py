@@ -104,7 +104,8 @@ def views(data: RenderedSets, count: int) -> torch.Tensor:
     """All pictures of the first training samples, below each other, uint8 [N 3 V*H W]."""
     shown = data.train.batch(range(count), [0] * count)  # type: ignore[union-attr]
     moments = data.train.moments  # type: ignore[union-attr]
-    found = [*shown.get("views", []), *(shown[field] for field in ("image", "target_image") if field in shown)]
+    found = [*shown.get("views", []), *(shown["clip"].unbind(2) if "clip" in shown else ())]
+    found += [shown[field] for field in ("image", "target_image", "reference") if field in shown]
     pixels = torch.cat([view * moments.std + moments.mean for view in found], dim=2)  # [N, C, V H, W]
     return pixels.mul(255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
 
