@@ -72,8 +72,8 @@ def check_shard(shard: str) -> None:
     elif scheme and scheme[1].lower() != "https":
         raise UserError(
             f"shard {shard} is neither a local path nor https nor in a store ({', '.join(STORES)}); {scheme[1]}: is "
-            "refused, because it could run a command or be read unencrypted; download it, or serve it over https; write "
-            "a file name with a colon as ./NAME"
+            "refused, because it could run a command or be read unencrypted; download it, or serve it over https; "
+            "write a file name with a colon as ./NAME"
         )
     elif scheme:
         try:

@@ -92,8 +92,8 @@ class ShardOpener:
         """
         if self.cache.reads_parts(shard):
             raise UserError(
-                f"shard {shard} has no index, and without a copy it cannot be scanned; write the index with `lightspan data "
-                "index`, or set data.init_args.cache_gib above 0"
+                f"shard {shard} has no index, and without a copy it cannot be scanned; write the index with "
+                "`lightspan data index`, or set data.init_args.cache_gib above 0"
             )
         index, damage = scan(self.cache.local(shard), shard, self.max_member_bytes)
         copy = self.cache.renewed(shard) if damage else None

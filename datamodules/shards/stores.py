@@ -26,16 +26,20 @@ def require_object(address: str, setting: str) -> None:
     """Raises: UserError unless `address` is SCHEME://BUCKET/NAME, without keys in it and without links to others."""
     try:
         parts = urlsplit(address)
-        keys, named = parts.password is not None, bool(parts.netloc and parts.path.strip("/"))
+        named = bool(parts.netloc and parts.path.strip("/"))
+        # No bucket has a colon in its name, and a key may have a slash; abfs://CONTAINER@ACCOUNT has an at sign.
+        keys = ":" in parts.netloc or ("@" in parts.netloc and parts.scheme != "abfs")
     except ValueError:
         keys, named = False, False
     if keys:
         raise UserError(
-            f"{setting} names a {parts.scheme} address with a key in it, which would be written down with the run; give "
-            "keys in the environment, as the tools of the store read them"
+            f"{setting} names a {parts.scheme} address with a key in it, which would be written down with the run; "
+            "give keys in the environment, as the tools of the store read them"
         )
     if not named or "::" in address:
-        raise UserError(f"shard {address} is not the address of an object; write {address.partition(':')[0]}://BUCKET/NAME")
+        raise UserError(
+            f"shard {address} is not the address of an object; write {address.partition(':')[0]}://BUCKET/NAME"
+        )
 
 
 def read_range(address: str, start: int, end: int) -> bytes:
@@ -48,7 +52,9 @@ def read_range(address: str, start: int, end: int) -> bytes:
     limit_s = TIMEOUT_S + (end - start) / BYTES_PER_S
     content: bytes = _asked(address, lambda store: store.cat_file(address, start=start, end=end, timeout=limit_s))
     if len(content) != end - start:
-        raise OSError(f"it ends at byte {start + len(content):,}, before byte {end:,}")  # libraries tell what was cut off
+        raise OSError(
+            f"it ends at byte {start + len(content):,}, before byte {end:,}"
+        )  # libraries tell what was cut off
     return content
 
 
@@ -90,17 +96,17 @@ class ObjectStream(io.RawIOBase):
 
 
 def _asked(address: str, ask: Callable[[Any], T]) -> T:
-    """What `ask` gets from the store of an address; whatever goes wrong is an OSError of the four kinds of `read_range`.
+    """What `ask` gets from the store of an address. Whatever goes wrong is an OSError of the kinds of `read_range`.
 
     A library of each store raises errors of its own, many of which are no OSErrors.
     """
     try:
         return ask(_store(urlsplit(address).scheme.lower()))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"the store has no such object ({first_lines(error)})") from error
+        raise FileNotFoundError(f"the store has no such object ({_said(error)})") from error
     except PermissionError as error:
         raise PermissionError(
-            f"the store refuses it ({first_lines(error)}): keys may be missing, wrong, expired, or not allowed to read "
+            f"the store refuses it ({_said(error)}): keys may be missing, wrong, expired, or not allowed to read "
             "it; where they may not list the bucket, the store says this also of names that are not there"
         ) from error
     except TimeoutError as error:
@@ -108,11 +114,17 @@ def _asked(address: str, ask: Callable[[Any], T]) -> T:
     except OSError as error:
         if error.errno in _LASTING:
             raise
-        raise ConnectionError(first_lines(error)) from error
+        raise ConnectionError(_said(error)) from error
     except UserError:
         raise
     except Exception as error:
-        raise ConnectionError(first_lines(error)) from error
+        raise ConnectionError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    """What the store said, without the number that its library has given that."""
+    words = error.strerror if isinstance(error, OSError) else None
+    return first_lines(Exception(words) if words else error)
 
 
 def _store(scheme: str) -> Any:
@@ -127,7 +139,9 @@ def _store(scheme: str) -> Any:
     try:
         store = fsspec.filesystem(scheme, use_listings_cache=False, **settings.get(scheme, {}))
     except ImportError as error:
-        raise UserError(f"{scheme} addresses are read by a package that is missing ({first_lines(error)}): "
-                        f"{install_extra('cloud')} has that of s3") from error
+        raise UserError(
+            f"{scheme} addresses are read by a package that is missing ({first_lines(error)}): "
+            f"{install_extra('cloud')} has that of s3"
+        ) from error
     store.retries = 1
     return store

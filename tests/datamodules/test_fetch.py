@@ -87,6 +87,9 @@ def test_shards_are_read_over_https_and_nothing_leads_out_of_it(
     https_server.stumbles["/b.tar"] = [[b"HTTP/1.0 302 Found\r\nLocation: https://[::1\r\n\r\n"]]
     with pytest.raises(UserError, match=r"b\.tar cannot be opened: .*IPv6"):
         read(f"{address}/b.tar")
+    https_server.stumbles["/b.tar"] = [[b"HTTP/1.0 302 Found\r\nLocation: s3://bucket/a.tar\r\n\r\n"]]
+    with pytest.raises(UserError, match=r"b\.tar cannot be opened: .*s3://bucket/a\.tar.* is not allowed"):
+        read(f"{address}/b.tar")
     https_server.stumbles["/c.tar"] = [[b"HTTP/1.0 404 \x1b[31mred\r\n\r\n"]]
     with pytest.raises(UserError, match=r"c\.tar cannot be opened: HTTP Error 404: \\x1b\[31mred; "):
         read(f"{address}/c.tar")
