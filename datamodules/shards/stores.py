@@ -66,6 +66,22 @@ def size_of(address: str) -> int:
     return int(found["size"])
 
 
+def write(address: str, content: bytes) -> None:
+    """An object, whole or not at all. Raises: OSError as `read_range`."""
+    _asked(address, lambda store: store.pipe_file(address, content))
+
+
+def names_in(address: str) -> list[str]:
+    """Names of the objects directly below an address, sorted. Raises: OSError as `read_range`."""
+
+    def ask(store: Any) -> list[str]:
+        place = store._strip_protocol(address).rstrip("/")
+        files = [item["name"].rpartition("/") for item in store.ls(address, detail=True) if item["type"] == "file"]
+        return [name for parent, _, name in files if parent == place]  # an object is listed at its own address
+
+    return sorted(_asked(address, ask))
+
+
 class ObjectStream(io.RawIOBase):
     """An object from its start, in one request after another.
 

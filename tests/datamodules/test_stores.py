@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from shard_files import damage, write_shards
 from torch import Tensor
 
+from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.loading.loader import ExactLoader
@@ -117,10 +119,10 @@ def put(path: str, content: bytes) -> str:
     return f"s3://lab/{path}"
 
 
-def upload(folder: Path) -> None:
+def upload(folder: Path, prefix: str = ".") -> None:
     for path in folder.iterdir():
         if path.is_file():
-            put(path.name, path.read_bytes())
+            put(str(Path(prefix, path.name)), path.read_bytes())
 
 
 def batches(data: Shards, ranks: int = 1) -> list[dict[str, Tensor]]:
@@ -359,6 +361,59 @@ def test_a_shard_above_the_limit_of_copies_is_not_fetched(gate: Gate, tmp_path: 
     with pytest.raises(UserError, match=r"a\.tar has 5,000 bytes, above the limit of 2,500 .*cache_gib"):
         ShardCache(str(tmp_path / "cache"), 2500).local(shard)
     assert read(gate) == []
+
+
+# `lightspan data`
+
+
+def test_verify_names_what_is_missing_changed_or_strange_in_a_bucket(
+    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcdef":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), name == "a").save(tmp_path / "in" / name / "0.png")
+    assert main(["data", "pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--shard-size", "5K"]) == 0
+    upload(tmp_path / "out", "packed")
+    assert main(["data", "verify", "s3://lab/packed"]) == 0
+    damage(str(tmp_path / "out" / "00001.tar"), 600)
+    upload(tmp_path / "out", "packed")
+    put("packed/00009.tar", b"")
+    s3fs.S3FileSystem().rm("lab/packed/00000.tar")
+    capsys.readouterr()
+    assert main(["data", "verify", "s3://lab/packed/"]) == 1
+    printed = capsys.readouterr().out
+    assert "s3://lab/packed/00000.tar cannot be read (No such file or directory)" in printed
+    assert "s3://lab/packed/00001.tar: its sha256 is not the recorded one; 1 of " in printed
+    assert "samples are damaged: 0 (byte 0)" in printed
+    assert "s3://lab/packed/00009.tar: was not written by `data pack`" in printed
+    gate.stumbles["/lab/packed/SHA256SUMS"] = [403] * 9
+    assert main(["data", "verify", "s3://lab/packed"]) == 2
+    assert "the store refuses it" in capsys.readouterr().err
+    assert main(["data", "verify", "s3://lab/none"]) == 2
+    assert "s3://lab/none/SHA256SUMS cannot be read (No such file" in capsys.readouterr().err
+
+
+def test_index_writes_what_is_missing_beside_the_shards_of_a_bucket(
+    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, [3, 4])
+    written = (tmp_path / "part-1.tar.index.json").read_text()
+    (tmp_path / "part-1.tar.index.json").unlink()
+    upload(tmp_path)
+    assert main(["data", "index", "s3://lab"]) == 0
+    assert "s3://lab: wrote the index of 1 shards with 4 samples" in capsys.readouterr().out
+    assert s3fs.S3FileSystem().cat_file("lab/part-1.tar.index.json").decode() == written
+    assert batches(Shards(["s3://lab/part-{0..1}.tar"], batch_size=7, cache_gib=0))
+    for place, message in (
+        ("s3://none", "cannot be listed: the store has no such object"),
+        ("s3://lab/part-0.tar", "contains no .tar file"),
+        ("https://127.0.0.1:9/a", "data index looks at a folder, not at"),
+        (f"s3://{KEY}:{SECRET}@lab/a", "key in it"),
+    ):
+        assert main(["data", "index", place]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert KEY not in error
 
 
 # Addresses
