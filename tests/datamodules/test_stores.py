@@ -3,6 +3,9 @@
 The store is moto's server of S3 in this process, behind a gate that stumbles as a test tells it.
 """
 
+import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from shard_files import damage, write_shards
 from torch import Tensor
@@ -414,6 +418,44 @@ def test_index_writes_what_is_missing_beside_the_shards_of_a_bucket(
         error = capsys.readouterr().err
         assert message in error
         assert KEY not in error
+
+
+@pytest.mark.runs
+def test_a_run_on_a_bucket_writes_no_key_down(gate: Gate, tmp_path: Path) -> None:
+    """Three steps on two workers; then the keys are not accepted any more, and the run says so in a line."""
+    write_shards(tmp_path, [5, 4])
+    upload(tmp_path)
+    backbone = {"class_path": "lightspan.backbones.vision.MLP", "init_args": {"in_shape": [3, 4, 4], "hidden": [8]}}
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    classifier = {"backbone": backbone, "num_classes": 9, "optimizer": optimizer}
+    data = {"shards": ["s3://lab/part-{0..1}.tar"], "batch_size": 4, "image_size": 4, "cache_gib": 0, "num_workers": 2}
+    recipe = {
+        "base": "defaults",
+        "trainer": {"accelerator": "cpu", "max_steps": 3},
+        "model": {"class_path": "lightspan.methods.supervised.classifier.Classifier", "init_args": classifier},
+        "data": {"class_path": "lightspan.datamodules.shards.stream.Shards", "init_args": data},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+
+    def fit(run: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lightspan", "fit", "own.yaml", "--run", run]
+        environment = {**os.environ, "HOME": str(tmp_path / "home")}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        for key in (KEY, SECRET):
+            assert key not in done.stdout + done.stderr
+            assert not [content for content in files if key.encode() in content]
+        return done
+
+    done = fit("run")
+    assert done.returncode == 0, done.stderr
+    assert len([span for _, path, span in gate.asked if path.endswith(".tar") and span]) >= 12
+    gate.stumbles["/lab/part-1.tar"] = [(403, "ExpiredToken")] * 50
+    done = fit("again")
+    assert done.returncode == 2
+    assert "shard s3://lab/part-1.tar" in done.stderr
+    assert "the store refuses it" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # Addresses
