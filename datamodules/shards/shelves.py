@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.places import PathUse
 from lightspan.datamodules.shards import stores
 from lightspan.datamodules.shards.fetch import open_shard, retried
 
@@ -28,7 +29,7 @@ class Shelf(Protocol):
 
 
 class FolderShelf:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Annotated[Path, PathUse.RUN]) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
@@ -54,7 +55,7 @@ class StoreShelf:
     Raises: UserError, in each method, where the store or the network fails; `at_hand` not for an object that is absent.
     """
 
-    def __init__(self, address: str, room: Path) -> None:
+    def __init__(self, address: Annotated[str, PathUse.SERVER], room: Annotated[Path, PathUse.RUN]) -> None:
         self.address, self.room = address.rstrip("/"), room
         stores.require_object(self.shown("any"), "SOURCE")
 

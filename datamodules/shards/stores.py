@@ -73,9 +73,10 @@ def write(address: str, content: bytes) -> None:
 
 def names_in(address: str) -> list[str]:
     """Names of the objects directly below an address, sorted. Raises: OSError as `read_range`."""
+    bucket, slash, folder = address.partition("://")[2].rstrip("/").partition("/")
+    place = f"{bucket.partition('@')[0]}{slash}{folder}"
 
     def ask(store: Any) -> list[str]:
-        place = store._strip_protocol(address).rstrip("/")
         files = [item["name"].rpartition("/") for item in store.ls(address, detail=True) if item["type"] == "file"]
         return [name for parent, _, name in files if parent == place]  # an object is listed at its own address
 
