@@ -6,6 +6,7 @@ none, and nothing here prints one.
 
 import errno
 import io
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ BLOCK_BYTES = 2**24  # asked for at a time
 TIMEOUT_S, BYTES_PER_S = 60.0, 2**20 / 60
 # What another attempt would not change. Anything else that a store or the network says may pass.
 _LASTING = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
+_process = os.getpid()  # in which fsspec waits for answers
 T = TypeVar("T")
 
 
@@ -148,8 +150,13 @@ def _store(scheme: str) -> Any:
     """The file system of a scheme. It is asked for anew each time: fsspec keeps one for each process and thread, and
     one from before a fork cannot be used after it.
     """
-    import fsspec
+    import fsspec.asyn
 
+    global _process
+    if _process != os.getpid():
+        # A fork has its parent's loop without the thread that runs it; not every version of fsspec drops it by itself.
+        fsspec.asyn.reset_lock()
+        _process = os.getpid()
     # Attempts are counted and told in one place, `retried`; these settings leave the library one each.
     config = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S, "retries": {"total_max_attempts": 1}}
     settings = {"s3": {"config_kwargs": config}}
