@@ -449,6 +449,7 @@ def test_a_run_on_a_bucket_writes_no_key_down(gate: Gate, tmp_path: Path) -> Non
 
     done = fit("run")
     assert done.returncode == 0, done.stderr
+    assert "nclosed" not in done.stderr  # as aiohttp says of connections that nobody closes
     assert len([span for _, path, span in gate.asked if path.endswith(".tar") and span]) >= 12
     gate.stumbles["/lab/part-1.tar"] = [(403, "ExpiredToken")] * 50
     done = fit("again")
