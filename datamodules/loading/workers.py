@@ -94,7 +94,10 @@ class _Samples:
     def __getitems__(self, keys: list[Key]) -> list[_Fetched]:
         """What a fetcher of torch asks for in place of one sample after another."""
         if not isinstance(self.dataset, BatchDataset):
-            return [self[key] for key in keys]
+            fetched: list[_Fetched] = []
+            for key in keys:  # an error stops the run, and may have taken minutes: the others are not tried
+                fetched.append(fetched[-1] if fetched and fetched[-1].error is not None else self[key])
+            return fetched
         try:
             return [_Fetched(self.dataset.batch(*zip(*keys, strict=True)), whole=True)]
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Shards on this machine: local ones where they are, those behind https as copies that all processes share."""
+"""Shards on this machine: local ones where they are, remote ones as copies that all processes share."""
 
 import contextlib
 import hashlib
@@ -35,11 +35,15 @@ class ShardCache:
 
     Args:
         folder: folder for the copies; None means $XDG_CACHE_HOME/lightspan/shards, usually below ~/.cache.
-        limit_bytes: of all copies together; no single shard may be larger.
+        limit_bytes: of all copies together; no single shard may be larger. 0 keeps none: `reads_parts`.
     """
 
     def __init__(self, folder: CachePath | None, limit_bytes: int) -> None:
         self.cache, self.limit_bytes = CacheFolder(folder, "shards", SETTING), limit_bytes
+
+    def reads_parts(self, shard: str) -> bool:
+        """Whether samples are read from where the shard is, one by one, as there is no room for a copy."""
+        return self.limit_bytes == 0 and SCHEME.match(shard) is not None
 
     def local(self, shard: str, size: int | None = None, sha256: str | None = None) -> Path:
         """Where the bytes of `shard` are. A copy of another size than `size` is fetched again.

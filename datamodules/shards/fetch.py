@@ -1,4 +1,6 @@
-"""Names of shards, and streams of their bytes: regular files on this machine, or https within time limits."""
+"""Names of shards, and streams of their bytes: regular files on this machine, and within time limits https and object
+stores.
+"""
 
 import itertools
 import re
@@ -9,13 +11,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from http.client import HTTPException
+from http import HTTPStatus
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from lightspan.core.errors import UserError, one_line, printable
 from lightspan.core.files.atomic import expanded, require_regular_file
+from lightspan.datamodules.shards.stores import STORES, ObjectStream, read_range, require_object
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
 TIMEOUT_S = 60.0  # without a byte from the server
@@ -54,17 +58,24 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(combination) for combination in itertools.product(*names)]
 
 
+class FetchError(UserError):
+    """What is behind the network cannot be had. That says nothing about the data: no sample is left out for it."""
+
+
 def check_shard(shard: str) -> None:
-    """Raises: UserError unless `shard` can be a local path or an https address."""
+    """Raises: UserError unless `shard` can be a local path, an https address, or an object of a store."""
     if not shard or "\0" in shard:
         raise UserError(f"shard {shard!r} is not the name of a file; correct data.init_args.shards")
     scheme = SCHEME.match(shard)
-    if scheme and scheme[1].lower() != "https":
+    if in_store(shard):
+        require_object(shard, "data.init_args.shards")
+    elif scheme and scheme[1].lower() != "https":
         raise UserError(
-            f"shard {shard} is neither a local path nor https ({scheme[1]}: is refused, because it could run a command "
-            "or be read unencrypted); download it, or serve it over https; write a file name with a colon as ./NAME"
+            f"shard {shard} is neither a local path nor https nor in a store ({', '.join(STORES)}); {scheme[1]}: is "
+            "refused, because it could run a command or be read unencrypted; download it, or serve it over https; "
+            "write a file name with a colon as ./NAME"
         )
-    if scheme:
+    elif scheme:
         try:
             parts = urlsplit(shard)
             named = bool(parts.hostname) and parts.port != 0
@@ -74,13 +85,19 @@ def check_shard(shard: str) -> None:
             raise UserError(f"shard {shard} is not an https address; write https://HOST/NAME.tar")
 
 
+def in_store(shard: str) -> bool:
+    """Whether it is the address of an object of a store."""
+    scheme = SCHEME.match(shard)
+    return scheme is not None and scheme[1].lower() in STORES
+
+
 def local_path(shard: str) -> Path:
     """Raises: UserError for the home folder of a user who does not exist."""
     return expanded(shard, "data.init_args.shards")
 
 
 def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
-    """A stream of the shard's bytes. Reading from https raises TimeoutError where the server stalls or drips.
+    """A stream of the shard's bytes. Reading raises TimeoutError where a server stalls or drips.
 
     Args:
         setting: what names the shard, in messages.
@@ -89,6 +106,8 @@ def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
     """
     check_shard(shard)
     try:
+        if in_store(shard):
+            return cast(BinaryIO, ObjectStream(shard))
         if SCHEME.match(shard):
             return cast(BinaryIO, _opener().open(shard, timeout=TIMEOUT_S))
         path = local_path(shard)
@@ -99,6 +118,31 @@ def open_shard(shard: str, setting: str = "data.init_args.shards") -> BinaryIO:
         raise
     except (OSError, HTTPException, ValueError) as error:  # urllib's own errors are OSErrors, a malformed redirect none
         raise UserError(f"shard {shard} cannot be opened: {one_line(error)}; correct {setting}") from error
+
+
+def read_span(shard: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a remote shard, and no others.
+
+    Raises: UserError as `open_shard`, for a shard that ends before, and for a server that sends whole files alone.
+    """
+    try:
+        if in_store(shard):
+            return read_range(shard, start, end)
+        request = urllib.request.Request(shard, headers={"Range": f"bytes={start}-{end - 1}"})
+        with _opener().open(request, timeout=TIMEOUT_S) as answer:
+            if answer.status != HTTPStatus.PARTIAL_CONTENT:
+                raise UserError(
+                    f"shard {shard} cannot be read in parts, since its server sends whole files; have copies of its "
+                    "shards kept with data.init_args.cache_gib above 0"
+                )
+            content: bytes = answer.read(end - start)
+        if len(content) != end - start:
+            raise IncompleteRead(content, end - start - len(content))
+    except UserError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:
+        raise UserError(f"shard {shard}, bytes {start:,} to {end:,}, cannot be read: {one_line(error)}") from error
+    return content
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
@@ -137,20 +181,21 @@ def _opener() -> urllib.request.OpenerDirector:
 def retried(fetch: Callable[[], T]) -> T:
     """`fetch()`, retried after each of PAUSES_S if the failure of network or server may be temporary.
 
-    Raises: the UserError of `fetch` with any other cause, or that of the last attempt, with the number of attempts.
+    Raises: FetchError with the message and the cause of the UserError of `fetch`, if it has any other cause, or of the
+        last attempt, with the number of attempts.
     """
     for pause_s in PAUSES_S:
         try:
             return fetch()
         except UserError as error:
             if not _may_pass(error.__cause__):
-                raise
+                raise FetchError(str(error)) from error.__cause__
             print(printable(f"lightspan: {error}; trying again in {pause_s:g} s"), file=sys.stderr, flush=True)
             time.sleep(pause_s)
     try:
         return fetch()
     except UserError as error:
-        raise UserError(f"{error} (attempt {len(PAUSES_S) + 1}, the last)") from error.__cause__
+        raise FetchError(f"{error} (attempt {len(PAUSES_S) + 1}, the last)") from error.__cause__
 
 
 def _may_pass(cause: BaseException | None) -> bool:

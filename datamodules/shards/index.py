@@ -179,7 +179,7 @@ def _apart_remark(keys: list[str]) -> tuple[str, ...]:
 
 
 def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: int) -> dict[str, Any]:
-    """One sample, undecoded, as `group_members` returns it.
+    """One sample of a shard on this machine, undecoded, as `group_members` returns it.
 
     Raises: UserError that names shard, sample and byte if it is missing, truncated, or not what the index says.
     """
@@ -196,6 +196,11 @@ def read_sample(index: ShardIndex, number: int, path: Path, max_member_bytes: in
         raise UserError(f"{index.where(number)} cannot be read: {error}") from error
     except OSError as error:
         raise UserError(f"{index.where(number)} cannot be read: {error}; restore the shard") from error
+    return sample_of(index, number, content, max_member_bytes)
+
+
+def sample_of(index: ShardIndex, number: int, content: bytes, max_member_bytes: int) -> dict[str, Any]:
+    """One sample, undecoded, from its bytes, which are compared with the index. Raises: UserError as `read_sample`."""
     found = zlib.crc32(content)
     if found != index.crc32[number]:
         raise UserError(

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +15,13 @@ import numpy as np
 from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import require_regular_file, write_atomic
+from lightspan.core.files.foreign import BYTES, TooMuchError
 from lightspan.core.files.places import PathUse
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.shards.cache import ShardCache
-from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
-from lightspan.datamodules.shards.index import SUFFIX, ShardIndex, from_json, read_sample, scan
+from lightspan.datamodules.shards.fetch import SCHEME, FetchError, local_path, open_shard, read_span, retried
+from lightspan.datamodules.shards.index import SUFFIX, ShardIndex, from_json, read_sample, sample_of, scan
 
 MAX_INDEX_BYTES = 2**30  # of one shard's index file
 
@@ -84,7 +86,15 @@ class ShardOpener:
         return self.scans and self.scans / f"{_digest([shard, *marks])[:32]}{SUFFIX}"
 
     def _scanned(self, shard: str) -> tuple[ShardIndex, str | None]:
-        """Like `scan`, but a remote shard that turns out to be damaged is fetched again, once."""
+        """Like `scan`, but a remote shard that turns out to be damaged is fetched again, once.
+
+        Raises: UserError for a remote shard of which no copy may be kept.
+        """
+        if self.cache.reads_parts(shard):
+            raise UserError(
+                f"shard {shard} has no index, and without a copy it cannot be scanned; write the index with "
+                "`lightspan data index`, or set data.init_args.cache_gib above 0"
+            )
         index, damage = scan(self.cache.local(shard), shard, self.max_member_bytes)
         copy = self.cache.renewed(shard) if damage else None
         if copy is not None:
@@ -119,7 +129,8 @@ def _index_text(shard: str) -> bytes | None:
 
 def _absent(error: UserError) -> bool:
     """Whether a server said that there is no such file; it says 403 if listing its files is not allowed."""
-    return isinstance(error.__cause__, HTTPError) and error.__cause__.code in (403, 404, 410)
+    cause = error.__cause__
+    return isinstance(cause, FileNotFoundError) or (isinstance(cause, HTTPError) and cause.code in (403, 404, 410))
 
 
 def _checked(index: ShardIndex) -> OpenShard:
@@ -208,11 +219,15 @@ class ShardSamples:
         return Order(self.sizes, window, True, content[:32], self.skip_damaged, self.damage)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        """The decoded fields and `index`. Raises: UserError, or `Damaged` if damaged samples are skipped."""
+        """The decoded fields and `index`. Raises: UserError, or `Damaged` if damaged samples are skipped; FetchError if
+        the network is at fault, which is not skipped.
+        """
         block = int(np.searchsorted(self.firsts, index, side="right")) - 1
         number, shard = index - int(self.firsts[block]), self.indices[block]
         try:
             values = self.decode(self._members(shard, number), seed)
+        except FetchError:
+            raise
         except UserError as error:
             where = shard.where(number)
             message = str(error) if where in str(error) else f"{where}: {error}"
@@ -222,6 +237,8 @@ class ShardSamples:
         return {**values, "index": index}
 
     def _members(self, shard: ShardIndex, number: int) -> dict[str, Any]:
+        if self.cache.reads_parts(shard.shard):
+            return self._part(shard, number)
         path = self.cache.local(shard.shard, shard.size, shard.sha256)
         try:
             return read_sample(shard, number, path, self.max_member_bytes)
@@ -230,3 +247,18 @@ class ShardSamples:
             if copy is None:
                 raise
             return read_sample(shard, number, copy, self.max_member_bytes)
+
+    def _part(self, shard: ShardIndex, number: int) -> dict[str, Any]:
+        """A sample whose bytes alone are fetched; once more if they are not what the index says."""
+        start, end = int(shard.starts[number]), int(shard.ends[number])
+        try:
+            BYTES.require(end - start)
+        except TooMuchError as error:
+            raise UserError(f"{shard.where(number)} cannot be read: {error}") from error
+        fetch = partial(read_span, shard.shard, start, end)
+        try:
+            return sample_of(shard, number, retried(fetch), self.max_member_bytes)
+        except FetchError:
+            raise
+        except UserError:
+            return sample_of(shard, number, retried(fetch), self.max_member_bytes)

@@ -1,4 +1,4 @@
-"""Streams samples from WebDataset tar shards, local or over https."""
+"""Streams samples from WebDataset tar shards: local, over https, or in an object store."""
 
 import sys
 from collections import Counter
@@ -87,11 +87,11 @@ class Shards(LightningDataModule):
 
     Memory: 16 bytes per sample on each rank for the order, 20 for the index. Reading: only `window` shards are in use
     at a time, sample by sample in mixed order, so they should fit into the memory that the system has for its file
-    cache. Shards behind https are fetched completely, once per machine.
+    cache. Remote shards are fetched completely, once per machine, or sample by sample with `cache_gib=0`.
 
     Args:
-        shards: local paths and https addresses; `{000..099}` and `{a,b}` are expanded. `pipe:` and every other
-            scheme is refused.
+        shards: local paths, https addresses, and those of object stores, such as s3://BUCKET/NAME.tar (the extra
+            `cloud`); `{000..099}` and `{a,b}` are expanded. `pipe:` and every other scheme is refused.
         val_shards: likewise, read once in each validation; None means no validation.
         hold_out: without `val_shards`, the last so many of `shards` validate and do not train; for probes, say.
         bank_size: training samples on which probes fit, spread evenly over all shards; None means all, each time.
@@ -109,10 +109,11 @@ class Shards(LightningDataModule):
         skip_damaged: True trains without what cannot be read: missing shards and missing ends are left out before the
             order is drawn; any other damaged sample is replaced by one drawn from the seed, the same on any
             number of ranks.
-        cache_dir: folder for copies of shards behind https; None means ~/.cache/lightspan/shards. A recipe may name one
+        cache_dir: folder for copies of remote shards; None means ~/.cache/lightspan/shards. A recipe may name one
             below ~/.cache/lightspan or `${run}`, a flag any.
         cache_gib: GiB that all copies together may use; the least recently used are deleted for new ones. A single
-            shard that is larger is refused.
+            shard that is larger is refused. With 0 nothing is copied: each sample is one request for its own bytes,
+            and a remote shard needs an index.
         views_on: "workers" makes views one image at a time where batches are fetched; "device" makes those of a whole
             batch where the model is, from the same numbers, and needs images of one size: set `image_size`.
         selection: as in `lightspan.datamodules.loading.sample_sets.SampleSets`; a mixture may be one over the shards.
@@ -167,8 +168,8 @@ class Shards(LightningDataModule):
         require_numbers(numbers_of_views(views, image_size or 1), image_size=image_size)
         if window < 1:
             raise UserError(f"window={window} shards is too few; it must be at least 1")
-        if cache_gib <= 0 or max_member_mib < 1:
-            raise UserError(f"cache_gib={cache_gib} must be above 0, and max_member_mib={max_member_mib} at least 1")
+        if cache_gib < 0 or max_member_mib < 1:
+            raise UserError(f"cache_gib={cache_gib} must be at least 0, and max_member_mib={max_member_mib} at least 1")
         if max_member_mib * 2**20 > BYTES.most:
             raise UserError(
                 f"max_member_mib={max_member_mib} is above the limit of {BYTES.most:,} bytes that are read at once; "
@@ -229,12 +230,12 @@ class Shards(LightningDataModule):
         return evaluation_loader(self.val, self.batch_size, self.num_workers, self.trainer) if self.val_shards else []
 
     def is_absent(self) -> bool:
-        """Whether no shard is here, nor behind https."""
+        """Whether no shard is here, nor elsewhere."""
         return not any("://" in shard or Path(shard).exists() for shard in self.shards)
 
     def stand_in(self) -> dict[str, Any] | None:
-        """A training batch of two examples, for a plan where no shard is. None where one is at hand, behind https or
-        here, and for fields whose shape only the shards know.
+        """A training batch of two examples, for a plan where no shard is. None where one is at hand, here or
+        elsewhere, and for fields whose shape only the shards know.
         """
         sample = self.example() if self.is_absent() else None
         return None if sample is None else default_collate([sample | {"index": torch.tensor(i)} for i in range(2)])

@@ -1,5 +1,6 @@
 """An https server on this machine, with a certificate that this process trusts."""
 
+import re
 import shutil
 import ssl
 import subprocess
@@ -19,7 +20,7 @@ from lightspan.datamodules.shards import fetch
 class HttpsServer:
     """address: https://HOST:PORT. files: {path: content}, to be filled by a test. asked: the paths that were read.
     stumbles: {path: what to answer first, each once}: a status, "cut" for half of the content, or the lines of a whole
-    answer, with `pause_s` between them.
+    answer, with `pause_s` between them. ranges: whether parts of a file can be asked for.
     """
 
     address: str = ""
@@ -27,6 +28,7 @@ class HttpsServer:
     asked: list[str] = field(default_factory=list)
     stumbles: dict[str, list[int | str | list[bytes]]] = field(default_factory=dict)
     pause_s: float = 0
+    ranges: bool = True
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,10 @@ def https_server(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
                 self.end_headers()
             elif self.path in served.files:
                 content = served.files[self.path]
-                self.send_response(200)
+                span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if served.ranges else None
+                if span:
+                    content = content[int(span[1]) : int(span[2]) + 1]
+                self.send_response(206 if span else 200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content[: len(content) // 2] if now == "cut" else content)

@@ -37,11 +37,11 @@ def test_braces_that_stand_for_too_many_shards_or_none_are_refused_at_once(patte
 
 
 @pytest.mark.parametrize(
-    "shard", ["pipe:touch /tmp/x", "http://host/a.tar", "PIPE:ls", "file:///etc/passwd", "s3://bucket/a.tar"]
+    "shard", ["pipe:touch /tmp/x", "http://host/a.tar", "PIPE:ls", "file:///etc/passwd", "sftp://host/a.tar"]
 )
-def test_every_scheme_but_https_is_refused(shard: str) -> None:
+def test_every_scheme_but_https_and_stores_is_refused(shard: str) -> None:
     for use in (check_shard, open_shard):
-        with pytest.raises(UserError, match=r"is neither a local path nor https \(\w+: is refused"):
+        with pytest.raises(UserError, match=r"is neither a local path nor https nor .*; \w+: is refused"):
             use(shard)
 
 
@@ -86,6 +86,9 @@ def test_shards_are_read_over_https_and_nothing_leads_out_of_it(
         read(f"{address}/downgrade.tar")
     https_server.stumbles["/b.tar"] = [[b"HTTP/1.0 302 Found\r\nLocation: https://[::1\r\n\r\n"]]
     with pytest.raises(UserError, match=r"b\.tar cannot be opened: .*IPv6"):
+        read(f"{address}/b.tar")
+    https_server.stumbles["/b.tar"] = [[b"HTTP/1.0 302 Found\r\nLocation: s3://bucket/a.tar\r\n\r\n"]]
+    with pytest.raises(UserError, match=r"b\.tar cannot be opened: .*s3://bucket/a\.tar.* is not allowed"):
         read(f"{address}/b.tar")
     https_server.stumbles["/c.tar"] = [[b"HTTP/1.0 404 \x1b[31mred\r\n\r\n"]]
     with pytest.raises(UserError, match=r"c\.tar cannot be opened: HTTP Error 404: \\x1b\[31mred; "):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_an_error_of_the_data_is_still_itself() -> None:
 
     with pytest.raises(RuntimeError, match="mine"):
         list(ExactLoader(Wrong(-1), 4, num_workers=1))
+
+
+def test_what_follows_an_error_in_its_batch_is_not_tried() -> None:
+    """Each may take as long to fail as the first, such as four attempts at a server that is gone."""
+
+    class Unreachable:
+        tried: ClassVar[list[int]] = []
+
+        def __len__(self) -> int:
+            return 64
+
+        def sample(self, index: int, seed: int) -> torch.Tensor:
+            self.tried.append(index)
+            raise UserError(f"sample {index} cannot be fetched")
+
+    with pytest.raises(UserError, match="sample 0 cannot be fetched"):
+        next(iter(EvaluationLoader(Unreachable(), 8)))
+    assert Unreachable.tried == [0]
 
 
 def test_workers_stay_for_the_next_epoch_also_after_one_that_was_left_half_way() -> None:

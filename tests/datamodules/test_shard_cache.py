@@ -108,6 +108,23 @@ def test_a_remote_shard_that_is_not_there_may_be_skipped_but_a_silent_server_may
         silent.setup()
 
 
+def test_without_room_for_copies_a_sample_is_one_request_for_its_own_bytes(https_server: Any, tmp_path: Path) -> None:
+    write_shards(tmp_path, [5])
+    for path in tmp_path.iterdir():
+        https_server.files[f"/{path.name}"] = path.read_bytes()
+    data = Shards([f"{https_server.address}/part-0.tar"], batch_size=5, cache_gib=0, cache_dir=str(tmp_path / "cache"))
+    data.setup()
+    assert data.train is not None
+    https_server.asked.clear()
+    https_server.stumbles["/part-0.tar"] = [503, "cut"]
+    assert [data.train.sample(number, 0)["label"] for number in range(5)] == [0, 1, 2, 3, 4]
+    assert https_server.asked == ["/part-0.tar"] * 7
+    assert not (tmp_path / "cache").exists()
+    https_server.ranges = False
+    with pytest.raises(UserError, match=r"part-0\.tar cannot be read in parts, .*cache_gib"):
+        data.train.sample(0, 0)
+
+
 # What a server may do
 
 

@@ -509,7 +509,7 @@ def test_a_trainer_trains_and_validates_on_shards(shards: list[str], tmp_path: P
         ({"shards": ["a.tar"], "image_size": 0}, "image_size=0 pixels is too small"),
         ({"shards": [""]}, "shard '' is not the name of a file"),
         ({"shards": ["https://[::1"]}, r"shard https://\[::1 is not an https address"),
-        ({"shards": ["a.tar"], "cache_gib": 0}, r"cache_gib=0 must be above 0"),
+        ({"shards": ["a.tar"], "cache_gib": -1}, r"cache_gib=-1 must be at least 0"),
         ({"shards": ["a.tar"], "window": 0}, "window=0 shards is too few"),
         ({"shards": ["a.tar"], "std": (1.0, 0.0, 1.0)}, r"std=\[1\.0, 0\.0, 1\.0\] must be above 0"),
     ],

@@ -7,8 +7,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lightspan.cli.commands.arguments import folder
@@ -16,6 +17,7 @@ from lightspan.core.errors import UserError, one_line, printable
 
 if TYPE_CHECKING:
     from lightspan.datamodules.shards.pack_sources import Members
+    from lightspan.datamodules.shards.shelves import Shelf
 
 SHARDS = "lightspan.datamodules.shards.stream.Shards"
 PAIRED = "lightspan.datamodules.shards.paired.PairedShards"
@@ -40,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_source,
         help="pack: a folder of the files to write; one folder of images or recordings for each class becomes labelled "
         "ones; other files with the same name form one sample. Or a tar that is read once: - for standard input, or an "
-        "https address. verify: what `data pack` wrote. index: the folder of the shards. tokenizer: a folder of texts",
+        "address of https or an object store. verify: what `data pack` wrote. index: the folder of the shards; both "
+        "also s3://BUCKET/FOLDER. tokenizer: a folder of texts",
     )
     parser.add_argument("--out", metavar="DIR", type=folder, help="pack, tokenizer: folder to write; it must not exist")
     parser.add_argument(
@@ -87,11 +90,25 @@ def _source(text: str) -> Path | str:
 def run(args: argparse.Namespace) -> int:
     if args.action == "pack":
         return _pack(args)
-    if not isinstance(args.source, Path):
-        raise UserError(f"data {args.action} looks at a folder, not at {args.source}; name the folder of the shards")
-    if args.action == "tokenizer":
+    if args.action == "tokenizer" and isinstance(args.source, Path):
         return _tokenizer(args.source, args)
-    return {"verify": _verify, "index": _index}[args.action](args.source)
+    with _shelf(args) as shelf:
+        return {"verify": _verify, "index": _index}[args.action](args.source, shelf)
+
+
+@contextmanager
+def _shelf(args: argparse.Namespace) -> "Iterator[Shelf]":
+    """Raises: UserError for an address that is not of an object store, and for any at which the action cannot look."""
+    from lightspan.datamodules.shards.fetch import in_store
+    from lightspan.datamodules.shards.shelves import FolderShelf, StoreShelf
+
+    if isinstance(args.source, Path):
+        yield FolderShelf(args.source)
+    elif args.action != "tokenizer" and in_store(args.source):
+        with TemporaryDirectory(prefix="lightspan-") as room:
+            yield StoreShelf(args.source, Path(room))
+    else:
+        raise UserError(f"data {args.action} looks at a folder, not at {args.source}; name the folder of the shards")
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -163,34 +180,34 @@ def _settings(reader: str, shards: str, fields: dict[str, str] | None, count: in
     return [f"data.class_path={reader}", *(f"data.init_args.{key}={value}" for key, value in settings.items())]
 
 
-def _verify(folder: Path) -> int:
-    """Reads every file of a packed folder. Returns 1 where one is missing, damaged or not listed, and names it."""
+def _verify(source: Path | str, shelf: "Shelf") -> int:
+    """Reads every packed file. Returns 1 where one is missing, damaged or not listed, and names it."""
     from rich.progress import track
 
     from lightspan.datamodules.shards.verify import listed, problem_of, unlisted
 
-    sums = listed(folder)
+    sums = listed(shelf)
     checks = track(sums.items(), "verifying", transient=True, disable=not sys.stdout.isatty())
-    problems = [problem for name, digest in checks if (problem := problem_of(folder / name, digest)) is not None]
-    strangers = [f"{folder / name}: was not written by `data pack`" for name in unlisted(folder, sums)]
+    problems = [problem for name, digest in checks if (problem := problem_of(shelf, name, digest)) is not None]
+    strangers = [f"{shelf.shown(name)}: was not written by `data pack`" for name in unlisted(shelf, sums)]
     for problem in problems + strangers:
         print(one_line(problem))
-    print(printable(f"{folder}: {len(sums) - len(problems)} of {len(sums)} files are unchanged"))
+    print(printable(f"{source}: {len(sums) - len(problems)} of {len(sums)} files are unchanged"))
     return 1 if problems or strangers else 0
 
 
-def _index(folder: Path) -> int:
+def _index(source: Path | str, shelf: "Shelf") -> int:
     from rich.progress import track
 
     from lightspan.datamodules.shards.verify import without_index, write_index
 
-    shards, samples = without_index(folder), 0
+    shards, samples = without_index(shelf), 0
     for shard in track(shards, "indexing", transient=True, disable=not sys.stdout.isatty()):
-        count, remarks = write_index(shard)
+        count, remarks = write_index(shelf, shard)
         samples += count
         for remark in remarks:
             print(one_line(remark))
-    print(printable(f"{folder}: wrote the index of {len(shards)} shards with {samples:,} samples"))
+    print(printable(f"{source}: wrote the index of {len(shards)} shards with {samples:,} samples"))
     return 0
 
 

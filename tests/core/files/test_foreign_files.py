@@ -50,6 +50,7 @@ from lightspan.datamodules.multispectral.tiffs import read_tiff
 from lightspan.datamodules.r_data import read_r_data
 from lightspan.datamodules.sequence.own import OwnSequences
 from lightspan.datamodules.shards.index import scan
+from lightspan.datamodules.shards.shelves import FolderShelf
 from lightspan.datamodules.shards.verify import listed
 from lightspan.datamodules.table.columns import read_columns
 from lightspan.datamodules.text.documents import Skipped, find_documents
@@ -87,7 +88,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "JSON Lines": ("a.jsonl", lambda path: json_lines(str(path), "data.init_args.path", "text", "text")),
     "sequences": ("a.npz", lambda path: OwnSequences(str(path)).setup()),
     "shard": ("a.tar", lambda path: _scanned(path)),
-    "sums": ("SHA256SUMS", lambda path: listed(path.parent)),
+    "sums": ("SHA256SUMS", lambda path: listed(FolderShelf(path.parent))),
     "R data": ("R/data/Rdata.rdx", lambda path: read_r_data("R", ("x",), str(path.parents[2]))),
     "WordNet": ("data.noun", lambda path: read_nouns(str(path.parent))),
     "tensors": ("a.safetensors", stored_tensors),
