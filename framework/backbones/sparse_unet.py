@@ -45,9 +45,7 @@ class ResidualBlock(nn.Module):
         self.first, self.second = ConvNorm(in_channels, out_channels, 3), ConvNorm(out_channels, out_channels, 3)
         linear = nn.Linear(in_channels, out_channels, bias=False)
         self.beside = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Sequential(linear, RowNorm(out_channels, EPSILON))
+            nn.Identity() if in_channels == out_channels else nn.Sequential(linear, RowNorm(out_channels, EPSILON))
         )
 
     def forward(self, x_VI: Tensor, pairs: VoxelPairs) -> Tensor:
