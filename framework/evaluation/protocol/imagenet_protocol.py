@@ -73,9 +73,9 @@ class ProtocolScores(Result):
         if self.rates:
             published = [max(row[key] for row in self.rates) for key in ("accuracy", "floor")]
             found += [
-                Figure("linear probe, rate chosen on what is scored, as papers do", 100 * published[0], "%"),
+                Figure("linear probe, as papers choose", 100 * published[0], "%"),
                 Figure(f"  {FLOOR}", 100 * published[1], "%"),
-                Figure("rate of the linear probe, for 256 samples", self.rate),
+                Figure("rate of the linear probe", self.rate),
             ]
         return (
             *found,
@@ -107,7 +107,7 @@ class ImageNetProtocol(Estimator):
 
     Neighbours and heads leave the encoder frozen, in evaluation mode; fine-tuning trains a copy of all of it. Labels of
     fine-tuning are as many of each class: a share of the mean number, at least one, and all that a class has where that
-    is less. The smaller part lies inside the larger one. All parts train at the rate of the data's `batch_size`, also one
+    is less. The smaller part lies inside the larger one. All parts train at the rate of the `batch_size`, also one
     that is smaller than a batch and therefore seen whole in each step. Modules, weights and buffers stay as they were.
 
     Args:
@@ -142,15 +142,19 @@ class ImageNetProtocol(Estimator):
         warmup: float = 0.0,
         seed: int = 0,
     ) -> None:
-        require_in("[1, inf)", k=k, epochs=epochs, tuning_epochs=tuning_epochs)
-        require_in("(0, inf)", temperature=temperature, rates=rates)
-        require_in("[0, 1)", momentum=momentum, warmup=warmup)
-        require_in("(0, 1)", held_out=held_out)
-        require_in("(0, 1]", shares=shares)
-        require_in("[0, inf)", seed=seed)
+        for interval, settings in (
+            ("[1, inf)", {"k": k, "epochs": epochs, "tuning_epochs": tuning_epochs}),
+            ("(0, inf)", {"temperature": temperature, "rates": rates}),
+            ("[0, 1)", {"momentum": momentum, "warmup": warmup}),
+            ("(0, 1)", {"held_out": held_out}),
+            ("(0, 1]", {"shares": shares}),
+            ("[0, inf)", {"seed": seed}),
+        ):
+            require_in(interval, **{f"ImageNetProtocol {name}": value for name, value in settings.items()})
         if len(tuning_epochs) != len(shares) or len({*shares}) != len(shares):
             raise UserError(
-                f"tuning_epochs={[*tuning_epochs]} are not one number for each of the different shares={[*shares]}"
+                f"ImageNetProtocol shares={[*shares]} must be different ones, and as many as "
+                f"tuning_epochs={[*tuning_epochs]}"
             )
         self.k, self.temperature, self.rates, self.epochs = k, temperature, tuple(rates), epochs
         self.momentum, self.normalised, self.held_out = momentum, normalised, held_out
