@@ -24,7 +24,7 @@ from lightspan.optim.schedules import WarmupCosine
 SIMCLR: OptimizerCallable = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)
 
 
-class Tuned(nn.Module):
+class WithNewHead(nn.Module):
     """A network and a linear head at zero, as MAE's nearly is (its deviation is 2e-5)."""
 
     def __init__(self, network: nn.Module, width: int, classes: int) -> None:
@@ -55,7 +55,7 @@ def fine_tuned(
         warmup: share of the steps, in [0, 1); a cosine to 0 follows.
     Raises: UserError as `ParameterGroups.optimizer`.
     """
-    model = Tuned(tuned_copy(judged.network), judged.bank.rows().shape[1], classes).to(subject.device)
+    model = WithNewHead(tuned_copy(judged.network), judged.bank.rows().shape[1], classes).to(subject.device)
     made = (groups or ParameterGroups()).optimizer(model, optimizer)
     _scale(made, batch_size / REFERENCE_BATCH)
     schedule = WarmupCosine(made, steps, warmup=warmup, final=0.0)

@@ -142,14 +142,15 @@ class ImageNetProtocol(Estimator):
         warmup: float = 0.0,
         seed: int = 0,
     ) -> None:
-        for interval, settings in (
+        checked: tuple[tuple[str, dict[str, float | Sequence[float]]], ...] = (
             ("[1, inf)", {"k": k, "epochs": epochs, "tuning_epochs": tuning_epochs}),
             ("(0, inf)", {"temperature": temperature, "rates": rates}),
             ("[0, 1)", {"momentum": momentum, "warmup": warmup}),
             ("(0, 1)", {"held_out": held_out}),
             ("(0, 1]", {"shares": shares}),
             ("[0, inf)", {"seed": seed}),
-        ):
+        )
+        for interval, settings in checked:
             require_in(interval, **{f"ImageNetProtocol {name}": value for name, value in settings.items()})
         if len(tuning_epochs) != len(shares) or len({*shares}) != len(shares):
             raise UserError(
@@ -183,7 +184,8 @@ class ImageNetProtocol(Estimator):
                 heads = [self._heads(subject, one, known_N, held_N) for one in both]
                 by_rate = [self._by_rate(*one, asked_M, known_N, held_N) for one in zip(heads, both, strict=True)]
                 chosen = [int(torch.tensor([held for held, _ in one]).argmax()) for one in by_rate]
-                predicted = [answers(logits(*one)[at]) for *one, at in zip(heads, both, chosen, strict=True)]
+                chosen_heads = zip(heads, both, chosen, strict=True)
+                predicted = [answers(logits(made, judged)[at]) for made, judged, at in chosen_heads]
                 rows.append(self._row(LINEAR, predicted, asked_M, known_N[~held_N]))
                 rates = tuple(
                     {"rate": rate, "held_out": mine[0], "accuracy": mine[1], "floor": floor[1]}
@@ -191,15 +193,10 @@ class ImageNetProtocol(Estimator):
                 )
             for share, epochs in self.parts:
                 rows.append(self._few_labels(subject, share, epochs, known_N, asked_M))
-        return ProtocolScores(
-            tuple(rows),
-            rates,
-            *(self.rates[at] if self.rates else 0.0 for at in chosen),
-            float((asked_M == known_N.bincount().argmax()).double().mean()),
-            len(known_N.unique()),
-            len(known_N),
-            len(asked_M),
-        )
+        rate, floor_rate = (self.rates[at] if self.rates else 0.0 for at in chosen)
+        chance = float((asked_M == known_N.bincount().argmax()).double().mean())
+        counts = len(known_N.unique()), len(known_N), len(asked_M)
+        return ProtocolScores(tuple(rows), rates, rate, floor_rate, chance, *counts)
 
     def _neighbours(self, judged: Judged, known_N: Tensor) -> Tensor:
         bank_ND, query_MD = judged.bank.rows(), judged.query.rows()

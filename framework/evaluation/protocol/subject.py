@@ -38,6 +38,9 @@ class Rescaled(nn.Module):
         scale, shift: [C, 1, 1].
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.register_buffer("scale", scale)

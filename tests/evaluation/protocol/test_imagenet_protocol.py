@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -200,6 +201,32 @@ def test_rates_of_fine_tuning_are_those_of_256_samples_and_fall_from_layer_to_la
     assert rates == pytest.approx({0: 0.5 * 0.2 * 64 / 256, 2: 0.2 * 64 / 256, 1: 0.2 * 64 / 256})
     (group,) = SIMCLR([torch.zeros(1, requires_grad=True)]).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.05, 0.9, True, 0)
+
+
+def test_a_transformer_of_timms_is_tuned_from_layer_to_layer_and_its_head_at_the_full_rate() -> None:
+    made = list[torch.optim.Optimizer]()
+
+    def adamw(groups: Any) -> torch.optim.Optimizer:
+        made.append(torch.optim.AdamW(groups, lr=1.0, weight_decay=0.05))
+        return made[-1]
+
+    given, settings = subject(), {"img_size": (1, 2), "patch_size": 1, "in_chans": 1, "embed_dim": 8, "num_heads": 2}
+    network = VisionTransformer(depth=2, num_classes=0, **settings).eval()
+    features = Features(torch.zeros(100, 8), given.encoder.bank.label_N)
+    before = copy.deepcopy(network.state_dict())
+    judged = Judged(network, features, features)
+    batches = list(given.batches(torch.arange(100), 1, 0))
+    groups = ParameterGroups(layer_decay=0.65)
+    logits_MK = fine_tuned(given, judged, batches, len(batches), 256, 2, adamw, groups, warmup=0.2)
+    rates = {p: group["initial_lr"] for group in made[0].param_groups for p in group["params"]}
+    sizes = {tuple(p.shape): rate for p, rate in rates.items()}
+    assert sizes[2, 8] == 1.0  # the head, whose rate is whole
+    by_layer = sorted({round(rate, 6) for rate in rates.values()}, reverse=True)
+    assert by_layer == pytest.approx([0.65**depth for depth in range(len(by_layer))], abs=1e-6)
+    assert len(by_layer) >= 4  # stem, two blocks and the head
+    assert logits_MK.shape == (50, 2)
+    assert logits_MK.isfinite().all()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_it_is_read_from_a_data_module_with_its_augmentation(tmp_path: Path) -> None:
