@@ -98,7 +98,7 @@ class ProtocolScores(Result):
         axes.axhline(self.chance, color=COLOURS[1], linewidth=1, linestyle=":", label="most frequent class")
         names = [f"{row['protocol']}\n{row['labels']:,} labels" for row in self.rows]
         axes.set_xticks(place, names, fontsize=8)
-        axes.set(ylabel="accuracy", ylim=(0, 1.25))
+        axes.set(ylabel="accuracy", ylim=(0, 1.2), yticks=np.linspace(0, 1, 6).tolist())
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
 
 
