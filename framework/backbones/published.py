@@ -5,6 +5,7 @@ read, and what is not there is named. `lightspan.backbones.pretrained` has netwo
 packages.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,27 @@ def timm_folder(folder: ReadPath, weights: bool = True) -> nn.Module:
     try:
         with torch.device("meta"), no_larger_than(len(tensors)):
             require_fit(timm_network(name, num_classes=0, **settings), kept, str(place))
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever timm and torch raise
         raise UserError(f"timm cannot make {name} of {place / 'config.json'}: {one_line(error)[:400]}") from error
     network = timm_network(name, num_classes=0, **settings)
-    network.pretrained_cfg = {**network.pretrained_cfg, **{key: told[key] for key in ("mean", "std") if key in told}}
+    network.pretrained_cfg = {**network.pretrained_cfg, **_statistics(told, place)}
     if weights:
         fill(network, kept, str(place), "")
     return network
+
+
+def _statistics(told: dict[str, Any], place: Path) -> dict[str, list[float]]:
+    """Mean and deviation of the images that the network was trained on, where they are given."""
+    found = {key: told[key] for key in ("mean", "std") if told.get(key) is not None}
+    for key, given in found.items():
+        numbers = given if isinstance(given, list) else [None]
+        if not all(
+            isinstance(one, int | float) and (key == "mean" or one > 0) and math.isfinite(one) for one in numbers
+        ):
+            raise UserError(f"{place / 'config.json'} has pretrained_cfg.{key}={given!r:.80}; give a number a channel")
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -139,6 +139,9 @@ def test_a_folder_of_timms_is_read_back_without_its_classifier(tmp_path: Path) -
             ({"architecture": None}, "names no network of timm"),
             ({"model_args": {"in_chans": 4}}, "do not fit"),
             ({"model_args": [3]}, "names no network of timm"),
+            ({"model_args": {"depth": 0}}, "timm cannot make"),
+            ({"pretrained_cfg": {"std": [0.0, 1.0, 1.0]}}, "pretrained_cfg.std"),
+            ({"pretrained_cfg": {"mean": "grey"}}, "pretrained_cfg.mean"),
         )
     ):
         with pytest.raises(UserError, match=message):
