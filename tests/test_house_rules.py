@@ -25,7 +25,7 @@ MAY_USE: dict[str, set[str]] = {
     "datamodules": {"core"},
     "training": {"core", "nn", "optim"},
     "merging": {"adapters", "core", "objectives", "subspaces", "training"},
-    "evaluation": {"core", "merging", "nn", "subspaces", "training"},
+    "evaluation": {"core", "datamodules", "merging", "nn", "optim", "subspaces", "training"},
     "selection": {"core", "datamodules", "evaluation", "subspaces"},
     "callbacks": {"adapters", "core", "evaluation", "nn", "optim", "subspaces", "training"},
     "methods": {

@@ -79,6 +79,7 @@ FEWER = {
         *(f"inputs.code.init_args.{fewer}" for fewer in ("functions=8", "words=16", "layers=[0,1]")),
         "estimator.init_args.epochs=1",
     ],
+    "analysis/imagenet_protocol": ["estimator.init_args.epochs=1", "estimator.init_args.tuning_epochs=[1,1]"],
     "analysis/label_saving_lite0": ["estimator.init_args.labels=[16,64]", "estimator.init_args.draws=1"],
     "analysis/universal_perturbation": ["estimator.init_args.steps=2", "estimator.init_args.hardening_steps=1"],
     "selection/climb": ["estimator.init_args.rounds=[4,2]", "estimator.init_args.candidates=500"],
@@ -107,7 +108,8 @@ def gives_its_result(resolved: Resolved, capsys: pytest.CaptureFixture[str]) -> 
 PAPER = (
     r"'shards': |amazon/|lra_image/|runs/clip/|isic19/|oxford_pets/|stable-diffusion|cion_al|cifar100_pictures|eurosat|"
     r"xtail/|mrpc/|chat\.jsonl|kinetics400/|videomix2m/|ct_scans|brats2021|instructions/|nerfmae_features|luna16|"
-    r"brain_and_body_scans|ShapeNetCore|ModelNet40|zinc_standard|structured3d/|s3dis/|ffhq_shots|gtsrb/|'msls'"
+    r"brain_and_body_scans|ShapeNetCore|ModelNet40|zinc_standard|structured3d/|s3dis/|ffhq_shots|gtsrb/|'msls'|"
+    r"'imagenet/train'"
 )
 """In a recipe of a paper's scale, which is planned in other tests: no machine here has its data."""
 

@@ -50,6 +50,20 @@ def nested_order(count: int, seed: int, labels: np.ndarray | None = None) -> np.
     return mixed[np.argsort((number + 0.5) / members[place], kind="stable")]
 
 
+def balanced_part(labels: np.ndarray, each: int, seed: int) -> np.ndarray:
+    """Places of `each` samples of every class that there is, in ascending order, int64 [n]. Of a class that has fewer
+    all are taken. With one seed, smaller parts lie inside larger ones.
+
+    Args:
+        labels: int64 [N].
+        each: at least 1.
+        seed: of the choice, >= 0, on which alone it depends.
+    """
+    mixed = nested_order(len(labels), seed)
+    parts = [mixed[labels[mixed] == label][:each] for label in np.unique(labels)]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
+
+
 class SubsetSamples:
     """The samples of a set at these places, which keep their numbers in the set as `index`."""
 

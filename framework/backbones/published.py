@@ -5,6 +5,7 @@ read, and what is not there is named. `lightspan.backbones.pretrained` has netwo
 packages.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,22 @@ from torch import nn
 from transformers.utils import cached_file
 
 from lightspan.backbones.timm_networks import require_known, timm_network, under_timm_names
-from lightspan.backbones.weights import fill, tensors_behind
+from lightspan.backbones.weights import fill, no_larger_than, require_fit, tensors_behind
 from lightspan.core.absent import MissingFile, unless_missing
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, one_line
+from lightspan.core.files.atomic import expanded
+from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.places import ReadPath
 
+_SETTINGS = (
+    *("in_chans", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
+    *("init_values", "class_token", "reg_tokens", "no_embed_class", "pos_embed", "pre_norm", "final_norm", "fc_norm"),
+    *("global_pool", "dynamic_img_size"),
+)
+"""Arguments of timm's that a folder may set: those that are numbers or words, and that shape a network."""
+
 # A recipe may name the functions listed here.
-__all__ = ["timm_published", "timm_vit", "torchvision_published"]
+__all__ = ["timm_folder", "timm_published", "timm_vit", "torchvision_published"]
 
 
 def timm_published(name: str, outputs: int | None = None) -> nn.Module:
@@ -46,6 +56,65 @@ def timm_published(name: str, outputs: int | None = None) -> nn.Module:
         ) from error
     head = {} if outputs is None else {"num_classes": outputs}
     return timm_network(name, pretrained=True, pretrained_cfg_overlay={"file": file}, **head)
+
+
+def timm_folder(folder: ReadPath, weights: bool = True) -> nn.Module:
+    """The network, without its classifier, of a folder that timm or `lightspan export --to timm` wrote: `config.json`
+    and `model.safetensors`. Its `pretrained_cfg` says how images are standardised.
+
+    Args:
+        weights: False leaves random ones, of the same network.
+    Raises: MissingFile where a file is not there; UserError for settings that name no network of timm's, describe one
+        far larger than the file, or do not fit its tensors.
+    """
+    place = expanded(folder, "the folder of a network")
+    with unless_missing():
+        tensors = tensors_behind(str(place / "model.safetensors"), "")
+        if not (place / "config.json").is_file():
+            raise MissingFile(f"{place} has no config.json; a folder for timm has one beside model.safetensors")
+        try:
+            config = settings_object(place / "config.json")
+        except ValueError as error:
+            raise UserError(f"{place / 'config.json'} cannot be read: {error}") from error
+    name, settings, told = (config.get(key) for key in ("architecture", "model_args", "pretrained_cfg"))
+    settings, told = ({} if given is None else given for given in (settings, told))
+    if not isinstance(name, str) or not isinstance(settings, dict) or not isinstance(told, dict):
+        raise UserError(f"{place / 'config.json'} names no network of timm; its `architecture` is {name!r:.80}")
+    settings = {key: value for key, value in settings.items() if key in _SETTINGS and _is_plain(value)}
+    classifier = told.get("classifier")
+    heads = tuple(
+        f"{head}." for head in ([classifier] if isinstance(classifier, str) else ["head", "fc", "classifier"])
+    )
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+    try:
+        with torch.device("meta"), no_larger_than(len(tensors)):
+            require_fit(timm_network(name, num_classes=0, **settings), kept, str(place))
+    except UserError:
+        raise
+    except Exception as error:  # whatever timm and torch raise
+        raise UserError(f"timm cannot make {name} of {place / 'config.json'}: {one_line(error)[:400]}") from error
+    network = timm_network(name, num_classes=0, **settings)
+    network.pretrained_cfg = {**network.pretrained_cfg, **_statistics(told, place)}
+    if weights:
+        fill(network, kept, str(place), "")
+    return network
+
+
+def _statistics(told: dict[str, Any], place: Path) -> dict[str, list[float]]:
+    """Mean and deviation of the images that the network was trained on, where they are given."""
+    found = {key: told[key] for key in ("mean", "std") if told.get(key) is not None}
+    for key, given in found.items():
+        numbers = given if isinstance(given, list) else [None]
+        if not all(
+            isinstance(one, int | float) and (key == "mean" or one > 0) and math.isfinite(one) for one in numbers
+        ):
+            raise UserError(f"{place / 'config.json'} has pretrained_cfg.{key}={given!r:.80}; give a number a channel")
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is a number, text, or a list of numbers."""
+    return all(isinstance(one, bool | int | float | str) for one in (value if isinstance(value, list) else [value]))
 
 
 def timm_vit(

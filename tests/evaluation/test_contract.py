@@ -20,6 +20,8 @@ from torch import nn
 import lightspan.evaluation
 from lightspan.core.errors import UserError
 from lightspan.core.results import Result
+from lightspan.datamodules.image.batch import ImageBatch
+from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.evaluation.augmentations.encoded_views import ViewFeatures
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.compared import ComparedFeatures
@@ -30,6 +32,7 @@ from lightspan.evaluation.features.stream import FeatureStream
 from lightspan.evaluation.graphs.collection import GraphCollection, PlainGraph
 from lightspan.evaluation.label_saving.factor_world import FactorWorld
 from lightspan.evaluation.label_spaces.label_metrics import ring
+from lightspan.evaluation.protocol.subject import Judged, ProtocolSubject
 from lightspan.evaluation.robustness.audited import AuditedEncoder
 from lightspan.evaluation.syntax.code_features import CodeFeatures
 from lightspan.evaluation.syntax.trees import SyntaxNode
@@ -48,6 +51,7 @@ QUICK = {
     "ASTProbe": {"epochs": 2},
     "MLEThenERM": {"unlabelled": (10, 20), "labels": (5, 10), "seeds": 2},
     "UniversalPerturbation": {"steps": 2, "hardening_steps": 1},
+    "ImageNetProtocol": {"rates": (0.01, 0.1), "epochs": 1, "tuning_epochs": (1, 1)},
 }  # where a fit would look long for what has no end, or chooses among much
 
 
@@ -133,6 +137,17 @@ class Layer(nn.Module):
         return self.linear(x.float())
 
 
+class Wide(nn.Module):
+    """A map of rows to as many numbers: themselves, at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ self.weight
+
+
 def network_on(features: Features, network: nn.Module | None = None) -> NetworkOnData:
     batches = [{"x": x} for x in features.x.split(16)]
     return NetworkOnData(network or Layer(features.x.shape[-1]), batches, "x", torch.device("cpu"))
@@ -209,6 +224,29 @@ def audited_of(features: Features) -> AuditedEncoder:
     return AuditedEncoder(nn.Sequential(nn.Flatten(), Layer(features.x.shape[-1])), [], rows, rows, label, rows, label)
 
 
+class Samples:
+    """Rows, brought into [0, 1], as pictures of one line."""
+
+    batch_type = ImageBatch
+
+    def __init__(self, features: Features) -> None:
+        self.x, self.label_N = features.x.float().sigmoid()[:, None, None], features.label_N
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def sample(self, index: int, seed: int) -> dict[str, torch.Tensor]:
+        assert self.label_N is not None
+        return {"image": self.x[index], "label": self.label_N[index], "index": torch.tensor(index)}
+
+
+def subject_of(features: Features) -> ProtocolSubject:
+    """A map of pictures of the rows, and as its floor the same."""
+    samples = Samples(features)
+    judged = Judged(nn.Sequential(nn.Flatten(), Wide(features.x.shape[-1])), features, features)
+    return ProtocolSubject(judged, judged, samples, EvaluationLoader(samples, 16), batch_size=16)
+
+
 def views_of(features: Features) -> ViewFeatures:
     """A row as one of three views of a sample, of which the others are those of its neighbours."""
     views = torch.stack([features.x.roll(i, 0) for i in range(3)], dim=1)
@@ -228,6 +266,7 @@ def code_of(features: Features) -> CodeFeatures:
 OF: dict[type, Callable[[Features], Any]] = {
     Features: lambda features: features,
     AuditedEncoder: audited_of,
+    ProtocolSubject: subject_of,
     ComparedFeatures: compared_of,
     ViewFeatures: views_of,
     FactorWorld: lambda features: FactorWorld(4, 1),
@@ -412,6 +451,16 @@ WRONG = {
         *({name: wrong} for name in ("temperature", "hardening_rate", "l2") for wrong in (0.0, math.nan, math.inf)),
         *({"pruned": wrong} for wrong in (-0.1, 1.0, math.nan)),
     ],
+    "ImageNetProtocol": [
+        *({name: 0} for name in ("k", "epochs")),
+        *({"temperature": wrong} for wrong in (0.0, -1.0, math.nan, math.inf)),
+        *({"rates": wrong} for wrong in ((0.0,), (0.1, math.nan), (math.inf,))),
+        *({name: wrong} for name in ("momentum", "warmup") for wrong in (-0.1, 1.0, math.nan)),
+        *({"held_out": wrong} for wrong in (0.0, 1.0, math.nan)),
+        *({"shares": wrong} for wrong in ((0.0, 0.1), (0.1, 1.1), (0.1, math.nan), (0.1, 0.1), (0.1,))),
+        {"tuning_epochs": (0, 1)},
+        {"seed": -1},
+    ],
     "AugmentationComplexity": [*({name: 0} for name in ("draws", "points")), {"most": 3}, {"seed": -1}],
     "CapturedTrace": [{"directions": 0}, {"seed": -1}],
     "WeightAudit": [
@@ -547,6 +596,10 @@ COMPUTED = {
         *("one constant feature", "a row of zeros", "equal points", "a lattice", "more features than rows", "denormal"),
         "huge",
     },
+    "ImageNetProtocol": {
+        *("two rows", "a class of one sample", "classes left out", "constant features", "zeros", "a row of zeros"),
+        *("one constant feature", "equal points", "a lattice", "more features than rows", "denormal", "huge"),
+    },
     "CrossCameraRetrieval": {"no row", "one row", "one class", "constant features", "zeros", "denormal", "huge"},
 }
 """Degenerate features that have an answer, which is to be given and not refused."""
@@ -565,7 +618,7 @@ def test_settings_out_of_range_are_refused_when_an_estimator_is_made(kind: type[
     numbers = {name for name, default in settings.items() if type(default) in (int, float)}
     assert numbers <= {name for one in wrong for name in one}, "give a wrong value of each number here"
     for one in wrong:
-        with pytest.raises(UserError, match=f"{kind.__name__} {next(iter(one))}=.* must be"):
+        with pytest.raises(UserError, match=f"{kind.__name__} {next(iter(one))}=.* must (be|lie)"):
             kind(**one)
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightspan.cli.commands.arguments import add_recipe_arguments, folder
+from lightspan.cli.commands.arguments import IMAGE_SIZE, add_recipe_arguments, folder
 from lightspan.cli.config.resolve import Resolved, resolve
 from lightspan.cli.config.tree import dump
 from lightspan.cli.runs.folder import is_first_rank, run_folder, sole_use, write_run_files
@@ -26,6 +26,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--encoder",
+        type=folder,
+        metavar="PLACE",
+        help="a run folder, a folder for timm or a name of timm's instead of the encoder of an estimator's inputs",
+    )
+    parser.add_argument(
+        "--images", type=folder, metavar="FOLDER", help="the pictures in this folder instead of the data of its inputs"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"height and width at which --images are read (default: {IMAGE_SIZE})",
+    )
     parser.add_argument("--run", type=folder, metavar="DIR", help="run folder (default: runs/RECIPE/TIME)")
     parser.add_argument(
         "--features", type=folder, metavar="DIR", help="the feature store (default: ~/.cache/lightspan/features)"
@@ -46,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises: UserError for whatever the user can fix, before the run folder contains a result."""
-    resolved = resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ("estimator", "merger"))
+    resolved = _resolved(args)
     if args.dry_run:
         print_notes(resolved.notes)
         print(printable("\n".join(_outlook(args, resolved))))
@@ -65,6 +80,18 @@ def run(args: argparse.Namespace) -> int:
         if is_first_rank():
             _write(result, resolved, run_dir, args)
     return 0
+
+
+def _resolved(args: argparse.Namespace) -> Resolved:
+    """The recipe with the user's encoder and pictures, if they are given."""
+    if args.images is None and args.image_size is not None:
+        raise UserError("--image-size is the size of the pictures of --images FOLDER, which is not given")
+    if args.images is None and args.encoder is None:
+        return resolve(args.recipe, args.overlays, args.flags, args.allow_modules, ("estimator", "merger"))
+    from lightspan.cli.config.user_encoder import with_encoder
+
+    size = IMAGE_SIZE if args.image_size is None else args.image_size
+    return with_encoder(args.recipe, args.overlays, args.encoder, args.images, size, args.flags, args.allow_modules)
 
 
 def _estimate(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":

@@ -124,7 +124,7 @@ VERBS = (
         "run",
         "run a recipe that does not train (an estimator or a merger)",
         (
-            "lightspan run analysis/knn_digits estimator.init_args.k=5",
+            "lightspan run analysis/imagenet_protocol --encoder runs/mine --images my_pictures",
             "lightspan run merging/ties checkpoints.base=BASE checkpoints.mine=A checkpoints.yours=B",
         ),
         "run",

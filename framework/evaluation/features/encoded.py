@@ -5,7 +5,7 @@ Shapes: B samples of a batch, C H W image, T positions, D features.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -264,6 +264,27 @@ def pooled(encoder: nn.Module, x: Any, pool: Pool) -> Tensor:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"{type(encoder).__name__} gave {got} as features, not floats [B, D]; set layer")
     return x if x.ndim == 2 else _by(arranged(encoder, x), pool)
+
+
+def vectors(encoder: nn.Module, transforms: Sequence[nn.Module], x_BCHW: Tensor, pool: Pool) -> Tensor:
+    """A vector for each image, float [B D], with gradients if they are on.
+
+    Args:
+        encoder: a method, called with a batch of `image`, or a network.
+        transforms: before it, in order.
+    Raises: UserError for what are no vectors.
+    """
+    x = x_BCHW
+    for transform in transforms:
+        x = transform(x)
+    of_method = getattr(encoder, "features", None)
+    if callable(of_method) and not isinstance(of_method, nn.Module):
+        x = of_method({"image": x})
+    else:
+        x = pooled(encoder, encoder(x), pool)
+    if x.ndim != 2:
+        raise UserError(f"this needs a vector for each image, and got {list(x.shape)}; set pool")
+    return x.float()
 
 
 def _by(tokens: Tokens, pool: Pool) -> Tensor:

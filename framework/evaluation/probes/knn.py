@@ -40,16 +40,28 @@ def knn_accuracy(
     Raises: UserError for k or temperature out of range, features that are not finite, no query, or labels that are
             not one whole number from 0 for each row.
     """
-    require_labels("knn", bank_ND, bank_labels_N)
     require_labels("knn", query_MD, query_labels_M)
+    found_M = knn_classes(bank_ND, bank_labels_N, query_MD, k, temperature, chunk)
+    return int((found_M == query_labels_M).sum()) / len(query_MD)
+
+
+def knn_classes(
+    bank_ND: Tensor,
+    bank_labels_N: Tensor,
+    query_MD: Tensor,
+    k: int = 20,
+    temperature: float | None = 0.07,
+    chunk: int = 1024,
+) -> Tensor:
+    """The class that `knn_accuracy` compares with each query's own, int64 [M]. Arguments and errors are those."""
+    require_labels("knn", bank_ND, bank_labels_N)
     class_C, bank_class_N = bank_labels_N.unique(return_inverse=True)  # only a class of the bank can win
-    found = _neighbours(bank_ND, query_MD, k, temperature, chunk)
-    correct = 0
-    for (weight_QK, neighbour_QK), labels_Q in zip(found, query_labels_M.split(chunk), strict=True):
-        votes_QC = torch.zeros(len(labels_Q), len(class_C), dtype=weight_QK.dtype, device=weight_QK.device)
+    found = []
+    for weight_QK, neighbour_QK in _neighbours(bank_ND, query_MD, k, temperature, chunk):
+        votes_QC = torch.zeros(len(weight_QK), len(class_C), dtype=weight_QK.dtype, device=weight_QK.device)
         votes_QC.scatter_add_(1, bank_class_N[neighbour_QK], weight_QK)
-        correct += int((class_C[votes_QC.argmax(dim=1)] == labels_Q).sum())
-    return correct / len(query_MD)
+        found.append(class_C[votes_QC.argmax(dim=1)])
+    return torch.cat(found)
 
 
 def knn_mean(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightspan.core.distributed import gather_rows, raise_on_all_ranks
 from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in
-from lightspan.evaluation.features.encoded import Pool, Split, pooled, split_loader
+from lightspan.evaluation.features.encoded import Pool, Split, split_loader, vectors
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.rows import spaced_rows
@@ -39,17 +39,7 @@ class AuditedEncoder:
 
     def features(self, x_BCHW: Tensor) -> Tensor:
         """[B D], with gradients if they are on. Raises: UserError for what are no vectors."""
-        x = x_BCHW.to(self.device)
-        for transform in self.transforms:
-            x = transform(x)
-        of_method = getattr(self.encoder, "features", None)
-        if callable(of_method) and not isinstance(of_method, nn.Module):
-            x = of_method({"image": x})
-        else:
-            x = pooled(self.encoder, self.encoder(x), self.pool)
-        if x.ndim != 2:
-            raise UserError(f"an audit needs a vector for each image, and got {list(x.shape)}; set pool")
-        return x.float()
+        return vectors(self.encoder, self.transforms, x_BCHW.to(self.device), self.pool)
 
     def of(self, encoder: nn.Module) -> "AuditedEncoder":
         """The same images with another encoder."""

@@ -16,19 +16,37 @@ from safetensors.torch import load_file, save_file
 from lightspan.cli.main import main
 
 
-def cifar100(hub: Path) -> list[str]:
-    """Two of the classes, and timm's ViT-B/16 of ImageNet-21k in the cache of Hugging Face."""
-    for part in ("train", "test"):
-        write_pictures(Path("cifar100_pictures", part), {"apple": 1, "aquarium_fish": 1})
-    folder = hub / "models--timm--vit_base_patch16_224.augreg_in21k"
+def cached(hub: Path, name: str) -> int:
+    """Random weights of a network of timm in the cache of Hugging Face; returns the number of its classes."""
+    folder = hub / f"models--timm--{name}"
     (folder / "snapshots/abc").mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs/main").write_text("abc")
     with torch.device("meta"):
-        network = timm.create_model("vit_base_patch16_224.augreg_in21k")
-    assert network.num_classes == 21843
+        network = timm.create_model(name)
     tensors = {name: torch.randn(x.shape).mul_(0.02).half() for name, x in network.state_dict().items()}
     save_file(tensors, folder / "snapshots/abc/model.safetensors")
+    return int(network.num_classes)
+
+
+def imagenet(hub: Path) -> list[str]:
+    """Two of the classes, and timm's ViT-B/16 of DINO, which has no classifier; one part of the labels, in one step."""
+    for part in ("train", "val"):
+        write_pictures(Path("imagenet", part), {"n01440764": 2, "n01443537": 2})
+    assert cached(hub, "vit_base_patch16_224.dino") == 0
+    settings = ("epochs=1", "k=2", "rates=[0.1,0.01]", "shares=[0.5]", "tuning_epochs=[1]")
+    data = ("num_workers=0", "batch_size=2", "cache_dir=cache")
+    return [
+        *(f"estimator.init_args.{each}" for each in settings),
+        *(f"inputs.subject.init_args.data.init_args.{each}" for each in data),
+    ]
+
+
+def cifar100(hub: Path) -> list[str]:
+    """Two of the classes, and timm's ViT-B/16 of ImageNet-21k in the cache of Hugging Face."""
+    for part in ("train", "test"):
+        write_pictures(Path("cifar100_pictures", part), {"apple": 1, "aquarium_fish": 1})
+    assert cached(hub, "vit_base_patch16_224.augreg_in21k") == 21843
     data = "inputs.stream.init_args.data.init_args"
     return [
         *(f"{data}.{setting}" for setting in ("tasks=2", "order=[1,0]", "num_workers=0", "batch_size=2")),
@@ -86,6 +104,7 @@ def signs(hub: Path) -> list[str]:
 ROWS = {
     "analysis/gda_clip_eurosat": of_all_classes,
     "analysis/gda_clip_new_eurosat": of_base_classes,
+    "analysis/imagenet_protocol_vit_b16": imagenet,
     "analysis/nmc_cifar100": cifar100,
     "analysis/universal_perturbation_gtsrb": signs,
 }
