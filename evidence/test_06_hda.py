@@ -167,7 +167,7 @@ def run(arm: str, rate: float, seed: int, search: bool = False) -> tuple[dict[st
 
 @cache
 def oracle(seed: int) -> dict[str, float]:
-    """The generator that is told each letter of the mixture."""
+    """The generator trained on the true letters of the mixture."""
     generator, z_NL, _ = source()
     generator, truth = copy.deepcopy(generator), drawn(MIXTURE)
     optimizer, draws = torch.optim.Adam(generator.parameters(), 2e-3), torch.Generator().manual_seed(seed)

@@ -36,8 +36,8 @@ class FirstBatch(Callback):
     the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
     a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, beside the
-    pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1] by name. These are told by their class,
-    as the data module's `class_names` call it. For any other batch a note says that there is no picture.
+    pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1] by name. Each is labelled with its
+    class, as the data module's `class_names` call it. For any other batch a note says that there is no picture.
 
     Args:
         folder: where the picture goes.

@@ -41,7 +41,7 @@ class Solids(NamedTuple):
 
 
 class Things(NamedTuple):
-    """What stands on the ground, and how it goes on to the next moment: it turns about its middle and is shifted.
+    """Objects on the ground, and how each moves to the next moment: it turns about its middle and is shifted.
 
     box: float64 [O 7]: x, y and z of the middle, length, width, height, yaw. kind: int64 [O], a place in `KINDS`.
     shift: float64 [O 3]. turn: float64 [O].

@@ -48,7 +48,7 @@ class ClipTextBatch(TypedDict):
 
 
 class LitClipBatch(TypedDict):
-    """Clips of a face, of pixels or latents, with what a model of them is told: who it is, and how the face is lit.
+    """Clips of a face, of pixels or latents, and what a model of them is conditioned on: the person, and the light.
 
     fps: as in `ClipBatch`.
     face: 1 where a frame shows the face.

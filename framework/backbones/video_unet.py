@@ -117,8 +117,8 @@ class VideoUNet(nn.Module):
     """Noisy clips [B in_chans T H W] and how noisy they are, float [B] -> [B out_chans T H W], of any T, H and W.
 
     Args:
-        in_chans, out_chans: at least 1. What is told beside the noisy clip, such as another picture of it in each
-            frame, is among the first.
+        in_chans, out_chans: at least 1. Conditions that are concatenated to the noisy clip, such as a reference
+            picture in each frame, count among the first.
         widths: of the levels, from the finest down, each of half the sides of the one before, rounded up; at least one.
         depth: layers of a level on the way down, at least 1; there are as many on the way up.
         attend_from: the first level, counted from 0, with attention; None is the last alone.

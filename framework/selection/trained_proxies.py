@@ -3,14 +3,12 @@
 import copy
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
-import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError
@@ -87,7 +85,8 @@ class TrainedProxy(Proxy):
         return TrainedOn(identity, lambda selection, seed: self._losses(selection, seed, halves))
 
     def _losses(self, selection: DataSelection, seed: int, halves: tuple[LoadedBatches, LoadedBatches]) -> Losses:
-        with _own_randomness(seed), tempfile.TemporaryDirectory() as folder:
+        with isolate_rng(), tempfile.TemporaryDirectory() as folder:
+            lightning.seed_everything(seed, verbose=False)
             data: Any = copy.copy(self.data)
             method = copy.deepcopy(self.method)
             data.selection, data.seed = str(Path(folder, "mixture.safetensors")), seed
@@ -112,15 +111,3 @@ class TrainedProxy(Proxy):
                 f"metric={self.metric!r} is not what {type(method).__name__} logs in validation: {', '.join(found[0])}"
             )
         return Losses(*(float(each[self.metric]) for each in found))
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Randomness that follows from the seed, inside alone."""
-    state = np.random.get_state()
-    with torch.random.fork_rng():
-        lightning.seed_everything(seed, verbose=False)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)

@@ -9,9 +9,9 @@ and g as moving averages. With a sweep X and points x of it, a move T, a turn R,
     flow      L_f = 2 - 2 cos(q g f(X)(x), g' f'(Y)(x + v)), and the same from Y to X
     L = contrast_weight L_c + turn_weight L_r + flow_weight L_f
 
-The exact forms were assumed: the paper's text tells which transforms are learned by contrast (shift, scale, mirror),
-which by classification (turns), and that time goes by scene flow. No code was found. Turns are told from a pair, since
-a street alone has no direction that everyone would agree on.
+The exact forms were assumed: the paper's text says which transforms are learned by contrast (shift, scale, mirror),
+which by classification (turns), and that time goes by scene flow. No code was found. Turns are classified from a pair,
+since a street alone has no direction that everyone would agree on.
 The flow has to be free of the sensor's own motion, and comes with the batch. A flow that was learned with labels would
 bring these in. Points that the next sweep does not see again, by `again` of the batch, have no part in L_f; points that
 leave the field under T have none in L_c and L_f.

@@ -40,7 +40,7 @@ WAY_OUT = (
 
 
 class ToldClips(NamedTuple):
-    """What the network is told of each clip. beside: the reference without its face, in each frame."""
+    """What the network is conditioned on, for each clip. beside: the reference without its face, in each frame."""
 
     hint_BDTHW: Tensor
     beside_BCTHW: Tensor
@@ -48,7 +48,7 @@ class ToldClips(NamedTuple):
 
 
 class KeptHints(NamedTuple):
-    """What a clip's network is told, bool [B] each; hints [B 2], as in `HINTS`."""
+    """Which conditions of each clip are kept, bool [B] each; hints [B 2], as in `HINTS`."""
 
     hints_B2: Tensor
     beside_B: Tensor
