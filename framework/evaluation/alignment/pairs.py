@@ -9,6 +9,7 @@ how it and k are chosen, and groups of equal captions are assumed.
 Shapes: N pairs to learn from, M pairs to ask for, Q and G rows to compare, D and E features, K directions.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +181,8 @@ class AlignPairs(Estimator):
     Args:
         components: numbers of directions to choose from, at least 1; those beyond what the rows span are all of them.
         ridges: to choose from, at least 0, of the mean variance of a feature (`lightspan.subspaces.canonical`). With
-            fewer pairs than features there has to be one above 0: without, every direction correlates perfectly.
+            fewer pairs than features there has to be one above 0: without, every direction correlates perfectly. A best
+            one at an end of either list is warned of.
         orthogonal: of the map, a rotation in place of least squares. Inside the subspace it is nearly the identity.
         folds: into which pairs are divided to choose, at least 2.
         top: how many places count as found, at least 1.
@@ -234,6 +236,7 @@ class AlignPairs(Estimator):
                     "second that are equal are one group"
                 )
         pair, ridge, ridge_all, held_out = self._shared(pairs)
+        self._warn_of_edges(len(pair.correlation_K), ridge, ridge_all)
         inside, asked_inside = pairs.inside(pair), asked.inside(pair)
         scores = {
             MAP: inside.cosines(asked_inside, self.orthogonal),
@@ -318,6 +321,19 @@ class AlignPairs(Estimator):
         components, ridge = max((key for key in held_out if key[0]), key=held_out.__getitem__)
         _, ridge_all = max((key for key in held_out if not key[0]), key=held_out.__getitem__)
         return pairs.shared(ridge).leading(components), ridge, ridge_all, held_out
+
+    def _warn_of_edges(self, components: int, ridge: float, ridge_all: float) -> None:
+        """Of choices beyond which a better one may lie. One direction, no ridge and all directions are bounds."""
+        said = [f"components={components}, the most"] if components == self.components[-1] > 1 else []
+        for name, chosen in (("ridge", ridge), ("ridge of all features", ridge_all)):
+            if chosen and len(self.ridges) > 1 and chosen in (self.ridges[0], self.ridges[-1]):
+                said.append(f"{name} {chosen:g}, the {'largest' if chosen == self.ridges[-1] else 'smallest'}")
+        if said:
+            warnings.warn(
+                f"AlignPairs chose {' and '.join(said)} of those given, and a better one may lie beyond; extend "
+                "components or ridges",
+                stacklevel=3,
+            )
 
     def _control(self, pairs: PairedRows, asked: PairedRows) -> float:
         """The share that is found among the first, once the rows of the second encoder have been dealt out anew."""

@@ -1,7 +1,10 @@
 """Two encoders aligned by pairs: what is planted is found, what is not is not, and the maps are a dual encoder."""
 
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +58,26 @@ def test_shared_directions_are_found_under_louder_ones_and_their_number_on_pairs
     assert found.cka is not None
     assert found.cka_inside is not None
     assert found.cka_inside > 0.8 > found.cka
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({"components": (1, 2)}, "components=2, the most"),
+        ({"ridges": (30.0, 100.0)}, "ridge .*, the smallest"),
+        ({"ridges": (0.0,)}, None),
+        ({"components": (1, 2, SHARED, 16)}, None),
+    ],
+)
+def test_a_best_choice_at_an_end_of_those_given_is_warned_of(given: dict[str, Any], warned: str | None) -> None:
+    estimator = AlignPairs(**({"components": (SHARED, 16), "ridges": (0.0, 0.01, 0.1)} | given))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        aligned(*planted(), estimator)
+    texts = [str(one.message) for one in seen if "AlignPairs" in str(one.message)]
+    assert bool(texts) == (warned is not None)
+    if warned:
+        assert re.search(warned, texts[0])
 
 
 def test_encoders_that_share_nothing_find_nothing_however_well_directions_correlate() -> None:
