@@ -30,7 +30,8 @@ from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.vit import vit
 from lightspan.core.collate import collated
 from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms, RoomSamples, SceneMoves
+from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms
+from lightspan.datamodules.points.posed import PosedSceneSamples, SceneMoves
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.methods.masked.gaussian2scene import Gaussian2Scene
 from lightspan.nn.class_overlap import overlap
@@ -63,14 +64,14 @@ def rooms(seed: int) -> FurnishedRooms:
     return data
 
 
-def part(seed: int, first: int, end: int) -> RoomSamples:
+def part(seed: int, first: int, end: int) -> PosedSceneSamples:
     """Rooms with the same furniture."""
     samples = rooms(seed).train
     assert samples is not None
     return replace(samples, numbers=samples.numbers[first:end], kept_labels=samples.kept_labels[first:end])
 
 
-def training(seed: int, count: int = UNLABELLED) -> RoomSamples:
+def training(seed: int, count: int = UNLABELLED) -> PosedSceneSamples:
     """The first rooms."""
     return part(seed, 0, count)
 
@@ -80,7 +81,7 @@ def unseen(seed: int) -> list[Room]:
     return in_order(part(seed, UNLABELLED, UNLABELLED + TEST), TEST)
 
 
-def in_order(samples: RoomSamples, count: int) -> list[Room]:
+def in_order(samples: PosedSceneSamples, count: int) -> list[Room]:
     """Batches of the first rooms, as they are."""
     still = replace(samples, random=False, moves=None)
     return [
@@ -164,7 +165,7 @@ class Before(Callback):
             self.weights = {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def trained(model: Any, samples: RoomSamples, steps: int, seed: int, *callbacks: Callback) -> Any:
+def trained(model: Any, samples: PosedSceneSamples, steps: int, seed: int, *callbacks: Callback) -> Any:
     """On some rooms a step; in evaluation mode."""
     draws = np.random.default_rng(seed)
     chosen = [draws.choice(len(samples), BATCH, replace=False).tolist() for _ in range(steps)]

@@ -27,7 +27,8 @@ from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.core.collate import collated
 from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms, RoomSamples, SceneMoves
+from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms
+from lightspan.datamodules.points.posed import PosedSceneSamples, SceneMoves
 from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.signed_fields import SignedField
@@ -51,7 +52,7 @@ def rooms(seed: int) -> FurnishedRooms:
     return data
 
 
-def part(seed: int, first: int, end: int, points: int = POINTS) -> RoomSamples:
+def part(seed: int, first: int, end: int, points: int = POINTS) -> PosedSceneSamples:
     """Rooms with the same furniture."""
     samples = rooms(seed).train
     assert samples is not None
@@ -59,7 +60,7 @@ def part(seed: int, first: int, end: int, points: int = POINTS) -> RoomSamples:
     return replace(samples, numbers=numbers, kept_labels=labels, points=points)
 
 
-def training(seed: int, count: int = UNLABELLED, points: int = POINTS) -> RoomSamples:
+def training(seed: int, count: int = UNLABELLED, points: int = POINTS) -> PosedSceneSamples:
     """The first rooms."""
     return part(seed, 0, count, points)
 
@@ -101,7 +102,7 @@ class OwnColour(Method):
         return self.error(batch)
 
 
-def trained(model: Any, samples: RoomSamples, steps: int, seed: int) -> Any:
+def trained(model: Any, samples: PosedSceneSamples, steps: int, seed: int) -> Any:
     """In evaluation mode; with steps=0 untrained."""
     generator = np.random.default_rng(seed)
     chosen = [generator.choice(len(samples), BATCH, replace=False) for _ in range(steps)]
@@ -130,7 +131,7 @@ def pretrained(arm: str, seed: int, rate: float, steps: int) -> Any:
     return trained(OwnColour(rate), training(seed, points=round(KEEP * POINTS)), steps, seed)
 
 
-def in_order(samples: RoomSamples, count: int = TEST) -> list[dict[str, Any]]:
+def in_order(samples: PosedSceneSamples, count: int = TEST) -> list[dict[str, Any]]:
     """Batches of the first rooms, as they are."""
     still = replace(samples, random=False, moves=None)
     return [collated([still.sample(at, 0) for at in range(first, first + BATCH)], PosedPointsBatch)

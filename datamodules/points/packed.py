@@ -20,6 +20,7 @@ from lightspan.core.files.foreign import NUMBERS, TRIANGLES
 from lightspan.core.files.places import CachePath, PathUse
 from lightspan.datamodules.loading.loader import EvaluationLoader
 from lightspan.datamodules.loading.packs import PackCache, file_state
+from lightspan.datamodules.loading.workers import Dataset
 from lightspan.datamodules.points.ldraw import LDrawFiles
 from lightspan.datamodules.points.reading import BRICKS, read_shape
 from lightspan.datamodules.points.shapes import Shape
@@ -143,11 +144,11 @@ def _bytes(name: str, size: int) -> int:
 
 
 def _write(read: Callable[[int], Shape], count: int, num_workers: int, to: Path) -> dict[str, Any]:
-    loader = EvaluationLoader(_Read(read, count, to), 1, num_workers=num_workers)
-    silent = not sys.stdout.isatty()
-    known = [
-        json.loads(text)
-        for batch in track(loader, "reading shapes", transient=True, disable=silent)
-        for text in batch["known"]
-    ]
-    return {"known": known}
+    return known_of(_Read(read, count, to), num_workers, "reading shapes")
+
+
+def known_of(samples: Dataset, num_workers: int, title: str) -> dict[str, Any]:
+    """What a pack is to know of samples that write themselves: each gives its own as JSON, `known`."""
+    loader = EvaluationLoader(samples, 1, num_workers=num_workers)
+    bar = track(loader, title, transient=True, disable=not sys.stdout.isatty())
+    return {"known": [json.loads(text) for batch in bar for text in batch["known"]]}

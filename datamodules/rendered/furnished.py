@@ -16,6 +16,7 @@ import numpy as np
 
 from lightspan.core.ranges import require_in
 from lightspan.datamodules.points.shapes import Shape
+from lightspan.datamodules.rendered.cameras import PosedFrames, pixel_rays, unit
 from lightspan.datamodules.rendered.draws import Draws
 from lightspan.datamodules.rendered.pairs import intrinsics
 
@@ -67,26 +68,6 @@ class Surfaces(NamedTuple):
     corners: np.ndarray
     colours: np.ndarray
     classes: np.ndarray
-
-
-class RoomFrames(NamedTuple):
-    """What cameras see of one room.
-
-    pictures: float32 [V, 3, H, W], in [0, 1].
-    depth: float32 [V, H, W], length of the ray in metres.
-    normal: float32 [V, 3, H, W], of length 1, towards the camera.
-    classes: int64 [V, H, W].
-    place: float32 [V, 3]; rotation: float32 [V, 3, 3], whose rows are the camera's axes: right, down, ahead.
-    intrinsics: float32 [3, 3], of all cameras.
-    """
-
-    pictures: np.ndarray
-    depth: np.ndarray
-    normal: np.ndarray
-    classes: np.ndarray
-    place: np.ndarray
-    rotation: np.ndarray
-    intrinsics: np.ndarray
 
 
 def layout_of(seed: int, number: int, kinds: Sequence[str], kind: np.ndarray, size: np.ndarray) -> RoomPlan:
@@ -175,19 +156,15 @@ def cameras_of(layout: RoomPlan, seed: int, number: int, count: int) -> tuple[np
     place = tried[np.arange(count), free.argmax(axis=1)]
     place[~free.any(axis=1), 2] = layout.size[2] - 0.1
     aim = layout.size * np.array([0.25, 0.25, 0.0]) + aims * layout.size * np.array([0.5, 0.5, 0.4])
-    ahead = _unit(aim - place)
-    flat = _unit(np.stack([ahead[:, 1], -ahead[:, 0], np.zeros(count)], axis=1) + np.array([1e-12, 0, 0]))
+    ahead = unit(aim - place)
+    flat = unit(np.stack([ahead[:, 1], -ahead[:, 0], np.zeros(count)], axis=1) + np.array([1e-12, 0, 0]))
     rotation = np.stack([flat, np.cross(ahead, flat), ahead], axis=1)
     return place.astype(np.float32), rotation.astype(np.float32)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 def frames_of(
     layout: RoomPlan, surfaces: Surfaces, place: np.ndarray, rotation: np.ndarray, height: int, width: int
-) -> RoomFrames:
+) -> PosedFrames:
     """What these cameras see."""
     lens = intrinsics(height, width)
     own = pixel_rays(lens, height, width)
@@ -195,7 +172,7 @@ def frames_of(
             for p, r in zip(place, rotation, strict=True)]  # fmt: skip
     pictures, depth, normal, classes = (np.stack(part) for part in zip(*seen, strict=True))
     shape = (height, width)
-    return RoomFrames(
+    return PosedFrames(
         np.moveaxis(pictures, 2, 1).reshape(-1, 3, *shape).astype(np.float32),
         depth.reshape(-1, *shape).astype(np.float32),
         np.moveaxis(normal, 2, 1).reshape(-1, 3, *shape).astype(np.float32),
@@ -204,13 +181,6 @@ def frames_of(
         rotation,
         lens,
     )
-
-
-def pixel_rays(lens: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Through the middles of all pixels as the camera sees them, float64 [N, 3] of length 1."""
-    (fx, _, cx), (_, fy, cy), _ = lens.astype(float)
-    v, u = np.mgrid[:height, :width].astype(float)
-    return _unit(np.stack([(u - cx) / fx, (v - cy) / fy, np.ones_like(u)], axis=-1).reshape(-1, 3))
 
 
 def _view(
@@ -235,7 +205,7 @@ def _view(
     at, triangle, where = at[nearer], triangle[nearer], where[nearer]
     corners = surfaces.corners[triangle]
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    length[at], normal[at], classes[at] = where[:, 0], _unit(across), surfaces.classes[triangle]
+    length[at], normal[at], classes[at] = where[:, 0], unit(across), surfaces.classes[triangle]
     shares = np.stack([1 - where[:, 1] - where[:, 2], where[:, 1], where[:, 2]], axis=1)
     colour[at] = np.einsum("nk,nkc->nc", shares, surfaces.colours[triangle])
     away = (normal * rays).sum(axis=1, keepdims=True) > 0
@@ -355,8 +325,8 @@ class Sensor:
         require_in("[0, 1]", missing=self.missing)
         require_in("[0, inf)", depth=self.depth, shift=self.shift, grain=self.grain, tilt=self.tilt)
 
-    def scanned(self, frames: RoomFrames, seed: int, number: int) -> RoomFrames:
-        """RoomFrames as this scanner has them; depth is 0 where it is missing."""
+    def scanned(self, frames: PosedFrames, seed: int, number: int) -> PosedFrames:
+        """PosedFrames as this scanner has them; depth is 0 where it is missing."""
         draws = Draws(seed, np.array([number]), 43)
         V, _, H, W = frames.pictures.shape
         depth = frames.depth + np.float32(self.depth) * frames.depth**2 * draws.normal(V, H, W)[0]

@@ -13,6 +13,7 @@ from typing import Any, is_typeddict
 import numpy as np
 import pytest
 import torch
+from frame_scenes import written as frames_written
 from furniture_files import catalogue
 from graph_files import rings
 from lightning import LightningDataModule
@@ -71,6 +72,7 @@ from lightspan.datamodules.points.augment import PointAugmentation
 from lightspan.datamodules.points.folder import PointFolder
 from lightspan.datamodules.points.furnished import FurnishedRooms
 from lightspan.datamodules.points.labelled import LabelledScans
+from lightspan.datamodules.points.rgbd import RGBDFolder
 from lightspan.datamodules.points.sets.ldraw import LDrawParts
 from lightspan.datamodules.points.sets.modelnet import ModelNet40
 from lightspan.datamodules.points.sweeps import DrawnSweeps
@@ -275,6 +277,13 @@ def furnished(folder: Path) -> FurnishedRooms:
     sides: dict[str, Any] = {"frames": 2, "height": 4, "width": 4, "views": 1, "points": 9}
     catalogues, cache = str(catalogue(folder / "in")), str(folder / "cache")
     return FurnishedRooms(6, val_size=2, furniture=catalogues, cache_dir=cache, batch_size=4, **sides)
+
+
+def scanned(folder: Path) -> RGBDFolder:
+    for number in range(6):
+        frames_written(folder / "in" / f"s{number}", "exported", count=2)
+    sides: dict[str, Any] = {"frames": 2, "height": 4, "width": 4, "views": 1, "points": 9, "val_share": 0.3}
+    return RGBDFolder(str(folder / "in"), cache_dir=str(folder / "cache"), batch_size=4, **sides)
 
 
 def agent_steps(folder: Path, action: Any, more: tuple[str, ...] = (), **options: Any) -> StepShards:
@@ -572,6 +581,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "FontShots": (lambda folder: FontShots(shots=4, batch_size=4), "ImageBatch"),
     "YesNoTasks": (lambda folder: YesNoTasks({"digits": Digits(4)}, batch_size=4), "QuestionBatch"),
     "FurnishedRooms": (furnished, "PosedPointsBatch"),
+    "RGBDFolder": (scanned, "PosedPointsBatch"),
     "DrawnSweeps": (lambda folder: DrawnSweeps(lidar=Lidar(beams=3, steps=9), batch_size=4), "SweepsBatch"),
     "GraphFolder": (graphs, "GraphBatch"),
     "GraphFolder, numbers": (lambda folder: graphs(folder, numbers=("w",), directed=True), "GraphBatch"),

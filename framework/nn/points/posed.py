@@ -39,5 +39,5 @@ def posed_views_of(batch: Mapping[str, Any], scenes: int, method: str) -> SceneV
     raise UserError(
         f"{method} renders posed views, pictures [{scenes}, V, 3, H, W] with depth, place, rotation and intrinsics, "
         f"and this batch has floats of {shapes}; take data whose batches are a PosedPointsBatch, such as "
-        "lightspan.datamodules.points.furnished.FurnishedRooms"
+        "lightspan.datamodules.points.rgbd.RGBDFolder"
     )

@@ -12,8 +12,10 @@ from furniture_files import catalogue
 from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
 from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms, SceneMoves, moved
-from lightspan.datamodules.rendered.furnished import Sensor, pixel_rays
+from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms
+from lightspan.datamodules.points.posed import SceneMoves, moved
+from lightspan.datamodules.rendered.cameras import pixel_rays
+from lightspan.datamodules.rendered.furnished import Sensor
 
 
 def opened(folder: Path, **settings: Any) -> FurnishedRooms:

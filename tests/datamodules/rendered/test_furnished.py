@@ -6,12 +6,12 @@ import pytest
 from lightspan.core.errors import UserError
 from lightspan.datamodules.points.shapes import Shape
 from lightspan.datamodules.rendered import furnished as module
+from lightspan.datamodules.rendered.cameras import PosedFrames, pixel_rays
 from lightspan.datamodules.rendered.furnished import (
     GAP,
     SURFACES,
     TALLEST,
     USES,
-    RoomFrames,
     RoomPlan,
     Sensor,
     Surfaces,
@@ -19,7 +19,6 @@ from lightspan.datamodules.rendered.furnished import (
     frames_of,
     furnished,
     layout_of,
-    pixel_rays,
 )
 
 NAMES = sorted({name for pieces in USES.values() for name, _ in pieces})
@@ -39,7 +38,7 @@ def room(number: int) -> tuple[RoomPlan, Surfaces]:
     return layout, furnished(layout, [shape_of(piece) for piece in layout.piece], KIND[layout.piece])
 
 
-def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tuple[RoomPlan, Surfaces, RoomFrames]:
+def drawn(number: int, views: int = 2, height: int = 9, width: int = 12) -> tuple[RoomPlan, Surfaces, PosedFrames]:
     layout, surfaces = room(number)
     return layout, surfaces, frames_of(layout, surfaces, *cameras_of(layout, 0, number, views), height, width)
 
@@ -172,7 +171,7 @@ def test_a_room_depends_on_its_number_alone_and_may_have_no_piece() -> None:
 
 def test_a_clean_sensor_changes_nothing_and_a_noisy_one_what_it_says() -> None:
     _, _, frames = drawn(0, views=4, height=24, width=32)
-    for name, clean in zip(RoomFrames._fields, Sensor().scanned(frames, 0, 0), strict=True):
+    for name, clean in zip(PosedFrames._fields, Sensor().scanned(frames, 0, 0), strict=True):
         np.testing.assert_allclose(clean, getattr(frames, name), atol=1e-6, err_msg=name)
     noisy = Sensor(depth=0.02, missing=0.25, grain=0.05, tilt=0.2).scanned(frames, 0, 0)
     there = noisy.depth > 0

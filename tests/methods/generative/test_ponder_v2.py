@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.voxel_points import VoxelPoints
 from lightspan.core.errors import UserError
-from lightspan.datamodules.points.furnished import moved
+from lightspan.datamodules.points.posed import moved
 from lightspan.methods.generative.ponder_v2 import PonderV2, Targets, rendering_losses, scene_boxes
 from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.points.grids import pooled_grid
