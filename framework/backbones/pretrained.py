@@ -5,8 +5,6 @@ downloaded, nothing is unpickled. With `weights=False` a builder gives the same 
 from `seed`, the control that shows what pretraining is worth. Every network comes in training mode, as new modules do.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.runs import MODEL
 from lightspan.core.files.tensors import stored_tensors
+from lightspan.core.generators import drawn_from
 
 # A recipe may name the functions listed here.
 __all__ = [
@@ -161,14 +160,6 @@ def shipped(module: str, inside: str, install: str) -> Path:
             return path
     missing = "is not installed" if spec is None else f"is installed without {inside}"
     raise UserError(f"the package {module.replace('_', '-')}, which contains these weights, {missing}: {install}")
-
-
-@contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `seed`; afterwards its state is restored."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def load_in_order(network: nn.Module, stored: dict[str, Tensor], source: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightspan.core.augmentation import Augmentation
 from lightspan.core.errors import UserError
+from lightspan.core.generators import drawn_from
 from lightspan.core.noise import mixed_seed
 from lightspan.core.ranges import require_in
 from lightspan.evaluation.features.description import Description
@@ -106,8 +107,7 @@ class EncodedViews(Input):
         low, high = bounds if bounds is not None else (0.0, 1.0)
         made = []
         for image, seed in zip((images - low) / (high - low), mixed_seed(index, self.seed, view).tolist(), strict=True):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
+            with drawn_from(seed):
                 drawn = preset(image.clamp(0, 1))
             made.append(drawn[view % len(drawn)])
         x = (torch.stack(made) * (high - low) + low).to(device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from lightspan.core.errors import UserError
+from lightspan.core.generators import drawn_from
 from lightspan.evaluation.labels import Kind, require_readable
 from lightspan.nn.heads.attention_pool import AttentionPool
 
@@ -64,7 +65,7 @@ def fit_attentive_heads(
     if not train_NTD.isfinite().all():
         raise UserError("tokens contain NaN or infinite values, so no probe fits them; the model has diverged")
     kind = require_readable("attentive probe", train_NTD, labels)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.enable_grad():
         x_NTD, target = train_NTD.detach().float().clone(), labels.clone()
         if kind != "classes":
             target = target.float().view(len(target), -1)
@@ -75,8 +76,8 @@ def fit_attentive_heads(
             target = (target - mean_C) / scale_C
         found = []
         for _ in rates:
-            torch.manual_seed(seed)
-            found.append(AttentiveHead(x_NTD.shape[2], outputs, heads).to(x_NTD.device))
+            with drawn_from(seed):
+                found.append(AttentiveHead(x_NTD.shape[2], outputs, heads).to(x_NTD.device))
         groups = [{"params": [*head.parameters()], "lr": rate} for head, rate in zip(found, rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
         for step, rows in enumerate(_batches(len(x_NTD), batch_size, steps, seed)):

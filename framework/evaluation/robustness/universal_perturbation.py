@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
+from lightspan.core.generators import drawn_from
 from lightspan.core.results import Figure, Result
 from lightspan.core.unit_length import unit_length
 from lightspan.evaluation.estimator import Estimator
@@ -277,8 +278,7 @@ class UniversalPerturbation(Estimator):
         if name == RANDOM:
             return random_signs(shape, self.placement, generator)
         how, place = self.perturbations[name], self.placement
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with drawn_from(seed):
             module = how.begin(shape, place).to(audited.device)
         optimizer = torch.optim.Adam(module.parameters(), how.step(place), how.betas)
         for x in self._batches(audited, self.steps, generator):

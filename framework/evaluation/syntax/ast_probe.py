@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightspan.core.drawing import COLOURS, SOFT
 from lightspan.core.errors import UserError
+from lightspan.core.generators import drawn_from
 from lightspan.core.results import Figure, Result
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.scale import scaled
@@ -311,8 +312,7 @@ class ASTProbe(Estimator):
             return TreeBatch(x, d_BG, c_BG, u_Bn, word_Bn)
 
         held = [batch(choosing[i : i + self.batch_size]) for i in range(0, len(choosing), self.batch_size)]
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with torch.inference_mode(False), torch.enable_grad(), drawn_from(self.seed):
             width = len(mean_D)
             probe = SyntaxProbe(width, min(self.dimensions, width), len(c), len(u))
             optimizer = torch.optim.Adam(probe.parameters(), lr=self.rate)

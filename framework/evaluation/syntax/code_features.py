@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightspan.core.distributed import digest_of_first_rank, raise_on_all_ranks, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.generators import drawn_from
 from lightspan.core.layers import list_of_blocks
 from lightspan.core.ranges import require_in
 from lightspan.evaluation.features.identity import module_identity
@@ -95,8 +96,7 @@ def drawn_anew(network: nn.Module, seed: int) -> nn.Module:
     kind: Any = type(network)
     dtype, before = next(network.parameters()).dtype, network.state_dict()
     blocks = [name for name in before if name.startswith(f"{path}.")]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         fresh: nn.Module = kind(copy.deepcopy(config)).to(dtype)
         drawn = fresh.state_dict()
         if all(torch.equal(drawn[name], before[name].cpu()) for name in blocks):

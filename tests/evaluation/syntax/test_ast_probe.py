@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightspan.backbones.pretrained import drawn_from
 from lightspan.core.errors import UserError
+from lightspan.core.generators import drawn_from
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.evaluation.syntax.ast_probe import (
     RIGHT,
