@@ -144,7 +144,7 @@ pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, 
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page
 
-pictures: $(BASE) ## draw the pictures of docs/pictures.md anew (15 minutes, chromium for the report); ARGS="simclr mae" draws those of two runs
+pictures: $(BASE) ## draw the pictures of docs/pictures.md anew (10 minutes, chromium for the report); ARGS="simclr mae" draws those of two runs
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/pictures.py $(ARGS)
 
 # Strict: a link or an anchor that leads nowhere ends it. Once the packages are there, it needs no network.

@@ -122,6 +122,10 @@ def test_workflows_are_valid_and_have_few_rights(workflow: Path) -> None:
     assert "pull_request_target" not in text
 
 
+def test_the_image_is_of_this_version() -> None:
+    assert f"ARG VERSION={lightspan.__version__}\n" in (ROOT / "docker" / "Dockerfile").read_text()
+
+
 def test_a_job_that_signs_runs_nothing_of_its_own() -> None:
     """It signs and publishes what a job without these rights has built and tried."""
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]

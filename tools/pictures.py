@@ -4,7 +4,6 @@
 """
 
 import io
-import os
 import re
 import shlex
 import shutil
@@ -64,29 +63,34 @@ def source(run: str, what: str) -> Path:
     if browser is None:
         raise SystemExit(f"the picture of the report of {run} needs chromium; name the other runs, or install it")
     shot = WORK / f"{run}.png"
-    options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,700", f"--screenshot={shot}"]
+    options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1000,1250", f"--screenshot={shot}"]
     subprocess.run([browser, *options, (WORK / f"{run}.html").as_uri()], check=True, capture_output=True)
     return shot
 
 
 def main(*wanted: str) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    pairs = [(run, words) for run, words in commands(page) if run in wanted or not wanted]
     WORK.mkdir(parents=True, exist_ok=True)
     for name, text in overlays(page).items():
         (WORK / name).write_text(text, encoding="utf-8")
-    for run in {run for run, _ in pairs}:
-        shutil.rmtree(WORK / "runs" / run, ignore_errors=True)
-    for _, words in pairs:
-        print("lightspan", *words, flush=True)
-        command = [sys.executable, "-m", "lightspan", *words]
-        subprocess.run(command, cwd=WORK, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"COLUMNS": "120"})
-    for run, what in drawn(page):
+    typed = commands(page)
+    for run in dict(typed):
         if run in wanted or not wanted:
-            target = PAGE.with_suffix("") / f"{run}-{what}.png"
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(small(source(run, what).read_bytes()))
-            print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1000:.0f} kB")
+            shutil.rmtree(WORK / "runs" / run, ignore_errors=True)
+            for words in (words for name, words in typed if name == run):
+                print("lightspan", *words, flush=True)
+                command = [sys.executable, "-m", "lightspan", *words]
+                subprocess.run(command, cwd=WORK, check=True, stdout=subprocess.DEVNULL)
+            keep(run, [what for name, what in drawn(page) if name == run])
+
+
+def keep(run: str, pictures: list[str]) -> None:
+    """Writes pictures of a run to docs/pictures."""
+    for what in pictures:
+        target = PAGE.with_suffix("") / f"{run}-{what}.png"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(small(source(run, what).read_bytes()))
+        print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1000:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":
