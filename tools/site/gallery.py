@@ -17,7 +17,7 @@ held, not held or could not tell. [The same as a table](methods.md); [how to cho
 runs](pictures.md).
 """
 # Pages that name everything, or any recipe as an example, so that they explain nothing in particular.
-LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
+LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "pictures", "which-method"}
 
 
 def page(root: Path) -> str:
@@ -31,7 +31,7 @@ def page(root: Path) -> str:
     documents = {
         path.name: path.read_text(encoding="utf-8")
         for path in sorted((root / "docs").glob("*.md"))
-        if path.stem not in LISTS
+        if path.stem not in LISTS and not path.stem.startswith("from-")  # coming from other libraries
     }
     lines = [HEADER.format(count=len(entries))]
     for family in sorted({entry.family for entry in entries}):
