@@ -17,7 +17,17 @@ held, not held or could not tell. [The same as a table](methods.md); [how to cho
 runs](pictures.md).
 """
 # Pages that name everything, or any recipe as an example, so that they explain nothing in particular.
-LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "pictures", "which-method"}
+LISTS = {
+    "a-project",
+    "benchmarks",
+    "decisions",
+    "evidence",
+    "guarantees",
+    "index",
+    "methods",
+    "pictures",
+    "which-method",
+}
 
 
 def page(root: Path) -> str:
