@@ -46,7 +46,11 @@ def test_a_page_compares_shows_and_says_what_does_not_carry_over(page: Path) -> 
 
 
 @pytest.mark.runs
-@every_page
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.smoke] if page.stem == "from-peft" else []) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_the_worked_example_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem in NEEDS:
         pytest.importorskip(NEEDS[page.stem])
