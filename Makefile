@@ -30,13 +30,15 @@ SHELL_PACKAGES := chromium shellcheck openssl zsh fish
 DATA_PACKAGES := r-cran-modeldata r-cran-janeaustenr dataset-fashion-mnist openclipart-png tuxpaint-stamps-default wordnet-base ldraw-parts-free sweethome3d-furniture fonts-roboto-unhinted
 # Interpreters of `make release-check`.
 PYTHONS ?= python3.11 python3.12 python3.13 python3.14
+# Version and other names of `make docs-version`.
+SITE ?= dev
 # Runs at a time of `make d90`.
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme quick test test-all test-bare test-lowest test-newest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages docs lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme quick test test-all test-bare test-lowest test-newest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages pictures docs docs-version lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -142,10 +144,18 @@ pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, 
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page
 
+pictures: $(BASE) ## draw the pictures of docs/pictures.md anew (10 minutes, chromium for the report); ARGS="simclr mae" draws those of two runs
+	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/pictures.py $(ARGS)
+
 # Strict: a link or an anchor that leads nowhere ends it. Once the packages are there, it needs no network.
 docs: pages $(DOCS) ## rebuild the generated pages, then the site from docs/, docstrings and recipes: build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+# The site's versions are folders of the branch gh-pages, which mike commits; nothing is pushed from here.
+docs-version: $(DOCS) ## commit the site to the branch gh-pages as a version: make docs-version SITE="0.2 latest"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --update-aliases $(SITE)
+	$(BIN)/mike set-default --allow-undefined latest
 
 # The paper's network, grid and batch size. Learning rates and the line come from 10,000 training images held out.
 # 192 runs of 100 epochs, 6 s of one core per epoch at d = 750 (Xeon with AMX): about 33 hours divided by WORKERS.

@@ -1,4 +1,4 @@
-"""Maps the top-level folders into the one import package `lightspan`; everything else stands in pyproject.toml.
+"""Maps the top-level folders into the one import package `lightspan`; everything else is in pyproject.toml.
 
 The package list is computed here because a new method family is a new folder, and adding one must not need an edit.
 """

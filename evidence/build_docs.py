@@ -21,13 +21,13 @@ INDEX = """# Evidence
 One row for each measured system. Its page has every claim, all seeds, and the machine it was measured on. The main
 figure is that of the first claim, with the 95 % interval of its mean over seeds. Nothing is left out.
 
-Verdicts are *held*, *not held* and *could not tell*. A claim can be told only if its experiment could have shown
+Verdicts are *held*, *not held* and *could not tell*. A claim is decided only if its experiment could have shown
 either answer: the floor (an arm that learned nothing instead of the first) misses the margin, the ceiling (an oracle
 instead) keeps it, each arm is ahead of its untrained network on its own training figure, and no arm's best setting is
 an edge of its search. It holds if the mean keeps the margin and the whole interval is on the claim's side: of equal
 arms where a claim asks for *better*; of the margin where it asks for *not much worse*, which equal arms keep; of the
-floor where it is *level*, a number on its own. Claims measured before floors and ceilings were recorded cannot be
-told until they are measured again.
+floor where it is *level*, a number on its own. Claims measured before floors and ceilings were recorded stay
+undecided until they are measured again.
 
 `lightspan reproduce ROW` measures a row again and compares it with what is stored;
 [evidence/README.md](../evidence/README.md) says how to write one.
@@ -42,16 +42,16 @@ def label(system: str) -> str:
 
 
 def index(records: list[Record]) -> str:
-    """docs/evidence.md: one row a system, then what did not hold, then what could not be told."""
+    """docs/evidence.md: one row a system, then what did not hold, then what is undecided."""
     judged = [(record, claim, verdict(claim, record)) for record in records for claim in record["claims"]]
     words = Counter(one.word for _, _, one in judged)
     unmeasured = sum(one.reason == UNMEASURED for _, _, one in judged)
     lines = [
         INDEX,
         f"Of {len(judged)} claims {words['held']} held, {words['not held']} did not, and {words['could not tell']} "
-        f"could not be told, {unmeasured} of them for want of a floor and a ceiling.",
+        f"are undecided, {unmeasured} of them for want of a floor and a ceiling.",
         "",
-        "| system | what was measured | main figure | asks for | margin | held of told |",
+        "| system | what was measured | main figure | asks for | margin | held of decided |",
         "|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -60,7 +60,7 @@ def index(records: list[Record]) -> str:
             first = record["claims"][0]
             main, kind, bound = figure(first), asks(first), margin(first["margin"])
         lines.append(f"| {link(record)} | {record['title']} | {main} | {kind} | {bound} | {tally(record)} |")
-    for word, title in (("not held", "Claims that did not hold"), ("could not tell", "Claims that could not be told")):
+    for word, title in (("not held", "Claims that did not hold"), ("could not tell", "Claims that are undecided")):
         rows = [
             f"| {link(record)} | {claim['name']} | {quantity(claim['value'], claim['unit'])} | {ends(claim)} "
             f"| {asks(claim)} | {margin(claim['margin'])} | {number(claim.get('ceiling'))} | {one.reason} |"

@@ -31,7 +31,7 @@ def counted(count: int, what: str) -> str:
 
 
 def tally(record: Record, about: Sequence[Claim] | None = None) -> str:
-    """How many held of the claims that could be told, or of those `about` something, and how many could not be told;
+    """How many held of the claims that are decided, or of those `about` something, and how many are not;
     bold where it is not all of them.
     """
     claims = record["claims"] if about is None else about

@@ -19,9 +19,9 @@ those.
 
 ## The catalogue
 
-*Figure* is the claim that tells a system from its baseline, with the 95 % interval of its mean over seeds. *Verdict* is
-held, not held or could not tell, by the margin that was set before the run ([evidence.md](evidence.md) says how).
-*All claims* counts, page by page, what held of what could be told, and what is open.
+*Figure* is the claim that compares a system with its baseline, with the 95 % interval of its mean over seeds. *Verdict*
+is held, not held or could not tell, by the margin that was set before the run ([evidence.md](evidence.md) says how).
+*All claims* counts, page by page, what held of what is decided, and what is open.
 
 | no. | system | family | modality | baseline | figure | margin | verdict | all claims | recipes |
 |---|---|---|---|---|---|---|---|---|---|
@@ -30,7 +30,7 @@ BY_FAMILY = """
 ## By family
 
 *Code* is the file that a recipe names and that cites the paper. *Measured in* links to the evidence and counts what
-held of the claims that could be told: on a page about this paper all of them, on any other page those that name the
+held of the claims that are decided: on a page about this paper all of them, on any other page those that name the
 method, perhaps as the baseline.
 """
 

@@ -5,7 +5,7 @@ Importing this package loads neither torch nor Lightning, so that the command li
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Method", "UserError", "__version__"]
 
 if TYPE_CHECKING:

@@ -104,15 +104,16 @@ def is_there(name: str) -> bool:
     return any(re.search(rf"\b{last}\b", file.read_text()) for file in within)
 
 
+OF_OTHERS = {"torch", "nn", "timm", "lightning", "transformers", "spt"}
+
+
 def test_parts_that_documents_name_exist() -> None:
     checked = 0
     for document in DOCUMENTS:
         text = document.read_text()
         names = set(re.findall(r"(?<![\w./-])lightspan\.((?:\w+\.)+\w+)", text))
         names |= set(re.findall(r"`((?:[a-z]\w*\.)+[A-Z]\w*[a-z]\w*)[`(]", text))
-        names = {
-            name for name in names if name.split(".")[0] not in {"torch", "nn", "timm", "lightning", "transformers"}
-        }
+        names = {name for name in names if name.split(".")[0] not in OF_OTHERS}
         checked += len(names)
         assert not [name for name in names if not is_there(name.removeprefix("lightspan."))], document
     assert checked > 300

@@ -12,8 +12,11 @@ import pytest
 from source_copies import SOURCES, copy_sources
 from waiting import HANG_S
 
+import lightspan
+
 ROOT = Path(__file__).parents[1]
 IMAGES = "lightspan/datamodules/assets/fashion_mnist_4k.npz"
+INFO = f"lightspan-{lightspan.__version__}.dist-info"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def run_python(code: str, folder: Path, **environment: str) -> subprocess.Comple
 
 
 def test_nothing_but_lightspan_reaches_site_packages(members: dict[str, int]) -> None:
-    assert {name.split("/")[0] for name in members} == {"lightspan", "lightspan-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in members} == {"lightspan", INFO}
 
 
 def test_every_source_file_is_in_the_wheel(members: dict[str, int]) -> None:
@@ -70,8 +73,8 @@ def test_the_shipped_images_are_small_and_carry_their_licence(members: dict[str,
 
 def test_the_licence_and_the_notice_travel_with_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        licence = archive.read("lightspan-0.1.0.dist-info/licenses/LICENSE").decode()
-        notice = archive.read("lightspan-0.1.0.dist-info/licenses/NOTICE").decode()
+        licence = archive.read(f"{INFO}/licenses/LICENSE").decode()
+        notice = archive.read(f"{INFO}/licenses/NOTICE").decode()
     assert "Apache License" in licence
     assert "APPENDIX: How to apply the Apache License" in licence
     assert "Fashion-MNIST" in notice
@@ -89,9 +92,7 @@ def test_a_wheel_without_a_checkout_lists_its_recipes(wheel: Path, tmp_path: Pat
 
 
 def test_the_versions_of_package_and_project_agree(members: dict[str, int]) -> None:
-    import lightspan
-
-    assert f"lightspan-{lightspan.__version__}.dist-info/METADATA" in members
+    assert f"{INFO}/METADATA" in members
 
 
 def test_importing_lightspan_changes_nothing_and_loads_nothing_heavy(tmp_path: Path) -> None:

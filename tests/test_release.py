@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,13 @@ import lightspan
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+# Jobs that may do more than read: a release is signed and shows PyPI who it is, the site is pushed to a branch.
+RIGHTS = {
+    "release": {"publish": {"contents": "read", "id-token": "write", "attestations": "write"}},
+    "documentation": {"publish": {"contents": "write"}},
+}
+# GitHub's own actions, and the one of those who run PyPI.
+OWNERS = ("actions/", "pypa/gh-action-pypi-publish")
 _SPEC = importlib.util.spec_from_file_location("release_check", ROOT / "tools" / "release_check.py")
 assert _SPEC
 assert _SPEC.loader
@@ -51,6 +59,8 @@ def test_the_distributions_are_whole_and_work_in_an_empty_environment(tmp_path: 
     )  # fmt: skip
     assert where.stdout.startswith(str(tmp_path / "venv"))
     tool.smoke(python, [*tool.QUICK, ("doctor",)], tmp_path, variables)
+    assert 1 < tool.size_mb(wheel) < tool.MOST_MB
+    assert min(tool.importing(python, variables)) > 0
 
 
 def test_a_command_that_fails_after_installing_is_an_error(tmp_path: Path) -> None:
@@ -59,6 +69,26 @@ def test_a_command_that_fails_after_installing_is_an_error(tmp_path: Path) -> No
     program.chmod(0o755)
     with pytest.raises(subprocess.CalledProcessError, match="recipes"):
         tool.smoke(python, tool.QUICK[1:], tmp_path)
+
+
+def test_a_wheel_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (wheel := tmp_path / "lightspan.whl").write_bytes(bytes(2000))
+    assert tool.size_mb(wheel) == 0.002
+    monkeypatch.setattr(tool, "MOST_MB", 0.001)
+    with pytest.raises(SystemExit, match=r"lightspan\.whl has 0\.00 MB, more than 0\.001"):
+        tool.size_mb(wheel)
+
+
+@pytest.mark.parametrize(("content", "foreign"), [("import json, decimal", ""), ("import other, decimal", "other")])
+def test_an_import_that_loads_other_packages_is_refused(tmp_path: Path, content: str, foreign: str) -> None:
+    (tmp_path / "lightspan.py").write_text(content)
+    (tmp_path / "other.py").touch()
+    variables = {"PYTHONPATH": str(tmp_path)}
+    if not foreign:
+        assert len(tool.importing(Path(sys.executable), variables)) == 2
+        return
+    with pytest.raises(SystemExit, match=f"import lightspan loads {foreign}:"):
+        tool.importing(Path(sys.executable), variables)
 
 
 def valid(schema: str, file: Path) -> None:
@@ -72,6 +102,10 @@ def test_the_citation_is_valid_and_of_this_version() -> None:
     valid("citation-file-format", ROOT / "CITATION.cff")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == lightspan.__version__
+    assert re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups() == (
+        citation["version"],
+        str(citation["date-released"]),
+    )
     assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
 
 
@@ -82,8 +116,22 @@ def test_workflows_are_valid_and_have_few_rights(workflow: Path) -> None:
     text = workflow.read_text()
     found = yaml.safe_load(text)
     assert found["permissions"] == {"contents": "read"}
-    assert not [job for job in found["jobs"].values() if "permissions" in job]
+    more = {name: job["permissions"] for name, job in found["jobs"].items() if "permissions" in job}
+    assert more == RIGHTS.get(workflow.stem, {})
     assert "secrets." not in text
+    assert "pull_request_target" not in text
+
+
+def test_the_image_is_of_this_version() -> None:
+    assert f"ARG VERSION={lightspan.__version__}\n" in (ROOT / "docker" / "Dockerfile").read_text()
+
+
+def test_a_job_that_signs_runs_nothing_of_its_own() -> None:
+    """It signs and publishes what a job without these rights has built and tried."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert jobs["publish"]["needs"] == "build"
+    assert not [step for step in jobs["publish"]["steps"] if "uses" not in step]
+    assert any("make release-check" in step.get("run", "") for step in jobs["build"]["steps"])
 
 
 def test_the_workflow_runs_what_a_change_has_to_pass() -> None:
@@ -100,7 +148,7 @@ def test_actions_are_pinned_by_their_commits(workflow: Path) -> None:
     assert used
     for action in used:
         name, _, commit = action.partition("@")
-        assert name.startswith("actions/"), "from GitHub itself, or copy what it does"
+        assert name.startswith(OWNERS), "from GitHub or PyPA, or copy what it does"
         assert len(commit) == 40, action
         assert int(commit, 16)
 

@@ -16,12 +16,8 @@ BEGIN, END = "<!-- quickstart:begin -->\n", "<!-- quickstart:end -->\n"
 ARMS = {"adamw": "AdamW", "lowrank": "low rank", "factored_muon": "FactoredMuon"}
 ROWS = {
     "validation loss, nats per byte": ("val_loss_nats", "{:.3f}"),
-    "validation loss, bits per byte": ("val_bits_per_byte", "{:.3f}"),
     "optimiser state, MiB": ("optimizer_state_mib", "{:.2f}"),
     "median step, ms": ("step_ms_median", "{:.0f}"),
-    "peak memory of the process, MiB": ("peak_rss_mib", "{:.0f}"),
-    "parameters": ("parameters", "{:,}"),
-    "seconds of training": ("seconds", "{:.0f}"),
 }
 
 

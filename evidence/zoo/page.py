@@ -92,7 +92,7 @@ def rows_of(table: Table, data: str) -> list[list[str]]:
 
 
 def reading(table: Table, data: str) -> list[str]:
-    """Sentences on one data set: the noise, who is ahead, and who learned nothing that can be told from it."""
+    """Sentences on one data set: the noise, who is ahead, and who learned nothing beyond it."""
     lines = []
     for encoder in ENCODERS:
         for figure, probe in PROBES.items():
@@ -110,9 +110,9 @@ def reading(table: Table, data: str) -> list[str]:
             below = [arm for arm in means if means[arm] < start.mean - noise]
             between = [arm for arm in means if arm not in above and arm not in below]
             text = f"- **{encoder}, {probe}** (noise {noise:.1f} points): {best} is ahead with {means[best]:.1f}"
-            text += f", not told from it: {listed(level)}." if level else ", and told from all others."
+            text += f", within the noise of it: {listed(level)}." if level else ", by more than the noise."
             text += f" Above the untrained encoder's {start.mean:.1f}: {len(above)} of {len(means)}"
-            text += f"; not told from it: {listed(between)}" if between else ""
+            text += f"; within the noise of it: {listed(between)}" if between else ""
             text += f"; below it: {listed(below)}" if below else ""
             lines.append(text + ".")
     return [*lines, ""] if lines else []

@@ -94,7 +94,7 @@ def house(tmp_path: Path) -> Path:
 def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_docs: ModuleType, house: Path) -> None:
     build_docs.build(house)
     text = (house / "docs" / "evidence.md").read_text()
-    assert "Of 3 claims 2 held, 1 did not, and 0 could not be told" in text
+    assert "Of 3 claims 2 held, 1 did not, and 0 are undecided" in text
     assert re.findall(r"^\| \[(.+?)\]\(evidence/", text, re.MULTILINE) == ["named", "02 toy", "10 late", "02 toy"]
     assert (
         "| [02 toy](evidence/02_toy.md) | 02_toy, a system (arXiv 1234.56789). "
@@ -149,7 +149,7 @@ def test_what_was_measured_without_floor_and_ceiling_is_counted_and_not_listed(
     (house / "evidence" / "results" / "03_old.json").write_text(json.dumps(old))
     build_docs.build(house)
     text = (house / "docs" / "evidence.md").read_text()
-    assert "2 could not be told, 1 of them for want of a floor and a ceiling" in text
+    assert "2 are undecided, 1 of them for want of a floor and a ceiling" in text
     assert "| e | 2 points |  | level | >= 1 | 0.5 | the ceiling, 0.5, misses it |" in text
     assert "| d |" not in text
     assert "| **2 open** |" in text

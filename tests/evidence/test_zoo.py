@@ -285,8 +285,8 @@ def test_differences_below_the_spread_of_seeds_are_named_as_none() -> None:
     text = page.page(rows)
     for line in (
         "| SimCLR |  |  |  | 60.0 ± 1.0 | 70.0 ± 1.0 | 10 |",
-        "- **conv net, kNN** (noise 1.6 points): SimCLR is ahead with 60.0, not told from it: BYOL. Above the "
-        "untrained encoder's 50.0: 2 of 4; not told from it: VICReg; below it: MoCo v2.",
+        "- **conv net, kNN** (noise 1.6 points): SimCLR is ahead with 60.0, within the noise of it: BYOL. Above the "
+        "untrained encoder's 50.0: 2 of 4; within the noise of it: VICReg; below it: MoCo v2.",
         "| SimCLR | conv net | 60.0 ± 1.0 | 62.0 ± 1.0 | -2.0, lightly higher | 70.0 ± 1.0 | 72.0 ± 1.0 "
         "| -2.0, lightly higher | 2 | 4 | 0.50 |",
         "Steps slower than lightly's: none.",

@@ -11,13 +11,23 @@ from verdicts import Record, verdict
 
 HEADER = """# Gallery of methods
 
-A card for each method that has a recipe: {count} in all. A figure is the claim that tells the method from its baseline,
-measured here, in minutes on a CPU, with the 95 % interval of its mean over seeds. Its verdict is held, not held or
-could not tell ([evidence.md](evidence.md)). The same as a table, with the systems that are not built yet:
-[methods.md](methods.md). How to choose: [which-method.md](which-method.md).
+A card for each method that has a recipe: {count} in all. A figure compares the method with its baseline; it was
+measured here, in minutes on a CPU, and has the 95 % interval of its mean over seeds. Its [verdict](evidence.md) is
+held, not held or could not tell. [The same as a table](methods.md); [how to choose](which-method.md); [pictures of
+runs](pictures.md).
 """
 # Pages that name everything, or any recipe as an example, so that they explain nothing in particular.
-LISTS = {"a-project", "benchmarks", "decisions", "evidence", "guarantees", "index", "methods", "which-method"}
+LISTS = {
+    "a-project",
+    "benchmarks",
+    "decisions",
+    "evidence",
+    "guarantees",
+    "index",
+    "methods",
+    "pictures",
+    "which-method",
+}
 
 
 def page(root: Path) -> str:
@@ -31,7 +41,7 @@ def page(root: Path) -> str:
     documents = {
         path.name: path.read_text(encoding="utf-8")
         for path in sorted((root / "docs").glob("*.md"))
-        if path.stem not in LISTS
+        if path.stem not in LISTS and not path.stem.startswith("from-")  # coming from other libraries
     }
     lines = [HEADER.format(count=len(entries))]
     for family in sorted({entry.family for entry in entries}):
@@ -69,13 +79,13 @@ def card(root: Path, entry: Entry, system: System | None, documents: dict[str, s
 
 
 def name_of(entry: Entry) -> str:
-    """A short name: what stands before the colon of the paper's title, or the recipe's name."""
+    """A short name: what comes before the colon of the paper's title, or the recipe's name."""
     named = re.match(r"([\w.\- ]{2,24}):", entry.title) if entry.arxiv else None
     return named[1] if named else next(iter(entry.recipes)).split("/")[1].replace("_", " ")
 
 
 def measured(entry: Entry, system: System | None) -> str:
-    """The figure that tells the method from its baseline, and its verdict; empty if nothing was measured."""
+    """The figure that compares the method with its baseline, and its verdict; empty if nothing was measured."""
     found = main_claim(system, records_about(entry)) if system else claim_on_a_shared_page(entry)
     if found is None:
         return ""
@@ -100,4 +110,4 @@ def links(root: Path, entry: Entry, documents: dict[str, str]) -> list[str]:
     names = "|".join(map(re.escape, (*entry.recipes, *(own & entry.classes))))
     counts = {name: len(re.findall(rf"(?<![\w/])(?:{names})(?!\w)", text)) for name, text in documents.items()}
     explaining = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])[:2]
-    return found + [f"[{name}]({name})" for name in explaining]
+    return found + [f"[{name.removesuffix('.md')}]({name})" for name in explaining]

@@ -18,7 +18,7 @@ PICTURES = {".png", ".svg"}
 
 
 def origin_of(uri: str) -> PurePosixPath:
-    """The file of the project that a page shows. What has no file stands in docs/."""
+    """The file of the project that a page shows. What has no file is in docs/."""
     return PurePosixPath(uri.removeprefix("project/")) if uri.startswith("project/") else PurePosixPath("docs", uri)
 
 

@@ -61,7 +61,7 @@ CHOICES = (
         labels="many",
         recipe="supervised/linear",
         why="there are labels, and a plain classifier is about as good as SupCon on the same classes",
-        instead="`contrastive/simclr` if the sub-folders are not what is to be told apart; `supervised/look` if the "
+        instead="`contrastive/simclr` if the sub-folders are not what matters; `supervised/look` if the "
         "classes are coarse and finer ones matter later",
         page="own-images.md",
     ),
@@ -103,7 +103,7 @@ CHOICES = (
         holds="recordings",
         recipe="masked/tera",
         why="the spoken content is learned without labels",
-        instead="log-mel features without a network if speakers are to be told apart",
+        instead="log-mel features without a network to distinguish speakers",
         page="audio.md",
     ),
     Choice(

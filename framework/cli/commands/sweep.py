@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=folder, metavar="DIR", help="folder of the sweep and its runs (default: runs/RECIPE/TIME)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check every point, list the runs, say where each stands; write nothing"
+        "--dry-run", action="store_true", help="check every point, list the runs, say how far each is; write nothing"
     )
     parser.add_argument(
         "--task",

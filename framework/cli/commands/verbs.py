@@ -204,7 +204,7 @@ VERBS = (
     ),
     Verb(
         "runs",
-        "list runs: what each was started with, how it stands, what it reached",
+        "list runs: what each was started with, how far it is, what it reached",
         (
             "lightspan runs --recipe 'language/*' --since 7d --best val/loss_nats",
             "lightspan runs sweeps --where trainer.max_steps=300 --csv runs.csv",
