@@ -14,6 +14,11 @@ def local_command(job: Job) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks(job), *program(job.arguments)]
 
 
+def nodes(job: Job) -> str:
+    """How many nodes torchrun starts on: with `lose` also on fewer, and on all of them again when they come back."""
+    return f"--nnodes={job.nodes - job.lose}:{job.nodes}" if job.lose else f"--nnodes={job.nodes}"
+
+
 def ranks(job: Job) -> list[str]:
     """How many ranks torchrun starts here, and how often it restarts them after one died."""
     return [f"--nproc-per-node={job.ranks_per_node}", f"--max-restarts={RESTARTS}"]

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightspan.callbacks.resilience.preemption import Preemption
-from lightspan.cli.commands.submit import _passing_warnings_on
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.launch import slurm
 from lightspan.cli.launch.job import EXIT_MARGIN_S, Job, grace_period_of, job_name, seconds
+from lightspan.cli.launch.warned import passing_warnings_on
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -497,12 +497,12 @@ def test_a_warning_is_passed_on_and_the_status_is_that_of_a_run_that_left(number
     ready = "print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", f"{told}; import os; os.kill(os.getppid(), {int(number)}); {ready}"]
     job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
-    assert _passing_warnings_on(command, dict(os.environ), job) == code
+    assert passing_warnings_on(command, os.environ, job.stopped) == code
 
 
 def test_a_failure_without_a_warning_keeps_its_status() -> None:
     job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
-    assert _passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], dict(os.environ), job) == 3
+    assert passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], os.environ, job.stopped) == 3
 
 
 # --- parts
