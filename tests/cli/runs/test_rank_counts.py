@@ -82,7 +82,7 @@ def test_a_recipe_never_gets_fewer_micro_batches_than_it_asks_for(started):
 
 def test_rows_that_cannot_be_shared_are_refused(started):
     started(5, 5)
-    with pytest.raises(UserError, match="--most-rows 6: batch_size=24 .* 5 ranks"):
+    with pytest.raises(UserError, match=r"--most-rows 6: batch_size=24 .* 5 ranks"):
         on_started_ranks(recipe(24), 6)
     with pytest.raises(UserError, match="--most-rows needs to know"):
         on_started_ranks(recipe(data="tiny_lab.faults.ExactRows"), 6)
