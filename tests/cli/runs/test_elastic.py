@@ -83,7 +83,7 @@ def test_a_batch_that_no_smaller_number_of_ranks_can_share_ends_the_run():
 
 
 @pytest.mark.runs
-def test_the_command_itself_loses_a_rank_and_ends_with_the_weights_of_one_process(tmp_path, monkeypatch, capfd):
+def test_the_command_itself_loses_a_rank_and_goes_on_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = tmp_path / "run"
