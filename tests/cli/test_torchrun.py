@@ -14,6 +14,7 @@ import torch
 from rank_processes import PROJECT, TINY, callback, free_port
 from waiting import HANG_S, wait_until
 
+from lightspan.cli.launch.torchrun import OWN_STORE_VARIABLE
 from lightspan.cli.runs.differences import first_other_batch, trace_of
 from lightspan.core.files.runs import TRACE
 
@@ -46,7 +47,7 @@ def test_when_a_node_is_lost_the_other_goes_on_with_the_samples_of_one_process(t
     """Two nodes of one rank each on this machine; the one that is lost is not the one where they meet."""
     run, straight = tmp_path / "losing", tmp_path / "straight"
     port = free_port()
-    patience = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+    patience = "last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=3"
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "7"]
     launcher = ["torch.distributed.run", "--nnodes", "1:2", *meeting, "--rdzv-conf", patience, "--max-restarts", "3"]
     often = "trainer.callbacks.checkpoint.init_args.every_n_train_steps=4"
@@ -54,6 +55,7 @@ def test_when_a_node_is_lost_the_other_goes_on_with_the_samples_of_one_process(t
     flags += callback("lose", "tiny_lab.faults.LoseNode", step=6)
     command = [sys.executable, "-m", *launcher, "-m", "--", "lightspan", "fit", *TINY, *flags]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment[OWN_STORE_VARIABLE] = "1"
     logs = [tmp_path / f"node-{number}.log" for number in range(2)]
     nodes = []
     try:

@@ -18,6 +18,7 @@ from lightspan.cli.main import main
 from lightspan.cli.runs import proof
 from lightspan.cli.runs.differences import trace_of
 from lightspan.core.batches import batch_type_of
+from lightspan.core.collate import collated
 from lightspan.datamodules.graph.folder import GraphFolder
 from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.loading.selection import DataSelection, data_name
@@ -41,11 +42,12 @@ def _quick_starts(monkeypatch, tmp_path):
 
 def digests_of(loader: Any, data: Any) -> dict[str, int]:
     """Digest -> index of every sample of a loader's data set, alone in its batch."""
-    from lightspan.core.collate import collated
-
-    kind = batch_type_of(data, loader.dataset)
-    samples = [collated([loader.dataset.sample(index, 0)], kind) for index in range(len(loader.dataset))]
-    return {sample_digests(sample, kind)[0]: int(sample["index"][0]) for sample in samples}
+    kind, found = batch_type_of(data, loader.dataset), dict[str, int]()
+    for index in range(len(loader.dataset)):
+        sample = collated([loader.dataset.sample(index, 0)], kind)
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in sample.items()}  # as in a proof
+        found[sample_digests(wide, kind)[0]] = int(sample["index"][0])
+    return found
 
 
 def plain(data: Any) -> Any:

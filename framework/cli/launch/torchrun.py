@@ -8,6 +8,11 @@ from lightspan.cli.launch.job import RESTARTS, Job
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds between the signal that torchrun passes on to its ranks and SIGKILL; 30 if it is unset, as in older torch."""
 
+OWN_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""1 has the ranks of each start meet at a store of their own. In that of torchrun, a node that comes later, or back, waits
+in vain for an address that was told in the first start alone (torch 2.13).
+"""
+
 
 def local_command(job: Job) -> list[str]:
     """Starts the ranks of a job on this machine, with this Python. Argument list, unquoted."""
@@ -31,4 +36,5 @@ def program(arguments: Sequence[str]) -> list[str]:
 
 def environment(job: Job) -> dict[str, str]:
     """Variables torchrun reads."""
-    return {SHUTDOWN_VARIABLE: str(job.preemption.grace_s)} if job.preemption else {}
+    patience = {SHUTDOWN_VARIABLE: str(job.preemption.grace_s)} if job.preemption else {}
+    return patience | ({OWN_STORE_VARIABLE: "1"} if job.lose else {})

@@ -143,7 +143,9 @@ def first_distant_weight(one: Path, other: Path, tolerance: float) -> str | None
     """
     import torch
 
-    expected, found = _stored(one)["state_dict"], _stored(other)["state_dict"]
+    from lightspan.training.checkpoints.io import read_checkpoint
+
+    expected, found = (read_checkpoint(run / LAST_CHECKPOINT, optimizers=False)["state_dict"] for run in (one, other))
     for name in dict.fromkeys([*expected, *found]):
         if name not in expected or name not in found or expected[name].shape != found[name].shape:
             return f"{name} is not in both checkpoints, of one shape"

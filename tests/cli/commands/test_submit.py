@@ -408,6 +408,7 @@ def test_a_slurm_job_that_may_lose_a_node_is_one_torchrun_on_each(
     given = dict(line.split("=", 1) for line in environment.read_text().splitlines() if "=" in line)
     assert given["PET_RDZV_ENDPOINT"] == "n7:20007"
     assert given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(round(LEAVE.budget_s + EXIT_MARGIN_S))
+    assert given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     # The rest is read as the programs read it.
     agent = words[words.index("lightspan.cli.launch.warned") + 1 :]
     assert agent[:2] == [f"--stopped={LEAVE.exit_code}", "--"]
