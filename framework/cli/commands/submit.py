@@ -190,13 +190,14 @@ def _to_this_machine(args: argparse.Namespace, workload: Workload) -> int:
     if job.nodes > 1:
         raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
     command = elastic.local_command(job) if job.lose else torchrun.local_command(job)
+    variables = {} if job.lose else torchrun.environment(job)
     if args.print:
-        settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
+        settings = [f"{name}={value}" for name, value in variables.items()]
         print(printable(shlex.join(["env", *settings, *command] if settings else command)))
         return 0
     if find_spec("torch") is None:
         raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
-    return passing_warnings_on(command, os.environ | torchrun.environment(job), job.stopped)
+    return passing_warnings_on(command, os.environ | variables, job.stopped)
 
 
 _TARGETS: dict[str, Callable[[argparse.Namespace, Workload], int]] = {

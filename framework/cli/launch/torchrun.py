@@ -9,8 +9,8 @@ SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds between the signal that torchrun passes on to its ranks and SIGKILL; 30 if it is unset, as in older torch."""
 
 OWN_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""1 has the ranks of each start meet at a store of their own. In that of torchrun, a node that comes later, or back, waits
-in vain for an address that was told in the first start alone (torch 2.13).
+"""1 has the ranks of each start meet at a store of their own. In that of torchrun, a node that comes later, or back,
+waits in vain for an address that was told in the first start alone (torch 2.13).
 """
 
 
