@@ -309,6 +309,11 @@ def _counts(workload: Workload, target: str, nodes: int, ranks: int) -> tuple[in
     """
     resolved, lose = workload.resolved, workload.lose
     refuse_fixed_ranks(resolved)
+    if isinstance(devices := resolved.config["trainer"].get("devices"), list):
+        raise UserError(
+            f"--lose {lose}: trainer.devices={devices} names devices, and some of them may be lost; give their number, "
+            "and name them in CUDA_VISIBLE_DEVICES"
+        )
     counts = usable_counts(resolved, nodes * ranks)
     whole, each, name = (ranks, 1, "rank(s)") if target == "local" else (nodes, ranks, f"node(s) of {ranks} rank(s)")
     if lose >= whole:

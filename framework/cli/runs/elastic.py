@@ -157,11 +157,13 @@ def main(words: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(printable(f"lightspan: {line}"), file=sys.stderr, flush=True)
 
-    for number in (*WARNINGS, signal.SIGINT):
-        signal.signal(number, pass_on)
-
-    counts = [int(count) for count in args.ranks.split(",")]
-    ended = keep_running(start, counts, args.lose, (MISTAKE, args.stopped, 128 + signal.SIGINT), say)
+    counts, final = [int(count) for count in args.ranks.split(",")], (MISTAKE, args.stopped, 128 + signal.SIGINT)
+    before = {number: signal.signal(number, pass_on) for number in (*WARNINGS, signal.SIGINT)}
+    try:
+        ended = keep_running(start, counts, args.lose, final, say)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if ended.reason:
         say(f"the run ends: {ended.reason}")
     return ended.status

@@ -473,6 +473,7 @@ def test_on_this_machine_lightspan_itself_starts_the_ranks_and_says_when_some_wi
         ),
         (["--to", "local", "trainer.devices=2", "--lose", "2"], "--lose 2 leaves none of 2 rank(s)"),
         (["--to", "local", "trainer.devices=5", "--lose", "1"], "cannot be shared evenly by 5"),
+        (["--to", "local", "trainer.devices=[0,2]", "--lose", "1"], "name them in CUDA_VISIBLE_DEVICES"),
         (["--to", "slurm", "--lose", "0"], "'0' is not a whole number from 1 up"),
         (["--to", "local", "-c", "scale/deepspeed_zero1", "trainer.devices=2", "--lose", "1"], "ZeRO's checkpoints"),
     ],
