@@ -64,6 +64,7 @@ PYTORCHJOB = resource(
     "PyTorchJob",
     closed(
         ["pytorchReplicaSpecs"],
+        elasticPolicy=closed([], minReplicas=INT32, maxReplicas=INT32, maxRestarts=INT32, rdzvBackend=STRING),
         nprocPerNode=STRING,
         runPolicy=closed(
             [],
@@ -73,7 +74,7 @@ PYTORCHJOB = resource(
             ttlSecondsAfterFinished=COUNT,
         ),
         pytorchReplicaSpecs=closed(
-            ["Master"],
+            [],
             **{
                 role: closed(
                     [],

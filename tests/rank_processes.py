@@ -35,10 +35,13 @@ TINY = [
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks ended: exit statuses (negative: a signal) and everything they said, in the order of ranks."""
+    """How the ranks ended: exit statuses (negative: a signal) and everything they said, in the order of ranks; and the
+    statuses as they were before the others were killed, None for those.
+    """
 
     statuses: list[int]
     said: str
+    by_themselves: list[int | None]
 
 
 @functools.cache
@@ -88,13 +91,14 @@ def launch(
             multiprocessing.connection.wait([process.sentinel for process in running], until_s - time.monotonic())
             running = [process for process in processes if process.is_alive()]
         in_time = time.monotonic() < until_s
+        by_themselves = [process.exitcode for process in processes]
         for process in running:
             process.kill()
             process.join()
     said = "".join(log.read_text() for log in logs)
     if not in_time:
         raise TimeoutError(said)
-    return Ended([process.exitcode or 0 for process in processes], said)
+    return Ended([process.exitcode or 0 for process in processes], said, by_themselves)
 
 
 def start(function: Callable[..., None], ranks: int, *arguments: object) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightspan.core.batches import batch_type_of, fields_of
+from lightspan.core.collate import separated
 from lightspan.core.files.places import RunPath
 
 
@@ -40,7 +43,8 @@ class Trace(Callback):
         self._file = (self.folder / f"rank-{trainer.global_rank}.jsonl").open("a", buffering=1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch, self._samples = trainer.fit_loop.epoch_loop.total_batch_idx, sample_digests(batch)
+        batch_type = batch_type_of(getattr(trainer, "datamodule", None), pl_module)
+        self._batch, self._samples = trainer.fit_loop.epoch_loop.total_batch_idx, sample_digests(batch, batch_type)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -52,9 +56,7 @@ class Trace(Callback):
             "start_s": self._start_s,
             "samples": self._samples,
             "loss": float(loss),
-            "buffers": {
-                name: _digest(buffer.detach().cpu()) for name, buffer in pl_module.named_buffers() if name not in stored
-            },
+            "buffers": {name: _digest(buffer) for name, buffer in pl_module.named_buffers() if name not in stored},
         }
         assert self._file is not None
         self._file.write(json.dumps(line) + "\n")
@@ -81,11 +83,19 @@ class StopAfter(Callback):
         trainer.fit_loop.epoch_loop.max_steps = self.steps
 
 
-def sample_digests(batch: Any) -> list[str]:
-    """One digest for each row of a batch: of that row's bytes in all its tensors with the samples on the first axis."""
-    tensors = [tensor.detach().cpu() for tensor in _tensors(batch)]
-    rows = len(tensors[0]) if tensors and tensors[0].ndim else 0
-    return [_digest(*(t[i] for t in tensors if t.ndim and len(t) == rows)) for i in range(rows)]
+def sample_digests(batch: Any, batch_type: type | None = None) -> list[str]:
+    """One digest for each sample of a batch: of its bytes in the fields that the type declares, and of that row in all
+    other tensors with the samples on the first axis, which are all tensors of a batch without a type.
+    """
+    declared = separated(batch, batch_type) if isinstance(batch, Mapping) and batch_type is not None else []
+    names = fields_of(batch_type) if declared else {}
+    others = {name: value for name, value in batch.items() if name not in names} if declared else batch
+    tensors = _tensors(others)
+    rows = len(declared) or (len(tensors[0]) if tensors and tensors[0].ndim else 0)
+    tensors = [tensor for tensor in tensors if tensor.ndim and len(tensor) == rows]
+    return [
+        _digest(*_tensors(declared[i] if declared else ()), *(tensor[i] for tensor in tensors)) for i in range(rows)
+    ]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -100,4 +110,4 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

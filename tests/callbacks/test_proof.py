@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
-from lightspan.callbacks.resilience.proof import StopAfter, Trace
+from lightspan.callbacks.resilience.proof import StopAfter, Trace, sample_digests
 from lightspan.cli.runs.kill_at import KillAt
+from lightspan.core.collate import collated
+from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
@@ -37,6 +39,21 @@ def test_a_run_stops_early_with_a_schedule_of_its_full_length(tmp_path):
     assert trainer.global_step == 3
     assert module.lr_schedulers().total_steps == 100
     assert module.lr_schedulers().get_last_lr()[0] == 4 / 11
+
+
+def test_a_packed_sample_has_the_same_digest_in_any_batch():
+    """Its edges count through the batch, so that their bytes depend on the samples before it."""
+    graphs = []
+    for number, nodes in enumerate((3, 1, 4, 3)):
+        edges = torch.stack([torch.arange(nodes), torch.arange(nodes).roll(1)])
+        graph = {"node": torch.full((nodes, 2), 1.0), "edge_index": edges, "edge": torch.ones(nodes, 1)}
+        graphs.append({**graph, "label": 0, "index": number})
+    graphs[3]["index"] = 0  # equal samples have equal digests
+    together = sample_digests(collated(graphs, GraphBatch), GraphBatch)
+    apart = [sample_digests(collated(graphs[i : i + 2], GraphBatch), GraphBatch) for i in (0, 2)]
+    assert together == apart[0] + apart[1]
+    assert together[3] == together[0]
+    assert len(set(together)) == 3
 
 
 class Counted(Scheduled):

@@ -12,6 +12,7 @@ from lightspan.cli.commands.arguments import (
     add_recipe_arguments,
     add_run_argument,
     add_worker_arguments,
+    count,
     folder,
     option_value,
     resolved_from,
@@ -36,13 +37,14 @@ from lightspan.cli.runs.folder import (
     write_run_files,
 )
 from lightspan.cli.runs.metrics_csv import write_csv
+from lightspan.cli.runs.rank_counts import on_started_ranks
 from lightspan.cli.runs.seed import with_seed
 from lightspan.cli.runs.train import (
-    barrier_after_restart,
     call,
     check_at_start,
     check_checkpoints,
     has_no_steps,
+    meet_under_new_keys,
     obey_signals,
     stop_at_start,
 )
@@ -82,6 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_worker_arguments(parser)
     parser.add_argument(
+        "--elastic",
+        action="store_true",
+        help="on as many ranks as the launcher has started, whatever trainer.devices says; the global batch stays",
+    )
+    parser.add_argument(
+        "--most-rows",
+        type=count,
+        metavar="N",
+        help="with --elastic: at most N samples in a rank's micro-batch; a step gets more of them on fewer ranks",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="record where the time and memory of some steps go, in RUN/profile",
@@ -119,6 +132,12 @@ def run(args: argparse.Namespace) -> int:
             return 0
         args = chosen
         resolved = resolved_from(args)
+        if args.elastic:
+            resolved = with_layer(resolved, on_started_ranks(resolved, args.most_rows))
+            if args.seeds is not None:
+                raise UserError("--elastic is for the ranks of one run, and --seeds starts several; give one of them")
+        elif args.most_rows is not None:
+            raise UserError("--most-rows divides the steps of --elastic, which is not given")
     if args.dry_run:
         from lightspan.cli.planning.rehearsal import rehearse
 
@@ -198,7 +217,7 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
     if untrained:
         stop_at_start(built, run_dir / LAST_CHECKPOINT)
     obey_signals(built)
-    barrier_after_restart(built)
+    meet_under_new_keys(built)
     if is_first_rank():
         clear_mark(run_dir)
         write_run_files(resolved, run_dir, args.command_line, args.overlays, checkpoint)

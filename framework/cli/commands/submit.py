@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -30,9 +29,11 @@ from lightspan.cli.config.resolve import Resolved
 from lightspan.cli.config.tree import dump
 from lightspan.cli.launch import kubernetes, slurm, torchrun
 from lightspan.cli.launch.job import Array, Job, cores_of, grace_period_of, job_name, mebibytes, seconds
+from lightspan.cli.launch.warned import passing_warnings_on
+from lightspan.cli.runs import elastic
 from lightspan.cli.runs.folder import run_folder
+from lightspan.cli.runs.rank_counts import refuse_fixed_ranks, usable_counts
 from lightspan.core.errors import UserError, print_notes, printable
-from lightspan.training.signals import WARNINGS
 
 _IMAGE = re.compile(r"[\w./:@+~-]+")
 _LABEL = re.compile(
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder (default: runs/RECIPE/TIME, in /runs on Kubernetes)",
     )
     add_target_arguments(parser, tuple(_TARGETS), required=True)
+    parser.add_argument(
+        "--lose",
+        type=count,
+        metavar="N",
+        help="go on without N lost nodes, or with --to local ranks, from the last checkpoint and with the same batches",
+    )
 
 
 def add_target_arguments(parser: argparse.ArgumentParser, targets: Sequence[str], required: bool = False) -> None:
@@ -114,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks the recipe, then prints or submits its job. Raises: UserError for bad input or a missing tool."""
     resolved = prepared(args)
     print_notes(resolved.notes)
-    return hand_over(args, Workload(resolved, args.run))
+    return hand_over(args, Workload(resolved, args.run, lose=args.lose or 0))
 
 
 @dataclass(frozen=True)
@@ -125,17 +132,19 @@ class Workload:
         resolved: the recipe.
         folder: where, as the user said.
         words: what a sweep needs on its command line beyond the recipe.
+        lose: nodes, or on this machine ranks, that a fit may lose.
     """
 
     resolved: Resolved
     folder: Path | None
     words: tuple[str, ...] = ()
     array: Array | None = None
+    lose: int = 0
 
     def command(self, recipe: Sequence[str], folder: str) -> list[str]:
         """What follows `lightspan`, without --allow-module."""
         if self.array is None:
-            return ["fit", *recipe, "--run", folder]
+            return ["fit", *recipe, "--run", folder, *(["--elastic"] if self.lose else [])]
         return ["sweep", *recipe, *self.words, "--out", folder, "--task", "array"]
 
 
@@ -180,38 +189,15 @@ def _to_this_machine(args: argparse.Namespace, workload: Workload) -> int:
     job = _job_of_files(args, workload)
     if job.nodes > 1:
         raise UserError(f"--to local starts ranks on this machine only, not on {job.nodes}; use --to slurm")
-    command = torchrun.local_command(job)
+    command = elastic.local_command(job) if job.lose else torchrun.local_command(job)
+    variables = {} if job.lose else torchrun.environment(job)
     if args.print:
-        settings = [f"{name}={value}" for name, value in torchrun.environment(job).items()]
+        settings = [f"{name}={value}" for name, value in variables.items()]
         print(printable(shlex.join(["env", *settings, *command] if settings else command)))
         return 0
     if find_spec("torch") is None:
         raise UserError("torchrun is not installed: pip install torch, or look at the command with --print")
-    return _passing_warnings_on(command, os.environ | torchrun.environment(job), job)
-
-
-def _passing_warnings_on(command: list[str], environment: dict[str, str], job: Job) -> int:
-    """Runs torchrun. It ends with 1 whatever its ranks returned, so if a warning signal was passed on to it and it
-    ended for that reason, the status is that of a run that stopped because it was asked to.
-    """
-    told: list[int] = []
-    process = subprocess.Popen(command, env=environment)
-
-    def pass_on(number: int, _: Any) -> None:
-        told.append(number)
-        if number != signal.SIGINT:  # which a terminal has sent to torchrun as well
-            process.terminate()
-
-    before = {number: signal.signal(number, pass_on) for number in (*WARNINGS, signal.SIGINT)}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if not told or status == 0:
-        return status
-    left = 128 + signal.SIGTERM if job.preemption is None else job.preemption.exit_code
-    return 128 + signal.SIGINT if told[0] == signal.SIGINT else left
+    return passing_warnings_on(command, os.environ | variables, job.stopped)
 
 
 _TARGETS: dict[str, Callable[[argparse.Namespace, Workload], int]] = {
@@ -292,13 +278,15 @@ def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list
     resolved, places = workload.resolved, [option_value(args, option) for option in REPLACING]
     trainer = resolved.config["trainer"]
     arguments = [*workload.command(recipe, folder), *allow_options(args.allow_modules)]
+    nodes = _number(trainer.get("num_nodes", 1), "trainer.num_nodes", "--nodes")
+    ranks = _number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node")
     return Job(
         name=job_name(resolved.name, PurePosixPath(folder).name),
         arguments=(*arguments, "--wandb") if args.wandb else tuple(arguments),
         run=folder,
         workdir=str(Path.cwd()),
-        nodes=_number(trainer.get("num_nodes", 1), "trainer.num_nodes", "--nodes"),
-        ranks_per_node=_number(trainer.get("devices", "auto"), "trainer.devices", "--gpus-per-node"),
+        nodes=nodes,
+        ranks_per_node=ranks,
         gpus=trainer.get("accelerator") in ("gpu", "cuda"),
         cores=args.cpus_per_task or cores_of(resolved.config),
         preemption=grace_period_of(resolved.config),
@@ -309,7 +297,37 @@ def _job(args: argparse.Namespace, workload: Workload, folder: str, recipe: list
         array=workload.array,
         memory_mib=None if args.mem is None else mebibytes(args.mem),
         node_labels=tuple(map(_label, args.node_selector or ())),
+        lose=workload.lose,
+        counts=_counts(workload, args.to, nodes, ranks) if workload.lose else (),
     )
+
+
+def _counts(workload: Workload, target: str, nodes: int, ranks: int) -> tuple[int, ...]:
+    """The numbers of ranks on which a run may go on that loses some; says where ranks that are left will wait.
+
+    Raises: UserError for as many losses as there are nodes or ranks, and for nodes without an even share of the batch.
+    """
+    resolved, lose = workload.resolved, workload.lose
+    refuse_fixed_ranks(resolved)
+    if isinstance(devices := resolved.config["trainer"].get("devices"), list):
+        raise UserError(
+            f"--lose {lose}: trainer.devices={devices} names devices, and some of them may be lost; give their number, "
+            "and name them in CUDA_VISIBLE_DEVICES"
+        )
+    counts = usable_counts(resolved, nodes * ranks)
+    whole, each, name = (ranks, 1, "rank(s)") if target == "local" else (nodes, ranks, f"node(s) of {ranks} rank(s)")
+    if lose >= whole:
+        raise UserError(f"--lose {lose} leaves none of {whole} {name}; give a smaller number, or more of them")
+    uneven = [left for left in range(whole, whole - lose - 1, -1) if left * each not in counts]
+    if whole in uneven or (uneven and target != "local"):
+        raise UserError(
+            f"--lose {lose}: the batch cannot be shared evenly by {', '.join(map(str, uneven))} {name}; set "
+            "data.init_args.batch_size to a multiple of each number of ranks, times trainer.accumulate_grad_batches"
+        )
+    for left in uneven:
+        most = max(count for count in counts if count <= left)
+        print_notes([f"the batch cannot be shared evenly by {left} ranks: when so many are left, {most} go on"])
+    return tuple(counts)
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,9 @@ class Job:
         array: the jobs that there are of it; None for one.
         memory_mib: main memory of each node; None leaves it to the cluster.
         node_labels: (label, value) that a node of a Kubernetes cluster must have.
+        lose: nodes that may be lost, or on this machine ranks, after which the run goes on on the others; its arguments
+            then say that it is elastic.
+        counts: with `lose` on this machine, the numbers of ranks that the run may have, from the largest down.
     """
 
     name: str
@@ -68,6 +72,13 @@ class Job:
     array: Array | None = None
     memory_mib: int | None = None
     node_labels: tuple[tuple[str, str], ...] = ()
+    lose: int = 0
+    counts: tuple[int, ...] = ()
+
+    @property
+    def stopped(self) -> int:
+        """Exit status of a run that stopped because it was asked to."""
+        return 128 + signal.SIGTERM if self.preemption is None else self.preemption.exit_code
 
 
 @dataclass(frozen=True)

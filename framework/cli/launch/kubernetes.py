@@ -83,16 +83,15 @@ def _job(job: Job, claim: str) -> Manifest:
 
 
 def _jobset(job: Job, claim: str) -> Manifest:
-    # Any pod that fails ends the inner Job, and the JobSet restarts all of them from the last checkpoint:
-    # ranks cannot continue without one of them.
+    # Any pod that fails ends the inner Job, and the JobSet restarts all of them from the last checkpoint: ranks cannot
+    # continue without one of them, unless the job may lose some.
     head = f"{job.name}-node-0-0.{job.name}:{_PORT}"
     template = {
         "spec": {
             "completionMode": "Indexed",
             "completions": job.nodes,
             "parallelism": job.nodes,
-            "backoffLimit": 0,
-            "podFailurePolicy": {"rules": [{"action": "FailJob", "onPodConditions": [_DISRUPTED]}]},
+            **(_each_pod_for_itself(job) if job.lose else _ALL_PODS_TOGETHER),
             **_deadline(job),
             "template": _template(job, _rendezvous(job, head), claim),
         }
@@ -111,12 +110,28 @@ def _jobset(job: Job, claim: str) -> Manifest:
     return _document("jobset.x-k8s.io/v1alpha2", "JobSet", job, spec)
 
 
+def _each_pod_for_itself(job: Job) -> Manifest:
+    """A pod that is gone is made anew while the others go on without it; torchrun takes it in when it is back."""
+    return {
+        "backoffLimitPerIndex": RESTARTS,
+        "maxFailedIndexes": job.lose,
+        "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [_DISRUPTED]}]},
+        "successPolicy": {"rules": [{"succeededCount": job.nodes - job.lose}]},
+    }
+
+
 def _pytorchjob(job: Job, claim: str) -> Manifest:
     # The operator wants a container called pytorch, and puts the address of the master into its environment.
-    template = _template(job, _rendezvous(job, "$(MASTER_ADDR):$(MASTER_PORT)"), claim, container="pytorch")
+    if job.lose:  # the operator tells torchrun in its environment where its workers meet, and how many there may be
+        command, replicas = ["torchrun", *_ranks(job)], {"Worker": job.nodes}
+    else:
+        command = _rendezvous(job, "$(MASTER_ADDR):$(MASTER_PORT)")
+        replicas = {"Master": 1} | ({"Worker": job.nodes - 1} if job.nodes > 1 else {})
+    template = _template(job, command, claim, container="pytorch")
     del template["spec"]["restartPolicy"]
-    replicas = {"Master": 1} | ({"Worker": job.nodes - 1} if job.nodes > 1 else {})
+    bounds = {"minReplicas": job.nodes - job.lose, "maxReplicas": job.nodes}
     spec = {
+        **({"elasticPolicy": {"rdzvBackend": "c10d", **bounds, "maxRestarts": RESTARTS}} if job.lose else {}),
         "nprocPerNode": str(job.ranks_per_node),
         "runPolicy": {
             "backoffLimit": RESTARTS,
@@ -133,6 +148,10 @@ def _pytorchjob(job: Job, claim: str) -> Manifest:
 
 
 _DISRUPTED = {"type": "DisruptionTarget", "status": "True"}  # evicted, drained, or preempted by a higher priority
+_ALL_PODS_TOGETHER: Manifest = {
+    "backoffLimit": 0,
+    "podFailurePolicy": {"rules": [{"action": "FailJob", "onPodConditions": [_DISRUPTED]}]},
+}
 
 
 def _document(version: str, kind: str, job: Job, spec: Manifest) -> Manifest:
@@ -150,7 +169,7 @@ def _deadline(job: Job) -> Manifest:
 
 def _rendezvous(job: Job, endpoint: str) -> list[str]:
     meeting = ["--rdzv-backend=c10d", f"--rdzv-id={job.name}", f"--rdzv-endpoint={endpoint}"]
-    return ["torchrun", f"--nnodes={job.nodes}", *meeting, *_ranks(job)]
+    return ["torchrun", torchrun.nodes(job), *meeting, *_ranks(job)]
 
 
 def _ranks(job: Job) -> list[str]:

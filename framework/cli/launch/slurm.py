@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightspan import __version__
+from lightspan.cli.launch import torchrun
 from lightspan.cli.launch.job import Job
 from lightspan.core.errors import UserError
 
@@ -51,7 +52,7 @@ def batch_script(job: Job, site: Site = Site(), runtime: str = "apptainer") -> s
     Raises: UserError for a name, rule, line or path that the launcher could misread.
     """
     rules = "\n".join(f"#SBATCH --{rule}" for rule in _rules(job, site))
-    command = shlex.join(_step(job, runtime))
+    command, meeting = shlex.join(_step(job, runtime)), _meeting(job) if job.lose else ""
     # Modules and environments read variables that may not be set.
     strict = ["set -eo pipefail", *map(_line, site.setup), "set -u"] if site.setup else ["set -euo pipefail"]
     begin = "\n".join(strict)
@@ -61,21 +62,22 @@ def batch_script(job: Job, site: Site = Site(), runtime: str = "apptainer") -> s
 {begin}
 cd -- {shlex.quote(job.workdir)}
 mkdir -p -- {shlex.quote(job.run)}
-status=0
+{meeting}status=0
 {command} || status=$?
 {_requeue(job)}exit "${{status}}"
 """
 
 
 def _rules(job: Job, site: Site) -> list[str]:
-    rules = [f"job-name={job.name}", f"nodes={job.nodes}", f"ntasks-per-node={job.ranks_per_node}"]
+    tasks = 1 if job.lose else job.ranks_per_node
+    rules = [f"job-name={job.name}", f"nodes={job.nodes}", f"ntasks-per-node={tasks}"]
     if job.array is not None:
         limit = "" if job.array.at_once is None else f"%{job.array.at_once}"
         rules.append(f"array=0-{job.array.tasks - 1}{limit}")
     if job.gpus:
         rules.append(f"gpus-per-node={job.ranks_per_node}")
-    if job.cores > 1:
-        rules.append(f"cpus-per-task={job.cores}")
+    if (cores := _cores(job)) > 1:
+        rules.append(f"cpus-per-task={cores}")
     if job.memory_mib is not None:
         rules.append(f"mem={job.memory_mib}M")
     if job.time is not None:
@@ -86,6 +88,8 @@ def _rules(job: Job, site: Site) -> list[str]:
                 raise UserError(f"--{option} {name!r}: a name may have letters, digits, '_', '-' and '.'")
             rules.append(f"{option}={name}")
     rules += ["requeue", "open-mode=append"]
+    if job.lose:
+        rules.append("no-kill")  # a node that fails does not end the job
     if job.preemption is not None:
         # Without B: the signal goes to the ranks and not to this shell, which would not forward it.
         rules.append(f"signal=USR1@{job.preemption.grace_s}")
@@ -124,26 +128,55 @@ def _printable(text: str, option: str) -> str:
     return text
 
 
+def _meeting(job: Job) -> str:
+    """Tells the torchruns of all nodes where they meet: on the node that the script runs on."""
+    values = " ".join(f"{name}={value}" for name, value in torchrun.environment(job).items())
+    return f"""head=$(scontrol show hostnames "${{SLURM_JOB_NODELIST}}" | head -n 1)
+export PET_RDZV_ENDPOINT="${{head}}:$((20000 + SLURM_JOB_ID % 10000))" PET_RDZV_ID="${{SLURM_JOB_ID}}" {values}
+""".replace(" \n", "\n")
+
+
+def _cores(job: Job) -> int:
+    """Of one task: a rank, or the torchrun of a node with its ranks."""
+    return job.cores * job.ranks_per_node if job.lose else job.cores
+
+
 def _step(job: Job, runtime: str) -> list[str]:
-    # --wait: ends ranks that a dead one leaves hanging. --kill-on-bad-exit would do so at once, and treat a rank
-    # that stops a moment after the others as failed.
-    step = ["srun", f"--wait={job.preemption.grace_s if job.preemption else 60}"]
-    if job.cores > 1:
-        step.append(f"--cpus-per-task={job.cores}")  # since SLURM 22.05 srun does not take it from the job
+    if job.lose:
+        # The others go on for as long as they need when a node is gone.
+        step = ["srun", "--no-kill", "--wait=0", "--kill-on-bad-exit=0"]
+    else:
+        # --wait: ends ranks that a dead one leaves hanging. --kill-on-bad-exit would do so at once, and treat a rank
+        # that stops a moment after the others as failed.
+        step = ["srun", f"--wait={job.preemption.grace_s if job.preemption else 60}"]
+    if (cores := _cores(job)) > 1:
+        step.append(f"--cpus-per-task={cores}")  # since SLURM 22.05 srun does not take it from the job
     arguments = [*job.arguments, *_flags(job)]
     if job.image is None:
         # -P: nothing is imported from the folder of the job, which may be a stranger's.
-        return [*step, *_SHIELDED, sys.executable, "-P", "-m", "lightspan", *arguments]
+        python = [sys.executable, "-P"]
+        program = _agent(job, python, arguments) if job.lose else [*python, "-m", "lightspan", *arguments]
+        return [*step, *_SHIELDED, *program]
     folders = list(dict.fromkeys((job.workdir, job.run, *job.inputs)))
     for folder in folders:
         if re.search(r"[:,\n]", folder):
             raise UserError(f"{folder!r} cannot be mounted: its name has ':', ',' or a line break; use another folder")
-    inside = ["lightspan", *arguments]
+    inside = _agent(job, ["python", "-P"], arguments) if job.lose else ["lightspan", *arguments]
     if runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
         flags = [f"--container-image={job.image}", f"--container-mounts={mounts}", "--no-container-entrypoint"]
         return [*step, *flags, f"--container-workdir={job.workdir}", *_SHIELDED, *inside]
     return [*step, *_SHIELDED, "apptainer", "exec", *_apptainer(job, folders), job.image, *inside]
+
+
+def _agent(job: Job, python: list[str], arguments: Sequence[str]) -> list[str]:
+    """The torchrun of a node. It is told of SLURM's warning as it understands it, and ends with the status that the
+    script looks for. Where nodes meet is known on the cluster alone: the torchruns read it from the environment.
+    """
+    stopped = [f"--stopped={job.stopped}", "--"]
+    meeting = [torchrun.nodes(job), "--rdzv-backend=c10d", *torchrun.ranks(job)]
+    launcher = [*python, "-m", "torch.distributed.run", *meeting, *torchrun.program(arguments)]
+    return [*python, "-m", "lightspan.cli.launch.warned", *stopped, *launcher]
 
 
 def _apptainer(job: Job, folders: Sequence[str]) -> list[str]:

@@ -137,15 +137,48 @@ def largest_difference(one: Path, other: Path) -> float:
     return math.nan if any(map(math.isnan, away)) else max(away, default=0.0)
 
 
-def trace_of(run_dir: Path) -> dict[int, Batch]:
-    """Batch number -> what `callbacks.proof.Trace` wrote about it in its last attempt."""
-    last: dict[int, dict[str, Any]] = {}
+def first_distant_weight(one: Path, other: Path, tolerance: float) -> str | None:
+    """The first tensor of the last checkpoints' weights that differs by more than `tolerance` times its largest number,
+    or at all where it has whole numbers.
+    """
+    import torch
+
+    from lightspan.training.checkpoints.io import read_checkpoint
+
+    expected, found = (read_checkpoint(run / LAST_CHECKPOINT, optimizers=False)["state_dict"] for run in (one, other))
+    for name in dict.fromkeys([*expected, *found]):
+        if name not in expected or name not in found or expected[name].shape != found[name].shape:
+            return f"{name} is not in both checkpoints, of one shape"
+        a, b = expected[name], found[name]
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return f"{name} differs"
+        elif a.numel() and not (away := float((a - b).abs().max())) <= tolerance * float(a.abs().max()):
+            return f"{name} differs by up to {away:.3g}"
+    return None
+
+
+def redone(run_dir: Path) -> int:
+    """Batches that a run has done in more than one of its starts."""
+    starts: dict[int, set[float]] = {}
+    for _, entry in _traced(run_dir):
+        starts.setdefault(entry["batch"], set()).add(entry["start_s"])
+    return sum(len(times) > 1 for times in starts.values())
+
+
+def _traced(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(rank-N, line) of all that `callbacks.proof.Trace` wrote."""
     for path in sorted((run_dir / TRACE).glob("rank-*.jsonl")):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that the kill cut short
-                entry = json.loads(line)
-                attempts = last.setdefault(entry["batch"], {})
-                attempts[path.stem] = entry
+                yield path.stem, json.loads(line)
+
+
+def trace_of(run_dir: Path) -> dict[int, Batch]:
+    """Batch number -> what `callbacks.proof.Trace` wrote about it in its last attempt."""
+    last: dict[int, dict[str, Any]] = {}
+    for rank, entry in _traced(run_dir):
+        last.setdefault(entry["batch"], {})[rank] = entry
     trace = {}
     for batch, by_rank in last.items():
         newest = max(entry["start_s"] for entry in by_rank.values())
@@ -166,6 +199,16 @@ def _first_other_line(straight: Path, killed: Path) -> str | None:
         one, other = expected.get((step, name), []), found.get((step, name), [])
         for _ in differences(one, other, ""):
             return f"the logged {name} of step {step} is {_said(other)} instead of {_said(one)}"
+    return None
+
+
+def first_other_count(straight: Path, other: Path) -> str | None:
+    """The first figure that was not logged as often for a step as in the straight run, whatever its value."""
+    expected, found = _logged(straight), _logged(other)
+    for step, name in dict.fromkeys([*expected, *found]):
+        times, wanted = (len(logged.get((step, name), [])) for logged in (found, expected))
+        if times != wanted:
+            return f"{name} of step {step} was logged {times} times instead of {wanted}"
     return None
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,19 @@ def fit_command(words: Sequence[str], run_dir: Path) -> tuple[str, ...]:
     return (sys.executable, "-m", "lightspan", "fit", *words, "--run", str(run_dir))
 
 
-def start(command: Sequence[str], log: Path, variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a command in its own session; its output is appended to `log`. If it is lightspan, it stops in order when
-    this process is killed.
+def start(
+    command: Sequence[str], log: Path | None, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts a command in its own session; its output is appended to `log`, or goes where this process' does. If it is
+    lightspan, it stops in order when this process is killed.
     """
     alone = {key: value for key, value in os.environ.items() if key != "LIGHTSPAN_RUN"}
-    alone[PARENT_VARIABLE] = str(os.getpid())
+    alone |= {PARENT_VARIABLE: str(os.getpid()), **(variables or {})}
+    if log is None:
+        return subprocess.Popen(command, env=alone, start_new_session=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
-            command, env=alone | (variables or {}), stdout=file, stderr=file, start_new_session=True
-        )
+        return subprocess.Popen(command, env=alone, stdout=file, stderr=file, start_new_session=True)
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
@@ -70,18 +72,32 @@ def end_in_order(processes: Collection["subprocess.Popen[bytes]"], grace_s: floa
 
 def ranks_of(command: Sequence[str], ranks: int, log: Path) -> list[int | None]:
     """Starts the ranks as a launcher would; when one dies the rest is killed. Exit statuses, None for those killed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-            launched = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(start(command, log, launched if ranks > 1 else None))
+    with started_ranks(command, ranks, log) as processes:
         while not any(process.poll() for process in processes) and any(process.poll() is None for process in processes):
             time.sleep(0.1)
         return [process.poll() for process in processes]
+
+
+@contextlib.contextmanager
+def started_ranks(
+    command: Sequence[str], ranks: int, log: Path | None, variables: Mapping[str, str] | None = None
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """The processes of one start, which meet at a port of their own; whatever happens inside, all have ended after it.
+
+    Args:
+        log: as in `start`.
+        variables: of the environment, besides those that tell a rank which one it is.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(variables or {})}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(ranks):
+            processes.append(start(command, log, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        yield processes
     finally:
         for process in processes:
             end(process)
@@ -126,7 +142,7 @@ def _share(worker: int, workers: int) -> dict[str, str]:
     except that GPUs are divided.
     """
     found = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, _cores() // workers))}
-    devices = _gpus()
+    devices = gpus()
     if workers > 1 and devices:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(devices[worker::workers] or [devices[worker % len(devices)]])
     return found
@@ -136,7 +152,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The names under which CUDA knows this machine's GPUs, without asking CUDA: that would take memory on each."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]

@@ -18,12 +18,13 @@ class KillAt(Callback):
         place: where in that step; "after_save" is after the callbacks of the first step from this one on that has
             written a checkpoint, and before Lightning logs and validates.
         rank: which rank's process.
+        ranks: only in a start on so many; None: in any.
     """
 
     alters_training = False  # see config.identity
 
-    def __init__(self, step: int, place: Moment, rank: int = 0) -> None:
-        self.step, self.place, self.rank = step, place, rank
+    def __init__(self, step: int, place: Moment, rank: int = 0, ranks: int | None = None) -> None:
+        self.step, self.place, self.rank, self.ranks = step, place, rank, ranks
         self._began = self._saved = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,5 +57,6 @@ class KillAt(Callback):
         self._kill("batch_end", trainer)
 
     def _kill(self, place: str, trainer: Trainer) -> None:
-        if (self._began, place, trainer.global_rank) == (self.step, self.place, self.rank):
+        meant = self.ranks in (None, trainer.world_size)
+        if meant and (self._began, place, trainer.global_rank) == (self.step, self.place, self.rank):
             os.kill(os.getpid(), signal.SIGKILL)

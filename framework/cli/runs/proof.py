@@ -1,12 +1,10 @@
 """The proof that a killed and resumed run equals a straight one: what is started, who is killed, what is compared."""
 
 import ast
-import importlib
-import inspect
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,18 @@ from lightspan.cli.config.allow import class_paths
 from lightspan.cli.config.resolve import Resolved, with_layer
 from lightspan.cli.config.signatures import Signature, signature
 from lightspan.cli.config.tree import dump
-from lightspan.cli.runs.differences import first_difference, first_other_batch, largest_difference
+from lightspan.cli.runs.differences import (
+    first_difference,
+    first_distant_weight,
+    first_other_batch,
+    first_other_count,
+    largest_difference,
+    redone,
+    trace_of,
+)
+from lightspan.cli.runs.elastic import Ended, keep_running
 from lightspan.cli.runs.fits import fit_command, last_lines, ranks_of
+from lightspan.cli.runs.rank_counts import global_batch, micro_batches
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.runs import CHECKPOINTS, OUTPUT, TRACE
@@ -27,8 +35,6 @@ of 8 or 16 bits, which are rounded at random: a last bit decides which way.
 """
 
 DOUBLE = "float64"
-
-OWN_DATA = "lightspan.datamodules."
 
 KILL = "lightspan.cli.runs.kill_at.KillAt"  # no recipe may name it: its module is allowed for the runs of a proof alone
 
@@ -45,60 +51,67 @@ _RUN = {"save_dir": "${run}"}
 
 @dataclass(frozen=True)
 class ProofSettings:
+    """What is proved.
+
+    Attributes:
+        ranks: numbers of ranks; one where ranks are lost.
+        kills: how often a run is killed.
+        steps: optimiser steps of a run, with a checkpoint after each `every`.
+        lose: ranks that are lost one after the other, each once; 0 for runs that are killed as a whole.
+        counts: where ranks are lost, the numbers of ranks that the run may have, from the largest down.
+    """
+
     ranks: list[int]
     kills: int
     steps: int
     every: int
     seed: int
+    lose: int = 0
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL of one rank in the step after `step` finished ones, at a place of KILL."""
+    """SIGKILL of one rank in the step after `step` finished ones, at a place of KILL; with `ranks`, only in the start
+    on so many.
+    """
 
     step: int
     place: str
     rank: int
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
 class Leg:
     """One start of a run: on how many ranks, who is killed in it (None: it finishes), and whether in float64 instead of
-    the recipe's own precision.
+    the recipe's own precision. With `losses` the run finishes by itself, on what is left after each of them.
     """
 
     ranks: int
     kill: Kill | None
     double: bool = False
+    losses: tuple[Kill, ...] = ()
 
 
 def refuse_uneven_batches(resolved: Resolved, ranks: Sequence[int]) -> None:
     """Checks now rather than in the run that would fail. Data of others may give `batch_size` another meaning."""
-    data, trainer = resolved.config.get("data"), resolved.config.get("trainer", {})
-    if not isinstance(data, dict) or not data.get("class_path", "").startswith(OWN_DATA):
-        return
-    module, _, name = data["class_path"].rpartition(".")
-    batch_size = data.get("init_args", {}).get("batch_size")
-    if batch_size is None:
-        batch_size = _default(getattr(importlib.import_module(module), name), "batch_size")
-    accumulate = trainer.get("accumulate_grad_batches", 1)
-    if isinstance(batch_size, int) and isinstance(accumulate, int):
+    if (batch_size := global_batch(resolved)) is not None:
         from lightspan.datamodules.loading.loader import split_batch
 
         for count in ranks:
-            split_batch(batch_size, count, accumulate)
-
-
-def _default(kind: type, argument: str) -> Any:
-    """Of a class, or of the base to which it hands what it does not name itself; None without any."""
-    signatures = (inspect.signature(each).parameters for each in kind.__mro__ if each is not object)
-    return next((parameters[argument].default for parameters in signatures if argument in parameters), None)
+            split_batch(batch_size, count, micro_batches(resolved))
 
 
 def planned_runs(settings: ProofSettings) -> dict[str, list[Leg]]:
     """Folder name -> the starts of that run. The same settings give the same kills."""
     draw = random.Random(settings.seed)
     runs: dict[str, list[Leg]] = {}
+    if settings.lose:
+        losses = _losses(draw, settings)
+        runs[f"straight-1-{DOUBLE}"] = [Leg(1, None, double=True)]
+        runs[_losing(settings)] = [Leg(settings.ranks[0], None, double=True, losses=losses)]
+        return runs
     for count in settings.ranks:
         runs[f"straight-{count}"] = [Leg(count, None)]
         runs[f"killed-{count}"] = _legs(draw, settings, [count])
@@ -122,8 +135,42 @@ def _legs(draw: random.Random, settings: ProofSettings, ranks: Sequence[int]) ->
     return [Leg(count, kill) for count, kill in zip(counts, [*kills, None], strict=True)]
 
 
+def _losing(settings: ProofSettings) -> str:
+    return f"losing-{settings.ranks[0]}-{DOUBLE}"
+
+
+def _losses(draw: random.Random, settings: ProofSettings) -> tuple[Kill, ...]:
+    """One kill in each start but the last, after a checkpoint where there is one by then."""
+    first = min(settings.every, settings.steps - settings.lose)
+    kills, left, ranks = [], settings.ranks[0], settings.ranks[0]
+    for step in sorted(draw.sample(range(first, settings.steps), settings.lose)):
+        kills.append(Kill(step, draw.choice(_IN_STEP), draw.randrange(ranks), ranks))
+        left -= 1  # ranks that are not among those that the batch can be shared by wait
+        ranks = max(count for count in settings.counts if count <= left)
+    return tuple(kills)
+
+
 def verdicts(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str | None]]:
     """(claim, the first difference or None)."""
+    yield from _verdicts_on_losses(settings, folder) if settings.lose else _verdicts_on_kills(settings, folder)
+
+
+def _verdicts_on_losses(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str | None]]:
+    straight, losing = folder / f"straight-1-{DOUBLE}", folder / _losing(settings)
+    both = f"{losing.name} and {straight.name}"
+    batches = trace_of(straight)
+    samples = sum(len(batch.samples) for batch in batches.values())
+    yield (
+        f"{both}: the same {samples} samples in the same {len(batches)} batches, those of {redone(losing)} batches "
+        f"counted once that were done again; losses within {LOSS_TOLERANCE:g}",
+        first_other_batch(straight, losing, LOSS_TOLERANCE),
+    )
+    found = first_distant_weight(straight, losing, LOSS_TOLERANCE)
+    yield f"{both}: the weights of the last checkpoint within {LOSS_TOLERANCE:g}", found
+    yield f"{both}: each figure logged once for each step", first_other_count(straight, losing)
+
+
+def _verdicts_on_kills(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str | None]]:
     for count in settings.ranks:
         found = first_difference(folder / f"straight-{count}", folder / f"killed-{count}")
         yield f"killed-{count} and straight-{count}: checkpoint, samples, buffers and logged figures bit for bit", found
@@ -139,16 +186,23 @@ def verdicts(settings: ProofSettings, folder: Path) -> Iterator[tuple[str, str |
         yield f"{name} and {first}-{DOUBLE}: samples the same, losses within {LOSS_TOLERANCE:g}", found
 
 
-def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> None:
-    """Runs one leg. Raises: UserError if it ends in another way than planned."""
+def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> list[str]:
+    """Runs one leg; returns what happened in it. Raises: UserError if it ends in another way than planned."""
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
-    allowed = (*resolved.allow_modules, *([KILL.rpartition(".")[0]] if leg.kill is not None else []))
-    changed = with_layer(replace(resolved, allow_modules=allowed), _changes(resolved, settings, run_dir, leg))
+    kills = [KILL.rpartition(".")[0]] if leg.kill is not None or leg.losses else []
+    allowed = replace(resolved, allow_modules=(*resolved.allow_modules, *kills))
+    changed = with_layer(allowed, _changes(resolved, settings, run_dir, leg))
     if leg.double:
         changed = with_layer(changed, _wide_moments(changed))
     write_atomic(recipe, dump(changed.document()))
+    words = [str(recipe), *changed.permissions()]
     log = run_dir / OUTPUT
-    statuses = ranks_of(fit_command([str(recipe), *changed.permissions()], run_dir), leg.ranks, log)
+    if leg.losses:
+        command = fit_command([*words, "--elastic"], run_dir)
+        ended = keep_running(lambda ranks, _: ranks_of(command, ranks, log), settings.counts, settings.lose)
+        _refuse_other_end(ended, leg, run_dir)
+        return [str(loss) for loss in ended.losses]
+    statuses = ranks_of(fit_command(words, run_dir), leg.ranks, log)
     killed = -signal.SIGKILL in statuses
     if killed != (leg.kill is not None) or (not killed and any(statuses)):
         status = next((status for status in statuses if status), 0)
@@ -157,6 +211,18 @@ def start(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) 
             f"{run_dir.name} on {leg.ranks} rank(s) should {wanted} but ended with status {status}; its last lines:\n"
             + last_lines(log)
         )
+    return []
+
+
+def _refuse_other_end(ended: Ended, leg: Leg, run_dir: Path) -> None:
+    met = [(loss.ranks, loss.before) for loss in ended.losses]
+    if ended.status == 0 and met == [((kill.rank,), kill.ranks) for kill in leg.losses]:
+        return
+    said = "; ".join([*map(str, ended.losses), *([ended.reason] if ended.reason else [])]) or "nothing was lost"
+    raise UserError(
+        f"{run_dir.name} on {leg.ranks} ranks should lose {len(leg.losses)} and finish but ended with status "
+        f"{ended.status} ({said}); its last lines:\n{last_lines(run_dir / OUTPUT)}"
+    )
 
 
 def _changes(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Leg) -> dict[str, Any]:
@@ -173,9 +239,8 @@ def _changes(resolved: Resolved, settings: ProofSettings, run_dir: Path, leg: Le
             "init_args": {"folder": f"${{run}}/{TRACE}"},
         },
     }
-    if leg.kill is not None:
-        kill = {"step": leg.kill.step, "place": leg.kill.place, "rank": leg.kill.rank}
-        callbacks["proof_kill"] = {"class_path": KILL, "init_args": kill}
+    for number, kill in enumerate([leg.kill] if leg.kill is not None else leg.losses):
+        callbacks["proof_kill" + (f"_{number}" if number else "")] = {"class_path": KILL, "init_args": asdict(kill)}
     trainer: dict[str, Any] = {
         "devices": leg.ranks,
         "log_every_n_steps": 1,

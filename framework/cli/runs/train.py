@@ -163,22 +163,26 @@ def obey_signals(built: Built) -> None:
         flag.release()
 
 
-def barrier_after_restart(built: Built) -> None:
-    """Ranks that torchrun restarts meet under new keys.
+def meet_under_new_keys(built: Built) -> None:
+    """Ranks that torchrun starts meet under keys that no earlier start of theirs has used.
 
     torchrun keeps its store on a restart (torch 2.13), and under its default keys a rank can find the address of one
-    that was killed, and wait for it in vain. Lightning uses an existing process group as it is.
+    that was killed, and wait for it in vain. Its count of restarts is no help: each node counts for itself, and not
+    those that another node asked for. Lightning uses an existing process group as it is.
     """
-    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if start == 0 or ranks == 1:
-        return
+    if ranks == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # otherwise rank 0 makes a new store
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore(f"start-{start}", dist.TCPStore(address, port, ranks, is_master=False))
+    from lightspan.core.meeting import agreed_key
+
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    store = dist.TCPStore(address, port, ranks, is_master=False)
+    key = agreed_key(store, rank, ranks)
     on_cpu = built.trainer.strategy.root_device.type == "cpu"
-    dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=int(os.environ["RANK"]), world_size=ranks)
+    backend = "gloo" if on_cpu else "nccl"
+    dist.init_process_group(backend, store=dist.PrefixStore(key, store), rank=rank, world_size=ranks)
 
 
 def _few_lines(text: str) -> str:

@@ -14,6 +14,7 @@ from lightspan.cli.commands.prove_resume import DIFFERENT
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.main import main
 from lightspan.cli.runs import proof
+from lightspan.cli.runs.differences import redone, trace_of
 from lightspan.cli.runs.fits import ranks_of
 from lightspan.cli.runs.proof import Kill
 from lightspan.core.errors import UserError
@@ -32,9 +33,9 @@ def quick_starts(monkeypatch):
     """Real processes and real kills, forked from a server that has loaded torch already."""
 
     def start(command, ranks, log):
-        ended = rank_processes.launch(command[3:], ranks, log.parent)
+        ended = rank_processes.launch(command[3:], ranks, log.parent, environment={"WORLD_SIZE": str(ranks)})
         log.write_text(ended.said)
-        return ended.statuses
+        return ended.by_themselves
 
     monkeypatch.setattr(proof, "ranks_of", start)
 
@@ -94,6 +95,37 @@ def test_the_users_own_data_are_proved_too(tmp_path, capsys):
     assert "\nequal " in capsys.readouterr().out
 
 
+@pytest.mark.ranks
+@pytest.mark.usefixtures("quick_starts")
+def test_a_run_that_loses_a_rank_goes_on_on_the_others_with_the_samples_of_one_process(tmp_path, capsys):
+    assert main([*COMMAND, "--lose", "1", "--keep", "kept"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\nequal ") == 3
+    assert "is lost; the run goes on from its last checkpoint on 1" in said
+    assert "losing-2-float64 and straight-1-float64: the same 64 samples in the same 8 batches" in said
+    seen = trace_of(tmp_path / "kept" / "losing-2-float64")
+    epoch = [sample for batch in seen.values() for sample in batch.samples]
+    assert len(epoch) == len(set(epoch)) == 64  # all rows, each once
+    assert redone(tmp_path / "kept" / "losing-2-float64") >= 1
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("quick_starts")
+def test_two_of_three_ranks_are_lost_one_after_the_other(capsys):
+    assert main([*COMMAND, "--lose", "2", "data.init_args.batch_size=6"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\nequal ") == 3
+    assert [line.split()[-1] for line in said.splitlines() if "the run goes on" in line] == ["2", "1"]
+
+
+@pytest.mark.ranks
+@pytest.mark.usefixtures("quick_starts")
+def test_a_loader_that_forgets_its_place_is_found_out_when_a_rank_is_lost(capsys):
+    forgets = ["prove-resume", TINY[0], "--allow-module", "tiny_lab", "--steps", "8", "--lose", "1", "--every", "3"]
+    assert main(forgets) == DIFFERENT
+    assert "DIFFERENT  losing-2-float64 and straight-1-float64" in capsys.readouterr().out
+
+
 @pytest.mark.runs
 @pytest.mark.usefixtures("quick_starts")
 def test_a_run_that_fails_by_itself_is_no_proof(capsys):
@@ -140,6 +172,11 @@ def test_every_kill_comes_before_the_step_at_which_its_start_would_end(steps, ev
         (["--ranks", "1,1"], "--ranks '1,1' must be different whole numbers from 1 up, such as 1,2"),
         (["--ranks", "two"], "--ranks 'two' must be different whole numbers"),
         (["--kills", "8"], "--kills 8 must be at least 1 and below --steps 8"),
+        (["--lose", "2", "--ranks", "2"], "--lose 2 needs one number of ranks above 2, not --ranks 2"),
+        (["--lose", "1", "--ranks", "2,3"], "--lose 1 needs one number of ranks above 1"),
+        (["--lose", "8", "--ranks", "9"], "--lose 8 must be below --steps 8"),
+        (["--lose", "1", "--kills", "1"], "--kills ends whole runs and --lose single ranks"),
+        (["--lose", "1", "trainer.strategy.class_path=lightspan.training.deepspeed.ZeRO"], "ZeRO's checkpoints"),
         (["--every", "9"], "--every 9 must be at least 1 and at most --steps 8"),
         (["trainer.max_steps=7"], "--steps 8 is more than the recipe's trainer.max_steps=7"),
     ],
@@ -190,6 +227,18 @@ def test_moments_are_not_rounded_where_only_the_order_of_sums_may_differ(flags, 
             part = part[key]
         moments.append(part["init_args"].get("moments", {}).get("class_path"))
     assert moments[0] != moments[1] == "lightspan.optim.matrices.moments.Float32Moments"
+
+
+def test_losses_are_drawn_from_the_seed_each_in_a_start_of_its_own_after_a_checkpoint():
+    planned = settings(ranks=[8], lose=3, counts=(8, 4, 2, 1), every=6)
+    straight, losing = proof.planned_runs(planned).values()
+    assert (straight[0].ranks, losing[0].ranks) == (1, 8)
+    assert losing[0].losses == proof.planned_runs(planned)["losing-8-float64"][0].losses
+    # A batch that 7 and 6 ranks cannot share leaves the others waiting: of 5, 4 go on.
+    assert [kill.ranks for kill in losing[0].losses] == [8, 4, 4]
+    steps = [kill.step for kill in losing[0].losses]
+    assert 6 <= steps[0] < steps[1] < steps[2] < 20
+    assert all(kill.rank < kill.ranks for kill in losing[0].losses)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -18,12 +19,13 @@ import yaml
 from crd_schemas import JOBSET, PYTORCHJOB
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser
 
 from lightspan.callbacks.resilience.preemption import Preemption
-from lightspan.cli.commands.submit import _passing_warnings_on
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.launch import slurm
 from lightspan.cli.launch.job import EXIT_MARGIN_S, Job, grace_period_of, job_name, seconds
+from lightspan.cli.launch.warned import passing_warnings_on
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
 
@@ -380,6 +382,108 @@ def test_the_cluster_gets_the_configuration_that_was_checked(render: Callable[..
     assert resolve(str(recipe)).config == resolve(QUICKSTART, flags=flags).config
 
 
+# --- jobs that may lose nodes or ranks
+
+SHARED = "data.init_args.batch_size=96"  # by 8 ranks, and by 6
+
+
+def test_a_slurm_job_that_may_lose_a_node_is_one_torchrun_on_each(
+    render: Callable[..., str], tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.add("srun")
+    environment = tmp_path / "environment"
+    tools.add("scontrol")
+    srun, scontrol = tools.folder / "srun", tools.folder / "scontrol"
+    srun.write_text(srun.read_text().replace("bash\n", f"bash\nenv >{environment}\n", 1))
+    scontrol.write_text("#!/bin/bash\nprintf 'n7\\nn8\\n'\n")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[7-8]")
+    size = ("--nodes", "4", "--gpus-per-node", "2", "data.init_args.num_workers=3")
+    script = render(QUICKSTART, "--to", "slurm", *size, "--lose", "1", SHARED, "--run", str(tmp_path / "run"))
+    rules = re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE)
+    assert {"nodes=4", "ntasks-per-node=1", "gpus-per-node=2", "cpus-per-task=8", "no-kill", "requeue"} <= set(rules)
+    assert run_script(script) == 0
+    words = tools.arguments("srun")
+    assert words is not None
+    assert words[:4] == ["--no-kill", "--wait=0", "--kill-on-bad-exit=0", "--cpus-per-task=8"]
+    given = dict(line.split("=", 1) for line in environment.read_text().splitlines() if "=" in line)
+    assert given["PET_RDZV_ENDPOINT"] == "n7:20007"
+    assert given["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(round(LEAVE.budget_s + EXIT_MARGIN_S))
+    assert given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    # The rest is read as the programs read it.
+    agent = words[words.index("lightspan.cli.launch.warned") + 1 :]
+    assert agent[:2] == [f"--stopped={LEAVE.exit_code}", "--"]
+    args = get_args_parser().parse_args(agent[agent.index("torch.distributed.run") + 1 :])
+    assert (args.nnodes, args.nproc_per_node, args.rdzv_backend, args.max_restarts) == ("3:4", "2", "c10d", 3)
+    assert (args.module, args.training_script) == (True, "lightspan")
+    assert args.training_script_args[:2] == ["fit", QUICKSTART]
+    assert "--elastic" in args.training_script_args
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_script_of_such_a_job_is_clean_to_shellcheck(render: Callable[..., str], tmp_path: Path) -> None:
+    size = ("--nodes", "4", "--gpus-per-node", "2", "--lose", "1", SHARED)
+    script = render(QUICKSTART, "--to", "slurm", *size, "--run", str(tmp_path), "--image", "lightspan.sif")
+    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("kind", ["jobset", "pytorchjob"])
+def test_pods_that_may_be_lost_are_restarted_one_by_one(kind: str, render: Callable[..., str]) -> None:
+    _, workload = documents(render, kind, "--nodes", "4", "--lose", "1", SHARED)
+    valid(workload)
+    for template in pod_templates(workload):
+        assert "--elastic" in template["spec"]["containers"][0]["command"]
+    if kind == "jobset":
+        (job,) = workload["spec"]["replicatedJobs"]
+        strictly_valid({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job["template"]})
+        spec = job["template"]["spec"]
+        assert (spec["maxFailedIndexes"], spec["backoffLimitPerIndex"]) == (1, 3)
+        assert spec["successPolicy"] == {"rules": [{"succeededCount": 3}]}
+        assert "backoffLimit" not in spec  # which would end the job with any pod
+        (template,) = pod_templates(workload)
+        assert "--nnodes=3:4" in template["spec"]["containers"][0]["command"]
+    else:
+        bounds = {"minReplicas": 3, "maxReplicas": 4, "rdzvBackend": "c10d", "maxRestarts": 3}
+        assert workload["spec"]["elasticPolicy"] == bounds
+        assert {role: one["replicas"] for role, one in workload["spec"]["pytorchReplicaSpecs"].items()} == {"Worker": 4}
+
+
+def test_on_this_machine_lightspan_itself_starts_the_ranks_and_says_when_some_will_wait(
+    render: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = ("trainer.accelerator=cpu", "trainer.devices=4", "data.init_args.batch_size=16")
+    words = [QUICKSTART, "--to", "local", "--lose", "2", *ranks, "--run", "r", "--print"]
+    assert main(["submit", *words]) == 0
+    said = capsys.readouterr()
+    assert "the batch cannot be shared evenly by 3 ranks: when so many are left, 2 go on" in said.err
+    command = shlex.split(said.out)
+    start = command.index("lightspan.cli.runs.elastic")
+    assert command[start + 1 : start + 5] == ["--ranks=4,2,1", "--lose=2", f"--stopped={LEAVE.exit_code}", "--grace=90"]
+    assert command[start + 5 : start + 8] == ["--", "fit", QUICKSTART]
+    assert "--elastic" in command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--to", "slurm", "--nodes", "2", "--lose", "2"], "--lose 2 leaves none of 2 node(s)"),
+        (
+            ["--to", "slurm", "--nodes", "4", "--lose", "1", "data.init_args.batch_size=32"],
+            "cannot be shared evenly by 3",
+        ),
+        (["--to", "local", "trainer.devices=2", "--lose", "2"], "--lose 2 leaves none of 2 rank(s)"),
+        (["--to", "local", "trainer.devices=5", "--lose", "1"], "cannot be shared evenly by 5"),
+        (["--to", "local", "trainer.devices=[0,2]", "--lose", "1"], "name them in CUDA_VISIBLE_DEVICES"),
+        (["--to", "slurm", "--lose", "0"], "'0' is not a whole number from 1 up"),
+        (["--to", "local", "-c", "scale/deepspeed_zero1", "trainer.devices=2", "--lose", "1"], "ZeRO's checkpoints"),
+    ],
+)
+def test_losses_that_leave_nothing_to_go_on_with_are_refused(
+    arguments: list[str], says: str, complaint: Callable[..., str]
+) -> None:
+    assert says in complaint(QUICKSTART, *arguments, "--print")
+
+
 # --- secrets
 
 
@@ -497,12 +601,12 @@ def test_a_warning_is_passed_on_and_the_status_is_that_of_a_run_that_left(number
     ready = "print('ready', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", f"{told}; import os; os.kill(os.getppid(), {int(number)}); {ready}"]
     job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
-    assert _passing_warnings_on(command, dict(os.environ), job) == code
+    assert passing_warnings_on(command, os.environ, job.stopped) == code
 
 
 def test_a_failure_without_a_warning_keeps_its_status() -> None:
     job = Job("name", (), "/run", "/", 1, 2, False, 1, grace_period_of(resolve(QUICKSTART).config))
-    assert _passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], dict(os.environ), job) == 3
+    assert passing_warnings_on([sys.executable, "-c", "import sys; sys.exit(3)"], os.environ, job.stopped) == 3
 
 
 # --- parts

@@ -103,6 +103,21 @@ class SignalParentAt(Callback):
                 time.sleep(0.5)
 
 
+class LoseNode(Callback):
+    """SIGKILL to the launcher of the last of `ranks` ranks and to that rank itself, while it computes step `step`."""
+
+    alters_training = False
+
+    def __init__(self, step: int, ranks: int = 2) -> None:
+        self.step, self.ranks = step, ranks
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        last = trainer.global_rank == trainer.world_size - 1
+        if (trainer.global_step, trainer.world_size) == (self.step, self.ranks) and last:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class WarnLater(Callback):
     """A signal to this process some seconds after the callback was built, wherever the run is by then."""
 

@@ -8,6 +8,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightspan.core.batches import batch_type_of
+from lightspan.core.collate import separated
 from lightspan.training.strategies import shard
 
 
@@ -39,6 +41,23 @@ class Tiny(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.parameters())
+
+
+class Means(LightningModule):
+    """Fits the mean of a field of each sample to 1, whatever the samples are."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__()
+        self.field, self.weight = field, nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        data = self.trainer.datamodule
+        samples = separated(batch, batch_type_of(data, self.trainer.train_dataloader.dataset))
+        mean_B = torch.stack([sample[self.field].to(self.weight).mean() for sample in samples])
+        return (self.weight * mean_B - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class Rows(LightningDataModule):
