@@ -1,0 +1,58 @@
+"""How a network from a zoo is used: lines of Python, and lines of a recipe, as a user would write them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightspan.cli.config.tree import dump
+from lightspan.cli.zoo.index import ADAPTER, ZooNetwork
+
+WITH_WEIGHTS = "lightspan.backbones.weights.with_weights"
+LOAD_ADAPTER = "lightspan.adapters.state.load_adapter"
+DEFAULT_PREFIX = "backbone."
+
+
+def in_python(network: ZooNetwork, file: Path) -> str:
+    """A program that makes the network with its weights."""
+    if network.kind == ADAPTER:
+        lines = [f"method = {_call(network.network)}", f"load_adapter(method, {str(file)!r})"]
+    else:
+        prefix = "" if network.prefix == DEFAULT_PREFIX else f", prefix={network.prefix!r}"
+        lines = [f"encoder = with_weights({_call(network.network)}, {str(file)!r}{prefix})"]
+    loader = LOAD_ADAPTER if network.kind == ADAPTER else WITH_WEIGHTS
+    imports = [_import(path) for path in sorted({loader, *_class_paths(network.network)})]
+    return "\n".join([*imports, "", *lines])
+
+
+def in_a_recipe(network: ZooNetwork, file: Path) -> str:
+    """An overlay that starts a recipe from the weights; empty for an adapter, which is loaded in Python."""
+    if network.kind == ADAPTER:
+        return ""
+    settings: dict[str, Any] = {"path": str(file)}
+    if network.prefix != DEFAULT_PREFIX:
+        settings["prefix"] = network.prefix
+    value: dict[str, Any] = {"class_path": WITH_WEIGHTS, "init_args": settings | {"module": dict(network.network)}}
+    for key in reversed(network.place.split(".")):
+        value = {key: value}
+    return dump(value).rstrip()
+
+
+def _call(value: Any) -> str:
+    """A value as an expression: a network as a call of what its class path names."""
+    if isinstance(value, Mapping):
+        settings = ", ".join(f"{key}={_call(one)}" for key, one in value.get("init_args", {}).items())
+        return f"{value['class_path'].rpartition('.')[2]}({settings})"
+    return f"[{', '.join(map(_call, value))}]" if isinstance(value, list | tuple) else repr(value)
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield value["class_path"]
+        value = list(value.get("init_args", {}).values())
+    for one in value if isinstance(value, list | tuple) else ():
+        yield from _class_paths(one)
+
+
+def _import(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    return f"from {module} import {name}"
