@@ -2,8 +2,9 @@
 
 ROW is a system of docs/evidence.md (`20_mmc`, or `20` where it has one page), a row of docs/representation.md
 (`zoo/fashion/ViT/SimCLR`) or of docs/comparison.md (`quality/stdlib/factored_muon`), or a network that `lightspan pull`
-lists (`linear-fashion`). Each figure is compared with the spread that its seeds had when it was stored: a new mean within
-it is *inside*. What is missing here, packages or data, is named before anything starts. Nothing stored is changed.
+lists (`linear-fashion`). Each figure is compared with the spread that its seeds had when it was stored: a new mean
+within it is *inside*. What is missing here, packages or data, is named before anything starts. Nothing stored is
+changed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +149,8 @@ def weights(row: str, out: Path) -> Iterator[Figure]:
     stored, planned = read_index(SHIPPED / INDEX)[row], zoo_weights.NETWORKS[row]
     if zoo_weights.settings_hash(zoo_weights.resolved_of(planned).config) != stored.settings:
         print(f"note: the settings of {planned.recipe} have changed since the figures of {row} were stored", flush=True)
-    found = list(zoo_weights.measured(planned, list(stored.trained), out / row))
+    again = Path(tempfile.mkdtemp(prefix=f"{row}-", dir=out))  # whatever was there is not taken for it
+    found = list(zoo_weights.measured(planned, list(stored.trained), again))
     yield Figure(f"{stored.metric}, {row}", list(stored.trained.values()), [value for _, _, value, _ in found])
     floors = list(stored.untrained.values())
     yield Figure(f"{stored.metric}, {row} untrained", floors, [floor for *_, floor in found])
