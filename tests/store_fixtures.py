@@ -49,7 +49,7 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Gate]:
+def s3_server() -> Iterator[Gate]:
     s3fs = pytest.importorskip("s3fs", reason="the extra `cloud` is not installed")
     pytest.importorskip("moto.server", reason="the extra `peers` is not installed")
     from moto.server import DomainDispatcherApplication, create_backend_app
@@ -75,12 +75,12 @@ def served() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def gate(served: Gate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gate:
+def gate(s3_server: Gate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gate:
     """An empty bucket `lab`, and the keys to it in the environment."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL": served.address,
+        "AWS_ENDPOINT_URL": s3_server.address,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
@@ -88,11 +88,11 @@ def gate(served: Gate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gate:
         "no_proxy": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    served.stumbles.clear()
+    s3_server.stumbles.clear()
     for method, path in (("POST", "/moto-api/reset"), ("PUT", "/lab")):
-        urllib.request.urlopen(urllib.request.Request(served.address + path, method=method, data=b"")).close()
-    served.asked.clear()
-    return served
+        urllib.request.urlopen(urllib.request.Request(s3_server.address + path, method=method, data=b"")).close()
+    s3_server.asked.clear()
+    return s3_server
 
 
 def put(path: str, content: bytes) -> str:
