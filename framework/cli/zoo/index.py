@@ -93,6 +93,13 @@ def settings_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def at_place(place: str, value: Any) -> dict[str, Any]:
+    """A recipe that has nothing but this value."""
+    for key in reversed(place.split(".")):
+        value = {key: value}
+    return dict(value)
+
+
 def written(networks: Mapping[str, ZooNetwork]) -> str:
     """The text of an index."""
     described = {name: asdict(networks[name]) for name in sorted(networks)}
@@ -147,9 +154,8 @@ def _judged(name: str, given: Any, where: str) -> ZooNetwork:
             right = False
         if not right:
             raise UserError(f"{where}: {name} has {key}={_shown(given[key])}; it must be {kind}")
-    refused = [str(problem.message) for problem in gate(wrap(given["network"], where))]
-    if refused:
-        raise UserError(f"{where}: {name} has a network that may not be made: {refused[0]}")
+    if refused := gate(wrap(at_place(given["place"], given["network"]), where)):  # as in a recipe
+        raise UserError(f"{where}: {name} has a network that may not be made: {refused[0].message}")
     by_seed = {key: {int(seed): float(x) for seed, x in given[key].items()} for key in ("trained", "untrained")}
     return ZooNetwork(name=name, **given | by_seed | {"flags": tuple(given["flags"])})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightspan.cli.config.tree import dump
-from lightspan.cli.zoo.index import ADAPTER, ZooNetwork
+from lightspan.cli.zoo.index import ADAPTER, ZooNetwork, at_place
 
 WITH_WEIGHTS = "lightspan.backbones.weights.with_weights"
 LOAD_ADAPTER = "lightspan.adapters.state.load_adapter"
@@ -31,10 +31,8 @@ def in_a_recipe(network: ZooNetwork, file: Path) -> str:
     settings: dict[str, Any] = {"path": str(file)}
     if network.prefix != DEFAULT_PREFIX:
         settings["prefix"] = network.prefix
-    value: dict[str, Any] = {"class_path": WITH_WEIGHTS, "init_args": settings | {"module": dict(network.network)}}
-    for key in reversed(network.place.split(".")):
-        value = {key: value}
-    return dump(value).rstrip()
+    loaded = {"class_path": WITH_WEIGHTS, "init_args": settings | {"module": dict(network.network)}}
+    return dump(at_place(network.place, loaded)).rstrip()
 
 
 def _call(value: Any) -> str:
