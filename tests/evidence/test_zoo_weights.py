@@ -27,6 +27,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.runs
+@pytest.mark.smoke
 def test_a_network_is_trained_measured_and_described(trained: Path) -> None:
     network = read_index(trained / INDEX)["toy-digits"]
     assert network.settings == settings_hash(zoo_weights.resolved_of(TOY).config)
@@ -40,6 +42,7 @@ def test_a_network_is_trained_measured_and_described(trained: Path) -> None:
     assert "CC BY 4.0" in card
 
 
+@pytest.mark.runs
 def test_a_run_that_is_there_is_not_made_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_weights, "lightspan", lambda line: pytest.fail(f"ran {line}"))
     found = list(zoo_weights.measured(TOY, (0, 1), trained / "runs" / "toy-digits"))
@@ -47,6 +50,7 @@ def test_a_run_that_is_there_is_not_made_again(trained: Path, monkeypatch: pytes
     assert {seed: round(value, 6) for seed, _, value, _ in found} == network.trained
 
 
+@pytest.mark.runs
 def test_it_is_pulled_with_the_weights_of_its_run(trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["pull", "toy-digits", "--from", str(trained), "--out", str(tmp_path / "out")]) == 0
     python = capsys.readouterr().out.split("in Python:\n\n")[1].split("\nin a recipe")[0]
@@ -55,6 +59,7 @@ def test_it_is_pulled_with_the_weights_of_its_run(trained: Path, tmp_path: Path,
     assert sum(weight.numel() for weight in names["encoder"].parameters()) > 0
 
 
+@pytest.mark.runs
 def test_what_is_kept_is_shipped_while_it_is_small(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
     zoo_weights.keep(["toy-digits"], trained, tmp_path)
     assert (tmp_path / "toy-digits" / MODEL).read_bytes() == (trained / "toy-digits" / MODEL).read_bytes()
@@ -64,6 +69,7 @@ def test_what_is_kept_is_shipped_while_it_is_small(trained: Path, tmp_path: Path
     assert not (tmp_path / "toy-digits" / MODEL).exists()
 
 
+@pytest.mark.runs
 def test_it_is_reproduced_and_other_figures_lie_outside(
     trained: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_store_that_stumbles_is_asked_again_and_other_bytes_are_refused(
     monkeypatch.setattr(fetch, "PAUSES_S", (0.0, 0.0, 0.0))
     place, out = upload(zoo), str(tmp_path / "out")
     weights = f"/lab/zoo/toy-digits/{MODEL}"
-    gate.stumbles[weights] = [503, "cut"]
+    gate.stumbles[weights] = [503, None, "cut"]  # for the size, for the size, for the content
     assert main(["pull", "toy-digits", "--from", place, "--out", out]) == 0
     assert capsys.readouterr().err.count("trying again") == 2
     content = (zoo / "toy-digits" / MODEL).read_bytes()
