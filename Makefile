@@ -141,10 +141,11 @@ zoo: $(DEV) ## compare all self-supervised methods and lightly's (an hour; conti
 zoo-weights: $(DEV) ## train small networks on all kinds of data into build/zoo-weights (two hours; continues where it stopped); ARGS=linear-fashion trains one
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo_weights train $(ARGS)
 
-pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
+pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md, docs/zoo-weights.md
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page
+	$(BIN)/python -m evidence.zoo_weights page
 
 # Strict: a link or an anchor that leads nowhere ends it. Once the packages are there, it needs no network.
 docs: pages $(DOCS) ## rebuild the generated pages, then the site from docs/, docstrings and recipes: build/site

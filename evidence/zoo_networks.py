@@ -18,6 +18,7 @@ class Planned:
         metric: of `lightspan validate`.
         data, data_licence: for its card.
         place: the key of the recipe at which the network stands.
+        prefix: of its tensors among those of the method.
         kind: of an adapter, everything that it trains is written, with the method as the network.
         licence: of the weights.
     """
@@ -27,6 +28,7 @@ class Planned:
     data: str
     data_licence: str
     place: str = "model.init_args.backbone"
+    prefix: str = "backbone."
     flags: tuple[str, ...] = ()
     kind: str = ENCODER
     licence: str = "apache-2.0"
@@ -42,7 +44,7 @@ KNN, LINEAR = "probe/knn_accuracy", "probe/linear_accuracy"
 NETWORKS: dict[str, Planned] = {
     "linear-fashion": Planned("supervised/linear", KNN, *FASHION),
     "simclr-fashion": Planned("contrastive/simclr", KNN, *FASHION),
-    "swav-fashion": Planned("clustering/swav", KNN, *FASHION),
+    "swav-fashion": Planned("clustering/swav", KNN, *FASHION, prefix="network.backbone."),
     "mae-fashion": Planned("masked/mae", LINEAR, *FASHION),
     "clip-scenes": Planned(
         "image_text/clip_scenes",
@@ -50,6 +52,7 @@ NETWORKS: dict[str, Planned] = {
         "drawn scenes with captions",
         DRAWN,
         place="model.init_args.encoders",
+        prefix="encoders.",
     ),
     "spt-pixels": Planned("masked/spt_pixels", "val/absolute_error", *DIGITS),
     "smae-library": Planned(

@@ -3,11 +3,12 @@
     python -m evidence.zoo_weights train [NAME ...] [--out build/zoo-weights]
     python -m evidence.zoo_weights keep NAME ... [--out build/zoo-weights]
     python -m evidence.zoo_weights list
+    python -m evidence.zoo_weights page
 
 Each is trained with several seeds, and measured by `lightspan validate` before and after, in the same way: what it
 reaches untrained is its floor. A run that is there is not made again, so stop and continue at any time. `keep` takes
 over what was measured into the index that lightspan ships, and the weights too, while all of them stay below
-`SHIPPED_BYTES`.
+`SHIPPED_BYTES`; `page` puts the index into docs/zoo-weights.md.
 """
 
 import argparse
@@ -22,15 +23,17 @@ from evidence.surroundings import surroundings
 from evidence.zoo_networks import NETWORKS, SEEDS, Planned, chosen
 from lightspan.cli.config.resolve import Resolved, resolve
 from lightspan.cli.main import main as lightspan
-from lightspan.cli.zoo.card import zoo_card
-from lightspan.cli.zoo.index import ADAPTER, INDEX, SHIPPED, ZooNetwork, read_index, settings_hash, written
-from lightspan.core.cards import CARD
+from lightspan.cli.zoo.card import spread, zoo_card
+from lightspan.cli.zoo.index import ADAPTER, INDEX, PREFIX, SHIPPED, ZooNetwork, read_index, settings_hash, written
+from lightspan.core.cards import CARD, code, plain, table
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.runs import MODEL, VALIDATED
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "zoo-weights"
+PAGE = ROOT / "docs" / "zoo-weights.md"
+BEGIN, END = "<!-- networks: python -m evidence.zoo_weights page -->\n", "<!-- end -->\n"
 SHIPPED_BYTES = 2**20
 UNTRAINED = ("trainer.max_steps=0",)
 
@@ -104,11 +107,10 @@ def write_weights(planned: Planned, run: Path, path: Path) -> None:
         save_adapter(built.model, path)
         return
     command("export", run, "--to", "safetensors", "--overwrite")
-    prefix = f"{planned.place.rpartition('.')[2]}."
-    tensors = tensors_behind(str(run / "export" / "safetensors" / MODEL), prefix)
+    tensors = tensors_behind(str(run / "export" / "safetensors" / MODEL), planned.prefix)
     if not tensors:
-        raise UserError(f"{planned.recipe} has no tensors named {prefix}*")
-    write_tensors(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()}, {"format": "pt"})
+        raise UserError(f"{planned.recipe} has no tensors named {planned.prefix}*")
+    write_tensors(path, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, {"format": "pt"})
 
 
 def train(name: str, planned: Planned, out: Path, seeds: Sequence[int] = SEEDS) -> ZooNetwork:
@@ -174,9 +176,35 @@ def keep(names: Sequence[str], out: Path, shipped: Path = SHIPPED) -> None:
             shutil.copyfile(out / name / MODEL, shipped / name / MODEL)
 
 
+def page_table(shipped: Path = SHIPPED) -> str:
+    """All planned networks, with the figures of those that are in the index, and where these were measured."""
+    known, rows = read_index(shipped / INDEX), []
+    for name, planned in NETWORKS.items():
+        figures = ["", "", ""]
+        if one := known.get(name):
+            here = " (here)" if (shipped / name / MODEL).is_file() else ""
+            figures = [spread(one.trained.values()), spread(one.untrained.values()), f"{one.bytes:,}{here}"]
+        rows.append([code(name), code(planned.recipe), *map(plain, (planned.data, planned.data_licence))])
+        rows[-1] += [code(planned.metric), *figures]
+    head = ("network", "recipe", "data", "their licence", "metric", "trained", "untrained", "bytes")
+    lines = sorted({_measured_on(one.made) for one in known.values()})
+    return "\n\n".join([table(head, rows), *lines])
+
+
+def _measured_on(made: Mapping[str, str]) -> str:
+    parts = [f"{name} {made[name]}" for name in ("processor", "threads", "torch") if name in made]
+    return plain(f"Measured on {made.get('date', '')[:10]}: {', '.join(parts)}; commit {made.get('commit', '')[:12]}.")
+
+
+def write_page(page: Path = PAGE) -> None:
+    """Puts the table between its two marks."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    write_atomic(page, f"{before}{BEGIN}\n{page_table()}\n\n{END}{rest.split(END)[1]}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="zoo_weights", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("verb", choices=("train", "keep", "list"))
+    parser.add_argument("verb", choices=("train", "keep", "list", "page"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(NETWORKS)}; all by default")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
@@ -185,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verb == "keep":
             keep(options.names or list(NETWORKS), options.out)
+        if options.verb in ("keep", "page"):
+            write_page()
         for name, planned in chosen(options.names).items():
             if options.verb == "list":
                 print(f"{name:<22} {planned.recipe:<30} {planned.metric}")

@@ -90,6 +90,32 @@ def test_it_is_reproduced_and_other_figures_lie_outside(
     assert "the settings of supervised/turned_digits have changed" in told
 
 
+@pytest.mark.runs
+def test_an_adapter_is_written_without_what_it_adapts(tmp_path: Path, capsys: Any) -> None:
+    from lightspan.adapters.state import load_adapter
+    from lightspan.backbones.vision import MLP
+    from lightspan.methods.supervised.classifier import Classifier
+
+    callback, settings = "trainer.callbacks.adaptation", "trainer.callbacks.adaptation.init_args"
+    flags = (
+        f"{callback}.class_path=lightspan.callbacks.training.adaptation.Adaptation",
+        f"{settings}.spec.class_path=lightspan.adapters.lora.LoRA",
+        f"{settings}.match=[backbone.*]",
+        f"{settings}.train=[head.*]",
+    )
+    planned = Planned(TOY.recipe, TOY.metric, TOY.data, TOY.data_licence, flags=SHORT + flags, kind=ADAPTER)
+    network = zoo_weights.train("toy-adapter", planned, tmp_path, (0,))
+    zoo_weights.add_to_index(tmp_path, {"toy-adapter": network})
+    assert main(["pull", "toy-adapter", "--from", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "method = Classifier(num_classes=10, backbone=MLP(" in capsys.readouterr().out
+    method = Classifier(MLP(in_shape=(1, 8, 8), hidden=[200, 200]), num_classes=10)
+    load_adapter(method, tmp_path / "out" / MODEL, other_weights=True, show=False)  # of this seed, not of that run
+
+
+def test_the_page_has_every_planned_network_and_the_figures_of_the_index() -> None:
+    assert zoo_weights.page_table() in zoo_weights.PAGE.read_text(encoding="utf-8"), "make pages"
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_planned_network_is_one_that_its_recipe_trains(name: str) -> None:
     planned = NETWORKS[name]

@@ -8,7 +8,7 @@ from lightspan.cli.commands.arguments import folder
 from lightspan.cli.commands.recipes import print_table
 from lightspan.cli.exports.folder import refuse_occupied, whole_folder
 from lightspan.cli.zoo.card import COLUMNS, rows_of, zoo_card
-from lightspan.cli.zoo.index import ADAPTER, INDEX, SHIPPED, ZooNetwork, network_of, read_index
+from lightspan.cli.zoo.index import ADAPTER, INDEX, PREFIX, SHIPPED, ZooNetwork, network_of, read_index
 from lightspan.cli.zoo.places import fetch_weights, zoo_at
 from lightspan.cli.zoo.usage import in_a_recipe, in_python
 from lightspan.core.cards import CARD
@@ -91,14 +91,14 @@ def _require_tensors(path: Path, network: ZooNetwork) -> None:
             names, metadata = list(file.keys()), file.metadata() or {}
     except UserError as error:
         raise UserError(f"the weights of {network.name} are no safetensors file, whatever their index says") from error
-    fits = metadata.get("format") == FORMAT if network.kind == ADAPTER else _begin(names, network.prefix)
+    fits = metadata.get("format") == FORMAT if network.kind == ADAPTER else _begin(names)
     if not fits:
-        what = f"a file of {FORMAT!r}" if network.kind == ADAPTER else f"tensors named {network.prefix}*"
+        what = f"a file of {FORMAT!r}" if network.kind == ADAPTER else f"tensors named {PREFIX}*"
         raise UserError(f"the weights of {network.name} are not {what}, as its index says")
 
 
-def _begin(names: list[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
+def _begin(names: list[str]) -> bool:
+    return bool(names) and all(name.startswith(PREFIX) for name in names)
 
 
 def _facts(network: ZooNetwork) -> str:

@@ -28,6 +28,8 @@ INDEX = "index.json"
 SHIPPED = Path(__file__).parent / "assets"
 """The folder that comes with lightspan: the index, and the weights of the smallest networks."""
 ADAPTER, ENCODER = "adapter", "encoder"
+PREFIX = "backbone."
+"""How the names of an encoder's tensors begin, as `lightspan.backbones.weights.with_weights` expects it."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _RECIPE = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
@@ -75,11 +77,6 @@ class ZooNetwork:
     bytes: int
     sha256: str
     made: Mapping[str, str]
-
-    @property
-    def prefix(self) -> str:
-        """How the names of its tensors begin."""
-        return f"{self.place.rpartition('.')[2]}."
 
     @property
     def command(self) -> str:

@@ -9,7 +9,6 @@ from lightspan.cli.zoo.index import ADAPTER, ZooNetwork, at_place
 
 WITH_WEIGHTS = "lightspan.backbones.weights.with_weights"
 LOAD_ADAPTER = "lightspan.adapters.state.load_adapter"
-DEFAULT_PREFIX = "backbone."
 
 
 def in_python(network: ZooNetwork, file: Path) -> str:
@@ -17,8 +16,7 @@ def in_python(network: ZooNetwork, file: Path) -> str:
     if network.kind == ADAPTER:
         lines = [f"method = {_call(network.network)}", f"load_adapter(method, {str(file)!r})"]
     else:
-        prefix = "" if network.prefix == DEFAULT_PREFIX else f", prefix={network.prefix!r}"
-        lines = [f"encoder = with_weights({_call(network.network)}, {str(file)!r}{prefix})"]
+        lines = [f"encoder = with_weights({_call(network.network)}, {str(file)!r})"]
     loader = LOAD_ADAPTER if network.kind == ADAPTER else WITH_WEIGHTS
     imports = [_import(path) for path in sorted({loader, *_class_paths(network.network)})]
     return "\n".join([*imports, "", *lines])
@@ -28,10 +26,7 @@ def in_a_recipe(network: ZooNetwork, file: Path) -> str:
     """An overlay that starts a recipe from the weights; empty for an adapter, which is loaded in Python."""
     if network.kind == ADAPTER:
         return ""
-    settings: dict[str, Any] = {"path": str(file)}
-    if network.prefix != DEFAULT_PREFIX:
-        settings["prefix"] = network.prefix
-    loaded = {"class_path": WITH_WEIGHTS, "init_args": settings | {"module": dict(network.network)}}
+    loaded = {"class_path": WITH_WEIGHTS, "init_args": {"path": str(file), "module": dict(network.network)}}
     return dump(at_place(network.place, loaded)).rstrip()
 
 

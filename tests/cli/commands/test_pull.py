@@ -15,7 +15,7 @@ from zoo_folders import NETWORK, described, toy_network, write_index
 
 from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
-from lightspan.adapters.state import save_adapter
+from lightspan.adapters.state import save_adapter, write_tensors
 from lightspan.cli.commands import pull
 from lightspan.cli.config.resolve import resolve
 from lightspan.cli.main import main
@@ -265,8 +265,9 @@ def test_a_pickle_and_tensors_of_another_network_are_refused_though_their_digest
     weights = zoo / "toy-digits" / MODEL
     write_index(zoo, toy_digits=described(weights, kind="adapter"))
     assert "not a file of 'lightspan adapter" in said(capsys, "toy-digits", "--from", zoo, status=2)
-    write_index(zoo, toy_digits=described(weights, place="model.init_args.encoders"))
-    assert "not tensors named encoders.*" in said(capsys, "toy-digits", "--from", zoo, status=2)
+    write_tensors(weights, {"backbone.weight": torch.ones(1), "head.weight": torch.ones(1)}, {"format": "pt"})
+    write_index(zoo, toy_digits=described(weights))
+    assert "not tensors named backbone.*" in said(capsys, "toy-digits", "--from", zoo, status=2)
     weights.write_bytes(pickle.dumps(Loud()))
     write_index(zoo, toy_digits=described(weights))
     assert "no safetensors file" in said(capsys, "toy-digits", "--from", zoo, status=2)
