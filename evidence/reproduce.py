@@ -84,7 +84,9 @@ def system_of(row: str) -> str:
     found = [row] if row in names else [name for name in names if name.split("_")[0] == row]
     if len(found) != 1:
         kind = (
-            f"means several: {', '.join(found)}" if found else f"is none of {', '.join(names)}, zoo/... and quality/..."
+            f"means several: {', '.join(found)}"
+            if found
+            else f"is none of {', '.join(names)}, zoo/..., quality/... and what `lightspan pull` lists"
         )
         raise UserError(f"ROW={row} {kind}")
     return found[0]
