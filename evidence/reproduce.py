@@ -83,12 +83,9 @@ def system_of(row: str) -> str:
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
     found = [row] if row in names else [name for name in names if name.split("_")[0] == row]
     if len(found) != 1:
-        kind = (
-            f"means several: {', '.join(found)}"
-            if found
-            else f"is none of {', '.join(names)}, zoo/..., quality/... and what `lightspan pull` lists"
-        )
-        raise UserError(f"ROW={row} {kind}")
+        others = "zoo/..., quality/... and what `lightspan pull` lists"
+        several, none = f"means several: {', '.join(found)}", f"is none of {', '.join(names)}, {others}"
+        raise UserError(f"ROW={row} {several if found else none}")
     return found[0]
 
 
