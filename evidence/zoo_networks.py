@@ -59,7 +59,9 @@ NETWORKS: dict[str, Planned] = {
         "masked/smae", "val/encoder_nats_4x64", "functions of Python's standard library", "PSF-2.0"
     ),
     "tera-speech": Planned("masked/tera", LINEAR, "generated speech", DRAWN),
-    "segmenter-trunks": Planned("supervised/segmenter_volumes", "val/dice", "drawn trunks with organs", DRAWN),
+    "segmenter-trunks": Planned(
+        "supervised/segmenter_volumes", "val/dice", "drawn trunks with organs", DRAWN, prefix="network.0."
+    ),
     "videomae-digits": Planned("masked/videomae_small", KNN, f"moving {DIGITS[0]}", DIGITS[1]),
     "e-ssl3d-sweeps": Planned("contrastive/e_ssl3d", LINEAR, "drawn LiDAR sweeps of streets", DRAWN),
     "attributes-molecules": Planned(
