@@ -19,7 +19,7 @@ class Planned:
         data, data_licence: for its card.
         place: the key of the recipe at which the network stands.
         prefix: of its tensors among those of the method.
-        kind: of an adapter, everything that it trains is written, with the method as the network.
+        kind: of an adapter, its numbers alone are written, without what it adapts and without a head.
         licence: of the weights.
     """
 
@@ -54,6 +54,7 @@ NETWORKS: dict[str, Planned] = {
         place="model.init_args.encoders",
         prefix="encoders.",
     ),
+    "turned-digits": Planned("supervised/turned_digits", "val/accuracy", f"{DIGITS[0]}, on their side", DIGITS[1]),
     "spt-pixels": Planned("masked/spt_pixels", "val/absolute_error", *DIGITS),
     "smae-library": Planned(
         "masked/smae", "val/encoder_nats_4x64", "functions of Python's standard library", "PSF-2.0"
@@ -71,12 +72,8 @@ NETWORKS: dict[str, Planned] = {
         "Apache-2.0; ChEMBL is CC BY-SA 3.0",
         flags=(PROBES,),
     ),
-    "svfit-reviews": Planned(
-        "adaptation/svfit_reviews", "val/accuracy", *REVIEWS, place="model.init_args.backbone", kind=ADAPTER
-    ),
-    "lora-reviews": Planned(
-        "adaptation/lora_reviews", "val/accuracy", *REVIEWS, place="model.init_args.backbone", kind=ADAPTER
-    ),
+    "svfit-reviews": Planned("adaptation/svfit_reviews", LINEAR, *REVIEWS, flags=(PROBES,), kind=ADAPTER),
+    "lora-reviews": Planned("adaptation/lora_reviews", LINEAR, *REVIEWS, flags=(PROBES,), kind=ADAPTER),
 }
 
 

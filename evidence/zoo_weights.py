@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "zoo-weights"
 PAGE = ROOT / "docs" / "zoo-weights.md"
 BEGIN, END = "<!-- networks: python -m evidence.zoo_weights page -->\n", "<!-- end -->\n"
-SHIPPED_BYTES = 2**20
+SHIPPED_BYTES = 10**6
 UNTRAINED = ("trainer.max_steps=0",)
 
 
@@ -78,15 +78,11 @@ def resolved_of(planned: Planned) -> Resolved:
 
 
 def network_in(planned: Planned, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights are for: of an adapter the method, without what only trains it."""
+    """What the weights are for."""
     found: Any = config
     for key in planned.place.split("."):
         found = found[key]
-    if planned.kind != ADAPTER:
-        return dict(found)
-    method = config["model"]
-    kept = {key: value for key, value in method["init_args"].items() if key in ("backbone", "num_classes")}
-    return {"class_path": method["class_path"], "init_args": kept}
+    return dict(found)
 
 
 def write_weights(planned: Planned, run: Path, path: Path) -> None:
@@ -104,7 +100,7 @@ def write_weights(planned: Planned, run: Path, path: Path) -> None:
         Adaptation.act(built.trainer, built.model)
         built.model.configure_model()
         load_weights(built.model, checkpoint)
-        save_adapter(built.model, path)
+        save_adapter(built.model.get_submodule(planned.prefix.rstrip(".")), path)
         return
     command("export", run, "--to", "safetensors", "--overwrite")
     tensors = tensors_behind(str(run / "export" / "safetensors" / MODEL), planned.prefix)

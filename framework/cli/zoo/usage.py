@@ -14,7 +14,7 @@ LOAD_ADAPTER = "lightspan.adapters.state.load_adapter"
 def in_python(network: ZooNetwork, file: Path) -> str:
     """A program that makes the network with its weights."""
     if network.kind == ADAPTER:
-        lines = [f"method = {_call(network.network)}", f"load_adapter(method, {str(file)!r})"]
+        lines = [f"encoder = {_call(network.network)}", f"load_adapter(encoder, {str(file)!r})"]
     else:
         lines = [f"encoder = with_weights({_call(network.network)}, {str(file)!r})"]
     loader = LOAD_ADAPTER if network.kind == ADAPTER else WITH_WEIGHTS

@@ -76,14 +76,14 @@ def test_weights_are_pulled_and_used_as_the_command_says(zoo: Path, tmp_path: Pa
 
 def test_an_adapter_is_pulled_and_loaded_as_the_command_says(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     (weights := zoo / "toy-adapter" / MODEL).parent.mkdir()
-    method = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
+    linear = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
     layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
     adapt(layer, ["0"], LoRA(rank=1), show=False)
     save_adapter(layer, weights)
-    write_index(zoo, toy_adapter=described(weights, kind="adapter", network=method))
+    write_index(zoo, toy_adapter=described(weights, kind="adapter", network=linear))
     text = said(capsys, "toy-adapter", "--from", zoo, "--out", tmp_path / "out")
     assert "from lightspan.adapters.state import load_adapter\nfrom torch.nn import Linear\n" in text
-    assert f"load_adapter(method, '{tmp_path / 'out' / MODEL}')" in text
+    assert f"load_adapter(encoder, '{tmp_path / 'out' / MODEL}')" in text
     assert "in a recipe" not in text
 
 
