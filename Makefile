@@ -38,7 +38,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart readme quick test test-all test-bare test-lowest test-newest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo pages pictures docs docs-version lock docker-test cluster-test d90 clean
+.PHONY: help quickstart readme quick test test-all test-bare test-lowest test-newest release-check check format deepspeed evidence evidence-data test-packages bench quality robustness zoo zoo-weights pages pictures docs docs-version lock docker-test cluster-test d90 clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -138,11 +138,17 @@ zoo: $(DEV) ## compare all self-supervised methods and lightly's (an hour; conti
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[peers]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo run $(ARGS)
 	$(BIN)/python -m evidence.zoo page
+	$(BIN)/python -m evidence.zoo_weights page
+
+# A network has three seeds, each measured before training and after it; docs/zoo-weights.md has the list.
+zoo-weights: $(DEV) ## train small networks on all kinds of data into build/zoo-weights (two hours; continues where it stopped); ARGS=linear-fashion trains one
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo_weights train $(ARGS)
 
 pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page
+	$(BIN)/python -m evidence.zoo_weights page
 
 pictures: $(BASE) ## draw the pictures of docs/pictures.md anew (10 minutes, chromium for the report); ARGS="simclr mae" draws those of two runs
 	$(OFFLINE) OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python tools/pictures.py $(ARGS)

@@ -1,9 +1,10 @@
 """Measures a row of the pages again, from its stored settings and seeds: `lightspan reproduce ROW`.
 
 ROW is a system of docs/evidence.md (`20_mmc`, or `20` where it has one page), a row of docs/representation.md
-(`zoo/fashion/ViT/SimCLR`) or of docs/comparison.md (`quality/stdlib/factored_muon`). Each figure is compared with the
-spread that its seeds had when it was stored: a new mean within it is *inside*. What is missing here, packages or data,
-is named before anything starts. Nothing stored is changed.
+(`zoo/fashion/ViT/SimCLR`) or of docs/comparison.md (`quality/stdlib/factored_muon`), or a network that `lightspan pull`
+lists (`linear-fashion`). Each figure is compared with the spread that its seeds had when it was stored: a new mean
+within it is *inside*. What is missing here, packages or data, is named before anything starts. Nothing stored is
+changed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ sys.path[:0] = [str(ROOT / "evidence"), str(ROOT)]  # tests of evidence/ import 
 
 from claims import number  # noqa: E402
 
+from lightspan.cli.zoo.index import INDEX, SHIPPED, read_index  # noqa: E402
 from lightspan.core.errors import UserError  # noqa: E402
 from lightspan.datamodules.r_data import LIBRARIES  # noqa: E402
 
@@ -80,10 +83,9 @@ def system_of(row: str) -> str:
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
     found = [row] if row in names else [name for name in names if name.split("_")[0] == row]
     if len(found) != 1:
-        kind = (
-            f"means several: {', '.join(found)}" if found else f"is none of {', '.join(names)}, zoo/... and quality/..."
-        )
-        raise UserError(f"ROW={row} {kind}")
+        others = "zoo/..., quality/... and what `lightspan pull` lists"
+        several, none = f"means several: {', '.join(found)}", f"is none of {', '.join(names)}, {others}"
+        raise UserError(f"ROW={row} {several if found else none}")
     return found[0]
 
 
@@ -139,6 +141,20 @@ def quality(row: str, out: Path) -> Iterator[Figure]:
     yield Figure(f"validation loss, {row}", [one["val_loss"] for one in stored], [one["val_loss"] for one in now])
 
 
+def weights(row: str, out: Path) -> Iterator[Figure]:
+    """The metric of a network of the zoo of weights, trained with each of its seeds again, and untrained."""
+    from evidence import zoo_weights
+
+    stored, planned = read_index(SHIPPED / INDEX)[row], zoo_weights.NETWORKS[row]
+    if zoo_weights.settings_hash(zoo_weights.resolved_of(planned).config) != stored.settings:
+        print(f"note: the settings of {planned.recipe} have changed since the figures of {row} were stored", flush=True)
+    again = Path(tempfile.mkdtemp(prefix=f"{row}-", dir=out))  # whatever was there is not taken for it
+    found = list(zoo_weights.measured(planned, list(stored.trained), again))
+    yield Figure(f"{stored.metric}, {row}", list(stored.trained.values()), [value for _, _, value, _ in found])
+    floors = list(stored.untrained.values())
+    yield Figure(f"{stored.metric}, {row} untrained", floors, [floor for *_, floor in found])
+
+
 def _named(row: str, stored: list[dict[str, Any]], name_of: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
     """Those whose name is the row, seed by seed. Raises: UserError with the names of its kind if there are none."""
     found = sorted((one for one in stored if name_of(one) == row), key=lambda one: one["seed"])
@@ -148,6 +164,11 @@ def _named(row: str, stored: list[dict[str, Any]], name_of: Callable[[dict[str, 
 
 
 KINDS = {"zoo": zoo, "quality": quality}
+
+
+def kind_of(row: str) -> Callable[[str, Path], Iterator[Figure]]:
+    """What measures a row of this name."""
+    return weights if row in read_index(SHIPPED / INDEX) else KINDS.get(row.split("/")[0], evidence)
 
 
 def table(figures: Sequence[Figure]) -> str:
@@ -176,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        figures = list(KINDS.get(options.row.split("/")[0], evidence)(options.row, options.out))
+        figures = list(kind_of(options.row)(options.row, options.out))
     except UserError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

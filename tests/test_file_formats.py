@@ -21,6 +21,7 @@ from lightspan.adapters import state
 from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
+from lightspan.cli.zoo import index
 from lightspan.datamodules.loading import selection
 from lightspan.datamodules.loading.selection import DataSelection
 from lightspan.optim import subspace_file
@@ -40,6 +41,7 @@ CURRENT = {
     "adapter": numbered(state.FORMAT),
     "random_subspace": numbered(subspace_file.FORMAT),
     "selection": numbered(selection.FORMAT),
+    "zoo": numbered(index.FORMAT),
 }
 
 
@@ -85,6 +87,23 @@ def write_selection(file: Path) -> None:
     DataSelection(9, "0" * 64, RULE, index_n=np.array([0, 3, 6])).write(file)
 
 
+def write_zoo(file: Path) -> None:
+    network = {"class_path": "lightspan.backbones.vision.MLP", "init_args": {"in_shape": [1, 8, 8], "hidden": [4]}}
+    file.write_text(
+        index.written(
+            {
+                "toy": index.ZooNetwork(
+                    name="toy", title="A toy", modality="image", kind="encoder", recipe="supervised/turned_digits",
+                    flags=("trainer.max_steps=2",), seed=0, settings="0" * 64, network=network,
+                    place="model.init_args.backbone", metric="val/accuracy", trained={0: 0.5}, untrained={0: 0.125},
+                    data="digits", data_licence="CC BY 4.0", licence="apache-2.0", bytes=1240, sha256="1" * 64,
+                    made={"python": "3.11"},
+                )
+            }
+        )
+    )  # fmt: skip
+
+
 def read_checkpoint(file: Path, folder: Path) -> None:
     stored = torch.load(file, weights_only=True)
     assert manifest.manifest(file) is not None
@@ -109,17 +128,24 @@ def read_selection(file: Path, folder: Path) -> None:
     assert (read.count, read.rule, read.index_n.tolist()) == (9, RULE, [0, 3, 6])
 
 
+def read_zoo(file: Path, folder: Path) -> None:
+    (toy,) = index.read_index(file).values()
+    assert (toy.name, toy.trained, toy.flags, toy.bytes) == ("toy", {0: 0.5}, ("trainer.max_steps=2",), 1240)
+
+
 READERS: dict[str, Callable[[Path, Path], None]] = {
     "checkpoint": read_checkpoint,
     "adapter": read_adapter,
     "random_subspace": read_random_subspace,
     "selection": read_selection,
+    "zoo": read_zoo,
 }
 WRITERS: dict[str, Callable[[Path], None]] = {
     "checkpoint": write_checkpoint,
     "adapter": write_adapter,
     "random_subspace": write_random_subspace,
     "selection": write_selection,
+    "zoo": write_zoo,
 }
 
 

@@ -52,7 +52,7 @@ def test_every_source_file_is_in_the_wheel(members: dict[str, int]) -> None:
     expected = {
         f"{target}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, target in folders.items()
-        for pattern in ("*.py", "*.yaml", "assets/*")
+        for pattern in ("*.py", "*.yaml", "assets/*", "assets/*/*")
         for file in (ROOT / folder).rglob(pattern)
         if file.is_file() and "__pycache__" not in file.parts
     }

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from store_fixtures import gate, s3_server  # noqa: F401
 
 from lightspan.datamodules.shards import fetch
 

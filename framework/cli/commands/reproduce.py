@@ -1,4 +1,4 @@
-"""`lightspan reproduce ROW`: measures a row of the evidence or of a benchmark again, against what is stored."""
+"""`lightspan reproduce ROW`: measures a row of the evidence or of a benchmark, or a network, against what is stored."""
 
 import argparse
 import subprocess
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "row",
         metavar="ROW",
         help="a system of docs/evidence.md (20_mmc), a row of docs/representation.md (zoo/fashion/ViT/SimCLR) or of "
-        "docs/comparison.md (quality/stdlib/factored_muon)",
+        "docs/comparison.md (quality/stdlib/factored_muon), or a network that `lightspan pull` lists (linear-fashion)",
     )
     parser.add_argument(
         "--checkout",

@@ -241,7 +241,7 @@ VERBS = (
     ),
     Verb(
         "reproduce",
-        "measure a row of the evidence again and compare it with what is stored",
+        "measure a row of the evidence, or a network of `pull`, again and compare it with what is stored",
         ("lightspan reproduce 16_nmc", "lightspan reproduce quality/stdlib/factored_muon --out again"),
         "reproduce",
     ),
@@ -274,6 +274,12 @@ VERBS = (
             "lightspan export runs/mine/checkpoints/last.ckpt --to onnx --out encoder",
         ),
         "export",
+    ),
+    Verb(
+        "pull",
+        "list small trained networks, or get the weights of one, checked",
+        ("lightspan pull", "lightspan pull simclr-fashion --from s3://lab/zoo"),
+        "pull",
     ),
     Verb(
         "fsck",
