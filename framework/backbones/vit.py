@@ -193,7 +193,10 @@ def vit(
         raise UserError(f"vit: registers={registers} must be at least 0")
     drops = drop_paths(drop_path, depth, "vit")
     # timm counts both halves of the first layer, W1 and W2, and rounds down.
-    hidden = {"mlp_layer": SwiGLUPacked, "mlp_ratio": (16 * math.ceil(width / 3) + 0.5) / width} if swiglu else {}
+    hidden: dict[str, Any] = {}
+    if swiglu:
+        ratio = (16 * math.ceil(width / 3) + 0.5) / width
+        hidden = {"mlp_layer": SwiGLUPacked, "mlp_ratio": ratio, "act_layer": nn.SiLU}
     network = VisionTransformer(
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=0, embed_dim=width, depth=depth,
         num_heads=heads, class_token=class_token, reg_tokens=registers, init_values=layer_scale,

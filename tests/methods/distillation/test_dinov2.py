@@ -191,7 +191,7 @@ def test_one_head_for_both_and_a_backbone_without_class_token_are_refused() -> N
         method(head=both, patch_head=both)
     backbone = vit(16, 1, 2, img_size=8, patch_size=2, in_chans=1, class_token=False, mask_token=True)
     with pytest.raises(UserError, match="class_token=true"):
-        DINOv2(backbone, head(4), head(4))
+        DINOv2(backbone, head(4), head(4), optimizer=torch.optim.SGD)
 
 
 def test_the_sentinel_reads_the_bottleneck_of_class_tokens_and_answers() -> None:
