@@ -40,6 +40,10 @@ class _Keep(nn.Module):
         return (tokens_BTD, self.places_BK) if self.tells_places else tokens_BTD
 
 
+def _one_of_zeros(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.new_zeros(1, *x.shape[1:])
+
+
 class TokenViT(nn.Module):
     """A transformer of timm as a `TokenBackbone`: [B C h w] -> [B num_features], which are timm's own, and `tokens`.
 
@@ -117,6 +121,9 @@ class TokenViT(nn.Module):
 
     def tokens(self, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         self.grid(image_BChw)
+        if not len(image_BChw):  # timm cannot tell the shape of tokens of no image, if its images may have any size
+            blank, mask_1HW, keep_1K = map(_one_of_zeros, (image_BChw, mask_BHW, keep_BK))
+            return self.tokens(blank, mask_1HW, keep_1K)[:0]  # type: ignore[arg-type]
         if mask_BHW is not None and self.mask_token is None:
             raise UserError("patches are to be hidden by a mask token, and this TokenViT has none; set mask_token=true")
         with self._seeing(mask_BHW, keep_BK):
@@ -125,7 +132,7 @@ class TokenViT(nn.Module):
 
     def forward(self, image_BChw: Tensor) -> Tensor:
         self.grid(image_BChw)
-        return self.network(image_BChw)
+        return self.network(image_BChw) if len(image_BChw) else self.network(_one_of_zeros(image_BChw))[:0]
 
     @contextmanager
     def _seeing(self, mask_BHW: Tensor | None, keep_BK: Tensor | None) -> Iterator[None]:

@@ -224,3 +224,16 @@ def test_swiglu_has_dinov2s_widths_and_gates_by_the_first_half() -> None:
     x = torch.randn(3, 16)
     first, second = mlp.fc1(x).chunk(2, dim=1)
     torch.testing.assert_close(mlp(x), mlp.fc2(torch.nn.functional.silu(first) * second))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_image_gives_no_token_and_every_weight_a_gradient_of_zero(kind: str) -> None:
+    backbone, none = made(kind), images(0)
+    tokens = backbone.tokens(none, mask_BHW=torch.zeros(0, 4, 4, dtype=torch.bool))
+    assert tokens.shape == (0, 16 + backbone.num_prefix_tokens, backbone.num_features)
+    assert backbone(none).shape == (0, backbone.num_features)
+    tokens.sum().backward()
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad and "fc_norm" not in name:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
