@@ -138,13 +138,12 @@ zoo: $(DEV) ## compare all self-supervised methods and lightly's (an hour; conti
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[peers]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo run $(ARGS)
 	$(BIN)/python -m evidence.zoo page
-	$(BIN)/python -m evidence.zoo_weights page
 
 # A network has three seeds, each measured before training and after it; docs/zoo-weights.md has the list.
 zoo-weights: $(DEV) ## train small networks on all kinds of data into build/zoo-weights (two hours; continues where it stopped); ARGS=linear-fashion trains one
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m evidence.zoo_weights train $(ARGS)
 
-pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md
+pages: $(BASE) ## rebuild the generated pages: docs/evidence*, docs/methods.md, docs/benchmarks.md, docs/comparison.md, docs/representation.md, docs/zoo-weights.md
 	$(BIN)/python evidence/build_docs.py
 	$(BIN)/python benchmarks/build_docs.py
 	$(BIN)/python -m evidence.zoo page

@@ -80,6 +80,7 @@ from lightspan.methods.contrastive.voco_large import VoCoLarge
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.cion import CION
 from lightspan.methods.distillation.dino import DINO
+from lightspan.methods.distillation.dinov2 import DINOv2
 from lightspan.methods.distillation.fst import FST
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
@@ -190,6 +191,7 @@ from lightspan.nn.sequences.joint_encoder import JointEncoder
 from lightspan.nn.sequences.nested_sizes import FixedSizes
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 from lightspan.nn.signed_fields import SignedField
+from lightspan.nn.teachers.gram_anchor import GramAnchor
 from lightspan.nn.teachers.image_guide import ImageGuide
 from lightspan.objectives.moving_targets import MomentumFeatures
 from lightspan.objectives.swapped_prediction import SwappedPrediction
@@ -496,6 +498,19 @@ FREE: dict[str, Any] = {"freeze_prototypes": 0.0}
 
 def dino(prototypes: int, **optimization: Any) -> DINO:
     return DINO(Pooled(), dino_head(8, prototypes), temperature_warmup=0.5, **MOMENTA, **FREE, **optimization)
+
+
+def dinov2(**settings: Any) -> DINOv2:
+    backbone = patch_vit(mask_token=True, any_size=True, sincos=False, registers=1, layer_scale=0.1, swiglu=True)
+    masks = BlockMasks(probability=0.8)
+    return DINOv2(backbone, dino_head(16, 4), dino_head(16, 5), masks=masks, **MOMENTA, **FREE, **settings)
+
+
+def large_views(rows: int, seed: int) -> dict[str, Any]:
+    """Two views of twice the side that both networks see, and one smaller than that."""
+    batch = views(2, smaller=1)(rows, seed)
+    doubled = [view.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) for view in batch["views"][:2]]
+    return batch | {"views": [*doubled, *batch["views"][2:]]}
 
 
 def persons(rows: int, seed: int) -> dict[str, Any]:
@@ -1072,6 +1087,12 @@ CASES: dict[str, Case] = {
     "distillation.cion": Case(lambda **o: CION(Pooled(), dino_head(8, 9), **MOMENTA, **FREE, **o), persons),
     "distillation.dino": Case(partial(dino, 9), views(2, smaller=2)),
     "distillation.dino, wide": Case(partial(dino, 4), views(2, smaller=2)),
+    "distillation.dinov2": Case(dinov2, views(2, smaller=1), halves_differ=AMONG_ROWS),
+    "distillation.dinov2, anchored": Case(
+        lambda **o: dinov2(anchor=GramAnchor(taken=0.2, start=0.4, renewed=0.2), koleo_group=2, **o),
+        large_views,
+        halves_differ=AMONG_ROWS,
+    ),
     "distillation.fst": Case(fst, domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"),
     "distillation.fst, wide": Case(
         partial(fst, form="wide"), domains, halves_differ=LOOKS_AHEAD, unsharded="with whole weights"

@@ -27,6 +27,7 @@ from lightspan.objectives import (
     distillation,
     edm,
     entropy,
+    gram,
     info_nce,
     koleo,
     language,
@@ -321,6 +322,11 @@ CASES = {
     ),
     "dice.dice_loss": Case(
         lambda x, weight, label_B, mixed_B: dice.dice_loss((x @ weight)[..., None], (label_B % 4)[:, None])
+    ),
+    "gram.gram_loss": Case(
+        lambda x, weight, label_B, mixed_B: gram.gram_loss(
+            (x @ weight).unflatten(1, (2, 2)), x.sin().unflatten(1, (2, 2))
+        )
     ),
     "koleo.koleo": Case(lambda x, weight, label_B, mixed_B: koleo.koleo(x @ weight), 3),
     "language.next_token_loss": Case(

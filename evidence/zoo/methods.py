@@ -29,6 +29,7 @@ from lightspan.methods.contrastive.supcon import SupCon
 from lightspan.methods.contrastive.vicreg import VICReg
 from lightspan.methods.distillation.byol import BYOL
 from lightspan.methods.distillation.dino import DINO
+from lightspan.methods.distillation.dinov2 import DINOv2
 from lightspan.methods.distillation.ibot import IBOT
 from lightspan.methods.distillation.mmc import MMC
 from lightspan.methods.distillation.simsiam import SimSiam
@@ -206,6 +207,11 @@ def ibot(task: Task, **optimisation: Any) -> Method:
     return IBOT(encoder, [dino_head(encoder)], **TEACHER, **optimisation)
 
 
+def dinov2(task: Task, **optimisation: Any) -> Method:
+    encoder = task.encoder(mask_token=True)
+    return DINOv2(encoder, dino_head(encoder), dino_head(encoder), **TEACHER, **optimisation)
+
+
 def mmc(task: Task, **optimisation: Any) -> Method:
     encoder = task.encoder()
     parts = projector(encoder), predictor(), dino_head(encoder), nn.Linear(WIDTH, task.patch_numbers)
@@ -296,6 +302,7 @@ SELF_SUPERVISED = {
     "SimSiam": Entry(simsiam, "two"),
     "DINO": Entry(dino, "crops"),
     "iBOT": Entry(ibot, "crops", VIT),
+    "DINOv2": Entry(dinov2, "crops", VIT),
     "MMC": Entry(mmc, "two", VIT),
     "SwAV": Entry(swav, "crops"),
     "DeepCluster-v2": Entry(deepcluster, "crops"),

@@ -17,12 +17,14 @@ from torch import nn
 from transformers.utils import cached_file
 
 from lightspan.backbones.timm_networks import require_known, timm_network, under_timm_names
+from lightspan.backbones.vit import TokenViT
 from lightspan.backbones.weights import fill, no_larger_than, require_fit, tensors_behind
 from lightspan.core.absent import MissingFile, unless_missing
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.foreign import settings_object
 from lightspan.core.files.places import ReadPath
+from lightspan.nn.stochastic_depth import Rates, drop_paths
 
 _SETTINGS = (
     *("in_chans", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
@@ -32,7 +34,7 @@ _SETTINGS = (
 """Arguments of timm's that a folder may set: those that are numbers or words, and that shape a network."""
 
 # A recipe may name the functions listed here.
-__all__ = ["timm_folder", "timm_published", "timm_vit", "torchvision_published"]
+__all__ = ["timm_folder", "timm_published", "timm_tokens", "timm_vit", "torchvision_published"]
 
 
 def timm_published(name: str, outputs: int | None = None) -> nn.Module:
@@ -144,11 +146,58 @@ def timm_vit(
     if any(size % side or size < side for side, size in zip(sides[:2], sides[2:], strict=True)):
         raise UserError(f"image_size={image_size} of {name} must be a multiple of its patches' side, {sides[0]} pixels")
     if path is not None:
-        with unless_missing():
-            tensors = under_timm_names(tensors_behind(path, prefix), network, path)
-            kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
-            fill(network, kept, path, prefix)
+        _fill(network, path, prefix, outputs)
     return network
+
+
+def _fill(network: nn.Module, path: str, prefix: str, outputs: int) -> None:
+    """Weights of a file, under timm's names or those that timm renames."""
+    with unless_missing():
+        tensors = under_timm_names(tensors_behind(path, prefix), network, path)
+        kept = {key: tensor for key, tensor in tensors.items() if outputs or not key.startswith("head.")}
+        fill(network, kept, path, prefix)
+
+
+def timm_tokens(
+    name: str, path: ReadPath | None = None, prefix: str = "", mask_token: bool = True, drop_path: Rates = 0.0
+) -> TokenViT:
+    """A transformer of timm, with all that its name stands for, as a backbone of tokens for images of any sides that
+    are multiples of its patch's: DINOv2's and DINOv3's, with and without registers, and others with a class token.
+
+    Learned positions keep the grid of the name and are resampled to each image, as in DINOv2's own training at 224 and
+    at 518 pixels; rotary positions need no such thing. `forward` gives the class token after the last norm.
+
+    Args:
+        name: such as vit_small_patch14_dinov2, vit_base_patch14_reg4_dinov2 or vit_large_patch16_dinov3.
+        path: safetensors file of its weights under timm's names, or those that DINOv2 and DINOv3 were published under;
+            None leaves random ones. A file of another grid of positions is resampled to that of the name.
+        prefix: of these names in the file, such as `teacher.module.backbone.network.` of an earlier run; other names
+            are ignored.
+        mask_token, drop_path: as in `lightspan.backbones.vit.TokenViT` and `vit`. Files of weights have no mask token
+            that timm reads: it starts at random.
+    Raises: UserError for an unknown name, a network without a class token, or as
+        `lightspan.backbones.weights.with_weights`.
+    """
+    modules = ("vision_transformer", "eva")
+    known = [
+        name
+        for module in modules
+        for tags in (False, True)
+        for name in timm.list_models(module=module, pretrained=tags)
+    ]
+    require_known(name, known, "timm's vision_transformer and eva")
+    try:
+        network = timm_network(name, num_classes=0, global_pool="token", dynamic_img_size=True)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot give a class token of images of any size ({one_line(error)[:200]}); take a network such as "
+            "vit_small_patch14_dinov2 or vit_small_patch16_dinov3"
+        ) from error
+    for block, drop in zip(network.blocks, drop_paths(drop_path, len(network.blocks), "timm_tokens"), strict=True):
+        block.drop_path1 = block.drop_path2 = drop
+    if path is not None:
+        _fill(network, path, prefix, 0)
+    return TokenViT(network, mask_token)
 
 
 def torchvision_published(name: str) -> nn.Module:

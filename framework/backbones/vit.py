@@ -4,11 +4,13 @@ ones.
 Shapes: B images, h w their sides, H W grid of patches, T = H W, P prefix tokens, K kept patches, D width.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -36,6 +38,10 @@ class _Keep(nn.Module):
             tokens_BTD = kept(tokens_BTD, self.places_BK, self.prefix)
         # Eva turns its queries and keys by the positions of these places.
         return (tokens_BTD, self.places_BK) if self.tells_places else tokens_BTD
+
+
+def _one_of_zeros(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.new_zeros(1, *x.shape[1:])
 
 
 class TokenViT(nn.Module):
@@ -115,6 +121,9 @@ class TokenViT(nn.Module):
 
     def tokens(self, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         self.grid(image_BChw)
+        if not len(image_BChw):  # timm cannot tell the shape of tokens of no image, if its images may have any size
+            blank, mask_1HW, keep_1K = map(_one_of_zeros, (image_BChw, mask_BHW, keep_BK))
+            return self.tokens(blank, mask_1HW, keep_1K)[:0]  # type: ignore[arg-type]
         if mask_BHW is not None and self.mask_token is None:
             raise UserError("patches are to be hidden by a mask token, and this TokenViT has none; set mask_token=true")
         with self._seeing(mask_BHW, keep_BK):
@@ -123,7 +132,7 @@ class TokenViT(nn.Module):
 
     def forward(self, image_BChw: Tensor) -> Tensor:
         self.grid(image_BChw)
-        return self.network(image_BChw)
+        return self.network(image_BChw) if len(image_BChw) else self.network(_one_of_zeros(image_BChw))[:0]
 
     @contextmanager
     def _seeing(self, mask_BHW: Tensor | None, keep_BK: Tensor | None) -> Iterator[None]:
@@ -160,6 +169,7 @@ def vit(
     drop_path: Rates = 0.0,
     any_size: bool = False,
     last_heads: int | None = None,
+    swiglu: bool = False,
 ) -> TokenViT:
     """timm's VisionTransformer of any size, as masked modelling starts it: Xavier-uniform weights, fixed positions.
 
@@ -175,6 +185,8 @@ def vit(
         any_size: take images of other sizes as well, by interpolated positions.
         last_heads: heads of the last block, if it has others than the rest, as UNIP's students do; weights have the
             same shapes whatever it is.
+        swiglu: feed-forward layers x -> W3 (silu(W1 x) * W2 x), with about as many weights as others have: 8/3 width
+            hidden features, rounded up to a multiple of 8, as in DINOv2's larger networks (Shazeer, 2020, 2002.05202).
     Raises: UserError for sizes that do not fit each other.
     """
     if min(width, depth, heads, patch_size, in_chans) < 1 or width % heads or img_size % patch_size or img_size < 1:
@@ -187,10 +199,15 @@ def vit(
     if registers < 0:
         raise UserError(f"vit: registers={registers} must be at least 0")
     drops = drop_paths(drop_path, depth, "vit")
+    # timm counts both halves of the first layer, W1 and W2, and rounds down.
+    hidden: dict[str, Any] = {}
+    if swiglu:
+        ratio = (16 * math.ceil(width / 3) + 0.5) / width
+        hidden = {"mlp_layer": SwiGLUPacked, "mlp_ratio": ratio, "act_layer": nn.SiLU}
     network = VisionTransformer(
         img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=0, embed_dim=width, depth=depth,
         num_heads=heads, class_token=class_token, reg_tokens=registers, init_values=layer_scale,
-        global_pool=pool if class_token else "avg", fc_norm=False, dynamic_img_size=any_size,
+        global_pool=pool if class_token else "avg", fc_norm=False, dynamic_img_size=any_size, **hidden,
     )  # fmt: skip
     for block, drop in zip(network.blocks, drops, strict=True):
         block.drop_path1 = block.drop_path2 = drop

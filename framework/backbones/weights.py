@@ -18,9 +18,10 @@ from lightspan.core.files.tensors import stored_tensors
 from lightspan.core.ties import every_name, require_ties
 from lightspan.nn.bank_noise import BankNoise
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
+from lightspan.nn.heads.dino_head import DINOHead
 
 # A recipe may name the functions listed here.
-__all__ = ["decoder_with_weights", "stored_linear", "stored_noise", "with_weights"]
+__all__ = ["decoder_with_weights", "dino_head_with_weights", "stored_linear", "stored_noise", "with_weights"]
 
 CLIP_EPSILON = 1e-5  # of all image towers that timm has with a norm before the blocks
 POSITIONS = re.compile(r"\bpos_embed is \[").search
@@ -139,6 +140,12 @@ def decoder_with_weights(decoder: MaskDecoder, path: ReadPath, prefix: str = "de
             decoder.build(len(head))
     with_weights(decoder, path, prefix)
     return decoder
+
+
+def dino_head_with_weights(head: DINOHead, path: ReadPath, prefix: str) -> DINOHead:
+    """As `with_weights`, of a head of self-distillation, such as `teacher.module.head.` of an earlier run."""
+    with_weights(head, path, prefix)
+    return head
 
 
 def stored_noise(path: ReadPath, weight: float = 0.1, seed: int = 0) -> BankNoise:

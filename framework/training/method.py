@@ -196,11 +196,15 @@ class Method(LightningModule):
         return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
 
     @torch.compiler.disable  # its number changes with each step, and a graph would be made for each
-    def share_of_run(self) -> float:
+    def share_of_run(self, ahead: int = 0) -> float:
         """Optimiser steps done over those of the whole run, in [0, 1]: for schedules of momenta, temperatures, weights.
-        0 without a Trainer. Raises: UserError for a run without an end.
+        0 without a Trainer.
+
+        Args:
+            ahead: that so many steps later.
+        Raises: UserError for a run without an end.
         """
-        return 0.0 if self._trainer is None else min(self.global_step / self._total_steps(), 1.0)
+        return 0.0 if self._trainer is None else min((self.global_step + ahead) / self._total_steps(), 1.0)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from lightspan.backbones import published
-from lightspan.backbones.published import timm_published, timm_vit, torchvision_published
+from lightspan.backbones.published import timm_published, timm_tokens, timm_vit, torchvision_published
 from lightspan.cli.config.build import build
 from lightspan.cli.config.resolve import resolve
 from lightspan.core.errors import UserError
@@ -102,6 +102,68 @@ def test_a_vision_transformer_of_timm_takes_weights_under_the_names_of_their_aut
         del tensors["visual.ln_pre.bias"]
         with pytest.raises(UserError, match=r"norm_pre\.bias is missing"):
             timm_vit("vit_base_patch32_clip_quickgelu_224", file, outputs=512)
+
+
+def test_weights_become_a_backbone_of_tokens_for_images_of_any_whole_patches(tmp_path: Path) -> None:
+    stored = timm.create_model("test_vit", num_classes=3)  # for 160 pixels in patches of 16
+    save_file(
+        {f"teacher.{name}": tensor for name, tensor in stored.state_dict().items()},
+        file := str(tmp_path / "v.safetensors"),
+    )
+    found = timm_tokens("test_vit", file, "teacher.", drop_path=(0.1, 0.1)).eval()
+    image = torch.randn(2, 3, 160, 160)
+    stored.reset_classifier(0, "token")
+    torch.testing.assert_close(found(image), stored.eval()(image))
+    torch.testing.assert_close(found.tokens(image), stored.forward_features(image))
+    small = torch.randn(1, 3, 96, 32)
+    moved = resample_abs_pos_embed(stored.pos_embed, new_size=[6, 2], num_prefix_tokens=1)
+    by_hand = stored.patch_embed.proj(small).flatten(2).mT
+    by_hand = torch.cat([stored.cls_token, by_hand], dim=1) + moved
+    expected = stored.norm(stored.blocks(by_hand))
+    torch.testing.assert_close(found.tokens(small), expected, rtol=1e-4, atol=1e-5)
+    assert found.mask_token is not None
+    assert {block.drop_path1.drop_prob for block in found.feature_modules} == {0.1}
+
+
+def test_dinov3s_weights_come_under_timms_names_and_their_authors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "vit_small_patch16_dinov3"
+    with torch.device("meta"):
+        own = timm.create_model(name, num_classes=0).state_dict()
+        theirs = {**own, "storage_tokens": own["reg_token"], "mask_token": torch.empty(1, 384)}
+        del theirs["reg_token"]
+        theirs |= {"rope_embed.periods": torch.empty(16), "local_cls_norm.weight": torch.empty(384)}
+        for block in range(12):
+            theirs[f"blocks.{block}.ls1.gamma"] = theirs.pop(f"blocks.{block}.gamma_1")
+            theirs[f"blocks.{block}.ls2.gamma"] = theirs.pop(f"blocks.{block}.gamma_2")
+            theirs[f"blocks.{block}.attn.qkv.bias"] = torch.empty(3 * 384)
+            theirs[f"blocks.{block}.attn.qkv.bias_mask"] = torch.empty(3 * 384)
+        for tensors in (own, theirs):
+            monkeypatch.setattr(published, "tensors_behind", lambda path, prefix, given=tensors: dict(given))
+            found = timm_tokens(name, "dinov3.safetensors")
+            assert (found.num_prefix_tokens, found.num_features) == (5, 384)
+            assert found(torch.empty(1, 3, 112, 64)).shape == (1, 384)
+        del theirs["norm.bias"]
+        with pytest.raises(UserError, match=r"norm\.bias is missing"):
+            timm_tokens(name, "dinov3.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_dinov2", "vit_base_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"]
+)
+def test_all_of_dinov2s_networks_are_backbones_of_tokens(name: str) -> None:
+    with torch.device("meta"):
+        found = timm_tokens(name)
+        assert found.num_prefix_tokens == 1 + 4 * ("reg4" in name)
+        assert found.tokens(torch.empty(1, 3, 98, 98)).shape == (1, found.num_prefix_tokens + 49, found.num_features)
+
+
+def test_names_without_a_class_token_and_unknown_ones_are_refused() -> None:
+    with pytest.raises(UserError, match="timm's vision_transformer and eva has no network named 'resnet18'"):
+        timm_tokens("resnet18")
+    with torch.device("meta"), pytest.raises(UserError, match="vit_base_patch16_siglip_224 cannot give a class token"):
+        timm_tokens("vit_base_patch16_siglip_224")
 
 
 def test_what_is_no_vision_transformer_of_timm_or_has_no_whole_patches_is_refused() -> None:

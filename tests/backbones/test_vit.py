@@ -213,3 +213,27 @@ def test_the_contract_is_told_by_what_a_module_has() -> None:
 def test_images_of_other_channels_are_refused() -> None:
     with pytest.raises(UserError, match="images of 3 channels do not fit a network for 1; make it with in_chans=3"):
         own().tokens(torch.zeros(2, 3, 12, 12))
+
+
+def test_swiglu_has_dinov2s_widths_and_gates_by_the_first_half() -> None:
+    with torch.device("meta"):
+        for width, hidden in ((64, 176), (384, 1024), (1024, 2736), (1536, 4096)):
+            mlp = vit(width, 1, 4, img_size=8, patch_size=4, swiglu=True).feature_modules[0].mlp
+            assert (mlp.fc1.out_features, mlp.fc2.in_features) == (2 * hidden, hidden)
+    mlp = own(swiglu=True).feature_modules[0].mlp
+    x = torch.randn(3, 16)
+    first, second = mlp.fc1(x).chunk(2, dim=1)
+    torch.testing.assert_close(mlp(x), mlp.fc2(torch.nn.functional.silu(first) * second))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_image_gives_no_token_and_every_weight_a_gradient_of_zero(kind: str) -> None:
+    backbone, none = made(kind), images(0)
+    tokens = backbone.tokens(none, mask_BHW=torch.zeros(0, 4, 4, dtype=torch.bool))
+    assert tokens.shape == (0, 16 + backbone.num_prefix_tokens, backbone.num_features)
+    assert backbone(none).shape == (0, backbone.num_features)
+    tokens.sum().backward()
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad and "fc_norm" not in name:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name

@@ -28,6 +28,7 @@ PAPERS = {
     "contrastive/vicreg_imagenet": 2 * [(224, 0.08, 1.0)],
     "distillation/byol_imagenet": 2 * [(224, 0.08, 1.0)],
     "distillation/dino_imagenet": 2 * [(224, 0.25, 1.0)] + 10 * [(96, 0.05, 0.25)],
+    "distillation/dinov2_imagenet": 2 * [(224, 0.32, 1.0)] + 8 * [(96, 0.05, 0.32)],
     "distillation/ibot_imagenet": 2 * [(224, 0.25, 1.0)] + 10 * [(96, 0.05, 0.25)],
     "distillation/poa_imagenet": 2 * [(224, 0.32, 1.0)] + 8 * [(96, 0.05, 0.32)],
     "masked/i_jepa_imagenet": [(224, 0.3, 1.0)],

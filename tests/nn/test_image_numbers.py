@@ -18,7 +18,8 @@ from lightspan.training.method import Method
 META = torch.device("meta")
 DRAWING: dict[str, dict[str, Any]] = {
     "masked.mae": {}, "masked.cae": {"codes": None}, "masked.croco": {}, "masked.cropmae": {}, "masked.i_jepa": {},
-    "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {}, "contrastive.supremix": {"most_pairs": 9},
+    "distillation.dinov2": {}, "distillation.ibot": {}, "distillation.mmc": {}, "distillation.poa": {},
+    "contrastive.supremix": {"most_pairs": 9},
 }  # fmt: skip
 
 

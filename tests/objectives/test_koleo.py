@@ -22,6 +22,27 @@ def test_it_is_blind_to_lengths_order_and_rotations_and_falls_as_rows_spread() -
     assert torch.autograd.gradcheck(koleo, x.requires_grad_())
 
 
+def test_neighbours_are_sought_within_groups_of_rows_of_which_the_last_may_be_smaller() -> None:
+    x = torch.randn(8, 4, dtype=torch.float64)
+    parts = [3 * koleo(x[:3]), 3 * koleo(x[3:6]), 2 * koleo(x[6:])]
+    torch.testing.assert_close(koleo(x, 3), torch.stack(parts).sum() / 8)
+    torch.testing.assert_close(koleo(x, 7), 7 * koleo(x[:7]) / 8)  # the last one has no neighbour
+    torch.testing.assert_close(koleo(x, 8), koleo(x))
+    assert torch.autograd.gradcheck(lambda rows: koleo(rows, 3), x.requires_grad_())
+
+
+def test_it_is_lightlys() -> None:
+    lightly = pytest.importorskip("lightly.loss")
+    x = torch.randn(16, 8)
+    torch.testing.assert_close(koleo(x), lightly.KoLeoLoss()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_not_a_number_is_not_hidden() -> None:
+    x = torch.randn(4, 3)
+    x[1] = torch.nan
+    assert koleo(x, 2).isnan()
+
+
 def test_equal_rows_have_the_least_distance_and_no_gradient_and_one_row_gives_nothing() -> None:
     equal = torch.ones(3, 4, requires_grad=True)
     loss = koleo(equal)
@@ -30,4 +51,4 @@ def test_equal_rows_have_the_least_distance_and_no_gradient_and_one_row_gives_no
     assert equal.grad is not None
     assert equal.grad.abs().max() == 0
     for few in (torch.ones(1, 4), torch.ones(0, 4)):
-        assert koleo(few).item() == 0
+        assert koleo(few).item() == koleo(few, 2).item() == 0

@@ -7,6 +7,7 @@ class; what else follows from these, parts take from each other.
 
 import ast
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ RANDOM_VIEWS = (
     "lightspan.datamodules.image.augment.views.RandomViews",
     "lightspan.datamodules.image.augment.views.TwoViews",
 )
+NAMED_PATCH = re.compile(r"_patch(\d{1,3})_")
 FITTED = {"folder", "size", "views", "batch_size"}
 """Settings of the data that follow from the command line, or from the pictures and what recipe and overlays say."""
 
@@ -79,7 +81,7 @@ def images_layer(resolved: Resolved, folder: Path, size: int) -> Layer:
         model_layer["init_args"]["images"] = len(found.names)
         notes.append(f"model.init_args.images={len(found.names)}, the pictures")
     if (views := before.get("views")) is not None:
-        views = _views(views, side, size, max(patches.values(), default=1))
+        views = _views(views, side, size, max(patches.values(), default=_named_patch(model)))
         if channels == 1 and _in_colour(views):
             notes.append("the recipe's pictures were grey: the views also change saturation and hue, and drop colours")
     batch = before.get("batch_size", BATCH)
@@ -185,6 +187,12 @@ def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, in
         return {}
     divisors = [number for number in range(1, size + 1) if size % number == 0]
     return {patch: min(divisors, key=lambda d: (abs(d - patch * size / side), -d)) for patch in patches}
+
+
+def _named_patch(model: dict[str, Any]) -> int:
+    """The patch of a network of timm, whose name tells it and whose weights fit no other; 1 without one."""
+    names = (value for key, value in _leaves(model) if key == "name" and isinstance(value, str))
+    return max((int(found[1]) for name in names if (found := NAMED_PATCH.search(name))), default=1)
 
 
 def _views(views: Any, side: int | None, size: int, patch: int) -> Any:

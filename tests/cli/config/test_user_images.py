@@ -231,3 +231,11 @@ def test_recipes_that_need_several_tasks_or_do_not_train_are_refused(folder: Pat
         with_folder("merging/atlas", folder)
     with pytest.raises(UserError, match="is the recipe of an estimator, which does not train"):
         with_images("analysis/knn_digits", (), folder, 64, (), kinds=("estimator",))
+
+
+def test_views_are_whole_patches_of_a_network_whose_name_tells_them(folder: Path) -> None:
+    for size, expected in ((224, [224, 224, 98]), (112, [112, 112, 56]), (64, [70, 70, 28])):
+        parts = settings(with_folder("distillation/dinov2_continued", folder, size), "data", "init_args", "views")[
+            "parts"
+        ]
+        assert [part["init_args"]["size"] for part in parts] == expected
