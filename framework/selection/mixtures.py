@@ -28,8 +28,12 @@ def stepped(share_MG: np.ndarray) -> np.ndarray:
 
 
 def caps(prior_G: np.ndarray, repeats: float) -> np.ndarray:
-    """The most steps of each group, int64 [G]: its prior times `repeats`, at least the prior, at most all."""
-    return np.clip(np.floor(GRID * repeats * prior_G), np.ceil(GRID * prior_G), GRID).astype(np.int64)
+    """The most steps of each group, int64 [G]: its prior times `repeats`, at least the prior, at most all. Groups to
+    which that leaves less than a step get none, unless the others may not have everything.
+    """
+    most_G = np.clip(np.floor(GRID * repeats * prior_G), np.ceil(GRID * prior_G), GRID).astype(np.int64)
+    large_G = GRID * repeats * prior_G >= 1
+    return most_G * large_G if most_G[large_G].sum() >= GRID else most_G
 
 
 def drawn_mixtures(
@@ -40,8 +44,8 @@ def drawn_mixtures(
         w ~ Dirichlet(s prior^temper / sum),   s one of 15 strengths in [0.1, 5], evenly spaced by logarithm
 
     A draw in which a group has more than `repeats` times its prior is moved towards the prior until none has: drawn
-    again, as in the paper's code, hardly any would be left where `repeats` is low. At most `count`: on a grid of few
-    groups there may be fewer.
+    again, as in the paper's code, hardly any would be left where `repeats` is low. A group so small that a step of the
+    grid would repeat it more often is left out. At most `count`: on a grid of few groups there may be fewer.
 
     Args:
         prior_G: above 0, with a sum of 1.
@@ -53,8 +57,11 @@ def drawn_mixtures(
     require_in("(1, inf)", repeats=repeats)
     require_in("[0, 1]", temper=temper)
     most_G = caps(prior_G, repeats) / GRID
-    centre_G = prior_G**temper
+    centre_G = prior_G**temper * (most_G > 0)
     centre_G = centre_G / centre_G.sum()
+    if not most_G.all():  # what is left out goes to the others, as they have room
+        prior_G = np.minimum(prior_G, most_G)
+        prior_G = prior_G + (most_G - prior_G) * ((1 - prior_G.sum()) / (most_G - prior_G).sum())
     found_MG = np.zeros((0, len(prior_G)), np.int64)
     for _ in range(ATTEMPTS):
         # A Dirichlet draw is gammas over their sum; of small strengths all may be 0, which is no draw.

@@ -152,10 +152,12 @@ class TrigramProxy(Proxy):
         return TrainedOn(identity, losses)
 
     def _times(self, selection: DataSelection, windows_N: np.ndarray, seed: int) -> np.ndarray:
-        """How often each sample is seen, float64 [N]. Raises: UserError for a mixture without three tokens in a row."""
+        """How often each sample is seen, float64 [N]: never in a mixture without three tokens in a row, such as of a
+        group of empty texts.
+        """
         weight_N, _ = selection.expanded((selection.count,))
         seen = float(weight_N @ windows_N)
         if not seen:
-            raise UserError("all samples with a share in the mixture have fewer than three tokens")
+            return np.zeros(len(weight_N))
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 3])))
         return generator.poisson(weight_N * (self.tokens / seen)).astype(np.float64)

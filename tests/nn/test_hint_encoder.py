@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lightspan.core.errors import UserError
 from lightspan.nn.frames import as_clip, as_frames, by_frame
@@ -13,6 +14,19 @@ def test_a_hint_is_nothing_at_the_start_and_its_last_layer_learns_at_once() -> N
     (hint + torch.randn(2, 5, 4, 4)).square().sum().backward()
     assert encoder.last.weight.grad.abs().min() > 0  # type: ignore[union-attr]
     assert encoder.scale.item() == 2
+
+
+def test_a_hint_is_what_its_layers_make_one_after_the_other() -> None:
+    """The first steps keep the sides, the last ones halve them; an activation follows each but the last layer."""
+    encoder = HintEncoder(5, widths=(4, 6, 8), halvings=1)
+    torch.nn.init.normal_(encoder.last.weight)
+    torch.nn.init.normal_(encoder.last.bias)  # type: ignore[arg-type]
+    picture = torch.randn(2, 3, 8, 6)
+    x = F.silu(F.conv2d(picture, encoder.first.weight, encoder.first.bias, padding=1))
+    for step, stride in zip(encoder.steps, (1, 2), strict=True):
+        x = F.silu(F.conv2d(x, step.weight, step.bias, stride=stride, padding=1))  # type: ignore[arg-type]
+    expected = 2 * F.conv2d(x, encoder.last.weight, encoder.last.bias)
+    torch.testing.assert_close(encoder(picture), expected)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,47 @@ def refusals() -> list[str]:
     return [*said, str(caught.value)]
 
 
+def apart() -> list[str]:
+    """What each rank says of a gradient that one of them lacks, a matrix's or a vector's, and of a NaN."""
+    said, here = [], dist.get_rank() == 1
+    for at, value in ((1, None), (VECTOR, None), (1, torch.nan)):
+        weights = parameters("Muon")
+        optimizer = built("Muon", weights)
+        take(optimizer, weights, range(1))
+        before = [weight.detach().clone() for weight in weights]
+        if here and value is None:
+            weights[at].grad = None
+        elif here:
+            weights[at].grad[0, 0] = value  # type: ignore[index]
+        with pytest.raises(UserError) as caught:
+            optimizer.step()
+        assert equal(weights, before)
+        take(optimizer, weights, range(1, 2))
+        said.append(str(caught.value))
+    return said
+
+
+def grown() -> list[Tensor]:
+    """Weights of an optimiser that gets a larger matrix and a larger table after two steps, and is copied after three;
+    on several ranks each keeps what it had.
+    """
+    weights = parameters("LowRank")[:4]
+    optimizer = LowRank([{"params": [(str(i), weight) for i, weight in enumerate(weights)]}], rank=4, owners=True)
+    take(optimizer, weights, range(2))
+    kept = [weight in optimizer.state for weight in weights]
+    new = [nn.Parameter(draw(50, 30, seed=20)), nn.Parameter(draw(90, 60, seed=21))]
+    for at, weight in enumerate(new):
+        optimizer.add_param_group({"params": [(f"new {at}", weight)], "project": not at})
+        take(optimizer, [*weights, *new[: at + 1]], range(2 + at, 3 + at))
+    assert kept == [weight in optimizer.state for weight in weights]
+    copied = copy.deepcopy(optimizer)
+    own = [weight for group in copied.param_groups for weight in group["params"]]
+    take(copied, own, range(4, 5))
+    take(optimizer, [*weights, *new], range(4, 5))
+    assert equal(own, [*weights, *new])
+    return own
+
+
 def undone() -> bool:
     """Whether steps that are taken back leave nothing behind on any rank."""
     weights = parameters("Trion")
@@ -234,6 +275,8 @@ def one_rank(index: int, ranks: int, folder: str, saved_by: str) -> None:
         "traffic": traffic(),
         "few": few_matrices(),
         "said": refusals(),
+        "apart": apart(),
+        "grown": grown(),
         "undone": undone(),
     }
     if ranks == 2:
@@ -355,6 +398,22 @@ def test_all_ranks_refuse_alike(runs) -> None:
 
 
 @pytest.mark.ranks
+def test_ranks_with_other_gradients_refuse_alike_before_anything_is_sent(runs) -> None:
+    for outs in runs.values():
+        for number, out in enumerate(outs):
+            lacking, vector, broken = out["apart"]
+            assert "one alone has that of 1;" in lacking
+            assert f"one alone has that of {VECTOR};" in vector
+            assert ("the gradient of 1 is" if number == 1 else "on another rank is") in broken
+
+
+@pytest.mark.ranks
+def test_parameters_that_are_added_later_take_no_state_from_the_others(runs) -> None:
+    for out in itertools.chain(*runs.values()):
+        assert equal(out["grown"], grown())
+
+
+@pytest.mark.ranks
 def test_steps_that_are_undone_leave_nothing_behind(runs) -> None:
     assert all(out["undone"] for out in itertools.chain(*runs.values()))
 
@@ -371,6 +430,7 @@ def test_costs_are_divided_longest_first() -> None:
     assert divided([3, 3, 3], 2) == [0, 1, 0]
     assert divided([2], 3) == [0]
     assert divided([], 3) == []
+    assert divided([2, 1, 1], 2, [3, 0]) == [1, 1, 0]
     for costs in itertools.product((1, 2, 5), repeat=5):  # the bound of Graham 1969 for two
         first = [sum(c for c, chosen in zip(costs, one, strict=True) if chosen) for one in _choices(5)]
         best = min(max(load, sum(costs) - load) for load in first)

@@ -205,7 +205,7 @@ OF_X = NamedSamples(120, "0" * 32, (120,))
 def test_a_search_that_was_interrupted_goes_on_where_it_was_and_ends_alike(tmp_path: Path) -> None:
     whole = Counting(far_from([0.1, 0.1, 0.8]))
     expected = ClimbMixture(**QUICK).fit(X, OF_X, whole.kept_in(tmp_path / "whole"))
-    for fails_at in (3, 8, 13):
+    for fails_at in (3, 8, 13, 17):
         stopped, resumed = (Counting(far_from([0.1, 0.1, 0.8]), at) for at in (fails_at, None))
         folder = tmp_path / str(fails_at)
         with pytest.raises(KeyboardInterrupt):
@@ -259,6 +259,34 @@ def test_a_target_like_the_natural_mixture_gains_nothing_and_keeps_it(tmp_path: 
     assert found.shares == pytest.approx(found.natural)
     assert found.measured["better than the natural mixture, beyond noise"] == 0
     assert found.measured["loss on texts that were not searched by"] == found.measured["of the natural mixture"]
+
+
+@pytest.mark.usefixtures("few_trees")
+def test_a_proxy_that_is_nothing_but_luck_finds_nothing(tmp_path: Path) -> None:
+    """The best of 21 mixtures is two deviations below their mean, and the half that is reported shares its luck."""
+    said = []
+    for world in range(6):
+
+        def luck(w: np.ndarray, seed: int, world: int = world) -> float:
+            own = [*np.rint(w * GRID).astype(np.int64).tolist(), seed, world]
+            return 2 + 0.01 * float(np.random.default_rng(own).standard_normal())
+
+        proxy = Counting(luck).kept_in(tmp_path / str(world))
+        measured = ClimbMixture(**QUICK | {"rounds": [16, 4], "candidates": 60}).fit(X, OF_X, proxy).measured
+        said.append(measured["better than the natural mixture, beyond noise"])
+        assert measured["loss on texts that were not searched by"] > 2.98
+    assert sum(said) <= 1
+
+
+def test_a_group_that_a_step_of_the_grid_would_repeat_too_often_is_left_out() -> None:
+    prior_G = np.array([1e-5, 0.4 - 1e-5, 0.6])
+    steps_MG = drawn_mixtures(prior_G, 200, 15.0, 0.5, np.random.default_rng(0))
+    assert len(steps_MG) == 200
+    assert (steps_MG[:, 0] == 0).all()
+    assert (steps_MG.sum(axis=1) == GRID).all()
+    # Where that leaves too little to the others, all stay.
+    assert caps(np.full(10_000, 1e-4), 1.5).tolist() == [1] * 10_000
+    assert drawn_mixtures(np.full(10_000, 1e-4), 2, 1.5, 0.5, np.random.default_rng(0)).sum() == 2 * GRID
 
 
 @pytest.mark.usefixtures("few_trees")
@@ -404,6 +432,36 @@ def test_a_proxy_is_trained_on_the_shares_of_its_mixture_from_the_same_start(tmp
         TrainedProxy(method, data, target, "val/other", steps=1).load(FeatureStore(tmp_path)).of(mixed[:1], [0])
     with pytest.raises(UserError, match="1 validation batches"):
         TrainedProxy(method, data, steps=1).load(FeatureStore(tmp_path))
+
+
+class Spelled(SampleSets):
+    """Texts as bytes; the target is all of them."""
+
+    num_tokens = 128
+
+    def setup(self, stage: str | None = None) -> None:
+        self.train = self.bank = self.val = Pieces()
+
+
+class Pieces:
+    def __len__(self) -> int:
+        return len(TEXTS)
+
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
+        return {name: column[0] for name, column in pieces(TEXTS[index : index + 1], 12).items()}
+
+
+def test_a_mixture_without_three_tokens_in_a_row_is_a_guess(tmp_path: Path) -> None:
+    """A search goes on where all of a mixture is in a group of empty texts."""
+    proxy = TrigramProxy(Spelled(batch_size=2), Spelled(batch_size=2)).load(FeatureStore(tmp_path))
+    group_N = np.array([len(text) < 3 for text in TEXTS], np.int64)
+    short, others = (
+        DataSelection(len(TEXTS), "0" * 32, "", group_N=group_N, mixture_G=np.array(w))
+        for w in ([0.0, 1.0], [1.0, 0.0])
+    )
+    guess, learned = proxy.of([short, others], [0, 0])
+    assert guess == pytest.approx(math.log(128))
+    assert (learned < 3).all()
 
 
 # Data and embeddings

@@ -176,6 +176,8 @@ class LCVD(Method):
         frames = batch["clip"].shape[2]
         shown_BDTHW = by_frame(self.adapters["shading"], given["shading"])
         known_BDHW = self.adapters["reference"](given["portrait"])
+        for name, hint in (("shading", shown_BDTHW), ("reference", known_BDHW)):
+            _require_sides(name, hint, batch["clip"])
         shading_B, reference_B = (keep.view(-1, 1, 1, 1, 1) for keep in kept.hints_B2.unbind(1))
         # Products, so that an adapter that no clip of a batch needs has gradients of 0, not none.
         hint_BDTHW = shown_BDTHW * shading_B + known_BDHW[:, :, None] * reference_B
@@ -330,6 +332,15 @@ class LCVD(Method):
                     f"{'has none' if x is None else f'gives {described(x)}'}; {WAY_OUT}"
                 )
         return {name: batch[name] for name in wanted}
+
+
+def _require_sides(name: str, hint: Tensor, clip_BCTHW: Tensor) -> None:
+    sides, wanted = [*hint.shape[-2:]], [*clip_BCTHW.shape[-2:]]
+    if sides != wanted:
+        raise UserError(
+            f"LCVD {name} gives a map of {sides} pixels, and clips have {wanted}; set model.init_args.{name}.init_args."
+            "halvings, or give pictures of another size"
+        )
 
 
 def _clip_of(batch: Mapping[str, Any]) -> Tensor:

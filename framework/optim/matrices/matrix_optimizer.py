@@ -26,6 +26,7 @@ from lightspan.optim.matrices.owners import (
     Owners,
     Sending,
     gathered,
+    most_wrong,
     require_equal_weights,
     require_whole_weights,
 )
@@ -97,7 +98,7 @@ class MatrixOptimizer(Optimizer, ABC):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "settings", "stays", "moments", "check_finite", "placement", "owners", "_info", "_built",
+        "settings", "stays", "moments", "check_finite", "placement", "owners", "_owners", "_info", "_built",
     )  # fmt: skip
     """Attributes that this class adds and a copy or a pickle has; a class below names those that it adds."""
     KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
@@ -324,7 +325,6 @@ class MatrixOptimizer(Optimizer, ABC):
             "_buckets": Buckets(),
             "_checked": False,
             "_agreed": False,
-            "_owners": NOBODY,
         }
 
     def consolidate_state_dict(self, to: int = 0) -> None:
@@ -364,7 +364,8 @@ class MatrixOptimizer(Optimizer, ABC):
             self.state = kept
 
     def divided(self, ranks: int, index: int | None = None) -> Owners:
-        """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`.
+        """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`. What has
+        an owner among so many ranks keeps it.
 
         Args:
             index: of the rank that looks; None for this process.
@@ -381,7 +382,7 @@ class MatrixOptimizer(Optimizer, ABC):
                     matrices[parameter] = count * self.operations(layout)
                 elif parameter.numel() >= SMALLEST_OWNED:
                     others[parameter] = ELEMENTWISE_OPERATIONS * parameter.numel()
-        return Owners(matrices, others, ranks, index)
+        return Owners(matrices, others, ranks, index, self._owners.of if self._owners.ranks == ranks else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -539,19 +540,22 @@ class MatrixOptimizer(Optimizer, ABC):
     def _require_finite(self, steps: list[StackStep], unprojected: list[Unprojected], choosing: list[Tensor]) -> None:
         """Checks all gradients at once: what is not finite anywhere in a tensor is not finite in its norm, and second
         moments and row norms are squares, which overflow above 1.8e19 in float32. What new frames were chosen from is
-        checked itself. All ranks raise or none does; each passes its own parts of the same gradients. Costs one host
-        synchronisation.
+        checked itself. All ranks raise or none does; each passes its own parts of the same gradients. Ranks that divide
+        the step also make sure that all have gradients of the same parameters. Costs one host synchronisation.
         """
         norms = [] if self.owners else [norm for step in steps for norm in step.norms()]
         others = choosing + [local_gradient(p) for _, parameters in unprojected for p in parameters]
         if others := self._gradients() if self.owners else others:
             norms.append(square_norms(others))
-        if not any(norm.numel() for norm in norms):
+        parameters, divided = self._parameters(), self._owners.ranks > 1
+        if not parameters or not (divided or any(norm.numel() for norm in norms)):
             return
-        wrong = (~torch.cat([norm.reshape(-1).isfinite().to(norms[0].device) for norm in norms])).sum()
+        device = norms[0].device if norms else parameters[0].device
+        flags = [~norm.reshape(-1).isfinite().to(device) for norm in norms]
+        wrong = torch.cat([torch.zeros(1, dtype=torch.bool, device=device), *flags]).sum()
         for ranks in self._buckets.splits:
             wrong = ranks.total(wrong)
-        if wrong:
+        if most_wrong(parameters, wrong, self.called) if divided else wrong:
             raise UserError(self._blame())
 
     def _blame(self) -> str:
@@ -565,8 +569,11 @@ class MatrixOptimizer(Optimizer, ABC):
             )
         given = [p for p in parameters if p.grad is not None]
         broken = self._not_finite(given, [square_norms([local_gradient(p)]) for p in given])
+        elsewhere = (
+            "a parameter on another rank" if self._owners.ranks > 1 else "a parameter that is kept in coordinates"
+        )
         return (
-            f"the gradient of {broken or 'a parameter that is kept in coordinates'} is not finite (NaN, infinity, or "
+            f"the gradient of {broken or elsewhere} is not finite (NaN, infinity, or "
             "so large that its squares are: above 1.8e19 in float32); neither weights nor optimiser state were "
             "changed. Lower the learning rate, clip with max_norm, or inspect the batch; check_finite=False continues "
             "regardless"

@@ -5,14 +5,17 @@ of its state. With `owners` each matrix belongs to one rank, as does every other
 keeps its state and steps it; its new weights then travel to all others, which is the update without a second rounding.
 Small parameters, such as norms and biases, are stepped by every rank, as without owners.
 
-Who owns what follows from shapes alone, so that ranks agree without asking. A weight is sent as soon as it is stepped,
+Who owns what follows from shapes alone, so that ranks agree without asking; parameters that are added later change
+nothing for those that are there, whose state stays where it is. A weight is sent as soon as it is stepped,
 while its owner works on its next one, and all ranks send and receive in one order; the step ends when all have arrived.
 
 Shapes: P parameters.
 """
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.core.distributed import rank
+from lightspan.core.distributed import all_reduce_max, rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.optim.matrices.stacks import State
 
@@ -29,11 +32,14 @@ SMALLEST_OWNED = 4096
 it everywhere."""
 
 
-def divided(costs: Sequence[int], ranks: int) -> list[int]:
+def divided(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> list[int]:
     """The rank that each cost goes to: the largest first, each to the rank with the least so far, of these to the first
     (Graham 1969: the rank with most has at most 4/3 of the least that is possible).
+
+    Args:
+        loads: what each rank has already; empty is nothing.
     """
-    loads, found = [0] * ranks, [0] * len(costs)
+    loads, found = [*loads] or [0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         found[i] = loads.index(min(loads))
         loads[found[i]] += costs[i]
@@ -47,6 +53,7 @@ class Owners:
         matrices, others: operations of a step by parameter, of what belongs to one rank.
         ranks: how many share the work.
         index: this rank's number; None for that of this process.
+        kept: the ranks of parameters that stay where they are, as their state does.
 
     Attributes:
         order: parameters in the order in which their weights travel: matrices, then others, the largest first.
@@ -55,12 +62,22 @@ class Owners:
     """
 
     def __init__(
-        self, matrices: Mapping[Tensor, int], others: Mapping[Tensor, int], ranks: int, index: int | None = None
+        self,
+        matrices: Mapping[Tensor, int],
+        others: Mapping[Tensor, int],
+        ranks: int,
+        index: int | None = None,
+        kept: Mapping[Tensor, int] = MappingProxyType({}),
     ) -> None:
         self.ranks, self.index = ranks, rank() if index is None else index
         costs = {**matrices, **others}
         self.order = [p for part in (matrices, others) for p in sorted(part, key=lambda p: -costs[p])]
-        self.of = dict(zip(self.order, divided([costs[p] for p in self.order], ranks), strict=True))
+        self.of = {p: kept[p] for p in self.order if p in kept}
+        loads = [0] * ranks
+        for p, owner in self.of.items():
+            loads[owner] += costs[p]
+        new = [p for p in self.order if p not in kept]
+        self.of.update(zip(new, divided([costs[p] for p in new], ranks, loads), strict=True))
         self.place = {p: place for place, p in enumerate(self.order)}
 
     def mine(self, parameter: Tensor) -> bool:
@@ -155,6 +172,7 @@ def bytes_of(held: State) -> int:
     return sum(value.nbytes for value in held.values())
 
 
+@torch.compiler.disable
 def require_equal_weights(owners: Owners, parameters: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> None:
     """All ranks must call it.
 
@@ -173,6 +191,32 @@ def require_equal_weights(owners: Owners, parameters: Sequence[Tensor], name_of:
                 f"{', '.join(which[:3]) or 'the number of parameters'}; train under DDP (trainer.strategy=ddp), which "
                 "makes them equal, or set owners=False"
             )
+
+
+@torch.compiler.disable
+def most_wrong(parameters: Sequence[Tensor], wrong: Tensor, name_of: Callable[[Tensor], str]) -> int:
+    """The most that any rank finds wrong with its gradients. All ranks must call it, and wait for the answer.
+
+    Args:
+        wrong: int64, 0-d.
+
+    Raises: UserError, on all ranks, if these have gradients of different parameters: what one sends, no other awaits.
+    """
+    mark = zlib.crc32(bytes(p.grad is not None for p in parameters))
+    most, largest, smallest = all_reduce_max(
+        torch.stack([wrong, wrong.new_tensor(mark), wrong.new_tensor(-mark)])
+    ).tolist()
+    if largest == -smallest:
+        return most
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, [at for at, p in enumerate(parameters) if p.grad is None])
+    number = next(number for number, lacking in enumerate(every) if lacking != every[0])
+    which = [name_of(parameters[at]) for at in sorted({*every[0]} ^ {*every[number]})]
+    raise UserError(
+        f"owners=True needs gradients of the same parameters on all ranks, but of ranks 0 and {number} one alone has "
+        f"that of {', '.join(which[:3])}; neither weights nor optimiser state were changed. Train under DDP "
+        "(trainer.strategy=ddp, or ddp_find_unused_parameters_true), which makes them equal, or set owners=False"
+    )
 
 
 def require_whole_weights(parameters: Sequence[Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -203,6 +204,106 @@ class Constant(nn.Module):
         return (3 - noisy / (sigma.square() + 1)) * -(sigma.square() + 1).sqrt() / sigma
 
 
+class Seen(NamedTuple):
+    x: Tensor
+    level_B: Tensor
+    hint: Tensor
+    context: Tensor | None
+
+
+class Watching(nn.Module):
+    """Predicts 0, and keeps what it is given."""
+
+    hint_chans, context = 4, 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen = list[Seen]()
+
+    def forward(self, x: Tensor, level_B: Tensor, hint: Tensor, context: Tensor | None) -> Tensor:
+        self.seen.append(Seen(x, level_B, hint, context))
+        return self.weight * x[:, :2]
+
+
+def trained_once(batch: dict[str, Tensor], **settings: Any) -> tuple[Seen, dict[str, Tensor]]:
+    """What the network was given in a training step, and what was logged."""
+    model, logged = method(backbone=Watching(), **settings), dict[str, Tensor]()
+    model.log_training = lambda values, **kwargs: logged.update(values)  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    model.training_step(batch, 0)  # type: ignore[arg-type]
+    return model.backbone.seen[0], logged
+
+
+def test_levels_of_noise_are_drawn_for_each_clip_as_the_paper_has_them() -> None:
+    batch = clips(2000)
+    seen, _ = trained_once(batch)
+    log_sigma_B = 4 * seen.level_B
+    assert log_sigma_B.mean().item() == pytest.approx(0.7, abs=0.15)
+    assert log_sigma_B.std().item() == pytest.approx(1.6, abs=0.1)
+    noisy = seen.x[:, :2]
+    for part in (log_sigma_B < -0.5, (log_sigma_B > -0.5) & (log_sigma_B < 1), log_sigma_B > 1):
+        assert noisy[part].std().item() == pytest.approx(1, abs=0.05)  # whatever the level
+    sigma = log_sigma_B.exp().view(-1, 1, 1, 1, 1)
+    noise = (noisy * (sigma.square() + 1).sqrt() - batch["clip"]) / sigma
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    # The reference's own noise, beside its face, where it is shown.
+    beside = seen.x[:, 2:]
+    assert torch.equal(beside, beside[:, :, :1].expand_as(beside))
+    shown = ~batch["reference_face"].bool()[:, None] & beside[:, :, 0].flatten(1).any(dim=1).view(-1, 1, 1, 1)
+    assert shown.any(dim=3).any(dim=2).float().mean().item() == pytest.approx(1 - 2 * 0.05, abs=0.02)
+    grain = (beside[:, :, 0] - batch["reference"]).where(shown, 0)
+    level_B = (grain.square().flatten(1).sum(dim=1) / (2 * shown.flatten(1).sum(dim=1))).sqrt().log()
+    level_B = level_B[level_B.isfinite()]
+    assert level_B.median().item() == pytest.approx(-3, abs=0.1)
+    assert level_B.std().item() == pytest.approx(0.5, abs=0.1)
+    both = torch.stack([grain.where(shown, 0).flatten(), noise[:, :, 0].where(shown, 0).flatten()])
+    assert abs(torch.corrcoef(both)[0, 1].item()) < 0.05
+    # Of both hints, one, or none: each is left out of half of the clips.
+    hidden = (seen.hint.flatten(1) == 0).all(dim=1).float().mean().item()
+    assert hidden == pytest.approx(0.3, abs=0.04)
+
+
+def test_the_loss_of_training_is_that_of_the_clip_and_so_many_times_that_of_the_face() -> None:
+    _, logged = trained_once(clips(), face_weight=3.0)
+    assert logged["train/face"] != logged["train/clip"]
+    torch.testing.assert_close(logged["train/loss"], logged["train/clip"] + 3 * logged["train/face"])
+    _, plain = trained_once(clips(), face_weight=0.0)
+    torch.testing.assert_close(plain["train/loss"], plain["train/clip"])
+
+
+def test_the_held_out_loss_is_taken_at_five_levels_of_equal_probability() -> None:
+    model = method(backbone=Watching(), level_mean=-0.4, level_std=1.2)
+    model.held_out_loss(clips(), 0)
+    expected = [-0.4 + 1.2 * NormalDist().inv_cdf(share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert [4 * seen.level_B[0].item() for seen in model.backbone.seen] == pytest.approx(expected, abs=1e-5)
+
+
+def test_hints_are_those_of_the_adapters_frame_by_frame() -> None:
+    model, batch = method(), clips()
+    hint = everything(model, batch).hint_BDTHW
+    known = model.adapters["reference"](batch["portrait"])
+    for frame in range(3):
+        shown = model.adapters["shading"](batch["shading"][:, :, frame])
+        torch.testing.assert_close(hint[:, :, frame], shown + known)
+
+
+def test_a_sampler_falls_between_its_levels_and_a_window_sees_the_hints_of_its_own_frames() -> None:
+    model, batch = method(backbone=Watching()), clips(frames=9)
+    model.sample(batch, steps=4, guidance=1.0, window=5, overlap=2)
+    whole, parts = everything(model, batch).hint_BDTHW, windows(9, 5, 2)
+    seen = model.backbone.seen
+    assert len(seen) == 4 * len(parts)
+    sigmas = [one.level_B[0].mul(4).exp().item() for one in seen[:: len(parts)]]
+    assert sigmas == pytest.approx(edm.falling_sigmas(4, 0.002, 700.0)[:-1].tolist(), rel=1e-4)
+    for one, part in zip(seen, [*parts] * 4, strict=True):
+        assert torch.equal(one.hint, whole[:, :, part])
+    model = method(backbone=Watching(), least_sigma=0.1, most_sigma=2.0)
+    model.sample(batch, steps=2, guidance=1.0)
+    assert [one.level_B[0].mul(4).exp().item() for one in model.backbone.seen] == pytest.approx([2.0, 0.1])
+
+
 def test_windows_keep_a_constant_and_a_clip_that_fits_is_one_window() -> None:
     model, batch = method(backbone=Constant(), most_sigma=10.0), clips(frames=11)
     drawn = model.sample(batch, steps=3, window=5, overlap=2)
@@ -249,6 +350,13 @@ def test_a_batch_that_lacks_a_field_or_has_another_is_refused(name: str) -> None
     for wrong in (rest, batch | {name: part}, batch | {name: other}):
         with pytest.raises(UserError, match=f"LCVD needs (a )?{name} as"):
             model.training_step(wrong, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "field"), [("shading", "shading"), ("reference", "portrait")])
+def test_pictures_whose_hints_have_other_sides_than_the_clips_are_refused(name: str, field: str) -> None:
+    batch = clips()
+    with pytest.raises(UserError, match=rf"{name} gives .*{name}\.init_args\.halvings"):
+        everything(method(), batch | {field: batch[field][..., :4]})
 
 
 @pytest.mark.parametrize(
