@@ -17,26 +17,19 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from labelled_trunks import BATCH, LABELLED, TEST, UNLABELLED, supervised, trunks, tuned, way_down
+from labelled_trunks import BATCH, LABELLED, TEST, UNLABELLED, supervised, tuned, way_down
+from placed_crops import crops, places
 from quiet import quiet_trainer
 from torch import Tensor
 
 from lightspan.backbones.dense import PooledMaps
-from lightspan.core.collate import collated
-from lightspan.datamodules.volume.augment import VolumeAugmentation
-from lightspan.datamodules.volume.data import VolumeSamples
-from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.methods.contrastive.voco import VoCo
-from lightspan.nn.base_crops import base_crops_of, by_volume
 from lightspan.nn.heads.projector import Projector
-from lightspan.objectives.overlaps import positive_cosines
 from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-SIZE, BASES, CROPS = 16, (1, 3, 3), 4
 STEPS, TUNING = 400, 300
 RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1), 3e-2
-AUGMENT = VolumeAugmentation(flip=(0.2, 0.2, 0.2), turn=0.2, offset=0.1)
 PRETRAINED = ("VoCo", "overlaps mixed up", "true labels")
 
 
@@ -50,11 +43,6 @@ class MixedUp(VoCo):
 
 
 @cache
-def crops(seed: int) -> Phantoms:
-    return trunks(seed, AUGMENT, size=SIZE, bases=BASES, crops=CROPS)
-
-
-@cache
 def pretrained(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[str, Tensor], dict[str, float]]:
     """Weights of the way down, and of a method the figures of its pretext."""
     if arm == "true labels":
@@ -63,7 +51,7 @@ def pretrained(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[st
     method = built(arm, rate, seed)
     if steps:
         quiet_trainer(max_steps=steps, gradient_clip_val=3.0).fit(method, datamodule=crops(seed))
-    return method.backbone.encoder.state_dict(), places(method, seed)
+    return method.backbone.encoder.state_dict(), places(method.eval().student, seed)
 
 
 def built(arm: str, rate: float, seed: int) -> VoCo:
@@ -75,28 +63,6 @@ def built(arm: str, rate: float, seed: int) -> VoCo:
         optimizer=partial(torch.optim.AdamW, lr=rate, weight_decay=0.01),
         lr_scheduler=partial(WarmupCosine, final=0.0),
     )
-
-
-@torch.no_grad()
-def places(method: VoCo, seed: int) -> dict[str, float]:
-    """Of crops of held-out trunks: how far the mean place of base crops, weighted by similarity, is from theirs, over
-    the same of the middle of all; and weighted by overlap.
-    """
-    data = crops(seed)
-    assert data.train is not None
-    held = VolumeSamples(data.train.archive, data.val.numbers, data.size, True, 8, None, BASES)
-    batch = collated([held.sample(row, row) for row in range(len(held))])
-    views, overlap_BMK = base_crops_of(batch, "VoCo")
-    bases_BKD, crops_BMD = by_volume(method.eval().student(views), overlap_BMK)
-    at_BV3 = batch["corner"].float()
-    at_BK3, at_BM3 = at_BV3[:, : overlap_BMK.shape[2]], at_BV3[:, overlap_BMK.shape[2] :]
-
-    def error(weight_BMK: Tensor) -> float:
-        guess_BM3 = (weight_BMK / weight_BMK.sum(dim=2, keepdim=True).clamp_min(1e-12)) @ at_BK3
-        return float((guess_BM3 - at_BM3).norm(dim=2).mean())
-
-    middle = error(torch.ones_like(overlap_BMK))
-    return {"error": error(positive_cosines(crops_BMD, bases_BKD)) / middle, "least": error(overlap_BMK) / middle}
 
 
 def run(arm: str, rates: tuple[float, float], seed: int, steps: int, tuning: int) -> dict[str, float]:
@@ -122,7 +88,7 @@ def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, t
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
             evidence.figure(f"Dice, {arm}", found["dice"], seed, "%")
-    untrained = {seed: places(built("VoCo", 1e-3, seed), seed) for seed in seeds}
+    untrained = {seed: places(built("VoCo", 1e-3, seed).eval().student, seed) for seed in seeds}
     learned = {seed: found["error"] for seed, found in runs["VoCo"].items()}
     guessed = {seed: found["error"] for seed, found in untrained.items()}
     evidence.gate("VoCo", learned, guessed, by=0.2, lower_is_better=True)
