@@ -19,8 +19,8 @@ from lightspan.nn.decoders.modality_decoder import ModalityDecoder
 from lightspan.nn.masking.mask_samplers import MaskSampler
 from lightspan.optim.schedules import WarmupCosine
 
-PATCH, WIDTH, DEPTH, HEADS, BATCH = (4, 4, 4), 96, 4, 4, 16
-STEPS, RATES = 400, (1e-3, 3e-3, 1e-2)
+PATCH, WIDTH, DEPTH, HEADS, BATCH = (4, 4, 4), 96, 4, 4, 12
+STEPS, RATES = 250, (1e-3, 3e-3, 1e-2)
 
 
 class FirstSeen(MaskSampler):

@@ -41,7 +41,7 @@ from lightspan.optim.schedules import WarmupCosine
 
 SEEDS, SEARCH = (0, 1, 2), 100
 SIDES = (12, 24, 24)
-UNLABELLED, LABELLED, TEST, TUNING = 96, 4, 24, 100
+UNLABELLED, LABELLED, TEST, TUNING = 96, 4, 24, 60
 SUBSETS = tuple(chain.from_iterable(combinations(range(3), count) for count in (1, 2, 3)))
 
 

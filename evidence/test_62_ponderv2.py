@@ -11,7 +11,7 @@ Rates are searched on rooms that no figure is taken on.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ NEEDS = ("/usr/share/sweethome3d/furniture", "trimesh")
 SEEDS, SEARCH = (0, 1, 2), 100
 LABELLED, TEST = 4, 16
 POINTS, KEEP, TUNED_POINTS = 4096, 0.2, 2048
-STEPS, TUNING = 240, 150
+STEPS, TUNING = 240, 100
 RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -80,6 +80,7 @@ class OwnColour(Method):
         return self.error(batch)
 
 
+@cache
 def pretrained(arm: str, seed: int, rate: float, steps: int) -> Any:
     seed_everything(seed, verbose=False)
     if arm == "PonderV2":
