@@ -33,11 +33,11 @@ from lightspan.nn.masking.mask_samplers import CoarseMasks
 from lightspan.objectives.dice import dice_loss
 from lightspan.optim.schedules import WarmupCosine
 
-SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
+SEEDS, SEARCH = (0, 1, 2), 100
 SPACE, NOISE = RoomSpace(18, cells=2, fewest=3, most=4), 0.02
 PATCH, WIDTH = (3, 3, 3), 36
 UNLABELLED, LABELLED, TEST, BATCH, TUNED = 96, 6, 24, 4, 2
-STEPS, TUNING = 480, 200
+STEPS, TUNING = 480, 500
 RATES = (1e-3, 3e-3, 1e-2)
 MASKS = CoarseMasks((2, 2, 2))
 
