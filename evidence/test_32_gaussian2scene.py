@@ -13,28 +13,24 @@ Rates are searched on rooms that no figure is taken on.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from labelled_rooms import BATCH, UNLABELLED, Room, in_order, mean_iou, part, rooms, still, trained
 from lightning import Callback
 from own_loss import own_loss
-from quiet import quiet_trainer
 from rare_classes import rare_cross_entropy, rarity
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightspan.backbones.point_vit import PointViT
 from lightspan.backbones.vit import vit
-from lightspan.core.collate import collated
 from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms
-from lightspan.datamodules.points.posed import PosedSceneSamples, SceneMoves
+from lightspan.datamodules.points.furnished import CLASSES
+from lightspan.datamodules.points.posed import PosedSceneSamples
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.methods.masked.gaussian2scene import Gaussian2Scene
-from lightspan.nn.class_overlap import overlap
 from lightspan.nn.decoders.mask_decoder import MaskDecoder
 from lightspan.nn.decoders.point_decoder import PointDecoder
 from lightspan.nn.points.interpolation import interpolated
@@ -44,50 +40,22 @@ from lightspan.training.method import Method
 
 NEEDS = ("/usr/share/sweethome3d/furniture", "trimesh")
 SEEDS, SEARCH = (0, 1, 2), 100
-UNLABELLED, LABELLED, TEST, BATCH, POINTS = 64, 12, 24, 4, 1024
+LABELLED, TEST, POINTS = 12, 24, 1024
 GROUPS, SIZE = 64, 8
 STEPS, DRAW_FROM = 350, 0.7
 RATES, PENALTIES = (5e-4, 1e-3, 2e-3), (1.0, 10.0, 100.0)
 BOTH, FIRST, ADRIFT = "both stages", "first stage alone", "without the loss of positions"
 SCRATCH, ALL = "random weights", "all labels"
 
-Room = dict[str, Any]
-
-
-@cache
-def rooms(seed: int) -> FurnishedRooms:
-    data = FurnishedRooms(
-        rooms=UNLABELLED + TEST + 1, val_size=1, frames=6, height=32, width=32, views=2, points=POINTS, draw_seed=seed,
-        moves=SceneMoves(degrees=180, flip=0.5, scale=(0.8, 1.2)),
-    )  # fmt: skip
-    data.setup()
-    return data
-
-
-def part(seed: int, first: int, end: int) -> PosedSceneSamples:
-    """Rooms with the same furniture."""
-    samples = rooms(seed).train
-    assert samples is not None
-    return replace(samples, numbers=samples.numbers[first:end], kept_labels=samples.kept_labels[first:end])
-
 
 def training(seed: int, count: int = UNLABELLED) -> PosedSceneSamples:
     """The first rooms."""
-    return part(seed, 0, count)
+    return part(rooms(seed, UNLABELLED + TEST, 2, POINTS), 0, count)
 
 
 def unseen(seed: int) -> list[Room]:
     """Batches of rooms that nothing is learned from."""
-    return in_order(part(seed, UNLABELLED, UNLABELLED + TEST), TEST)
-
-
-def in_order(samples: PosedSceneSamples, count: int) -> list[Room]:
-    """Batches of the first rooms, as they are."""
-    still = replace(samples, random=False, moves=None)
-    return [
-        collated([still.sample(at, 0) for at in range(first, first + BATCH)], PosedPointsBatch)
-        for first in range(0, count, BATCH)
-    ]
+    return in_order(part(rooms(seed, UNLABELLED + TEST, 2, POINTS), UNLABELLED, UNLABELLED + TEST))
 
 
 def adamw(rate: float) -> dict[str, Any]:
@@ -104,7 +72,7 @@ def points_encoder() -> PointViT:
 def built(arm: str, rate: float, seed: int) -> Any:
     torch.manual_seed(seed)
     if arm in (SCRATCH, ALL):
-        known = replace(training(seed), random=False, moves=None)
+        known = still(training(seed))
         weight_K = rarity((known.sample(at, 0)["classes"] for at in range(UNLABELLED)), len(CLASSES))
         return GroupSegmenter(weight_K, **adamw(rate))
     return Gaussian2Scene(
@@ -165,21 +133,6 @@ class Before(Callback):
             self.weights = {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def trained(model: Any, samples: PosedSceneSamples, steps: int, seed: int, *callbacks: Callback) -> Any:
-    """On some rooms a step; in evaluation mode."""
-    draws = np.random.default_rng(seed)
-    chosen = [draws.choice(len(samples), BATCH, replace=False).tolist() for _ in range(steps)]
-
-    def batch(step: int) -> Room:
-        seeds = np.random.default_rng([seed, step]).integers(2**31, size=BATCH).tolist()
-        return collated([samples.sample(at, s) for at, s in zip(chosen[step], seeds, strict=True)], PosedPointsBatch)
-
-    if steps:
-        batches = DataLoader([*range(steps)], batch_size=None, collate_fn=batch)
-        quiet_trainer(max_steps=steps, gradient_clip_val=1.0, callbacks=[*callbacks]).fit(model, batches)
-    return model.eval()
-
-
 @cache
 def learned(arm: str, rate: float, seed: int, steps: int) -> tuple[Any, dict[str, Tensor]]:
     """A trained method, and the weights with which its second stage began."""
@@ -212,10 +165,7 @@ def read(arm: str, rate: float, penalty: float, seed: int, steps: int) -> float:
     known = point_features(backbone, in_order(training(seed), LABELLED))
     rows, truth = point_features(backbone, unseen(seed))
     weight_DC, bias_C = fit_linear_probe(*known, penalty)
-    guess = (rows.to(weight_DC.dtype) @ weight_DC + bias_C).argmax(dim=1)
-    count = len(CLASSES)
-    cells = (truth * count + guess).bincount(minlength=count**2).view(count, count)
-    return 100 * float(overlap(cells, first=0)["iou"])
+    return mean_iou([((rows.to(weight_DC.dtype) @ weight_DC + bias_C).argmax(dim=1), truth)])
 
 
 def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> None:

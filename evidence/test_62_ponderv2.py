@@ -11,63 +11,42 @@ Rates are searched on rooms that no figure is taken on.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from labelled_rooms import UNLABELLED, Room, in_order, mean_iou, part, rooms, still, trained
 from lightning import seed_everything
-from quiet import quiet_trainer
 from rare_classes import RareSegmenter, rarity
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightspan.backbones.sparse_unet import SparseUNet
 from lightspan.backbones.voxel_points import VoxelPoints
-from lightspan.core.collate import collated
-from lightspan.datamodules.points.batch import PosedPointsBatch
-from lightspan.datamodules.points.furnished import CLASSES, FurnishedRooms
-from lightspan.datamodules.points.posed import PosedSceneSamples, SceneMoves
+from lightspan.datamodules.points.furnished import CLASSES
+from lightspan.datamodules.points.posed import PosedSceneSamples
 from lightspan.methods.generative.ponder_v2 import PonderV2
 from lightspan.nn.decoders.grid_unet import GridUNet
 from lightspan.nn.signed_fields import SignedField
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
 
+NEEDS = ("/usr/share/sweethome3d/furniture", "trimesh")
 SEEDS, SEARCH = (0, 1, 2), 100
-UNLABELLED, LABELLED, TEST, BATCH = 64, 4, 16, 4
+LABELLED, TEST = 4, 16
 POINTS, KEEP, TUNED_POINTS = 4096, 0.2, 2048
-STEPS, TUNING = 240, 150
+STEPS, TUNING = 240, 100
 RATES = (1e-3, 3e-3, 1e-2)
-
-
-@cache
-def rooms(seed: int) -> FurnishedRooms:
-    data = FurnishedRooms(
-        rooms=UNLABELLED + TEST + 1, val_size=1, frames=6, height=32, width=32, views=4, points=POINTS, draw_seed=seed,
-        moves=SceneMoves(degrees=180, flip=0.5, scale=(0.8, 1.2)),
-    )  # fmt: skip
-    data.setup()
-    return data
-
-
-def part(seed: int, first: int, end: int, points: int = POINTS) -> PosedSceneSamples:
-    """Rooms with the same furniture."""
-    samples = rooms(seed).train
-    assert samples is not None
-    numbers, labels = samples.numbers[first:end], samples.kept_labels[first:end]
-    return replace(samples, numbers=numbers, kept_labels=labels, points=points)
 
 
 def training(seed: int, count: int = UNLABELLED, points: int = POINTS) -> PosedSceneSamples:
     """The first rooms."""
-    return part(seed, 0, count, points)
+    return part(rooms(seed, UNLABELLED + TEST, 4, POINTS), 0, count, points)
 
 
-def unseen(seed: int, points: int = POINTS) -> list[dict[str, Any]]:
+def unseen(seed: int, points: int = POINTS) -> list[Room]:
     """Batches of rooms that nothing is learned from."""
-    return in_order(part(seed, UNLABELLED, UNLABELLED + TEST, points))
+    return in_order(part(rooms(seed, UNLABELLED + TEST, 4, POINTS), UNLABELLED, UNLABELLED + TEST, points))
 
 
 def backbone() -> VoxelPoints:
@@ -102,26 +81,7 @@ class OwnColour(Method):
         return self.error(batch)
 
 
-def trained(model: Any, samples: PosedSceneSamples, steps: int, seed: int) -> Any:
-    """In evaluation mode; with steps=0 untrained."""
-    generator = np.random.default_rng(seed)
-    chosen = [generator.choice(len(samples), BATCH, replace=False) for _ in range(steps)]
-
-    def batch(step: int) -> dict[str, Any]:
-        row = chosen[step].tolist()
-        seeds = generator_seeds(seed, step, len(row))
-        return collated([samples.sample(at, s) for at, s in zip(row, seeds, strict=True)], PosedPointsBatch)
-
-    if steps:
-        batches = DataLoader([*range(steps)], batch_size=None, collate_fn=batch)
-        quiet_trainer(max_steps=steps, gradient_clip_val=1.0).fit(model, batches)
-    return model.eval()
-
-
-def generator_seeds(seed: int, step: int, count: int) -> list[int]:
-    return np.random.default_rng([seed, step]).integers(2**31, size=count).tolist()
-
-
+@cache
 def pretrained(arm: str, seed: int, rate: float, steps: int) -> Any:
     seed_everything(seed, verbose=False)
     if arm == "PonderV2":
@@ -131,44 +91,31 @@ def pretrained(arm: str, seed: int, rate: float, steps: int) -> Any:
     return trained(OwnColour(rate), training(seed, points=round(KEEP * POINTS)), steps, seed)
 
 
-def in_order(samples: PosedSceneSamples, count: int = TEST) -> list[dict[str, Any]]:
-    """Batches of the first rooms, as they are."""
-    still = replace(samples, random=False, moves=None)
-    return [collated([still.sample(at, 0) for at in range(first, first + BATCH)], PosedPointsBatch)
-            for first in range(0, count, BATCH)]  # fmt: skip
-
-
 def tuned(start: VoxelPoints, seed: int, rate: float, count: int, steps: int) -> RareSegmenter:
     """All weights of a copy of the encoder, behind a new classifier, in whose loss rare classes count."""
     seed_everything(seed, verbose=False)
     samples = training(seed, count, TUNED_POINTS)
-    still = replace(samples, random=False, moves=None)
-    weights = rarity((still.sample(at, 0)["classes"] for at in range(count)), len(CLASSES))
+    known = still(samples)
+    weights = rarity((known.sample(at, 0)["classes"] for at in range(count)), len(CLASSES))
     model = RareSegmenter(backbone(), weights, **adamw(rate))
     model.backbone.load_state_dict(start.state_dict())
     return trained(model, samples, steps, seed)
 
 
 @torch.no_grad()
-def overlap(model: RareSegmenter, batches: Sequence[dict[str, Any]]) -> float:
-    """Mean over the classes that are there of the intersection over union of all rooms' points, in per cent."""
-    guess, truth = (
-        torch.cat(part) for part in zip(*((model(b).argmax(1), b["classes"]) for b in batches), strict=True)
-    )
-    pairs = torch.bincount(truth * len(CLASSES) + guess, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1).double()
-    union = pairs.sum(0) + pairs.sum(1) - pairs.diagonal()
-    return 100 * float((pairs.diagonal() / union.clamp_min(1))[pairs.sum(1) > 0].mean())
+def overlap(model: RareSegmenter, batches: Sequence[Room]) -> float:
+    return mean_iou([(model(batch).argmax(dim=1), batch["classes"]) for batch in batches])
 
 
 @torch.no_grad()
-def depth_error(model: PonderV2, batches: Sequence[dict[str, Any]]) -> float:
+def depth_error(model: PonderV2, batches: Sequence[Room]) -> float:
     """Metres."""
     return float(np.mean([float(model.losses(batch, 0)[1]) for batch in batches]))
 
 
 def mean_depth_error(seed: int) -> float:
     """Metres, of the mean depth of the training rooms in the test rooms."""
-    known = torch.cat([batch["depth"].flatten() for batch in in_order(training(seed), UNLABELLED)])
+    known = torch.cat([batch["depth"].flatten() for batch in in_order(training(seed))])
     test = torch.cat([batch["depth"].flatten() for batch in unseen(seed)])
     return float((test - known.mean()).abs().mean())
 
@@ -212,11 +159,11 @@ def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tun
     colour: dict[str, dict[int, float]] = {name: {} for name in ("own colour", "untrained")}
     learned: dict[str, dict[int, float]] = {name: {} for name in ("scratch", "no step")}
     for seed in seeds:
-        test, known = unseen(seed), in_order(training(seed, points=TUNED_POINTS), BATCH)
+        test, known = unseen(seed), in_order(training(seed, LABELLED, TUNED_POINTS))
         empty = pretrained("PonderV2", seed, 1.0, 0)
         whole = {arm: pretrained(arm, seed, rates[arm], steps) for arm in rates}
         error["PonderV2"][seed], error["untrained"][seed] = (depth_error(m, test) for m in (whole["PonderV2"], empty))
-        error["training rooms"][seed] = depth_error(whole["PonderV2"], in_order(training(seed)))
+        error["training rooms"][seed] = depth_error(whole["PonderV2"], in_order(training(seed), TEST))
         error["mean depth"][seed] = mean_depth_error(seed)
         with torch.no_grad():
             for name, model in (

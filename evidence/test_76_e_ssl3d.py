@@ -41,7 +41,7 @@ from lightspan.training.method import Method
 
 SEEDS, SEARCH = (0, 1, 2), 100
 STREETS, LABELLED, TEST, BATCH = 400, 20, 96, 4
-STEPS, TUNING, DRAWS = 300, 200, 2
+STEPS, TUNING, DRAWS = 150, 120, 2
 RATES, TUNING_RATE = (1e-3, 3e-3, 1e-2), 3e-3
 KINDS, LEAST_RETURNS, NEAR, MOVES = (CAR, PEDESTRIAN), 5, 1.0, 0.3
 FULL, STILL, INVARIANT, SCRATCH, ALL = "E-SSL3D", "flow of zeros", "invariant", "random weights", "all boxes"
