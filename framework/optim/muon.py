@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.optim.matrices.conventions import Convention, shape_factor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
-from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, operations_of, shape_factor
+from lightspan.optim.matrices.newton_schulz import Precision, direction_of, operations_of
 from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
@@ -122,7 +123,7 @@ class Muon(_WholeMatrices):
         by_heads: whether the queries and the keys of each attention head are orthogonalised by themselves, where the
             groups say which rows these are, as those of `lightspan.optim.groups.ParameterGroups` do. GLM-5 calls it
             Muon Split (arXiv 2602.15763).
-        convention: factor by shape, see `lightspan.optim.matrices.newton_schulz.shape_factor`.
+        convention: factor by shape, see `lightspan.optim.matrices.conventions.shape_factor`.
         precision: of products, see `lightspan.optim.matrices.newton_schulz.Precision`; published code has "bfloat16",
         which is
             for large models on GPUs.

@@ -106,6 +106,8 @@ class BucketStep(StackStep):
         group = self.bucket.group
         numbers = AdamSettings(group["betas"], group["eps"], self.bucket.noise)
         lr, keep = self.rates()
+        if (factor := self.rule.inner.factor(self.layout)) != 1:
+            lr = lr * factor
         update_weights(
             weights, self.state, self.layout, self.rule, self.projected, numbers, lr=lr, keep=keep, clip=clip
         )

@@ -20,6 +20,7 @@ def shape_factor(shape: tuple[int, int], convention: str) -> float:
     """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall."""
     rows, columns = shape
     return {
+        "adamw": 0.2 * math.sqrt(rows * columns / 3),
         "kj": math.sqrt(max(1.0, rows / columns)),
         "kimi": 0.2 * math.sqrt(max(rows, columns)),
         "dion": math.sqrt(rows / columns),
