@@ -3,21 +3,23 @@
     python benchmarks/rates.py sweep|updates|other [--models NAME ...] [--arms NAME ...] [--text FOLDER]
 
 `sweep` searches the best rate of each arm on small Llamas of three widths and two depths, which read the bytes of the
-Python standard library's source: 300 steps, warm-up and cosine, decay 0.1, gradients clipped at 1. AdamW has one rate for
-all parameters, as most users give it. The others keep AdamW's best rate for what is no matrix, so that one number is
-searched: the rate of the matrices. By factors of 2 from a start, on one seed, until both neighbours of the best are worse;
-then by factors of the root of 2, on the mean of two seeds, until that is so again. A run counts by its online loss, the
-mean training loss of its last fifth, all of whose samples are new; both seeds' batches are the same for all arms.
+Python standard library's source: 300 steps, warm-up and cosine, decay 0.1, gradients clipped at 1. AdamW has one rate
+for all parameters, as most users give it. The others keep AdamW's best rate for what is no matrix, so that one number
+is searched: the rate of the matrices. By factors of 2 from a start, on one seed, until both neighbours of the best are
+worse; then by factors of the root of 2, on the mean of two seeds, until that is so again. A run counts by its online
+loss, the mean training loss of its last fifth, all of whose samples are new; both seeds' batches are the same for all
+arms.
 
 The matrices' arms step by the convention "adamw" of `lightspan.optim.matrices.conventions`: their rates and decay are
 AdamW's if it holds, and the quotient of the two best rates is 1.
 
-`updates` measures what single steps are, along runs at AdamW's best rate: the root of the mean square of the numbers of an
-update, and its spectral norm over sqrt(out in), both without rate and decay; for AdamW also with another second beta and
-another batch.
+`updates` measures what single steps are, along runs at AdamW's best rate: the root of the mean square of the numbers of
+an update, and its spectral norm over sqrt(out in), both without rate and decay; for AdamW also with another second beta
+and other batches.
 
-`other` trains a model, a tokenizer and a text that nothing here was chosen on: a small Llama with fewer keys than queries,
-byte pairs, and Vim's manual (`--text` names another folder). AdamW at all rates, and the others at AdamW's, not searched.
+`other` trains a model, a tokenizer and a text that nothing here was chosen on: a small Llama with fewer keys than
+queries, byte pairs, and Vim's manual (`--text` names another folder). AdamW at all rates, and the others at AdamW's,
+not searched.
 
 Rows are kept in benchmarks/results/rates*.json and never run again, as those of quality.py, which trains them.
 """
@@ -45,7 +47,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightspan.core.drawing import COLOURS
 from lightspan.core.errors import UserError
 from lightspan.datamodules.text.windows import ByteText, TextData, Windows
+from lightspan.optim.low_rank.inner import Adam
 from lightspan.optim.low_rank.optimizer import LowRank
+from lightspan.optim.matrices import conventions
+from lightspan.optim.matrices.stacks import Layout
 from lightspan.optim.muon import FactoredMuon, Muon
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +58,6 @@ SEEDS = (100, 101)
 MOMENTUM = {"adamw": 0.9, "muon": 0.95, "factored_muon": 0.9, "low_rank": 0.9}
 """Of matrices, by arm: the defaults. That of AdamW and LowRank is the first beta."""
 START = 4e-3
-ROOT_2 = math.sqrt(2)
 
 
 def model_of(width: int, depth: int) -> NextByte:
@@ -69,15 +73,14 @@ def model_of(width: int, depth: int) -> NextByte:
 MODELS = {task.name: task for task in (model_of(width, depth) for depth in (2, 4) for width in (32, 64, 128))}
 
 
-def arms(task: Task) -> dict[str, Candidate]:
+def arms() -> dict[str, Candidate]:
     """What is compared; steps are as long as the convention says."""
-    scale = {"muon": (task.width / 3) ** 0.5, "low_rank": (task.width / 12) ** 0.5}
-    kimi = {"convention": "kimi", "scale": scale["muon"]}
+    own = {"convention": "adamw"}
     made = (
         Candidate("adamw", torch.optim.AdamW, START, "#1a1a1a", {"fused": True}, rank=None),
-        Candidate("muon", Muon, START, COLOURS[0], kimi, rank=None, has_momentum=True),
-        Candidate("factored_muon", FactoredMuon, START, COLOURS[1], kimi, rank=None, has_momentum=True),
-        Candidate("low_rank", LowRank, START, COLOURS[2], {"scale": scale["low_rank"]}),
+        Candidate("muon", Muon, START, COLOURS[0], own, rank=None, has_momentum=True),
+        Candidate("factored_muon", FactoredMuon, START, COLOURS[1], own, rank=None, has_momentum=True),
+        Candidate("low_rank", LowRank, START, COLOURS[2], {"inner": Adam(convention="adamw")}),
     )
     return {candidate.name: candidate for candidate in made}
 
@@ -98,20 +101,26 @@ def best_rate(results: Path, task: Task, candidate: Candidate, start: float, oth
 
     def mean(seeds: Sequence[int]) -> Callable[[tuple[float, ...]], float]:
         def loss(point: tuple[float, ...]) -> float:
-            other = point[0] if other_lr is None else other_lr
-            return statistics.mean(online(results, task, candidate, point[0], other, seed) for seed in seeds)
+            lr = rate(point[0])
+            other = lr if other_lr is None else other_lr
+            return statistics.mean(online(results, task, candidate, lr, other, seed) for seed in seeds)
 
         return loss
 
-    coarse = descend(mean(SEEDS[:1]), (start,), [(2.0,), (0.5,)])
-    return descend(mean(SEEDS), coarse, [(ROOT_2,), (1 / ROOT_2,)])[0]
+    coarse = descend(mean(SEEDS[:1]), ((start / START) ** 2,), [(4.0,), (0.25,)])
+    return rate(descend(mean(SEEDS), coarse, [(2.0,), (0.5,)])[0])
+
+
+def rate(square: float) -> float:
+    """A rate from the square of its quotient by `START`, which stays a power of 2 in a search."""
+    return float(f"{START * 2 ** (round(2 * math.log2(square)) / 4):.4g}")
 
 
 def sweep(results: Path, tasks: Iterable[Task], names: Iterable[str]) -> None:
     """All searches: AdamW's first, whose best rate the others begin at."""
     names = set(names)
     for task in tasks:
-        every = arms(task)
+        every = arms()
         adamw = best_rate(results, task, every["adamw"], START, None)
         print(f"{task.name} adamw: best at {adamw:.4g}", flush=True)
         for name in MOMENTUM:
@@ -175,7 +184,7 @@ def updates(results: Path, searched: Path, tasks: Iterable[Task]) -> None:
         for case, name, beta2 in cases:
             if (task.name, name, beta2, case.batch_size) in known:
                 continue
-            plain = arms(case)[name]
+            plain = arms()[name]
             watched = Watched(plain.constructor, (30, 75, 150, 225, 285))
             options = {**plain.options, "betas": (0.9, beta2)} if name == "adamw" else plain.options
             candidate = replace(plain, constructor=watched, options=options)
@@ -219,6 +228,49 @@ def best_of(rows: list[Row], model: str, arm: str) -> float | None:
     """Where the mean over the seeds is lowest; None before two seeds ran."""
     found = means(rows, model, arm)
     return min(found, key=found.__getitem__, default=None)
+
+
+def quotients(rows: list[Row], arm: str) -> dict[str, tuple[float, float, float]]:
+    """By model: the best rate over AdamW's, and the mean loss minus AdamW's there and at AdamW's best rate, which is not
+    a number where it was not run on both seeds.
+    """
+    found = {}
+    for model in MODELS:
+        adamw, own = means(rows, model, "adamw"), means(rows, model, arm)
+        if adamw and own:
+            theirs, ours = (min(each, key=each.__getitem__) for each in (adamw, own))
+            least = adamw[theirs]
+            found[model] = ours / theirs, own[ours] - least, own.get(theirs, math.nan) - least
+    return found
+
+
+def in_conventions(arm: str, found: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Quotients of rates by model, as searched and as they are without the factor that grows with the width."""
+    plain = "none" if arm == "low_rank" else "kimi"
+    factors = {model: times_adamws(arm, MODELS[model].width) for model in found}
+    return {"adamw": found, plain: {model: found[model] * factors[model] for model in found}}
+
+
+def times_adamws(arm: str, width: int) -> float:
+    """The factor of matrices whose shorter side is the width."""
+    layout = Layout(width, width, 1, False, torch.float32, torch.device("cpu"), (0,))
+    if arm == "low_rank":
+        return conventions.coordinate_factor("adamw", layout)
+    return conventions.shape_factor("adamw", layout) / conventions.shape_factor("kimi", layout)
+
+
+def of_searches(rows: list[Row]) -> list[tuple[str, ...]]:
+    """(task, width, quotient by arm ...) of the searches of quality.py, whose lengths of steps are those of "kimi"."""
+    found = []
+    for task in quality.TASKS.values():
+        best = {arm: quality.best_point(quality.searched(rows, task, arm)) for arm in MOMENTUM}
+        if (adamw := best.pop("adamw")) is not None:
+            cells = [
+                "" if point is None else f"{point[0] / adamw[0] / times_adamws(arm, task.width):.2f}"
+                for arm, point in best.items()
+            ]
+            found.append((task.name, str(task.width), *cells))
+    return found
 
 
 class PairedBytes(TextData):
@@ -273,7 +325,7 @@ def other(results: Path, folder: Path) -> None:
         width=96, depth=3, heads=6, mlp_width=256, context=64, val_windows=64, steps=300, batch_size=8,
         other_lr=START,
     )  # fmt: skip
-    every = arms(task)
+    every = arms()
 
     def final(name: str, lr: float) -> float:
         points = (lr, lr, MOMENTUM[name])

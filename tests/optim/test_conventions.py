@@ -17,6 +17,8 @@ from lightspan.optim.matrices.conventions import coordinate_factor, shape_factor
 from lightspan.optim.matrices.stacks import Layout
 
 SHAPES = [(12, 12), (48, 12), (12, 48), (3, 50)]
+FEW = (2, 50)
+"""Fewer rows than the stable rank of a larger update."""
 
 
 def layout(shape: tuple[int, int], heads: tuple[int, ...] = ()) -> Layout:
@@ -45,6 +47,11 @@ def test_adamws_convention_gives_the_largest_singular_value_of_an_update_of_its_
 def test_moonlights_convention_gives_the_numbers_of_an_update_a_root_mean_square_of_a_fifth(shape) -> None:
     update = shape_factor("kimi", layout(shape)) * orthogonal(*shape)
     assert update.square().mean().sqrt().item() == pytest.approx(0.2)
+
+
+def test_a_matrix_of_few_rows_has_an_update_as_long_as_adamws() -> None:
+    assert shape_factor("adamw", layout(FEW)) == shape_factor("kimi", layout(FEW))
+    assert coordinate_factor("adamw", layout(FEW)) == 1
 
 
 @pytest.mark.parametrize("convention", ["adamw", "kimi"])

@@ -4,7 +4,7 @@
 update (Yang, Simon & Bernstein 2023, arXiv 2310.17813, condition 1), so a rate carries over between optimisers whose
 updates have the same one. Numbers of AdamW's updates have a root mean square of about RMS = 0.2 (Moonlight, arXiv
 2502.16982, section 2.2), and the squares of its singular values sum to about STABLE_RANK times the largest square,
-whatever the width. So an update out x in has
+whatever the width: benchmarks/rates.py measures both. So an update out x in has
 
     a largest singular value of  RMS sqrt(out in / STABLE_RANK)
 
@@ -38,7 +38,7 @@ def shape_factor(convention: Convention, layout: Layout) -> float:
     rows = max(layout.heads, default=out)
     as_long = RMS * max(rows, columns) ** 0.5
     factors = {
-        "adamw": as_long * (min(out, columns) / STABLE_RANK) ** 0.5,
+        "adamw": as_long * times_adamws(layout, STABLE_RANK),
         "kj": max(1.0, rows / columns) ** 0.5,
         "kimi": as_long,
         "dion": (rows / columns) ** 0.5,
@@ -51,4 +51,11 @@ def coordinate_factor(convention: CoordinateConvention, layout: Layout) -> float
     """What an update is multiplied by whose coordinates are Adam's: sqrt(min(out, in) / IN_COORDINATES) for "adamw", 1
     for "none".
     """
-    return (min(layout.shape) / IN_COORDINATES) ** 0.5 if convention == "adamw" else 1.0
+    return times_adamws(layout, IN_COORDINATES) if convention == "adamw" else 1.0
+
+
+def times_adamws(layout: Layout, stable_rank: float) -> float:
+    """How many times as long as AdamW's an update with its largest singular value is; a matrix whose shorter side is
+    below the stable rank has updates of a lower one.
+    """
+    return max(1.0, min(layout.shape) / stable_rank) ** 0.5

@@ -34,7 +34,7 @@ class LowRank(Reference):
         W <- W - lr scale (N Q^T + S)
 
     The first frame is the top singular vectors of G; the engine takes three power steps from a random one.
-    `convention` "adamw" multiplies the update by sqrt(N / 12).
+    `convention` "adamw" multiplies the update by sqrt(max(1, N / 12)).
     residual=False drops S, as the engine's residual=None does.
     """
 
@@ -75,5 +75,5 @@ class LowRank(Reference):
             rest = g - r @ q.T
             scale = row_scale(n.norm(dim=1), r.norm(dim=1), rest.norm(dim=1), q, group["bound"])
             update = update + limited(scale[:, None] * rest, state, group["limit"])
-        length = math.sqrt(g.shape[1] / 12) if group["convention"] == "adamw" else 1.0
+        length = math.sqrt(max(1.0, g.shape[1] / 12)) if group["convention"] == "adamw" else 1.0
         return group["scale"] * length * update
