@@ -282,10 +282,10 @@ def rates(results: Path) -> list[str]:
     for arm in quotients:
         columns += [f"{arm}: best rate over AdamW's", "loss minus AdamW's", "at AdamW's rate"]
     lines = [
-        'Steps of matrices have the lengths of `convention="adamw"`. The best rate of matrices over the best that AdamW',
-        "has for all parameters of the same model, at which the others step what is no matrix; and the loss, in nats a",
-        "byte, minus AdamW's at its best rate: at the optimiser's best rate, and at AdamW's. Means of two seeds. If the",
-        "convention holds, one quotient fits all models; if AdamW's rate is the best for all, it is 1.",
+        'Steps of matrices have the lengths of `convention="adamw"`. The best rate of matrices over the best that',
+        "AdamW has for all parameters of the same model, at which the others step what is no matrix; and the loss, in",
+        "nats a byte, minus AdamW's at its best rate: at the optimiser's best rate, and at AdamW's. Means of two seeds.",
+        "If the convention holds, one quotient fits all models; if AdamW's rate is the best for all, it is 1.",
         "",
         *markdown(columns, cells),
     ]
@@ -332,8 +332,8 @@ def updates(rows: list[Row]) -> list[str]:
         return []
     return [
         "What single updates are, without rate and decay, along runs at AdamW's best rate: medians over matrices and",
-        "five steps, of the root of the mean square of the numbers, and of the largest singular value over sqrt(out in).",
-        "The stable rank is the square of their quotient.",
+        "five steps, of the root of the mean square of the numbers, and of the largest singular value over",
+        "sqrt(out in). The stable rank is the square of their quotient.",
         "",
         *markdown(("model", "updates of", "batch", "beta2", "root mean square", "largest", "stable rank"), cells),
     ]

@@ -231,8 +231,8 @@ def best_of(rows: list[Row], model: str, arm: str) -> float | None:
 
 
 def quotients(rows: list[Row], arm: str) -> dict[str, tuple[float, float, float]]:
-    """By model: the best rate over AdamW's, and the mean loss minus AdamW's there and at AdamW's best rate, which is not
-    a number where it was not run on both seeds.
+    """By model: the best rate over AdamW's, and the mean loss minus AdamW's there and at AdamW's best rate, which is
+    not a number where it was not run on both seeds.
     """
     found = {}
     for model in MODELS:
