@@ -284,7 +284,7 @@ def rates(results: Path) -> list[str]:
     lines = [
         'Steps of matrices have the lengths of `convention="adamw"`. The best rate of matrices over the best that',
         "AdamW has for all parameters of the same model, at which the others step what is no matrix; and the loss, in",
-        "nats a byte, minus AdamW's at its best rate: at the optimiser's best rate, and at AdamW's. Means of two seeds.",
+        "nats a byte, minus AdamW's at its best rate: at the optimiser's best, and at AdamW's. Means of two seeds.",
         "If the convention holds, one quotient fits all models; if AdamW's rate is the best for all, it is 1.",
         "",
         *markdown(columns, cells),
