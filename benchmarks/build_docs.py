@@ -303,7 +303,7 @@ def rates(results: Path) -> list[str]:
             "The same of the searches on larger models above, in which `other_lr` and momentum were searched too.",
             "",
         ]
-        lines += markdown(("task", "width", *quotients), [(task, *cells) for task, *cells in others])
+        lines += markdown(("task", "width", *searched.SEARCHED), others)
     lines += updates(read(results / "rates_updates.json") or [])
     lines += other_model(read(results / "rates_other.json") or [])
     bounds: list[Goal] = []

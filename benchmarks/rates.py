@@ -57,6 +57,8 @@ RESULTS = Path(__file__).parent / "results"
 SEEDS = (100, 101)
 MOMENTUM = {"adamw": 0.9, "muon": 0.95, "factored_muon": 0.9, "low_rank": 0.9}
 """Of matrices, by arm: the defaults. That of AdamW and LowRank is the first beta."""
+SEARCHED = ("muon", "muon_by_heads", "nor_muon", "factored_muon", "low_rank")
+"""Of quality.py's candidates, those with such a convention."""
 START = 4e-3
 
 
@@ -263,7 +265,7 @@ def of_searches(rows: list[Row]) -> list[tuple[str, ...]]:
     """(task, width, quotient by arm ...) of the searches of quality.py, whose lengths of steps are those of "kimi"."""
     found = []
     for task in quality.TASKS.values():
-        best = {arm: quality.best_point(quality.searched(rows, task, arm)) for arm in MOMENTUM}
+        best = {arm: quality.best_point(quality.searched(rows, task, arm)) for arm in ("adamw", *SEARCHED)}
         if (adamw := best.pop("adamw")) is not None:
             cells = [
                 "" if point is None else f"{point[0] / adamw[0] / times_adamws(arm, task.width):.2f}"
