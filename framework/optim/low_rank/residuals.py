@@ -228,8 +228,8 @@ class Apollo(_Rescaling):
     ("tensor", APOLLO-Mini).
 
     A row moves at most `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank` and its
-    rule's factor, whatever its gradients; with "tensor" this holds for the norm of the whole matrix, of which one row can get all. See
-    `row_scales`.
+    rule's factor, whatever its gradients; with "tensor" this holds for the norm of the whole matrix, of which one row
+    can get all. See `row_scales`.
 
     Args:
         per: "channel" or "tensor".
