@@ -87,7 +87,7 @@ class Adam(Inner):
             )
 
     def factor(self, layout: Layout) -> float:
-        return coordinate_factor(self.convention, layout)
+        return 1.0 if self.convention == "none" else coordinate_factor(self.convention, layout)
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         first, second = (moments.initial(layout, name, layout.rank) for name in ("exp_avg", "exp_avg_sq"))

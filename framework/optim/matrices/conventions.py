@@ -49,8 +49,8 @@ def shape_factor(convention: Convention, layout: Layout) -> float:
 
 
 def coordinate_factor(convention: CoordinateConvention, layout: Layout) -> float:
-    """What an update is multiplied by whose coordinates are Adam's: sqrt(min(out, in) / IN_COORDINATES) for "adamw", 1
-    for "none".
+    """What an update is multiplied by whose coordinates are Adam's: sqrt(min(out, in) / IN_COORDINATES) for "adamw", if
+    that is above 1, and 1 for "none".
     """
     return times_adamws(layout, IN_COORDINATES) if convention == "adamw" else 1.0
 
