@@ -3,8 +3,8 @@
 "adamw" is this project's. How far a step moves the outputs of a layer is bounded by the largest singular value of its
 update (Yang, Simon & Bernstein 2023, arXiv 2310.17813, condition 1), so a rate carries over between optimisers whose
 updates have the same one. Numbers of AdamW's updates have a root mean square of about RMS = 0.2 (Moonlight, arXiv
-2502.16982, section 2.2), and the squares of its singular values sum to about STABLE_RANK times the largest square,
-whatever the width: benchmarks/rates.py measures both. So an update out x in has
+2502.16982, section 2.2), and the squares of its singular values sum to about STABLE_RANK times the largest square at
+widths of 32 to 128: benchmarks/rates.py measures both. So an update out x in has
 
     a largest singular value of  RMS sqrt(out in / STABLE_RANK)
 
