@@ -29,6 +29,7 @@ neither. Each script says at its top how it measures. [comparison.md](comparison
 COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
     "quality": "python benchmarks/quality.py final",
+    "rates": "python benchmarks/rates.py sweep",
     "robustness": "python benchmarks/robustness.py",
     "kernels": "python benchmarks/kernels.py",
     "projections": "python benchmarks/projections.py",
@@ -262,6 +263,106 @@ def quality(results: Path) -> list[str]:
     return [*lines, *provenance(COMMANDS["quality"], *known["cpu"], span, torch)]
 
 
+def rates(results: Path) -> list[str]:
+    """Section on whether AdamW's rate carries over."""
+    rows = read(results / "rates.json")
+    if not rows:
+        return [MISSING, ""]
+    import rates as searched  # late: it brings networks along
+
+    quotients = {arm: searched.quotients(rows, arm) for arm in searched.MOMENTUM if arm != "adamw"}
+    models = {name: lr for name in searched.MODELS if (lr := searched.best_of(rows, name, "adamw")) is not None}
+    cells = []
+    for model, adamw in models.items():
+        cells.append([searched.MODELS[model].about, number(adamw, ".4g")])
+        for found in quotients.values():
+            own = found.get(model)
+            cells[-1] += ["", "", ""] if own is None else [number(own[0]), *(number(one, "+.3f") for one in own[1:])]
+    columns = ["model", "AdamW's best rate"]
+    for arm in quotients:
+        columns += [f"{arm}: best rate over AdamW's", "loss minus AdamW's", "at AdamW's rate"]
+    lines = [
+        'Steps of matrices have the lengths of `convention="adamw"`. The best rate of matrices over the best that',
+        "AdamW has for all parameters of the same model, at which the others step what is no matrix; and the loss, in",
+        "nats a byte, minus AdamW's at its best rate: at the optimiser's best, and at AdamW's. Means of two seeds.",
+        "If the convention holds, one quotient fits all models; if AdamW's rate is the best for all, it is 1.",
+        "",
+        *markdown(columns, cells),
+    ]
+    spread = []
+    for arm, found in quotients.items():
+        for convention, scaled in searched.in_conventions(arm, {model: own[0] for model, own in found.items()}).items():
+            mean = math.exp(statistics.mean(map(math.log, scaled.values()))) if scaled else None
+            off = max(max(one / mean, mean / one) for one in scaled.values()) if mean else None
+            spread.append((arm, convention, number(mean), number(off)))
+    lines += ["Over the models of this table: the mean of the quotients by ratio, and the farthest from it.", ""]
+    lines += markdown(("optimiser", "lengths of steps", "mean quotient", "farthest, as a factor"), spread)
+    others = searched.of_searches(read(results / "quality.json") or [])
+    if others:
+        lines += [
+            "The same of the searches on larger models above, in which `other_lr` and momentum were searched too.",
+            "",
+        ]
+        lines += markdown(("task", "width", *searched.SEARCHED), others)
+    lines += updates(read(results / "rates_updates.json") or [])
+    lines += other_model(read(results / "rates_other.json") or [])
+    bounds: list[Goal] = []
+    for arm, found in quotients.items():
+        mean = math.exp(statistics.mean(math.log(own[0]) for own in found.values())) if found else None
+        off = max(max(own[0] / mean, mean / own[0]) for own in found.values()) if mean else None
+        bounds.append((f"best rate of {arm} over AdamW's, farthest from one number", "<=", 1.5, off, ""))
+        worst = max((own[2] for own in found.values()), default=None)
+        bounds.append((f"{arm} at AdamW's rate: loss minus AdamW's, at worst", "<=", 0.0, worst, " nats"))
+    lines += goals(bounds)
+    minutes = f"{sum(row['cpu_s'] for row in rows) / 60:.0f} processor minutes"
+    return [*lines, *provenance(COMMANDS["rates"], f"{len(rows)} runs of 300 steps", minutes)]
+
+
+def updates(rows: list[Row]) -> list[str]:
+    """What updates are, measured along runs."""
+    cells = [
+        (
+            row["model"], row["arm"], str(row["batch"]), number(row["beta2"], "g"),
+            number(statistics.median(row["rms"]), ".3f"), number(statistics.median(row["spectral"]), ".3f"),
+            number((statistics.median(row["rms"]) / statistics.median(row["spectral"])) ** 2, ".1f"),
+        )
+        for row in rows
+    ]  # fmt: skip
+    if not cells:
+        return []
+    return [
+        "What single updates are, without rate and decay, along runs at AdamW's best rate: medians over matrices and",
+        "five steps, of the root of the mean square of the numbers, and of the largest singular value over",
+        "sqrt(out in). The stable rank is the square of their quotient.",
+        "",
+        *markdown(("model", "updates of", "batch", "beta2", "root mean square", "largest", "stable rank"), cells),
+    ]
+
+
+def other_model(rows: list[Row]) -> list[str]:
+    """A model that nothing was chosen on."""
+    losses: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        losses.setdefault((row["optimizer"], row["lr"]), []).append(
+            math.inf if row["val_loss"] is None else row["val_loss"]
+        )
+    if not losses:
+        return []
+    arms = list(dict.fromkeys(arm for arm, _ in losses))
+    cells = [
+        (f"{lr:g}", *(number(statistics.mean(losses[arm, lr]), ".4f") if (arm, lr) in losses else "" for arm in arms))
+        for lr in sorted({lr for _, lr in losses})
+    ]
+    return [
+        "A model, a tokenizer and a text that nothing was chosen on: a Llama of transformers, width 96, 3 blocks, with",
+        "half as many keys as queries and tied embeddings, on 1,024 byte pairs of Vim's manual, 300 steps. Validation",
+        "loss in nats a token, means of two seeds, by the one rate that all parameters have; nothing was searched for",
+        "the others than AdamW.",
+        "",
+        *markdown(("rate", *arms), cells),
+    ]
+
+
 def quality_goals(finals: dict[str, dict[str, list[Row]]]) -> Iterator[Goal]:
     """Goals for final runs, by task and optimiser. A goal whose runs are missing is shown as not measured."""
 
@@ -485,6 +586,7 @@ def page(results: Path) -> str:
     sections = {
         "One step on a CPU": optim_step(results),
         "Loss on equal data": quality(results),
+        "Rates in units of AdamW's": rates(results),
         "Nets with dead rows": robustness(results),
         "Kernels on a GPU": cards or [MISSING, ""],
         "Memory that a plan predicts": plan_error(results),

@@ -259,7 +259,9 @@ CANDIDATES = {
             has_momentum=True,
         ),
         Candidate("nor_muon", NorMuon, 1.6e-2, "#7a3b8f", {"convention": "kimi"}, rank=None, has_momentum=True),
-        Candidate("factored_muon", FactoredMuon, 1.6e-2, "#00695c", rank=None, has_momentum=True),
+        Candidate(
+            "factored_muon", FactoredMuon, 1.6e-2, "#00695c", {"convention": "kimi"}, rank=None, has_momentum=True
+        ),
         Candidate("low_rank", LowRank, 4e-3, COLOURS[1]),
         Candidate("galore", GaLore, 3.2e-2, COLOURS[2], {"refresh": 50}),
         Candidate("dct_adamw", DCTAdamW, 4e-3, COLOURS[3], {"error_feedback": "int8", "rotate": True}),

@@ -33,7 +33,9 @@ class SubspaceProjection(Callback):
         match: shell-style patterns of parameter names; matched parameters that are vectors or too small keep AdamW, as
             the printed table says. None: the weights that `lightspan.optim.groups` counts as matrices, so neither
             embeddings nor the output head of a language model.
-        basis, residual, inner, moments, refresh, scale, backward, seed, offload, owners: see
+        inner: the rule in coordinates; by default Adam's with steps of such a length that the rate and the decay of
+            the replaced optimiser can stay, see `lightspan.optim.matrices.conventions`.
+        basis, residual, moments, refresh, scale, backward, seed, offload, owners: see
             `lightspan.optim.low_rank.optimizer.LowRank`.
     Raises: UserError for a setting out of range; when fitting starts, for a pattern that matches nothing in any
         optimiser, a rank too large for all of them, or a matched optimiser other than Adam and AdamW.
@@ -47,7 +49,7 @@ class SubspaceProjection(Callback):
         match: list[str] | None = None,
         basis: Basis | None = None,
         residual: Residual | None = Fira(),  # noqa: B008 - frozen
-        inner: Inner = Adam(),  # noqa: B008 - frozen
+        inner: Inner = Adam(convention="adamw"),  # noqa: B008 - frozen
         moments: MomentStorage = Float32Moments(),  # noqa: B008 - frozen
         refresh: int | Trigger = 50,
         scale: float = 1.0,

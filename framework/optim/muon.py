@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightspan.optim.matrices.conventions import Convention, shape_factor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
-from lightspan.optim.matrices.newton_schulz import Convention, Precision, direction_of, operations_of, shape_factor
+from lightspan.optim.matrices.newton_schulz import Precision, direction_of, operations_of
 from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
@@ -109,10 +110,10 @@ class Muon(_WholeMatrices):
     its state as long as the momentum of this one is in float32.
 
     For hidden matrices and convolutions; leave embeddings and heads to AdamW with project=False, as
-    `lightspan.optim.groups` does for embeddings. With `convention="kimi"` it is that of Moonlight (arXiv 2502.16982),
-    whose steps are as long as AdamW's at the same rate; 8 times AdamW's rate was best where it was searched. A step
-    decays by `lr` times `weight_decay`, so divide a decay tuned for AdamW by that factor. With `moments=Int8Moments()`
-    the momentum takes a byte a weight.
+    `lightspan.optim.groups` does for embeddings. With `convention="adamw"` AdamW's rate and decay can be kept. With
+    "kimi" it is that of Moonlight (arXiv 2502.16982), whose steps are as long as AdamW's at the same rate; 8 times
+    AdamW's rate was best where it was searched. A step decays by `lr` times `weight_decay`, so divide a decay tuned for
+    AdamW by that factor. With `moments=Int8Moments()` the momentum takes a byte a weight.
 
     Args:
         lr: of the matrices.
@@ -122,7 +123,7 @@ class Muon(_WholeMatrices):
         by_heads: whether the queries and the keys of each attention head are orthogonalised by themselves, where the
             groups say which rows these are, as those of `lightspan.optim.groups.ParameterGroups` do. GLM-5 calls it
             Muon Split (arXiv 2602.15763).
-        convention: factor by shape, see `lightspan.optim.matrices.newton_schulz.shape_factor`.
+        convention: factor by shape, see `lightspan.optim.matrices.conventions.shape_factor`.
         precision: of products, see `lightspan.optim.matrices.newton_schulz.Precision`; published code has "bfloat16",
         which is
             for large models on GPUs.
@@ -219,11 +220,10 @@ class FactoredMuon(_WholeMatrices):
     alone in its row and its column is divided by its own size twice, so that without this bound one with a small
     gradient would take the whole step.
 
-    The steps are as long as those of AdamW at the same rate (`convention="kimi"`); 8 to 16 times its rate was best
-    where it was searched, so divide a decay tuned for AdamW by that factor. The default `lr` is the rate whose loss, at
-    worst, is least above the best of each search in benchmarks/results/quality.json; the default `other_lr` is halfway,
-    by ratio, between the lowest and the highest of the best. Momentum is quasi-hyperbolic (Ma & Yarats 2019, arXiv
-    1810.06801): a longer memory with a larger share of the newest gradient than Nesterov's.
+    Steps are of such a length that AdamW's rate and decay can be kept (`convention="adamw"`, see
+    `lightspan.optim.matrices.conventions`). With Moonlight's convention, "kimi", whose steps are as long as AdamW's, 8
+    to 16 times its rate was best, at which a decay is as many times stronger. Momentum is quasi-hyperbolic (Ma & Yarats
+    2019, arXiv 1810.06801): a longer memory with a larger share of the newest gradient than Nesterov's.
 
     Only the orthogonalisation knows heads: rows, columns and the norm are those of the whole parameter, so a fused
     weight of queries, keys and values takes other steps than the three apart.
@@ -233,28 +233,30 @@ class FactoredMuon(_WholeMatrices):
         moments: storage of the momentum, and of AdamW's moments in what is not taken.
         nu: in [0, 1], the share of the momentum in what is orthogonalised, the rest being the gradient: less than in
             Nesterov's momentum, whose share is `momentum`.
-        lr, momentum, by_heads, convention, precision, other_lr, betas, eps, options: as in `Muon`.
+        other_lr: of the AdamW for everything else; None for `lr`.
+        lr, momentum, by_heads, convention, precision, betas, eps, options: as in `Muon`.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 8e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
         nu: float = 0.6,
         by_heads: bool = True,
-        convention: Convention = "kimi",
+        convention: Convention = "adamw",
         precision: Precision = "float32",
         moments: MomentStorage = Int8Moments(),  # noqa: B008 - frozen
-        other_lr: float | Tensor = 8e-3,
+        other_lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
         self.settings = {**_settings(momentum, nu, convention, precision), "beta2": beta2}
         self.by_heads = by_heads
-        super().__init__(params, lr, moments=moments, other_lr=other_lr, betas=betas, eps=eps, **options)
+        rest = lr if other_lr is None else other_lr
+        super().__init__(params, lr, moments=moments, other_lr=rest, betas=betas, eps=eps, **options)
 
     def initial(self, layout: Layout) -> State:
         rows, columns = layout.zeros(layout.rows), layout.zeros(layout.size)

@@ -117,6 +117,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     assert list(found) == [
         "One step on a CPU",
         "Loss on equal data",
+        "Rates in units of AdamW's",
         "Nets with dead rows",
         "Kernels on a GPU",
         "Memory that a plan predicts",
@@ -126,6 +127,38 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     ]
     assert {body.strip() for body in found.values()} == {"not yet measured"}
     assert build_docs.short_table(tmp_path) == "not yet measured\n"
+
+
+def test_rates_are_shown_in_units_of_adamws_and_of_both_lengths_of_steps(build_docs: ModuleType, results: Path) -> None:
+    """On two models muon's best rate is 2 and 0.5 times AdamW's, and 0.25 nats lower there."""
+    rows = [
+        {"task": model, "optimizer": arm, "lr": lr, "seed": seed, "online_loss": loss, "cpu_s": 30.0}
+        for model, best in (("w32d2", 4e-3), ("w128d2", 1e-3))
+        for arm, lr, loss in (
+            ("adamw", 2e-3, 2.0), ("adamw", 8e-3, 2.5), ("muon", best, 1.75), ("muon", 2e-3, 2.125),
+        )
+        for seed in (100, 101)
+    ]  # fmt: skip
+    (results / "rates.json").write_text(json.dumps(rows))
+    steps = {"model": "w32d2", "arm": "adamw", "beta2": 0.95, "batch": 8, "rms": [0.2, 0.3, 0.4], "spectral": [0.1] * 3}
+    (results / "rates_updates.json").write_text(json.dumps([steps]))
+    other = [
+        {"optimizer": arm, "lr": lr, "val_loss": loss}
+        for arm, lr, loss in (("adamw", 1e-3, 3.0), ("adamw", 1e-3, 3.5), ("muon", 1e-3, 2.0), ("adamw", 2e-3, None))
+    ]
+    (results / "rates_other.json").write_text(json.dumps(other))
+    body = sections(build_docs.page(results))["Rates in units of AdamW's"]
+    assert "| width 32, 2 blocks | 0.002 | 2.00 | -0.250 | +0.125 |  |" in body
+    assert "| width 128, 2 blocks | 0.002 | 0.50 | -0.250 | +0.125 |  |" in body
+    assert "| muon | adamw | 1.00 | 2.00 |" in body
+    kimi = math.sqrt(2 * math.sqrt(32 / 3) * 0.5 * math.sqrt(128 / 3))
+    assert f"| muon | kimi | {kimi:.2f} | 1.41 |" in body  # 2 and 0.5 times the roots of the widths differ less
+    assert "| w32d2 | adamw | 8 | 0.95 | 0.300 | 0.100 | 9.0 |" in body
+    assert "| 0.001 | 3.2500 | 2.0000 |" in body
+    assert "| 0.002 | not finite |  |" in body
+    assert "| best rate of muon over AdamW's, farthest from one number | <= 1.5 | 2 | **no** |" in body
+    assert "| muon at AdamW's rate: loss minus AdamW's, at worst | <= 0 nats | 0.125 nats | **no** |" in body
+    assert body.strip().endswith("`python benchmarks/rates.py sweep`, 16 runs of 300 steps, 8 processor minutes.")
 
 
 def test_nets_with_dead_rows_show_their_worst_rate(build_docs: ModuleType, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_momentum_follows_its_column_and_a_column_from_nowhere_has_none():
     (lambda: SGD(1.0), r"SGD momentum=1.0 must be in \[0, 1\)"),
     (lambda: NewtonSchulz(0), "steps=0 must be at least 1"),
     (lambda: NewtonSchulz(2.5), "steps=2.5 must be at least 1, a whole number"),
-    (lambda: NewtonSchulz(convention="original"), "convention='original' must be one of kj, kimi, dion, none"),
+    (lambda: NewtonSchulz(convention="original"), "convention='original' must be one of adamw, kj, kimi, dion, none"),
     (lambda: NewtonSchulz(precision=torch.bfloat16), r"precision=torch.bfloat16 must be one of float32, bfloat16"),
 ])  # fmt: skip
 def test_bad_settings_are_refused(make, message):

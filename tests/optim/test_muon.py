@@ -245,7 +245,7 @@ def test_normuon_gives_every_neuron_the_same_share_at_muons_norm(shape) -> None:
 def test_a_number_that_is_alone_in_its_row_and_column_takes_no_others_step(size) -> None:
     """It is divided by its own size twice, and would be 250 times as far from zero as the rest is on average."""
     weight = nn.Parameter(torch.zeros(256, 256))
-    optimizer = FactoredMuon([weight], lr=1.0)
+    optimizer = FactoredMuon([weight], lr=1.0, convention="kimi")
     for step in range(3):
         gradient = draw(256, 256, seed=step).float()
         gradient[0], gradient[:, 0] = 0, 0

@@ -401,6 +401,7 @@ def test_dion2_of_all_columns_without_forgetting_steps_along_the_sum() -> None:
 
 def test_scales_of_an_orthogonal_update_by_hand() -> None:
     for convention, tall_scale, wide_scale in (
+        ("adamw", 0.2 * (64 / 3) ** 0.5, 0.2 * (64 / 3) ** 0.5),
         ("kj", 2.0, 1.0),
         ("kimi", 0.8, 0.8),
         ("dion", 2.0, 0.5),

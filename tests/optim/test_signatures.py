@@ -29,7 +29,6 @@ REASONS = {
     ("NorMuon", "lr"): "published code",
     ("NorMuon", "betas"): "published code, for what is not projected",
     ("NorMuon", "eps"): "published code, for what is not projected",
-    ("FactoredMuon", "lr"): "steps are as long as AdamW's, and several times its rate was best",
     ("FactoredMuon", "betas"): "as Muon",
     ("FactoredMuon", "eps"): "as Muon",
     ("Dion2", "lr"): "published code, for its factor by shape",

@@ -70,8 +70,9 @@ class BucketStep(StackStep):
     def __init__(self, bucket: Bucket, rule: UpdateRule) -> None:
         super().__init__(bucket)
         self.first, self.due = due(bucket, self.active, rule)
-        own = rule.inner.of_groups or rule.residual.of_groups
-        self.rule = rule.of(bucket.group) if own else rule
+        group = bucket.group
+        settings = [(name, vars(part)[name]) for part in (rule.inner, rule.residual) for name in part.of_groups]
+        self.rule = rule.of(group) if any(group.get(name, own) != own for name, own in settings) else rule
         self.pending = {place: bucket.pending[i] for place, i in enumerate(self.active) if i in bucket.pending}
         self.projected: Projected | None = None
 
@@ -106,6 +107,8 @@ class BucketStep(StackStep):
         group = self.bucket.group
         numbers = AdamSettings(group["betas"], group["eps"], self.bucket.noise)
         lr, keep = self.rates()
+        if (factor := self.rule.inner.factor(self.layout)) != 1:
+            lr = lr * factor
         update_weights(
             weights, self.state, self.layout, self.rule, self.projected, numbers, lr=lr, keep=keep, clip=clip
         )

@@ -6,21 +6,15 @@ Shapes: B matrices, M rows (kept), R rank.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
 from lightspan.core.errors import UserError
+from lightspan.optim.matrices.conventions import Convention, CoordinateConvention, coordinate_factor, shape_factor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import MomentStorage
-from lightspan.optim.matrices.newton_schulz import (
-    STEPS,
-    Convention,
-    Precision,
-    direction_of,
-    operations_of,
-    shape_factor,
-)
+from lightspan.optim.matrices.newton_schulz import STEPS, Precision, direction_of, operations_of
 from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
@@ -64,6 +58,10 @@ class Inner(ABC):
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
         """The direction [B M R], a new tensor; updates `state` in place."""
 
+    def factor(self, layout: Layout) -> float:
+        """Of the whole update, with what the residual makes of a direction: multiplies the rate."""
+        return 1.0
+
     def operations(self, layout: Layout) -> int:
         """About how many `direction` takes for one matrix: a few for each coordinate."""
         return 20 * layout.rows * layout.rank
@@ -71,7 +69,25 @@ class Inner(ABC):
 
 @dataclass(frozen=True)
 class Adam(Inner):
-    """Adam (Kingma & Ba 2015) with the group's betas and eps, and an age per column for its bias correction."""
+    """Adam (Kingma & Ba 2015) with the group's betas and eps, and an age per column for its bias correction.
+
+    Args:
+        convention: factor of the update by the shape of the matrix: "adamw", with which AdamW's rate and decay can be
+            kept, or "none", as published; see `lightspan.optim.matrices.conventions.coordinate_factor`.
+    """
+
+    convention: CoordinateConvention = "none"
+
+    of_groups: ClassVar[tuple[str, ...]] = ("convention",)
+
+    def __post_init__(self) -> None:
+        if self.convention not in get_args(CoordinateConvention):
+            raise UserError(
+                f"Adam convention={self.convention!r} must be one of {', '.join(get_args(CoordinateConvention))}"
+            )
+
+    def factor(self, layout: Layout) -> float:
+        return 1.0 if self.convention == "none" else coordinate_factor(self.convention, layout)
 
     def initial(self, layout: Layout, moments: MomentStorage) -> State:
         first, second = (moments.initial(layout, name, layout.rank) for name in ("exp_avg", "exp_avg_sq"))
@@ -131,7 +147,7 @@ class NewtonSchulz(Inner):
 
     Args:
         steps: iterations, >= 1.
-        convention: factor by the shape of the matrix, see `lightspan.optim.matrices.newton_schulz.shape_factor`.
+        convention: factor by the shape of the matrix, see `lightspan.optim.matrices.conventions.shape_factor`.
         precision: of the products, see `lightspan.optim.matrices.newton_schulz.Precision`.
     """
 

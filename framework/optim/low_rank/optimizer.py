@@ -46,7 +46,8 @@ class LowRank(MatrixOptimizer):
     Args:
         params: parameters, named parameters, or groups of either; `lightspan.optim.groups` makes good groups.
         lr: step size, >= 0, a float or a 0-d tensor. Adam's directions are normalised in coordinates, so rates are
-            those of AdamW times a constant: about four was best where it was searched (docs/benchmarks.md).
+            those of AdamW times a constant: about four was best at a width of 192 (docs/benchmarks.md). With
+            inner=Adam(convention="adamw") that constant is in the steps, and AdamW's rate can be kept.
         rank: dimension of the subspace, >= 1; a group may have its own. State shrinks in proportion to rank / shorter
             side.
         basis: how frames are chosen; None means `PowerBasis()`. See `lightspan.optim.low_rank.bases`.

@@ -43,8 +43,8 @@ from lightspan.optim.low_rank.carries import Gather, Keep, Rotate
 from lightspan.optim.low_rank.inner import NewtonSchulz
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Apollo, ErrorFeedback, Fira
+from lightspan.optim.matrices.conventions import Convention
 from lightspan.optim.matrices.limits import require_valid
-from lightspan.optim.matrices.newton_schulz import Convention
 from lightspan.optim.two_rates import TwoRates
 
 
@@ -230,7 +230,7 @@ class Trion(TwoRates, LowRank):
         other_lr: of everything else.
         momentum: mu in [0, 1), the share of the captured part that stays.
         norm: by which columns are compared; 2 loses least energy, the published code's default is 1.
-        convention: factor by shape, see `lightspan.optim.matrices.newton_schulz.shape_factor`.
+        convention: factor by shape, see `lightspan.optim.matrices.conventions.shape_factor`.
     """
 
     def __init__(

@@ -185,8 +185,9 @@ class Fira(_Rescaling):
     (|r_i| + 1e-8). A limiter holds |s o E|_F to at most `limit` times its value in the step before. The frame is
     orthonormal, so |E_i|^2 = |G_i|^2 - |r_i|^2: the residual's norm is known without forming the residual.
 
-    A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank`,
-    whatever its gradients: including rows that die and come back, or turn out of the frame. See `row_scales`.
+    A row moves at most 1 + `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank` and
+    its rule's factor, whatever its gradients: including rows that die and come back, or turn out of the frame. See
+    `row_scales`.
 
     Args:
         limit: gamma of the norm-growth limiter, > 1; None for none.
@@ -226,9 +227,9 @@ class Apollo(_Rescaling):
     full rank. s_i = |u_i| / (|r_i| + 1e-8) per row ("channel"), or s = |U| / (|R| + 1e-8) for the whole matrix
     ("tensor", APOLLO-Mini).
 
-    A row moves at most `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank`,
-    whatever its gradients; with "tensor" this holds for the norm of the whole matrix, of which one row can get all. See
-    `row_scales`.
+    A row moves at most `bound` times as far as AdamW could move it at the same rate, times `scale` of `LowRank` and its
+    rule's factor, whatever its gradients; with "tensor" this holds for the norm of the whole matrix, of which one row
+    can get all. See `row_scales`.
 
     Args:
         per: "channel" or "tensor".

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from torch import Tensor
 
 from lightspan.core.errors import UserError
-from lightspan.optim.matrices.newton_schulz import Convention, Precision
+from lightspan.optim.matrices.conventions import Convention
+from lightspan.optim.matrices.newton_schulz import Precision
 
 
 def _is_number(value: Any) -> bool:

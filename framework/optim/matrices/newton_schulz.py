@@ -24,27 +24,9 @@ from lightspan.optim.matrices.stacks import Layout
 Coefficients = tuple[float, float, float]
 COEFFICIENTS: Coefficients = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-Convention = Literal["kj", "kimi", "dion", "none"]
-"""Names of factors by the shape of the matrix; see `shape_factor`."""
 Precision = Literal["float32", "bfloat16"]
 """Of products. "bfloat16", as in published code, is what tensor cores are made for, and halves what travels between
 ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 weights."""
-
-
-def shape_factor(convention: Convention, layout: Layout) -> float:
-    """What a direction of unit singular values is multiplied by, from the shape out x in of the whole matrix, or of its
-    part with the most rows if heads are apart: "kj" sqrt(max(1, out / in)), as in Jordan's code and torch's "original";
-    "kimi" 0.2 sqrt(max(out, in)), as in Moonlight and torch's "match_rms_adamw"; "dion" sqrt(out / in); "none" 1.
-    """
-    rows, columns = layout.shape
-    rows = max(layout.heads, default=rows)
-    factors = {
-        "kj": max(1.0, rows / columns) ** 0.5,
-        "kimi": 0.2 * max(rows, columns) ** 0.5,
-        "dion": (rows / columns) ** 0.5,
-        "none": 1.0,
-    }
-    return factors[convention]
 
 
 def direction_of(x_BmN: Tensor, layout: Layout, precision: Precision, steps: int = STEPS) -> Tensor:

@@ -108,7 +108,7 @@ class Trion(_Columns):
         rank: int = 128,
         momentum: float = 0.95,
         norm: Literal[1, 2] = 2,
-        convention: Literal["kj", "kimi", "dion", "none"] = "kj",
+        convention: Literal["adamw", "kj", "kimi", "dion", "none"] = "kj",
         other_lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,

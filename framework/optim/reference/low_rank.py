@@ -1,5 +1,6 @@
 """What `lightspan.optim.low_rank.optimizer.LowRank` does with its defaults: Fira on a tracked frame."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,7 @@ class LowRank(Reference):
         W <- W - lr scale (N Q^T + S)
 
     The first frame is the top singular vectors of G; the engine takes three power steps from a random one.
+    `convention` "adamw" multiplies the update by sqrt(max(1, N / 12)).
     residual=False drops S, as the engine's residual=None does.
     """
 
@@ -46,12 +48,13 @@ class LowRank(Reference):
         limit: float | None = 1.01,
         bound: float | None = 4.0,
         residual: bool = True,
+        convention: str = "none",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
         common = {"lr": lr, "rank": rank, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own = {"scale": scale, "limit": limit, "bound": bound, "residual": residual}
+        own = {"scale": scale, "limit": limit, "bound": bound, "residual": residual, "convention": convention}
         super().__init__(params, refresh=refresh, **own, **common)
 
     def choose(self, a: Tensor, state: State, group: Group) -> Tensor:
@@ -72,4 +75,5 @@ class LowRank(Reference):
             rest = g - r @ q.T
             scale = row_scale(n.norm(dim=1), r.norm(dim=1), rest.norm(dim=1), q, group["bound"])
             update = update + limited(scale[:, None] * rest, state, group["limit"])
-        return group["scale"] * update
+        length = math.sqrt(max(1.0, g.shape[1] / 12)) if group["convention"] == "adamw" else 1.0
+        return group["scale"] * length * update

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightspan.optim.reference.loop import Group, Reference, State
 from lightspan.optim.reference.newton_schulz import newton_schulz, shape_factor
 
-Convention = Literal["kj", "kimi", "dion", "none"]
+Convention = Literal["adamw", "kj", "kimi", "dion", "none"]
 
 
 class _Whole(Reference):
@@ -32,7 +32,7 @@ class Muon(_Whole):
     AdamW with `other_lr`, betas and eps.
 
     With `by_heads`, the rows of each of a group's `heads` (their numbers, in order) are orthogonalised by themselves,
-    and c is that of the shape of the largest.
+    and c is that of the shape of the largest; its share of the whole shape is in `shape_factor`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Muon(_Whole):
 
     def update(self, g: Tensor, state: State, group: Group) -> Tensor:
         largest = max(self.rows(state, group)), state["shape"][1]
-        return shape_factor(largest, group["convention"]) * self.orthogonal(g, state, group)
+        return shape_factor(largest, group["convention"], state["shape"]) * self.orthogonal(g, state, group)
 
     def rows(self, state: State, group: Group) -> list[int]:
         """How many rows of the weight as given are orthogonalised together."""
@@ -107,17 +107,17 @@ class FactoredMuon(Muon):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 8e-3,
+        lr: float = 1e-3,
         momentum: float = 0.9,
         beta2: float = 0.95,
         nu: float = 0.6,
         by_heads: bool = True,
-        convention: Convention = "kimi",
-        other_lr: float = 8e-3,
+        convention: Convention = "adamw",
+        other_lr: float | None = None,
         **settings: Any,
     ) -> None:
         own: dict[str, Any] = {"momentum": momentum, "nu": nu, "by_heads": by_heads, "convention": convention}
-        super().__init__(params, lr, other_lr=other_lr, beta2=beta2, **own, **settings)
+        super().__init__(params, lr, other_lr=lr if other_lr is None else other_lr, beta2=beta2, **own, **settings)
 
     def orthogonal(self, g: Tensor, state: State, group: Group) -> Tensor:
         o, beta2 = super().orthogonal(g, state, group), group["beta2"]

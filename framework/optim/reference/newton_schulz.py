@@ -16,10 +16,16 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def shape_factor(shape: tuple[int, int], convention: str) -> float:
-    """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall."""
+def shape_factor(shape: tuple[int, int], convention: str, whole: tuple[int, int] | None = None) -> float:
+    """Factor of an orthogonalised update of a weight (out, in), as given, not transposed to tall.
+
+    Args:
+        shape: of what is orthogonalised together.
+        whole: of the weight; None if that is the same.
+    """
     rows, columns = shape
     return {
+        "adamw": 0.2 * math.sqrt(max(rows, columns)) * math.sqrt(max(1.0, min(whole or shape) / 3)),
         "kj": math.sqrt(max(1.0, rows / columns)),
         "kimi": 0.2 * math.sqrt(max(rows, columns)),
         "dion": math.sqrt(rows / columns),
