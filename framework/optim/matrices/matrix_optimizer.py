@@ -1,8 +1,7 @@
 """`MatrixOptimizer`: what optimisers have in common that step matrices by a rule of their own and the rest by AdamW."""
 
 import warnings
-from abc import ABC, abstractmethod
-from collections import defaultdict
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from lightspan.core.distributed import rank, world_size
+from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
@@ -21,13 +19,10 @@ from lightspan.optim.matrices.limits import refuse_unknown_settings, require_par
 from lightspan.optim.matrices.loading import load_between_hooks, numbered, require_same_kind, with_own_groups
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.optim.matrices.owners import (
-    NOBODY,
     SMALLEST_OWNED,
-    Owners,
+    DividedOptimizer,
     Sending,
-    gathered,
     most_wrong,
-    require_equal_weights,
     require_whole_weights,
 )
 from lightspan.optim.matrices.placement import HostState, StatePlacement, StateTransfer, run_offloaded
@@ -56,7 +51,7 @@ class ParameterInfo(NamedTuple):
     heads: tuple[int, ...] = ()
 
 
-class MatrixOptimizer(Optimizer, ABC):
+class MatrixOptimizer(DividedOptimizer):
     """An optimiser with a rule for matrices, those that its groups let it project; everything else gets AdamW, in one
     step. A rule says which state a stack of matrices has (`initial`) and steps it (`step_of`). Here are the parameter
     groups, clipping, the check for finite gradients, AdamW, and state that is saved, loaded, sharded or on the host.
@@ -98,7 +93,7 @@ class MatrixOptimizer(Optimizer, ABC):
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = (
-        "settings", "stays", "moments", "check_finite", "placement", "owners", "_owners", "_info", "_built",
+        "settings", "stays", "moments", "check_finite", "placement", "_info", "_built",
     )  # fmt: skip
     """Attributes that this class adds and a copy or a pickle has; a class below names those that it adds."""
     KEYS_OF_GROUPS: frozenset[str] = frozenset(("heads",))
@@ -121,10 +116,6 @@ class MatrixOptimizer(Optimizer, ABC):
     """Whether the next step sets `gradient_norm`, also if it does not clip. A step sets it back."""
     clips_next_at: float | None = None
     """A limit of the norm for the next step alone, beside `max_norm`. A step sets it back."""
-    _agreed = False
-    """Whether ranks that divide the step are known to have equal weights."""
-    _others: dict[Tensor, State] | None = None
-    """The state of other ranks, if it has been brought here since the last step."""
     gradient_norm: Tensor | None = None
     """Euclidean norm of all gradients of the last step before clipping, 0-d on the device, the same on all ranks;
     None if that step needed none. Of gradients that are kept in coordinates, it is that inside the frames.
@@ -154,7 +145,7 @@ class MatrixOptimizer(Optimizer, ABC):
         require_part("moments", moments, MomentStorage)
         self.moments, self.check_finite = moments, check_finite
         self.placement = HostState(self.stays | {"step"}) if offload else StatePlacement()
-        self.owners, self._owners = owners, NOBODY
+        self.owners = owners
         self._info: dict[Tensor, ParameterInfo] = {}
         self._built = False
         self._buckets, self._checked = Buckets(), False
@@ -324,54 +315,9 @@ class MatrixOptimizer(Optimizer, ABC):
             **kept,
             "_buckets": Buckets(),
             "_checked": False,
-            "_agreed": False,
         }
 
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """With `owners`, brings the state of all ranks to the rank `to`, into host memory, so that its `state_dict`
-        before the next step is whole: that of one process, which continues on any number of ranks. All ranks must call
-        it. Lightning does before it saves, as it does for torch's ZeroRedundancyOptimizer. Otherwise it does nothing.
-        """
-        if (owners := self.divided(world_size())).ranks > 1:
-            others = gathered(owners, self.state, to)
-            self._others = others if owners.index == to else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's. Raises: UserError with `owners` on several ranks, unless `consolidate_state_dict` has brought the
-        state of all of them here since the last step: what is saved would lack it.
-        """
-        if not self.owners or not self.state or world_size() == 1:
-            return super().state_dict()
-        if self._others is None:
-            raise UserError(
-                f"owners=True: rank {rank()} has the state of its own parameters alone. Call "
-                "optimizer.consolidate_state_dict(to=0) on all ranks, then optimizer.state_dict() on rank 0; Lightning "
-                "does both when it saves a checkpoint"
-            )
-        every = [p for p in self._parameters() if p in self.state or p in self._others]
-        whole = {p: self.state[p] if p in self.state else self._others[p] for p in every}
-        return self._state_dict_of(whole)
-
-    def own_state_dict(self) -> dict[str, Any]:
-        """As `state_dict`, with what this rank keeps: to go back to by `load_state_dict` on the same rank."""
-        return self._state_dict_of(self.state)
-
-    def _state_dict_of(self, state: Mapping[Tensor, State]) -> dict[str, Any]:
-        kept, self.state = self.state, defaultdict(dict, state)
-        try:
-            return super().state_dict()
-        finally:
-            self.state = kept
-
-    def divided(self, ranks: int, index: int | None = None) -> Owners:
-        """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`. What has
-        an owner among so many ranks keeps it.
-
-        Args:
-            index: of the rank that looks; None for this process.
-        """
-        if not self.owners:
-            return NOBODY
+    def costs(self) -> tuple[dict[Tensor, int], dict[Tensor, int]]:
         matrices, others = dict[Tensor, int](), dict[Tensor, int]()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -382,7 +328,7 @@ class MatrixOptimizer(Optimizer, ABC):
                     matrices[parameter] = count * self.operations(layout)
                 elif parameter.numel() >= SMALLEST_OWNED:
                     others[parameter] = ELEMENTWISE_OPERATIONS * parameter.numel()
-        return Owners(matrices, others, ranks, index, self._owners.of if self._owners.ranks == ranks else {})
+        return matrices, others
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Like torch's, but every tensor keeps its own dtype: torch casts state to the parameter's, which would turn
@@ -452,7 +398,7 @@ class MatrixOptimizer(Optimizer, ABC):
         if not self.rates_checked:
             self.require_rates()
         if self.owners and not self._agreed:
-            self._require_agreement()
+            self.require_agreement()
         steps = [self.step_of(bucket) for bucket in self.buckets() if bucket.owners()]
         sending: Sending | None = None
         if self._owners.ranks > 1:
@@ -494,14 +440,6 @@ class MatrixOptimizer(Optimizer, ABC):
                     f"nor optimiser state were changed. {type(self).__name__} needs dense gradients: build "
                     "nn.Embedding with sparse=False, or give that parameter to torch.optim.SparseAdam"
                 )
-
-    def _require_agreement(self) -> None:
-        """Once, before anything is sent. Raises: UserError if ranks do not have the same weights."""
-        require_whole_weights(self._parameters())
-        owners = self.divided(world_size())
-        if owners.ranks > 1:
-            require_equal_weights(owners, self._parameters(), self.called)
-        self._agreed = True
 
     def require_rates(self) -> None:
         """Raises: UserError for rates that no step should take. A class with `rates_checked` False, which sets it once

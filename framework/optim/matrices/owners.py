@@ -13,7 +13,8 @@ Shapes: P parameters.
 """
 
 import zlib
-from collections import deque
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightspan.core.distributed import all_reduce_max, rank, world_size
 from lightspan.core.errors import UserError
@@ -226,6 +228,92 @@ def require_whole_weights(parameters: Sequence[Tensor]) -> None:
             "owners=True divides matrices that every rank has whole, as under DDP, but FSDP2 has split these, and "
             "their state and work with them; set owners=False"
         )
+
+
+class DividedOptimizer(Optimizer, ABC):
+    """An optimiser whose step ranks with equal weights can divide: who owns what, and whole state to save.
+
+    Attributes:
+        owners: whether they do.
+    """
+
+    KEPT_IN_COPIES: tuple[str, ...] = ("owners", "_owners")
+    owners = False
+    _owners = NOBODY
+    """Who owns what in the steps from now on."""
+    _agreed = False
+    """Whether ranks that divide the step are known to have equal weights."""
+    _others: dict[Tensor, State] | None = None
+    """The state of other ranks, if it has been brought here since the last step."""
+
+    @abstractmethod
+    def costs(self) -> tuple[dict[Tensor, int], dict[Tensor, int]]:
+        """About how many operations a step takes, by parameter, of what should belong to one rank: of matrices, and of
+        others.
+        """
+
+    @abstractmethod
+    def called(self, parameter: Tensor) -> str:
+        """What messages call a parameter."""
+
+    @abstractmethod
+    def _parameters(self) -> list[Tensor]:
+        """Those of all groups."""
+
+    def divided(self, ranks: int, index: int | None = None) -> Owners:
+        """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`. What has
+        an owner among so many ranks keeps it.
+
+        Args:
+            index: of the rank that looks; None for this process.
+        """
+        if not self.owners:
+            return NOBODY
+        return Owners(*self.costs(), ranks, index, self._owners.of if self._owners.ranks == ranks else {})
+
+    def require_agreement(self) -> None:
+        """Asks once, before anything is sent. Raises: UserError if ranks do not have the same weights."""
+        require_whole_weights(self._parameters())
+        owners = self.divided(world_size())
+        if owners.ranks > 1:
+            require_equal_weights(owners, self._parameters(), self.called)
+        self._agreed = True
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """With `owners`, brings the state of all ranks to the rank `to`, into host memory, so that its `state_dict`
+        before the next step is whole: that of one process, which continues on any number of ranks. All ranks must call
+        it. Lightning does before it saves, as it does for torch's ZeroRedundancyOptimizer. Otherwise it does nothing.
+        """
+        if (owners := self.divided(world_size())).ranks > 1:
+            others = gathered(owners, self.state, to)
+            self._others = others if owners.index == to else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's. Raises: UserError with `owners` on several ranks, unless `consolidate_state_dict` has brought the
+        state of all of them here since the last step: what is saved would lack it.
+        """
+        if not self.owners or not self.state or world_size() == 1:
+            return super().state_dict()
+        if self._others is None:
+            raise UserError(
+                f"owners=True: rank {rank()} has the state of its own parameters alone. Call "
+                "optimizer.consolidate_state_dict(to=0) on all ranks, then optimizer.state_dict() on rank 0; Lightning "
+                "does both when it saves a checkpoint"
+            )
+        every = [p for p in self._parameters() if p in self.state or p in self._others]
+        whole = {p: self.state[p] if p in self.state else self._others[p] for p in every}
+        return self._state_dict_of(whole)
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, with what this rank keeps: to go back to by `load_state_dict` on the same rank."""
+        return self._state_dict_of(self.state)
+
+    def _state_dict_of(self, state: Mapping[Tensor, State]) -> dict[str, Any]:
+        kept, self.state = self.state, defaultdict(dict, state)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = kept
 
 
 def _bits(parameter: Tensor) -> Tensor:
