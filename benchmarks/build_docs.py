@@ -311,7 +311,7 @@ def rates(results: Path) -> list[str]:
         mean = math.exp(statistics.mean(math.log(own[0]) for own in found.values())) if found else None
         off = max(max(own[0] / mean, mean / own[0]) for own in found.values()) if mean else None
         bounds.append((f"best rate of {arm} over AdamW's, farthest from one number", "<=", 1.5, off, ""))
-        worst = max((own[2] for own in found.values()), default=None)
+        worst = max((own[2] for own in found.values() if own[2] is not None), default=None)
         bounds.append((f"{arm} at AdamW's rate: loss minus AdamW's, at worst", "<=", 0.0, worst, " nats"))
     lines += goals(bounds)
     minutes = f"{sum(row['cpu_s'] for row in rows) / 60:.0f} processor minutes"

@@ -6,9 +6,9 @@
 Python standard library's source: 300 steps, warm-up and cosine, decay 0.1, gradients clipped at 1. AdamW has one rate
 for all parameters, as most users give it. The others keep AdamW's best rate for what is no matrix, so that one number
 is searched: the rate of the matrices. By factors of 2 from a start, on one seed, until both neighbours of the best are
-worse; then by factors of the root of 2, on the mean of two seeds, until that is so again. A run counts by its online
-loss, the mean training loss of its last fifth, all of whose samples are new; both seeds' batches are the same for all
-arms.
+worse; then by factors of the root of 2, on the mean of two seeds, until that is so again; and at AdamW's rate. A run
+counts by its online loss, the mean training loss of its last fifth, all of whose samples are new; both seeds' batches
+are the same for all arms.
 
 The matrices' arms step by the convention "adamw" of `lightspan.optim.matrices.conventions`: their rates and decay are
 AdamW's if it holds, and the quotient of the two best rates is 1.
@@ -130,6 +130,8 @@ def sweep(results: Path, tasks: Iterable[Task], names: Iterable[str]) -> None:
             if name in names - {"adamw"}:
                 found = best_rate(results, task, every[name], adamw, adamw)
                 print(f"{task.name} {name}: best at {found:.4g}, {found / adamw:.3g} of AdamW's", flush=True)
+                for seed in SEEDS:
+                    online(results, task, every[name], adamw, adamw, seed)
 
 
 class Watched:
@@ -233,9 +235,9 @@ def best_of(rows: list[Row], model: str, arm: str) -> float | None:
     return min(found, key=found.__getitem__, default=None)
 
 
-def quotients(rows: list[Row], arm: str) -> dict[str, tuple[float, float, float]]:
+def quotients(rows: list[Row], arm: str) -> dict[str, tuple[float, float, float | None]]:
     """By model: the best rate over AdamW's, and the mean loss minus AdamW's there and at AdamW's best rate, which is
-    not a number where it was not run on both seeds.
+    None where that was not run on both seeds.
     """
     found = {}
     for model in MODELS:
@@ -243,7 +245,7 @@ def quotients(rows: list[Row], arm: str) -> dict[str, tuple[float, float, float]
         if adamw and own:
             theirs, ours = (min(each, key=each.__getitem__) for each in (adamw, own))
             least = adamw[theirs]
-            found[model] = ours / theirs, own[ours] - least, own.get(theirs, math.nan) - least
+            found[model] = ours / theirs, own[ours] - least, own[theirs] - least if theirs in own else None
     return found
 
 

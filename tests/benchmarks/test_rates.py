@@ -41,6 +41,24 @@ def test_a_search_is_refined_by_roots_of_two_on_both_seeds_until_no_neighbour_is
         assert {seed for rate, seed in ran if math.isclose(rate, lr, rel_tol=1e-3)} == {100, 101}
 
 
+def test_the_others_begin_and_are_run_at_adamws_best_rate(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose own best is two factors of 2 away here, so that no refinement passes there."""
+    ran: dict[str, list[tuple[float, float, int]]] = {"adamw": [], "muon": []}
+
+    def measured(results: Path, task: Any, candidate: Any, point: Any, seed: int, stage: str) -> dict[str, float]:
+        ran[candidate.name].append((*point[:2], seed))
+        best = 4e-3 if candidate.name == "adamw" else 1.6e-2
+        return {"online_loss": abs(math.log2(point[0] / best))}
+
+    monkeypatch.setattr(benchmark.quality, "measured", measured)
+    benchmark.sweep(Path(), [benchmark.MODELS["w32d2"]], ["muon"])
+    assert all(lr == other for lr, other, _ in ran["adamw"])
+    assert {other for _, other, _ in ran["muon"]} == {4e-3}
+    assert {seed for lr, _, seed in ran["muon"] if lr == 4e-3} == {100, 101}
+
+
 def test_a_diverged_run_is_the_worst_of_all(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(results: Path, task: Any, candidate: Any, point: Any, *_: Any) -> dict[str, float | None]:
         return {"online_loss": None if point[0] > 1e-3 else 1e-3 / point[0]}
