@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 # Of the wheel: 1.7 MB are the images of Fashion-MNIST, with which recipes run right after an installation, and 2.9 MB
 # sources and recipes. Weights or a second data set would show here.
 MOST_MB = 5.0
-# What has to work right after an installation; the verbs before `fit` need no dependency beyond PyYAML and packaging.
+# What has to work right after an installation. None of these loads torch; `check` reads sources of Lightning and torch,
+# the others need PyYAML, packaging and filelock alone.
 QUICK = (
     ("--version",),
     ("recipes",),
