@@ -130,7 +130,7 @@ def _pytorchjob(job: Job, claim: str) -> Manifest:
     template = _template(job, command, claim, container="pytorch")
     del template["spec"]["restartPolicy"]
     bounds = {"minReplicas": job.nodes - job.lose, "maxReplicas": job.nodes}
-    spec = {
+    spec: Manifest = {
         **({"elasticPolicy": {"rdzvBackend": "c10d", **bounds, "maxRestarts": RESTARTS}} if job.lose else {}),
         "nprocPerNode": str(job.ranks_per_node),
         "runPolicy": {

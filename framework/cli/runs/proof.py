@@ -161,8 +161,8 @@ def _verdicts_on_losses(settings: ProofSettings, folder: Path) -> Iterator[tuple
     batches = trace_of(straight)
     samples = sum(len(batch.samples) for batch in batches.values())
     yield (
-        f"{both}: the same {samples} samples in the same {len(batches)} batches, those of {redone(losing)} batches "
-        f"counted once that were done again; losses within {LOSS_TOLERANCE:g}",
+        f"{both}: the same {samples} samples in the same {len(batches)} batches, of which {redone(losing)} done again "
+        f"after a loss count once; losses within {LOSS_TOLERANCE:g}",
         first_other_batch(straight, losing, LOSS_TOLERANCE),
     )
     found = first_distant_weight(straight, losing, LOSS_TOLERANCE)
