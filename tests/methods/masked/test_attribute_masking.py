@@ -132,7 +132,7 @@ def test_validation_hides_what_step_0_hides_and_weighs_a_batch_by_it() -> None:
     logged: list[tuple[dict[str, Tensor], int]] = []
     model.log_dict = lambda figures, batch_size, **_: logged.append((figures, batch_size))  # type: ignore[method-assign]
     model.validation_step(given, 0)
-    model.validation_step(rings(()), 0)
+    model.validation_step(rings((0,)), 0)
     (found, count), (nothing, least) = logged
     assert count == int(hidden(model, given).sum())
     assert torch.equal(found["val/loss"], loss_of(model, given))
