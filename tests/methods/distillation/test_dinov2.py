@@ -1,5 +1,6 @@
 """DINOv2: the loss put together by hand and against lightly's, two heads, schedules, and DINOv3's anchor."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,17 +215,16 @@ def test_the_recipe_continues_from_a_file_of_weights_on_a_folder_of_images(
     folder = write_pictures(tmp_path / "in", {"cat": 4, "bird": 4})
     stored = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
     save_file(stored, "mine.safetensors")
-    settings = "model.init_args"
+    head = {"init_args": {"in_features": 192, "prototypes": 32}}
+    network = {"init_args": {"name": "vit_tiny_patch16_224", "path": "mine.safetensors"}}
+    mine = {"model": {"init_args": {"backbone": network, "head": head, "patch_head": head}}}
+    Path("mine.yaml").write_text(json.dumps(mine))
     flags = [
-        f"{settings}.backbone.init_args.name=vit_tiny_patch16_224",
-        f"{settings}.backbone.init_args.path=mine.safetensors",
-        *(f"{settings}.{part}.init_args.in_features=192" for part in ("head", "patch_head")),
-        *(f"{settings}.{part}.init_args.prototypes=32" for part in ("head", "patch_head")),
         *("trainer.accelerator=cpu", "trainer.precision=null", "trainer.logger=null", "trainer.max_steps=1"),
         *("trainer.callbacks=null", "trainer.limit_val_batches=0", "data.init_args.batch_size=4"),
         *("data.init_args.num_workers=0", "trainer.enable_progress_bar=false"),
     ]
-    made = build(with_images("distillation/dinov2_continued", [], folder, 64, flags), tmp_path / "run")
+    made = build(with_images("distillation/dinov2_continued", ["mine.yaml"], folder, 64, flags), tmp_path / "run")
     for name, tensor in stored.items():
         assert torch.equal(made.model.student.backbone.network.state_dict()[name], tensor), name
     made.trainer.fit(made.model, datamodule=made.datamodule)
