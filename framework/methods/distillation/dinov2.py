@@ -30,6 +30,7 @@ from lightspan.nn.teachers.ema import EMATeacher
 from lightspan.nn.teachers.gram_anchor import GramAnchor
 from lightspan.nn.teachers.prototype_network import SeenByTwo, TwoHeadNetwork
 from lightspan.nn.views import global_first, require_global_views
+from lightspan.objectives.gram import gram_loss
 from lightspan.objectives.koleo import koleo
 from lightspan.objectives.means import weighted_sum
 from lightspan.objectives.prototypes import class_and_patch_losses, sinkhorn
@@ -126,7 +127,7 @@ class DINOv2(Method):
         if self.koleo_weight:
             losses["koleo"], weights["koleo"] = koleo(seen.class_VBw[0], self.koleo_group), self.koleo_weight
         if self.anchor is not None and self.anchor.counts(share, large[0]):
-            losses["gram"] = self.anchor(seen.patches_RTw, grid, torch.cat(large))
+            losses["gram"] = gram_loss(seen.patches_RTw, self.anchor(torch.cat(large), grid))
             weights["gram"] = self.anchor.weight
         loss = weighted_sum(losses, weights)
         self.log_training({"train/loss": loss} | {f"train/{name}": figure for name, figure in losses.items()})

@@ -3,10 +3,12 @@
 Source: Siméoni et al., "DINOv3", 2025, arXiv 2508.10104, section 4 (Gram anchoring, and its form with larger pictures),
 and the authors' code: the earlier network sees each global view at a larger size, its map is resampled by bicubic
 interpolation without smoothing, and all patches count, also those that are hidden from the student.
-Shapes: R global views of this rank, S their side and s the student's, T patches of these, w width.
+Shapes: R global views of this rank, S their side and s the student's, T patches of these, H W grid of the others, w
+width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,14 @@ from lightspan.core.errors import UserError
 from lightspan.core.ranges import require_in, require_shares, require_weights
 from lightspan.nn.sequences.token_backbone import AllTokens, TokenBackbone
 from lightspan.nn.teachers.ema import EMATeacher
-from lightspan.objectives.gram import gram_loss
 
 
 class GramAnchor(nn.Module):
     """A copy of a method's teacher, which is taken at one step of the run, or anew at several, and is not trained.
 
-    The method gives it its backbone (`build`), shows the student `shrunk` global views, adds `weight` times its loss
-    where `counts`, and calls `follow` after each step. The copy is part of the state of the run.
+    The method gives it its backbone (`build`), shows the student `shrunk` global views, where it `counts` adds `weight`
+    times the loss of `lightspan.objectives.gram`, and calls `follow` after each step. The copy is part of the state of
+    the run.
 
     Args:
         weight: of the loss, >= 0.
@@ -60,7 +62,6 @@ class GramAnchor(nn.Module):
             raise UserError(f"GramAnchor resamples pictures, and patches of this backbone are {backbone.patch_shape}")
         *self.patch, _ = backbone.patch_shape
         self.network = EMATeacher(AllTokens(backbone))  # type: ignore[arg-type]
-        self.prefix = backbone.num_prefix_tokens
 
     def shrunk(self, view_BCSS: Tensor) -> Tensor:
         """A global view as the student sees it: smoothed and resampled to 1 / scale of its sides, and to whole patches,
@@ -78,18 +79,16 @@ class GramAnchor(nn.Module):
         """Whether the loss counts at this share of the run; a plan counts what such a step needs."""
         return share >= self.start or not has_values(view_BCSS)
 
-    def forward(self, patches_RTw: Tensor, grid: tuple[int, ...], view_RCSS: Tensor) -> Tensor:
-        """The loss, a scalar, see `lightspan.objectives.gram.gram_loss`.
-
-        Args:
-            patches_RTw: the student's, on `grid`.
-            view_RCSS: the views that it saw `shrunk`, as they are.
+    @torch.no_grad()
+    def forward(self, view_RCSS: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Its patches of views as they are, [R T w], at the places of the student's on `grid`, for
+        `lightspan.objectives.gram.gram_loss`.
         """
-        tokens_RPw = self.network(view_RCSS)
-        map_RwPP = tokens_RPw[:, self.prefix :].mT.unflatten(2, self.network.module.backbone.grid(view_RCSS))  # type: ignore[operator, union-attr]
-        if map_RwPP.shape[2:] != grid:
-            map_RwPP = F.interpolate(wide(map_RwPP), grid, mode="bicubic", align_corners=False)
-        return gram_loss(patches_RTw, map_RwPP.flatten(2).mT)
+        backbone: Any = self.network.module.backbone
+        map_RwHW = self.network(view_RCSS)[:, backbone.num_prefix_tokens :].mT.unflatten(2, backbone.grid(view_RCSS))
+        if map_RwHW.shape[2:] != grid:
+            map_RwHW = F.interpolate(wide(map_RwHW), grid, mode="bicubic", align_corners=False)
+        return map_RwHW.flatten(2).mT
 
     @torch.no_grad()
     def follow(self, backbone: nn.Module, before: float, after: float) -> None:

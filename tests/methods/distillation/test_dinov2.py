@@ -1,16 +1,22 @@
 """DINOv2: the loss put together by hand and against lightly's, two heads, schedules, and DINOv3's anchor."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import method_runs
 import pytest
+import timm
 import torch
 from method_runs import batch, fit, moved
+from picture_files import write_pictures
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightspan.backbones.vit import vit
+from lightspan.cli.config.build import build
+from lightspan.cli.config.user_images import with_images
 from lightspan.core.errors import UserError
 from lightspan.methods.distillation.dinov2 import DINOv2
 from lightspan.nn.heads.dino_head import DINOHead
@@ -199,3 +205,28 @@ def test_the_sentinel_reads_the_bottleneck_of_class_tokens_and_answers() -> None
     taught = model.teacher.module.head(model.teacher.module.backbone.tokens(image)[:, 0])
     torch.testing.assert_close(model.teacher.module.head.prototypes(model.embeddings({"image": image})), taught)
     torch.testing.assert_close(model.assignments({"image": image}), (taught / 0.07).softmax(dim=1))
+
+
+def test_the_recipe_continues_from_a_file_of_weights_on_a_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_pictures(tmp_path / "in", {"cat": 4, "bird": 4})
+    stored = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(stored, "mine.safetensors")
+    head = {"init_args": {"in_features": 192, "prototypes": 32}}
+    network = {"init_args": {"name": "vit_tiny_patch16_224", "path": "mine.safetensors"}}
+    mine = {"model": {"init_args": {"backbone": network, "head": head, "patch_head": head}}}
+    Path("mine.yaml").write_text(json.dumps(mine))
+    flags = [
+        *("trainer.accelerator=cpu", "trainer.precision=null", "trainer.logger=null", "trainer.max_steps=1"),
+        *("trainer.callbacks=null", "trainer.limit_val_batches=0", "data.init_args.batch_size=4"),
+        *("data.init_args.num_workers=0", "trainer.enable_progress_bar=false"),
+    ]
+    made = build(with_images("distillation/dinov2_continued", ["mine.yaml"], folder, 64, flags), tmp_path / "run")
+    for name, tensor in stored.items():
+        assert torch.equal(made.model.student.backbone.network.state_dict()[name], tensor), name
+    made.trainer.fit(made.model, datamodule=made.datamodule)
+    assert made.trainer.global_step == 1
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
