@@ -8,7 +8,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from lightspan.core.errors import UserError, first_lines, install_extra
@@ -20,6 +20,8 @@ BLOCK_BYTES = 2**24  # asked for at a time
 TIMEOUT_S, BYTES_PER_S = 60.0, 2**20 / 60
 # What another attempt would not change. Anything else that a store or the network says may pass.
 _LASTING = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
+# What stores call the content of an object: S3, Google, Azure.
+_CONTENT_NAMES = ("ETag", "etag", "generation")
 _process = os.getpid()  # in which fsspec waits for answers
 T = TypeVar("T")
 
@@ -60,12 +62,22 @@ def read_range(address: str, start: int, end: int) -> bytes:
     return content
 
 
-def size_of(address: str) -> int:
-    """Bytes of an object. Raises: OSError as `read_range`."""
+class ObjectState(NamedTuple):
+    """Bytes of an object, and what its store calls this content of it; empty where it has no word for that."""
+
+    size: int
+    content: str
+
+
+def state_of(address: str) -> ObjectState:
+    """Raises: OSError as `read_range`."""
     found = _asked(address, lambda store: store.info(address, timeout=TIMEOUT_S))
     if found["type"] != "file":
         raise FileNotFoundError("there is a folder of this name, and no object")
-    return int(found["size"])
+    size = found["size"]
+    if not isinstance(size, int) or size < 0:
+        raise OSError(f"the store says that it has {size} bytes")
+    return ObjectState(size, next((str(found[name]) for name in _CONTENT_NAMES if found.get(name)), ""))
 
 
 def write(address: str, content: bytes) -> None:
@@ -91,17 +103,20 @@ class ObjectStream(io.RawIOBase):
     Attributes:
         length: bytes that are still to come, as of an answer of http.
 
-    Raises: OSError as `read_range`.
+    Raises: OSError as `read_range`; ConnectionError, at its end, for one that became another meanwhile.
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.length, self._at, self._block = address, size_of(address), 0, memoryview(b"")
+        self._before = state_of(address)
+        self.address, self.length, self._at, self._block = address, self._before.size, 0, memoryview(b"")
 
     def read1(self, size: int) -> bytes:
         """At most `size` bytes, as many as have arrived; none at the end."""
         if not self._block and self.length:
             end = self._at + min(BLOCK_BYTES, self.length)
             self._block, self._at = memoryview(read_range(self.address, self._at, end)), end
+            if end == self._before.size and state_of(self.address) != self._before:
+                raise ConnectionError("it was replaced while it was read")
         part, self._block = self._block[:size], self._block[size:]
         self.length -= len(part)
         return bytes(part)

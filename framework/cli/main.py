@@ -108,6 +108,11 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
+def valued_options(parser: argparse.ArgumentParser) -> set[str]:
+    """Options with a value behind them."""
+    return {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
+
+
 def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
     """What a verb's function gets for these arguments.
 
@@ -117,8 +122,7 @@ def parse(verb: Verb, arguments: list[str]) -> argparse.Namespace:
     from lightspan.cli.config.flags import split_flags
 
     parser = parser_of(verb)
-    valued = {option for action in parser._actions if action.nargs != 0 for option in action.option_strings}
-    flags, rest = split_flags(arguments, valued) if verb.flags else ([], arguments)
+    flags, rest = split_flags(arguments, valued_options(parser)) if verb.flags else ([], arguments)
     args, unknown = parser.parse_known_intermixed_args(rest)
     refuse_unknown(unknown, rest, parser, [word for word in rest if not word.startswith("-")] if verb.flags else None)
     if verb.flags:

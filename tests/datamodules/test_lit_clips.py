@@ -31,6 +31,7 @@ def test_a_sample_is_what_its_arrays_say(tmp_path: Path) -> None:
     assert torch.equal(batch["clip"][0], clip.transpose(0, 1) / 2)
     assert torch.equal(batch["reference"][0], torch.from_numpy(arrays["reference"]).float() / 2)
     assert torch.equal(batch["face"][0], torch.from_numpy(arrays["face"] // 255).long())
+    assert torch.equal(batch["reference_face"][0], torch.from_numpy(arrays["reference_face"] // 255).long())
     torch.testing.assert_close(batch["portrait"][0], torch.from_numpy(arrays["portrait"]) / 127.5 - 1)
     torch.testing.assert_close(batch["shading"][0], torch.from_numpy(arrays["shading"]).transpose(0, 1) / 255)
     assert torch.equal(batch["embedding"][0], torch.from_numpy(arrays["embedding"]))

@@ -80,7 +80,7 @@ def test_an_object_is_read_whole_or_in_parts(gate: Gate, monkeypatch: pytest.Mon
     with open_shard(shard) as stream:
         assert stream.read(3) + stream.read(9000) + stream.read() == b"hello" * 5000
         assert stream.read(1) == b""
-    spans = ["", "bytes=0-6999", "bytes=7000-13999", "bytes=14000-20999", "bytes=21000-24999"]
+    spans = ["", "bytes=0-6999", "bytes=7000-13999", "bytes=14000-20999", "bytes=21000-24999", ""]
     assert [span for _, _, span in gate.asked] == spans
     gate.asked.clear()
     assert read_span(shard, 5, 10) == b"hello"
@@ -265,6 +265,29 @@ def test_a_missing_shard_of_a_bucket_may_be_left_out_but_one_that_is_refused_may
     gate.stumbles["/lab/none.tar.index.json"] = [403] * 9
     with pytest.raises(UserError, match=r"none\.tar\.index\.json cannot be opened: the store refuses it .*keys"):
         Shards(["s3://lab/part-0.tar", "s3://lab/none.tar"], **settings).setup()
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_no_mixture_of_both(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shard = put("a.tar", b"a" * 20000)
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 7000)
+    with open_shard(shard) as stream:
+        assert stream.read(7000) == b"a" * 7000
+        put("a.tar", b"b" * 20000)
+        with pytest.raises(ConnectionError, match="replaced"):
+            stream.read()
+    size_told, read_range = [put("a.tar", b"c" * 20000)], stores.read_range
+
+    def replaced(address: str, start: int, end: int) -> bytes:
+        content = read_range(address, start, end)
+        if start and size_told:
+            put(size_told.pop().removeprefix("s3://lab/"), b"d" * 20000)
+        return content
+
+    monkeypatch.setattr(stores, "read_range", replaced)
+    copy = ShardCache(str(tmp_path / "cache"), 2**20).local(shard)
+    assert copy.read_bytes() == b"d" * 20000
 
 
 def test_a_shard_above_the_limit_of_copies_is_not_fetched(gate: Gate, tmp_path: Path) -> None:

@@ -131,8 +131,33 @@ def test_the_predictor_does_not_depend_on_the_unit_of_the_loss_and_ranks_what_it
     assert spearmanr(one, loss(rest)).statistic > 0.5
     assert rank_correlation(seen, loss(seen), 0) > 0.5
     assert rank_correlation(seen, np.ones(40), 0) == 0
+    by_chance = [rank_correlation(seen, np.random.default_rng(s).permutation(loss(seen)), 0) for s in range(4)]
+    assert np.mean(by_chance) < 0.3
     assert rank_correlation(seen[:4], loss(seen[:4]), 0) == 0
     assert np.isfinite(boosted_trees(seen[:2], np.ones(2), 0)(rest)).all()
+
+
+def test_a_round_is_drawn_from_the_best_predicted_and_predictions_rest_on_all_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of four mixtures, from the best 128; the answer is the best of all."""
+    known, asked, weight_G = list[int](), list[np.ndarray](), np.array([1.0, 0.617, 0.331, 0.127])
+
+    def predictor(steps_MG: np.ndarray, loss_M: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+        assert loss_M.tolist() == steps_MG[:, 1].tolist()
+        known.append(len(steps_MG))
+        return lambda asked_MG: (asked.append(asked_MG @ weight_G), asked[-1])[1]
+
+    monkeypatch.setattr("lightspan.selection.mixture_search.boosted_trees", predictor)
+    prior_G = np.array([0.3, 0.3, 0.2, 0.2])
+    found = climbed(prior_G, lambda steps_MG: steps_MG[:, 1], (20, 4, 4), 5.0, 0.5, 1000, 0)
+    assert known == [20, 24, 28]
+    said_M = found.steps_MG @ weight_G
+    for at, asked_M in zip((20, 24), asked, strict=False):
+        ranks = [int((asked_M < said - 1e-9).sum()) for said in said_M[at : at + 4]]
+        assert max(ranks) < 128
+        assert max(ranks) > 8  # the best alone would not explore
+    assert said_M[-1] == pytest.approx(asked[-1].min())
 
 
 def test_of_one_group_there_is_one_mixture() -> None:
@@ -247,6 +272,11 @@ def test_a_target_of_the_smallest_group_raises_its_share(tmp_path: Path) -> None
     assert found.natural == pytest.approx((3 / 6, 2 / 6, 1 / 6))
     assert found.shares[2] > 0.5
     assert found.measured["better than the natural mixture, beyond noise"] == 1
+    for name, share_G in (("of the natural mixture", [3 / 6, 2 / 6, 1 / 6]), ("of equal shares", [1 / 3] * 3)):
+        reported = 2 + np.square(np.array(share_G) - [0.1, 0.1, 0.8]).sum()
+        assert found.measured[name] == pytest.approx(reported, abs=1e-3)
+    reported = 2 + np.square(np.array(found.shares) - [0.1, 0.1, 0.8]).sum()
+    assert found.measured["loss on texts that were not searched by"] == pytest.approx(reported, abs=1e-3)
     assert found.measured["loss on texts that were not searched by"] < found.measured["of the natural mixture"]
     assert found.selection().group_N is not None
     assert found.picture("t") is not None
@@ -380,7 +410,7 @@ class Numbers(SampleSets):
 
     def setup(self, stage: str | None = None) -> None:
         self.train = self.train or Column([0.0] * 30 + [1.0] * 10)
-        self.bank, self.val = self.train, Column([0.7] * 8)
+        self.bank, self.val = self.train, getattr(self, "val", None) or Column([0.7] * 8)
 
 
 class Column:
@@ -425,6 +455,10 @@ def test_a_proxy_is_trained_on_the_shares_of_its_mixture_from_the_same_start(tmp
     assert proxy.of(mixed, [0, 0]) == pytest.approx(np.array([[0.25, 0.25], [0.7, 0.7]]), abs=1e-6)
     loss = TrainedProxy(method, data, target, "val/loss", steps=2).load(FeatureStore(tmp_path))
     assert loss.of(mixed, [0, 0])[:, 0] == pytest.approx([0.45**2, 0], abs=1e-6)
+    halves = Numbers(batch_size=4)
+    halves.val = Column([0.7] * 4 + [0.1] * 4)
+    by_turns = TrainedProxy(method, data, halves, "val/loss", steps=2).load(FeatureStore(tmp_path))
+    assert by_turns.of(mixed[1:], [0])[0] == pytest.approx([0, 0.6**2], abs=1e-6)
     assert method.mean.item() == 5
     assert data.selection is None
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -462,6 +496,31 @@ def test_a_mixture_without_three_tokens_in_a_row_is_a_guess(tmp_path: Path) -> N
     guess, learned = proxy.of([short, others], [0, 0])
     assert guess == pytest.approx(math.log(128))
     assert (learned < 3).all()
+
+
+def test_texts_of_the_target_are_searched_by_and_reported_by_turns(tmp_path: Path) -> None:
+    """Of the texts with three tokens, the first and the third are searched by and the second is reported."""
+    data = Spelled(batch_size=2)
+    proxy = TrigramProxy(data, data, tokens=3_000_000, strength=2.0).load(FeatureStore(tmp_path))
+    shared = DataSelection(5, "0" * 32, "", group_N=np.zeros(5, np.int64), mixture_G=np.ones(1))
+    ((searched, reported),) = proxy.of([shared], [0])
+    windows = TokenWindows.of([pieces(TEXTS, 12)])
+    model = TrigramModel(windows, 5, windows.tokens_W3, 128, 2.0)
+    log_W = model.log_probability(np.full(5, 3_000_000 / len(windows.sample_W)))
+    second_W = windows.sample_W == 2
+    assert reported == pytest.approx(-log_W[second_W].mean(), rel=1e-2)
+    assert searched == pytest.approx(-log_W[~second_W].mean(), rel=1e-2)
+    assert abs(searched - reported) > 0.1
+
+
+def test_losses_of_other_settings_are_not_taken_from_the_store() -> None:
+    data, other = Spelled(batch_size=2), Numbers(batch_size=4)
+    trigrams = [TrigramProxy(data, data, **own) for own in ({}, {"tokens": 9}, {"strength": 1.0}, {"split": "bank"})]  # type: ignore[arg-type]
+    trained = [TrainedProxy(Mean(), other, **own) for own in ({}, {"steps": 3}, {"metric": "val/mean"})]  # type: ignore[arg-type]
+    names = {json.dumps(proxy.trained_on().identity, sort_keys=True) for proxy in (*trigrams, *trained)}
+    assert len(names) == 7
+    keys = [proxy.trained_on().identity for proxy in (trigrams[0], TrigramProxy(data, data))]
+    assert keys[0] == keys[1]
 
 
 # Data and embeddings

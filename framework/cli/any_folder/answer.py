@@ -64,7 +64,7 @@ def answer(place: Path, target: str | None = None, recipe: str | None = None) ->
     said = [main.said(), *([classes.said()] if main.kind.has_classes else []), *found.lines(main)]
     if classes.validates:
         said.append("the folder beside `train` validates")
-    chosen, words = choice(main.kind.modality, _labels(classes)), [main.kind.option, str(place)]
+    chosen, words = choice(main.kind.modality, _labels(classes)), [main.kind.option, typed(place)]
     if (longest := main.sizes.get("seconds", (0, SEGMENT_S))[1]) < SEGMENT_S:  # else all would be padded to it
         words.append(f"data.init_args.seconds={math.ceil(longest)}")
     return _taken(place, said, chosen, recipe, words)
@@ -96,7 +96,7 @@ def _of_table(path: Path, said: list[str], target: str | None, recipe: str | Non
     if target not in columns:
         raise UserError(f"--target {one_line(target)} is no column of {path}; its columns are {shown}")
     form = "class" if _are_classes(columns[target]) else "number"
-    return _taken(path, said, choice("table", form=form), recipe, ["--table", str(path), "--target", target])
+    return _taken(path, said, choice("table", form=form), recipe, ["--table", typed(path), "--target", target])
 
 
 def _are_classes(cells: Cells) -> bool:
@@ -115,7 +115,7 @@ def _of_texts(place: Path, paths: Sequence[Path], said: list[str], recipe: str |
             raise UserError(f"{place} holds {len(paths):,} files of conversations, and one is read; join them into one")
         chosen = choice("text", form="conversations")
         needs = "" if Path("model").is_dir() else chosen.needs
-        return _taken(place, said, chosen, recipe, [f"data.init_args.path={json.dumps(str(paths[0]))}"], needs)
+        return _taken(place, said, chosen, recipe, [f"data.init_args.path={json.dumps(typed(paths[0]))}"], needs)
     if forms != {"texts"}:
         what = "are of several forms" if len(forms) > 1 else f"have {next(iter(forms))}"
         raise UserError(
@@ -128,7 +128,7 @@ def _of_texts(place: Path, paths: Sequence[Path], said: list[str], recipe: str |
             f"{paths[0]} is one text, and whole texts are held out to validate on; cut it into several files, or into "
             'lines of a .jsonl file, {"text": "..."}'
         )
-    words = [f"data.init_args.paths={json.dumps([str(place)])}"]
+    words = [f"data.init_args.paths={json.dumps([typed(place)])}"]
     return _taken(place, said, choice("text", form="texts"), recipe, words)
 
 
@@ -167,13 +167,18 @@ def _taken(
     place: Path, said: Sequence[str], chosen: Choice, recipe: str | None, words: Sequence[str], needs: str = ""
 ) -> Answer:
     first, *others = said
-    lines = [f"{place}: {first}", *(f"  {one}" for one in others)]
+    lines = [f"{one_line(place)}: {first}", *(f"  {one}" for one in others)]
     if recipe is None:
         lines += [f"takes {chosen.recipe}: {chosen.why}", f"  instead: {chosen.instead}".replace("`", "")]
     else:
         lines.append(f"takes {recipe}, as you say")
     lines.append(f"  settings of such data: docs/{chosen.page}; all methods: docs/which-method.md")
     return Answer(lines, [recipe or chosen.recipe, *words], "" if recipe else needs)
+
+
+def typed(place: Path) -> str:
+    """A place as an argument that is neither an option nor in a home folder, whatever it begins with."""
+    return str(place.absolute() if str(place).startswith(("-", "~")) else place)
 
 
 def command(words: Sequence[str]) -> str:

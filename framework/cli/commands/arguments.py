@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightspan.cli.config.places import RUN
 from lightspan.cli.config.resolve import TRAINED, Resolved, resolve
 from lightspan.core.errors import UserError
 
@@ -202,6 +203,10 @@ def file(text: str) -> Path:
 def _place(text: str, kind: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"the name of the {kind} is empty; is a shell variable not set?")
+    if RUN in text:
+        raise argparse.ArgumentTypeError(
+            f"{RUN} stands for the folder of the run, here as in a recipe; rename {text!r}"
+        )
     try:
         Path(text).exists()
     except OSError as error:

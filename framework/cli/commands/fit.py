@@ -179,13 +179,17 @@ def _chosen(args: argparse.Namespace) -> argparse.Namespace | None:
 
 
 def _others(args: argparse.Namespace) -> list[str]:
-    """The words of the command line without RECIPE, --data, --target and --yes."""
-    words, left = [], iter(args.command_line[2:])
+    """The words of the command line without RECIPE, --data, --target and --yes. A value that is called like the recipe,
+    such as that of --run, stays.
+    """
+    from lightspan.cli.main import parser_of, valued_options
+
+    valued = valued_options(parser_of(next(verb for verb in VERBS if verb.name == "fit")))
+    words, left = list[str](), iter(args.command_line[2:])
     for word in left:
-        if word in ("--data", "--target"):
-            next(left, None)
-        elif word.partition("=")[0] not in ("--data", "--target", "--yes", "--debug") and word != args.recipe:
-            words.append(word)
+        value = [next(left, "")] if word in valued else []
+        if word.partition("=")[0] not in ("--data", "--target", "--yes", "--debug") and word != args.recipe:
+            words += [word, *value]
     return words
 
 

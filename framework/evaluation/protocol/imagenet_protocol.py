@@ -163,12 +163,17 @@ class ImageNetProtocol(Estimator):
         self.optimizer, self.groups, self.warmup, self.seed = optimizer or SIMCLR, groups, warmup, seed
 
     def fit(self, subject: ProtocolSubject) -> ProtocolScores:
-        """Raises: UserError for features that are not finite, and samples without classes or with fewer than two, in
-        training and one to score.
+        """Raises: UserError for features that are not finite, samples without classes or with fewer than two, in
+        training and one to score, and batches of one sample.
         """
         bank, query = subject.encoder.bank, subject.encoder.query
         known_N, asked_M = bank.classes(), query.classes()
         require_few_classes("the protocol", known_N)
+        if subject.batch_size < 2:
+            raise UserError(
+                f"the protocol trains with batch_size={subject.batch_size}, and batch norm needs two samples; raise it "
+                "in the data"
+            )
         if len(known_N.unique()) < 2 or not len(asked_M):
             raise UserError(
                 f"the protocol needs training samples of two classes and one to score, and has {len(known_N.unique())} "

@@ -188,9 +188,15 @@ class EncoderAndFloor(Input):
         try:
             bank, query = (Encoded(network, self.data, split, **settings).load(store) for split in ("bank", self.query))
         except (RuntimeError, AssertionError) as error:
+            kinds = {str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point()}
+            way_out = (
+                "give images of the size and channels that it was made for (--image-size)"
+                if kinds <= {"float32"}
+                else f"its weights are {', '.join(sorted(kinds))}, and images float32; give it in float32"
+            )
             raise UserError(
                 f"{type(network).__name__} cannot read the images of {type(self.data).__name__}: {first_lines(error)}; "
-                "give images of the size and channels that it was made for (--image-size)"
+                f"{way_out}"
             ) from error
         for part in (network, *transforms):
             part.to(store.device).eval()

@@ -41,10 +41,10 @@ def divided(costs: Sequence[int], ranks: int, loads: Sequence[int] = ()) -> list
     Args:
         loads: what each rank has already; empty is nothing.
     """
-    loads, found = [*loads] or [0] * ranks, [0] * len(costs)
+    have, found = [*loads] or [0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        found[i] = loads.index(min(loads))
-        loads[found[i]] += costs[i]
+        found[i] = have.index(min(have))
+        have[found[i]] += costs[i]
     return found
 
 
@@ -205,9 +205,8 @@ def most_wrong(parameters: Sequence[Tensor], wrong: Tensor, name_of: Callable[[T
     Raises: UserError, on all ranks, if these have gradients of different parameters: what one sends, no other awaits.
     """
     mark = zlib.crc32(bytes(p.grad is not None for p in parameters))
-    most, largest, smallest = all_reduce_max(
-        torch.stack([wrong, wrong.new_tensor(mark), wrong.new_tensor(-mark)])
-    ).tolist()
+    own = torch.stack([wrong, wrong.new_tensor(mark), wrong.new_tensor(-mark)])
+    most, largest, smallest = map(int, all_reduce_max(own).tolist())
     if largest == -smallest:
         return most
     every: list[Any] = [None] * world_size()

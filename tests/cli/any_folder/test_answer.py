@@ -17,10 +17,12 @@ from lightspan.cli.any_folder.answer import SEGMENT_S, answer
 from lightspan.cli.any_folder.choices import CHOICES, FEW_LABELS, as_markdown, choice
 from lightspan.cli.any_folder.kinds import KINDS
 from lightspan.cli.commands import asking, fit
+from lightspan.cli.commands.verbs import VERBS
 from lightspan.cli.config.recipes import load
 from lightspan.cli.config.resolve import Resolved
-from lightspan.cli.main import main
+from lightspan.cli.main import main, parse
 from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import expanded
 from lightspan.datamodules.audio.data import AudioData
 
 ROOT = Path(__file__).parents[3]
@@ -77,6 +79,34 @@ def test_short_recordings_are_not_padded_to_long_segments(tmp_path: Path) -> Non
     for name, seconds, words in (("short", 1.2, ["data.init_args.seconds=2"]), ("long", 15.5, [])):
         write_recordings(tmp_path / name, {"": 2}, seconds=seconds)
         assert answer(tmp_path / name).words == ["masked/tera", "--recordings", str(tmp_path / name), *words]
+
+
+@pytest.mark.parametrize("name", ["-n", "~mine", "a b\n"])
+def test_a_folder_may_be_called_like_an_option_or_a_home_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pictures(Path(name, "pictures"), {"a": 4, "b": 4})
+    found = answer(Path(name, "pictures"))
+    assert "\n" not in found.lines[0]
+    args = parse(next(verb for verb in VERBS if verb.name == "fit"), found.words)
+    assert args.images.absolute() == tmp_path / name / "pictures"
+    Path(name, "texts").mkdir()
+    for number in range(3):
+        Path(name, "texts", f"{number}.txt").write_text("A text of a few words.")
+    (path,) = json.loads(answer(Path(name, "texts")).words[-1].partition("=")[2])
+    assert expanded(path, "data.init_args.paths").absolute() == tmp_path / name / "texts"
+
+
+def test_a_folder_that_is_called_like_the_run_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name would be replaced in every setting that has it."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(Path("${run}"), {"a": 4, "b": 4})
+    for given in (["--data", "${run}"], ["contrastive/simclr", "--images", "${run}"]):
+        assert main(["fit", *given, "--dry-run"]) == 2
+        assert "stands for the folder of the run" in capsys.readouterr().err
 
 
 def test_a_single_sample_is_too_few_unless_it_may_hold_many(tmp_path: Path) -> None:
@@ -186,7 +216,7 @@ def test_after_a_yes_the_printed_command_is_what_runs(
 ) -> None:
     ran = list[tuple[argparse.Namespace, Resolved]]()
     monkeypatch.setattr(fit, "_fit", lambda args, resolved, run_dir: ran.append((args, resolved)) or 0)
-    given = ["--run", "out", "trainer.max_steps=1", "--image-size", "16", "--seed-key=data.init_args.seed"]
+    given = ["--run", recipe or "out", "trainer.max_steps=1", "--image-size", "16", "--seed-key=data.init_args.seed"]
     first = [] if recipe is None else [recipe]
     assert main(["fit", *first, "--yes", *given, "--data", pictures]) == 0
     printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lightspan fit"))

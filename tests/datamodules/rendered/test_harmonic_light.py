@@ -30,6 +30,15 @@ def test_harmonics_are_orthonormal_over_the_sphere() -> None:
     torch.testing.assert_close(own.T @ (weight[:, None] * own), torch.eye(9, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_coefficients_come_in_the_order_that_the_renderers_of_flame_have() -> None:
+    x, y, z = at = F.normalize(torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64), dim=0)
+    forms = torch.stack([x * 0 + 1, x, y, z, x * y, x * z, y * z, x * x - y * y, 3 * z * z - 1])
+    assert (harmonics(at) / forms).min() > 0
+    for degree in (slice(1, 4), slice(4, 7)):
+        ratio = (harmonics(at) / forms)[degree]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
 def test_each_degree_is_a_constant_times_its_own_lambertian_integral() -> None:
     light, normals = draw(9, 3), F.normalize(draw(7, 3, seed=1), dim=1)
     at, weight = sphere(120)

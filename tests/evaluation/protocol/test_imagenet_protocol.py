@@ -268,6 +268,11 @@ def test_wrong_inputs_are_refused_by_name(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="SmallConvNet cannot read the images of Digits"):
         EncoderAndFloor(SmallConvNet(3, 4, 1), SmallConvNet(3, 4, 1), Digits()).load(store)
+    half = SmallConvNet(1, 4, 1).bfloat16()
+    with pytest.raises(UserError, match=r"SmallConvNet cannot read .*bfloat16.* give it in float32"):
+        EncoderAndFloor(half, half, Digits()).load(store)
+    with pytest.raises(UserError, match="batch_size=1"):  # as of a folder of three pictures
+        ImageNetProtocol(**QUICK).fit(subject(batch_size=1))
     on_device = Digits(train_size=50, views=RandomViews(count=1), views_on="device")
     given = EncoderAndFloor(SmallConvNet(1, 4, 1), SmallConvNet(1, 4, 1), on_device).load(store)
     with pytest.raises(UserError, match="views_on"):
