@@ -28,6 +28,7 @@ neither. Each script says at its top how it measures. [comparison.md](comparison
 """
 COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
+    "muon_step": "python benchmarks/muon_step.py",
     "quality": "python benchmarks/quality.py final",
     "rates": "python benchmarks/rates.py sweep",
     "robustness": "python benchmarks/robustness.py",
@@ -227,6 +228,40 @@ def steps_on_one_cpu(record: Row) -> list[str]:
     host = f"{processor(record)} ({machine.get('cores', '?')} cores)"
     about = facts(record, "date", "threads", "rounds"), facts(machine, "torch"), peers, f"load {averages}" * bool(load)
     return [*lines, *provenance(COMMANDS["optim_step"], host, *about)]
+
+
+def muon_step(results: Path) -> list[str]:
+    """Section on steps of whole matrices beside torch's."""
+    record = read(results / "muon_step.json")
+    if record is None:
+        return [MISSING, ""]
+    keys = ("ms", "x_torch", "x_torch_float32")
+    rows = [(name, *(number(row[key]) for key in keys)) for name, row in record["rows"].items()]
+    name = "lightspan FactoredMuon"
+    bounds = {name: 1.0, f"{name}, products in bfloat16": 0.6}
+    held = [
+        (f"step of {each}, x torch Muon", "<=", bound, record["rows"].get(each, {}).get("x_torch"), "")
+        for each, bound in bounds.items()
+    ]
+    held.append(
+        (
+            f"step of {name}, x torch Muon with products in float32",
+            "<=",
+            1.0,
+            record["rows"].get(name, {}).get("x_torch_float32"),
+            "",
+        )
+    )
+    return [
+        "The same matrices, six blocks of a transformer of width 384, without embeddings and vectors. torch's Muon",
+        "takes its products in bfloat16, also of float32 weights; the second row is its iteration in float32. Ours",
+        "take them in float32 unless a row says otherwise. By heads: queries and keys are orthogonalised by six heads",
+        "each, as in models whose groups ParameterGroups makes. FactoredMuon keeps its momentum in 8 bits.",
+        "",
+        *markdown(("optimiser", "step, ms", "x torch Muon", "x torch Muon in float32"), rows),
+        *goals(held),
+        *provenance(COMMANDS["muon_step"], facts(record, "cpu", "threads", "rounds", "torch", "date")),
+    ]
 
 
 def quality(results: Path) -> list[str]:
@@ -585,6 +620,7 @@ def page(results: Path) -> str:
     cards = [line for path in sorted(results.glob("kernels_*.json")) for line in card(read(path))]
     sections = {
         "One step on a CPU": optim_step(results),
+        "A step of Muon on a CPU": muon_step(results),
         "Loss on equal data": quality(results),
         "Rates in units of AdamW's": rates(results),
         "Nets with dead rows": robustness(results),

@@ -53,9 +53,13 @@ def backproject_update_reference(
         if weight.stride(1) != 1:
             weight, residual = weight.mT, [factor.mT for factor in residual]
         if dtype == wide:
-            weight.addmm_(left, right, beta=kept, alpha=-rate) if R else weight.mul_(kept)
-            if residual:
-                weight.addcmul_(*residual, value=-rate)
+            if R:
+                weight.addmm_(left, right, beta=kept, alpha=-rate)
+            elif kept != 1:
+                weight.mul_(kept)
+            if residual:  # a transpose by itself is several times as fast as one on the way
+                steps, scales = residual
+                weight.addcmul_(steps.contiguous(), scales, value=-rate)
             continue
         for place, first in enumerate(range(0, height, rows), start=b * tiles):
             part = slice(first, min(first + rows, height))
@@ -180,14 +184,16 @@ if triton is not None:
 
 
 def update(
-    weights: Sequence[Tensor], steps: Sequence[Tensor], lr: Tensor, keep: Tensor, seed: Tensor | None
+    weights: Sequence[Tensor], steps: Sequence[Tensor], lr: Tensor, keep: Tensor, seed: Tensor | None,
+    factor: float = 1.0,
 ) -> None:  # fmt: skip
-    """W <- keep W - lr S in every weight, in place: `backproject_update` without coordinates.
+    """W <- keep W - lr f S in every weight, in place: `backproject_update` without coordinates.
 
     Args:
         steps: S [M N] of every weight.
+        factor: f, the same for all.
         lr, keep, seed: as there.
     """
     (M, N), B = steps[0].shape, len(steps)
-    none_BM0, none_BN0, one_BM = (steps[0].new_ones(B, *shape) for shape in ((M, 0), (N, 0), (M,)))
-    backproject_update(weights, none_BM0, none_BN0, steps, one_BM, lr, keep, seed)
+    none_BM0, none_BN0 = (steps[0].new_empty(B, size, 0) for size in (M, N))
+    backproject_update(weights, none_BM0, none_BN0, steps, steps[0].new_full((B, M), factor), lr, keep, seed)

@@ -22,7 +22,7 @@ The columns of a row share only the scale: reordering codes reorders moments.
 Shapes: B matrices, M rows, R coordinates, K rows that are encoded at once.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ def encode_reference(x_BMR: Tensor, seed: Tensor, *, first: bool) -> tuple[Tenso
     pieces = (t.view(-1, t.shape[-1]).split(rows) for t in (x_BMR, scale_BM[..., None], codes_BMR))
     for number, (x_KR, scale_K1, codes_KR) in enumerate(zip(*pieces, strict=True)):
         start = window_start(stream, number)
-        noise_KR = noise_pool(x_KR.device)[start : start + x_KR.numel()].view(x_KR.shape)
-        codes_KR.copy_(_nearby_codes(x_KR, scale_K1, noise_KR, first))
+        uniform_KR = _uniform_pool(x_KR.device)[start : start + x_KR.numel()].view(x_KR.shape)
+        codes_KR.copy_(_nearby_codes(x_KR, scale_K1, uniform_KR, first))
     return codes_BMR, scale_BM
 
 
@@ -68,7 +68,13 @@ def _code_type(first: bool) -> torch.dtype:
     return torch.int8 if first else torch.uint8
 
 
-def _nearby_codes(x_KR: Tensor, scale_K1: Tensor, noise_KR: Tensor, first: bool) -> Tensor:
+@cache
+def _uniform_pool(device: torch.device) -> Tensor:
+    """`noise_pool` as numbers in (0, 1), exactly: to convert them in every step takes longer than to read them."""
+    return (noise_pool(device) + 0.5) * 2**-16
+
+
+def _nearby_codes(x_KR: Tensor, scale_K1: Tensor, uniform_KR: Tensor, first: bool) -> Tensor:
     """Codes, as float32, of rows: for each number one of its two neighbours."""
     decode, top = (decode_first, 127) if first else (decode_second, 255)
     unit_K1 = torch.where(scale_K1 == 0, 1, scale_K1)
@@ -80,7 +86,6 @@ def _nearby_codes(x_KR: Tensor, scale_K1: Tensor, noise_KR: Tensor, first: bool)
     beyond_KR = x_KR - level_KR  # zero on a level, which is then its own neighbour and stays
     other_KR = beyond_KR.sign().add_(code_KR)
     gap_KR = decode(other_KR, scale_K1[:, 0]).sub_(level_KR)
-    uniform_KR = torch.add(noise_KR, 0.5, out=level_KR).mul_(2**-16)
     # Signs replace comparisons, whose truth values take several times as long to convert to numbers: 1 or -1 towards
     # `other` if x goes there, the opposite if it stays.
     side_KR = beyond_KR.sub_(gap_KR.mul_(uniform_KR)).sign_()

@@ -34,8 +34,14 @@ from lightspan.optim.matrices.conventions import Convention, shape_factor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.loading import described
 from lightspan.optim.matrices.moments import Int8Moments, MomentStorage
-from lightspan.optim.matrices.newton_schulz import Precision, direction_of, operations_of
-from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing
+from lightspan.optim.matrices.newton_schulz import (
+    COEFFICIENTS,
+    Coefficients,
+    Precision,
+    direction_of,
+    operations_of,
+)
+from lightspan.optim.matrices.stacks import WEIGHT_STREAM, Bucket, Layout, StackStep, State, existing, stacked
 from lightspan.optim.two_rates import TwoRates
 from lightspan.triton_kernels.backproject_update import update
 
@@ -50,14 +56,14 @@ class _Step(StackStep):
         self.rule = rule
 
     def apply(self, weights: list[Tensor], clip: Tensor | None) -> None:
-        gradient_BMN = torch.stack(existing(self.gradients)).to(self.layout.dtype)
+        gradient_BMN = stacked(existing(self.gradients), self.layout.dtype)
         if clip is not None:
             gradient_BMN.mul_(clip.to(gradient_BMN.dtype))
         direction_BMN = self.rule.direction(gradient_BMN, self)
-        direction_BMN.mul_(shape_factor(self.bucket.group["convention"], self.layout))
+        factor = shape_factor(self.bucket.group["convention"], self.layout)
         seed = self.bucket.noise + WEIGHT_STREAM if weights[0].dtype == torch.bfloat16 else None
         if self.layout.rows:  # a rank may have no rows of a small matrix
-            update(weights, list(direction_BMN), *self.rates(), seed)
+            update(weights, list(direction_BMN), *self.rates(), seed, factor)
 
 
 class _WholeMatrices(TwoRates):
@@ -99,7 +105,8 @@ class _WholeMatrices(TwoRates):
         momentum_BMN.lerp_(gradient_BMN, 1 - group["momentum"])
         self.moments.save(momentum_BMN, step.state, "exp_avg", step.bucket.noise)
         nu = group["momentum"] if group["nu"] is None else group["nu"]
-        return direction_of(gradient_BMN.lerp(momentum_BMN, nu), step.layout, group["precision"])
+        polynomials = COEFFICIENTS[group["coefficients"]]
+        return direction_of(gradient_BMN.lerp(momentum_BMN, nu), step.layout, group["precision"], polynomials)
 
 
 class Muon(_WholeMatrices):
@@ -125,8 +132,9 @@ class Muon(_WholeMatrices):
             Muon Split (arXiv 2602.15763).
         convention: factor by shape, see `lightspan.optim.matrices.conventions.shape_factor`.
         precision: of products, see `lightspan.optim.matrices.newton_schulz.Precision`; published code has "bfloat16",
-        which is
-            for large models on GPUs.
+            which is for large models on GPUs, and for processors that have instructions for it.
+        coefficients: of the polynomials, see `lightspan.optim.matrices.newton_schulz.Coefficients`; those of
+            "polar_express" take four steps instead of five.
         other_lr, betas, eps: of the AdamW for everything else.
         options: of `lightspan.optim.matrices.matrix_optimizer.MatrixOptimizer`.
     """
@@ -140,12 +148,13 @@ class Muon(_WholeMatrices):
         by_heads: bool = False,
         convention: Convention = "kj",
         precision: Precision = "float32",
+        coefficients: Coefficients = "jordan",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = _settings(momentum, None if nesterov else 1.0, convention, precision)
+        self.settings = _settings(momentum, None if nesterov else 1.0, convention, precision, coefficients)
         self.by_heads = by_heads
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -165,7 +174,8 @@ class NorMuon(_WholeMatrices):
 
     Args:
         beta2: of the running mean of a neuron's squares, in [0, 1).
-        lr, momentum, nesterov, by_heads, convention, precision, other_lr, betas, eps, options: as in `Muon`.
+        lr, momentum, nesterov, by_heads, convention, precision, coefficients, other_lr, betas, eps, options: as in
+            `Muon`.
     """
 
     def __init__(
@@ -178,12 +188,16 @@ class NorMuon(_WholeMatrices):
         by_heads: bool = False,
         convention: Convention = "kj",
         precision: Precision = "float32",
+        coefficients: Coefficients = "jordan",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = {**_settings(momentum, None if nesterov else 1.0, convention, precision), "beta2": beta2}
+        self.settings = {
+            **_settings(momentum, None if nesterov else 1.0, convention, precision, coefficients),
+            "beta2": beta2,
+        }
         self.by_heads = by_heads
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -234,7 +248,7 @@ class FactoredMuon(_WholeMatrices):
         nu: in [0, 1], the share of the momentum in what is orthogonalised, the rest being the gradient: less than in
             Nesterov's momentum, whose share is `momentum`.
         other_lr: of the AdamW for everything else; None for `lr`.
-        lr, momentum, by_heads, convention, precision, betas, eps, options: as in `Muon`.
+        lr, momentum, by_heads, convention, precision, coefficients, betas, eps, options: as in `Muon`.
     """
 
     def __init__(
@@ -247,13 +261,14 @@ class FactoredMuon(_WholeMatrices):
         by_heads: bool = True,
         convention: Convention = "adamw",
         precision: Precision = "float32",
+        coefficients: Coefficients = "jordan",
         moments: MomentStorage = Int8Moments(),  # noqa: B008 - frozen
         other_lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
         **options: Any,
     ) -> None:
-        self.settings = {**_settings(momentum, nu, convention, precision), "beta2": beta2}
+        self.settings = {**_settings(momentum, nu, convention, precision, coefficients), "beta2": beta2}
         self.by_heads = by_heads
         rest = lr if other_lr is None else other_lr
         super().__init__(params, lr, moments=moments, other_lr=rest, betas=betas, eps=eps, **options)
@@ -271,7 +286,9 @@ class FactoredMuon(_WholeMatrices):
         column_B1N = step.state["column_sq"].lerp_(sum_BN / max(layout.shape), share)[:, None]
         direction_BMN.div_(row_BM1.sqrt() + EPSILON).div_(column_B1N.sqrt() + EPSILON)
         limit_B11 = column_B1N.mean(dim=2, keepdim=True).reciprocal()
-        direction_BMN.clamp_(-limit_B11, limit_B11)
+        # `clamp_` with tensors that have to be expanded takes five times as long on a processor.
+        torch.minimum(direction_BMN, limit_B11, out=direction_BMN)
+        torch.maximum(direction_BMN, -limit_B11, out=direction_BMN)
         return _brought_to(sum_BN.sum(dim=1).sqrt(), direction_BMN, layout)
 
 
@@ -291,7 +308,7 @@ class Dion2(_WholeMatrices):
         fraction: alpha, of the shorter side, in (0, 1]; rounded up.
         momentum: mu in [0, 1), what is left of a chosen column's momentum.
         convention: as in `Muon`; the default is that of the published code.
-        lr, precision, other_lr, betas, eps, options: as in `Muon`.
+        lr, precision, coefficients, other_lr, betas, eps, options: as in `Muon`.
     """
 
     def __init__(
@@ -302,6 +319,7 @@ class Dion2(_WholeMatrices):
         momentum: float = 0.95,
         convention: Convention = "dion",
         precision: Precision = "float32",
+        coefficients: Coefficients = "jordan",
         other_lr: float | Tensor = 3e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
@@ -309,6 +327,7 @@ class Dion2(_WholeMatrices):
     ) -> None:
         self.settings = {
             "fraction": fraction, "momentum": momentum, "convention": convention, "precision": precision,
+            "coefficients": coefficients,
         }  # fmt: skip
         super().__init__(params, lr, other_lr=other_lr, betas=betas, eps=eps, **options)
 
@@ -324,13 +343,16 @@ class Dion2(_WholeMatrices):
         chosen_BMK = sum_BMN.gather(2, index_BMK)
         sum_BMN.scatter_(2, index_BMK, chosen_BMK * group["momentum"])
         self.moments.save(sum_BMN, state, "exp_avg", step.bucket.noise)
-        found_BMK = direction_of(chosen_BMK, layout, group["precision"])
+        found_BMK = direction_of(chosen_BMK, layout, group["precision"], COEFFICIENTS[group["coefficients"]])
         return torch.zeros_like(gradient_BMN).scatter_(2, index_BMK, found_BMK)
 
 
-def _settings(momentum: float, nu: float | None, convention: Convention, precision: Precision) -> dict[str, Any]:
+def _settings(
+    momentum: float, nu: float | None, convention: Convention, precision: Precision, coefficients: Coefficients
+) -> dict[str, Any]:
     """The settings of a group that steps along `orthogonalised_momentum`."""
-    return {"momentum": momentum, "nu": nu, "convention": convention, "precision": precision}
+    products = {"precision": precision, "coefficients": coefficients}
+    return {"momentum": momentum, "nu": nu, "convention": convention, **products}
 
 
 def _brought_to(norm_B: Tensor, direction_BMN: Tensor, layout: Layout) -> Tensor:

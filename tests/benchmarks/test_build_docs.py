@@ -116,6 +116,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
     found = sections(build_docs.page(tmp_path))
     assert list(found) == [
         "One step on a CPU",
+        "A step of Muon on a CPU",
         "Loss on equal data",
         "Rates in units of AdamW's",
         "Nets with dead rows",
@@ -172,6 +173,19 @@ def test_nets_with_dead_rows_show_their_worst_rate(build_docs: ModuleType, tmp_p
     assert "| N | LowRank | 3e-04 / 1e-03 | not finite / 0.5 | 2 | not finite | 1 |" in body
     assert "| runs that ended in something not finite | <= 0 | 1 | **no** |" in body
     assert "2 processor minutes" in body
+
+
+def test_steps_of_muon_are_held_to_their_goals(build_docs: ModuleType, tmp_path: Path) -> None:
+    rows = {
+        "torch Muon": {"ms": 100.0, "x_torch": 1.0, "x_torch_float32": 0.25},
+        "lightspan FactoredMuon": {"ms": 120.0, "x_torch": 1.2, "x_torch_float32": 0.3},
+        "lightspan FactoredMuon, products in bfloat16": {"ms": 50.0, "x_torch": 0.5, "x_torch_float32": 0.125},
+    }
+    (tmp_path / "muon_step.json").write_text(json.dumps({"cpu": "a CPU", "threads": 1, "rows": rows}))
+    found = "\n".join(build_docs.muon_step(tmp_path))
+    assert "| lightspan FactoredMuon | 120.00 | 1.20 | 0.30 |" in found
+    assert "| step of lightspan FactoredMuon, x torch Muon | <= 1 | 1.2 | **no** |" in found
+    assert "| step of lightspan FactoredMuon, products in bfloat16, x torch Muon | <= 0.6 | 0.5 | yes |" in found
 
 
 def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ OTHERS: dict[str, Any] = {
     "max_norm": 0.1, "seed": 7, "moments": BFloat16Moments(), "basis": SVDBasis(), "residual": ErrorFeedback(),
     "inner": SGD(), "momentum": 0.3, "nu": 0.1, "beta2": 0.2, "nesterov": False, "by_heads": True, "convention": "none",
     "precision": "bfloat16", "other_lr": 0.2, "fraction": 0.9, "limit": 1.5, "bound": 2.0, "scale_residual": False,
+    "coefficients": "polar_express",
     "rho": 0.2, "error_feedback": "int4", "rotate": False, "norm": 1, "trust": 0.5, "retraction": "qr",
     "orthonormalise_every": 1, "rest": torch.optim.SGD, "dim": 9, "projection": Dense, "per_tensor": True,
     "layer_scales": True,

@@ -48,7 +48,7 @@ def test_in_coordinates_it_is_torchs_optimiser(inner, theirs):
 def test_newton_schulz_keeps_singular_vectors_and_brings_values_near_one(shape):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    found = u.mT @ orthogonalised(x, None, 5, COEFFICIENTS) @ vh.mT
+    found = u.mT @ orthogonalised(x, None, COEFFICIENTS["jordan"]) @ vh.mT
     values = found.diagonal(dim1=1, dim2=2)
     assert (found - torch.diag_embed(values)).abs().max() < 1e-10
     assert ((values > 0.65) & (values < 1.25)).all()
@@ -58,7 +58,7 @@ def test_newton_schulz_keeps_singular_vectors_and_brings_values_near_one(shape):
 def test_conventions_scale_by_the_parameters_own_shape(scale, factor):
     x = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tall, wide = layout(20, 3, size=5), layout(20, 3, wide=True, size=5)
-    plain = orthogonalised(x, None, 5, COEFFICIENTS)
+    plain = orthogonalised(x, None, COEFFICIENTS["jordan"])
     u = NewtonSchulz(convention=scale).direction(x, {}, InnerContext(tall, STORAGE, NUMBERS))
     torch.testing.assert_close(u, factor * plain)
     inverse = {"kj": 1.0, "dion": 0.5}.get(scale, factor)

@@ -130,15 +130,52 @@ def ill_conditioned(rows: int, columns: int, decades: float) -> Tensor:
     return (left * torch.logspace(0, -decades, columns, dtype=torch.float64)) @ right.mT
 
 
+POLYNOMIALS = pytest.mark.parametrize("name", newton_schulz.COEFFICIENTS)
+
+
+def spectral(x: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(x.double(), 2))
+
+
+@POLYNOMIALS
+@pytest.mark.parametrize("shape", [(128, 48), (300, 130)])
 @pytest.mark.parametrize("decades", [0, 2, 4, 8, 12])
-def test_one_gram_matrix_in_float32_is_within_its_bound_of_the_iteration_in_float64(decades) -> None:
-    x = ill_conditioned(128, 48, decades).float()[None]
-    coefficients = newton_schulz.COEFFICIENTS
-    exact = newton_schulz.by_iterating(x.double(), 5, coefficients)
-    assert torch.linalg.matrix_norm(newton_schulz.by_one_gram(x, 5, coefficients).double() - exact, 2) < 2e-3
-    assert torch.linalg.matrix_norm(newton_schulz.by_iterating(x, 5, coefficients).double() - exact, 2) < 2e-5
-    wide = newton_schulz.by_one_gram(x.double(), 5, coefficients)
-    torch.testing.assert_close(wide, exact, atol=1e-11, rtol=0)
+def test_one_gram_matrix_in_float32_is_within_its_bound_of_the_iteration_in_float64(decades, shape, name) -> None:
+    """Of 128 columns and more, through oneDNN."""
+    x, steps = ill_conditioned(*shape, decades).float()[None], newton_schulz.COEFFICIENTS[name]
+    exact = newton_schulz.by_iterating(x.double(), steps)
+    assert spectral(newton_schulz.by_one_gram(x, steps).double() - exact) < 2e-3
+    assert spectral(newton_schulz.by_iterating(x, steps).double() - exact) < 2e-5
+    torch.testing.assert_close(newton_schulz.by_one_gram(x.double(), steps), exact, atol=1e-11, rtol=0)
+
+
+@POLYNOMIALS
+@pytest.mark.parametrize("shape", [(130, 8), (8, 130), (9, 8)])
+def test_singular_values_go_through_the_scalar_polynomials(name, shape) -> None:
+    values = torch.logspace(0, -3, 8, dtype=torch.float64)
+    x = torch.zeros(shape, dtype=torch.float64)
+    x.diagonal().copy_(values)
+    expected = values / (values.norm() + 1e-7)
+    for a, b, c in newton_schulz.COEFFICIENTS[name]:
+        expected = a * expected + b * expected**3 + c * expected**5
+    found = newton_schulz.orthogonalised(x[None], None, newton_schulz.COEFFICIENTS[name])[0]
+    torch.testing.assert_close(found.diagonal(), expected, atol=1e-12, rtol=0)
+    assert found.count_nonzero() == 8
+
+
+def test_polar_express_is_as_published() -> None:
+    """Its code divides by 1.01 |X|, and then x^k of each step by 1.01^k (arXiv 2505.16932, implementation 1)."""
+    theirs = [
+        (8.2872120, -23.5958865, 17.3003873), (4.1070591, -2.9478499, 0.5448431),
+        (3.9486909, -2.9089021, 0.5518191), (3.3184197, -2.4884880, 0.5100489),
+    ]  # fmt: skip
+    value = torch.linspace(0, 1, 101, dtype=torch.float64)
+    found, expected = value, value / 1.01
+    for (a, b, c), own in zip(newton_schulz.COEFFICIENTS["polar_express"], theirs, strict=True):
+        found = a * found + b * found**3 + c * found**5
+        expected = sum(k * (expected / 1.01) ** power for k, power in zip(own, (1, 3, 5), strict=True))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert ((found[1:] > 0.43) & (found[1:] < 1.57)).all()
 
 
 def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_work(monkeypatch) -> None:
@@ -146,7 +183,7 @@ def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_wo
     asked: list[str] = []
     for name in ("by_iterating", "by_one_gram"):
         method = getattr(newton_schulz, name)
-        watched = lambda *args, name=name, method=method: asked.append(name) or method(*args)  # noqa: E731
+        watched = lambda *args, name=name, method=method, **kw: asked.append(name) or method(*args, **kw)  # noqa: E731
         monkeypatch.setattr(newton_schulz, name, watched)
     for precision, dtype, rows, expected in (
         ("highest", torch.float32, 8, "by_one_gram"),
@@ -156,17 +193,26 @@ def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_wo
         ("high", torch.float64, 8, "by_one_gram"),
     ):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        newton_schulz.orthogonalised(draw(1, rows, 4, dtype=dtype), None, 5, newton_schulz.COEFFICIENTS)
+        newton_schulz.orthogonalised(draw(1, rows, 4, dtype=dtype), None, newton_schulz.COEFFICIENTS["jordan"])
         assert asked.pop() == expected
     x = ill_conditioned(64, 16, 4).float()[None]
-    exact = newton_schulz.by_iterating(x.double(), 5, newton_schulz.COEFFICIENTS)
+    exact = newton_schulz.by_iterating(x.double(), newton_schulz.COEFFICIENTS["jordan"])
 
     def of_rounded(part: Tensor) -> Tensor:
         rounded = (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
         return rounded.mT @ rounded
 
-    found = newton_schulz.by_one_gram(x, 5, newton_schulz.COEFFICIENTS, of_rounded)
+    found = newton_schulz.by_one_gram(x, newton_schulz.COEFFICIENTS["jordan"], of_rounded)
     assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
+
+
+def test_large_matrices_of_a_stack_step_as_they_do_alone() -> None:
+    """A processor takes them one after the other, so that owners of some find the same bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = draw(3, 300, 130).to(dtype)
+        steps = newton_schulz.COEFFICIENTS["jordan"]
+        together = newton_schulz.orthogonalised(x, None, steps)
+        assert torch.equal(together, torch.cat([newton_schulz.orthogonalised(one[None], None, steps) for one in x]))
 
 
 @pytest.mark.sample(3)

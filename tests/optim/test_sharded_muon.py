@@ -109,10 +109,10 @@ def traffic(mesh: DeviceMesh) -> dict[tuple[int, int, int], tuple[int, int, int,
     for batch, rows, columns in CASES:
         shards = RowShards(ranks, rows, moved=False)
         x_BMN = draw(batch, rows, columns, seed=batch)
-        one = orthogonalised(x_BMN, None, 5, COEFFICIENTS)
+        one = orthogonalised(x_BMN, None, COEFFICIENTS["jordan"])
         with pytest.MonkeyPatch.context() as patch:
             counted = Traffic(patch, ranks)
-            got = orthogonalised(shards.own(x_BMN, axis=1), shards, 5, COEFFICIENTS)
+            got = orthogonalised(shards.own(x_BMN, axis=1), shards, COEFFICIENTS["jordan"])
         error = float((got - shards.own(one, axis=1)).abs().max())
         grams = bytes_of_grams(batch, columns, 1 if rows >= 2 * columns else 5, shards)
         found[batch, rows, columns] = counted.sent, grams, bytes_of_rows(batch, columns, shards), error

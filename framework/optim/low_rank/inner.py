@@ -14,7 +14,7 @@ from lightspan.core.errors import UserError
 from lightspan.optim.matrices.conventions import Convention, CoordinateConvention, coordinate_factor, shape_factor
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import MomentStorage
-from lightspan.optim.matrices.newton_schulz import STEPS, Precision, direction_of, operations_of
+from lightspan.optim.matrices.newton_schulz import JORDAN, STEPS, Precision, direction_of, operations_of
 from lightspan.optim.matrices.stacks import Layout, State
 from lightspan.triton_kernels.low_rank_adam import low_rank_adam
 
@@ -169,7 +169,7 @@ class NewtonSchulz(Inner):
         return operations_of(layout, layout.rank, self.steps)
 
     def direction(self, coordinates_BMR: Tensor, state: State, setting: InnerContext) -> Tensor:
-        found_BMR = direction_of(coordinates_BMR, setting.layout, self.precision, self.steps)
+        found_BMR = direction_of(coordinates_BMR, setting.layout, self.precision, (JORDAN,) * self.steps)
         return found_BMR.mul_(shape_factor(self.convention, setting.layout))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightspan.core.errors import UserError
 from lightspan.optim.matrices.conventions import Convention
-from lightspan.optim.matrices.newton_schulz import Precision
+from lightspan.optim.matrices.newton_schulz import Coefficients, Precision
 
 
 def _is_number(value: Any) -> bool:
@@ -69,6 +69,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fraction": (lambda value: _is_number(value) and 0 < value <= 1, "in (0, 1]"),
     "convention": _is_one_of(get_args(Convention)),
     "precision": _is_one_of(get_args(Precision)),
+    "coefficients": _is_one_of(get_args(Coefficients)),
     "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
 }
 """The allowed values of each setting, by name."""
