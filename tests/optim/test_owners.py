@@ -450,7 +450,7 @@ def test_operations_are_those_of_newton_schulz() -> None:
 
     for rows, columns in ((8, 8), (12, 8), (16, 8), (40, 8)):
         with FlopCounterMode(display=False) as counted:
-            orthogonalised(draw(1, rows, columns, seed=0), None, 5, COEFFICIENTS)
+            orthogonalised(draw(1, rows, columns, seed=0), None, COEFFICIENTS["jordan"])
         assert operations(rows, columns) == operations(columns, rows) == counted.get_total_flops()
 
 

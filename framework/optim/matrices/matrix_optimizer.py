@@ -315,6 +315,7 @@ class MatrixOptimizer(DividedOptimizer):
             **kept,
             "_buckets": Buckets(),
             "_checked": False,
+            "_agreed": False,
         }
 
     def costs(self) -> tuple[dict[Tensor, int], dict[Tensor, int]]:
