@@ -382,7 +382,7 @@ PUBLISHED: dict[str, Write] = {
         lambda: timm.create_model("vit_large_patch14_dinov2", num_classes=0), mask_token=(1, 1024)
     ),
     "dinov3_vitl16.safetensors": of_module(lambda: timm.create_model("vit_large_patch16_dinov3", num_classes=0)),
-    "runs/dinov2/export/*": of_module(dinov2_vit_l, "teacher.module."),
+    "runs/dinov2_imagenet/export/*": of_module(dinov2_vit_l, "teacher.module."),
     "dino_vits16.safetensors": of_module(lambda: timm.create_model("vit_small_patch16_224", num_classes=0)),
     "source_generator.safetensors": of_module(
         lambda: ConvGenerator(512, 3, 256, (512, 512, 512, 256, 128, 64)), "generator."

@@ -1,6 +1,7 @@
 """`lightspan audit`: every format, alone and as a pair, its files, and one clear error for what cannot be read."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -177,9 +178,9 @@ def test_a_run_folder_is_its_newest_checkpoint() -> None:
     for file in ("resolved.yaml", "provenance.json"):
         (run / file).write_text("{}")
     for step in (2, 4):
-        torch.save(
-            {"state_dict": {f"w{step}": torch.ones(2, 2)}, "global_step": step}, run / f"checkpoints/step={step}.ckpt"
-        )
+        file = run / f"checkpoints/step={step}.ckpt"
+        torch.save({"state_dict": {f"w{step}": torch.ones(2, 2)}, "global_step": step}, file)
+        os.utime(file, (step, step))
     report = audit(str(run))
     assert report["a"].endswith("step=4.ckpt")
     assert [row["name"] for row in report["layers"]] == ["w4"]

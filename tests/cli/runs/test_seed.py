@@ -85,7 +85,12 @@ def test_a_proof_gives_all_its_starts_one_seed_and_says_when_each_has_ended(reci
     from lightspan.cli.commands import prove_resume
 
     seeds = []
-    monkeypatch.setattr(prove_resume, "start", lambda resolved, *_: seeds.append(resolved.config["seed_everything"]))
+
+    def start(resolved, *_):
+        seeds.append(resolved.config["seed_everything"])
+        return iter(())
+
+    monkeypatch.setattr(prove_resume, "start", start)
     monkeypatch.setattr(prove_resume, "verdicts", lambda *_: iter(()))
     assert main(["prove-resume", *ALLOW, recipe, "--steps", "4", "--keep", str(tmp_path / "kept")]) == 0
     assert len(seeds) > 1
