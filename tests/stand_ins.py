@@ -43,7 +43,6 @@ from video_files import numbered, write_video
 from lightspan.backbones.dual_encoder import DualEncoder
 from lightspan.backbones.generators import ConvGenerator
 from lightspan.backbones.text import TextTransformer
-from lightspan.backbones.vit import vit
 from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import catalogue_folder, catalogue_names
 from lightspan.cli.config.resolve import Resolved, resolve
@@ -55,8 +54,6 @@ from lightspan.core.files.tensors import Form, header
 from lightspan.datamodules.multispectral.bands import SENSORS
 from lightspan.datamodules.shards.fetch import expand_braces
 from lightspan.datamodules.worlds.steps import step_members
-from lightspan.nn.heads.dino_head import DINOHead
-from lightspan.nn.teachers.prototype_network import TwoHeadNetwork
 
 OF_A_RUN = re.compile(r"runs/([\w.-]+)/export/safetensors/model\.safetensors")
 ONE_PROCESS = [
@@ -367,12 +364,6 @@ def stable_video(place: Path) -> None:
     write_weights(place / "unet" / "diffusion_pytorch_model.safetensors", unet)
 
 
-def dinov2_vit_l() -> nn.Module:
-    """Network and heads of distillation/dinov2_imagenet, as its run exports its teacher."""
-    backbone = vit(1024, 24, 16, sincos=False, mask_token=True, swiglu=True, layer_scale=1e-5)
-    return TwoHeadNetwork(backbone, DINOHead(1024, 131072, bottleneck=384), DINOHead(1024, 131072), 2, "DINOv2")
-
-
 PUBLISHED: dict[str, Write] = {
     "stable-video": stable_video,
     "dinov2_vits14.safetensors": of_module(
@@ -382,7 +373,6 @@ PUBLISHED: dict[str, Write] = {
         lambda: timm.create_model("vit_large_patch14_dinov2", num_classes=0), mask_token=(1, 1024)
     ),
     "dinov3_vitl16.safetensors": of_module(lambda: timm.create_model("vit_large_patch16_dinov3", num_classes=0)),
-    "runs/dinov2_imagenet/export/*": of_module(dinov2_vit_l, "teacher.module."),
     "dino_vits16.safetensors": of_module(lambda: timm.create_model("vit_small_patch16_224", num_classes=0)),
     "source_generator.safetensors": of_module(
         lambda: ConvGenerator(512, 3, 256, (512, 512, 512, 256, 128, 64)), "generator."
