@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightspan.core.devices import float32_precision
 from lightspan.core.sharded import RowShards, Total
 from lightspan.optim.matrices.stacks import Layout
 
@@ -183,7 +184,7 @@ def orthogonalised(x_BmN: Tensor, shards: RowShards | None, polynomials: Polynom
     rows, columns = x_BmN.shape[-2] if shards is None else shards.total, x_BmN.shape[-1]
     if rows < columns:
         return orthogonalised(x_BmN.mT, None, polynomials).mT.contiguous()
-    exact = x_BmN.dtype == torch.float64 or (x_BmN.dtype == torch.float32 and _is_float32_exact())
+    exact = x_BmN.dtype == torch.float64 or (x_BmN.dtype == torch.float32 and float32_precision() == "highest")
     few = exact and rows >= 2 * columns
     method: Method = partial(by_one_gram if few else by_iterating, polynomials=polynomials)
     grams = 1 if few else len(polynomials)
@@ -243,11 +244,6 @@ def orthogonalised_parts(
         apart = orthogonalised(apart.flatten(0, 1), shards, polynomials).unflatten(0, apart.shape[:2])
         found.append(apart.movedim(1, axis - 1).flatten(axis - 1, axis))
     return torch.cat(found, dim=axis)
-
-
-@torch.compiler.assume_constant_result  # compiled code is made again when it changes
-def _is_float32_exact() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
 
 
 def bytes_of_grams(batch: int, columns: int, grams: int, shards: RowShards) -> int:
