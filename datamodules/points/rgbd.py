@@ -81,7 +81,9 @@ class SceneReader:
         return picture_3HW.clamp(0, 1).numpy(), self._lengths(z_hw, lens, depth_lens), lens.astype(np.float32)
 
     def _lengths(self, z_hw: np.ndarray, lens: np.ndarray, depth_lens: np.ndarray) -> np.ndarray:
-        """Along the rays of the picture's pixels, from the nearest pixel of the depth map: both are of one place."""
+        """Along the rays of the picture's pixels, from the nearest pixel of the depth map, whose camera is taken to be
+        at the same place.
+        """
         v, u = np.mgrid[: self.height, : self.width].astype(float)
         x, y = (u - lens[0, 2]) / lens[0, 0], (v - lens[1, 2]) / lens[1, 1]
         column = np.rint(depth_lens[0, 0] * x + depth_lens[0, 2]).astype(np.int64)

@@ -127,11 +127,17 @@ def test_scenes_that_cannot_be_read_are_named_and_skipped_only_if_asked(tmp_path
     said = json.loads((away / "transforms.json").read_text())
     said["frames"][0]["depth_file_path"] = "../good0/depth/0.png"
     (away / "transforms.json").write_text(json.dumps(said))
+    far = written(tmp_path / "in" / "far", "listed")
+    long = written(tmp_path / "in" / "long", "listed")
+    for scene, change in ((far, {"frames": [{"transform_matrix": [[10**400] * 4] * 4}]}), (long, {"fl_x": 10**400})):
+        said = json.loads((scene / "transforms.json").read_text())
+        (scene / "transforms.json").write_text(json.dumps(said | change))
     with pytest.raises(UserError, match="skip_damaged") as caught:
         opened(tmp_path)
     for folder, why in {
         few: "below frames=3", flat: "no pixel with a depth", cut: "frame 0", words: "pose/1.txt", short: "3 numbers",
         tmp_path / "in" / "empty": "neither", away: "outside",
+        far: "transform_matrix", long: "fl_x",
     }.items():  # fmt: skip
         assert any(str(folder) in line and why in line for line in str(caught.value).splitlines()), (folder, why)
     data = opened(tmp_path, skip_damaged=True)
