@@ -17,6 +17,7 @@ Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices t
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Literal
@@ -69,13 +70,17 @@ ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 w
 def direction_of(
     x_BmN: Tensor, layout: Layout, precision: Precision, polynomials: Polynomials = COEFFICIENTS["jordan"]
 ) -> Tensor:
-    """This rank's rows of the orthogonalised matrices, or of each of their heads, a new tensor of the same dtype."""
+    """This rank's rows of the orthogonalised matrices, or of each of their heads, a new tensor of the same dtype. Its
+    precision is the same under autocast, as in modules that step their optimisers by hand.
+    """
     given_BmN = x_BmN.to(torch.bfloat16) if precision == "bfloat16" else x_BmN
-    if layout.heads:
-        axis = -1 if layout.wide else -2
-        found_BmN = orthogonalised_parts(given_BmN, layout.heads, axis, layout.shards, polynomials)
-    else:
-        found_BmN = orthogonalised(given_BmN, layout.shards, polynomials)
+    kind = x_BmN.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        if layout.heads:
+            axis = -1 if layout.wide else -2
+            found_BmN = orthogonalised_parts(given_BmN, layout.heads, axis, layout.shards, polynomials)
+        else:
+            found_BmN = orthogonalised(given_BmN, layout.shards, polynomials)
     return found_BmN.to(x_BmN.dtype)
 
 
