@@ -17,7 +17,7 @@ class Planned:
         recipe, flags: what trains it.
         metric: of `lightspan validate`.
         data, data_licence: for its card.
-        place: the key of the recipe at which the network stands.
+        place: the key of the recipe under which it has the network.
         prefix: of its tensors among those of the method.
         kind: of an adapter, its numbers alone are written, without what it adapts and without a head.
         licence: of the weights.

@@ -44,6 +44,7 @@ OF = {
         *("_foreach_add", "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_"),
         *("_foreach_norm", "_foreach_sub_"),
     ),
+    "torch.ops.mkldnn": ("_linear_pointwise",),
     "storage": ("_cdata",),
     "module": ("_compiled_call_impl", "_forward_hooks", "_forward_pre_hooks", "_modules"),
     "convolution": ("_reversed_padding_repeated_twice",),

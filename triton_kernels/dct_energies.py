@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightspan.core.devices import wide_type, widest_float
+from lightspan.core.devices import float32_precision, wide_type, widest_float
 from lightspan.core.errors import UserError
 from lightspan.triton_kernels.launch import address_table, element_type, tl, triton
 from lightspan.triton_kernels.tiles import ROWS, blocks, index_type, operands, row_tiles
@@ -140,7 +140,7 @@ def tile(size: int, dtype: torch.dtype, transposed: bool) -> dict[str, int]:
 
 def fits(dtype: torch.dtype, size: int) -> bool:
     """Whether a row and the tables fit into the registers and the shared memory of one program."""
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = float32_precision() == "highest"
     limits = {torch.float32: 1024 if exact else 4096, torch.bfloat16: 8192, torch.float16: 8192}
     sizes = tile(size, dtype, False)
     return sizes["PADDED_B"] <= 128 and sizes["PADDED_A"] * sizes["PADDED_B"] <= limits.get(dtype, 0)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightspan.core.devices import float32_precision
 from lightspan.core.errors import UserError
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 from lightspan.triton_kernels.rounding import WINDOW
@@ -250,7 +251,7 @@ def quantise_error_triton(
         ELEMENT=element_type(a[0].dtype), ALIGNED=all(matrix.data_ptr() % 16 == 0 for matrix in a),
         LARGEST=LARGEST_CODE[codes_BMK.dtype], SMALLEST=SMALLEST,
         UPCAST=INTERPRETED or coordinates_BMR.dtype != frame_BNR.dtype,
-        PRECISION="ieee" if INTERPRETED or torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION="ieee" if INTERPRETED or float32_precision() == "highest" else "tf32",
         **sizes, num_warps=8,
     )  # fmt: skip
     return None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightspan.core.devices import float32_precision
 from lightspan.triton_kernels.launch import INTERPRETED, address_table, element_type, tl, triton
 
 
@@ -97,7 +98,7 @@ if triton is not None:
 
 def dot_precision() -> str:
     """Precision of float32 products on tensor cores, as set by the caller for torch.matmul."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if float32_precision() == "highest" else "tf32"
 
 
 def project_triton(gradients: Sequence[Tensor], frame_BNR: Tensor, energy: bool) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightspan.core.devices import float32_precision
 from lightspan.triton_kernels.launch import INTERPRETED, element_type, tl, triton
 
 ROWS = 16  # of one program; more would leave a GPU idle at a few thousand rows
@@ -69,5 +70,5 @@ def operands(dtype: torch.dtype) -> dict[str, object]:
     if dtype != torch.float32:
         return {"OPERAND": element_type(dtype), "MIDDLE": tl.bfloat16, "PRECISION": "ieee"}
     exact = "ieee" if torch.version.hip else "tf32x3"
-    precision = exact if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = exact if float32_precision() == "highest" else "tf32"
     return {"OPERAND": tl.float32, "MIDDLE": tl.float32, "PRECISION": precision}

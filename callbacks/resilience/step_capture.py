@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightspan.callbacks.resilience.random_state import random_states
+from lightspan.core.devices import float32_precision
 from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import make_folder, remove
@@ -139,7 +140,7 @@ class StepCapture:
         return {
             "micro_batches": parts,
             "callbacks": states,
-            "matmul_precision": torch.get_float32_matmul_precision(),
+            "matmul_precision": float32_precision(),
         }
 
     def _complete(self, trainer: Trainer, target: Path, everyone: list[Any], reason: str) -> str:

@@ -10,6 +10,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightspan.core.devices import float32_precision
+
 # Dense products with float32 accumulation, in FLOPs per second: (bfloat16 and float16, TF32, float32), which is half of
 # what is published for sparse matrices. A100, H100 SXM and H200 agree between independent sources; the others are from
 # secondary ones, which differ by up to 4 %. A name begins as torch.cuda.get_device_name gives it.
@@ -39,7 +41,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     half, tf32, full = peaks
     if "16" in precision:
         return half
-    return full if torch.get_float32_matmul_precision() == "highest" else tf32
+    return full if float32_precision() == "highest" else tf32
 
 
 class FlopCount(TorchDispatchMode):

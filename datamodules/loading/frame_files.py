@@ -71,7 +71,7 @@ def _listed_frame(folder: Path, said: Mapping[str, Any]) -> FrameFiles:
     depth = said.get("depth_file_path")
     try:
         pose = np.array(said["transform_matrix"], np.float32)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the frame {one_line(name)} has no transform_matrix of numbers") from error
     if pose.shape not in ((4, 4), (3, 4)) or not np.isfinite(pose).all():
         raise ValueError(f"the transform_matrix of the frame {one_line(name)} is not 4 x 4 finite numbers")
@@ -98,7 +98,7 @@ def _lens(said: Mapping[str, Any], height: int, width: int) -> np.ndarray:
         others = (("fl_y", fx), ("cx", across / 2), ("cy", down / 2))
         fy, cx, cy = (float(said.get(name, other)) for name, other in others)
         x, y = width / across, height / down
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError("its lens needs fl_x, or camera_angle_x, as numbers above 0") from error
     return _checked(np.array([[x * fx, 0, x * cx - 0.5], [0, y * fy, y * cy - 0.5], [0, 0, 1]], np.float32))
 

@@ -26,7 +26,7 @@ from lightspan.datamodules.loading.frame_files import FrameFiles, frames_in
 from lightspan.datamodules.loading.packs import PackCache, file_state
 from lightspan.datamodules.points.packed import known_of
 from lightspan.datamodules.points.posed import PackedScenes, PosedSceneSamples, SceneMoves, SceneScan, fused, written
-from lightspan.datamodules.rendered.cameras import PosedFrames
+from lightspan.datamodules.rendered.cameras import PosedFrames, pixel_rays
 from lightspan.datamodules.shards.decoders import decode_image, decode_mask
 from lightspan.datamodules.shards.headers import UNDECODABLE
 
@@ -81,14 +81,17 @@ class SceneReader:
         return picture_3HW.clamp(0, 1).numpy(), self._lengths(z_hw, lens, depth_lens), lens.astype(np.float32)
 
     def _lengths(self, z_hw: np.ndarray, lens: np.ndarray, depth_lens: np.ndarray) -> np.ndarray:
-        """Along the rays of the picture's pixels, from the nearest pixel of the depth map: both are of one place."""
-        v, u = np.mgrid[: self.height, : self.width].astype(float)
-        x, y = (u - lens[0, 2]) / lens[0, 0], (v - lens[1, 2]) / lens[1, 1]
-        column = np.rint(depth_lens[0, 0] * x + depth_lens[0, 2]).astype(np.int64)
-        row = np.rint(depth_lens[1, 1] * y + depth_lens[1, 2]).astype(np.int64)
+        """Along the rays of the picture's pixels, from the nearest pixel of the depth map, whose camera is taken to be
+        at the same place.
+        """
+        across, down, ahead = pixel_rays(lens, self.height, self.width).T.reshape(3, self.height, self.width)
+        # Two are equally near wherever a depth map has an even multiple of the picture's pixels: the later one.
+        half = 0.5 + 1e-3
+        column = np.floor(depth_lens[0, 0] * across / ahead + depth_lens[0, 2] + half).astype(np.int64)
+        row = np.floor(depth_lens[1, 1] * down / ahead + depth_lens[1, 2] + half).astype(np.int64)
         inside = (row >= 0) & (row < z_hw.shape[0]) & (column >= 0) & (column < z_hw.shape[1])
         z = np.where(inside, z_hw[row.clip(0, z_hw.shape[0] - 1), column.clip(0, z_hw.shape[1] - 1)], 0)
-        return (z * np.sqrt(1 + x**2 + y**2)).astype(np.float32)
+        return (z / ahead).astype(np.float32)
 
 
 def normals(length_HW: np.ndarray, lens: np.ndarray) -> np.ndarray:
@@ -100,9 +103,7 @@ def normals(length_HW: np.ndarray, lens: np.ndarray) -> np.ndarray:
         lens: float [3 3].
     """
     H, W = length_HW.shape
-    v, u = np.mgrid[:H, :W].astype(float)
-    ray = np.stack([(u - lens[0, 2]) / lens[0, 0], (v - lens[1, 2]) / lens[1, 1], np.ones_like(u)])
-    point = length_HW * ray / np.linalg.norm(ray, axis=0)
+    point = length_HW * pixel_rays(lens, H, W).T.reshape(3, H, W)
     known = length_HW > 0
     found = np.zeros((3, H, W))
     if H > 2 and W > 2:

@@ -27,6 +27,18 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_type(x.dtype))
 
 
+@torch.compiler.assume_constant_result  # compiled code is made again when it changes
+def float32_precision() -> str:
+    """How exact products of float32 numbers are, in the words of `torch.set_float32_matmul_precision`: "highest" is
+    exact. Where backends were set one by one (`torch.backends.cuda.matmul.fp32_precision`), that of the least exact.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch does not answer in these words once a backend was set by itself
+        found = {backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)}
+        return "medium" if "bf16" in found else "high" if "tf32" in found else "highest"
+
+
 def has_values(x: Tensor) -> bool:
     """Whether a tensor holds numbers; those of `lightspan plan` are shapes alone."""
     return not isinstance(x, FakeTensor)

@@ -1,8 +1,8 @@
-"""How alike the patches of an image are to one another, held to what an earlier network says of it.
+"""Gram anchoring: the cosines between the patches of an image are to be those that an earlier network finds.
 
 Source: Siméoni et al., "DINOv3", 2025, arXiv 2508.10104, section 4 (Gram anchoring): the squared Frobenius norm of
-X_S X_S^T - X_G X_G^T, where the rows of X are patches at unit length. The weights of the paper belong to its mean over
-entries, which the authors' code takes and this is.
+X_S X_S^T - X_G X_G^T, where the rows of X are patches at unit length. Here it is divided by the number of entries, as
+in the authors' code; the paper's weights are for that mean.
 Shapes: R images of this rank, T patches of each, w and v widths of the two networks.
 """
 

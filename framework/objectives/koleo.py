@@ -2,7 +2,7 @@
 
 Source: Sablayrolles et al., "Spreading vectors for similarity search", 2019, arXiv 1806.03198, eq. 4, as DINOv2 (arXiv
 2304.07193) uses it. The neighbour is sought among the rows of all ranks, or as in DINOv3 (arXiv 2508.10104, section 3)
-in groups of them that no number of ranks divides otherwise; DINOv2's code looks on one rank alone.
+in groups of them, which are the same on any number of ranks; DINOv2's code looks on one rank alone.
 Shapes: B rows of this rank, N rows of all ranks, D width.
 """
 

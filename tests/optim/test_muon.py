@@ -149,6 +149,31 @@ def test_one_gram_matrix_in_float32_is_within_its_bound_of_the_iteration_in_floa
     torch.testing.assert_close(newton_schulz.by_one_gram(x.double(), steps), exact, atol=1e-11, rtol=0)
 
 
+@pytest.mark.parametrize("columns", [48, 130])
+def test_views_with_gaps_and_copies_of_one_matrix_and_matrices_without_rows_are_ordinary(columns: int) -> None:
+    """Of 128 columns and more, through oneDNN."""
+    steps, whole = newton_schulz.COEFFICIENTS["jordan"], draw(2, 300, 2 * columns).float()
+    for x in (whole[:, ::2, ::2], whole[:1, :, :columns].expand(2, -1, -1), whole[:, : 2 * columns, :columns].mT):
+        exact = newton_schulz.orthogonalised(x.double(), None, steps)
+        found = newton_schulz.orthogonalised(x, None, steps)
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+    for method in (newton_schulz.by_iterating, newton_schulz.by_one_gram):  # a rank without rows has all others' sums
+        assert method(whole[:, :0, :columns], steps, lambda gram: gram + torch.eye(columns)).shape == (2, 0, columns)
+
+
+@pytest.mark.parametrize("shape", [(300, 48), (64, 48), (300, 130)])
+def test_a_step_inside_autocast_is_the_one_outside(shape: tuple[int, int]) -> None:
+    """As in a module that steps its optimisers by hand."""
+    stepped = []
+    for inside in (False, True):
+        weight = nn.Parameter(draw(*shape).float())
+        weight.grad = draw(*shape, seed=1).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            muon.FactoredMuon([weight], lr=0.1).step()
+        stepped.append(weight.detach())
+    assert torch.equal(*stepped)
+
+
 @POLYNOMIALS
 @pytest.mark.parametrize("shape", [(130, 8), (8, 130), (9, 8)])
 def test_singular_values_go_through_the_scalar_polynomials(name, shape) -> None:

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lose",
         type=count,
         metavar="N",
-        help="instead of killing whole runs: lose N ranks one after the other, go on on the others, and compare with "
-        "one process that nobody disturbs",
+        help="instead of killing whole runs: lose N ranks one after the other, continue on the others, and compare "
+        "with one process that nobody disturbs",
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimiser steps of a run (default 20)")
     parser.add_argument("--every", type=int, metavar="N", help="steps between checkpoints (default: --steps / 5)")

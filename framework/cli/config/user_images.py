@@ -190,7 +190,7 @@ def _patches(model: dict[str, Any], side: int | None, size: int) -> dict[int, in
 
 
 def _named_patch(model: dict[str, Any]) -> int:
-    """The patch of a network of timm, whose name tells it and whose weights fit no other; 1 without one."""
+    """The patch of a network of timm, whose name has it and whose weights fit no other; 1 without one."""
     names = (value for key, value in _leaves(model) if key == "name" and isinstance(value, str))
     return max((int(found[1]) for name in names if (found := NAMED_PATCH.search(name))), default=1)
 

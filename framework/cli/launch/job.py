@@ -51,8 +51,8 @@ class Job:
         array: the jobs that there are of it; None for one.
         memory_mib: main memory of each node; None leaves it to the cluster.
         node_labels: (label, value) that a node of a Kubernetes cluster must have.
-        lose: nodes that may be lost, or on this machine ranks, after which the run goes on on the others; its arguments
-            then say that it is elastic.
+        lose: nodes that may be lost, or on this machine ranks, after which the run continues on the others; its
+            arguments then say that it is elastic.
         counts: with `lose` on this machine, the numbers of ranks that the run may have, from the largest down.
     """
 

@@ -82,7 +82,7 @@ def keep_running(
         counts: the numbers of ranks that the run may have, from the largest down; it begins on the first.
         lose: how many may be lost in all.
         final: exit statuses after which nothing is started any more.
-        say: is told of every loss.
+        say: gets a line about every loss, and about every start after a failure of all ranks.
     """
     places, lost, again = list(range(counts[0])), list[Loss](), RESTARTS
     ranks = counts[0]

@@ -51,7 +51,7 @@ class ZooNetwork:
         recipe, flags: what trains it. seed: of the run whose weights these are.
         settings: SHA-256 of the configuration, as `settings_hash` gives it.
         network: class_path and init_args of what the weights are for: of an adapter the network without it.
-        place: the key of a recipe at which it stands, such as `model.init_args.backbone`.
+        place: the key under which a recipe has it, such as `model.init_args.backbone`.
         metric: what `lightspan validate` measures. trained, untrained: its value by seed, after training and before it.
         data, data_licence, licence: of the data, of these, and of the weights.
         bytes, sha256: of model.safetensors.

@@ -1,4 +1,4 @@
-"""An earlier network that keeps the patches of a student apart from or close to one another as they were.
+"""An earlier network of the run, which gives the similarities between patches that a student has to keep.
 
 Source: Siméoni et al., "DINOv3", 2025, arXiv 2508.10104, section 4 (Gram anchoring, and its form with larger pictures),
 and the authors' code: the earlier network sees each global view at a larger size, its map is resampled by bicubic

@@ -17,6 +17,7 @@ Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices t
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Literal
@@ -24,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightspan.core.devices import float32_precision
 from lightspan.core.sharded import RowShards, Total
 from lightspan.optim.matrices.stacks import Layout
 
@@ -68,13 +70,17 @@ ranks; it moves singular values by up to 0.4. "float32" is float64 for float64 w
 def direction_of(
     x_BmN: Tensor, layout: Layout, precision: Precision, polynomials: Polynomials = COEFFICIENTS["jordan"]
 ) -> Tensor:
-    """This rank's rows of the orthogonalised matrices, or of each of their heads, a new tensor of the same dtype."""
+    """This rank's rows of the orthogonalised matrices, or of each of their heads, a new tensor of the same dtype. Its
+    precision is the same under autocast, as in modules that step their optimisers by hand.
+    """
     given_BmN = x_BmN.to(torch.bfloat16) if precision == "bfloat16" else x_BmN
-    if layout.heads:
-        axis = -1 if layout.wide else -2
-        found_BmN = orthogonalised_parts(given_BmN, layout.heads, axis, layout.shards, polynomials)
-    else:
-        found_BmN = orthogonalised(given_BmN, layout.shards, polynomials)
+    kind = x_BmN.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
+        if layout.heads:
+            axis = -1 if layout.wide else -2
+            found_BmN = orthogonalised_parts(given_BmN, layout.heads, axis, layout.shards, polynomials)
+        else:
+            found_BmN = orthogonalised(given_BmN, layout.shards, polynomials)
     return found_BmN.to(x_BmN.dtype)
 
 
@@ -183,7 +189,7 @@ def orthogonalised(x_BmN: Tensor, shards: RowShards | None, polynomials: Polynom
     rows, columns = x_BmN.shape[-2] if shards is None else shards.total, x_BmN.shape[-1]
     if rows < columns:
         return orthogonalised(x_BmN.mT, None, polynomials).mT.contiguous()
-    exact = x_BmN.dtype == torch.float64 or (x_BmN.dtype == torch.float32 and _is_float32_exact())
+    exact = x_BmN.dtype == torch.float64 or (x_BmN.dtype == torch.float32 and float32_precision() == "highest")
     few = exact and rows >= 2 * columns
     method: Method = partial(by_one_gram if few else by_iterating, polynomials=polynomials)
     grams = 1 if few else len(polynomials)
@@ -243,11 +249,6 @@ def orthogonalised_parts(
         apart = orthogonalised(apart.flatten(0, 1), shards, polynomials).unflatten(0, apart.shape[:2])
         found.append(apart.movedim(1, axis - 1).flatten(axis - 1, axis))
     return torch.cat(found, dim=axis)
-
-
-@torch.compiler.assume_constant_result  # compiled code is made again when it changes
-def _is_float32_exact() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
 
 
 def bytes_of_grams(batch: int, columns: int, grams: int, shards: RowShards) -> int:

@@ -15,7 +15,8 @@ from lightspan.core.batches import require_declared
 from lightspan.core.errors import UserError
 from lightspan.datamodules.points.batch import PosedPointsBatch
 from lightspan.datamodules.points.posed import SceneMoves
-from lightspan.datamodules.points.rgbd import RGBDFolder, normals
+from lightspan.datamodules.points.rgbd import RGBDFolder, SceneReader, normals
+from lightspan.datamodules.rendered.cameras import pixel_rays
 
 
 def opened(folder: Path, **settings: Any) -> RGBDFolder:
@@ -65,6 +66,18 @@ def test_both_kinds_of_files_give_the_same_scene(tmp_path: Path) -> None:
     one, other = (opened(tmp_path / kind).train.sample(0, 3) for kind in ("exported", "listed"))
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_where_two_pixels_of_a_depth_map_are_equally_near_it_is_always_the_later_one() -> None:
+    """As for pictures of 160 x 120 and depth maps of 640 x 480."""
+    depth_lens = np.array([[577.87, 0, 319.5], [0, 577.87, 239.5], [0, 0, 1]], np.float32)
+    lens = np.array([[577.87 / 4, 0, 79.5], [0, 577.87 / 4, 59.5], [0, 0, 1]])
+    for axis, count in ((1, 160), (0, 120)):
+        z = np.broadcast_to(np.expand_dims(np.arange(4.0 * count), 1 - axis), (480, 640))
+        length = SceneReader(1, 120, 160, voxel=0.01, unit=1.0)._lengths(z, lens, depth_lens)
+        found = length * pixel_rays(lens, 120, 160)[:, 2].reshape(120, 160)
+        expected = np.broadcast_to(np.expand_dims(4 * np.arange(count) + 2, 1 - axis), found.shape)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_normals_of_a_slope_are_exact_and_face_the_camera() -> None:
@@ -127,11 +140,17 @@ def test_scenes_that_cannot_be_read_are_named_and_skipped_only_if_asked(tmp_path
     said = json.loads((away / "transforms.json").read_text())
     said["frames"][0]["depth_file_path"] = "../good0/depth/0.png"
     (away / "transforms.json").write_text(json.dumps(said))
+    far = written(tmp_path / "in" / "far", "listed")
+    long = written(tmp_path / "in" / "long", "listed")
+    for scene, change in ((far, {"frames": [{"transform_matrix": [[10**400] * 4] * 4}]}), (long, {"fl_x": 10**400})):
+        said = json.loads((scene / "transforms.json").read_text())
+        (scene / "transforms.json").write_text(json.dumps(said | change))
     with pytest.raises(UserError, match="skip_damaged") as caught:
         opened(tmp_path)
     for folder, why in {
         few: "below frames=3", flat: "no pixel with a depth", cut: "frame 0", words: "pose/1.txt", short: "3 numbers",
         tmp_path / "in" / "empty": "neither", away: "outside",
+        far: "transform_matrix", long: "fl_x",
     }.items():  # fmt: skip
         assert any(str(folder) in line and why in line for line in str(caught.value).splitlines()), (folder, why)
     data = opened(tmp_path, skip_damaged=True)
