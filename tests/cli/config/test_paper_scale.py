@@ -123,6 +123,8 @@ def built(name: str) -> Method:
         flags.append("model.init_args.tokenizer.init_args.weights=null")
     if "/selavpr" in name:
         flags.append("model.init_args.backbone.init_args.network.init_args.path=null")
+    if re.search(r"/dinov\d_continued", name):
+        flags.append("model.init_args.backbone.init_args.path=null")
     with torch.device("cpu" if "grassmann" in name else "meta"):  # whose frames are the Q of a QR of numbers
         model = build(resolve(name, overlays, flags)).model
     assert isinstance(model, Method)
