@@ -18,33 +18,23 @@ from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.datamodules.graph.graphs import Graph, graph_of
 from lightspan.datamodules.graph.molecules import BOND_KINDS, KINDS
-from lightspan.datamodules.loading.found_sets import Archive, FoundSets, KeptSamples
+from lightspan.datamodules.loading.found_sets import Archive, ArchiveSamples, FoundSets, KeptSamples
 
 MARKS = 2
 
 
 @dataclass(frozen=True)
-class GraphSamples:
+class GraphSamples(ArchiveSamples[Graph]):
     """Samples of `GraphBatch`: a function of their number.
 
     Args:
-        numbers: of the archive's graphs, int64 [M].
         node_kinds, edge_kinds: see `GraphSets`.
     """
 
-    archive: Archive[Graph]
-    numbers: np.ndarray
     node_kinds: int
     edge_kinds: int
 
     batch_type = GraphBatch
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def labels(self) -> np.ndarray:
-        """int64 [M]."""
-        return self.archive.labels[self.numbers]
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         number = int(self.numbers[index])

@@ -46,6 +46,25 @@ class KeptSamples(Generic[T]):
         return self.samples[number]
 
 
+@dataclass(frozen=True)
+class ArchiveSamples(Generic[T]):
+    """Some samples of an archive, as a loader draws them. A subclass says what becomes of one.
+
+    Args:
+        numbers: of the archive's samples, int64 [N].
+    """
+
+    archive: Archive[T]
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+        return self.archive.labels[self.numbers]
+
+
 class FoundSamples(NamedTuple, Generic[T]):
     """What a data module found: all samples; the numbers of those that train and validate, int64, ascending; names of
     the classes, none without labels; and what identifies the training samples, with which alone a run resumes.

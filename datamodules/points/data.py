@@ -13,7 +13,7 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_in, require_numbers
-from lightspan.datamodules.loading.found_sets import Archive, FoundSets, KeptSamples
+from lightspan.datamodules.loading.found_sets import Archive, ArchiveSamples, FoundSets, KeptSamples
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.points.augment import ChangedPoints, PointAugmentation, bits, unit_sphere
 from lightspan.datamodules.points.batch import PointsBatch
@@ -23,11 +23,10 @@ PointField = Literal["colour", "normal"]
 
 
 @dataclass(frozen=True)
-class PointSamples:
+class PointSamples(ArchiveSamples[Shape]):
     """Samples of `PointsBatch`: a function of number and seed.
 
     Args:
-        numbers: of the archive's shapes, int64 [N].
         points: drawn from each shape, at most.
         fields: what is given besides coordinates. A point without colour is mid-grey, one without a normal has 0.
         normalise: to the unit sphere, see `lightspan.datamodules.points.augment.unit_sphere`.
@@ -35,8 +34,6 @@ class PointSamples:
         augment: what is drawn for each cloud, and made on the device.
     """
 
-    archive: Archive[Shape]
-    numbers: np.ndarray
     points: int
     fields: tuple[PointField, ...] = ()
     normalise: bool = True
@@ -44,13 +41,6 @@ class PointSamples:
     augment: PointAugmentation | None = None
 
     batch_type = PointsBatch
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.archive.labels[self.numbers]
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         number = int(self.numbers[index])

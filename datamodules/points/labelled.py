@@ -17,7 +17,7 @@ from lightspan.core.files.places import PathUse, ReadPath
 from lightspan.core.ranges import require_in, require_numbers
 from lightspan.datamodules.loading.array_files import array_files
 from lightspan.datamodules.loading.damage import unreadable
-from lightspan.datamodules.loading.found_sets import Archive, FoundSamples, FoundSets, KeptSamples
+from lightspan.datamodules.loading.found_sets import Archive, ArchiveSamples, FoundSamples, FoundSets, KeptSamples
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.points.augment import ChangedPoints, PointAugmentation, bits
 from lightspan.datamodules.points.batch import PointsBatch
@@ -99,28 +99,18 @@ class ScanFiles:
 
 
 @dataclass(frozen=True)
-class ScanSamples:
+class ScanSamples(ArchiveSamples[Scan]):
     """Samples of `PointsBatch`: a function of number and seed.
 
     Args:
-        numbers: of the archive's scans, int64 [N].
         points: of a scan, at most: those nearest to one of them, drawn anew in each epoch; None keeps all.
         augment: what is drawn for each scan, and made on the device.
     """
 
-    archive: Archive[Scan]
-    numbers: np.ndarray
     points: int | None
     augment: PointAugmentation | None = None
 
     batch_type = PointsBatch
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.archive.labels[self.numbers]
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         scan, generator = self.archive.read(int(self.numbers[index])), np.random.default_rng([seed, 1])

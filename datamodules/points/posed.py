@@ -14,7 +14,7 @@ import torch
 
 from lightspan.core.files.places import PathUse
 from lightspan.core.ranges import require_in
-from lightspan.datamodules.loading.found_sets import Archive
+from lightspan.datamodules.loading.found_sets import ArchiveSamples
 from lightspan.datamodules.points.batch import PosedPointsBatch
 from lightspan.datamodules.points.packed import arrays_in
 from lightspan.datamodules.rendered.cameras import PosedFrames, pixel_rays
@@ -148,30 +148,20 @@ def moved(scene: Mapping[str, Any], turn: np.ndarray, factor: float) -> dict[str
 
 
 @dataclass(frozen=True)
-class PosedSceneSamples:
+class PosedSceneSamples(ArchiveSamples[SceneScan]):
     """Samples of `PosedPointsBatch`: a function of number and seed.
 
     Args:
-        numbers: of the archive's scenes, int64 [N].
         points: of a cloud, at most; other ones in each epoch if `random`.
         views: of the frames, other ones in each epoch if `random`, else the first.
     """
 
-    archive: Archive[SceneScan]
-    numbers: np.ndarray
     points: int
     views: int
     random: bool = False
     moves: SceneMoves | None = None
 
     batch_type = PosedPointsBatch
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.archive.labels[self.numbers]
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         number = int(self.numbers[index])

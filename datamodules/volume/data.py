@@ -15,7 +15,7 @@ from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
 from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.views import numbers_of_views
-from lightspan.datamodules.loading.found_sets import Archive, FoundSets
+from lightspan.datamodules.loading.found_sets import Archive, ArchiveSamples, FoundSets
 from lightspan.datamodules.loading.on_device import finish_on_device
 from lightspan.datamodules.volume.augment import NO_LABEL, AlteredVolumes, VolumeAugmentation, bits
 from lightspan.datamodules.volume.batch import VolumeBatch, VolumeViewsBatch
@@ -75,11 +75,10 @@ def along_axes(one_or_three: T | tuple[T, T, T]) -> tuple[T, T, T]:
 
 
 @dataclass(frozen=True)
-class VolumeSamples:
+class VolumeSamples(ArchiveSamples[Volume]):
     """Samples of `VolumeBatch`, or with `crops` of `VolumeViewsBatch`: a function of number and seed.
 
     Args:
-        numbers: of the archive's volumes, int64 [N].
         size: of a crop, (D, H, W).
         random: whether crops are anywhere, or in the middle.
         crops: V; None is one, as `volume`, with its segmentation.
@@ -90,8 +89,6 @@ class VolumeSamples:
         slices: which slices of the first crop are images too, with views.
     """
 
-    archive: Archive[Volume]
-    numbers: np.ndarray
     size: tuple[int, int, int]
     random: bool = False
     crops: int | None = None
@@ -103,13 +100,6 @@ class VolumeSamples:
     @property
     def batch_type(self) -> type:
         return VolumeBatch if self.crops is None else VolumeViewsBatch
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.archive.labels[self.numbers]
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         volume, generator = self.archive.read(int(self.numbers[index])), np.random.default_rng(seed)
