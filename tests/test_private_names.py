@@ -62,7 +62,7 @@ OVERRIDDEN = {
     "lightning.callbacks.ModelCheckpoint": {"_format_checkpoint_name", "_remove_checkpoint", "_save_checkpoint"},
     "lightning.LightningModule": {"_apply_batch_transfer_handler", "_on_before_batch_transfer"},
     "lightning.strategies.DDPStrategy": {"_setup_model"},
-    "lightning.strategies.DeepSpeedStrategy": {"_init_optimizers"},
+    "lightning.strategies.DeepSpeedStrategy": {"_init_optimizers", "_setup_model_and_optimizer"},
     "torch.nn.Module": {"_apply", "_load_from_state_dict"},
     "torch.nn.parallel.DistributedDataParallel": {"_assign_modules_buffers", "_build_params_for_reducer"},
     "torch.distributed.checkpoint.FileSystemReader": {"_slice_file"},

@@ -1,18 +1,21 @@
 """One line that turns any LightningModule's Adam into a low-rank optimiser."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.optim import Optimizer
 
 from lightspan.core.patterns import require_patterns
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.low_rank.bases import Basis, Trigger
 from lightspan.optim.low_rank.inner import Adam, Inner
-from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Fira, Residual
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
-from lightspan.training.wiring.optimizers import refuse_flat_partitions, wire
+from lightspan.training.deepspeed import ZeRO
+from lightspan.training.wiring.optimizers import wire
 
 
 class SubspaceProjection(Callback):
@@ -79,12 +82,18 @@ class SubspaceProjection(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_flat_partitions(trainer.strategy, [LowRank])
-        old = trainer.optimizers
+        if not isinstance(trainer.strategy, ZeRO):  # which has exchanged them before its engine took them
+            configs = trainer.lr_scheduler_configs
+            trainer.strategy.optimizers = self.exchange_optimizers(pl_module, trainer.optimizers, configs)
+        wire(trainer, pl_module, trainer.optimizers)
+
+    def exchange_optimizers(
+        self, pl_module: LightningModule, old: list[Optimizer], configs: Sequence[LRSchedulerConfig]
+    ) -> list[Optimizer]:
+        """The optimisers in place of those that Lightning has built; their schedulers follow."""
         new = to_low_rank_where_matched(old, pl_module, self.match, **self.options)
         exchanged = {id(before): after for before, after in zip(old, new, strict=True) if after is not before}
-        for config in trainer.lr_scheduler_configs:
+        for config in configs:
             if id(config.scheduler.optimizer) in exchanged:
                 hand_over(config.scheduler, exchanged[id(config.scheduler.optimizer)])
-        trainer.strategy.optimizers = new
-        wire(trainer, pl_module, trainer.optimizers)
+        return new

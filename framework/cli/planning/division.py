@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import (
@@ -12,11 +13,14 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import nn
+from torch.optim import Optimizer
 
 from lightspan.cli.planning.step_memory import StepMemory, nbytes
 from lightspan.core.blocks import blocks
 from lightspan.core.errors import UserError
+from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
 from lightspan.training.strategies import FSDP2
+from lightspan.training.wiring.optimizers import share_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Division:
         weights, gradients, optimizer_state: ranks that share one copy of each; 1 if every rank has its own.
         extra: what a rank needs beside its shares at the worst moment: gathered weights, communication buffers.
         extra_name: description of that, for people.
+        strategy: what divides it, if that prepares optimisers for it.
+        by_matrix: how the strategy divides the step of an optimiser whose matrices stay whole; None if in the same way.
     """
 
     ranks: int = 1
@@ -36,6 +42,16 @@ class Division:
     optimizer_state: int = 1
     extra: int = 0
     extra_name: str = ""
+    strategy: Strategy | None = None
+    by_matrix: "Division | None" = None
+
+    def prepare(self, optimizers: Sequence[Optimizer]) -> "Division":
+        """Prepares optimisers as the strategy does, and says how it divides their step. Raises: UserError for an
+        optimiser that it refuses.
+        """
+        share_steps(self.strategy, optimizers)
+        matrices = any(isinstance(optimizer, MatrixOptimizer) for optimizer in optimizers)
+        return self.by_matrix if matrices and self.by_matrix is not None else self
 
     def of(self, step: StepMemory) -> StepMemory:
         """A step's memory on one rank.
@@ -49,6 +65,11 @@ class Division:
         host_state = -(-step.host_state // self.optimizer_state)
         peak = step.peak if self.whole else sum(parts.values()) + moment
         return dataclasses.replace(step, **parts, peak=peak + self.extra, host_state=host_state)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Among how many ranks what is divided, and what a rank needs beside, by name."""
+        return {name: getattr(self, name) for name in ("ranks", *_DIVIDED, "extra", "extra_name")}
 
     @property
     def whole(self) -> bool:
@@ -119,11 +140,15 @@ def _zero(strategy: DeepSpeedStrategy, weights: int, gradients: int, ranks: int)
     settings = strategy.config["zero_optimization"]
     stage = settings["stage"]
     bucket = min(gradients, 4 * int(settings.get("reduce_bucket_size", 0)))
+    shares = ranks if stage >= 2 else 1
+    under_way, name = (bucket, "gradients on their way") if stage >= 2 else (gradients, "gradients laid end to end")
     return Division(
         ranks,
         ranks if stage >= 3 else 1,
-        ranks if stage >= 2 else 1,
+        shares,
         ranks if stage >= 1 else 1,
         weights // ranks + bucket,
         "ZeRO's own copy of its weights, and a bucket of gradients",
+        strategy,
+        Division(ranks, 1, shares, 1, under_way, name, strategy),  # owners' state is counted by itself
     )

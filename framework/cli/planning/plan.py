@@ -90,7 +90,9 @@ def measured_peak(run_dir: Path) -> tuple[str, float] | None:
 def as_json(plan: Plan, measured: tuple[str, float] | None) -> dict[str, Any]:
     """The plan in bytes as the content of plan.json, with the measured peak (MiB), if there is one."""
     recorded = {} if measured is None else {f"measured_{measured[0]}": measured[1]}
-    return {**dataclasses.asdict(plan), "planned_total": plan.total, **recorded}
+    parts = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    parts |= {"step": dataclasses.asdict(plan.step), "division": plan.division.figures}
+    return {**parts, "planned_total": plan.total, **recorded}
 
 
 def in_mib(size: int) -> str:

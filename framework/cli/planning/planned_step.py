@@ -105,7 +105,7 @@ def make_plan(
             here = line(rows)
     if here.host_state:
         notes.append(f"{in_mib(here.host_state)} MiB of optimiser state live on the host, and are not counted above")
-    return Plan(here, division, process, memory, source, largest, [*notes, *step.notes])
+    return Plan(here, step.division, process, memory, source, largest, [*notes, *step.notes])
 
 
 def _memory_there(trainer: Trainer, elsewhere: bool) -> tuple[int | None, str]:
@@ -223,7 +223,8 @@ class _Step:
         return [self._real(rows // 2), self._real(rows)]
 
     def _real(self, rows: int) -> StepMemory:
-        return self.division.of(self._measure(rows))
+        step = self._measure(rows)  # whose optimisers say how it is divided
+        return self.division.of(step)
 
     def fake(self, rows: int, room: int | None) -> tuple[StepMemory, int | None]:
         """Counts a step on fake tensors, and searches for the largest micro-batch within `room` bytes, unless that is
@@ -255,7 +256,8 @@ class _Step:
         )
 
         def count(rows: int) -> StepMemory:
-            found = self.division.of(of(rows))
+            step = of(rows)  # whose optimisers say how it is divided
+            found = self.division.of(step)
             return dataclasses.replace(
                 found,
                 optimizer_state=found.optimizer_state + state,
@@ -322,6 +324,7 @@ class _Step:
 
     def _optimizers(self) -> list[Optimizer]:
         found, left_out = optimizers(self.trainer, self.module)
+        self.division = self.division.prepare(found)
         self.notes = [*dict.fromkeys([*self.notes, *left_out])]
         return found
 

@@ -47,11 +47,23 @@ def refuse_fixed_ranks(resolved: Resolved) -> None:
     """Raises: UserError for a strategy whose checkpoints continue only on the number of ranks that wrote them."""
     strategy = resolved.config.get("trainer", {}).get("strategy")
     named = strategy.get("class_path", "") if isinstance(strategy, dict) else str(strategy)
-    if named.startswith("lightspan.training.deepspeed."):
+    if named.startswith("lightspan.training.deepspeed.") and not _divided_by_matrices(resolved):
         raise UserError(
             f"trainer.strategy {named}: ZeRO's checkpoints continue only on the number of ranks that wrote them, so a "
-            "run cannot go on without a lost one; use scale/ddp or scale/fsdp2"
+            "run cannot go on without a lost one; use scale/ddp or scale/fsdp2, or an optimiser of matrices, such as "
+            "lightspan.optim.muon.FactoredMuon, whose checkpoints are whole"
         )
+
+
+def _divided_by_matrices(resolved: Resolved) -> bool:
+    """Whether the recipe names an optimiser whose steps ZeRO divides by whole matrices."""
+    given = resolved.config.get("model", {}).get("init_args", {}).get("optimizer")
+    module, _, name = given.get("class_path", "").rpartition(".") if isinstance(given, dict) else ("", "", "")
+    if not module.startswith("lightspan.optim."):
+        return False
+    from lightspan.optim.matrices.matrix_optimizer import MatrixOptimizer
+
+    return issubclass(getattr(importlib.import_module(module), name), MatrixOptimizer)
 
 
 def on_started_ranks(resolved: Resolved, most_rows: int | None) -> dict[str, Any]:

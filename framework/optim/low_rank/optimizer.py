@@ -105,6 +105,11 @@ class LowRank(MatrixOptimizer):
             max_norm=max_norm, check_finite=check_finite, seed=seed, offload=offload, owners=owners,
         )  # fmt: skip
 
+    def share_step(self, offload: bool = False) -> None:
+        """Raises: UserError for parts that do not fit owners, or state on the host."""
+        require_fit(self.rule, self.backward, offload, owners=True)
+        super().share_step(offload)
+
     @property
     def projects_late(self) -> bool:  # type: ignore[override]
         return self.rule.residual.feeds_back

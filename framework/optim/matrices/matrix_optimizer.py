@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightspan.core.distributed import world_size
+from lightspan.core.distributed import all_reduce_sum, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.sharded import local, ranks_of, splits_of, square_norms, squares_by_ranks, total_over
 from lightspan.optim.matrices import elementwise
@@ -144,7 +144,7 @@ class MatrixOptimizer(DividedOptimizer):
         require_valid(type(self).__name__, {**defaults, "offload": offload, "owners": owners})
         require_part("moments", moments, MomentStorage)
         self.moments, self.check_finite = moments, check_finite
-        self.placement = HostState(self.stays | {"step"}) if offload else StatePlacement()
+        self.placement = self._on_host() if offload else StatePlacement()
         self.owners = owners
         self._info: dict[Tensor, ParameterInfo] = {}
         self._built = False
@@ -154,6 +154,17 @@ class MatrixOptimizer(DividedOptimizer):
             selections = [self.selection(p, group) for group in self.param_groups for p in group["params"]]
             require_some_projected(type(self).__name__, selections)
         self._built = True
+
+    def share_step(self, offload: bool = False) -> None:
+        """From the first step on, as if made with `owners=True`, and with `offload=True` if it is asked for: what a
+        strategy calls that divides optimiser state.
+        """
+        self.owners = True
+        self.placement = self._on_host() if offload else self.placement
+        self._buckets, self._checked = Buckets(), False
+
+    def _on_host(self) -> HostState:
+        return HostState(self.stays | {"step"})
 
     @abstractmethod
     def initial(self, layout: Layout) -> State:
@@ -403,10 +414,10 @@ class MatrixOptimizer(DividedOptimizer):
         steps = [self.step_of(bucket) for bucket in self.buckets() if bucket.owners()]
         sending: Sending | None = None
         if self._owners.ranks > 1:
-            sending, place = Sending(self._owners), self._owners.place
+            sending, place = Sending(self._owners, self.given()), self._owners.place
             steps.sort(key=lambda step: place[step.bucket.parameters[0]])
         unprojected = self._unprojected()
-        self.used_gradients = bool(steps) or any(p.grad is not None for p in self._parameters())
+        self.used_gradients = bool(steps) or bool(self.given())
         # What is chosen from these would hide what overflows in a norm.
         choosing = [gradient for step in steps for gradient in step.prepare(energy=self._needs_energy())]
         # The norm is that of all gradients, so it comes after all are prepared; and nothing has been written yet.
@@ -461,10 +472,12 @@ class MatrixOptimizer(DividedOptimizer):
 
     def _norm(self, steps: list[StackStep], unprojected: list[Unprojected]) -> Tensor:
         """The global norm of all gradients, 0-d; see `gradient_norm`. Ranks that divide a step all have all gradients,
-        and must find the same bits, so none takes what it knows from its own steps.
+        and must find the same bits, so none takes what it knows from its own steps. Of a gradient that an owner alone
+        has the square comes from there: all others add zero to it.
         """
         if self.owners:
-            return total_over(squares_by_ranks((None, gradient) for gradient in self._gradients())).sqrt()
+            squares_G = square_norms(self._gradients())
+            return total_over([(None, all_reduce_sum(squares_G) if self.gradients_at_owners else squares_G)]).sqrt()
         in_frames = self.backward != "whole"
         squares = [(step.bucket.ranks, square) for step in steps for square in step.squares(in_frames)]
         others = [(ranks_of(p), local_gradient(p)) for _, parameters in unprojected for p in parameters]
@@ -494,7 +507,7 @@ class MatrixOptimizer(DividedOptimizer):
         wrong = torch.cat([torch.zeros(1, dtype=torch.bool, device=device), *flags]).sum()
         for ranks in self._buckets.splits:
             wrong = ranks.total(wrong)
-        if most_wrong(parameters, wrong, self.called) if divided else wrong:
+        if most_wrong(parameters, self.given(), wrong, self.called) if divided else wrong:
             raise UserError(self._blame())
 
     def _blame(self) -> str:
@@ -529,7 +542,14 @@ class MatrixOptimizer(DividedOptimizer):
         return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
     def _gradients(self) -> list[Tensor]:
-        return [local_gradient(p) for p in self._parameters() if p.grad is not None]
+        """Of `given`; an empty one for what another rank counts."""
+        return [
+            local_gradient(p) if self._counts(p) else elementwise.real(p.detach()).new_empty(0) for p in self.given()
+        ]
+
+    def _counts(self, parameter: Tensor) -> bool:
+        """Whether this rank counts a gradient: one that owners alone have, or that is the same on all, once in all."""
+        return not self.gradients_at_owners or self._owners.of.get(parameter, 0) == self._owners.index
 
     def _unprojected(self) -> list[Unprojected]:
         """Parameters that have a gradient and are not projected, as far as this rank steps them, by group; their state

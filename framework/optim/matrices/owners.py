@@ -15,7 +15,7 @@ Shapes: P parameters.
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -92,11 +92,11 @@ NOBODY = Owners({}, {}, ranks=1, index=0)
 
 
 class Sending:
-    """The weights of those parameters that have a gradient, on their way from their owners to all ranks."""
+    """The weights of those parameters that have a gradient, `given`, on their way from their owners to all ranks."""
 
-    def __init__(self, owners: Owners) -> None:
-        self.owners = owners
-        self._left = deque(p for p in owners.order if p.grad is not None)
+    def __init__(self, owners: Owners, given: Collection[Tensor]) -> None:
+        self.owners, stepped = owners, set(given)
+        self._left = deque(p for p in owners.order if p in stepped)
         self._under_way: list[tuple[Any, Tensor, Tensor]] = []
 
     def after(self, parameter: Tensor, apply: Callable[[Sequence[State]], None]) -> Callable[[Sequence[State]], None]:
@@ -196,21 +196,25 @@ def require_equal_weights(owners: Owners, parameters: Sequence[Tensor], name_of:
 
 
 @torch.compiler.disable
-def most_wrong(parameters: Sequence[Tensor], wrong: Tensor, name_of: Callable[[Tensor], str]) -> int:
+def most_wrong(
+    parameters: Sequence[Tensor], given: Collection[Tensor], wrong: Tensor, name_of: Callable[[Tensor], str]
+) -> int:
     """The most that any rank finds wrong with its gradients. All ranks must call it, and wait for the answer.
 
     Args:
+        given: those of the `parameters` that have a gradient.
         wrong: int64, 0-d.
 
     Raises: UserError, on all ranks, if these have gradients of different parameters: what one sends, no other awaits.
     """
-    mark = zlib.crc32(bytes(p.grad is not None for p in parameters))
+    has = set(given)
+    mark = zlib.crc32(bytes(p in has for p in parameters))
     own = torch.stack([wrong, wrong.new_tensor(mark), wrong.new_tensor(-mark)])
     most, largest, smallest = map(int, all_reduce_max(own).tolist())
     if largest == -smallest:
         return most
     every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, [at for at, p in enumerate(parameters) if p.grad is None])
+    dist.all_gather_object(every, [at for at, p in enumerate(parameters) if p not in has])
     number = next(number for number, lacking in enumerate(every) if lacking != every[0])
     which = [name_of(parameters[at]) for at in sorted({*every[0]} ^ {*every[number]})]
     raise UserError(
@@ -234,10 +238,13 @@ class DividedOptimizer(Optimizer, ABC):
 
     Attributes:
         owners: whether they do.
+        gradients_at_owners: whether the gradient of what has an owner comes to that rank alone, see
+            `lightspan.optim.matrices.owned_gradients`.
     """
 
     KEPT_IN_COPIES: tuple[str, ...] = ("owners", "_owners")
     owners = False
+    gradients_at_owners = False
     _owners = NOBODY
     """Who owns what in the steps from now on."""
     _agreed = False
@@ -258,6 +265,11 @@ class DividedOptimizer(Optimizer, ABC):
     @abstractmethod
     def _parameters(self) -> list[Tensor]:
         """Those of all groups."""
+
+    def given(self) -> list[Tensor]:
+        """Parameters that have a gradient, on this rank or on the one that owns them."""
+        away = self._owners.of if self.gradients_at_owners else ()
+        return [p for p in self._parameters() if p.grad is not None or (p in away and p.requires_grad)]
 
     def divided(self, ranks: int, index: int | None = None) -> Owners:
         """What belongs to whom if so many ranks share the work; nothing belongs to anybody without `owners`. What has

@@ -2,7 +2,8 @@
 
 import gc
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning import LightningModule, Trainer
@@ -25,6 +26,16 @@ MATRIX_OPTIMIZERS = (MatrixOptimizer, Muon, Adafactor, RiemannianSGD)
 """Optimisers for which a matrix is more than the numbers in it."""
 
 
+class SharesSteps(ABC):
+    """A strategy whose ranks share the steps of optimisers in its own way."""
+
+    @abstractmethod
+    def share_steps(self, optimizers: Sequence[Optimizer]) -> None:
+        """Prepares the optimisers for it, before anything reads what they will do. Raises: UserError for one that
+        cannot be shared so.
+        """
+
+
 def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer]) -> None:
     """Prints what each parameter gets, lets the optimisers clip instead of the Trainer, and attaches backward passes.
 
@@ -34,13 +45,13 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
 
     Raises: UserError for settings of the Trainer that coordinates cannot honour.
     """
-    refuse_flat_partitions(trainer.strategy, [type(optimizer) for optimizer in optimizers])
+    share_steps(trainer.strategy, optimizers)
     for optimizer in optimizers:
         _require_frames_kept(optimizer)
     for optimizer in optimizers:
         print_report(optimizer)
     if any(isinstance(optimizer, MatrixOptimizer) for optimizer in optimizers):
-        _clip_in_the_step(trainer)
+        clip_in_the_step(trainer)
     kept = [each for each in optimizers if isinstance(each, LowRank) and each.backward != "whole"]
     if kept and trainer.precision == "16-mixed":
         raise UserError(
@@ -57,15 +68,22 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
             attach(module, optimizer)
 
 
-def refuse_flat_partitions(strategy: Strategy, optimizers: list[type[Optimizer]]) -> None:
-    """Raises: UserError for an optimiser to which DeepSpeed's ZeRO would give vectors where it needs matrices."""
-    for kind in optimizers if isinstance(strategy, DeepSpeedStrategy) else ():
-        if issubclass(kind, MATRIX_OPTIMIZERS):
-            raise UserError(
-                f"{kind.__name__} works on matrices, but DeepSpeed's ZeRO concatenates all parameters and gives "
-                "each rank one flat range of numbers; train with --config scale/fsdp2 or scale/ddp, or with an "
-                "elementwise optimiser such as torch.optim.AdamW"
-            )
+def share_steps(strategy: Strategy | None, optimizers: Sequence[Optimizer]) -> None:
+    """Prepares optimisers for a strategy that shares their steps in its own way; nothing under any other.
+
+    Raises: UserError for an optimiser to which Lightning's DeepSpeedStrategy would give vectors instead of matrices.
+    """
+    if isinstance(strategy, SharesSteps):
+        strategy.share_steps(optimizers)
+    elif isinstance(strategy, DeepSpeedStrategy):
+        for optimizer in optimizers:
+            if isinstance(optimizer, MATRIX_OPTIMIZERS):
+                raise UserError(
+                    f"{type(optimizer).__name__} works on matrices, but {type(strategy).__name__} has DeepSpeed "
+                    "concatenate all parameters and give each rank one flat range of numbers; set "
+                    "trainer.strategy.class_path=lightspan.training.deepspeed.ZeRO, which divides them by matrices in "
+                    "its stages 1 and 2"
+                )
 
 
 def _require_frames_kept(optimizer: Optimizer) -> None:
@@ -113,7 +131,7 @@ def _build_ddp_anew(strategy: DDPStrategy, module: LightningModule) -> None:
         strategy.configure_ddp()
 
 
-def _clip_in_the_step(trainer: Trainer) -> None:
+def clip_in_the_step(trainer: Trainer) -> None:
     """From now on, instead of Lightning clipping the gradients of a `MatrixOptimizer` by norm, its next step does.
 
     The change is in what Lightning calls to clip, which checks the kind of each optimiser. None of the Trainer's own

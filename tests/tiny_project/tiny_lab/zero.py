@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -27,8 +28,8 @@ def environment() -> dict[str, str]:
 class OnCPU(ZeRO):
     """`ZeRO` without Lightning's demand for CUDA."""
 
-    def __init__(self, stage: int) -> None:
-        super().__init__(stage=stage, process_group_backend="gloo")
+    def __init__(self, stage: int, **settings: Any) -> None:
+        super().__init__(stage=stage, process_group_backend="gloo", **settings)
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
