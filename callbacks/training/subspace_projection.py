@@ -11,11 +11,12 @@ from lightspan.core.patterns import require_patterns
 from lightspan.optim.convert import hand_over, to_low_rank_where_matched
 from lightspan.optim.low_rank.bases import Basis, Trigger
 from lightspan.optim.low_rank.inner import Adam, Inner
+from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.residuals import Fira, Residual
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.training.deepspeed import ZeRO
-from lightspan.training.wiring.optimizers import wire
+from lightspan.training.wiring.optimizers import refuse_flat_partitions, wire
 
 
 class SubspaceProjection(Callback):
@@ -82,6 +83,7 @@ class SubspaceProjection(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_flat_partitions(trainer.strategy, [LowRank])
         if not isinstance(trainer.strategy, ZeRO):  # which has exchanged them before its engine took them
             configs = trainer.lr_scheduler_configs
             trainer.strategy.optimizers = self.exchange_optimizers(pl_module, trainer.optimizers, configs)

@@ -71,19 +71,26 @@ def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer])
 def share_steps(strategy: Strategy | None, optimizers: Sequence[Optimizer]) -> None:
     """Prepares optimisers for a strategy that shares their steps in its own way; nothing under any other.
 
-    Raises: UserError for an optimiser to which Lightning's DeepSpeedStrategy would give vectors instead of matrices.
+    Raises: UserError for an optimiser of matrices that the strategy cannot share.
     """
     if isinstance(strategy, SharesSteps):
         strategy.share_steps(optimizers)
-    elif isinstance(strategy, DeepSpeedStrategy):
-        for optimizer in optimizers:
-            if isinstance(optimizer, MATRIX_OPTIMIZERS):
-                raise UserError(
-                    f"{type(optimizer).__name__} works on matrices, but {type(strategy).__name__} has DeepSpeed "
-                    "concatenate all parameters and give each rank one flat range of numbers; set "
-                    "trainer.strategy.class_path=lightspan.training.deepspeed.ZeRO, which divides them by matrices in "
-                    "its stages 1 and 2"
-                )
+    else:
+        refuse_flat_partitions(strategy, [type(optimizer) for optimizer in optimizers])
+
+
+def refuse_flat_partitions(strategy: Strategy | None, optimizers: Sequence[type[Optimizer]]) -> None:
+    """Raises: UserError for an optimiser to which Lightning's DeepSpeedStrategy would give vectors, not matrices."""
+    if not isinstance(strategy, DeepSpeedStrategy) or isinstance(strategy, SharesSteps):
+        return
+    for kind in optimizers:
+        if issubclass(kind, MATRIX_OPTIMIZERS):
+            raise UserError(
+                f"{kind.__name__} works on matrices, but {type(strategy).__name__} has DeepSpeed concatenate all "
+                "parameters and give each rank one flat range of numbers; set "
+                "trainer.strategy.class_path=lightspan.training.deepspeed.ZeRO, which divides them by matrices in its "
+                "stages 1 and 2"
+            )
 
 
 def _require_frames_kept(optimizer: Optimizer) -> None:

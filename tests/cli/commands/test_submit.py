@@ -475,13 +475,20 @@ def test_on_this_machine_lightspan_itself_starts_the_ranks_and_says_when_some_wi
         (["--to", "local", "trainer.devices=5", "--lose", "1"], "cannot be shared evenly by 5"),
         (["--to", "local", "trainer.devices=[0,2]", "--lose", "1"], "name them in CUDA_VISIBLE_DEVICES"),
         (["--to", "slurm", "--lose", "0"], "'0' is not a whole number from 1 up"),
-        (["--to", "local", "-c", "scale/deepspeed_zero1", "trainer.devices=2", "--lose", "1"], "ZeRO's checkpoints"),
     ],
 )
 def test_losses_that_leave_nothing_to_go_on_with_are_refused(
     arguments: list[str], says: str, complaint: Callable[..., str]
 ) -> None:
     assert says in complaint(QUICKSTART, *arguments, "--print")
+
+
+def test_only_checkpoints_of_zero_that_are_whole_go_on_without_a_rank(
+    complaint: Callable[..., str], render: Callable[..., str]
+) -> None:
+    arguments = ["--to", "local", "-c", "scale/deepspeed_zero1", "trainer.devices=2", "--lose", "1"]
+    assert "ZeRO's checkpoints" in complaint("language/quickstart_adamw", *arguments, "--print")
+    assert "deepspeed_zero1" in render(QUICKSTART, *arguments)
 
 
 # --- secrets

@@ -88,10 +88,11 @@ def test_rows_that_cannot_be_shared_are_refused(started):
         on_started_ranks(recipe(data="tiny_lab.faults.ExactRows"), 6)
 
 
-def test_zero_is_refused():
-    resolved = resolve("language/quickstart", ["scale/deepspeed_zero1"], [])
+def test_zero_is_refused_unless_it_divides_by_matrices():
+    resolved = resolve("language/quickstart_adamw", ["scale/deepspeed_zero1"], [])
     with pytest.raises(UserError, match="ZeRO's checkpoints continue only on the number of ranks"):
         refuse_fixed_ranks(resolved)
+    refuse_fixed_ranks(resolve("language/quickstart", ["scale/deepspeed_zero1"], []))
 
 
 @pytest.mark.parametrize(
