@@ -32,6 +32,8 @@ from lightspan.training.strategies import ExactMeans
 from lightspan.training.wiring.optimizers import MATRIX_OPTIMIZERS, SharesSteps, clip_in_the_step
 
 _FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_ROOM = 200_000_000
+"""Numbers of gradients on their way where settings name none, as Lightning's."""
 
 
 class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
@@ -80,12 +82,13 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
                     f"offload_optimizer_device={device}: the state of {name} lives on the device or in main memory; "
                     "set offload_optimizer_device=cpu"
                 )
-            optimizer.share_step(offload=device == "cpu")
+            if self._zero["stage"]:
+                optimizer.share_step(offload=device == "cpu")
 
     @property
     def _zero(self) -> dict[str, Any]:
         assert isinstance(self.config, dict)
-        return {"stage": 0, **self.config.get("zero_optimization", {})}
+        return {"stage": 0, "reduce_bucket_size": _ROOM, **self.config.get("zero_optimization", {})}
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, scheduler = super()._init_optimizers()
@@ -113,13 +116,21 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
     def _undivided(self) -> dict[str, Any]:
         """Settings of an engine that hands whole parameters in their own precision to the optimiser, unclipped."""
         assert isinstance(self.config, dict)
-        if self.config.get("fp16", {}).get("enabled"):
+        own, precision = self.config, self.precision_plugin.precision
+        asked = [kind for kind in ("fp16", "bf16") if own.get(kind, {}).get("enabled")]
+        if asked and not precision.startswith("bf16"):
             raise UserError(
-                f"trainer.precision={self.precision_plugin.precision}: under DeepSpeed an optimiser of matrices steps "
-                "weights in their own precision, without scaled losses; set trainer.precision=bf16-mixed"
+                f"trainer.precision={precision} with DeepSpeed's {asked[0]}: an optimiser of matrices steps weights in "
+                "their own precision, without scaled losses; set trainer.precision=bf16-mixed"
             )
-        kept = {key: value for key, value in self.config.items() if key not in ("bf16", "zero_optimization")}
-        if self.precision_plugin.precision == "bf16-mixed":
+        limit = self.lightning_module.trainer.gradient_clip_val or 0.0
+        if own.get("gradient_clipping", limit) != limit:
+            raise UserError(
+                f"gradient_clipping={own['gradient_clipping']} in DeepSpeed's settings: an optimiser of matrices clips "
+                f"inside its step; set trainer.gradient_clip_val={own['gradient_clipping']} instead"
+            )
+        kept = {key: value for key, value in own.items() if key not in ("bf16", "zero_optimization")}
+        if precision == "bf16-mixed":
             kept["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         return {**kept, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
 
@@ -170,7 +181,7 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
         """
         path = Path(self.broadcast(str(checkpoint_path)))
         # Who only evaluates has no optimiser, and takes what there is.
-        self._whole = self._by_matrix or not (self._fits or self.zero_stage_3 or self.broadcast(path.is_dir()))
+        self._whole = self._by_matrix or (self.broadcast(path.is_file()) and not (self.zero_stage_3 or self._fits))
         if self._whole:
             self._use_whole_files()
             return DDPStrategy.load_checkpoint(self, path, weights_only)

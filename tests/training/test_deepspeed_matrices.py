@@ -39,6 +39,7 @@ pytestmark = pytest.mark.ranks
 needs_deepspeed = pytest.mark.skipif(not zero.READY, reason=zero.NOT_READY)
 RANKS, STEPS, SAVED, STAGES = 2, 4, 2, (1, 2)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+ON = {"enabled": True}
 CASES = {  # optimiser, callbacks, settings of ZeRO
     "FactoredMuon": (partial(FactoredMuon, lr=0.02), [], {}),
     "LowRank": (partial(LowRank, lr=0.01, rank=2, refresh=2), [], {"offload_optimizer": True}),
@@ -305,8 +306,21 @@ def test_other_optimisers_of_matrices_and_other_places_of_state_are_refused():
         share_steps(zero.OnCPU(1), [LowRank(weights, rank=2, residual=None, backward="hooks")])
     with pytest.raises(UserError, match=r"class_path=lightspan.training.deepspeed.ZeRO"):
         share_steps(DeepSpeedStrategy(stage=1), [Muon(weights)])
-    adamw = torch.optim.AdamW(weights)
-    share_steps(zero.OnCPU(3), [adamw])
+    share_steps(zero.OnCPU(3), [torch.optim.AdamW(weights)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"gradient_clipping": 1.0}, "trainer.gradient_clip_val"), ({"bf16": ON}, "trainer.precision")],
+)
+def test_settings_that_an_engine_which_divides_nothing_would_honour_otherwise_are_refused(settings, name):
+    pytest.importorskip("deepspeed")
+    strategy = zero.OnCPU(1, config={"zero_optimization": {"stage": 1}, **settings})
+    module = Net(ADAMW, range(1))
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    strategy.connect(module)
+    with pytest.raises(UserError, match=name):
+        strategy._undivided()
 
 
 class Rows(LightningDataModule):
