@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightspan.callbacks.resilience.stamp import KEY, run_ids
+from lightspan.callbacks.resilience.uploads import Uploads
 from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import link_atomic
@@ -26,10 +27,13 @@ class Writer:
     Args:
         folder: of the checkpoints.
         in_background: whether to write in a thread, behind what was asked for before.
+        uploads: what copies each checkpoint, on the first rank.
     """
 
-    def __init__(self, folder: Annotated[Path, PathUse.RUN], in_background: bool) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Annotated[Path, PathUse.RUN], in_background: bool, uploads: Uploads | None = None
+    ) -> None:
+        self.folder, self._uploads = folder, uploads
         self._background = Background() if in_background else None
         self._folders: FolderCheckpoints | None = None
         self._submitted_step: int | None = None
@@ -40,6 +44,8 @@ class Writer:
 
         Args:
             check: refuses the checkpoint of a sharded model, whose folder is read part by part.
+
+        Raises: UserError for copies of what a strategy writes by itself, in place.
         """
         strategy = trainer.strategy
         use_whole_files(strategy, self._background)
@@ -48,6 +54,11 @@ class Writer:
             if strategy._save_distributed_checkpoint:
                 setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
             setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
+        if self._uploads is not None and not self._writes_all(strategy):
+            raise UserError(
+                f"copies={self._uploads.address}: {type(strategy).__name__} writes checkpoints by itself and in place, "
+                "so none can be copied while training goes on; leave copies out"
+            )
 
     def new_moment(self) -> None:
         """What was written before may no longer be the state of the run."""
@@ -70,6 +81,8 @@ class Writer:
             self._submitted_step = trainer.global_step
             if trainer.is_global_zero:
                 self.afterwards(filepath, set_latest)
+            if self._uploads is not None and not linked:
+                self.afterwards(filepath, partial(self._uploads.add, step=trainer.global_step))
         return linked
 
     def afterwards(self, filepath: str, job: Callable[[Path], None]) -> None:
@@ -87,6 +100,8 @@ class Writer:
     def close(self) -> None:
         if self._background is not None:
             self._background.close()
+        if self._uploads is not None:
+            self._uploads.close()
         if self._folders is not None:
             self._folders.close()
 
