@@ -91,7 +91,8 @@ def state_of(address: str) -> ObjectState:
 
 def write(address: str, content: bytes) -> None:
     """An object, whole or not at all. Raises: OSError as `read_range`."""
-    _asked(address, lambda store: store.pipe_file(address, content))
+    limit_s = TIMEOUT_S + len(content) / BYTES_PER_S
+    _asked(address, lambda store: store.pipe_file(address, content, timeout=limit_s))
 
 
 def put_file(address: str, path: Path) -> None:
@@ -102,7 +103,7 @@ def put_file(address: str, path: Path) -> None:
 
 def remove(address: str) -> None:
     """Of an object, which need not be there. Raises: OSError as `read_range`."""
-    _asked(address, lambda store: store.rm_file(address))
+    _asked(address, lambda store: store.rm_file(address, timeout=TIMEOUT_S))
 
 
 def names_in(address: str) -> list[str]:

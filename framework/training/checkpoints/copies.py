@@ -127,18 +127,19 @@ def fetched(address: str) -> Path:
 
 def _files(content: bytes, step: int, where: str) -> Files:
     """{name: {"bytes", "sha256"}} of a list. Raises: UserError for one of another form, and for names that lead out."""
+    own, newer = f"{CHECKPOINTS}/step={step}{SUFFIX}", False
     try:
         listed = json.loads(content)
+        newer = type(listed["format"]) is int and listed["format"] > FORMAT
         files = listed["files"]
-        if type(listed["format"]) is int and listed["format"] > FORMAT:
-            raise UserError(f"{where} has format {listed['format']}, and this lightspan reads {FORMAT}; upgrade it")
         known = listed["format"] == FORMAT and listed["step"] == step and isinstance(files, dict)
         known = known and all(_is_known(name, entry, step) for name, entry in files.items())
-        # A file and a folder of the same name would be two checkpoints.
-        own = f"{CHECKPOINTS}/step={step}{SUFFIX}"
+        # One file of the checkpoint's name, or files in a folder of that name.
         known = known and (set(files) - {RESOLVED} == {own} or (own not in files and bool(set(files) - {RESOLVED})))
     except (ValueError, TypeError, KeyError, RecursionError):
         known = False
+    if newer:
+        raise UserError(f"{where} has a newer format than {FORMAT}, which this lightspan reads; upgrade lightspan")
     if not known:
         raise UserError(f"{where} is no list of the files of a checkpoint of step {step}; {_WAY_OUT}")
     return dict(files)
