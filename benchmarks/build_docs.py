@@ -593,8 +593,8 @@ def adapted_layers(results: Path) -> list[str]:
     worst = max(row["of_lora"] for row in record["rows"] if row["adapter"] in ("SVFit", "FLoRA"))
     return [
         f"Time of an adapted layer at rank {record['rank']}, with its frozen part, against LoRA in interleaved rounds.",
-        "Kept for the backward pass is what autograd keeps besides weights; torch's convolutions keep their input, frozen",
-        "or not.",
+        "Kept for the backward pass is what autograd keeps besides weights; torch's convolutions keep their input,",
+        "frozen or not.",
         "",
         *markdown(("layer", "work", "adapter", "ms", "x LoRA", "kept for backward, KiB"), rows),
         *goals([("SVFit and FLoRA, x LoRA, at worst", "<=", record["limit"], worst, "")]),

@@ -18,15 +18,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.hooks import RemovableHandle
 
 from lightspan.callbacks.resilience.stamp import KEY, go_on_drawing, refuse_other_optimizers, stamp
-from lightspan.callbacks.resilience.uploads import Uploads
 from lightspan.callbacks.resilience.writer import Writer
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import remove_leftovers
 from lightspan.core.files.places import PathName, PathUse, RunPath
 from lightspan.core.files.runs import CHECKPOINTS
-from lightspan.training.checkpoints.copies import checked, try_out
+from lightspan.training.checkpoints.copies import checked
 from lightspan.training.checkpoints.fit import check_fits
-from lightspan.training.checkpoints.folder import error_message
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
 from lightspan.training.checkpoints.names import OwnFiles
 from lightspan.training.checkpoints.pending_work import PendingWork, load_positions, rewind_logs
@@ -114,15 +112,10 @@ class Checkpoint(OwnFiles):
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
         fits = stage == "fit"
-        uploads = Uploads(self._copies) if self._copies and fits and trainer.is_global_zero else None
-        self._writer = Writer(Path(self.dirpath or ""), self._in_background and fits, uploads)
+        self._writer = Writer(Path(self.dirpath or ""), self._in_background and fits, self._copies if fits else None)
         self._writer.use_whole_files(trainer, partial(_refuse_shards, trainer))
         if trainer.is_global_zero and fits:
             remove_leftovers(self.dirpath)
-        if self._copies and fits:
-            verdict = error_message(partial(try_out, self._copies)) if trainer.is_global_zero else None
-            if verdict := trainer.strategy.broadcast(verdict):
-                raise UserError(f"copies: {verdict}")
         self.look(trainer)
         guard(trainer)
         if isinstance(trainer.precision_plugin, DoublePrecision):

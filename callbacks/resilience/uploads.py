@@ -37,7 +37,11 @@ class Uploads:
         """Copies a whole checkpoint as it is now, whatever happens to its name afterwards, and returns at once."""
         assert self._thread is not None, "a checkpoint was written after the end of the run"
         kept = temporary_path(checkpoint, secrets.token_hex(4))  # `remove_leftovers` knows such names
-        link_atomic(checkpoint, kept)
+        try:
+            link_atomic(checkpoint, kept)
+        except Exception as error:  # a file system without links, and a disk without room for a second one
+            _tell(checkpoint, step, error)
+            return
         with self._lock:
             overtaken, self._waiting = self._waiting, (kept, checkpoint, step)
         if overtaken is not None:
@@ -61,13 +65,11 @@ class Uploads:
             while len(self._made) > KEPT:
                 remove_copy(self.address, self._made.pop(0))
         except Exception as error:  # of any kind: a run does not end for a copy
-            print(
-                printable(
-                    f"warning: step {step} was not copied: {one_line(error)}; training goes on, and the checkpoint is "
-                    f"in {checkpoint.parent}"
-                ),
-                file=sys.stderr,
-                flush=True,
-            )
+            _tell(checkpoint, step, error)
         finally:
             discard(kept)
+
+
+def _tell(checkpoint: Path, step: int, error: Exception) -> None:
+    text = f"warning: step {step} was not copied: {one_line(error)}; training goes on, and {checkpoint} stays"
+    print(printable(text), file=sys.stderr, flush=True)

@@ -65,17 +65,18 @@ def upload(address: Annotated[str, PathUse.SERVER], checkpoint: Path, step: int,
     sums = summed(Path(), [str(path.absolute()) for path in places.values()])
     files = {listed: sums[str(path.absolute())] for listed, path in places.items()}
     content = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True).encode()
-    copy = f"step={step}-{hashlib.sha256(content).hexdigest()}"
+    copy = f"step={step}-{_entry(content)['sha256']}"
     for listed, path in places.items():
         retried(partial(_put, f"{address}/{copy}/{listed}", path, files[listed]))
     for place, text in ((f"{copy}/{LIST}", content), (LATEST, f"{copy}\n".encode())):
-        retried(partial(_put_small, f"{address}/{place}", text))
+        retried(partial(_put, f"{address}/{place}", text, _entry(text)))
     return copy
 
 
 def try_out(address: str) -> None:
     """Writes an object and reads it back. Raises: UserError where that is not possible."""
-    retried(partial(_put_small, f"{address}/{TRIED}", b"Copies of the checkpoints of a run come here.\n"))
+    note = b"Copies of the checkpoints of a run come here.\n"
+    retried(partial(_put, f"{address}/{TRIED}", note, _entry(note)))
 
 
 def remove_copy(address: str, copy: str) -> None:
@@ -106,7 +107,7 @@ def fetched(address: str) -> Path:
     assert found is not None
     step, digest = int(found[1]), found[2]
     content = retried(partial(_small, f"{address}/{LIST}", _MOST_LIST))
-    if (sha256 := hashlib.sha256(content).hexdigest()) != digest:
+    if (sha256 := _entry(content)["sha256"]) != digest:
         raise UserError(
             f"{address}/{LIST} has sha256 {sha256}, but the name of the copy says {digest}: it was damaged or "
             f"exchanged, and nothing was read; {_WAY_OUT}"
@@ -175,19 +176,16 @@ def _make_room(part: Path, copy: Path, incoming: int) -> None:
         )
 
 
-def _put(address: str, path: Path, entry: Mapping[str, Any]) -> None:
+def _put(address: str, source: Path | bytes, entry: Mapping[str, Any]) -> None:
     """Writes an object and reads it back: a store may not have what it says it has."""
     with _named(address, "written"):
-        stores.put_file(address, path)
+        stores.put_file(address, source) if isinstance(source, Path) else stores.write(address, source)
     if found := _read(address, entry):
-        raise UserError(f"{address} {found} that were written") from ConnectionError()  # another attempt may help
+        raise UserError(f"{address} {found} that it was given") from ConnectionError()  # another attempt may help
 
 
-def _put_small(address: str, content: bytes) -> None:
-    with _named(address, "written"):
-        stores.write(address, content)
-    if _small(address, len(content)) != content:
-        raise UserError(f"{address} is not what was written to it") from ConnectionError()
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _get(address: str, target: Path, entry: Mapping[str, Any]) -> None:
