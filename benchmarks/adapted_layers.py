@@ -1,5 +1,5 @@
-"""Forward and forward with backward of an adapted layer, as a ratio to LoRA of the same rank: `python
-benchmarks/adapted_layers.py [--json benchmarks/results/adapted_layers.json]`.
+"""Forward and forward with backward of an adapted layer, as a ratio to LoRA of the same rank, and what it keeps for the
+backward pass: `python benchmarks/adapted_layers.py [--json benchmarks/results/adapted_layers.json]`.
 
 One process and one thread, in processor time, so that what else runs on the machine counts little. A round times every
 adapter once, in an order that rotates from round to round; a ratio is taken within its round, and the median over
@@ -23,6 +23,7 @@ from lightspan.adapters.codyra import GatedLoRA
 from lightspan.adapters.flora import FLoRA
 from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
+from lightspan.adapters.paca import PaCA
 from lightspan.adapters.svfit import SVFit
 from lightspan.core.files.atomic import write_atomic
 
@@ -33,6 +34,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 ARMS: dict[str, AdapterSpec] = {
     "LoRA": LoRA(rank=RANK),
+    "PaCA": PaCA(rank=RANK),
     "SVFit": SVFit(rank=RANK),
     "FLoRA": FLoRA(rank=RANK),
     "GatedLoRA": GatedLoRA(rank=RANK),
@@ -54,6 +56,21 @@ def forward(layer: nn.Module, x: Tensor) -> None:
 def forward_backward(layer: nn.Module, x: Tensor) -> None:
     """With a gradient for the input, which the layers before would need."""
     layer(x).sum().backward()
+
+
+def kept_bytes(layer: nn.Module, x: Tensor) -> int:
+    """What autograd keeps of a forward pass besides parameters and buffers, each memory once."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    return sum(kept.values())
 
 
 def seconds(work: Callable[[nn.Module, Tensor], None], layer: nn.Module, x: Tensor, repeats: int) -> float:
@@ -83,6 +100,7 @@ def measure(rounds: int, repeats: int) -> list[dict[str, object]]:
                         "layer": layer_name,
                         "work": work_name,
                         "adapter": name,
+                        "kept_kib": kept_bytes(layers[name], x) / 2**10 if work is forward_backward else None,
                         "ms": 1000 * statistics.median(times[name]),
                         "of_lora": statistics.median(ratios),
                         "of_lora_quartiles": statistics.quantiles(ratios, n=4)[::2],

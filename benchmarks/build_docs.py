@@ -584,14 +584,19 @@ def adapted_layers(results: Path) -> list[str]:
     if record is None:
         return [MISSING, ""]
     rows = [
-        (row["layer"], row["work"], row["adapter"], number(row["ms"]), number(row["of_lora"], ".3f"))
+        (
+            *(row["layer"], row["work"], row["adapter"], number(row["ms"]), number(row["of_lora"], ".3f")),
+            number(row["kept_kib"], ",.0f"),
+        )
         for row in record["rows"]
     ]
     worst = max(row["of_lora"] for row in record["rows"] if row["adapter"] in ("SVFit", "FLoRA"))
     return [
         f"Time of an adapted layer at rank {record['rank']}, with its frozen part, against LoRA in interleaved rounds.",
+        "Kept for the backward pass is what autograd keeps besides weights; torch's convolutions keep their input,",
+        "frozen or not.",
         "",
-        *markdown(("layer", "work", "adapter", "ms", "x LoRA"), rows),
+        *markdown(("layer", "work", "adapter", "ms", "x LoRA", "kept for backward, KiB"), rows),
         *goals([("SVFit and FLoRA, x LoRA, at worst", "<=", record["limit"], worst, "")]),
         *provenance(COMMANDS["adapted_layers"], facts(record, "processor", "threads", "rounds", "torch")),
     ]

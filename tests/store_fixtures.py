@@ -17,7 +17,7 @@ KEY, SECRET = "AKIAPLANTEDPLANTED00", "planted/secret/access/key/0123456789abcd"
 class Gate:
     """address: of the server. asked: (method, path, range) of each request. stumbles: {path: what to answer first, each
     once}: a status, (status, code of S3), "cut" for half of the content, "flip" for a wrong byte in its midst, "drip"
-    for one byte after another, or "silent".
+    for one byte after another, "silent", or "lies" for twice the length in the header; None is answered as it is.
     """
 
     address: str = ""
@@ -37,6 +37,13 @@ class Gate:
                 return [page]
             if now == "silent":
                 self.released.wait(20)
+            if now == "lies":
+
+                def begin(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+                    long = [(n, str(2 * int(v)) if n.lower() == "content-length" else v) for n, v in headers]
+                    return start_response(status, long, *rest)
+
+                return application(environ, begin)
             content = b"".join(application(environ, start_response))
             half = len(content) // 2
             if now == "drip":

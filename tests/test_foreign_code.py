@@ -38,7 +38,7 @@ ONE_PLACE = {
     "Image.open": {"datamodules/shards/headers.py"},
     "trimesh.load": {"datamodules/points/reading.py"},
     "laspy.open": {"datamodules/points/scans.py"},
-    "fsspec.filesystem": {"datamodules/shards/stores.py"},
+    "fsspec.filesystem": {"framework/core/files/stores.py"},
     "format.read_array": {"framework/core/files/arrays.py"},
     "open_memmap": {"framework/core/files/arrays.py"},
     # The project's own: an asset, and a cache.

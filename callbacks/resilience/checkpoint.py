@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from weakref import proxy
 
 import torch
@@ -21,8 +21,9 @@ from lightspan.callbacks.resilience.stamp import KEY, go_on_drawing, refuse_othe
 from lightspan.callbacks.resilience.writer import Writer
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import remove_leftovers
-from lightspan.core.files.places import PathName, RunPath
+from lightspan.core.files.places import PathName, PathUse, RunPath
 from lightspan.core.files.runs import CHECKPOINTS
+from lightspan.training.checkpoints.copies import checked
 from lightspan.training.checkpoints.fit import check_fits
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
 from lightspan.training.checkpoints.names import OwnFiles
@@ -59,6 +60,9 @@ class Checkpoint(OwnFiles):
         save_weights_only: leave out optimiser and loop state; a run cannot be resumed from such a file.
         in_background: copy the state to CPU memory at the step and write it while training continues. The next
             save and the end of fit wait for it. It needs the checkpoint's size in CPU memory.
+        copies: SCHEME://BUCKET/NAME in an object store, into which each new checkpoint is copied while training goes
+            on (`lightspan.training.checkpoints.copies`); `fit --resume` continues from there. The command line alone
+            may set it. A copy that fails is told, and ends nothing; the end of fit waits for the last one.
     """
 
     alters_training = False  # see config.identity
@@ -74,12 +78,14 @@ class Checkpoint(OwnFiles):
         train_time_interval: timedelta | None = None,
         save_weights_only: bool = False,
         in_background: bool = False,
+        copies: Annotated[str, PathUse.SERVER] | None = None,
     ) -> None:
         if dirpath is not None and "://" in dirpath:
             raise UserError(
                 f"dirpath={dirpath!r}: checkpoints can only be written safely to local and mounted file systems; "
-                "give a folder and copy it from there"
+                "give a folder, and copies=s3://BUCKET/NAME for copies in a store"
             )
+        self._copies = None if copies is None else checked(copies, "copies")
         super().__init__(
             dirpath=dirpath,
             filename=filename,
@@ -105,9 +111,10 @@ class Checkpoint(OwnFiles):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
-        self._writer = Writer(Path(self.dirpath or ""), self._in_background and stage == "fit")
+        fits = stage == "fit"
+        self._writer = Writer(Path(self.dirpath or ""), self._in_background and fits, self._copies if fits else None)
         self._writer.use_whole_files(trainer, partial(_refuse_shards, trainer))
-        if trainer.is_global_zero and stage == "fit":
+        if trainer.is_global_zero and fits:
             remove_leftovers(self.dirpath)
         self.look(trainer)
         guard(trainer)

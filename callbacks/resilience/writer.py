@@ -10,11 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightspan.callbacks.resilience.stamp import KEY, run_ids
+from lightspan.callbacks.resilience.uploads import Uploads
 from lightspan.core.distributed import world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import link_atomic
 from lightspan.core.files.places import PathUse
 from lightspan.training.checkpoints.background import Background
+from lightspan.training.checkpoints.copies import try_out
 from lightspan.training.checkpoints.folder import FolderCheckpoints, error_message
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO, outline, refuse_torn, use_whole_files
 from lightspan.training.checkpoints.manifest import COMPLETE, header, newest_whole, seal_folder, set_latest
@@ -26,10 +28,17 @@ class Writer:
     Args:
         folder: of the checkpoints.
         in_background: whether to write in a thread, behind what was asked for before.
+        copies: where each checkpoint is copied to, too.
     """
 
-    def __init__(self, folder: Annotated[Path, PathUse.RUN], in_background: bool) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Annotated[Path, PathUse.RUN],
+        in_background: bool,
+        copies: Annotated[str, PathUse.SERVER] | None = None,
+    ) -> None:
+        self.folder, self._copies = folder, copies
+        self._uploads: Uploads | None = None  # on the first rank
         self._background = Background() if in_background else None
         self._folders: FolderCheckpoints | None = None
         self._submitted_step: int | None = None
@@ -40,6 +49,9 @@ class Writer:
 
         Args:
             check: refuses the checkpoint of a sharded model, whose folder is read part by part.
+
+        Raises: UserError, on every rank, for copies of what a strategy writes by itself, and to where nothing can be
+        written.
         """
         strategy = trainer.strategy
         use_whole_files(strategy, self._background)
@@ -48,6 +60,18 @@ class Writer:
             if strategy._save_distributed_checkpoint:
                 setattr(strategy, "save_checkpoint", self._folders.save)  # noqa: B010
             setattr(strategy, "load_checkpoint", self._folders.load)  # noqa: B010
+        if self._copies is None:
+            return
+        if not self._writes_all(strategy):
+            raise UserError(
+                f"copies={self._copies}: {type(strategy).__name__} writes checkpoints by itself and in place, so none "
+                "can be copied while training goes on; leave copies out"
+            )
+        verdict = error_message(partial(try_out, self._copies)) if trainer.is_global_zero else None
+        if verdict := strategy.broadcast(verdict):
+            raise UserError(f"copies: {verdict}")
+        if trainer.is_global_zero:
+            self._uploads = Uploads(self._copies)
 
     def new_moment(self) -> None:
         """What was written before may no longer be the state of the run."""
@@ -70,6 +94,8 @@ class Writer:
             self._submitted_step = trainer.global_step
             if trainer.is_global_zero:
                 self.afterwards(filepath, set_latest)
+            if self._uploads is not None and not linked:
+                self.afterwards(filepath, partial(self._uploads.add, step=trainer.global_step))
         return linked
 
     def afterwards(self, filepath: str, job: Callable[[Path], None]) -> None:
@@ -87,6 +113,8 @@ class Writer:
     def close(self) -> None:
         if self._background is not None:
             self._background.close()
+        if self._uploads is not None:
+            self._uploads.close()
         if self._folders is not None:
             self._folders.close()
 

@@ -13,9 +13,11 @@ from filelock import FileLock
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import atomic_path, explained_os_errors, temporary_path
+from lightspan.core.files.attempts import retried
 from lightspan.core.files.caches import CacheFolder
 from lightspan.core.files.places import CachePath
-from lightspan.datamodules.shards.fetch import SCHEME, local_path, open_shard, retried
+from lightspan.core.files.stores import SCHEME
+from lightspan.datamodules.shards.fetch import local_path, open_shard
 from lightspan.datamodules.shards.index import sha256_of
 
 COPY = "[0-9a-f]" * 32 + ".tar"

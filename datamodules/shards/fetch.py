@@ -4,31 +4,24 @@ stores.
 
 import itertools
 import re
-import socket
 import ssl
-import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable
 from http import HTTPStatus
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from lightspan.core.errors import UserError, one_line, printable
+from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import expanded, require_regular_file
-from lightspan.datamodules.shards.stores import STORES, ObjectStream, read_range, require_object
+from lightspan.core.files.stores import SCHEME, STORES, ObjectStream, in_store, read_range, require_object
 
 MAX_SHARDS = 100_000  # what one pattern may expand to
 TIMEOUT_S = 60.0  # without a byte from the server
 # The least that a server must send in each such waiting time. Together with a limit on bytes, which every
 # reader has, this ends every fetch, even one that only trickles.
 PACE_S, PACE_BYTES = 60.0, 2**20
-PAUSES_S = (1.0, 4.0, 15.0)  # before each new attempt at a fetch that failed
-T = TypeVar("T")
-SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # a single letter is a drive
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -58,10 +51,6 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(combination) for combination in itertools.product(*names)]
 
 
-class FetchError(UserError):
-    """What is behind the network cannot be had. That says nothing about the data: no sample is left out for it."""
-
-
 def check_shard(shard: str) -> None:
     """Raises: UserError unless `shard` can be a local path, an https address, or an object of a store."""
     if not shard or "\0" in shard:
@@ -83,12 +72,6 @@ def check_shard(shard: str) -> None:
             named = False
         if not named:
             raise UserError(f"shard {shard} is not an https address; write https://HOST/NAME.tar")
-
-
-def in_store(shard: str) -> bool:
-    """Whether it is the address of an object of a store."""
-    scheme = SCHEME.match(shard)
-    return scheme is not None and scheme[1].lower() in STORES
 
 
 def local_path(shard: str) -> Path:
@@ -176,35 +159,3 @@ def _opener() -> urllib.request.OpenerDirector:
     context = ssl.create_default_context()
     context.sslsocket_class = _PacedSocket
     return urllib.request.build_opener(_HttpsOnly, urllib.request.HTTPSHandler(context=context))
-
-
-def retried(fetch: Callable[[], T]) -> T:
-    """`fetch()`, retried after each of PAUSES_S if the failure of network or server may be temporary.
-
-    Raises: FetchError with the message and the cause of the UserError of `fetch`, if it has any other cause, or of the
-        last attempt, with the number of attempts.
-    """
-    for pause_s in PAUSES_S:
-        try:
-            return fetch()
-        except UserError as error:
-            if not _may_pass(error.__cause__):
-                raise FetchError(str(error)) from error.__cause__
-            print(printable(f"lightspan: {error}; trying again in {pause_s:g} s"), file=sys.stderr, flush=True)
-            time.sleep(pause_s)
-    try:
-        return fetch()
-    except UserError as error:
-        raise FetchError(f"{error} (attempt {len(PAUSES_S) + 1}, the last)") from error.__cause__
-
-
-def _may_pass(cause: BaseException | None) -> bool:
-    if isinstance(cause, urllib.error.HTTPError):
-        return cause.code in (408, 425, 429) or cause.code >= 500  # too slow, too early, too many, server errors
-    if isinstance(cause, urllib.error.URLError) and isinstance(cause.reason, BaseException):
-        cause = cause.reason
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return False
-    if isinstance(cause, socket.gaierror):
-        return cause.errno == socket.EAI_AGAIN
-    return isinstance(cause, HTTPException | ConnectionError | TimeoutError | ssl.SSLError)

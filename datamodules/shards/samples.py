@@ -15,12 +15,14 @@ import numpy as np
 from lightspan.core.batches import batch_type_of
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import require_regular_file, write_atomic
+from lightspan.core.files.attempts import FetchError, retried
 from lightspan.core.files.foreign import BYTES, TooMuchError
 from lightspan.core.files.places import PathUse
+from lightspan.core.files.stores import SCHEME
 from lightspan.datamodules.loading.order import Order
 from lightspan.datamodules.loading.workers import Damaged
 from lightspan.datamodules.shards.cache import ShardCache
-from lightspan.datamodules.shards.fetch import SCHEME, FetchError, local_path, open_shard, read_span, retried
+from lightspan.datamodules.shards.fetch import local_path, open_shard, read_span
 from lightspan.datamodules.shards.index import SUFFIX, ShardIndex, from_json, read_sample, sample_of, scan
 
 MAX_INDEX_BYTES = 2**30  # of one shard's index file

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 from lightspan.core.errors import UserError, one_line
+from lightspan.core.files import stores
 from lightspan.core.files.atomic import write_atomic
+from lightspan.core.files.attempts import retried
 from lightspan.core.files.places import PathUse
-from lightspan.datamodules.shards import stores
-from lightspan.datamodules.shards.fetch import open_shard, retried
+from lightspan.datamodules.shards.fetch import open_shard
 
 T = TypeVar("T")
 

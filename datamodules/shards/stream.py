@@ -19,6 +19,7 @@ from lightspan.core.distributed import rank, world_size
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import BYTES
 from lightspan.core.files.places import CachePath, ReadPath
+from lightspan.core.files.stores import SCHEME
 from lightspan.core.ranges import require_numbers
 from lightspan.datamodules.image.augment.fields import ImageFields, Place
 from lightspan.datamodules.image.augment.views import Views, numbers_of_views
@@ -27,7 +28,7 @@ from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader
 from lightspan.datamodules.loading.ranks import evaluation_loader, say, train_loader
 from lightspan.datamodules.shards.cache import ShardCache
 from lightspan.datamodules.shards.decoders import IMAGES, check_fields, decode_fields
-from lightspan.datamodules.shards.fetch import SCHEME, check_shard, expand_braces, local_path
+from lightspan.datamodules.shards.fetch import check_shard, expand_braces, local_path
 from lightspan.datamodules.shards.samples import OpenShard, ShardOpener, ShardSamples
 from lightspan.datamodules.shards.stand_ins import NOWHERE, black_png
 

@@ -199,7 +199,7 @@ def readable_weight(layer: nn.Module) -> Tensor:
     if not is_open(layer):
         raise UserError(
             f"this adapter uses the weight, but that of {type(layer).__name__} is quantised or computed, so it "
-            "cannot be read; choose LoRA, GatedLoRA, FLoRA or Full"
+            "cannot be read; choose LoRA, PaCA, GatedLoRA, FLoRA or Full"
         )
     return weight_of(layer)
 

@@ -6,6 +6,7 @@ from lightspan.adapters.diffscaler import DiffScaler
 from lightspan.adapters.flora import FLoRA
 from lightspan.adapters.full import Full
 from lightspan.adapters.lora import LoRA
+from lightspan.adapters.paca import PaCA
 from lightspan.adapters.svfit import SVFit
 
 CASES: dict[str, AdapterSpec] = {
@@ -17,4 +18,5 @@ CASES: dict[str, AdapterSpec] = {
     "SVFit-energy": SVFit(energy=0.8),
     "FLoRA": FLoRA(rank=3, kernel_rank=2, scale=0.5),
     "GatedLoRA": GatedLoRA(rank=2),
+    "PaCA": PaCA(rank=2, alpha=3.0, cap=True),
 }

@@ -194,13 +194,14 @@ def test_projections_and_adapters_are_held_to_their_goals(build_docs: ModuleType
     made_up = {"rows": [row], "target_x_floor": 4.0, "worst_fastfood_push_x_floor": 5.0, "device": "Abacus 3"}
     (tmp_path / "projections.json").write_text(json.dumps(made_up))
     layers = [
-        {"layer": "l", "work": "w", "adapter": a, "ms": 1.0, "of_lora": x} for a, x in (("LoRA", 1), ("FLoRA", 1.1))
+        {"layer": "l", "work": "w", "adapter": a, "ms": 1.0, "of_lora": x, "kept_kib": kept}
+        for a, x, kept in (("LoRA", 1, None), ("FLoRA", 1.1, 1234.4))
     ]
     (tmp_path / "adapted_layers.json").write_text(json.dumps({"rows": layers, "limit": 1.15, "rank": 16}))
     found = sections(build_docs.page(tmp_path))
     assert "| Fastfood | 2,048 | 16 | 1.50 | 2.00 | 5.00 | 6.00 | 8.0 |" in found["Random projections on a CPU"]
     assert "| push of Fastfood, x floor, at worst | <= 4 | 5 | **no** |" in found["Random projections on a CPU"]
-    assert "| l | w | FLoRA | 1.00 | 1.100 |" in found["Adapters on a CPU"]
+    assert "| l | w | FLoRA | 1.00 | 1.100 | 1,234 |" in found["Adapters on a CPU"]
     assert "| SVFit and FLoRA, x LoRA, at worst | <= 1.15 | 1.1 | yes |" in found["Adapters on a CPU"]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from store_fixtures import gate, s3_server  # noqa: F401
 
-from lightspan.datamodules.shards import fetch
+from lightspan.core.files import attempts
 
 
 @dataclass
@@ -34,7 +34,7 @@ class HttpsServer:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "PAUSES_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(attempts, "PAUSES_S", (0.01, 0.02, 0.03))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from lightning import Trainer
 from shard_files import damage, write_shard, write_shards
 
 from lightspan.core.errors import UserError
+from lightspan.core.files import attempts
 from lightspan.core.files.atomic import temporary_path
 from lightspan.core.files.caches import isolated_caches
 from lightspan.datamodules.shards import cache as shard_cache
@@ -210,7 +211,7 @@ def test_a_server_that_drips_a_shard_is_given_up(
     https_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PACE_S", 0.1)
-    monkeypatch.setattr(fetch, "PAUSES_S", ())
+    monkeypatch.setattr(attempts, "PAUSES_S", ())
     answer = [b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n", *[b"x"] * 30]
     https_server.stumbles["/a.tar"], https_server.pause_s = [answer], 0.02
     with pytest.raises(UserError, match=r"a\.tar could not be downloaded completely: the server sent \d+ bytes in 0 s"):

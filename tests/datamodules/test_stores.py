@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lightspan.cli.main import main
 from lightspan.core.errors import UserError
+from lightspan.core.files import stores
+from lightspan.core.files.attempts import FetchError, retried
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.loading.loader import ExactLoader
-from lightspan.datamodules.shards import stores
 from lightspan.datamodules.shards.cache import ShardCache
-from lightspan.datamodules.shards.fetch import FetchError, check_shard, open_shard, read_span, retried
+from lightspan.datamodules.shards.fetch import check_shard, open_shard, read_span
 from lightspan.datamodules.shards.stream import Shards
 
 s3fs = pytest.importorskip("s3fs", reason="the extra `cloud` is not installed")

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _source(text: str) -> Path | str:
     """A folder, or - or an address, which stay text."""
-    from lightspan.datamodules.shards.fetch import SCHEME
+    from lightspan.core.files.stores import SCHEME
     from lightspan.datamodules.shards.pack_stream import STANDARD_INPUT
 
     return text if text == STANDARD_INPUT or SCHEME.match(text) else folder(text)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _shelf(args: argparse.Namespace) -> "Iterator[Shelf]":
     """Raises: UserError for an address that is not of an object store, and for any at which the action cannot look."""
-    from lightspan.datamodules.shards.fetch import in_store
+    from lightspan.core.files.stores import in_store
     from lightspan.datamodules.shards.shelves import FolderShelf, StoreShelf
 
     if isinstance(args.source, Path):

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|never|PATH",
         help="auto (default): continue from the last checkpoint in --run DIR, if there is one; never: refuse; "
-        "or a checkpoint file",
+        "or a checkpoint, or s3://BUCKET/NAME with copies of a run's checkpoints",
     )
     parser.add_argument(
         "--wandb", action="store_true", help="also log to Weights & Biases; offline if there is no API key"

@@ -28,6 +28,8 @@ from lightspan.core.files.atomic import (
 )
 from lightspan.core.files.foreign import SETTINGS_BYTES, settings_object
 from lightspan.core.files.runs import CHECKPOINTS, FAILED, LOCK, MERGED, METRICS, MODEL, PROVENANCE, RESOLVED
+from lightspan.core.files.stores import in_store
+from lightspan.training.checkpoints.copies import fetched
 from lightspan.training.checkpoints.manifest import LAST, checkpoints, manifest, newest_whole, not_a_checkpoint
 
 try:
@@ -154,7 +156,7 @@ def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
     """The checkpoint that --resume means, or None for a fresh start. Raises: UserError if it would lose a run.
 
     Args:
-        how: auto, never, or the path of a checkpoint.
+        how: auto, never, the path of a checkpoint, or the address of copies in an object store.
         given: whether the user named the run folder; a folder made for this run holds nothing to continue.
 
     `auto` chooses the newest whole one and names on stderr those that it skipped. The first rank chooses for all, so
@@ -170,16 +172,16 @@ def checkpoint_to_resume(how: str, run_dir: Path, given: bool) -> Path | None:
                 f"--resume never: {run_dir} already contains a run; give another --run DIR or delete that folder"
             )
         return None
-    path = Path(how)
-    if not path.exists():
+    path, stored = Path(how), in_store(how)
+    if not stored and not path.exists():
         raise UserError(f"--resume {how}: no such file; give auto, never or the path of a checkpoint")
-    if other := not_a_checkpoint(path):
+    if not stored and (other := not_a_checkpoint(path)):
         raise UserError(f"--resume {path} {other}")
-    if checkpoints(folder) and run_dir not in path.absolute().parents:
+    if checkpoints(folder) and (stored or run_dir not in path.absolute().parents):
         raise UserError(
-            f"--resume {path}: {run_dir} contains another run, which would be overwritten; give another --run DIR"
+            f"--resume {how}: {run_dir} contains another run, which would be overwritten; give another --run DIR"
         )
-    return path.absolute()
+    return fetched(how) if stored else path.absolute()
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -11,10 +11,10 @@ from typing import BinaryIO, cast
 from lightspan.cli.zoo.index import INDEX, ZooNetwork, read_index
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.atomic import opened
+from lightspan.core.files.attempts import retried
 from lightspan.core.files.foreign import SETTINGS_BYTES
 from lightspan.core.files.runs import MODEL
-from lightspan.datamodules.shards.fetch import SCHEME, in_store, retried
-from lightspan.datamodules.shards.stores import STORES, ObjectStream, require_object
+from lightspan.core.files.stores import SCHEME, STORES, ObjectStream, in_store, require_object
 
 BLOCK_BYTES = 2**20
 

@@ -7,8 +7,8 @@ import pytest
 from store_fixtures import Gate, put
 
 from lightspan.cli.main import main
+from lightspan.core.files import attempts
 from lightspan.core.files.runs import MODEL
-from lightspan.datamodules.shards import fetch
 
 
 def upload(zoo: Path) -> str:
@@ -32,7 +32,7 @@ def test_a_bucket_gives_what_a_folder_gives(zoo: Path, tmp_path: Path, gate: Gat
 def test_a_store_that_stumbles_is_asked_again_and_other_bytes_are_refused(
     zoo: Path, tmp_path: Path, gate: Gate, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(attempts, "PAUSES_S", (0.0, 0.0, 0.0))
     place, out = upload(zoo), str(tmp_path / "out")
     weights = f"/lab/zoo/toy-digits/{MODEL}"
     gate.stumbles[weights] = [503, None, "cut"]  # for the size, for the size, for the content

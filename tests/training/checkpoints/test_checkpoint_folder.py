@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.core.errors import UserError
 from lightspan.training.checkpoints.bytes import HashingWriter
+from lightspan.training.checkpoints.copies import fetched
 from lightspan.training.checkpoints.folder import REST, read_folder
 from lightspan.training.checkpoints.io import WholeFileCheckpointIO
 from lightspan.training.checkpoints.manifest import COMPLETE, FORMAT, fault, header, latest, manifest, seal_folder
@@ -207,6 +208,27 @@ def process(index: int, folder: Path) -> None:
         of_four(index, folder)
 
 
+COPIES = "s3://lab/runs"
+
+
+def through_a_store(index: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    out = {}
+    with ranks(index, 2, folder):
+        trainer, model, _ = fit(2, folder / "straight", 6)
+        out["straight"] = state_of(trainer, model)
+        trainer, model, _ = fit(2, folder / "copied", 4, copies=COPIES)
+        out["middle"] = state_of(trainer, model)
+        dist.barrier()
+        trainer, model, _ = fit(2, folder / "again", 6, fetched(COPIES))
+        out["again"] = state_of(trainer, model)
+    if index == 0:
+        with ranks(0, 1, folder):
+            trainer, model, _ = fit(1, folder / "one", 4, fetched(COPIES))
+            out["one"] = state_of(trainer, model)
+        torch.save(out, folder / "out.pt")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
@@ -222,6 +244,15 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert a
     assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_a_folder_of_two_ranks_comes_back_from_a_store_on_two_and_on_one(gate, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rank_processes.start(through_a_store, 2, tmp_path)
+    out = written(tmp_path, "out")
+    assert_equal(out["again"], out["straight"])
+    assert_equal(out["one"], out["middle"])
+    assert {"__0_0.distcp", "__1_0.distcp", COMPLETE} < {path.name for path in fetched(COPIES).iterdir()}
 
 
 def test_weights_and_optimiser_are_the_same_on_two_then_one_then_four_ranks(runs):

@@ -7,7 +7,9 @@ none, and nothing here prints one.
 import errno
 import io
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -15,6 +17,7 @@ from lightspan.core.errors import UserError, first_lines, install_extra
 
 # A closed list: fsspec knows file systems that run programs, follow links into others, or read without encryption.
 STORES = ("s3", "gs", "abfs")
+SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):")  # a single letter is a drive
 BLOCK_BYTES = 2**24  # asked for at a time
 # A request for a range may take this long, and its bytes at this pace besides; a store that falls silent ends at once.
 TIMEOUT_S, BYTES_PER_S = 60.0, 2**20 / 60
@@ -24,6 +27,12 @@ _LASTING = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
 _CONTENT_NAMES = ("ETag", "etag", "generation")
 _process = os.getpid()  # in which fsspec waits for answers
 T = TypeVar("T")
+
+
+def in_store(address: str) -> bool:
+    """Whether it is the address of an object of a store."""
+    scheme = SCHEME.match(address)
+    return scheme is not None and scheme[1].lower() in STORES
 
 
 def require_object(address: str, setting: str) -> None:
@@ -42,7 +51,7 @@ def require_object(address: str, setting: str) -> None:
         )
     if not named or "::" in address:
         raise UserError(
-            f"shard {address} is not the address of an object; write {address.partition(':')[0]}://BUCKET/NAME"
+            f"{setting}: {address} is not the address of an object; write {address.partition(':')[0]}://BUCKET/NAME"
         )
 
 
@@ -82,7 +91,19 @@ def state_of(address: str) -> ObjectState:
 
 def write(address: str, content: bytes) -> None:
     """An object, whole or not at all. Raises: OSError as `read_range`."""
-    _asked(address, lambda store: store.pipe_file(address, content))
+    limit_s = TIMEOUT_S + len(content) / BYTES_PER_S
+    _asked(address, lambda store: store.pipe_file(address, content, timeout=limit_s))
+
+
+def put_file(address: str, path: Path) -> None:
+    """A file of this machine as an object, whole or not at all. Raises: OSError as `read_range`."""
+    limit_s = TIMEOUT_S + path.stat().st_size / BYTES_PER_S
+    _asked(address, lambda store: store.put_file(str(path), address, timeout=limit_s))
+
+
+def remove(address: str) -> None:
+    """Of an object, which need not be there. Raises: OSError as `read_range`."""
+    _asked(address, lambda store: store.rm_file(address, timeout=TIMEOUT_S))
 
 
 def names_in(address: str) -> list[str]:
@@ -140,8 +161,8 @@ def _asked(address: str, ask: Callable[[Any], T]) -> T:
         raise FileNotFoundError(f"the store has no such object ({_said(error)})") from error
     except PermissionError as error:
         raise PermissionError(
-            f"the store refuses it ({_said(error)}): keys may be missing, wrong, expired, or not allowed to read "
-            "it; where they may not list the bucket, the store says this also of names that are not there"
+            f"the store refuses it ({_said(error)}): keys may be missing, wrong, expired, or not allowed to do "
+            "this; where they may not list the bucket, the store says this also of names that are not there"
         ) from error
     except TimeoutError as error:
         raise TimeoutError("the store is silent, or too slow to wait for") from error
