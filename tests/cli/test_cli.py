@@ -186,6 +186,14 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
 
 
+def test_a_run_that_has_logged_nothing_is_not_sent_to_a_report(capsys):
+    short = ["trainer.max_steps=1", "trainer.log_every_n_steps=50", "trainer.limit_val_batches=0"]
+    assert main(["fit", "--run", "r", *TINY, *short]) == 0
+    said = capsys.readouterr().out
+    assert "lightspan report" not in said
+    assert "\nnext: lightspan export" in said
+
+
 def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_starts(capsys):
     import torch
 
