@@ -199,7 +199,7 @@ def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_start
 
     start, still = ["trainer.max_steps=0"], ["trainer.max_steps=1", "model.init_args.optimizer.init_args.lr=0.0"]
     assert main(["fit", "--run", "start", *TINY, *start]) == 0
-    assert "next: lightspan report" in capsys.readouterr().out
+    assert "next: lightspan export" in capsys.readouterr().out
     assert main(["fit", "--run", "still", *TINY, *still]) == 0
     ours, theirs = (
         torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("start", "still")

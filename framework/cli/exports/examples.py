@@ -57,8 +57,10 @@ def _moments_if_here(built: Built) -> Moments | None:
     """None without data, for those that are not on this machine, and for those without moments."""
     if built.datamodule is None:
         return None
-    with contextlib.suppress(UserError, OSError):
+    try:
         _first_batch(built)
+    except (UserError, OSError):
+        return None
     return moments_of(built.datamodule)
 
 
