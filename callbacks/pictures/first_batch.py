@@ -71,7 +71,7 @@ class FirstBatch(Callback):
             return
         views, columns = _pictures(batch, self.rows, kind)
         if not views:
-            print_notes([f"FirstBatch draws no picture of a {kind.__name__ if kind else 'batch of this kind'}"])
+            print_notes([f"FirstBatch has no picture for {f'batches of {kind.__name__}' if kind else 'such batches'}"])
             return
         height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
         same = [interpolate(shown_in_range(view, bounds), (height, width), mode="nearest") for view in views]

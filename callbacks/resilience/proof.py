@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightspan.core.batches import batch_type_of, fields_of
 from lightspan.core.collate import separated
+from lightspan.core.errors import UserError
 from lightspan.core.files.places import RunPath
 
 
@@ -81,6 +82,14 @@ class StopAfter(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Schedules have read their length, and `Checkpoint`, the last callback, then checks whether a step is left.
         trainer.fit_loop.epoch_loop.max_steps = self.steps
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises: UserError for a run that is over before these steps, which would prove less than was asked for."""
+        if trainer.global_step < self.steps and not trainer.received_sigterm:
+            raise UserError(
+                f"the run is over after {trainer.global_step} steps, before the {self.steps} that --steps asks for; "
+                f"raise trainer.max_epochs={trainer.max_epochs}, or lower --steps"
+            )
 
 
 def sample_digests(batch: Any, batch_type: type | None = None) -> list[str]:

@@ -237,7 +237,7 @@ class MaskLearning(Callback):
                 trainer,
                 f"the run ended after step {trainer.global_step}, and MaskLearning would have fixed its masks after "
                 f"step {self._learning_steps}: the weights are masked now, but checkpoints hold all of them, so that "
-                "they can go on. To mask one use lightspan.merging.masked.Masked with the file of masks",
+                "they can continue. To mask one use lightspan.merging.masked.Masked with the file of masks",
             )
         self._let_go()
         path = self._file(trainer)

@@ -37,6 +37,7 @@ GRAPHS = Kind(
     "graph",
     "GraphML, GML, JSON, CSV, SMILES (.smi) or SDF",
     (".graphml", ".gml", ".json", ".csv", ".tsv", ".smi", ".sdf"),
+    holds_several=True,
 )
 SMILES = ("smiles", "canonical_smiles", "isomeric_smiles")
 """A table with one of these columns, in letters of any case, has a molecule in each row."""

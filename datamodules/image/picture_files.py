@@ -22,11 +22,14 @@ Labels = Literal["auto", "folders", "none"]
 
 
 class Kind(NamedTuple):
-    """Files of a kind: what one is called, the formats for messages, and their endings in lower case."""
+    """Files of a kind: what a sample is called, the formats for messages, and their endings in lower case; and whether
+    a file may hold several samples.
+    """
 
     name: str
     formats: str
     endings: tuple[str, ...]
+    holds_several: bool = False
 
 
 PICTURES = Kind("picture", "JPEG, PNG, WebP, BMP, GIF or TIFF", ENDINGS)

@@ -164,7 +164,7 @@ class PlaceSets(SampleSets):
             )
         say(
             f"places: {len(pairs):,} of {len(near):,} queries have pictures near them to train on; {val.query.sum():,} "
-            f"queries of validation ask {(~val.query).sum():,} pictures"
+            f"queries of validation search {(~val.query).sum():,} pictures"
         )
         self.bank, self.val = (PlaceSamples(x, self.image, x.place.mean(axis=0)) for x in (train, val))
         self.train = PlacePairs(self.bank, pairs)

@@ -199,11 +199,11 @@ class DataSelection:
             marks = ("least", 0), ("median", 0.5), ("most", 1)
             known["places in an epoch"] = ", ".join(f"{name} {np.quantile(places_n, at):.4g}" for name, at in marks)
         if self.mixture_G is not None:
-            first = ", ".join(f"{share:.4g}" for share in self.mixture_G[:SHOWN])
-            known["shares of groups"] = first + (
-                f", and {len(self.mixture_G) - SHOWN} more" * (len(self.mixture_G) > SHOWN)
-            )
-            known["groups"] = "blocks of the data" if self.group_N is None else f"of samples, {len(self.mixture_G)}"
+            known["groups"] = f"{len(self.mixture_G)}" + ", blocks of the data" * (self.group_N is None)
+            if self.group_N is not None:
+                sizes = np.bincount(self.group_N, minlength=len(self.mixture_G))
+                known["samples of groups"] = _first_of([f"{size:,}" for size in sizes])
+            known["shares of groups"] = _first_of([f"{share:.4g}" for share in self.mixture_G])
         return known
 
     def require_data(self, dataset: Dataset, order: Order | None) -> None:
@@ -255,6 +255,10 @@ class DataSelection:
         members_G = np.bincount(group_N, minlength=len(self.mixture_G))
         _require_members(self.mixture_G, members_G)
         return (self.mixture_G / np.maximum(members_G, 1))[group_N], group_N
+
+
+def _first_of(words: list[str]) -> str:
+    return ", ".join(words[:SHOWN]) + f", and {len(words) - SHOWN} more" * (len(words) > SHOWN)
 
 
 def _array(columns: Mapping[str, Tensor], name: str) -> np.ndarray | None:

@@ -92,16 +92,16 @@ def _mesh(path: Path, kind: str) -> Shape:
         found = [one for one in found if len(getattr(one, "vertices", ()))]
         surfaces = [one for one in found if len(getattr(one, "faces", ()))]
         if sum(len(one.vertices) for one in found) < vertices or sum(len(one.faces) for one in surfaces) < faces:
-            raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+            raise ValueError(f"it is cut short: its header announces {vertices:,} points and {faces:,} faces")
         if not found:
             raise ValueError(f"it has no point, or is no {kind.upper()} file")
         return _surface(surfaces) if surfaces else _points(found)
 
 
 def _told(content: bytes) -> tuple[int, int]:
-    """The points and faces that a PLY file's header tells of.
+    """The points and faces that a PLY file's header announces.
 
-    Raises: ValueError for no header, and for fewer lines of text than it tells of, for which readers make up for
+    Raises: ValueError for no header, and for fewer lines of text than it announces, for which readers make up for
         themselves; TooMuchError beyond the limits.
     """
     header, end, _ = content[: 2**16].partition(b"end_header")
@@ -113,15 +113,15 @@ def _told(content: bytes) -> tuple[int, int]:
     TRIANGLES.require(faces)
     lines = content[len(header) :].rstrip().count(b"\n") if re.search(rb"format\s+ascii", header) else None
     if lines is not None and lines < sum(counts.values()):
-        raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+        raise ValueError(f"it is cut short: its header announces {vertices:,} points and {faces:,} faces")
     return vertices, faces
 
 
 def _of_off(content: bytes) -> tuple[bytes, int, int]:
     """An OFF file whose counts follow on a line of their own, as readers want them and many of ModelNet40 lack, and
-    the points and faces that it tells of.
+    the points and faces that it announces.
 
-    Raises: ValueError for no such file, and for fewer lines than it tells of; TooMuchError beyond the limits.
+    Raises: ValueError for no such file, and for fewer lines than it announces; TooMuchError beyond the limits.
     """
     lines = [line for line in content.splitlines() if line.strip() and not line.lstrip().startswith(b"#")]
     found = re.match(rb"\s*(C?OFF)\s*(.*)", lines[0], re.IGNORECASE) if lines else None
@@ -135,7 +135,7 @@ def _of_off(content: bytes) -> tuple[bytes, int, int]:
     NUMBERS.require(3 * vertices)
     TRIANGLES.require(faces)
     if len(rest) < vertices + faces:
-        raise ValueError(f"it is cut short: its header tells of {vertices:,} points and {faces:,} faces")
+        raise ValueError(f"it is cut short: its header announces {vertices:,} points and {faces:,} faces")
     return b"\n".join([found[1].upper(), counts, *rest]), vertices, faces
 
 

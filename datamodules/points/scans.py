@@ -66,7 +66,7 @@ def read_here(laspy: Any, content: bytes) -> Shape:
         with bounded_memory(_ROOM + len(content) + told * (2 * size + _POINT)):
             points = file.read_points(-1)
             if len(points) < told:
-                raise ValueError(f"it is cut short: its header tells of {told:,} points")
+                raise ValueError(f"it is cut short: its header announces {told:,} points")
             colour, names = None, ("red", "green", "blue")
             if {*names} <= {*points.point_format.dimension_names}:
                 deep = np.stack([np.asarray(points[name]) for name in names], axis=1)

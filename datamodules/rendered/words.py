@@ -216,7 +216,7 @@ class PrintedWords(RenderedSets):
         fonts: paths of font files; None is the seven that matplotlib brings along.
         grain: standard deviation of the noise on each channel, where white is 1.
         tokenizer: turns a sentence with the word into tokens, special tokens included; None leaves sentences out.
-        sentence: with {} where the word stands.
+        sentence: with {} where the word goes.
         length: tokens of a sentence that are read, special ones included, at least 3.
         settings: those of `RenderedSets`.
     """

@@ -114,7 +114,7 @@ class Prompt:
     """The words around a text, the same in both stages, and the words of each label.
 
     Args:
-        template: with {} where the text stands.
+        template: with {} where the text goes.
         labels: the words of each label, at least two, all different.
     """
 
@@ -123,7 +123,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.template.count("{}") != 1:
-            raise UserError(f"Prompt template={self.template!r} needs one {{}} where the text stands")
+            raise UserError(f"Prompt template={self.template!r} needs one {{}} where the text goes")
         if len(set(self.labels)) < max(2, len(self.labels)) or not all(word.strip() for word in self.labels):
             raise UserError(f"Prompt labels={[*self.labels]} must be at least two, all different and none empty")
 

@@ -61,7 +61,7 @@ def spelled(words: Sequence[str], longest: int, alphabet: str) -> np.ndarray:
 def sentences(words: Sequence[str], sentence: str) -> list[str]:
     """The sentence with each word in place of {}. Raises: UserError for one without such a place."""
     if sentence.count("{}") != 1:
-        raise UserError(f"sentence={sentence!r} needs one {{}} where the word stands")
+        raise UserError(f"sentence={sentence!r} needs one {{}} where the word goes")
     return [sentence.replace("{}", word) for word in words]
 
 
@@ -107,7 +107,7 @@ class WordList(SampleSets):
         tokenizer: turns a sentence into tokens, special tokens included.
         alphabet: letters in the order of their numbers; None is the 94 printable characters of ASCII.
         longest: T, letters of the longest word, at least 1.
-        sentence: with {} where the word stands.
+        sentence: with {} where the word goes.
         length: tokens of a sentence that are read, special ones included, at least 3.
         val_size: words, evenly spaced, held out to validate on, at least 1.
         batch_size: words of one optimiser step over all ranks.

@@ -104,7 +104,7 @@ class InformativeWords(WordChoice):
 
     def ranked(self, words: Sequence[str], shuffled: np.ndarray) -> np.ndarray:
         if self.information is None:
-            raise UserError(f"{type(self).__name__} was told no labelled texts of the source domain")
+            raise UserError(f"{type(self).__name__} got no labelled texts of the source domain")
         known = [self.information.get(plain_word(word)) for word in words]
         score = np.asarray([np.inf if one is None else self.sign * one for one in known])
         return shuffled[np.argsort(score[shuffled], kind="stable")]

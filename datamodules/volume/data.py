@@ -69,9 +69,14 @@ def overlaps(corners_M3: np.ndarray, bases_K3: np.ndarray, size: Sequence[int]) 
     return np.maximum(1 - apart_MK3, 0).prod(axis=2)
 
 
-def along_axes(one_or_three: T | tuple[T, T, T]) -> tuple[T, T, T]:
-    """A setting for each of D, H and W."""
-    return one_or_three if isinstance(one_or_three, tuple) else (one_or_three,) * 3
+def along_axes(one_or_three: T | tuple[T, T, T] | list[T], name: str = "size") -> tuple[T, T, T]:
+    """The setting `name` for each of D, H and W. Raises: UserError for any number of values but 1 and 3."""
+    if not isinstance(one_or_three, (tuple, list)):
+        return one_or_three, one_or_three, one_or_three
+    if len(one_or_three) != 3:
+        raise UserError(f"{name}={one_or_three} must be one number, or three for D, H and W")
+    first, second, third = one_or_three
+    return first, second, third
 
 
 @dataclass(frozen=True)

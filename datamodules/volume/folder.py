@@ -77,7 +77,7 @@ class VolumeFolder(VolumeSets):
         self.modalities, self.segmentation, self.val_share = modalities or ALL, segmentation, val_share
         self.links, self.skip_damaged = links, skip_damaged
         whole = None if self.bases is None else along_axes(tuple(map(mul, self.bases, self.size)))
-        spacings = None if spacing is None else along_axes(spacing)
+        spacings = None if spacing is None else along_axes(spacing, "spacing")
         self.decode = VolumeDecoder(spacings, intensity or Percentiles(), whole if spacing is None else None)
         self.cache = VolumeCache(cache_dir, cache_gib)
 

@@ -65,7 +65,7 @@ def settings(table: Table) -> list[str]:
         "",
         "## How to read it",
         "",
-        "These are runs of seconds with networks of fewer than 100,000 weights. They tell whether a method works here "
+        "These are runs of seconds with networks of fewer than 100,000 weights. They show whether a method works here "
         "and what its step costs, not which one wins on ImageNet: papers tune each method by itself and train a "
         "thousand times as long, and methods with teachers or hidden patches are known to need long runs. Differences "
         "below the noise that is named under each table are no differences. It is the noise of seeds: twice the "

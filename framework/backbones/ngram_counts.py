@@ -33,7 +33,7 @@ class NgramCounts(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """float32 [B D] of token numbers, at least 0."""
-        count_BD = torch.zeros(len(tokens_BT), self.num_features, device=tokens_BT.device)
+        count_BD = torch.zeros(tokens_BT.shape[0], self.num_features, device=tokens_BT.device)
         key_BT, whole_BT = torch.zeros_like(tokens_BT), torch.ones_like(tokens_BT, dtype=torch.bool)
         for n in range(1, self.longest + 1):
             ends_BT = tokens_BT[:, n - 1 :]

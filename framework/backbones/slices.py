@@ -41,7 +41,7 @@ class StagedNetwork(nn.Module):
         told = getattr(self.network, "feature_info", [])
         if not callable(getattr(self.network, "forward_intermediates", None)) or not 1 <= stages <= len(told):
             raise UserError(
-                f"stages={stages} of {name}: timm tells {len(told)} stages of it; take fewer, or a network such as "
+                f"stages={stages} of {name}: timm lists {len(told)} stages of it; take fewer, or a network such as "
                 "resnet50"
             )
         self.stages, self.widths = stages, [info["num_chs"] for info in told[-stages:]]

@@ -38,7 +38,7 @@ class TokenSwin(nn.Module):
     def __init__(self, network: nn.Module, mask_token: bool = False) -> None:
         super().__init__()
         if not isinstance(network, SwinTransformer):
-            raise UserError(f"TokenSwin stands around timm's SwinTransformer, and network is {type(network).__name__}")
+            raise UserError(f"TokenSwin wraps timm's SwinTransformer, and network is {type(network).__name__}")
         network.reset_classifier(0)
         self.network: Any = network
         self.num_features: int = network.num_features

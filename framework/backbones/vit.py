@@ -64,11 +64,11 @@ class TokenViT(nn.Module):
         kind: Any = type(network)
         if not isinstance(network, VisionTransformer | Eva) or hasattr(network, "tokens"):
             raise UserError(
-                f"TokenViT stands around timm's VisionTransformer or Eva, and network is {kind.__name__}; give it one "
+                f"TokenViT wraps timm's VisionTransformer or Eva, and network is {kind.__name__}; give it one "
                 "of these, or a backbone that has tokens of its own to the method itself"
             )
         if getattr(network.patch_drop, "prob", 0.0):
-            raise UserError("TokenViT drops the patches that it is told to; make the network with patch_drop_rate=0")
+            raise UserError("TokenViT drops the patches that masks name; make the network with patch_drop_rate=0")
         self.network: Any = network
         self.num_features, self.num_prefix_tokens = network.num_features, network.num_prefix_tokens
         network.patch_drop = _Keep(network.num_prefix_tokens, isinstance(network, Eva))
@@ -121,7 +121,9 @@ class TokenViT(nn.Module):
 
     def tokens(self, image_BChw: Tensor, mask_BHW: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
         self.grid(image_BChw)
-        if not len(image_BChw):  # timm cannot tell the shape of tokens of no image, if its images may have any size
+        if (
+            image_BChw.shape[0] == 0
+        ):  # timm cannot tell the shape of tokens of no image, if its images may have any size
             blank, mask_1HW, keep_1K = map(_one_of_zeros, (image_BChw, mask_BHW, keep_BK))
             return self.tokens(blank, mask_1HW, keep_1K)[:0]  # type: ignore[arg-type]
         if mask_BHW is not None and self.mask_token is None:
@@ -132,7 +134,9 @@ class TokenViT(nn.Module):
 
     def forward(self, image_BChw: Tensor) -> Tensor:
         self.grid(image_BChw)
-        return self.network(image_BChw) if len(image_BChw) else self.network(_one_of_zeros(image_BChw))[:0]
+        if image_BChw.shape[0] == 0:  # len() would make the number of images a constant of an export
+            return self.network(_one_of_zeros(image_BChw))[:0]
+        return self.network(image_BChw)
 
     @contextmanager
     def _seeing(self, mask_BHW: Tensor | None, keep_BK: Tensor | None) -> Iterator[None]:

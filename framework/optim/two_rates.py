@@ -34,7 +34,7 @@ class TwoRates(MatrixOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, other_lr: float | Tensor = 3e-4, **options: Any
     ) -> None:
-        require_valid(type(self).__name__, {"other_lr": other_lr})
+        require_valid(type(self).__name__, {"lr": lr, "other_lr": other_lr})  # a rule may take one for both
         self.other_lr = other_lr
         super().__init__(params, lr, **options)
         own = (group["other_lr"] for group in self.param_groups if "other_lr" in group)

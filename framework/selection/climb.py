@@ -130,9 +130,9 @@ class ClimbMixture(Estimator):
         better = bool(best_2[0] < natural_2[0] - TOLD_APART * noise)
         chosen = best if better else natural
         measured = {
-            "loss on texts that were not searched by": best_2[1] if better else natural_2[1],
-            "of the natural mixture": natural_2[1],
-            "of equal shares": plain_M2[-1, 1],
+            "loss on held-out target samples": best_2[1] if better else natural_2[1],
+            "the same, natural mixture": natural_2[1],
+            "the same, equal shares": plain_M2[-1, 1],
             "better than the natural mixture, beyond noise": int(better),
             "standard deviation of a proxy": noise,
             "rank correlation of the predictor": rank_correlation(found.steps_MG, found.loss_M, self.seed),

@@ -159,8 +159,8 @@ class SelectedData(Result):
             *(Figure(name, value) for name, value in self.measured.items()),
             Figure("training samples", self.count),
             Figure("seen in an epoch", self.kept),
-            Figure("as many as, of equal weight", self.effective),
-            Figure("places of one sample, at most", self.heaviest),
+            Figure("effective sample size", self.effective),
+            Figure("most places of one sample in an epoch", self.heaviest),
         )
 
     def draw(self, axes: Any) -> None:

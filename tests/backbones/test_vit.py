@@ -237,3 +237,11 @@ def test_no_image_gives_no_token_and_every_weight_a_gradient_of_zero(kind: str) 
         if parameter.requires_grad and "fc_norm" not in name:
             assert parameter.grad is not None, name
             assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "any size", "DINOv3"])
+def test_an_exported_network_takes_any_number_of_images(kind: str) -> None:
+    backbone = made(kind)
+    with torch.no_grad():
+        program = torch.export.export(backbone, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        close(program.module()(images(5)), backbone(images(5)))

@@ -15,6 +15,7 @@ from lightspan.callbacks.resilience.checkpoint import Checkpoint
 from lightspan.callbacks.resilience.proof import StopAfter, Trace, sample_digests
 from lightspan.cli.runs.kill_at import KillAt
 from lightspan.core.collate import collated
+from lightspan.core.errors import UserError
 from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.optim.schedules import WarmupCosine
 from lightspan.training.method import Method
@@ -39,6 +40,15 @@ def test_a_run_stops_early_with_a_schedule_of_its_full_length(tmp_path):
     assert trainer.global_step == 3
     assert module.lr_schedulers().total_steps == 100
     assert module.lr_schedulers().get_last_lr()[0] == 4 / 11
+
+
+def test_a_run_that_is_over_before_the_steps_of_the_proof_is_refused(tmp_path):
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, callbacks=[StopAfter(5)], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"after 4 steps.*--steps.*trainer\.max_epochs=2"):
+        trainer.fit(Scheduled(), DataLoader(torch.randn(2, 3)))
 
 
 def test_a_packed_sample_has_the_same_digest_in_any_batch():

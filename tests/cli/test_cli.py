@@ -186,12 +186,20 @@ def test_a_run_leaves_everything_behind_and_can_go_on(capsys):
     assert torch.load("p/predictions.pt", weights_only=True)[0].shape == (8, 3)
 
 
+def test_a_run_that_has_logged_nothing_is_not_sent_to_a_report(capsys):
+    short = ["trainer.max_steps=1", "trainer.log_every_n_steps=50", "trainer.limit_val_batches=0"]
+    assert main(["fit", "--run", "r", *TINY, *short]) == 0
+    said = capsys.readouterr().out
+    assert "lightspan report" not in said
+    assert "\nnext: lightspan export" in said
+
+
 def test_a_run_of_no_steps_writes_the_weights_with_which_a_run_of_its_seed_starts(capsys):
     import torch
 
     start, still = ["trainer.max_steps=0"], ["trainer.max_steps=1", "model.init_args.optimizer.init_args.lr=0.0"]
     assert main(["fit", "--run", "start", *TINY, *start]) == 0
-    assert "next: lightspan report" in capsys.readouterr().out
+    assert "next: lightspan export" in capsys.readouterr().out
     assert main(["fit", "--run", "still", *TINY, *still]) == 0
     ours, theirs = (
         torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("start", "still")

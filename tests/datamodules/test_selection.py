@@ -347,10 +347,13 @@ def test_the_largest_weights_are_shown_as_shares_too() -> None:
 
 
 def test_show_says_what_a_file_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    of(12, group_N=[0, 1] * 6, mixture_G=[0.25, 0.75]).write(tmp_path / "mix.safetensors")
+    of(12, group_N=[0, 1, 1] * 4, mixture_G=[0.25, 0.75, 0.0]).write(tmp_path / "mix.safetensors")
     assert main(["show", str(tmp_path / "mix.safetensors")]) == 0
     shown = capsys.readouterr().out
-    for part in ("a mixture", "by hand", "0.25, 0.75", data_name(Numbers(), None)):
+    for part in ("a mixture", "by hand", " 4, 8, 0\n", " 0.25, 0.75, 0\n", data_name(Numbers(), None)):
         assert part in shown
+    of(12, index_n=[0, 5]).write(tmp_path / "result.safetensors")
+    assert main(["show", str(tmp_path)]) == 0  # of a run, as data modules take it
+    assert "samples                  2" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "mix.safetensors"), "--resolved"]) != 0
     assert "is no recipe" in capsys.readouterr().err

@@ -296,7 +296,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: PromptReader(TOKENIZER, Prompt(), 20, appended(100, 9)), "are among the 4,096 that texts have"),
     (lambda: DomainPrompts(DrawnReviews(), TOKENIZER, val_size=0), "val_size=0"),
     (lambda: RandomWords(1.0), "RandomWords rate=1.0"),
-    (lambda: InformativeWords().places(["a"], np.random.default_rng(0)), "was told no labelled texts"),
+    (lambda: InformativeWords().places(["a"], np.random.default_rng(0)), "got no labelled texts"),
     (lambda: DrawnReviews(shared=2), "shared=2"),
     (lambda: DrawnReviews(mixed=-0.1), "mixed=-0.1"),
     (lambda: DrawnReviews(source="cars"), "source='cars'"),

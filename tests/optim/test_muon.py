@@ -592,6 +592,7 @@ def test_unchecked_a_matrix_whose_squares_overflow_stands_still_and_others_go_on
     (lambda p: Dion2(p, fraction=0.0), r"Dion2 fraction=0.0 must be in \(0, 1\]"),
     (lambda p: Dion2(p, fraction=1.5), r"fraction=1.5 must be in \(0, 1\]"),
     (lambda p: Dion2(p, momentum=-0.1), r"momentum=-0.1 must be in \[0, 1\)"),
+    (lambda p: FactoredMuon(p, lr=-1.0), r"FactoredMuon lr=-1.0 must be at least 0"),
     (lambda p: Muon(p, other_lr=-1.0), r"Muon other_lr=-1.0 must be at least 0"),
     (lambda p: Muon(p, backward="hooks"), r"Muon has no setting backward"),
     (lambda p: Muon(p, rank=4), r"Muon has no setting rank"),

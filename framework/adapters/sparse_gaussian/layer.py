@@ -98,8 +98,8 @@ class Outputs(Draw):
             return self.index_B
         if not samples or rows % samples:
             raise UserError(
-                f"{name} sees {rows} rows of a batch of {samples} samples, so its noise cannot be told by sample; "
-                "leave the layer out of match"
+                f"{name} sees {rows} rows of a batch of {samples} samples, so its noise cannot be drawn for "
+                "each sample; leave the layer out of match"
             )
         parts = rows // samples
         return (self.index_B[:, None] * parts + torch.arange(parts, device=self.index_B.device)).flatten()

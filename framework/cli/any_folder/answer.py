@@ -78,7 +78,7 @@ def _of_file(path: Path, target: str | None, recipe: str | None) -> Answer:
         return _of_table(path, ["1 table"], target, recipe)
     if modalities == ["text"]:
         return _of_texts(path, [path], ["1 text"], recipe)
-    what = f"one {fits[0].kind.name}" if fits else "a file of no kind that is read here"
+    what = f"one {fits[0].one}" if fits else "a file of no kind that is read here"
     raise UserError(f"--data {path} is {what}; name the folder of many such files")
 
 

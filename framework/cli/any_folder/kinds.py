@@ -32,9 +32,14 @@ class DataKind:
     has_classes: bool = True
 
     @property
+    def one(self) -> str:
+        """What a file is called."""
+        return f"{self.kind.name} file" if self.kind.holds_several else self.kind.name
+
+    @property
     def name(self) -> str:
         """In the plural."""
-        return f"{self.kind.name}s"
+        return f"{self.one}s"
 
 
 KINDS = (

@@ -50,7 +50,7 @@ class FoundKind:
 
     def said(self) -> str:
         """How many there are and how large, in words."""
-        name = self.kind.kind.name if len(self.names) == 1 else self.kind.name
+        name = self.kind.one if len(self.names) == 1 else self.kind.name
         parts = [f"{len(self.names):,} {name}"]
         parts += [_range(low, high, unit) for unit, (low, high) in self.sizes.items()]
         looked = f" ({self.opened:,} were opened)" if self.sizes and self.opened < len(self.names) else ""
@@ -59,14 +59,17 @@ class FoundKind:
 
 @dataclass(frozen=True)
 class Classes:
-    """Of the files to train on: how many each class has, none without classes; and whether a folder validates."""
+    """Of the files to train on: how many each class has, none without classes; whether a folder validates; and whether
+    any of them is in a sub-folder.
+    """
 
     counts: dict[str, int]
     validates: bool = False
+    nested: bool = False
 
     def said(self) -> str:
         if not self.counts:
-            return "no labels: the sub-folders are no classes"
+            return "no labels: " + ("the sub-folders are not classes" if self.nested else "there are no sub-folders")
         shown = ", ".join(f"{one_line(name)} {count:,}" for name, count in [*self.counts.items()][:MOST_SHOWN])
         more = f" and {len(self.counts) - MOST_SHOWN:,} more" if len(self.counts) > MOST_SHOWN else ""
         return f"{len(self.counts):,} classes by sub-folder: {shown}{more}"
@@ -88,12 +91,13 @@ class Survey:
         before = "" if training == home else f"{training.name}/"
         names = [name.removeprefix(before) for name in found.names if name.startswith(before)]
         if not names:
-            raise UserError(f"{training} has no {found.kind.kind.name} to train on; put some of them there")
+            raise UserError(f"{training} has no {found.kind.one} to train on; put some of them there")
         if not found.kind.has_classes:
             return Classes({}, validation is not None)
         files = sorted_into_classes(training, names, found.kind.kind)
         numbers = Counter(files.labels.tolist())
-        return Classes({name: numbers[at] for at, name in enumerate(files.classes)}, validation is not None)
+        counts = {name: numbers[at] for at, name in enumerate(files.classes)}
+        return Classes(counts, validation is not None, any("/" in name for name in names))
 
     def main(self) -> FoundKind:
         """The kind to train on: the only one beside texts and tables, of which there are no more than of it; or that of

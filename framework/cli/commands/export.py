@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the changes of adapters into the weights (safetensors; other formats but peft always do)",
     )
     parser.add_argument(
-        "--shape", type=_shape, metavar="C,H,W", help="of a picture, if the run's data are not on this machine"
+        "--shape",
+        type=_shape,
+        metavar="C,H,W",
+        help="of a picture, for another size than the run's, or where its data are not on this machine",
     )
     parser.add_argument(
         "--sizes",

@@ -49,7 +49,7 @@ from lightspan.cli.runs.train import (
     stop_at_start,
 )
 from lightspan.core.errors import UserError, print_notes, printable
-from lightspan.core.files.runs import PROFILE, REPORT
+from lightspan.core.files.runs import METRICS, PROFILE, REPORT
 from lightspan.training.checkpoints.manifest import manifest
 from lightspan.training.loggers.wandb_key import wandb_key_place
 
@@ -260,11 +260,20 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
             _write_encoder(resolved, built, run_dir)
         if any(option_value(args, option) is not None for option in REPLACING if option != "--table"):
             _write_report(run_dir)
-        print(printable(f"done: {run_dir}\nnext: lightspan report {shlex.quote(str(run_dir))}"))
+        follows = [["report", str(run_dir)]] if _has_logged(run_dir) else []
         if (run_dir / LAST_CHECKPOINT).exists():
             words = [str(run_dir / LAST_CHECKPOINT), "--to", form, *allow_options(resolved.allow_modules)]
-            print(printable(f"      lightspan export {shlex.join(words)}"))
+            follows.append(["export", *words])
+        print(printable(f"done: {run_dir}"))
+        for number, words in enumerate(follows):
+            print(printable(f"{'      ' if number else 'next: '}lightspan {shlex.join(words)}"))
     return status
+
+
+def _has_logged(run_dir: Path) -> bool:
+    """Whether there is anything to report; a short run may have logged nothing."""
+    metrics = run_dir / METRICS
+    return not metrics.exists() or metrics.stat().st_size > 0
 
 
 def _format_for(model: Any) -> str:

@@ -1,6 +1,7 @@
 """`lightspan show RECIPE`: a recipe as written, or merged, or where a key comes from; or the file of a selection."""
 
 import argparse
+from pathlib import Path
 
 from lightspan.cli.commands.arguments import add_recipe_arguments
 from lightspan.cli.config import recipes
@@ -8,6 +9,7 @@ from lightspan.cli.config.merge import explain
 from lightspan.cli.config.resolve import ANY_KIND, merged, resolve
 from lightspan.cli.config.tree import dotted, dump, walk
 from lightspan.core.errors import UserError, print_notes, printable
+from lightspan.core.files.runs import TENSORS
 from lightspan.core.spelling import nearest
 
 
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.recipe.endswith(".safetensors"):
+    if args.recipe.endswith(".safetensors") or (Path(args.recipe).expanduser() / TENSORS).is_file():
         return _show_selection(args)
     if args.why is not None:
         _, tree, _ = merged(args.recipe, args.overlays, args.flags)

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lose",
         type=count,
         metavar="N",
-        help="go on without N lost nodes, or with --to local ranks, from the last checkpoint and with the same batches",
+        help="continue without N lost nodes, or ranks with --to local, from the last checkpoint with the same batches",
     )
 
 
@@ -326,7 +326,7 @@ def _counts(workload: Workload, target: str, nodes: int, ranks: int) -> tuple[in
         )
     for left in uneven:
         most = max(count for count in counts if count <= left)
-        print_notes([f"the batch cannot be shared evenly by {left} ranks: when so many are left, {most} go on"])
+        print_notes([f"the batch cannot be shared evenly by {left} ranks: when so many are left, {most} continue"])
     return tuple(counts)
 
 

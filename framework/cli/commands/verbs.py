@@ -253,7 +253,7 @@ VERBS = (
     ),
     Verb(
         "watch",
-        "show the report of runs in a browser on this machine while they go on",
+        "show the report of runs in a browser on this machine, updated while they train",
         ("lightspan watch runs/mine", "lightspan watch runs/mine sweeps/lr --port 8700 --metric val/loss_nats"),
         "watch",
     ),

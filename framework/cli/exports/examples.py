@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightspan.cli.config.build import Built
 from lightspan.core.batches import batch_type_of, single_field
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, print_notes
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
 
@@ -21,14 +21,21 @@ def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tu
     """A batch of validation data, or of training data if nothing validates, and the moments of its pictures.
 
     Args:
-        shape: C H W of a picture; its batch needs no data. None reads them, or takes black pictures for shards that are
-            not here.
+        shape: C H W of a picture; its batch needs no data, but those that are here say how to standardise it. None
+            reads them, or takes black pictures for shards that are not here.
     Returns: the batch, and mean and deviation of the channels of its pictures in [0, 1], each [C 1 1], if known.
     Raises: UserError if the data are not here, or their pictures have other channels than `shape`.
     """
     data: Any = built.datamodule
     known = moments_of(data) if isinstance(data, Shards) else None  # others know theirs once they are set up
     if shape is not None:
+        if known is None and (known := _moments_if_here(built)) is None:
+            print_notes(
+                [
+                    "mean and std of the run's pictures are unknown without its data, so what is written takes "
+                    "pictures that are standardised already, as in the run"
+                ]
+            )
         if known is not None and len(known[0]) != shape[0]:
             raise UserError(
                 f"--shape {','.join(map(str, shape))} has {shape[0]} channels, but the run standardises pictures of "
@@ -44,6 +51,17 @@ def example_batch(built: Built, shape: tuple[int, int, int] | None = None) -> tu
     except (UserError, OSError) as error:
         raise UserError(f"{error}. For a method that reads pictures, --shape C,H,W needs no data") from error
     return batch, moments_of(data)
+
+
+def _moments_if_here(built: Built) -> Moments | None:
+    """None without data, for those that are not on this machine, and for those without moments."""
+    if built.datamodule is None:
+        return None
+    try:
+        _first_batch(built)
+    except (UserError, OSError):
+        return None
+    return moments_of(built.datamodule)
 
 
 def _first_batch(built: Built) -> Any:

@@ -35,7 +35,7 @@ class Loss:
 
     Attributes:
         ranks: their numbers in the start that they ended, which had `before` ranks.
-        left: on how many ranks the run goes on.
+        left: on how many ranks the run continues.
     """
 
     ranks: tuple[int, ...]
@@ -45,12 +45,12 @@ class Loss:
     def __str__(self) -> str:
         lost = ", ".join(map(str, self.ranks))
         those = f"rank {lost} of {self.before} is" if len(self.ranks) == 1 else f"ranks {lost} of {self.before} are"
-        return f"{those} lost; the run goes on from its last checkpoint on {self.left}"
+        return f"{those} lost; the run continues from its last checkpoint on {self.left}"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit status, what was lost until then, and why it did not go on, if it did not finish."""
+    """How a run ended: its exit status, what was lost until then, and why it did not continue, if it did not finish."""
 
     status: int
     losses: tuple[Loss, ...]

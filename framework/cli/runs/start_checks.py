@@ -105,7 +105,7 @@ def schedules_that_end_early(trainer: Trainer) -> list[str]:
     began.
     """
     return [
-        f"the schedule {type(schedule).__name__} ends at step {length}, and this run goes on to step {last}"
+        f"the schedule {type(schedule).__name__} ends at step {length}, and this run has steps up to {last}"
         + (f" (it is resumed, and was to end at step {length} when it began)" if schedule.last_epoch else "")
         + ": after its end the rate is no longer planned, and may stay at 0 without training anything. Let the run end "
         f"at step {length} (trainer.max_steps, trainer.max_epochs), or start one of {last} steps in another folder"

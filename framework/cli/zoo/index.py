@@ -129,7 +129,10 @@ def network_of(networks: Mapping[str, ZooNetwork], name: str, where: str) -> Zoo
     """The one of this name. Raises: UserError with the names that there are."""
     if name not in networks:
         there = f"there are: {', '.join(networks)}" if networks else "it is empty"
-        raise UserError(f"{where} has no network {one_line(name)[:80]!r}; {nearest(name, networks)}{there}")
+        raise UserError(
+            f"{where} has no network {one_line(name)[:80]!r}; {nearest(name, networks)}{there}; "
+            "docs/zoo-weights.md says how to train others"
+        )
     return networks[name]
 
 

@@ -105,7 +105,7 @@ _TRUSTED = "; if you trust it, raise the limit with {} in the environment"
 def _most(known: int | None) -> tuple[int, str]:
     """The bytes that a file may become, of which its reader may know, and what to say of more."""
     if known is not None and known < BYTES.most:
-        return known, ", far more than its header tells of"
+        return known, ", far more than its header announces"
     return BYTES.most, _TRUSTED.format(BYTES.setting)
 
 

@@ -139,7 +139,7 @@ class CapturedTrace(Estimator):
             z_NVD = _views(name, features)
             w_NVR = whitened_views(z_NVD, self.directions)
             if not w_NVR.shape[2]:
-                raise UserError(f"CapturedTrace: features of {name} are all equal; the encoder tells of nothing")
+                raise UserError(f"CapturedTrace: features of {name} are all equal; the encoder distinguishes nothing")
             g_RR = between_views(w_NVR)
             floor_RR = between_samples(w_NVR, torch.Generator().manual_seed(self.seed))
             bounds_N = lower_complexities(w_NVR)

@@ -42,7 +42,7 @@ class LabelMetric(ABC):
         self._numbers = {name: number for number, name in enumerate(self.names)}
         if len(self._numbers) < len(self.names):
             twice = next(name for number, name in enumerate(self.names) if self._numbers[name] != number)
-            raise UserError(f"the label {one_line(twice)!r} stands twice in a label metric; give each its own name")
+            raise UserError(f"the label {one_line(twice)!r} occurs twice in a label metric; give each its own name")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -123,13 +123,13 @@ def next_label(observed_K: Tensor, metric: LabelMetric) -> int | None:
 
 
 def require_observed(observed_K: Tensor, metric: LabelMetric) -> None:
-    """Raises: UserError without an observed label, for one that stands twice, or one outside the metric."""
+    """Raises: UserError without an observed label, for one that occurs twice, or one outside the metric."""
     if not len(observed_K):
         raise UserError("Loki needs at least one observed label, whose probability a classifier gives")
     metric.require_numbers(observed_K, "the classifier")
     if len(observed_K.unique()) < len(observed_K):
         raise UserError(
-            "an observed label stands twice; each column of the probabilities must be of a label of its own"
+            "an observed label occurs twice; each column of the probabilities must be of a label of its own"
         )
 
 

@@ -311,7 +311,7 @@ class Extracted(Result):
 
 
 class ExtractionAttack(Estimator):
-    """Draws images from prompts, and counts those within `radius` of the image that stands under that prompt.
+    """Draws images from prompts, and counts those within `radius` of the image of that prompt.
 
     Args:
         radius: root mean square over pixels, finite and above 0, in the units that the network sees; see
@@ -332,7 +332,7 @@ class ExtractionAttack(Estimator):
         rows_ND, classes_N = images.rows(), images.classes()
         if missing := sorted(set(prompts.labels) - set(classes_N.tolist())):
             raise UserError(
-                f"ExtractionAttack: no image stands under the prompts {missing[:5]}; take those that have one"
+                f"ExtractionAttack: there is no image for the prompts {missing[:5]}; take those that have one"
             )
         label_B, drawn = prompts.images(network)
         drawn_BD = drawn.flatten(1)

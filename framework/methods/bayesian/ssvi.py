@@ -131,7 +131,7 @@ class SSVI(Method):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # a connector of the trainer sets it
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise UserError(
-                    f"{type(callback).__name__} averages numbers by their places, and SSVI moves what stands there; "
+                    f"{type(callback).__name__} averages numbers by their places, and SSVI moves what is there; "
                     "leave it out, and average predictions with draws"
                 )
 

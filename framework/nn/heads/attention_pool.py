@@ -36,7 +36,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.norm(x_BTD)
-        query = self.query.expand(len(x_BTD), -1, -1)
+        query = self.query.expand(x_BTD.shape[0], -1, -1)
         return self.attention(query, x_BTD, x_BTD, need_weights=False)[0].squeeze(1)
 
 
@@ -66,7 +66,7 @@ class SummaryTransformer(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        start = self.start_token.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        start = self.start_token.to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1)
         x_BTD = torch.cat([start, x_BTD], dim=1)
         for block in self.blocks:
             x_BTD = block(x_BTD)
@@ -98,6 +98,6 @@ class FeatureMerge(nn.Module):
         self.mlp, self.drop = Mlp(width, int(mlp_ratio * width), drop=dropout), nn.Dropout(dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        query_BQD = self.query_tokens.to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        query_BQD = self.query_tokens.to(x_BTD.dtype).expand(x_BTD.shape[0], -1, -1)
         merged_BQD = query_BQD + self.drop(self.attention(query_BQD, x_BTD, x_BTD))
         return merged_BQD + self.mlp(self.norm(merged_BQD))

@@ -17,7 +17,7 @@ def require_shapes(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """
     if lazy := [name or "a parameter" for name, parameter in parameters if is_lazy(parameter)]:
         raise UserError(
-            f"no shape is known yet of {', '.join(lazy[:3])}, so matrices cannot be told from vectors; call the model, "
+            f"no shape is known yet of {', '.join(lazy[:3])}, so matrices and vectors look alike; call the model, "
             "whose layers such as nn.LazyLinear get theirs then, on one batch before the optimiser is built"
         )
 

@@ -39,6 +39,10 @@ def test_sub_folders_are_classes_as_the_data_module_has_them(tmp_path: Path) -> 
     assert classes.said() == "2 classes by sub-folder: a 3, b 1"
     flat = survey(tmp_path / "in" / "train" / "a")
     assert flat.classes(flat.main()).counts == {}
+    assert flat.classes(flat.main()).said() == "no labels: there are no sub-folders"
+    (tmp_path / "in" / "train" / "b" / "000.png").rename(tmp_path / "in" / "train" / "b.png")
+    mixed = survey(tmp_path / "in" / "train")
+    assert mixed.classes(mixed.main()).said() == "no labels: the sub-folders are not classes"
 
 
 def test_graphs_are_told_from_tables_and_other_json_by_their_first_lines(tmp_path: Path) -> None:
@@ -48,14 +52,17 @@ def test_graphs_are_told_from_tables_and_other_json_by_their_first_lines(tmp_pat
     (tmp_path / "house.csv").write_text("rooms,price\n3,200\n")
     (tmp_path / "about.json").write_text('{"name": "nodes"}')
     found = survey(tmp_path)
-    assert counts(tmp_path) == {"graphs": 4, "tables": 1}
+    assert counts(tmp_path) == {"graph files": 4, "tables": 1}
     assert found.below.others == {".json": 1}
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "of.smi").write_text("CCO\nCCN\nO\n")
+    assert survey(tmp_path / "many").main().said() == "1 graph file, 3 molecules"
 
 
 def test_of_very_many_files_the_most_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_TOLD_APART", 3)
     rings(tmp_path, 9)
-    assert counts(tmp_path) == {"graphs": 9}
+    assert counts(tmp_path) == {"graph files": 9}
     for number in range(9):
         (tmp_path / f"r{number}.json").write_text("{}")
     assert counts(tmp_path) == {}

@@ -105,7 +105,23 @@ def test_a_file_that_differs_is_not_left_behind(
     assert "this is more than 0.0001: nothing was written" in capsys.readouterr().out
 
 
-def test_without_the_data_the_shape_of_a_picture_is_enough(run_dir: Path, tmp_path: Path) -> None:
+def test_pictures_of_another_size_are_standardised_as_those_of_the_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_export(run_dir, "--to", "torch-export", "--shape", "1,4,16") == 0
+    method, data = trained(run_dir)
+    images = torch.rand(3, 1, 4, 16)
+    program = torch.export.load(run_dir / "export" / "torch-export" / "model.pt2").module()
+    expected = method.features({"image": (images - data.train.mean) / data.train.std})
+    torch.testing.assert_close(program(images), expected)
+    assert "unknown" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--shape 3,8,8 has 3 channels"):
+        run_export(run_dir, "--to", "torch-export", "--shape", "3,8,8", "--out", tmp_path / "out")
+
+
+def test_without_the_data_the_shape_of_a_picture_is_enough(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     missing = CONFIG | {
         "data": {
             "class_path": "lightspan.datamodules.image.sets.small.FashionMNIST",
@@ -124,6 +140,7 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(run_dir: Path, tmp_pa
         with pytest.raises(UserError, match=r"^Classifier.features .* gives a str"):  # not the fault of --shape
             run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8")
     assert run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8") == 0
+    assert "note: mean and std" in capsys.readouterr().err
     images = torch.randn(2, 1, 8, 8)
     program = torch.export.load(run_dir / "export" / "torch-export" / "model.pt2").module()
     built = build(load_resolved(run_dir)).model

@@ -101,7 +101,7 @@ def test_a_run_that_loses_a_rank_goes_on_on_the_others_with_the_samples_of_one_p
     assert main([*COMMAND, "--lose", "1", "--keep", "kept"]) == 0
     said = capsys.readouterr().out
     assert said.count("\nequal ") == 3
-    assert "is lost; the run goes on from its last checkpoint on 1" in said
+    assert "is lost; the run continues from its last checkpoint on 1" in said
     assert "losing-2-float64 and straight-1-float64: the same 64 samples in the same 8 batches" in said
     seen = trace_of(tmp_path / "kept" / "losing-2-float64")
     epoch = [sample for batch in seen.values() for sample in batch.samples]
@@ -115,7 +115,7 @@ def test_two_of_three_ranks_are_lost_one_after_the_other(capsys):
     assert main([*COMMAND, "--lose", "2", "data.init_args.batch_size=6"]) == 0
     said = capsys.readouterr().out
     assert said.count("\nequal ") == 3
-    assert [line.split()[-1] for line in said.splitlines() if "the run goes on" in line] == ["2", "1"]
+    assert [line.split()[-1] for line in said.splitlines() if "the run continues" in line] == ["2", "1"]
 
 
 @pytest.mark.ranks

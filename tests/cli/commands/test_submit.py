@@ -455,7 +455,7 @@ def test_on_this_machine_lightspan_itself_starts_the_ranks_and_says_when_some_wi
     words = [QUICKSTART, "--to", "local", "--lose", "2", *ranks, "--run", "r", "--print"]
     assert main(["submit", *words]) == 0
     said = capsys.readouterr()
-    assert "the batch cannot be shared evenly by 3 ranks: when so many are left, 2 go on" in said.err
+    assert "the batch cannot be shared evenly by 3 ranks: when so many are left, 2 continue" in said.err
     command = shlex.split(said.out)
     start = command.index("lightspan.cli.runs.elastic")
     assert command[start + 1 : start + 5] == ["--ranks=4,2,1", "--lose=2", f"--stopped={LEAVE.exit_code}", "--grace=90"]

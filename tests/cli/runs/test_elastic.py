@@ -44,8 +44,8 @@ def test_a_run_goes_on_on_as_many_ranks_as_its_batch_can_be_shared_by_and_others
     assert ended.status == 0
     assert [ranks for ranks, _ in starts.asked] == [8, 4, 4]  # of seven and of six that are left
     assert said == [
-        "rank 7 of 8 is lost; the run goes on from its last checkpoint on 4",
-        "rank 0 of 4 is lost; the run goes on from its last checkpoint on 4",
+        "rank 7 of 8 is lost; the run continues from its last checkpoint on 4",
+        "rank 0 of 4 is lost; the run continues from its last checkpoint on 4",
     ]
 
 
@@ -94,7 +94,7 @@ def test_the_command_itself_loses_a_rank_and_goes_on_alone(tmp_path, monkeypatch
     often = "trainer.callbacks.checkpoint.init_args.every_n_train_steps=4"
     fit = ["fit", *TINY, "--run", str(run), "--elastic", "trainer.strategy=ddp", "trainer.devices=7", often, *flags]
     assert main(["--ranks=2,1", "--lose=1", "--", *fit]) == 0
-    assert "rank 1 of 2 is lost; the run goes on from its last checkpoint on 1" in capfd.readouterr().err
+    assert "rank 1 of 2 is lost; the run continues from its last checkpoint on 1" in capfd.readouterr().err
     batches = [json.loads(line)["batch"] for line in (run / TRACE / "rank-0.jsonl").read_text().splitlines()]
     assert batches[-8:] == list(range(4, 12))
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12

@@ -150,7 +150,7 @@ def test_a_resumed_run_that_outlasts_its_schedule_says_so_once_with_both_steps(t
     assert "ends at step" not in capsys.readouterr().err
     fit(tmp_path, Cosine(), max_steps=6, ckpt_path=last)
     said = capsys.readouterr().err
-    assert said.count("the schedule WarmupCosine ends at step 3, and this run goes on to step 6 (it is resumed") == 1
+    assert said.count("the schedule WarmupCosine ends at step 3, and this run has steps up to 6 (it is resumed") == 1
     assert "start one of 6 steps in another folder" in said
     fit(tmp_path, Cosine(), max_steps=3, ckpt_path=last)
     assert "ends at step" not in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_resumed_run_that_outlasts_its_schedule_says_so_once_with_both_steps(t
 def test_a_schedule_of_fewer_steps_than_a_new_run_is_said_and_one_of_as_many_is_not(tmp_path, capsys, kind):
     fit(tmp_path, Cosine(2, kind), max_steps=3)
     said = capsys.readouterr().err
-    assert f"the schedule {kind.__name__} ends at step 2, and this run goes on to step 3: after its end" in said
+    assert f"the schedule {kind.__name__} ends at step 2, and this run has steps up to 3: after its end" in said
     fit(tmp_path, Cosine(3, kind), max_steps=3)
     assert "ends at step" not in capsys.readouterr().err
 

@@ -34,6 +34,13 @@ def batches(data: VolumeSets, count: int) -> list[dict[str, Any]]:
     return found[:count]
 
 
+def test_a_size_may_be_a_list_and_has_one_number_or_three() -> None:
+    assert Phantoms(patients=2, size=[4, 5, 6]).size == Phantoms(patients=2, size=(4, 5, 6)).size == (4, 5, 6)  # type: ignore[arg-type]
+    assert Phantoms(patients=2, size=4).size == (4, 4, 4)
+    with pytest.raises(UserError, match=r"size=\[4, 5\]"):
+        Phantoms(patients=2, size=[4, 5])  # type: ignore[arg-type]
+
+
 def test_batches_are_as_documented(tmp_path: Path) -> None:
     data = opened(write_volumes(tmp_path / "in", 6), intensity=IntensityWindow(0, 1000))
     (batch, *_), held = batches(data, 2), next(iter(data.val_dataloader()))

@@ -146,7 +146,7 @@ def test_the_triangle_inequality_is_a_remark() -> None:
         ([("a", "b")], {"lengths": [0.0]}, "must be 1 finite numbers above 0"),
         ([("a", "b")], {"lengths": [1.0, 1.0]}, "must be 1 finite numbers above 0"),
         ([("a", "b")], {"labels": ["a", "x"]}, "no edge of the graph names the label 'x'"),
-        ([("a", "b")], {"labels": ["a", "a"]}, "the label 'a' stands twice"),
+        ([("a", "b")], {"labels": ["a", "a"]}, "the label 'a' occurs twice"),
         ([], {}, "has no label"),
     ],
 )

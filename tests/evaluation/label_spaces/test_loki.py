@@ -177,7 +177,7 @@ def test_what_it_cannot_weigh_is_refused() -> None:
     for p, observed, said in (
         (torch.ones(2, 0), [], "at least one observed label"),
         (torch.ones(2, 1), [4], "the classifier has labels from 4 to 4, and the metric knows 4"),
-        (torch.ones(2, 2), [1, 1], "stands twice"),
+        (torch.ones(2, 2), [1, 1], "occurs twice"),
         (torch.ones(2, 3), [0, 1], r"probabilities \[2, 3\] do not fit 2 observed labels"),
         (torch.tensor([[0.5, torch.nan]]), [0, 1], "finite and at least 0"),
         (torch.tensor([[2.0, -1.0]]), [0, 1], "finite and at least 0"),

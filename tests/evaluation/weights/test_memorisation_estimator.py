@@ -157,7 +157,7 @@ def test_an_attack_counts_what_comes_out_near_the_image_of_its_prompt() -> None:
     assert result.distances[0] == 0
     assert result.distances[-1] == pytest.approx(0.1)
     assert ExtractionAttack(radius=0.2).fit(Painter(), prompts, images).rate == 1
-    with pytest.raises(UserError, match=r"no image stands under the prompts \[5\]"):
+    with pytest.raises(UserError, match=r"there is no image for the prompts \[5\]"):
         ExtractionAttack().fit(Painter(), DrawnImages([0, 5], SHAPE, steps=1, first=1), images)
     with pytest.raises(UserError, match="9 numbers an image, and 16 are drawn"):
         ExtractionAttack().fit(Painter(), prompts, Features(torch.zeros(4, 9), images.label_N))
