@@ -126,8 +126,9 @@ def compared(evidence, domain: str, seeds: tuple[int, ...]) -> None:
     for arm, of in judged.items():
         for seed, percent in of.items():
             evidence.figure(f"accuracy, {domain}, {arm}", percent, seed, "%")
+    start = {seed: max(percent, 10.0) for seed, percent in few["none"].items()}  # or chance
     for arm in ARMS:
-        evidence.gate(f"{domain}, {arm}", few[arm], few["none"], by=10.0, unit="points")
+        evidence.gate(f"{domain}, {arm}", few[arm], start, by=10.0, unit="points")
 
     def gap(first: str, second: str) -> dict[int, float]:
         return {seed: judged[first][seed] - judged[second][seed] for seed in seeds}
