@@ -9,8 +9,9 @@ An MLP 64-128-128-10 is pretrained on scikit-learn's digits for 30 epochs, then 
 
 The floor has the pretrained network in SVFit's place, and the ceiling one of which all weights were trained on eight
 times as many images of the domain. Three domains: digits turned by 20 degrees, inverted contrast, stripes behind the
-digits, with the same claims on each. For each domain one search gives each arm its rate, on a third of the digits, of
-which no claim is measured.
+digits, with the same claims on each; inverted ones have three times as many steps, with which LoRA learns its images
+too, and turned ones twice as many seeds. For each domain one search gives each arm its rate, on a third of the digits,
+of which no claim is measured.
 """
 
 import copy
@@ -29,9 +30,10 @@ from lightspan.adapters.inject import adapt
 from lightspan.adapters.lora import LoRA
 from lightspan.adapters.svfit import SVFit, SVFitUpdate, frames
 
-SEEDS, SEARCH_SEEDS = tuple(range(15)), (100, 101, 102)
+# Seeds 0 to 14 were measured when inverted digits had too few steps for LoRA.
+SEEDS, SEARCH_SEEDS = tuple(range(15, 30)), (100, 101)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-EPOCHS, STEPS, SHOTS = 30, 300, 10
+EPOCHS, SHOTS = 30, 10
 
 
 class RandomFrames(SVFit):
@@ -59,6 +61,8 @@ def striped(images_NHW: np.ndarray) -> np.ndarray:
 
 
 DOMAINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"turned": turned, "inverted": inverted, "striped": striped}
+STEPS = {"turned": 300, "inverted": 900, "striped": 300}
+MORE_SEEDS = {"turned": tuple(range(30, 45))}
 
 
 @cache
@@ -95,12 +99,12 @@ def percents(model: nn.Module, domain: str, seed: int) -> dict[str, float]:
 
 
 def adapted(domain: str, arm: str, seed: int, rate: float) -> dict[str, float]:
-    """`percents` after `STEPS` full-batch steps of Adam."""
+    """`percents` after full-batch steps of Adam."""
     model = copy.deepcopy(pretrained(seed))
     torch.manual_seed(seed)
     adapt(model, ["0", "2", "4"], ARMS[arm], show=False)
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=rate)
-    for _ in range(STEPS):
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=rate, fused=True)
+    for _ in range(STEPS[domain]):
         step(model, optimizer, *parts(seed, domain)["few"])
     return percents(model, domain, seed)
 
@@ -112,7 +116,7 @@ def searched(domain: str, arm: str, rate: float) -> float:
 def told_much(domain: str, seed: int) -> dict[str, float]:
     """`percents` of all weights trained on many images."""
     model = copy.deepcopy(pretrained(seed))
-    pretrain(model, *parts(seed, domain)["many"], EPOCHS, batch=32, lr=1e-3)
+    pretrain(model, *parts(seed, domain)["many"], EPOCHS, batch=64, lr=2e-3)
     return percents(model, domain, seed)
 
 
@@ -151,4 +155,4 @@ def test_singular_values_adapt_to_a_shifted_domain(evidence) -> None:
         injection = adapt(copy.deepcopy(pretrained(SEEDS[0])), ["0", "2", "4"], spec, show=False)
         evidence.figure(f"trained numbers, {arm}", injection.trainable)
     for domain in DOMAINS:
-        compared(evidence, domain, SEEDS)
+        compared(evidence, domain, SEEDS + MORE_SEEDS.get(domain, ()))
