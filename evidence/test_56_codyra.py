@@ -11,10 +11,10 @@ the mean accuracy over all five, and that of the last one. The floor is the netw
 ceiling all weights trained on all images at all angles. The drop on upright digits is a figure: a network that learns
 nothing has none.
 
-Rates come from one search for both arms: known ranks by the error; continual by the average accuracy, of the rates with
-which the last domain is learned too, since whoever learns less of each domain forgets less. CoDyRA's last threshold, in
-units of its rate, is searched besides: by the rank correlation, and as the rate is. In the continual part the search
-has a third of the digits, of which no claim is measured.
+Rates come from one search for both arms, and CoDyRA's last threshold, in units of its rate, from another. Known ranks:
+LoRA is judged by its error, and CoDyRA by its rank correlation, at each rate with the best of three thresholds.
+Continual: both by the average accuracy, of the rates with which the last domain is learned too, since whoever learns
+less of each domain forgets less. There the search has a third of the digits, of which no claim is measured.
 """
 
 import copy
@@ -35,7 +35,8 @@ from lightspan.adapters.inject import adapt, adapted_layers, fold
 from lightspan.adapters.lora import LoRA
 from lightspan.callbacks.training.rank_selection import threshold
 
-SEEDS, SEARCH_SEEDS, RANK = tuple(range(10)), (100, 101, 102), 8
+# Seeds 0 to 9 were measured when CoDyRA's rate for known ranks was searched at one threshold.
+SEEDS, SEARCH_SEEDS, RANK = tuple(range(10, 20)), (100, 101, 102), 8
 FIT_RATES, RATES, RATIOS = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3), (0.3, 1.0, 3.0)
 TRUE_RANKS, WIDTH, ROWS, FIT_STEPS, NOISE = (0, 1, 2, 4), 32, 16384, 1500, 0.1
 ANGLES, EPOCHS, STEPS = (30, 60, 90, 120, 150), 30, 200
@@ -107,17 +108,24 @@ def fit(seed: int, rate: float, ratio: float | None, oracle: bool = False) -> di
     return found
 
 
-def searched_fit(arm: str, name: str, rate: float, ratio: float = 1.0) -> float:
-    found = [fit(seed, rate, None if arm == "LoRA" else ratio)[name] for seed in SEARCH_SEEDS]
-    return -mean(found) if name == "error" else mean(found)
+def erring(rate: float) -> float:
+    return -mean(fit(seed, rate, None)["error"] for seed in SEARCH_SEEDS)
+
+
+def correlated(rate: float, ratio: float) -> float:
+    return mean(fit(seed, rate, ratio)["correlation"] for seed in SEARCH_SEEDS)
+
+
+def best_correlated(rate: float) -> float:
+    return max(correlated(rate, ratio) for ratio in RATIOS)
 
 
 def test_gates_recover_the_ranks_that_the_layers_need(evidence) -> None:
     torch.set_num_threads(1)
-    scores = {f"{arm}, known ranks": partial(searched_fit, arm, "error") for arm in ARMS}
+    scores = {"CoDyRA, known ranks": best_correlated, "LoRA, known ranks": erring}
     gated, plain = evidence.search(scores, FIT_RATES, what="rate, known ranks").values()
-    threshold_scores = {"CoDyRA": partial(searched_fit, "CoDyRA", "correlation", gated)}
-    ratio = evidence.search(threshold_scores, RATIOS, what="threshold over rate, known ranks")["CoDyRA"]
+    ratios = evidence.search({"CoDyRA": partial(correlated, gated)}, RATIOS, what="threshold over rate, known ranks")
+    ratio = ratios["CoDyRA"]
     runs = {
         "CoDyRA": {seed: fit(seed, gated, ratio) for seed in SEEDS},
         "LoRA": {seed: fit(seed, plain, None) for seed in SEEDS},
