@@ -16,6 +16,10 @@ five; the floor of that ratio is the network before training, and the ceiling tw
 The share of each row is searched on seed 100, on other memorised images and another network, with steps and votes; it
 reads the loss of one half of the test images, the claims that of the other. Its rule: of the settings whose loss rises
 by less than 10 %, the one with the fewest copies of the ten captions that it was located on.
+
+Not held: a ninth of the copies goes where half was asked for, and a mask that gradients find takes them all and leaves
+the loss as it was. What ten captions share is there, since the masks overlap 2.9 times as much as with ordinary
+classes, before training 1.7 times, but three times was asked for, and the other captions can do without it.
 """
 
 import copy
