@@ -14,9 +14,9 @@ too, and turned ones twice as many seeds. For each domain one search gives each 
 of which no claim is measured.
 
 Held: SVFit adapts to every domain, is at most two points behind LoRA on turned digits, and far ahead of it and of
-random frames on inverted ones, where every direction has to change its sign. Not held: on turned digits random frames
-are ahead of the network's own, and on striped ones LoRA is. Stripes leave too little room to ask for three points over
-random frames, since the ceiling is less than that above them.
+random frames on inverted ones, whose pixels change their sign. Not held: on turned digits random frames are ahead of
+the network's own, and on striped ones LoRA is. Stripes leave too little room to ask for three points over random
+frames, since the ceiling is less than that above them.
 """
 
 import copy
