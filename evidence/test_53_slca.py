@@ -36,13 +36,8 @@ from lightspan.optim.schedules import Staircase, WarmupCosine
 SEEDS, SEARCH_SEED, VALIDATION = (0, 1, 2, 3, 4), 100, 300
 TASKS, PASSES, BATCH = 5, 20, 32
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-UNIFORM, SLOW, FULL, MEANS, JOINT = (
-    "fine-tuning at one rate",
-    "the slow learner",
-    "SLCA",
-    "nearest class mean",
-    "all at once",
-)
+UNIFORM, SLOW, FULL = "fine-tuning at one rate", "the slow learner", "SLCA"
+MEANS, JOINT = "nearest class mean", "all classes at once"
 SHARES = {UNIFORM: 1.0, SLOW: 0.01, FULL: 0.01}
 """The backbone's rate by the head's, of each arm that is trained."""
 CHANCE = 10.0
