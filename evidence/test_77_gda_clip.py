@@ -10,6 +10,7 @@ Floors: chance in place of GDA, and texts alone in place of the ensemble. Ceilin
 few are drawn, and the ensemble with texts without noise. Gates: the few images themselves, against chance.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -46,19 +47,16 @@ def few(data: Features, shots: int) -> Features:
     return part(data, rows.sort().values)
 
 
-def accuracies(bank: Features, pool: Features, query: Features) -> dict[str, tuple[float, float]]:
-    """Of each arm, and of GDA with the whole pool, per cent right of the query and of its own bank."""
-    made = {name: (make, bank) for name, make in ARMS.items()} | {FULL: (GDA, pool)}
-    return {
-        name: (100 * make().fit(own, query).accuracy, 100 * make().fit(own, own).accuracy)
-        for name, (make, own) in made.items()
-    }
+def accuracies(make: Callable[[], GDA | NMC], bank: Features, query: Features) -> tuple[float, float]:
+    """Per cent right of the query and of the bank."""
+    return 100 * make().fit(bank, query).accuracy, 100 * make().fit(bank, bank).accuracy
 
 
 def on_digits(draw: int, shots: int) -> dict[str, tuple[float, float]]:
     data = digits(draw)
-    pool = part(data, slice(1000))
-    return accuracies(few(pool, shots), pool, part(data, slice(1100, None)))
+    pool, query = part(data, slice(1000)), part(data, slice(1100, None))
+    found = {name: accuracies(make, few(pool, shots), query) for name, make in ARMS.items()}
+    return found | {FULL: accuracies(GDA, pool, query)}
 
 
 def figures(evidence, what: str, runs: dict[int, dict[str, tuple[float, float]]]) -> None:
@@ -140,15 +138,21 @@ def fashion(shots: int, epochs: int, seed: int) -> FewShots:
 
 
 @cache
-def all_clothes() -> tuple[Features, Features]:
-    """All 300 training images of each class, and the test images, which no draw changes."""
-    data = fashion(300, 1, 0)
-    return encoded(data.bank_dataloader()), encoded(data.test_dataloader())
+def judged() -> Features:
+    """The test images, which no draw changes."""
+    return encoded(fashion(1, 1, 0).test_dataloader())
+
+
+@cache
+def of_all_clothes() -> tuple[float, float]:
+    """GDA of all 300 training images of each class."""
+    return accuracies(GDA, encoded(fashion(300, 1, 0).bank_dataloader()), judged())
 
 
 def on_clothes(seed: int, shots: int, epochs: int) -> dict[str, tuple[float, float]]:
-    pool, query = all_clothes()
-    return accuracies(encoded(fashion(shots, epochs, seed).bank_dataloader()), pool, query)
+    bank = encoded(fashion(shots, epochs, seed).bank_dataloader())
+    found = {name: accuracies(ARMS[name], bank, judged()) for name in ("NMC", "GDA")}
+    return found | {FULL: of_all_clothes()}
 
 
 def test_few_clothes_on_an_encoder_of_photographs(evidence) -> None:
