@@ -6,8 +6,8 @@ told by number words. Rates are searched on seed 100, on other scenes and on tra
 out, by the zero-shot accuracy on unseen things, by retrieval, and by the accuracy.
 
 Floors: the same scenes with the captions of others; chance for stamps and digits. Ceilings: scenes of all things; the
-true captions in place of pictures; training on the new stamps too; logistic regression of pixels. Floors of scenes and
-ceilings of training are of one seed. Gates: 128 training pairs find each other, and training digits their word.
+true captions in place of pictures; training on the new stamps too; the label of the digit whose pixels are nearest.
+Floors and ceilings that are trained are of one seed. Gates: 128 training pairs find each other; training digits.
 """
 
 from functools import cache
@@ -21,14 +21,13 @@ from torch import Tensor
 from lightspan.datamodules.image.sets.small import evenly
 from lightspan.datamodules.image_text.scenes import THINGS, draw, unseen_things
 from lightspan.datamodules.image_text.stamps import Stamps
-from lightspan.evaluation.probes.linear_probe import linear_probe_accuracy
 from lightspan.evaluation.probes.zero_shot import class_rows, retrieval_at_1, zero_shot_accuracy
 from lightspan.methods.image_text.clip import CLIP
 
 NEEDS = ("/usr/share/tuxpaint/stamps",)
 SEEDS, SEARCH = (0, 1, 2), 100
-RATES = (2e-3, 4e-3, 8e-3)
-STEPS = {"scenes": 240, "stamps": 180, "digits": 100}
+RATES = (1e-3, 4e-3, 1.6e-2)
+STEPS = {"scenes": 200, "stamps": 120, "digits": 100}
 TEMPLATES = ("a {}", "there is a {}", "a photo of a {}")
 ALL, UNSEEN = np.arange(len(THINGS)), unseen_things(0.2)
 SEEN = np.setdiff1d(ALL, UNSEEN)
@@ -124,10 +123,10 @@ def on_digits(rate: float, seed: int) -> dict[str, float]:
     train(model, training, seed, STEPS["digits"])
     with torch.no_grad():
         classes = class_rows(WORDS, model.encoders.encode_text, NUMBERS, TEMPLATES)
-    pixels = [x for part in (training, test) for x in (part.images.flatten(1), part.labels)]
+    nearest_N = torch.cdist(test.images.flatten(1), training.images.flatten(1)).argmin(dim=1)
     return {
         "accuracy": 100 * zero_shot_accuracy(image_rows(model.encoders, test), classes, test.labels),
-        "pixels": 100 * linear_probe_accuracy(*pixels),
+        "nearest": 100 * float((training.labels[nearest_N] == test.labels).float().mean()),
         "learned": 100 * zero_shot_accuracy(image_rows(model.encoders, training), classes, training.labels),
     }
 
@@ -172,7 +171,7 @@ def test_clip(evidence) -> None:
     claim("zero-shot on unseen things", "scenes", "unseen", least, others["unseen"], told_all)
     claim("captions found among 128", "scenes", "retrieval", 50.0, others["retrieval"], "true captions")
     claim("captions of new stamps found, over chance", "stamps", "over chance", 5.0, 1.0, told["over chance"], "")
-    claim("zero-shot on digits by number words", "digits", "accuracy", 90.0, 10.0, "pixels")
+    claim("zero-shot on digits by number words", "digits", "accuracy", 90.0, 10.0, "nearest")
 
 
 if __name__ == "__main__":
