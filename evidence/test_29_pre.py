@@ -1,13 +1,18 @@
-"""PRE (arXiv 2309.07760) against CoOp and the written sentence, on few scenes of a domain that their CLIP has not seen.
+"""PRE (arXiv 2309.07760) against CoOp on few scenes of a domain that their CLIP has not seen.
 
-A small CLIP is trained on drawn scenes for each seed. Prompts then learn from eight scenes of each of 36 things on a
-lighter ground, and are tested on all 72. Both arms have the same steps, start and rates to choose from, by
-their harmonic mean over three other seeds and scenes of a stream of their own: `python evidence/test_29_pre.py` repeats
-that search.
+One small CLIP is trained on drawn scenes, as the paper has one. Prompts then learn from eight scenes of each of 36
+things on a lighter ground, drawn anew for each seed, and are tested on all 72, the other 36 being new. Both arms have
+the same steps, start and rates to choose from, by the accuracy on other scenes of the 36 on seed 100: a prompt that is
+learned does not know what it will be asked for. The harmonic mean, that of the written sentence, and the time of
+training are figures beside, for which no margin was set beyond equality.
+
+The floor is the written sentence, at which prompts begin; the ceiling a prompt that learns from 32 scenes of all 72
+things for three times as many steps, once. Gates: the prompt's accuracy on the scenes it learned from, against that
+of the sentence. PRE does not hold the paper's gain here: on new things it is level with CoOp.
 """
 
 import time
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -19,14 +24,14 @@ from lightspan.evaluation.probes.zero_shot import class_rows
 from lightspan.methods.image_text.pre import PRE
 from lightspan.nn.sequences.token_lstm import TokenLSTM
 
-SEEDS = (0, 1, 2, 3, 4)
-SEARCHED = (100, 101, 102)
-RATES = (2e-3, 2e-2, 2e-1, 2.0)
-CLIP_STEPS, STEPS, SHOTS = 560, 450, 8
+SEEDS, SEARCH = (0, 1, 2, 3, 4, 5), 100
+RATES = (2e-2, 2e-1, 2.0)
+CLIP_RATE, CLIP_STEPS, STEPS, SHOTS, MANY = 4e-3, 700, 450, 8, 32
 PHRASE = "a photo of a"
 ALL = np.arange(len(THINGS))
 BASE = ALL[factors(ALL).sum(axis=1) % 2 == 0]
-CHOSEN = {"PRE": 2e-1, "CoOp": 2e-1}
+ARMS, ORACLE = ("PRE", "CoOp"), "all things known"
+PARTS = ("base", "new", "harmonic")
 
 
 def scenes(seed: int, stream: int, things: np.ndarray, count: int, share: float = 0.0, shifted: bool = True) -> Pairs:
@@ -37,78 +42,91 @@ def scenes(seed: int, stream: int, things: np.ndarray, count: int, share: float 
     return pairs(images, captions, first)
 
 
-def encoders(seed: int, steps: int = CLIP_STEPS) -> DualEncoder:
-    model = clip(seed, 2e-3)
-    train(model, scenes(seed, 0, ALL, 7200, 0.5, shifted=False), seed, steps)
+@cache
+def encoders() -> DualEncoder:
+    model = clip(SEARCH, CLIP_RATE)
+    train(model, scenes(SEARCH, 0, ALL, 14_400, 0.5, shifted=False), SEARCH, CLIP_STEPS)
     return model.encoders
 
 
-def accuracies(rows_CD: torch.Tensor, image_ND: torch.Tensor, labels_N: torch.Tensor) -> dict[str, float]:
-    """Base and new things, each among themselves, in per cent."""
+@cache
+def shown(seed: int, stream: int) -> Pairs:
+    """What prompts are judged on: stream 1 has the scenes they learn from, 2 is reported, 3 is for the search."""
+    return scenes(seed, 1, BASE, SHOTS * len(BASE)) if stream == 1 else scenes(seed, stream, ALL, 1440)
+
+
+@torch.no_grad()
+def accuracies(rows_CD: torch.Tensor, seed: int, stream: int) -> dict[str, float]:
+    """Base and new things, each among themselves, and learned scenes among base things, in per cent."""
     is_base_C = torch.isin(torch.from_numpy(ALL), torch.from_numpy(BASE))
-    own_NC = is_base_C[labels_N][:, None] == is_base_C
-    right_N = (image_ND @ rows_CD.T).masked_fill(~own_NC, -torch.inf).argmax(dim=1) == labels_N
-    base, new = (100 * right_N[is_base_C[labels_N] == part].float().mean().item() for part in (True, False))
-    return {"base": base, "new": new, "harmonic": 2 * base * new / max(base + new, 1e-9)}
+    right = []
+    for given in (shown(seed, stream), shown(seed, 1)):
+        own_NC = is_base_C[given.labels][:, None] == is_base_C
+        logits_NC = image_rows(encoders(), given) @ rows_CD.T
+        right.append(logits_NC.masked_fill(~own_NC, -torch.inf).argmax(dim=1) == given.labels)
+    of_base_N = is_base_C[shown(seed, stream).labels]
+    base, new, learned = (100 * x.float().mean().item() for x in (right[0][of_base_N], right[0][~of_base_N], right[1]))
+    return {"base": base, "new": new, "harmonic": 2 * base * new / max(base + new, 1e-9), "learned": learned}
 
 
-def learned(
-    name: str, frozen: DualEncoder, seed: int, rate: float, stream: int = 2, steps: int = STEPS
-) -> dict[str, float]:
+def prompted(name: str, seed: int, rate: float, stream: int = 2) -> dict[str, float]:
     torch.manual_seed(seed)
     encoder = TokenLSTM(64) if name == "PRE" else None
     optimizer = partial(torch.optim.SGD, lr=rate, momentum=0.9)
-    model = quiet(PRE(frozen, encoder, phrase=PHRASE, base_classes=BASE.tolist(), optimizer=optimizer))
+    things, given = (BASE, shown(seed, 1)) if name != ORACLE else (ALL, scenes(seed, 4, ALL, MANY * len(ALL)))
+    model = quiet(PRE(encoders(), encoder, phrase=PHRASE, base_classes=things.tolist(), optimizer=optimizer))
     model.name_classes(WORDS, THINGS)
     start = time.perf_counter()
-    train(model, scenes(seed, 1, BASE, SHOTS * len(BASE)), seed, steps, size=32)
+    train(model, given, seed, 3 * STEPS if name == ORACLE else STEPS, size=32)
     seconds = time.perf_counter() - start
-    test = scenes(seed, stream, ALL, 1440)
     with torch.no_grad():
-        return accuracies(model.class_rows(), image_rows(frozen, test), test.labels) | {"seconds": seconds}
+        return accuracies(model.class_rows(), seed, stream) | {"seconds": seconds}
 
 
-def written(frozen: DualEncoder, seed: int) -> dict[str, float]:
-    test = scenes(seed, 2, ALL, 1440)
-    with torch.no_grad():
-        rows = class_rows(WORDS, frozen.encode_text, THINGS, [PHRASE + " {}"])
-    return accuracies(rows, image_rows(frozen, test), test.labels)
+@torch.no_grad()
+def written(seed: int, stream: int = 2) -> dict[str, float]:
+    rows_CD = class_rows(WORDS, encoders().encode_text, THINGS, [PHRASE + " {}"])
+    return accuracies(rows_CD, seed, stream)
 
 
-def test_pre(evidence):
-    runs: dict[str, dict[int, dict[str, float]]] = {"PRE": {}, "CoOp": {}, PHRASE: {}}
-    for seed in SEEDS:
-        frozen = encoders(seed)
-        for name, rate in CHOSEN.items():
-            runs[name][seed] = learned(name, frozen, seed, rate)
-        runs[PHRASE][seed] = written(frozen, seed)
+def test_pre(evidence) -> None:
+    def searched(name: str, rate: float) -> float:
+        return prompted(name, SEARCH, rate, stream=3)["base"]
+
+    rates = evidence.search({name: partial(searched, name) for name in ARMS}, RATES, seed=SEARCH)
+    runs = {name: {seed: prompted(name, seed, rates[name]) for seed in SEEDS} for name in ARMS}
+    told = prompted(ORACLE, SEEDS[0], rates["CoOp"])
+    runs[PHRASE] = {seed: written(seed) for seed in SEEDS}
     for name, of_seed in runs.items():
         for seed, found in of_seed.items():
-            for part in ("base", "new", "harmonic"):
+            for part in PARTS:
                 evidence.figure(f"{part}, {name}", found[part], seed=seed, unit="%")
-
-    def gain(part: str, over: str) -> dict[int, float]:
-        return {seed: runs["PRE"][seed][part] - runs[over][seed][part] for seed in SEEDS}
-
+    before = {seed: found["learned"] for seed, found in runs[PHRASE].items()}
+    for name in ARMS:
+        evidence.gate(name, {s: found["learned"] for s, found in runs[name].items()}, before, by=3.0, unit="points")
+    for part in PARTS:
+        evidence.figure(f"{part}, {ORACLE}", told[part], SEEDS[0], "%")
+    for seed in SEEDS:
+        slower = runs["PRE"][seed]["seconds"] / runs["CoOp"][seed]["seconds"]
+        evidence.figure("training time, PRE over CoOp", slower, seed)
     evidence.note(
         f"{CLIP_STEPS} steps of CLIP on dark scenes, then {STEPS} steps of 32 of {SHOTS} scenes of each of {len(BASE)} "
-        f"base things on a lighter ground; four tokens that begin as {PHRASE!r}. Rates of {RATES} "
-        f"chosen on seeds {SEARCHED}",
-        CHOSEN,
+        f"base things on a lighter ground; four tokens that begin as {PHRASE!r}."
     )
-    evidence.claim("new things, PRE minus CoOp", gain("new", "CoOp"), at_least=2.0, unit="points")
-    evidence.claim("base things, PRE minus CoOp", gain("base", "CoOp"), at_least=-1.0, unit="points")
-    evidence.claim("harmonic mean, PRE minus CoOp", gain("harmonic", "CoOp"), at_least=0.0, unit="points")
-    evidence.claim(
-        "harmonic mean, PRE minus the written sentence", gain("harmonic", PHRASE), at_least=0.0, unit="points"
-    )
-    slower = {seed: runs["PRE"][seed]["seconds"] / runs["CoOp"][seed]["seconds"] for seed in SEEDS}
-    evidence.claim("training time, PRE over CoOp", slower, at_most=1.2)
+
+    def over(part: str, first: str) -> dict[int, float]:
+        return {seed: runs[first][seed][part] - runs["CoOp"][seed][part] for seed in SEEDS}
+
+    for part, margin in (("new", 2.0), ("base", -1.0)):
+        evidence.claim(
+            f"{part} things, PRE minus CoOp", over(part, "PRE"), at_least=margin, unit="points",
+            floor=over(part, PHRASE),
+            ceiling=told[part] - sum(run[part] for run in runs["CoOp"].values()) / len(SEEDS), arms=ARMS,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    clips = {seed: encoders(seed) for seed in SEARCHED}
-    for name in CHOSEN:
+    print(PHRASE, written(SEARCH, stream=3), flush=True)
+    for one in (*ARMS, ORACLE):
         for rate in RATES:
-            found = [learned(name, clips[seed], seed, rate, stream=3)["harmonic"] for seed in SEARCHED]
-            print(name, rate, np.round(found, 1), round(float(np.mean(found)), 2), flush=True)
+            print(one, rate, prompted(one, SEARCH, rate, stream=3), flush=True)
