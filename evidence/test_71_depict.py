@@ -8,8 +8,8 @@ clustered; there labels are used for scores alone.
 
 Floors: k-means of the untrained embedding; for sizes the untrained softmax. Ceilings: the same softmax with the true
 classes as its targets, fitted on the embedding that DEPICT starts from; for sizes the classes themselves. Gates: the
-loss to the last targets, which predictions at chance have at log 10; each arm starts with the gate of the autoencoder.
-Half of the epochs have the targets of k-means: with fewer, DEPICT's own targets, which do not sharpen, stay near chance.
+loss to the last targets, which predictions at chance have at log 10. Half of the epochs have the targets of k-means:
+with fewer, DEPICT's own targets, which do not sharpen, stay near chance.
 """
 
 import math
@@ -114,6 +114,7 @@ def sizes(cluster_M: Tensor) -> dict[str, float]:
 def without_training(seed: int, first_rate: float) -> dict[str, float]:
     """Accuracy in per cent of what the arms are compared with, and entropies in nats."""
     (x, label), start = images(seed), started(seed, first_rate)
+    pair = start.embedding, label
 
     def by_kmeans(row_MF: Tensor) -> float:
         return 100 * agreement(kmeans(row_MF, CLUSTERS, seed, STARTS), label)["accuracy"]
@@ -124,10 +125,10 @@ def without_training(seed: int, first_rate: float) -> dict[str, float]:
         "k-means of the embedding": by_kmeans(start.embedding),
         "k-means of the pixels": by_kmeans(x.flatten(1)),
         "k-means of the untrained embedding": by_kmeans(start.untrained),
-        "softmax with the classes as targets": 100 * linear_probe_accuracy(start.embedding, label, start.embedding, label),
+        "softmax with the classes as targets": 100 * linear_probe_accuracy(*pair, *pair),
         "size entropy, untrained softmax": sizes(untrained)["size entropy"],
         "size entropy, classes": sizes(label)["size entropy"],
-    }  # fmt: skip
+    }
 
 
 def test_depict(evidence):
