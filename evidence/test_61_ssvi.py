@@ -173,10 +173,10 @@ def clothes() -> Tensor:
     ) / data.train.std
 
 
-@torch.no_grad()
 def outcome(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = EPOCHS) -> Outcome:
-    model, ((learned, told_label), (image, label)) = trained(arm, prior, seed, val_size, epochs), digits(val_size)
+    model, ((learned, learned_label), (image, label)) = trained(arm, prior, seed, val_size, epochs), digits(val_size)
 
+    @torch.no_grad()
     def probabilities(x: Tensor) -> Tensor:
         if arm in SINGLE:
             return model(x).softmax(dim=1)
@@ -195,7 +195,7 @@ def outcome(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = 
 
     probability = probabilities(image)
     return Outcome(
-        right(probabilities(learned), told_label),
+        right(probabilities(learned), learned_label),
         right(probability, label),
         F.nll_loss(probability.clamp_min(1e-30).log(), label).item(),
         multiclass_calibration_error(probability, label, 10).item(),
