@@ -102,7 +102,7 @@ def made(arm: str, seed: int) -> ByHand:
     torch.manual_seed(seed)
     summary = SummaryTransformer(4 * WIDTH, depth=2, heads=4, mlp_width=128, dropout=0.0)
     network, masks = SmallConvNet(1, WIDTH, stages=3), Contrasted(clothes(seed == SEARCH)[0][0], seed)
-    return PRETEXTS[arm](network, summary, GRID, masks, temperature=8.0)
+    return PRETEXTS[arm](network, summary, GRID, masks, temperature=8.0, optimizer=torch.optim.AdamW)
 
 
 @torch.no_grad()
