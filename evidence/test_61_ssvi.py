@@ -1,6 +1,7 @@
 """SSVI (arXiv 2402.11025) on digits and on a known support: sparse posteriors with coordinates that move or stay.
 
-Digits: a network of 64-256-256-10 on the 8 x 8 digits, with 5 % of each layer's weights, 40 epochs. Arms:
+Digits: a network of 64-256-256-10 on the 8 x 8 digits, with 2 % of each layer's weights, 30 epochs; at 5 % the ceiling
+was just above the margin of accuracy on the search's seed. Arms:
 
 - SSVI: a Gaussian posterior over the active weights, which move every 10 steps.
 - static: the same posterior over random weights that stay.
@@ -10,11 +11,11 @@ Digits: a network of 64-256-256-10 on the 8 x 8 digits, with 5 % of each layer's
   the same prior, 1 / (samples x prior^2).
 
 All start from He-normal weights, those of sparse arms times 1 / sqrt(density), so that signals keep their size. The
-deviation of the prior is searched for each arm by the negative log-likelihood on 400 validation images, the mean over
-two seeds that no claim is measured on. Rates are those of an earlier grid over rates and priors on these seeds, in
-which no rate was at an edge. Predictions of the posterior arms average 20 sampled networks. Inputs from elsewhere are
-told by the entropy of the prediction: images of noise, and clothes (Fashion-MNIST) of 8 x 8 pixels, standardised as the
-digits are. The divergence counts in full (kl_scale 1).
+rate, with a prior of deviation 1, and then the deviation of the prior are searched for each arm by the negative
+log-likelihood on 400 validation images, the mean over two seeds that no claim is measured on, as on one the best rate
+may be one at which the next diverges. Predictions of the posterior arms average 10 sampled networks. Inputs from
+elsewhere are told by the entropy of the prediction: images of noise, and clothes (Fashion-MNIST) of 8 x 8 pixels,
+standardised as the digits are. The divergence counts in full (kl_scale 1).
 
 Floors: the untrained network. Ceilings: RigL with all weights; for inputs from elsewhere one that tells all. Gates:
 accuracy on training images.
@@ -50,10 +51,10 @@ from lightspan.subspaces.masks.top_k import count_at, top_k
 from lightspan.subspaces.sparse_gaussian.criteria import SNR, SizeOfMean, SizeSNR
 
 SEEDS, SEARCH_SEEDS, VALIDATION = tuple(range(10, 18)), (100, 101), 400
-EPOCHS, BATCH, EVERY, NETWORKS = 40, 128, 10, 20
-DENSITY = 0.05
-PRIORS = (0.3, 1.0, 3.0)
-RATES = {"SSVI": 0.15, "static": 0.5, "pruned": 0.5, "RigL": 0.15}
+EPOCHS, BATCH, EVERY, NETWORKS = 30, 128, 10, 10
+DENSITY = 0.02
+RATES, PRIORS = (0.05, 0.15, 0.5), (0.3, 1.0, 3.0)
+ARMS = ("SSVI", "static", "pruned", "RigL")
 CEILING = "all weights"
 SINGLE = ("RigL", CEILING)  # weights, without a variance
 
@@ -121,7 +122,7 @@ def train(
 
 
 @cache
-def trained(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = EPOCHS) -> nn.Module:
+def trained(arm: str, rate: float, prior: float, seed: int, val_size: int = 0, epochs: int = EPOCHS) -> nn.Module:
     torch.manual_seed(seed)
     density = DENSITY if arm in ("SSVI", "static", "RigL") else 1.0
     (image, label), _ = digits(val_size)
@@ -130,7 +131,6 @@ def trained(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = 
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(image), generator=generator) for _ in range(epochs)]
     rows = [part for order in orders for part in order.split(BATCH) if len(part) == BATCH]
-    rate = RATES["RigL" if arm == CEILING else arm]
     train(
         arm, model, layers, rate, prior, lambda rows_B: F.cross_entropy(model(image[rows_B]), label[rows_B]), rows,
         len(image), seed,
@@ -173,8 +173,11 @@ def clothes() -> Tensor:
     ) / data.train.std
 
 
-def outcome(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = EPOCHS) -> Outcome:
-    model, ((learned, learned_label), (image, label)) = trained(arm, prior, seed, val_size, epochs), digits(val_size)
+def outcome(arm: str, rate: float, prior: float, seed: int, val_size: int = 0, epochs: int = EPOCHS) -> Outcome:
+    model, ((learned, learned_label), (image, label)) = (
+        trained(arm, rate, prior, seed, val_size, epochs),
+        digits(val_size),
+    )
 
     @torch.no_grad()
     def probabilities(x: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ def outcome(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = 
 
     probability = probabilities(image)
     return Outcome(
-        right(probabilities(learned), learned_label),
+        right(probabilities(learned[:500]), learned_label[:500]),
         right(probability, label),
         F.nll_loss(probability.clamp_min(1e-30).log(), label).item(),
         multiclass_calibration_error(probability, label, 10).item(),
@@ -204,25 +207,30 @@ def outcome(arm: str, prior: float, seed: int, val_size: int = 0, epochs: int = 
     )
 
 
-def searched(arm: str, prior: float) -> float:
-    return -sum(outcome(arm, prior, seed, VALIDATION).loss for seed in SEARCH_SEEDS) / len(SEARCH_SEEDS)
+def searched(arm: str, rate: float, prior: float) -> float:
+    return -sum(outcome(arm, rate, prior, seed, VALIDATION).loss for seed in SEARCH_SEEDS) / len(SEARCH_SEEDS)
 
 
 def test_moving_coordinates_train_better_networks(evidence) -> None:
-    priors = evidence.search({arm: partial(searched, arm) for arm in RATES}, PRIORS, what="prior", seed=SEARCH_SEEDS[0])
-    found = {arm: {seed: outcome(arm, priors[arm], seed) for seed in SEEDS} for arm in RATES}
-    found[CEILING] = {seed: outcome(CEILING, priors["RigL"], seed) for seed in SEEDS}
-    found["untrained"] = {seed: outcome("SSVI", 1.0, seed, epochs=0) for seed in SEEDS}
+    rates = evidence.search({arm: partial(searched, arm, prior=PRIORS[1]) for arm in ARMS}, RATES, seed=SEARCH_SEEDS[0])
+    priors = evidence.search(
+        {arm: partial(searched, arm, rates[arm]) for arm in ARMS}, PRIORS, what="prior", seed=SEARCH_SEEDS[0]
+    )
+    found = {arm: {seed: outcome(arm, rates[arm], priors[arm], seed) for seed in SEEDS} for arm in ARMS}
+    found[CEILING] = {seed: outcome(CEILING, rates["RigL"], priors["RigL"], seed) for seed in SEEDS}
+    found["untrained"] = {seed: outcome("SSVI", 1.0, 1.0, seed, epochs=0) for seed in SEEDS}
     for arm, of_seed in found.items():
         for seed, one in of_seed.items():
             for name, value in vars(one).items():
                 evidence.figure(f"{name.replace('_', ' ')}, {arm}", value, seed, "%" if value > 1.5 else "")
-    counted = costs(trained("SSVI", priors["SSVI"], SEEDS[0]), torch.zeros(1, 1, 8, 8), watched=0.75 / EVERY)
+    counted = costs(
+        trained("SSVI", rates["SSVI"], priors["SSVI"], SEEDS[0]), torch.zeros(1, 1, 8, 8), watched=0.75 / EVERY
+    )
     for figure in counted.figures():
         if "optimiser" not in figure.name:
             evidence.figure(figure.name, figure.value, unit=figure.unit)
-    evidence.note("1,437 training and 360 test digits. Rates", RATES)
-    for arm in RATES:
+    evidence.note(f"1,437 training and 360 test digits. Searches have the mean loss of seeds {SEARCH_SEEDS}.")
+    for arm in ARMS:
         learned = [{seed: one.learned for seed, one in found[which].items()} for which in (arm, "untrained")]
         evidence.gate(arm, *learned, by=50.0, unit="points")
 
@@ -321,9 +329,9 @@ def test_the_known_support_is_found(evidence) -> None:
 
 
 if __name__ == "__main__":
-    for arm in (*RATES, CEILING):
-        for prior in PRIORS:
-            print(arm, prior, outcome(arm, prior, SEARCH_SEEDS[0], VALIDATION), flush=True)
+    for arm in (*ARMS, CEILING):
+        for rate in RATES:
+            print(arm, rate, outcome(arm, rate, PRIORS[1], SEARCH_SEEDS[0], VALIDATION), flush=True)
     for name in KNOWN:
         for rate in REGRESSION_RATES:
             print(name, rate, regression(name, rate, SEARCH_SEEDS[0]), flush=True)
