@@ -22,8 +22,8 @@ accuracy on training images.
 
 Regression: 200 normal inputs, of which 20 have a weight of +-[0.5, 1.5], 300 samples, noise of 0.5; 20 coordinates are
 active. The share of the 20 that are active at the end is the recovered support. Rates are searched by the error on 100
-further samples. Floor: the random coordinates of the start, which a static arm keeps. Ceiling: the 20 largest weights of least squares. Gate: the
-squared error against that of a guess of 0.
+further samples. Floor: the random coordinates of the start, which a static arm keeps. Ceiling: the 20
+largest weights of least squares. Gate: the squared error against that of a guess of 0.
 """
 
 import contextlib
