@@ -34,7 +34,7 @@ SEEDS, SEARCH = (10, 11, 12, 13, 14, 15), 100
 PATCH, GRID, WIDTH, HIDDEN, CONTRASTED = 7, (4, 4), 16, 4, 8
 STEPS, TUNING, BATCH, LEARNED, JUDGED, EACH, CLASSES = 400, 100, 32, 2000, 500, 10, 10
 RATES, TUNING_RATES = (1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2)
-TOLD, TOLD_RATE = "trained with all labels", 3e-3
+ARMS, TOLD, TOLD_RATE = ("Selfie", "random weights"), "trained with all labels", 3e-3
 Set = tuple[Tensor, Tensor]
 
 
@@ -59,9 +59,6 @@ class ByHand(Selfie):
 
     def log_training(self, *figures: Any, **options: Any) -> None:
         """Nothing is kept."""
-
-
-ARMS = ("Selfie", "random weights")
 
 
 @cache
