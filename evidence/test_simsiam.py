@@ -10,8 +10,9 @@ one differ so much that they cannot be made alike by their content alone: with l
 embeddings stayed apart without the stop-gradient on the search's seed.
 
 What is no claim: accuracy against no stop-gradient, over which an untrained network is ahead by more than the margin
-too, and spread against no predictor, whose embeddings did not come together on the search's seed, so that nothing could
-be ahead of it by the margin.
+too where embeddings collapse, and spread against no predictor, whose embeddings did not come together on the search's
+seed. The record could not tell: by accuracy the arms without stop-gradient or predictor choose rates at which they
+hardly learn, and then do not collapse either. A run that can tell needs more steps, in which low rates collapse too.
 
 Floor: the untrained network. Ceiling: the same network, steps and views with the true classes; a spread of 1. Gate:
 each arm's own loss on fixed views of training pictures, with the statistics of the batch.
