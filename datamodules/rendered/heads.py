@@ -199,7 +199,8 @@ class HeadSpace(NamedTuple):
 
     def clips(self, seed: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Pictures in [0, 1] and what belongs to them: `clip` [B, T, 3, H, W], `shading` alike, `face` [B, T, H, W],
-        `light` [B, 9, 3], `colour` and `normal` as the clip, and `reference`, `reference_face`, `reference_light`, of one frame.
+        `light` [B, 9, 3], `colour` and `normal` as the clip, and `reference`, `reference_face`, `reference_light`, of
+        one frame.
         """
         heads = heads_of(Draws(seed, numbers, 30))
         draws = Draws(seed, numbers, 31)
