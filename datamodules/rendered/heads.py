@@ -199,7 +199,8 @@ class HeadSpace(NamedTuple):
 
     def clips(self, seed: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Pictures in [0, 1] and what belongs to them: `clip` [B, T, 3, H, W], `shading` alike, `face` [B, T, H, W],
-        `light` [B, 9, 3], `colour` as the clip, and `reference`, `reference_face`, `reference_light`, of one frame.
+        `light` [B, 9, 3], `colour` and `normal` as the clip, and `reference`, `reference_face`, `reference_light`, of
+        one frame.
         """
         heads = heads_of(Draws(seed, numbers, 30))
         draws = Draws(seed, numbers, 31)
@@ -226,12 +227,14 @@ class HeadSpace(NamedTuple):
         down = np.linspace(0, 1, self.size, dtype=np.float32)
         behind = (ground[:, 0] + (ground[:, 1] - ground[:, 0]) * down)[:, None, :, :, None]
         picture = np.where(inside, np.clip(found.colour * shaded, 0, 1), behind)
-        clip, shown, face, colour = (field[:, :-1] for field in (picture, shaded, found.face, found.colour))
+        own = (picture, shaded, found.face, found.colour, found.normal)
+        clip, shown, face, colour, towards = (field[:, :-1] for field in own)
         return {
             "clip": clip,
             "shading": shown,
             "face": face,
             "colour": colour,
+            "normal": towards,
             "light": lights[0],
             "reference": picture[:, -1],
             "reference_face": found.face[:, -1],

@@ -8,6 +8,11 @@ from torch import Tensor
 from lightspan.core.errors import UserError
 from lightspan.core.files.foreign import NUMBERS
 
+FURTHEST, SQUARED = 9, 43
+"""Deviations from the mean within which every normal number is that torch draws (8.6 from 53 bits), and the logarithm,
+rounded down, of numbers whose square, or its inverse, is an ordinary number of float32.
+"""
+
 
 def require_in(interval: str, **settings: float | Sequence[float] | None) -> None:
     """Raises: UserError for a setting outside an interval; of a sequence for any of its numbers. None is not set, and
@@ -68,3 +73,21 @@ def require_temperatures(**temperatures: float | Tensor) -> None:
     for name, temperature in temperatures.items():
         if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
             raise UserError(f"{name}={temperature} must be above 0 and finite; 0.04 to 0.5 are usual")
+
+
+def require_log_normal(**settings: float) -> None:
+    """Mean and standard deviation, in this order, of the logarithm of a number that is drawn. Raises: UserError for a
+    deviation below 0, or where the number could be so large or small that float32 does not hold its square: e to a
+    normal number, of which torch draws none further than `FURTHEST` deviations from the mean.
+    """
+    mean, std = settings.values()
+    (mean_name, std_name) = settings
+    require_in("(-inf, inf)", **{mean_name: mean})
+    require_in("[0, inf)", **{std_name: std})
+    reach = abs(mean) + FURTHEST * std
+    if not reach <= SQUARED:
+        raise UserError(
+            f"{mean_name}={mean:g} and {std_name}={std:g} draw numbers of up to e^{reach:.3g} or down to "
+            f"e^-{reach:.3g}, whose squares float32 does not hold; the size of {mean_name} plus {FURTHEST} times "
+            f"{std_name} must be at most {SQUARED}"
+        )

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in, require_shares, require_weights
+from lightspan.core.ranges import require_in, require_log_normal, require_shares, require_weights
 
 INSIDE = {
     "[0, 1]": (0, 1, True),
@@ -52,3 +53,19 @@ def test_the_message_has_the_name_the_value_and_the_limit() -> None:
     for check in (require_shares, require_weights):
         with pytest.raises(UserError, match=r"^momentum=-1 "):
             check(momentum=-1)
+
+
+def test_a_number_whose_logarithm_is_normal_has_a_square_at_every_draw() -> None:
+    for mean, std in ((0.7, 1.6), (-3.0, 0.5), (43.0, 0.0), (-43.0, 0.0), (7, 4)):
+        require_log_normal(mean=mean, std=std)
+        for deviations in (-8.6, 8.6):
+            square = torch.tensor(mean + deviations * std, dtype=torch.float32).exp().square()
+            tiny = torch.finfo(torch.float32).tiny
+            assert tiny < square < math.inf
+            assert tiny < 1 / square < math.inf
+    for mean, std in ((0.7, 1e5), (7.1, 4), (-44.0, 0.0), (math.nan, 1.0), (math.inf, 1.0)):
+        with pytest.raises(UserError, match=r"^level_mean="):
+            require_log_normal(level_mean=mean, level_std=std)
+    for std in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match=r"^level_std="):
+            require_log_normal(level_mean=0.0, level_std=std)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightspan.core.batches import described, require_fields
 from lightspan.core.devices import wide, wide_type
 from lightspan.core.errors import UserError
-from lightspan.core.ranges import require_in, require_weights
+from lightspan.core.ranges import require_in, require_log_normal, require_weights
 from lightspan.datamodules.video.batch import LitClipBatch
 from lightspan.nn.frames import by_frame
 from lightspan.objectives import edm
@@ -138,8 +138,8 @@ class LCVD(Method):
         **optimization: Any,
     ) -> None:
         super().__init__(**optimization)
-        require_in("(-inf, inf)", level_mean=level_mean, reference_level_mean=reference_level_mean)
-        require_in("[0, inf)", level_std=level_std, reference_level_std=reference_level_std)
+        require_log_normal(level_mean=level_mean, level_std=level_std)
+        require_log_normal(reference_level_mean=reference_level_mean, reference_level_std=reference_level_std)
         require_weights(face_weight=face_weight)
         require_in("[0, 1]", all_kept=all_kept, none_kept=none_kept, **{"all_kept + none_kept": all_kept + none_kept})
         require_in("[0, 0.3333333333333333]", hidden=hidden)

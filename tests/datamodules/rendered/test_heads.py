@@ -32,21 +32,10 @@ def test_the_shading_is_that_of_the_normals_and_shows_the_light() -> None:
     drawn = SPACE.clips(0, np.arange(4))
     for row in range(4):
         shown = drawn["shading"][row].transpose(0, 2, 3, 1)[drawn["face"][row]]
-        normals = normals_of(row)[drawn["face"][row]]
+        normals = drawn["normal"][row].transpose(0, 2, 3, 1)[drawn["face"][row]]
         bright = (shown > 0).all(axis=1)
         light = fitted_light(torch.from_numpy(shown[bright]), torch.from_numpy(normals[bright]))
         torch.testing.assert_close(light, torch.from_numpy(drawn["light"][row]).double(), rtol=0, atol=2e-3)
-
-
-def normals_of(row: int) -> np.ndarray:
-    """[T, H, W, 3] of the clip of a head, whose turns are found by those of its shading alone being drawn again."""
-    draws = Draws(0, np.arange(4), 31)
-    most = np.deg2rad(SPACE.turn)
-    yaw, pitch = most * draws.between(-1, 1, 3), most / 2 * draws.between(-1, 1, 3)
-    share = np.linspace(0, 1, SPACE.frames)
-    angles = [one[:, :1] + (one[:, 1:2] - one[:, :1]) * share for one in (yaw, pitch)]
-    found = seen(heads_of(Draws(0, np.arange(4), 30)), turned(*angles), SPACE.size)
-    return found.normal[row].transpose(0, 2, 3, 1)
 
 
 def test_a_ball_has_the_normals_of_a_ball() -> None:

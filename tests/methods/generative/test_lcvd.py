@@ -367,6 +367,8 @@ def test_pictures_whose_hints_have_other_sides_than_the_clips_are_refused(name: 
         ("face_weight", {"face_weight": -1.0}),
         ("least_sigma", {"least_sigma": 9.0, "most_sigma": 1.0}),
         ("level_std", {"level_std": -1.0}),
+        ("level_std", {"level_std": 1e5}),
+        ("reference_level_mean", {"reference_level_mean": 1e5}),
         ("hint_chans", {"backbone": nn.Conv3d(4, 2, 1)}),
         ("shading", {"shading": HintEncoder(5)}),
         ("reference", {"reference": HintEncoder(5)}),
