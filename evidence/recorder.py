@@ -98,7 +98,7 @@ class Recorder:
             arm: as claims and searches name it.
             trained: {seed: figure}, of training data or of what the arm was trained for.
             untrained: the same of the network before training, or one number for all seeds, such as chance.
-            by: the least gain on average, above 0; each seed must gain something.
+            by: the least gain on average, above 0; each seed must gain a tenth of it.
         """
         if by <= 0:
             raise ValueError(f"gate {arm!r} needs by above 0, got {by}: an untrained network would pass")

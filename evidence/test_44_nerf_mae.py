@@ -163,11 +163,11 @@ def overlap(network: Namer, given: Rooms) -> float:
 def compare(evidence: Any, seeds: Sequence[int] = SEEDS, steps: int = STEPS, tuning: int = TUNING) -> None:
     held = rooms(TEST, SEARCH, 2)
     rate = evidence.search(
-        {"NeRF-MAE": lambda rate: -hidden_error(pretrained(SEARCH, rate, steps), held)},
+        {"NeRF-MAE, before tuning": lambda rate: -hidden_error(pretrained(SEARCH, rate, steps), held)},
         RATES,
         what="rate of pre-training",
         seed=SEARCH,
-    )["NeRF-MAE"]
+    )["NeRF-MAE, before tuning"]
 
     def namer(arm: str, seed: int, start: GridSwin, rate: float, steps: int = tuning) -> Namer:
         given = rooms(UNLABELLED, seed, 0) if arm == "all labels" else rooms(LABELLED, seed, 1)

@@ -67,9 +67,11 @@ def interval(claim: Claim) -> tuple[float, float] | None:
 
 
 def passed(gate: Mapping[str, Any]) -> bool:
-    """Whether an arm learned: trained is ahead of untrained in each seed, and by the stated amount on average."""
+    """Whether an arm learned: by the stated amount on average, and by a tenth of it in each seed, so that no seed that
+    stayed where it began, or diverged, is among them.
+    """
     gains = gate["gains"].values()
-    return None not in gains and min(gains) > 0 and statistics.fmean(gains) >= gate["by"]
+    return None not in gains and min(gains) >= gate["by"] / 10 and statistics.fmean(gains) >= gate["by"]
 
 
 def best(tried: Mapping[str, float | None]) -> str | None:
