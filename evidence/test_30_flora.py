@@ -12,6 +12,11 @@ fine-tuning on four times as many images.
 
 Rates come from one search for all arms: on a world of its own, and on a third of the digits, of which no claim is
 measured. Each rate of an adapter is scored by the better of two scales.
+
+Held: a Tucker change is found almost without error. Not held: on digits FLoRA is behind LoRA on flattened kernels, by
+three points with a tenth of the numbers, and further behind full fine-tuning than was asked for. With a twentieth,
+FLoRA ends at chance on seed 9, which the gate of the record let pass by a rounding error: those two claims are open
+(median of the differences -4.5 points). With a tenth, the better scale is the larger one tried, for both adapters.
 """
 
 import copy
@@ -251,7 +256,7 @@ def test_kernels_in_tucker_form_adapt_to_a_shifted_domain(evidence) -> None:
     for name, by_seed in runs.items():
         for seed, found in by_seed.items():
             evidence.figure(f"accuracy, {name}", found["judged"], seed, "%")
-    start = {seed: max(found["few"], 10.0) for seed, found in runs["none"].items()}  # or chance
+    start = {seed: max(found["few"], 10.1) for seed, found in runs["none"].items()}  # or chance, beyond rounding
     for name in names.values():
         evidence.gate(name, {s: found["few"] for s, found in runs[name].items()}, start, by=20.0, unit="points")
         evidence.figure(f"trained numbers, {name}", runs[name][DIGITS_SEEDS[0]]["numbers"])
