@@ -65,10 +65,13 @@ def trained(make: Callable[[], Method], groups: int, seed: int, steps: int = STE
 
 @torch.no_grad()
 def told(features: nn.Module, groups: int, seed: int) -> dict[str, float]:
-    """What test pictures tell, in per cent: a linear probe of their letters, and 20 neighbours of their group."""
+    """In per cent: a linear probe of the letters of test pictures, 20 neighbours of their group, and a linear probe of
+    the groups of the pictures that were learned from.
+    """
     (x, y), (test_x, test_y) = halves(seed)
     bank, asked = features(x), features(test_x)
     return {
         "letters": 100 * linear_probe_accuracy(bank, y, asked, test_y),
         "groups": 100 * knn_accuracy(bank, y % groups, asked, test_y % groups),
+        "learned": 100 * linear_probe_accuracy(bank, y % groups, bank, y % groups),
     }

@@ -8,6 +8,11 @@ eight dimensions, which are compared by how far features lie from the mean of th
 
 Floors: the untrained network. Ceilings: a network with a linear layer that learned the probe's own images; no mistake;
 and, of the angle, directions of eight coordinates drawn from a half normal law, all of whose logits are full.
+
+Measured: of the source, k=4 loses nothing to the linear layer, and Riemannian steps end where plain SGD and QR do. The
+probe is 2.1 points ahead with k=4, but an untrained network is read as well: a linear layer loses what digits show
+without training, and k=4 keeps it. That k=4 teaches more for other classes could not be told. Nor could the angle: in
+an untrained network features are as far from the mean of their class, and from k=1 to k=8 the angle hardly grows.
 """
 
 from functools import partial
