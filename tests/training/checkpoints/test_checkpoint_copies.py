@@ -129,7 +129,7 @@ def test_what_was_fetched_is_not_fetched_again_and_makes_room_for_others(gate: G
 
 
 def test_what_may_pass_is_tried_again(gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """503 at the first write, a content cut off at the second, a header that lies at the third, and the fourth is good."""
+    """503 at the first write, a content cut off at the second, a header that lies at the third; the fourth is good."""
     path = checkpoint_of(tmp_path)
     name = f"/lab/runs/{upload(RUNS, path, 3, tmp_path / 'none')}/checkpoints/step=3.ckpt"
     gate.stumbles[name] = [503, None, None, "cut", None, "lies"]
