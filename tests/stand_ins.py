@@ -401,6 +401,7 @@ PUBLISHED: dict[str, Write] = {
     "runs/deit_b.safetensors": deit,
     "dit_xl_2_256.safetensors": dit,
     "runs/llama": LLAMA,
+    "runs/llama2": LLAMA,
     "runs/llava": LLAVA,
     "model": LLAMA,
     "runs/roberta_*": folder("RobertaForMaskedLM", words(2048, **{"<pad>": 1, "</s>": 2}), **SMALL),

@@ -34,7 +34,7 @@ class Gate:
                 status, code = now if isinstance(now, tuple) else (now, "")
                 page = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode() if code else b""
                 start_response(f"{status} Stumble", [("Content-Length", str(len(page)))])
-                return [page]
+                return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]  # bytes behind a header end the connection
             if now == "silent":
                 self.released.wait(20)
             if now == "lies":

@@ -129,17 +129,14 @@ def test_what_was_fetched_is_not_fetched_again_and_makes_room_for_others(gate: G
 
 
 def test_what_may_pass_is_tried_again(gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """503 at the first write, a content cut off and a wrong byte at the next two reads, a header that lies at the
-    third."""
+    """503 at the first write, a content cut off at the second, a header that lies at the third; the fourth is good."""
     path = checkpoint_of(tmp_path)
     name = f"/lab/runs/{upload(RUNS, path, 3, tmp_path / 'none')}/checkpoints/step=3.ckpt"
-    gate.stumbles[name] = [503, None, None, "cut", None, None, "flip", None, "lies"]
+    gate.stumbles[name] = [503, None, None, "cut", None, "lies"]
     upload(RUNS, path, 3, tmp_path / "none")
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 4
-    for line, reason in zip(
-        told, ("cannot be written", "cannot be read", "cannot be read", "bytes instead"), strict=True
-    ):
+    assert len(told) == 3
+    for line, reason in zip(told, ("cannot be written", "cannot be read", "bytes instead"), strict=True):
         assert line.startswith(f"lightspan: s3:/{name}")
         assert reason in line
         assert line.endswith("trying again in 0 s")
