@@ -294,7 +294,7 @@ def test_runs_that_cannot_work_are_refused_before_their_first_step(tmp_path: Pat
     with pytest.raises(UserError, match="which FSDP2 splits; train with --config scale/ddp"):
         sharded.configure_model()
     for average in (EMAWeightAveraging(), StochasticWeightAveraging(0.01)):
-        with pytest.raises(UserError, match="averages numbers by their places, and SSVI moves what stands there"):
+        with pytest.raises(UserError, match="averages numbers by their places"):
             trainer(tmp_path, callbacks=[average], max_epochs=1).fit(method(), datamodule=Digits(24))
     with pytest.raises(UserError, match="Adafactor keeps 'row_var'"):
         trainer(tmp_path).fit(method(optimizer=torch.optim.Adafactor), datamodule=Digits(24))
