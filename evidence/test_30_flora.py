@@ -15,7 +15,7 @@ measured. Each rate of an adapter is scored by the better of two scales.
 
 Held: a Tucker change is found almost without error. Not held: on digits FLoRA is behind LoRA on flattened kernels, by
 three points with a tenth of the numbers, and further behind full fine-tuning than was asked for. With a twentieth,
-FLoRA ends at chance on seed 9, which the gate of the record let pass by a rounding error: those two claims are open
+FLoRA ends at chance on seed 9, so those two claims are open
 (median of the differences -4.5 points). With a tenth, the better scale is the larger one tried, for both adapters.
 """
 

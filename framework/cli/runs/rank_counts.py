@@ -50,7 +50,7 @@ def refuse_fixed_ranks(resolved: Resolved) -> None:
     if named.startswith("lightspan.training.deepspeed.") and not _divided_by_matrices(resolved):
         raise UserError(
             f"trainer.strategy {named}: ZeRO's checkpoints continue only on the number of ranks that wrote them, so a "
-            "run cannot continue without a lost one; use scale/ddp or scale/fsdp2, or an optimiser of matrices, such as "
+            "run cannot continue without a lost one; use scale/ddp or scale/fsdp2, or an optimiser of matrices such as "
             "lightspan.optim.muon.FactoredMuon, whose checkpoints are whole"
         )
 
