@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -92,17 +93,17 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, scheduler = super()._init_optimizers()
-        module = self.lightning_module
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]  # a connector of the trainer sets it
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        for callback in callbacks:
             if exchange := getattr(callback, "exchange_optimizers", None):
-                (optimizer,) = exchange(module, [optimizer], [] if scheduler is None else [scheduler])
+                (optimizer,) = exchange(self.lightning_module, [optimizer], [] if scheduler is None else [scheduler])
         self.share_steps([optimizer])
         return optimizer, scheduler
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         if not self._by_matrix:
             return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
-        clip_in_the_step(self.lightning_module.trainer)
+        clip_in_the_step(self._trainer)
         config, self.config = self.config, self._undivided()
         try:
             engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
@@ -123,7 +124,7 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
                 f"trainer.precision={precision} with DeepSpeed's {asked[0]}: an optimiser of matrices steps weights in "
                 "their own precision, without scaled losses; set trainer.precision=bf16-mixed"
             )
-        limit = self.lightning_module.trainer.gradient_clip_val or 0.0
+        limit = self._trainer.gradient_clip_val or 0.0
         if own.get("gradient_clipping", limit) != limit:
             raise UserError(
                 f"gradient_clipping={own['gradient_clipping']} in DeepSpeed's settings: an optimiser of matrices clips "
@@ -195,8 +196,13 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
             del engine.load
 
     @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
     def _fits(self) -> bool:
-        return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        return self._trainer.state.fn == TrainerFn.FITTING
 
     def _use_whole_files(self) -> None:
         if not isinstance(self.checkpoint_io, WholeFileCheckpointIO):  # which a callback may have set
