@@ -9,7 +9,7 @@ that raises the loss by 10 % or more counts as none, since whoever ruins the net
 that of test images under their class, over ten levels and two draws of noise.
 
 The floor prunes as many entries of each layer, those of the largest |W|; entries drawn at random are a figure. The
-ceiling is a mask of the same layers that gradients find: it is told the ten images that are asked for. Masks of two
+ceiling is a mask of the same layers that gradients find: it is given the ten images that are asked for. Masks of two
 groups of memorised captions overlap more than those of a group and of five ordinary classes located against the other
 five; the floor of that ratio is the network before training, and the ceiling two equal masks.
 

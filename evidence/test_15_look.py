@@ -1,7 +1,7 @@
 """LOOK (arXiv 2110.06014) on letters that are labelled odd or even: which letter they are, read from frozen features.
 
 Arms with one network, equal steps and batches: LOOK with 5 neighbours, a quarter of the rows that a letter has in its
-bank; LOOK with all rows of the bank; SupCon and cross-entropy. Each label has 13 letters, of which no arm is told. A
+bank; LOOK with all rows of the bank; SupCon and cross-entropy. Each label has 13 letters, which no arm sees. A
 linear probe learns the 26 letters from the training pictures' features and is scored on test pictures; nearest
 neighbours tell odd from even; the effective rank, a figure without a margin, is that of features around the mean of
 their label. Digits, of which an earlier record had them, are read from an untrained network nearly as well.

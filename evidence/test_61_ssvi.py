@@ -20,7 +20,7 @@ standardised as the digits are. The divergence counts in full (kl_scale 1).
 Floors: the untrained network. Ceilings: RigL with all weights; for inputs from elsewhere one that tells all. Gates:
 accuracy on training images.
 
-Inputs from elsewhere are told less well than by RigL. The pruned arm could not be judged: its gate is read after
+It detects inputs from elsewhere less well than RigL. The pruned arm could not be judged: its gate is read after
 pruning, which leaves little of it at 2 %; nor could the loss against RigL, which needs about twice as many seeds.
 
 Regression: 200 normal inputs, of which 20 have a weight of +-[0.5, 1.5], 300 samples, noise of 0.5; 20 coordinates are

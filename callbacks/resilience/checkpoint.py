@@ -60,9 +60,10 @@ class Checkpoint(OwnFiles):
         save_weights_only: leave out optimiser and loop state; a run cannot be resumed from such a file.
         in_background: copy the state to CPU memory at the step and write it while training continues. The next
             save and the end of fit wait for it. It needs the checkpoint's size in CPU memory.
-        copies: SCHEME://BUCKET/NAME in an object store, into which each new checkpoint is copied while training goes
-            on (`lightspan.training.checkpoints.copies`); `fit --resume` continues from there. The command line alone
-            may set it. A copy that fails is told, and ends nothing; the end of fit waits for the last one.
+        copies: SCHEME://BUCKET/NAME in an object store, into which each new checkpoint is copied while training
+            continues (`lightspan.training.checkpoints.copies`); `fit --resume` continues from there. Only the command
+            line may set it. A copy that fails gives a warning and does not stop the run; the end of fit waits for the
+            last one.
     """
 
     alters_training = False  # see config.identity

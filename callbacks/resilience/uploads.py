@@ -1,4 +1,4 @@
-"""Checkpoints on their way into an object store while training goes on: in a thread, the newest first and last."""
+"""Checkpoints on their way into an object store in a thread while training continues."""
 
 import secrets
 import sys
@@ -18,9 +18,9 @@ KEPT = 2
 
 
 class Uploads:
-    """Copies checkpoints one after another. What cannot be copied is told on stderr, and changes nothing else.
+    """Copies checkpoints one after another. One that cannot be copied gives a warning on stderr.
 
-    A checkpoint that waits while another one is copied is overtaken by the next: the newest is what counts.
+    A checkpoint that waits while another one is copied is dropped once there is a newer one.
 
     Args:
         address: where copies go, as `lightspan.training.checkpoints.copies.checked` gives it.
@@ -71,5 +71,5 @@ class Uploads:
 
 
 def _tell(checkpoint: Path, step: int, error: Exception) -> None:
-    text = f"warning: step {step} was not copied: {one_line(error)}; training goes on, and {checkpoint} stays"
+    text = f"warning: step {step} was not copied: {one_line(error)}; training continues, and {checkpoint} stays"
     print(printable(text), file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ class Writer:
         if not self._writes_all(strategy):
             raise UserError(
                 f"copies={self._copies}: {type(strategy).__name__} writes checkpoints by itself and in place, so none "
-                "can be copied while training goes on; leave copies out"
+                "can be copied while training continues; leave copies out"
             )
         verdict = error_message(partial(try_out, self._copies)) if trainer.is_global_zero else None
         if verdict := strategy.broadcast(verdict):

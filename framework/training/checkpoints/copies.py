@@ -81,11 +81,11 @@ def try_out(address: str) -> None:
 
 def remove_copy(address: str, copy: str) -> None:
     """The list first: without it, what is left is no copy. Raises: UserError."""
-    listed = f"{address}/{copy}/{LIST}"
-    content = _small(listed, _MOST_LIST)
-    with _named(listed, "removed"):
-        for name in (LIST, *json.loads(content)["files"]):
-            stores.remove(f"{address}/{copy}/{name}")
+    address = f"{address}/{copy}"
+    _, _, files = _listed(address)
+    with _named(f"{address}/{LIST}", "removed"):
+        for name in (LIST, *files):
+            stores.remove(f"{address}/{name}")
 
 
 def fetched(address: str) -> Path:
@@ -103,16 +103,7 @@ def fetched(address: str) -> Path:
         if _COPY.fullmatch(named) is None:
             raise UserError(f"{address}/{LATEST} does not name a copy of a checkpoint; {_WAY_OUT}")
         address = f"{address}/{named}"
-    found = _COPY.fullmatch(address.rpartition("/")[2])
-    assert found is not None
-    step, digest = int(found[1]), found[2]
-    content = retried(partial(_small, f"{address}/{LIST}", _MOST_LIST))
-    if (sha256 := _entry(content)["sha256"]) != digest:
-        raise UserError(
-            f"{address}/{LIST} has sha256 {sha256}, but the name of the copy says {digest}: it was damaged or "
-            f"exchanged, and nothing was read; {_WAY_OUT}"
-        )
-    files = _files(content, step, f"{address}/{LIST}")
+    step, digest, files = _listed(address)
     part = CacheFolder(None, "copies", "XDG_CACHE_HOME").part()
     copy = part / digest
     with explained_os_errors(copy, setting="XDG_CACHE_HOME"), FileLock(part / f"{digest}.lock"):
@@ -124,6 +115,22 @@ def fetched(address: str) -> Path:
                     retried(partial(_get, f"{address}/{name}", temporary / name, entry))
         os.utime(copy)
     return copy / CHECKPOINTS / f"step={step}{SUFFIX}"
+
+
+def _listed(address: str) -> tuple[int, str, Files]:
+    """The step of one copy, the SHA-256 of its list, and its files. Raises: UserError for a list that is not the one
+    of the copy's name.
+    """
+    found = _COPY.fullmatch(address.rpartition("/")[2])
+    assert found is not None
+    step, digest = int(found[1]), found[2]
+    content = retried(partial(_small, f"{address}/{LIST}", _MOST_LIST))
+    if (sha256 := _entry(content)["sha256"]) != digest:
+        raise UserError(
+            f"{address}/{LIST} has sha256 {sha256}, but the name of the copy says {digest}: it was damaged or "
+            f"exchanged, and nothing was read; {_WAY_OUT}"
+        )
+    return step, digest, _files(content, step, f"{address}/{LIST}")
 
 
 def _files(content: bytes, step: int, where: str) -> Files:
