@@ -131,8 +131,10 @@ def _printable(text: str, option: str) -> str:
 def _meeting(job: Job) -> str:
     """Tells the torchruns of all nodes where they meet: on the node that the script runs on."""
     values = " ".join(f"{name}={value}" for name, value in torchrun.environment(job).items())
-    return f"""head=$(scontrol show hostnames "${{SLURM_JOB_NODELIST}}" | head -n 1)
-export PET_RDZV_ENDPOINT="${{head}}:$((20000 + SLURM_JOB_ID % 10000))" PET_RDZV_ID="${{SLURM_JOB_ID}}" {values}
+    # No pipe into `head`: scontrol, still writing when it closes, would end the job by SIGPIPE under pipefail.
+    return f"""hosts=$(scontrol show hostnames "${{SLURM_JOB_NODELIST}}")
+export PET_RDZV_ENDPOINT="${{hosts%%$'\\n'*}}:$((20000 + SLURM_JOB_ID % 10000))"
+export PET_RDZV_ID="${{SLURM_JOB_ID}}" {values}
 """.replace(" \n", "\n")
 
 

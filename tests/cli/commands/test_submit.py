@@ -395,7 +395,7 @@ def test_a_slurm_job_that_may_lose_a_node_is_one_torchrun_on_each(
     tools.add("scontrol")
     srun, scontrol = tools.folder / "srun", tools.folder / "scontrol"
     srun.write_text(srun.read_text().replace("bash\n", f"bash\nenv >{environment}\n", 1))
-    scontrol.write_text("#!/bin/bash\nprintf 'n7\\nn8\\n'\n")
+    scontrol.write_text("#!/bin/bash\nprintf 'n%d\\n' {7..20000}\n")  # more than a pipe holds
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[7-8]")
     size = ("--nodes", "4", "--gpus-per-node", "2", "data.init_args.num_workers=3")
     script = render(QUICKSTART, "--to", "slurm", *size, "--lose", "1", SHARED, "--run", str(tmp_path / "run"))
