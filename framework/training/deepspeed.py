@@ -93,11 +93,13 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, scheduler = super()._init_optimizers()
+        module = self.lightning_module
+        assert module is not None
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
         for callback in callbacks:
             if isinstance(callback, ExchangesOptimizers):
                 configs = [] if scheduler is None else [scheduler]
-                (optimizer,) = callback.exchange_optimizers(self.lightning_module, [optimizer], configs)
+                (optimizer,) = callback.exchange_optimizers(module, [optimizer], configs)
         self.share_steps([optimizer])
         return optimizer, scheduler
 
