@@ -30,6 +30,7 @@ COMMANDS = {
     "optim_step": "python benchmarks/optim_step.py --keep",
     "muon_step": "python benchmarks/muon_step.py",
     "quality": "python benchmarks/quality.py final",
+    "step_times": "python benchmarks/quality.py time",
     "rates": "python benchmarks/rates.py sweep",
     "robustness": "python benchmarks/robustness.py",
     "kernels": "python benchmarks/kernels.py",
@@ -298,6 +299,29 @@ def quality(results: Path) -> list[str]:
     return [*lines, *provenance(COMMANDS["quality"], *known["cpu"], span, torch)]
 
 
+def step_times(results: Path) -> list[str]:
+    """Section on whole training steps of the tasks of `quality`, whose own times belong to their versions."""
+    tasks = read(results / "quality_steps.json")
+    if not tasks:
+        return [MISSING, ""]
+    names = list(dict.fromkeys(name for record in tasks.values() for name in record["ms"]))
+
+    def cell(times: dict[str, float], name: str) -> str:
+        relative = ratio(times.get(name), times.get("adamw"))
+        return number(times.get(name), ".1f") + ("" if relative is None else f" ({relative:.2f}x)")
+
+    rows = [(name, *(cell(record["ms"], name) for record in tasks.values())) for name in names]
+    kept = [f"{task}: {facts(record, 'cpu', 'rounds', 'torch', 'date')}" for task, record in tasks.items()]
+    return [
+        "Forward, backward, clipping and the optimiser's step on the models above: medians of interleaved rounds, in",
+        "ms of processor time on one thread, and over AdamW's. Times in the tables above are of their own runs, which",
+        "are older than float32 products by oneDNN.",
+        "",
+        *markdown(("optimiser", *tasks), rows),
+        *provenance(COMMANDS["step_times"], *kept),
+    ]
+
+
 def rates(results: Path) -> list[str]:
     """Section on whether AdamW's rate carries over."""
     rows = read(results / "rates.json")
@@ -472,8 +496,11 @@ def robustness(results: Path) -> list[str]:
     return [*lines, *provenance(COMMANDS["robustness"], *about)]
 
 
-def card_goals(steps: dict[str, list[Row]]) -> Iterator[Goal]:
+def card_goals(steps: dict[str, list[Row]], ops: Sequence[Row]) -> Iterator[Goal]:
     """The goals for an H100. Those of whole steps hold for both ways to clip inside LowRank, eager and captured."""
+    for row in ops:
+        if row.get("x_torch") is not None:
+            yield f"{row['name']}: x torch's product", "<=", 0.8, row["x_torch"], ""
     times = {(matrices, row["name"], row["mode"]): row for matrices, rows in steps.items() for row in rows}
     name = "LowRank no residual"
     row = times.get(("one matrix", name, "graph"), {})
@@ -494,7 +521,8 @@ def card_goals(steps: dict[str, list[Row]]) -> Iterator[Goal]:
 def card(record: Row) -> list[str]:
     """Everything measured on one GPU."""
     shape, layers = record["shape"], record["layers"]
-    forms = {"us": ".1f", "gb_per_s": ".0f", "share_of_floor": ".0%", "x_adamw": ".2f", "x_copy": ".2f"}
+    forms = {"us": ".1f", "gb_per_s": ".0f", "share_of_floor": ".0%"}
+    forms |= dict.fromkeys(("x_adamw", "x_copy", "x_torch"), ".2f")
     figures = ("us", "GB/s", "of the floor", "x AdamW")
 
     def cells(row: Row, *keys: str) -> list[str]:
@@ -507,14 +535,15 @@ def card(record: Row) -> list[str]:
         f"{record['copy_gb_per_s']:.0f} GB/s, which sets the floor.",
         "",
     ]
-    lines += markdown(("op", *figures, "x copy"), [(row["name"], *cells(row, *forms)) for row in record["ops"]])
+    ops = [(row["name"], *cells(row, *forms)) for row in record["ops"]]
+    lines += markdown(("op", *figures, "x copy", "x torch"), ops)
     for matrices, rows in record["steps"].items():
         scaled = layers["measured"] < layers["scaled_to"] and matrices == "LLaMA-7B"
         note = f", {layers['measured']} of {layers['scaled_to']} layers, scaled" if scaled else ""
         lines += [f"Whole steps on {matrices}{note}.", ""]
         table = [(row["name"], row["mode"], *cells(row, *list(forms)[:4])) for row in rows]
         lines += markdown(("step", "mode", *figures), table)
-    lines += goals(list(card_goals(record["steps"])))
+    lines += goals(list(card_goals(record["steps"], record["ops"])))
     if record.get("refused"):
         lines += [*(f"- not timed: {name}: {reason}" for name, reason in record["refused"].items()), ""]
     about = facts(record, "date", "driver", "cuda", "torch", "triton", "rounds"), f"{record['seconds']:.0f} s"
@@ -627,6 +656,7 @@ def page(results: Path) -> str:
         "One step on a CPU": optim_step(results),
         "A step of Muon on a CPU": muon_step(results),
         "Loss on equal data": quality(results),
+        "Time of a training step": step_times(results),
         "Rates in units of AdamW's": rates(results),
         "Nets with dead rows": robustness(results),
         "Kernels on a GPU": cards or [MISSING, ""],

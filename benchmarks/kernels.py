@@ -5,9 +5,10 @@
 Every op is first compared with its reference on the device, every captured step with the eager one; a wrong one is
 named and not timed. Times are medians of interleaved rounds between two events on the stream, the L2 cache flushed
 before each. The bytes of an op are its necessary traffic: inputs read once, outputs written once, what changes in place
-both. Over the bandwidth of a large copy in the same run they give the floor of its time. Two more yardsticks are a copy
-of as many bytes, and torch's fused AdamW on the same matrices. The host's part shows in eager steps alone: elsewhere
-the stream is kept busy until all is launched. Products of float32 are TF32.
+both. Over the bandwidth of a large copy in the same run they give the floor of its time; `symmetric_product`, whose
+time goes to operations, is timed beside torch's product too. Two more yardsticks are a copy of as many bytes, and
+torch's fused AdamW on the same matrices. The host's part shows in eager steps alone: elsewhere the stream is kept busy
+until all is launched. Products of float32 are TF32.
 
 Whole steps are timed on one 4096 x 4096 matrix and on the matrices of LLaMA-7B, as many of its 32 layers as memory
 holds, in bfloat16 at rank 128, without a change of frame. torch keeps AdamW's moments in the dtype of the weights, so
@@ -52,6 +53,7 @@ from lightspan.triton_kernels import (
     error_feedback,
     low_rank_adam,
     project,
+    symmetric_product,
     walsh_hadamard,
 )
 from lightspan.triton_kernels.launch import INTERPRETED, triton
@@ -92,6 +94,7 @@ class Inputs:
         self.device, self.generator = device, torch.Generator(device).manual_seed(0)
         self.stack = self.normal(B, M, N).bfloat16()
         self.gradients, self.weights = list(self.stack), list(self.normal(B, M, N).bfloat16())
+        self.symmetric = (self.stack.mT @ self.stack) / M**0.5
         self.wide, self.coordinates = list(self.normal(B, M, N)), self.normal(B, M, R)
         self.frame = torch.linalg.qr(self.normal(B, N, R)).Q.contiguous()
         self.scale, self.no_scale = self.normal(B, M).abs(), torch.empty(0, M, device=device)
@@ -131,6 +134,7 @@ class Op:
         tolerance: largest `worst_error` that passes.
         overwrites: whether what it changes in place is written only.
         packed: whether its bytes hold two 4-bit codes.
+        multiplies: whether its time goes to operations, so that torch's time for the reference is its yardstick.
     """
 
     name: str
@@ -139,6 +143,7 @@ class Op:
     tolerance: float = HALF
     overwrites: bool = False
     packed: bool = False
+    multiplies: bool = False
 
     @property
     def function(self) -> str:
@@ -163,6 +168,8 @@ OPS = (
     Op("backproject_update, residual", backproject_update,
        lambda x: (x.weights, x.coordinates, x.frame, x.gradients, x.scale, *x.rates)),
     Op("walsh_hadamard", walsh_hadamard, lambda x: (x.stack,)),
+    Op("symmetric_product", symmetric_product, lambda x: (x.stack, None, 1.0, 0.0), multiplies=True),
+    Op("symmetric_product, added", symmetric_product, lambda x: (x.stack, x.symmetric, 2.0, -5.0), multiplies=True),
     Op("dct_energies", dct_energies, lambda x: (x.gradients,)),
     Op("quantise_error, int8", error_feedback, lambda x: x.quantised("int8"), overwrites=True),
     Op("quantise_error, int4", error_feedback, lambda x: x.quantised("int4"), FOUR_BITS, overwrites=True, packed=True),
@@ -340,6 +347,8 @@ def measure_ops(
             arguments = op.arguments(inputs)
             traffic[op.name] = verified_traffic(op, arguments)
             cases[op.name] = (partial(op.run, *arguments), True)
+            if op.multiplies:
+                cases[f"{op.name} by torch"] = (partial(op.reference, *arguments), True)
         except Exception as failure:  # an op that does not compile must not hide the others' figures
             refused[op.name] = reason(failure)
     source, target = torch.zeros(2, sizes.copied // 2, dtype=torch.uint8, device=gpu.device)
@@ -353,6 +362,8 @@ def measure_ops(
     rows = []
     for name, count in traffic.items():
         ratios = {"x_adamw": times[name] / times["adamw"], "x_copy": times[name] / times[f"copy {count}"]}
+        if f"{name} by torch" in times:
+            ratios["x_torch"] = times[name] / times[f"{name} by torch"]
         rows.append({"name": name, **speed(times[name], count, bandwidth), **ratios})
     return rows, bandwidth
 
@@ -478,12 +489,13 @@ def benchmark(gpu: Dry, sizes: Sizes, ops: Sequence[Op], rounds: int) -> Row:
 def table(title: str, rows: list[Row]) -> Table:
     drawn = Table(title=title)
     drawn.add_column("name", no_wrap=True)
-    forms = {"us": ".1f", "gb_per_s": ".0f", "share_of_floor": ".0%", "x_adamw": ".2f", "x_copy": ".2f"}
+    forms = {"us": ".1f", "gb_per_s": ".0f", "share_of_floor": ".0%"}
+    forms |= dict.fromkeys(("x_adamw", "x_copy", "x_torch"), ".2f")
     shown = [key for key in forms if any(key in row for row in rows)]
     for key in shown:
         drawn.add_column(key.replace("_", " "), justify="right")
     for row in rows:
-        cells = ("" if row[key] is None else format(row[key], forms[key]) for key in shown)
+        cells = ("" if row.get(key) is None else format(row[key], forms[key]) for key in shown)
         drawn.add_row(", ".join(row[key] for key in ("name", "mode") if key in row), *cells)
     return drawn
 

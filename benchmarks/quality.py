@@ -1,6 +1,7 @@
 """Quality next to speed: what each optimiser reaches on equal data, and what it pays in state and time.
 
-    python benchmarks/quality.py sweep|final|table [--task NAME] [--only NAME ...] [--results FILE] [--clock wall|cpu]
+    python benchmarks/quality.py sweep|final|table|time [--task NAME] [--only NAME ... | --almost-no-state]
+        [--steps N] [--seeds N ...] [--results FILE] [--clock wall|cpu]
 
 `TASKS` says what is trained, `CANDIDATES` by what. In all tasks: one pass over data that are new in each step, the
 project's parameter groups, gradients clipped at 1, a warm-up and a cosine schedule, a second beta of 0.95, decay 0.1 on
@@ -23,6 +24,17 @@ What is not searched is a default or stands in `CANDIDATES`. Here FactoredMuon, 
 `stdlib`: its defaults come from pilots on that task, with the seed of the search (docs/decisions.md, "Queries and keys
 are orthogonalised by heads"). Other tasks, seeds and validation data had no part in them.
 
+`--almost-no-state` takes AdamW, FactoredMuon and the presets that keep at most a twentieth of AdamW's state, `TINY`:
+moments of 8 bits in small subspaces, orthogonalised coordinates, which need none, and with each a complement that keeps
+nothing. They are searched as all others; an hour and a half for their search and final runs.
+
+`--steps` makes runs longer or shorter than the table's. The search then starts at the table's best point and moves both
+rates together, since the best ones fall with the length of a run, and momentum stays. 3,000 steps of `stdlib` take 9
+minutes with AdamW, 11 with Muon and 15 with FactoredMuon, and a search at least three such runs: with these and
+muon_by_heads, and --seeds 0, three and a quarter hours.
+
+`time` measures what a whole training step takes, in interleaved rounds, and keeps it in quality_steps.json.
+
 Budget: a run takes a minute of one core of a server CPU (AVX-512, 105 GFLOP/s in float32 products), of `large` one and
 a half; nearly all of it is the model's. An optimiser on a task has 9 to 20 runs of the search and three final ones.
 
@@ -43,15 +55,16 @@ import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from descent import descend, neighbour
+from optim_step import machine
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,8 +80,11 @@ from lightspan.datamodules.text.austen import Austen
 from lightspan.datamodules.text.windows import ByteText, TextData
 from lightspan.objectives.language import next_token_loss
 from lightspan.optim.groups import TABLES, ParameterGroups
+from lightspan.optim.low_rank.bases import DCTBasis
+from lightspan.optim.low_rank.inner import NewtonSchulz
 from lightspan.optim.low_rank.optimizer import LowRank
 from lightspan.optim.low_rank.presets import APOLLO, APOLLOMini, DCTAdamW, FiraAdam, GaLore, LDAdam, Trion
+from lightspan.optim.matrices.moments import Int8Moments
 from lightspan.optim.muon import FactoredMuon, Muon, NorMuon
 from lightspan.optim.schedules import WarmupCosine
 
@@ -270,8 +286,29 @@ CANDIDATES = {
         Candidate("fira", FiraAdam, 1.6e-2, "#b3202c", {"refresh": 50}),
         Candidate("apollo", APOLLO, 4e-3, "#2e86ab", {"refresh": 50}),
         Candidate("apollo_mini", APOLLOMini, 1e-3, "#6b4226", {"refresh": 50, "rank": 1}, rank=None),
+        Candidate("tiny_low_rank", LowRank, 4e-3, "#b8860b", {"moments": Int8Moments()}, rank=1 / 16),
+        Candidate("tiny_dct", LowRank, 4e-3, "#556b2f", {"moments": Int8Moments(), "basis": DCTBasis()}, rank=1 / 8),
+        Candidate("tiny_apollo", APOLLO, 4e-3, "#4b0082", {"moments": Int8Moments(), "refresh": 50}, rank=1 / 16),
+        Candidate(
+            "tiny_orthogonal",
+            LowRank,
+            1.6e-2,
+            "#c71585",
+            {"moments": Int8Moments(), "inner": NewtonSchulz(convention="kimi")},
+            rank=1 / 8,
+        ),
+        Candidate(
+            "tiny_dct_orthogonal",
+            LowRank,
+            1.6e-2,
+            "#008b8b",
+            {"moments": Int8Moments(), "basis": DCTBasis(), "inner": NewtonSchulz(convention="kimi")},
+            rank=1 / 2,
+        ),
     )
 }
+TINY = tuple(name for name in CANDIDATES if name.startswith("tiny_"))
+"""At most a twentieth of AdamW's state, with moments in 8 bits for what is no matrix too."""
 YARDSTICKS = {"adamw": "AdamW", "muon": "Muon"}  # torch's own, with which the others are compared
 
 
@@ -404,6 +441,8 @@ def measured(results: Path, task: Task, candidate: Candidate, point: Point, seed
     return row
 
 
+BOTH_RATES = [(2.0, 2.0, 1.0), (0.5, 0.5, 1.0)]
+"""Where the search of runs of another length looks."""
 NEIGHBOURS = [
     (2.0, 1.0, 1.0), (0.5, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 0.5),
     (2.0, 1.0, 2.0), (0.5, 1.0, 0.5),
@@ -411,10 +450,10 @@ NEIGHBOURS = [
 """Factors on both rates and on the share of the momentum that is forgotten."""
 
 
-def search(loss: Callable[[Point], float], start: Point) -> Point:
+def search(loss: Callable[[Point], float], start: Point, neighbours: Sequence[Point] = NEIGHBOURS) -> Point:
     """The protocol of the module's docstring."""
     lr, other, forgets = descend(
-        lambda point: loss((point[0], point[1], kept(point[2]))), (*start[:2], 1 - start[2]), NEIGHBOURS
+        lambda point: loss((point[0], point[1], kept(point[2]))), (*start[:2], 1 - start[2]), neighbours
     )
     return lr, other, kept(forgets)
 
@@ -430,14 +469,21 @@ def kept(forgotten: float) -> float:
     return max(0.0, round(1 - forgotten, 6))
 
 
-def sweep(results: Path, task: Task, candidate: Candidate) -> Point:
-    """The best point of an optimiser; a diverged run counts as the worst of all."""
+def sweep(results: Path, task: Task, candidate: Candidate, known: Point | None = None) -> Point:
+    """The best point of an optimiser; a diverged run counts as the worst of all.
+
+    Args:
+        known: the best point of runs of another length, whose rates alone are searched anew.
+    """
 
     def loss(point: Point) -> float:
         online = measured(results, task, candidate, point, SWEEP_SEED, "sweep")["online_loss"]
         return math.inf if online is None else online
 
-    search(loss, (candidate.start, task.other_lr, BETA1))
+    if known is None:
+        search(loss, (candidate.start, task.other_lr, BETA1))
+    else:
+        search(loss, known, BOTH_RATES)
     best = best_point(searched(read(results), task, candidate.name))
     if best is None:
         raise UserError(f"{candidate.name} diverged at every rate from {candidate.start:.3g} down; lower its start")
@@ -642,30 +688,82 @@ def draw(rows: list[Row], task: Task, path: Path) -> None:
     write_atomic(path, png(figure))
 
 
+def step_times(task: Task, names: Sequence[str], rounds: int) -> dict[str, float]:
+    """Medians of interleaved rounds, in ms of processor time, of a whole training step by optimiser."""
+    batch = next(iter(ExactLoader(data_of(task).train, task.batch_size, SWEEP_SEED)))
+
+    def step_of(name: str) -> Callable[[], float]:
+        model = task.model()
+        together = optimizers(CANDIDATES[name], task, model, (1e-6, 1e-6, BETA1))  # so that no repetition diverges
+
+        def step() -> float:
+            began = time.process_time()
+            task.measures(model, batch)["loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for optimizer in together:
+                optimizer.step()
+                optimizer.zero_grad()
+            return 1e3 * (time.process_time() - began)
+
+        step()  # the first one makes state and frames
+        return step
+
+    steps = {name: step_of(name) for name in names}
+    times = [{name: step() for name, step in steps.items()} for _ in range(rounds)]
+    return {name: round(statistics.median(row[name] for row in times), 2) for name in steps}
+
+
+def keep_step_times(results: Path, task: Task, names: Sequence[str], rounds: int) -> None:
+    """Writes the times of a task beside those of other tasks."""
+    file = results.with_name(f"{results.stem}_steps.json")
+    with locked(file.parent):
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        host = machine()
+        about = {"cpu": host["cpu"], "torch": host["torch"], "date": time.strftime("%Y-%m-%d"), "rounds": rounds}
+        known[task.name] = {**about, "ms": step_times(task, names, rounds)}
+        write_atomic(file, json.dumps(known, indent=1) + "\n")
+    print(known[task.name])
+
+
 def main(arguments: list[str] | None = None, tasks: Mapping[str, Task] = TASKS) -> int:
     """Exit status 1 if an optimiser failed; the others are run all the same."""
     parser = argparse.ArgumentParser(description="Compare optimisers on small models.")
-    parser.add_argument("stage", choices=("sweep", "final", "table"))
+    parser.add_argument("stage", choices=("sweep", "final", "table", "time"))
     parser.add_argument("--task", choices=list(tasks), default=next(iter(tasks)))
-    parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--only", nargs="+", choices=list(CANDIDATES), metavar="NAME")
+    some.add_argument("--almost-no-state", dest="only", action="store_const", const=["adamw", "factored_muon", *TINY])
+    parser.add_argument("--steps", type=int, help="of a run (default: the task's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=FINAL_SEEDS, help="of final runs")
+    parser.add_argument("--rounds", type=int, default=15, help="of `time`")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     chosen = parser.parse_args(arguments)
-    task = tasks[chosen.task]
+    if min(chosen.rounds, 1 if chosen.steps is None else chosen.steps) < 1:
+        parser.error("--steps and --rounds must be at least 1")
+    usual_task = tasks[chosen.task]
+    task = replace(usual_task, steps=chosen.steps or usual_task.steps)
     if chosen.stage == "table":
-        rows = [row for row in read(chosen.results) if row["optimizer"] in {*chosen.only, *YARDSTICKS}]
+        shown = {*chosen.only, *YARDSTICKS} if chosen.only else set(CANDIDATES)
+        rows = [row for row in read(chosen.results) if row["optimizer"] in shown]
         print(table(rows, task, chosen.clock))
-        draw(rows, task, picture_of(chosen.results, task))
+        if task == usual_task and not chosen.only:
+            draw(rows, task, picture_of(chosen.results, task))
         return 0
+    names = chosen.only or [name for name in CANDIDATES if name not in TINY]
     torch.set_num_threads(1)
     read(chosen.results)  # what is wrong with the results or the data is wrong for all
     data_of(task)
+    if chosen.stage == "time":
+        keep_step_times(chosen.results, task, names, chosen.rounds)
+        return 0
     failed = False
-    for name in chosen.only:
+    for name in names:
         try:
-            point = sweep(chosen.results, task, CANDIDATES[name])
+            known = None if task == usual_task else best_point(searched(read(chosen.results), usual_task, name))
+            point = sweep(chosen.results, task, CANDIDATES[name], known)
             if chosen.stage == "final":
-                for seed in FINAL_SEEDS:
+                for seed in chosen.seeds:
                     measured(chosen.results, task, CANDIDATES[name], point, seed, "final")
         except Exception:  # a night's work on the others must not end here
             traceback.print_exc()

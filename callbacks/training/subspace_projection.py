@@ -16,10 +16,10 @@ from lightspan.optim.low_rank.residuals import Fira, Residual
 from lightspan.optim.matrices.limits import require_valid
 from lightspan.optim.matrices.moments import Float32Moments, MomentStorage
 from lightspan.training.deepspeed import ZeRO
-from lightspan.training.wiring.optimizers import refuse_flat_partitions, wire
+from lightspan.training.wiring.optimizers import ExchangesOptimizers, refuse_flat_partitions, wire
 
 
-class SubspaceProjection(Callback):
+class SubspaceProjection(Callback, ExchangesOptimizers):
     """Trainer(callbacks=[SubspaceProjection(rank=64)]): the moments of matched matrices move into a subspace of rank
     64.
 
@@ -92,7 +92,6 @@ class SubspaceProjection(Callback):
     def exchange_optimizers(
         self, pl_module: LightningModule, old: list[Optimizer], configs: Sequence[LRSchedulerConfig]
     ) -> list[Optimizer]:
-        """The optimisers in place of those that Lightning has built; their schedulers follow."""
         new = to_low_rank_where_matched(old, pl_module, self.match, **self.options)
         exchanged = {id(before): after for before, after in zip(old, new, strict=True) if after is not before}
         for config in configs:

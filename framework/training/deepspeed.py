@@ -30,7 +30,7 @@ from lightspan.training.checkpoints.io import WholeFileCheckpointIO, refuse_torn
 from lightspan.training.checkpoints.manifest import header, packed_fault, seal_folder
 from lightspan.training.checkpoints.shards import explained_reading
 from lightspan.training.strategies import ExactMeans
-from lightspan.training.wiring.optimizers import MATRIX_OPTIMIZERS, SharesSteps, clip_in_the_step
+from lightspan.training.wiring.optimizers import MATRIX_OPTIMIZERS, ExchangesOptimizers, SharesSteps, clip_in_the_step
 
 _FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _ROOM = 200_000_000
@@ -93,10 +93,13 @@ class ZeRO(ExactMeans, SharesSteps, DeepSpeedStrategy):
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, scheduler = super()._init_optimizers()
+        module = self.lightning_module
+        assert module is not None
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
         for callback in callbacks:
-            if exchange := getattr(callback, "exchange_optimizers", None):
-                (optimizer,) = exchange(self.lightning_module, [optimizer], [] if scheduler is None else [scheduler])
+            if isinstance(callback, ExchangesOptimizers):
+                configs = [] if scheduler is None else [scheduler]
+                (optimizer,) = callback.exchange_optimizers(module, [optimizer], configs)
         self.share_steps([optimizer])
         return optimizer, scheduler
 

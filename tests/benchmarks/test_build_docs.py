@@ -118,6 +118,7 @@ def test_what_has_no_results_says_so_and_nothing_else(build_docs: ModuleType, tm
         "One step on a CPU",
         "A step of Muon on a CPU",
         "Loss on equal data",
+        "Time of a training step",
         "Rates in units of AdamW's",
         "Nets with dead rows",
         "Kernels on a GPU",
@@ -286,6 +287,19 @@ def test_each_task_with_results_has_its_table_and_picture(build_docs: ModuleType
     assert body.count("![") == 1
 
 
+def test_times_of_training_steps_are_told_beside_adamws_of_the_same_task(build_docs: ModuleType, results: Path) -> None:
+    tasks = {
+        "stdlib": {"cpu": "Abacus", "rounds": 3, "ms": {"adamw": 100.0, "muon": 125.0}},
+        "vit": {"cpu": "Abacus", "rounds": 3, "ms": {"factored_muon": 50.0}},
+    }
+    (results / "quality_steps.json").write_text(json.dumps(tasks))
+    body = sections(build_docs.page(results))["Time of a training step"]
+    assert "| optimiser | stdlib | vit |" in body
+    assert "| muon | 125.0 (1.25x) |  |" in body
+    assert "| factored_muon |  | 50.0 |" in body
+    assert "`python benchmarks/quality.py time`, stdlib: cpu Abacus, rounds 3, vit: cpu Abacus, rounds 3." in body
+
+
 def test_a_diverged_run_meets_no_goal(build_docs: ModuleType, results: Path) -> None:
     rows = [row | {"val_loss": None, "curve": []} if row["optimizer"] == "low_rank" else row for row in quality_rows()]
     (results / "quality.json").write_text(json.dumps(rows))
@@ -302,8 +316,8 @@ def test_a_card_has_its_ops_its_steps_and_its_goals(build_docs: ModuleType, resu
     body = sections(build_docs.page(results))["Kernels on a GPU"]
     for line in (
         "### Abacus G",
-        "| op | us | GB/s | of the floor | x AdamW | x copy |",
-        "| project | 50.0 | 2500 | 81% | 0.25 | 1.25 |",
+        "| op | us | GB/s | of the floor | x AdamW | x copy | x torch |",
+        "| project | 50.0 | 2500 | 81% | 0.25 | 1.25 |  |",
         "Whole steps on one matrix.",
         "Whole steps on LLaMA-7B, 16 of 32 layers, scaled.",
         "| LowRank, max_norm | graph | 20000.0 | 2500 | 81% | 0.40 |",
@@ -344,7 +358,8 @@ def test_the_file_of_a_dry_run_makes_a_page(build_docs: ModuleType, tmp_path: Pa
         spec.loader.exec_module(kernels)
         assert kernels.main(["--dry-run", "--json", str(tmp_path / "kernels_dry.json")]) == 0
     body = sections(build_docs.page(tmp_path))["Kernels on a GPU"]
-    assert body.count("\n| ") == 2 + len(kernels.OPS) + 4 * len(kernels.STEPS) + 2 + 6
+    held = 6 + sum(op.multiplies for op in kernels.OPS)
+    assert body.count("\n| ") == 2 + len(kernels.OPS) + 4 * len(kernels.STEPS) + 2 + held
     assert "not yet measured" not in body
 
 

@@ -91,6 +91,8 @@ def test_the_bytes_of_an_op_are_what_must_be_read_and_written(kernels: ModuleTyp
         "backproject_update": 4 * MN + 4 * MR + 4 * NR + rates,
         "backproject_update, residual": 6 * MN + 4 * MR + 4 * NR + 4 * B * M + rates,
         "walsh_hadamard": 4 * MN,
+        "symmetric_product": 2 * MN + 2 * B * N * N,
+        "symmetric_product, added": 2 * MN + 4 * B * N * N,
         "dct_energies": 2 * MN + 4 * B * N,
         "quantise_error, int8": 4 * MN + 4 * MR + 4 * NR + MN + 4 * B * M,
         "quantise_error, int4": 4 * MN + 4 * MR + 4 * NR + MN // 2 + 4 * B * M,

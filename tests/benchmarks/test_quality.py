@@ -118,7 +118,7 @@ def test_a_run_steps_every_parameter_and_counts_all_state(
     for group in groups:
         matrices = group["name"] == "matrices"
         assert (group["initial_lr"], group["weight_decay"]) == ((1e-3, 0.1) if matrices else (2e-3, 0.0))
-        rank = candidate.options.get("rank") if candidate.rank is None else 8  # a quarter of 32
+        rank = candidate.options.get("rank") if candidate.rank is None else candidate.rank * 32
         assert rank is None or group["rank"] == rank
         ends = [names[id(p)] for p in group["params"] if "head" in names[id(p)] or "embed" in names[id(p)]]
         assert not matrices or not ends
@@ -270,7 +270,7 @@ def test_runs_of_other_lengths_and_tasks_are_kept_apart(tiny: Any, tmp_path: Pat
 def test_a_failing_optimiser_stops_no_other_and_missing_data_stop_all(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def sweep(results: Path, task: Any, candidate: Any) -> None:
+    def sweep(results: Path, task: Any, candidate: Any, known: Any) -> None:
         if candidate.name == "galore":
             raise RuntimeError("a bug")
         print(f"{candidate.name} swept on {task.name}")
@@ -298,6 +298,49 @@ def test_the_search_walks_to_where_no_neighbour_is_better_also_along_a_diagonal_
     # The best of lr is four times what is forgotten: each alone is better nowhere along the valley.
     assert quality.search(loss, (2.0, 1.0, 0.5)) == (0.5, 2.0, 0.875)
     assert set(asked) >= quality.beside((0.5, 2.0, 0.875))
+
+
+def test_runs_of_another_length_begin_at_the_best_point_of_the_table_and_search_both_rates_together(
+    tiny: Any, tmp_path: Path, trained: list[Any]
+) -> None:
+    results = tmp_path / "results.json"
+    quality.append(results, row("adamw", 100, "sweep", steps=3, lr=4e-3, momentum=0.8))
+    arguments = ["final", "--only", "adamw", "--steps", "5", "--seeds", "7", "--results", str(results)]
+    assert quality.main(arguments, {tiny.name: tiny}) == 0
+    (last,) = [run for run in trained if run[3] == "final"]
+    assert last[2] == 7
+    searched = [run[1] for run in trained if run[3] == "sweep"]
+    assert (4e-3, 1.2e-2, 0.8) in searched
+    assert {momentum for *_, momentum in searched} == {0.8}
+    best = last[1][0]
+    assert {lr for lr, *_ in searched} >= {best / 2, best, 2 * best}
+    assert {round(other / lr, 6) for lr, other, _ in searched} == {3.0}
+    assert {r["steps"] for r in quality.read(results)} == {3, 5}
+
+
+def test_those_with_almost_no_state_keep_a_twentieth_of_adamws() -> None:
+    task, kept = quality.TASKS["stdlib"], {}
+    for name in ("adamw", *quality.TINY):
+        model = task.model()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        (optimizer,) = quality.optimizers(quality.CANDIDATES[name], task, model, (1e-3, 1e-3, 0.9))
+        optimizer.step()
+        kept[name] = quality.state_bytes(optimizer)
+    assert max(kept[name] for name in quality.TINY) <= 0.05 * kept["adamw"]
+
+
+def test_times_of_steps_are_kept_by_task_and_leave_other_tasks(tiny: Any, tmp_path: Path) -> None:
+    results, file = tmp_path / "results.json", tmp_path / "results_steps.json"
+    file.write_text('{"vit": {"ms": {"adamw": 1.0}}}')
+    arguments = ["time", "--only", "adamw", "factored_muon", "--rounds", "2", "--results", str(results)]
+    assert quality.main(arguments, {tiny.name: tiny}) == 0
+    known = json.loads(file.read_text())
+    assert known["vit"] == {"ms": {"adamw": 1.0}}
+    assert list(known["stdlib"]["ms"]) == ["adamw", "factored_muon"]
+    assert min(known["stdlib"]["ms"].values()) > 0
+    assert known["stdlib"]["rounds"] == 2
+    assert not results.exists()
 
 
 def test_neighbours_are_a_factor_of_two_away_and_never_below_no_momentum() -> None:

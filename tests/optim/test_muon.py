@@ -8,6 +8,7 @@ import pytest
 import torch
 from optim import published
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightspan.core.errors import UserError
 from lightspan.optim import muon, reference
@@ -229,6 +230,19 @@ def test_one_gram_matrix_is_made_only_where_products_are_exact_and_it_is_less_wo
 
     found = newton_schulz.by_one_gram(x, newton_schulz.COEFFICIENTS["jordan"], of_rounded)
     assert torch.linalg.matrix_norm(found - exact, 2) > 0.01
+
+
+def test_off_the_processor_two_of_the_three_products_of_a_step_are_symmetric_ones() -> None:
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name().partition("::")[2].partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Products():
+        x = torch.empty(2, 8, 4, dtype=torch.bfloat16, device="meta")
+        newton_schulz.orthogonalised(x, None, newton_schulz.COEFFICIENTS["jordan"])
+    assert (names.count("symmetric_product"), names.count("baddbmm"), names.count("bmm")) == (10, 5, 0)
 
 
 def test_large_matrices_of_a_stack_step_as_they_do_alone() -> None:

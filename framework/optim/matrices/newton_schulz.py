@@ -11,7 +11,8 @@ in bfloat16: directions err by twice as much as those of iterating X.
 
 On a processor, matrices are taken one after the other, so that what is made of each stays in the caches, and float32
 products go through oneDNN where torch has it: what torch calls for them by itself, MKL, uses half the width of the
-registers of AMD's processors.
+registers of AMD's processors. Elsewhere Gram matrices and their polynomials are symmetric products, of which a GPU
+computes half of the tiles.
 
 Shapes: B matrices, M rows, N columns, N <= M; m rows of this rank, b matrices that it owns.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from lightspan.core.devices import float32_precision
 from lightspan.core.sharded import RowShards, Total
 from lightspan.optim.matrices.stacks import Layout
+from lightspan.triton_kernels.symmetric_product import symmetric_product
 
 Polynomials = tuple[tuple[float, float, float], ...]
 """(a, b, c) of each step."""
@@ -121,6 +123,8 @@ def by_one_gram(x_BMN: Tensor, polynomials: Polynomials, total: Total | None = N
 def _gram(x_BMN: Tensor, total: Total | None) -> Tensor:
     if _is_through_onednn(x_BMN):
         gram_BNN = _stacked([_of_rows(x_MN.mT.contiguous()) for x_MN in x_BMN])
+    elif x_BMN.device.type != "cpu":
+        gram_BNN = symmetric_product(x_BMN, None, 1.0, 0.0)
     else:
         gram_BNN = x_BMN.mT @ x_BMN
     return gram_BNN if total is None else total(gram_BNN)
@@ -128,9 +132,11 @@ def _gram(x_BMN: Tensor, total: Total | None) -> Tensor:
 
 def _change(gram_BNN: Tensor, b: float, c: float) -> Tensor:
     """b G + c G^2."""
-    if not _is_through_onednn(gram_BNN):
-        return torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
-    return _times(gram_BNN, gram_BNN).mul_(c).add_(gram_BNN, alpha=b)
+    if _is_through_onednn(gram_BNN):
+        return _times(gram_BNN, gram_BNN).mul_(c).add_(gram_BNN, alpha=b)
+    if gram_BNN.device.type != "cpu":
+        return symmetric_product(gram_BNN, gram_BNN, c, b)
+    return torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
 
 
 def _times(x_BMN: Tensor, y_BNN: Tensor) -> Tensor:

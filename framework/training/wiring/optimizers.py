@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adafactor, Muon, Optimizer
 
@@ -34,6 +35,18 @@ class SharesSteps(ABC):
         """Prepares the optimisers for it, before anything reads what they will do. Raises: UserError for one that
         cannot be shared so.
         """
+
+
+class ExchangesOptimizers(ABC):
+    """A callback that replaces the optimisers that Lightning has built. A strategy whose engine takes them before
+    fitting starts lets it do so first.
+    """
+
+    @abstractmethod
+    def exchange_optimizers(
+        self, pl_module: LightningModule, old: list[Optimizer], configs: Sequence[LRSchedulerConfig]
+    ) -> list[Optimizer]:
+        """The optimisers in place of the old ones, in their order; the schedulers of `configs` follow."""
 
 
 def wire(trainer: Trainer, module: LightningModule, optimizers: list[Optimizer]) -> None:
