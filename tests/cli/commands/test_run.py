@@ -57,7 +57,7 @@ SMALL_SEARCH = [
 
 def test_data_that_several_inputs_read_are_described_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of four data modules of CLIMB's recipe three are the same texts, and the other reads docstrings alone."""
-    for number in range(24):
+    for number in range(60):
         (tmp_path / f"m{number}.py").write_text(f'"""Says {"z" * number}."""\nx = {number}\n')
     places = ("features.init_args.data", "samples.init_args.data", "proxy.init_args.data", "proxy.init_args.target")
     folders = [f"inputs.{place}.init_args.folder={tmp_path}" for place in places]
