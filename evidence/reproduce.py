@@ -27,6 +27,7 @@ from claims import number  # noqa: E402
 
 from lightspan.cli.zoo.index import INDEX, SHIPPED, read_index  # noqa: E402
 from lightspan.core.errors import UserError  # noqa: E402
+from lightspan.core.spelling import nearest  # noqa: E402
 from lightspan.datamodules.r_data import LIBRARIES  # noqa: E402
 
 RESULTS = ROOT / "evidence" / "results"
@@ -83,10 +84,15 @@ def system_of(row: str) -> str:
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
     found = [row] if row in names else [name for name in names if name.split("_")[0] == row]
     if len(found) != 1:
-        others = "zoo/..., quality/... and what `lightspan pull` lists"
-        several, none = f"means several: {', '.join(found)}", f"is none of {', '.join(names)}, {others}"
-        raise UserError(f"ROW={row} {several if found else none}")
+        if found:
+            raise UserError(f"ROW={row} means several: {', '.join(found)}")
+        raise _unknown(row, [*names, *read_index(SHIPPED / INDEX)], "zoo/... and quality/... have more")
     return found[0]
+
+
+def _unknown(row: str, names: Sequence[str], more: str) -> UserError:
+    said = nearest(row, names).rstrip() or f"there are {', '.join(names)}"
+    return UserError(f"ROW={row} is unknown; {said}{'; ' if more else ''}{more}")
 
 
 def evidence(row: str, out: Path) -> Iterator[Figure]:
@@ -159,7 +165,8 @@ def _named(row: str, stored: list[dict[str, Any]], name_of: Callable[[dict[str, 
     """Those whose name is the row, seed by seed. Raises: UserError with the names of its kind if there are none."""
     found = sorted((one for one in stored if name_of(one) == row), key=lambda one: one["seed"])
     if not found:
-        raise UserError(f"ROW={row} is none of {', '.join(sorted({name_of(one) for one in stored}))}")
+        names = sorted({name_of(one) for one in stored})
+        raise _unknown(row, names, "")
     return found
 
 

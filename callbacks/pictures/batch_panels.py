@@ -1,6 +1,6 @@
-"""A batch that is not only pictures, drawn: texts, pictures with texts, tables, clouds of points, graphs.
+"""A batch that is not only pictures, drawn: texts, pictures with texts, tables, recordings, clouds of points, graphs.
 
-Shapes: B samples, T tokens, F columns, C H W, N points or nodes of all samples.
+Shapes: B samples, T tokens, F columns, C H W, N points or nodes of all samples, S samples of a wave.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,9 @@ LINE, MOST_LINES = 90, 4
 ROW_INCHES = 0.8
 MOST_NODES, GRAPH_COLUMNS = 200, 4
 """Nodes of a graph that are drawn, and graphs side by side."""
-MOST_COLUMNS = 256  # of a table; what is wider, such as sound, is not seen as colours
+MOST_COLUMNS = 256  # of a table; what is wider is not seen as colours
+WINDOW, DECIBELS = 512, 80.0
+"""Samples of a window of a recording's spectrogram, and how far below its loudest cell a cell is black."""
 
 
 def panels(
@@ -32,14 +34,16 @@ def panels(
     batch_type: type | None = None,
     beside: Callable[[Any], Mapping[str, Tensor]] | None = None,
     classes: Sequence[str] = (),
+    rate: float | None = None,
 ) -> Any | None:
-    """A figure of the first `rows` samples, or None for a batch without texts, tables, points and graphs.
+    """A figure of the first `rows` samples, or None for a batch without texts, tables, recordings, points and graphs.
 
     Args:
         bounds: what is black and white in pictures; see `shown_in_range`.
         tokenizer: turns tokens into text by its `decode`. Without one, tokens below 256 are bytes, and others numbers.
-        beside: makes pictures of a batch of clouds, [B 3 H W] in [0, 1] by name.
+        beside: makes pictures of a batch of clouds or of recordings, [B 3 H W] in [0, 1] by name.
         classes: names of labels, where the data module has some.
+        rate: samples of a recording in a second; None counts samples.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -48,6 +52,8 @@ def panels(
         return _text_figure(batch, rows, labels, bounds, tokenizer)
     if _is_of(batch.get("edge_index"), 2) and is_packed("node", batch, batch_type):
         return _graph_figure(batch, rows, labels, batch_type)
+    if _is_of(batch.get("wave"), 2) and _is_of(batch.get("length"), 1):
+        return _sound_figure(batch, rows, labels, beside, rate)
     name = next(iter(read_names(batch, batch_type)), "")
     read = batch.get(name)
     if _is_of(read, 2) and is_packed(name, batch, batch_type):
@@ -112,6 +118,53 @@ def _table_figure(tables: Sequence[Tensor], rows: int, labels: Sequence[str]) ->
     return figure
 
 
+def spectrogram(wave_S: Tensor) -> Tensor:
+    """Decibels below the loudest cell, [F T] in [-80, 0] with low frequencies first; silence is all -80."""
+    window = torch.hann_window(WINDOW)
+    padded_S = torch.nn.functional.pad(wave_S, (0, max(0, WINDOW - len(wave_S))))
+    power_FT = torch.stft(padded_S, WINDOW, WINDOW // 4, window=window, center=False, return_complex=True).abs() ** 2
+    loudest = power_FT.max()
+    if not loudest > 0:
+        return torch.full_like(power_FT, -DECIBELS)
+    return (10 * (power_FT / loudest).log10()).clamp_min(-DECIBELS)
+
+
+def _sound_figure(
+    batch: Mapping[str, Any],
+    rows: int,
+    labels: Sequence[str],
+    beside: Callable[[Any], Mapping[str, Tensor]] | None,
+    rate: float | None,
+) -> Any:
+    """The spectrogram of each recording without its padding, then the method's pictures of it."""
+    pictures = _made(beside, batch)
+    waves = [
+        wave_S[:length].detach().float().cpu()
+        for wave_S, length in zip(batch["wave"][:rows], batch["length"][:rows].tolist(), strict=True)
+    ]
+    columns = 1 + len(pictures)
+    figure, axes = canvas("", (5.0 * columns, 1.6 * len(waves) + 0.4), (len(waves), columns))
+    for row, (wave_S, label) in enumerate(zip(waves, labels, strict=True)):
+        ends = (0, len(wave_S) / (rate or 1), 0, rate / 2000 if rate else 0.5)
+        shown = {"aspect": "auto", "origin": "lower", "extent": ends, "cmap": "magma", "vmin": -DECIBELS, "vmax": 0}
+        axes[row, 0].imshow(spectrogram(wave_S), **shown)
+        axes[row, 0].set_title(label, fontsize=8, loc="left", parse_math=False)
+        axes[row, 0].set_ylabel("kHz" if rate else "cycles a sample", fontsize=7)
+        axes[row, 0].tick_params(labelsize=6)
+        for axis, (name, made) in zip(axes[row, 1:], pictures.items(), strict=True):
+            axis.axis("off")
+            axis.set_title(name, fontsize=8, loc="left")
+            _show(axis, made[row])
+            axis.set_aspect("auto")
+    axes[-1, 0].set_xlabel("seconds" if rate else "samples", fontsize=7)
+    return figure
+
+
+def _made(beside: Callable[[Any], Mapping[str, Tensor]] | None, batch: Any) -> dict[str, Tensor]:
+    """The method's pictures of a batch by name."""
+    return {} if beside is None else {name: made.detach().float().cpu() for name, made in beside(batch).items()}
+
+
 def _cloud_figure(
     xyz_N3: Tensor,
     batch: Mapping[str, Any],
@@ -121,7 +174,7 @@ def _cloud_figure(
     beside: Callable[[Any], Mapping[str, Tensor]] | None,
 ) -> Any:
     """Each cloud from above and from the side, then its pictures."""
-    pictures = {} if beside is None else {name: made.detach().float().cpu() for name, made in beside(batch).items()}
+    pictures = _made(beside, batch)
     offsets = offsets_in(batch, batch_type).tolist()
     clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
     columns = 2 + len(pictures)

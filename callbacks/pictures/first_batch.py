@@ -35,9 +35,10 @@ class FirstBatch(Callback):
     spaced. Of pictures with many bands three are shown, those that
     the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
-    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, beside the
-    pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1] by name. Each is labelled with its
-    class, as the data module's `class_names` call it. For any other batch a note says that there is no picture.
+    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, and a
+    recording as its spectrogram, beside the pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1]
+    by name. Each is labelled with its class, as the data module's `class_names` call it. For any other batch a note
+    says that there is no picture.
 
     Args:
         folder: where the picture goes.
@@ -61,7 +62,8 @@ class FirstBatch(Callback):
         kind = batch_type_of(data, pl_module)
         beside = getattr(pl_module, "pictures", None)
         tokenizer, classes = getattr(data, "tokenizer", None), getattr(data, "class_names", None) or ()
-        if (figure := panels(batch, self.rows, bounds, tokenizer, kind, beside, classes)) is not None:
+        rate = getattr(data, "rate", None)
+        if (figure := panels(batch, self.rows, bounds, tokenizer, kind, beside, classes, rate)) is not None:
             write_atomic(path, png(figure))
             return
         if (dates := coloured_dates(batch, getattr(data, "shown_bands", None))) is not None:

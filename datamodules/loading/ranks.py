@@ -1,6 +1,8 @@
 """What a rank loads: its part of each batch follows from the trainer or, without one, from the process group."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -14,11 +16,27 @@ from lightspan.datamodules.loading.selection import selected
 from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
 
+_said: ContextVar[set[str] | None] = ContextVar("said", default=None)
+
 
 @rank_zero_only
 def say(line: str) -> None:
-    """Prints one line on the first rank: what was found, before training starts."""
-    print(printable(line), flush=True)
+    """Prints one line on the first rank: what was found, before training starts. Inside `each_line_once` not again."""
+    said = _said.get()
+    if said is None or line not in said:
+        print(printable(line), flush=True)
+    if said is not None:
+        said.add(line)
+
+
+@contextmanager
+def each_line_once() -> Iterator[None]:
+    """For what reads the same data several times, as inputs of an estimator do that are of one data module."""
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
 
 
 def sizes(training: int, validation: int | None, test: int, samples: str) -> str:

@@ -34,8 +34,10 @@ class SampleSets(LightningDataModule, ABC):
         bank: the training samples as they are, without anything random: what probes fit on.
         clusters: epoch -> the cluster of each training sample, int64, for orders with batches of one cluster each. A
             method that clusters its data sets it before training starts.
+        more_samples: what a user does who has too few training samples, as a clause.
     """
 
+    more_samples = "give more of them, or hold fewer out to validate on"
     clusters: Callable[[int], np.ndarray] | None = None
     train: Dataset | None = None
     bank: Dataset

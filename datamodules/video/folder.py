@@ -85,6 +85,11 @@ class VideoFolder(SampleSets):
         reading, for a clip that cannot be decoded.
     """
 
+    more_samples = (
+        "add videos, name a folder of others to validate on (data.init_args.val_folder), or train on the shots of long "
+        "videos (data.init_args.samples=shots)"
+    )
+
     def __init__(
         self,
         folder: ReadPath,

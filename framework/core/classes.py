@@ -4,7 +4,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightspan.core.errors import UserError
@@ -62,10 +62,10 @@ def create(name: str, entries: Sequence[ClassEntry], kind: str, *values: Any, **
     Raises: UserError for a name that no class has, and for settings that its constructor does not take or misses; and
         whatever the constructor raises.
     """
-    named = {_plain(entry.name): entry for entry in entries}
-    if (entry := named.get(_plain(name))) is None:
-        names = [entry.name for entry in entries]
+    names = [entry.name for entry in entries]
+    if (own := named(name, names)) is None:
         raise UserError(f"no {kind} has the name {name!r}; {nearest(name, names)}there are: {', '.join(names)}")
+    entry = entries[names.index(own)]
     module, _, attribute = entry.class_path.rpartition(".")
     made_by = getattr(importlib.import_module(module), attribute)
     try:
@@ -73,6 +73,11 @@ def create(name: str, entries: Sequence[ClassEntry], kind: str, *values: Any, **
     except TypeError as error:
         raise UserError(f"{entry.name}: {error}; see help({entry.class_path})") from None
     return made_by(*values, **settings)
+
+
+def named(name: str, names: Iterable[str]) -> str | None:
+    """Which of the names is meant, or None. Case, underscores and dashes do not matter."""
+    return next((own for own in names if _plain(own) == _plain(name)), None)
 
 
 def _plain(name: str) -> str:

@@ -34,16 +34,23 @@ def create(
             `lightspan.optim.groups`. Parameters, named parameters or groups of either go to the optimiser as they are.
         groups: how a model is split into groups; None means `ParameterGroups()`.
         settings: those of the optimiser, such as lr.
-    Raises: UserError for an unknown name, with the nearest one, or for settings that the optimiser does not take, and
-        for `groups` without a model.
+    Raises: UserError for an unknown name, with the nearest one or, where PyTorch has one of this name, with that; for
+        settings that the optimiser does not take, and for `groups` without a model.
     """
     from torch import nn
 
     from lightspan.core.errors import UserError
     from lightspan.optim.groups import ParameterGroups
 
+    entries = list()
+    if not classes.named(name, (entry.name for entry in entries)) and (own := _of_torch(name)):
+        raise UserError(
+            f"no optimizer of lightspan has the name {name!r}, but PyTorch has torch.optim.{own}: call it, or for a "
+            f"model ParameterGroups().optimizer(model, partial(torch.optim.{own}, lr=...)) of lightspan.optim.groups"
+        )
+
     def make(parameters: "Iterable[Any]") -> "Optimizer":
-        made: Optimizer = classes.create(name, list(), "optimizer", parameters, **settings)
+        made: Optimizer = classes.create(name, entries, "optimizer", parameters, **settings)
         return made
 
     if isinstance(model_or_parameters, nn.Module):
@@ -51,3 +58,11 @@ def create(
     if groups is not None:
         raise UserError("groups splits the parameters of a model, and these are parameters; give the model itself")
     return make(model_or_parameters)
+
+
+def _of_torch(name: str) -> str | None:
+    """The optimiser of PyTorch that is called so."""
+    from torch import optim
+
+    kinds = (kind for kind in vars(optim).values() if isinstance(kind, type) and issubclass(kind, optim.Optimizer))
+    return classes.named(name, (kind.__name__ for kind in kinds if kind is not optim.Optimizer))

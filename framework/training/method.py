@@ -14,7 +14,7 @@ from lightspan.core.batches import batch_type_of, inputs_in
 from lightspan.core.devices import wide_type
 from lightspan.core.distributed import mean_over_ranks, register_replicated, world_size
 from lightspan.core.errors import UserError, one_line
-from lightspan.nn.image_numbers import keep_on_host, require_places, require_room
+from lightspan.nn.image_numbers import keep_on_host, require_places, require_room, training_images
 from lightspan.nn.labels import require_labels
 from lightspan.nn.sequences.texts import require_known_tokens
 from lightspan.nn.tokens import Tokens, token_features
@@ -74,9 +74,13 @@ class Method(LightningModule):
         self.groups = groups or ParameterGroups()
 
     def setup(self, stage: str) -> None:
-        """Raises: UserError for data with more training images than `num_images`, or batches below `least_rows`."""
+        """Raises: UserError for data with more training images than `num_images`, batches below `least_rows`, or a
+        single training sample where a method tells samples apart.
+        """
         if stage == "fit" and self.least_rows > 1:
             self._require_batches()
+        if stage == "fit" and (self.least_rows > 1 or self.keeps_apart):
+            self._require_several_samples()
         if stage == "fit" and self.num_images is not None:
             require_room(getattr(self.trainer, "datamodule", None), self.num_images, type(self).__name__)
 
@@ -89,6 +93,14 @@ class Method(LightningModule):
             raise UserError(
                 f"data.init_args.batch_size={batch_size}{at_a_time} leaves {method} nothing to tell apart: its loss "
                 f"compares {self.least_rows} rows or more; set batch_size to {self.least_rows * parts} or more"
+            )
+
+    def _require_several_samples(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if training_images(data) == 1:
+            way_out = getattr(data, "more_samples", "give more of them")
+            raise UserError(
+                f"the data have 1 sample to train on, and {type(self).__name__} tells 2 or more apart; {way_out}"
             )
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:

@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from lightspan.callbacks.pictures.batch_panels import panels, text_of
+from lightspan.callbacks.pictures.batch_panels import panels, spectrogram, text_of
 from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
 from lightspan.core.drawing import png
 from lightspan.datamodules.graph.batch import GraphBatch
@@ -51,6 +51,24 @@ def test_a_text_beside_its_picture():
     figure = panels(batch, 2, None, Words())
     assert said(figure) == ["one one"] * 2
     assert [axis.images[0].get_array().shape for axis in figure.axes if axis.images] == [(4, 5, 3)] * 2
+
+
+def test_recordings_are_spectrograms_without_their_padding_beside_a_methods_pictures():
+    tone = torch.sin(2 * torch.pi * 1000 / 8000 * torch.arange(4096))
+    loud = spectrogram(tone).argmax(dim=0)
+    assert set(loud.tolist()) == {1000 * 512 // 8000}
+    assert spectrogram(torch.zeros(9)).unique().tolist() == [-80]  # silence, and shorter than a window
+    assert spectrogram(tone.bfloat16().float()).isfinite().all()
+    batch = {"wave": torch.stack([tone, tone * (torch.arange(4096) < 1000)]), "length": torch.tensor([4096, 1000])}
+    batch["label"] = torch.tensor([3, 1])
+
+    def made(given):
+        return {"seen": torch.rand(len(given["wave"]), 3, 4, 5)}
+
+    figure = panels(batch, 8, None, None, None, made, rate=8000)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["label 3", "seen", "label 1", "seen"]
+    assert [axis.images[0].get_extent() for axis in figure.axes[::2]] == [[0, 0.512, 0, 4], [0, 0.125, 0, 4]]
+    assert len(panels(batch | {"wave": batch["wave"].bfloat16()}, 1, None, None).axes) == 1
 
 
 def test_clouds_are_beside_the_pictures_that_a_method_makes_of_them():

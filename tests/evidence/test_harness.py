@@ -202,7 +202,10 @@ def test_what_a_measurement_lacks_is_named_before_it_starts(house: Path, toy: tu
     file.write_text(TOY)
     assert done.returncode == 2
     assert "needs no_such_package, R/no_such_data, /no/such/folder, which" in done.stderr
-    assert reproduce(house, "76").returncode == 2
+    for row, said in (("76", "there are"), ("77_tyo", "did you mean 77_toy?")):
+        done = reproduce(house, row)
+        assert done.returncode == 2
+        assert f"ROW={row} is unknown; {said}" in done.stderr
 
 
 def test_a_claim_without_a_margin_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,9 @@ def test_groups_of_ones_own_split_the_model_and_parameters_go_to_the_optimiser_a
 def test_mistakes_name_what_was_meant() -> None:
     for values, settings, message in (
         (("factored_moun", net()), {}, "did you mean FactoredMuon"),
+        (("adamw", net()), {"lr": 0.1}, "torch.optim.AdamW"),
+        (("s_g_d", net().parameters()), {"lr": 0.1}, "torch.optim.SGD"),
+        (("optimizer", net()), {}, "no optimizer has the name 'optimizer'"),
         (("lars", net()), {"lr": 0.1, "momentun": 0.9}, "momentun"),
         (("factored_muon", net()), {"momentun": 0.9}, "momentun"),
         (("lars", net().parameters()), {"groups": ParameterGroups()}, "groups"),

@@ -18,6 +18,7 @@ from lightning import LightningModule
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
 from sklearn.cluster import AgglomerativeClustering
+from sklearn.ensemble import HistGradientBoostingRegressor
 from torch import Tensor, nn
 
 from lightspan.backbones.ngram_counts import NgramCounts
@@ -30,7 +31,7 @@ from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.store import FeatureStore
 from lightspan.selection.climb import ClimbMixture, merged_clusters
 from lightspan.selection.mixture_search import boosted_trees, climbed, rank_correlation
-from lightspan.selection.mixtures import GRID, caps, drawn_mixtures, stepped
+from lightspan.selection.mixtures import GRID, STRENGTHS, caps, drawn_mixtures, stepped
 from lightspan.selection.proxies import Losses, MixtureLosses, TrainedOn
 from lightspan.selection.sampling import allocated
 from lightspan.selection.selected import NamedSamples, TrainingSamples
@@ -158,6 +159,46 @@ def test_a_round_is_drawn_from_the_best_predicted_and_predictions_rest_on_all_ro
         assert max(ranks) < 128
         assert max(ranks) > 8  # the best alone would not explore
     assert said_M[-1] == pytest.approx(asked[-1].min())
+
+
+def test_a_large_round_is_drawn_from_the_square_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, weight_G = list[np.ndarray](), np.array([1.0, 0.617, 0.331, 0.127])
+
+    def predictor(steps_MG: np.ndarray, loss_M: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda asked_MG: (asked.append(asked_MG @ weight_G), asked[-1])[1]
+
+    monkeypatch.setattr("lightspan.selection.mixture_search.boosted_trees", predictor)
+    prior_G = np.array([0.3, 0.3, 0.2, 0.2])
+    found = climbed(prior_G, lambda steps_MG: steps_MG[:, 1], (2, 20), 5.0, 0.5, 2000, 0)
+    ranks = [int((asked[0] < said - 1e-9).sum()) for said in found.steps_MG[2:22] @ weight_G]
+    assert 128 < max(ranks) < 400
+
+
+def test_the_trees_and_the_grid_are_those_of_the_published_code() -> None:
+    assert 1 / GRID == 2e-4
+    assert pytest.approx(STRENGTHS[[0, -1]].tolist()) == [0.1, 5]
+    assert len(STRENGTHS) == 15
+    settings = {"learning_rate": 0.01, "max_iter": 1000, "max_depth": 4, "l2_regularization": 1.0, "tol": 0.0}
+    settings["random_state"] = 3
+    generator = np.random.default_rng(0)
+    for count, more in (
+        (19, {"min_samples_leaf": 4, "early_stopping": False, "validation_fraction": None}),
+        (40, {"min_samples_leaf": 5, "early_stopping": True, "validation_fraction": 0.1, "n_iter_no_change": 20}),
+    ):
+        share_MG = generator.dirichlet(np.ones(3), count)
+        loss_M = generator.standard_normal(count)
+        loss_M = (loss_M - loss_M.mean()) / loss_M.std()
+        trees = HistGradientBoostingRegressor(**settings, **more).fit(share_MG, loss_M)
+        got_M = boosted_trees(share_MG * GRID, loss_M, 3)(share_MG * GRID)
+        assert got_M == pytest.approx(trees.predict(share_MG), abs=1e-6)
+
+
+def test_strengths_of_draws_are_spread_evenly_by_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance of a share is c (1 - c) / (s + 1), here of draws that are not told apart."""
+    monkeypatch.setattr("lightspan.selection.mixtures.distinct", lambda steps_MG: steps_MG)
+    share_MG = drawn_mixtures(np.full(4, 0.25), 20_000, 1000, 0.5, np.random.default_rng(0)) / GRID
+    expected = (0.25 * 0.75 / (1 + np.geomspace(0.1, 5, 15))).mean()
+    assert share_MG.var(axis=0) == pytest.approx(np.full(4, expected), rel=0.03)
 
 
 def test_of_one_group_there_is_one_mixture() -> None:
@@ -306,6 +347,38 @@ def test_a_proxy_that_is_nothing_but_luck_finds_nothing(tmp_path: Path) -> None:
         said.append(measured["better than the natural mixture, beyond noise"])
         assert measured["loss on held-out target samples"] > 2.98
     assert sum(said) <= 1
+
+
+@pytest.mark.usefixtures("few_trees")
+@pytest.mark.parametrize(("gain", "better"), [(1.9, 0), (2.1, 1)])
+def test_a_mixture_is_better_from_two_deviations_of_three_proxies_with_seeds_of_their_own(
+    gain: float, better: int, tmp_path: Path
+) -> None:
+    """Fresh seeds add -s, 0 and s to losses: a deviation of s. The reported half says the opposite and is ignored."""
+    calls = list[tuple[bool, int]]()
+    natural_G, s = np.array([3 / 6, 2 / 6, 1 / 6]), 0.01
+
+    def losses(selection: DataSelection, seed: int) -> Losses:
+        assert selection.mixture_G is not None
+        known = bool(np.allclose(selection.mixture_G, natural_G)) or bool(np.allclose(selection.mixture_G, 1 / 3))
+        calls.append((known, seed))
+        value = 1 + s * (seed - 9) * (seed > 7) - (0 if known else gain * s)
+        return Losses(value, -value)
+
+    proxy = MixtureLosses(TrainedOn({"kind": "stepped"}, losses), FeatureStore(tmp_path))
+    found = ClimbMixture(**QUICK, seed=7).fit(X, OF_X, proxy)
+    assert found.measured["better than the natural mixture, beyond noise"] == better
+    assert found.measured["standard deviation of a proxy"] == pytest.approx(s)
+    assert Counter(calls) == {(True, 8): 2, (True, 9): 1, (True, 10): 1} | {
+        (False, 7): 6 + 4 + 1,
+        **{(False, seed): 1 for seed in (8, 9, 10)},
+    }
+    assert found.measured["mixtures tried"] == 11
+
+
+def test_the_defaults_are_those_of_the_published_search_with_fewer_clusters() -> None:
+    made = ClimbMixture()
+    assert (made.rounds, made.repeats, made.temper, made.candidates) == ((64, 32, 16), 15.0, 0.5, 100_000)
 
 
 def test_a_group_that_a_step_of_the_grid_would_repeat_too_often_is_left_out() -> None:

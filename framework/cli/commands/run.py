@@ -96,13 +96,15 @@ def _resolved(args: argparse.Namespace) -> Resolved:
 
 def _estimate(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Result":
     from lightspan.cli.config.build import build_parts
+    from lightspan.datamodules.loading.ranks import each_line_once
     from lightspan.evaluation.estimator import require_inputs
 
     parts = build_parts(resolved, run_dir)
     inputs, store = parts.get("inputs") or {}, _store(args)
     require_inputs(parts["estimator"], inputs)
-    loaded = {name: one.load(store) for name, one in inputs.items()}
-    result: Result = parts["estimator"].fit(**loaded)
+    with each_line_once():
+        loaded = {name: one.load(store) for name, one in inputs.items()}
+        result: Result = parts["estimator"].fit(**loaded)
     return result
 
 
@@ -127,6 +129,7 @@ def _merge(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> "Resu
 def _outlook(args: argparse.Namespace, resolved: Resolved) -> list[str]:
     """What a run would do, line by line."""
     from lightspan.cli.config.build import build_parts
+    from lightspan.datamodules.loading.ranks import each_line_once
     from lightspan.evaluation.estimator import require_inputs
     from lightspan.merging.adapted import open_checkpoints
     from lightspan.merging.merger import outlook
@@ -141,7 +144,8 @@ def _outlook(args: argparse.Namespace, resolved: Resolved) -> list[str]:
     else:
         inputs, store = parts.get("inputs") or {}, _store(args)
         require_inputs(parts["estimator"], inputs)
-        lines = [f"  {name}: {one.outlook(store)}" for name, one in inputs.items()]
+        with each_line_once():
+            lines = [f"  {name}: {one.outlook(store)}" for name, one in inputs.items()]
     return [f"{resolved.name}: builds. Nothing was written.", *lines]
 
 

@@ -98,6 +98,19 @@ class TERA(Method):
         valid_BT = self.spectrogram(batch).valid_BT
         return [replace(tokens, valid_BT=valid_BT) for tokens in super().token_features(batch, layers)]
 
+    def pictures(self, batch: AudioBatch) -> dict[str, Tensor]:
+        """For the picture of the first batch: what is seen of each spectrogram, [B 3 F T] with low frequencies below,
+        and the same with the cells that are guessed in red.
+        """
+        clean = self.spectrogram(batch)
+        altered = self.alterations(*clean, index_in(batch, self), self.global_step)
+        low, high = clean.frames_BTF.aminmax()
+        grey_BTF = ((altered.frames_BTF - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+        grey_B1FT, labelled_B1FT = (part.transpose(1, 2).flip(1)[:, None] for part in (grey_BTF, altered.labelled_BTF))
+        red = grey_BTF.new_tensor([1.0, 0, 0]).view(3, 1, 1)
+        seen = grey_B1FT.expand(-1, 3, -1, -1)
+        return {"what the network sees": seen, "in red what it guesses": seen.lerp(red, 0.5 * labelled_B1FT)}
+
     def reconstruct(self, batch: AudioBatch) -> Reconstruction:
         """Spectrograms, low frequencies below: clean, labelled cells, guessed, and as they were seen."""
         clean, altered, guess_BTF = self.guesses(batch, self.global_step)

@@ -49,6 +49,23 @@ def recipe(content: dict[str, Any], **changes: Any) -> str:
     return "r.yaml"
 
 
+SMALL_SEARCH = [
+    *("estimator.init_args.rounds=[4,2]", "estimator.init_args.candidates=50", "estimator.init_args.clusters=4"),
+    *("estimator.init_args.groups=2", "--features=store"),
+]
+
+
+def test_data_that_several_inputs_read_are_described_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of four data modules of CLIMB's recipe three are the same texts, and the other reads docstrings alone."""
+    for number in range(60):
+        (tmp_path / f"m{number}.py").write_text(f'"""Says {"z" * number}."""\nx = {number}\n')
+    places = ("features.init_args.data", "samples.init_args.data", "proxy.init_args.data", "proxy.init_args.target")
+    folders = [f"inputs.{place}.init_args.folder={tmp_path}" for place in places]
+    assert main(["run", "selection/climb", "--run", "out", *folders, *SMALL_SEARCH]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("text: ")]
+    assert len(said) == len({*said}) == 2
+
+
 def test_an_estimators_run_leaves_its_result_and_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", recipe(ESTIMATOR), "--run", "out", "estimator.init_args.l2=2.0"]) == 0
     said = capsys.readouterr().out

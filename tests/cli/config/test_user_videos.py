@@ -74,6 +74,21 @@ def test_check_names_damaged_videos(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.runs
+def test_a_method_that_tells_videos_apart_refuses_a_single_one_and_says_how_to_have_more(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """One of two is held out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = [PAIRS, "--videos", str(videos(tmp_path / "in", 2, 20)), "trainer.max_steps=1", "trainer.accelerator=cpu"]
+    given += ["data.init_args.num_workers=0", "--run", str(tmp_path / "run")]
+    assert main(["fit", *given]) == 2
+    said = capsys.readouterr().err
+    assert "1 sample to train on, and RSPNet tells 2 or more apart" in said
+    for way_out in ("add videos", "data.init_args.val_folder", "data.init_args.samples=shots"):
+        assert way_out in said
+
+
+@pytest.mark.runs
 @pytest.mark.parametrize("recipe", [RECIPE, PAIRS])
 def test_one_line_trains_on_a_folder_and_draws_it(recipe: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

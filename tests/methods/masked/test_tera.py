@@ -137,6 +137,19 @@ def test_pictures_are_clean_altered_and_guessed_with_low_frequencies_below() -> 
     assert not found.guess_BChw[:, 0, 0][~clean.valid_BT].any()
 
 
+def test_the_first_batch_is_seen_altered_and_what_is_guessed_is_red() -> None:
+    model, given = method(), batch()
+    seen, red = model.pictures(given).values()
+    _, altered, _ = model.guesses(given, 0)
+    labelled = altered.labelled_BTF.transpose(1, 2).flip(1).bool()
+    for picture in (seen, red):
+        assert picture.shape == (4, 3, *labelled.shape[1:])
+        assert ((picture >= 0) & (picture <= 1)).all()
+    assert torch.equal(seen[:, 0], seen[:, 2])
+    assert torch.equal((seen != red).any(dim=1), labelled)
+    assert seen[:, 0, -1].argmax() == altered.frames_BTF[..., 0].argmax()
+
+
 def test_the_defaults_are_those_of_the_paper() -> None:
     model = TERA(FrameTransformer(), optimizer=torch.optim.SGD)
     assert (model.backbone.bands, model.backbone.num_features, len(model.backbone.blocks)) == (80, 768, 3)
