@@ -28,7 +28,6 @@ import torch
 from lightning import seed_everything
 from quiet import quiet_trainer
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from lightspan.adapters.diffscaler import DiffScaler
@@ -36,6 +35,7 @@ from lightspan.adapters.full import Full
 from lightspan.adapters.inject import activate, adapt
 from lightspan.backbones.diffusion import DiT
 from lightspan.core.files.atomic import write_atomic
+from lightspan.core.pixels import png_of
 from lightspan.datamodules.image.sets.classes import ClassSubset
 from lightspan.datamodules.image.sets.small import ImageData
 from lightspan.evaluation.geometry.frechet import frechet_distance, principal_directions
@@ -157,8 +157,7 @@ def picture(path: Path, drawings: dict[str, Tensor], test: dict[str, Tensor], da
     rows = torch.cat([images[columns] for images in (test["image"], *drawings.values())])
     grid = make_grid(brightness(rows, data), nrow=len(columns), pad_value=0.5)
     zoom = round(56 / rows.shape[-1])
-    large = (255 * grid).round().byte().repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    write_atomic(path, encode_png(large).numpy().tobytes())
+    write_atomic(path, png_of(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)))
 
 
 def measure(evidence, task: Task, judge: Judge | None = None) -> None:

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import normalize, pad
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.first_batch import enlarged
@@ -21,6 +20,7 @@ from lightspan.core.drawing import canvas, png
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
+from lightspan.core.pixels import png_of
 from lightspan.evaluation.geometry.collapse import rankme
 
 FRAME = 4  # pixels around a query
@@ -101,7 +101,7 @@ class FeaturePictures(Callback):
             if trainer.is_global_zero and bank_ND.isfinite().all() and val_MD.isfinite().all():
                 bounds = getattr(data, "bounds", None)
                 grid_CHW = self._neighbours(bank_ND, val_MD, (bank, bank_index_N), (val, val_index_M), bounds)
-                write_atomic(self.folder / "neighbours.png", _png(grid_CHW))
+                write_atomic(self.folder / "neighbours.png", png_of(grid_CHW))
                 classes = list(getattr(data, "classes", ()))
                 are_classes = labels_M.ndim == 1 and not labels_M.is_floating_point()
                 labels = labels_M if are_classes and getattr(data, "labelled", True) else None
@@ -212,7 +212,3 @@ def _images(loader: Any, index_K: Tensor, bounds: Any) -> Tensor:
     """The pictures of a loader's dataset by their index, in [0, 1]: [K C H W]."""
     images = [torch.as_tensor(loader.dataset.sample(int(index), 0)["image"]) for index in index_K]
     return shown_in_range(torch.stack(images), bounds)
-
-
-def _png(grid_CHW: Tensor) -> bytes:
-    return encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()

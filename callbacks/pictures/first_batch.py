@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.band_colours import coloured_dates
@@ -21,6 +20,7 @@ from lightspan.core.drawing import png
 from lightspan.core.errors import UserError, print_notes
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
+from lightspan.core.pixels import png_of
 
 MOST_COLUMNS = 16
 LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that their pixels can be seen
@@ -90,7 +90,7 @@ def enlarged(images_BCHW: Tensor) -> Tensor:
 def write_grid(path: Path, images_BCHW: Tensor, columns: int, padding: float) -> None:
     """Pictures in [0, 1] as one PNG file, row by row; `padding` is the brightness between them."""
     grid_CHW = make_grid(images_BCHW, nrow=columns, pad_value=padding)
-    write_atomic(path, encode_png((255 * grid_CHW).round().byte()).numpy().tobytes())
+    write_atomic(path, png_of(grid_CHW))
 
 
 def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tensor], int]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.in_range import shown_in_range
@@ -14,6 +13,7 @@ from lightspan.callbacks.watching.detached import detached
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
+from lightspan.core.pixels import png_of
 from lightspan.training.strategies import gathered
 
 MOST_CLASSES, COLUMNS = 10, 8
@@ -95,8 +95,7 @@ class PictureSamples(Callback):
         if trainer.is_global_zero:
             shown_BCHW = shown_in_range(images_BCHW, bounds)
             grid_CHW = make_grid(shown_BCHW, nrow=len(classes), pad_value=0.5)
-            content = encode_png((255 * grid_CHW).round().byte()).numpy().tobytes()
-            write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", content)
+            write_atomic(self.folder / f"samples-{trainer.global_step:07d}.png", png_of(grid_CHW))
 
 
 def _shape(batch: Any) -> tuple[int, int, int]:

@@ -4,14 +4,15 @@ import io
 
 import numpy as np
 import torch
-from torchvision.io import encode_png
+
+from lightspan.core.pixels import png_of
 
 NOWHERE = {"__url__": "none", "__key__": "none"}
 """What a sample has beside its members."""
 
 
 def black_png(height: int, width: int, channels: int = 3) -> bytes:
-    return encode_png(torch.zeros(channels, height, width, dtype=torch.uint8)).numpy().tobytes()
+    return png_of(torch.zeros(channels, height, width))
 
 
 def npy(values: np.ndarray) -> bytes:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import read_image
 
 from lightspan.callbacks.pictures.band_colours import band_bounds, chosen_bands, coloured_dates
 from lightspan.callbacks.pictures.first_batch import FirstBatch
+from lightspan.datamodules.shards.decoders import decode_image
 
 
 def batch(*dates: int) -> dict[str, Any]:
@@ -57,6 +57,6 @@ def test_a_first_batch_of_series_has_a_column_for_each_date(tmp_path: Path) -> N
         global_step, is_global_zero, datamodule = 0, True, None
 
     FirstBatch(str(tmp_path), rows=2).on_train_batch_start(Trainer(), None, batch(4), 0)  # type: ignore[arg-type]
-    picture = read_image(str(tmp_path / "first-batch.png"))
+    picture = decode_image((tmp_path / "first-batch.png").read_bytes())
     height, width = 6 * 10, 7 * 10  # enlarged
     assert picture.shape == (3, 2 * (height + 2) + 2, 4 * (width + 2) + 2)

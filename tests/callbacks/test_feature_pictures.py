@@ -14,7 +14,6 @@ from lightning import LightningModule
 from lightning.pytorch import Trainer
 from picture_files import write_pictures
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image
 
 from lightspan.callbacks.pictures import feature_pictures
 from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenly_spaced, nearest, plane
@@ -25,6 +24,7 @@ from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import MultiCrop, Plain, RandomViews
 from lightspan.datamodules.image.folder import ImageFolder
 from lightspan.datamodules.loading.loader import EvaluationLoader
+from lightspan.datamodules.shards.decoders import decode_image
 from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
 
 SPLITS = ("bank", "val")
@@ -85,7 +85,7 @@ def pictures(folder: Path, classes: dict[str, int], views: object = None, **sett
 
 
 def image(path: Path) -> Tensor:
-    return decode_image(str(path), mode=ImageReadMode.RGB)
+    return decode_image(path.read_bytes())
 
 
 def test_a_row_of_the_first_batch_is_a_picture_and_a_column_a_view(tmp_path: Path) -> None:

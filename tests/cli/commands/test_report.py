@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import encode_png
 from waiting import HANG_S
 
 from lightspan.cli.commands import fit, report
 from lightspan.core.errors import UserError
+from lightspan.core.pixels import png_of
 
 MakeRun = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,7 +63,7 @@ def test_pictures_of_a_run_are_inside_the_page_and_nothing_else_of_the_folder_is
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     first, second = make_run("a"), make_run("b")
-    pixel = encode_png(torch.zeros(3, 1, 1, dtype=torch.uint8)).numpy().tobytes()
+    pixel = png_of(torch.zeros(3, 1, 1))
     for run, names in ((first, ("map", "neighbours", "own-0000001", "own-0000002")), (second, ("map",))):
         (run / "pictures").mkdir()
         for name in names:
