@@ -38,8 +38,8 @@ def digits() -> tuple[Data, Data, Data]:
 def own_loss(method: Hydra | SupCon, data: Data) -> float:
     """The mean over four fixed batches, with their own statistics."""
     method = copy.deepcopy(method).train()
-    drawn = [Data(data.images[rows], data.labels[rows]) for rows in batches(len(data.labels), 4, seed=1)]
-    return sum(float(method.training_step(part._asdict(), at)) for at, part in enumerate(drawn)) / len(drawn)
+    drawn = [{"image": data.images[rows], "label": data.labels[rows]} for rows in batches(len(data.labels), 4, seed=1)]
+    return sum(float(method.training_step(part, at)) for at, part in enumerate(drawn)) / len(drawn)
 
 
 def probed(method: Hydra | SupCon, seed: int, half: Data) -> float:
