@@ -5,10 +5,10 @@ Arms have one network, one number of steps and, as in the paper, one rate: on a 
 over arms of 20-nearest-neighbour accuracy of the features on 400 validation pictures, of those rates at which every arm
 learns its own task, as the gate has it; each by itself would choose one at which it hardly moves. Claims are measured
 on test pictures: by how much more its embeddings differ than without stop-gradient, and by how much its features are
-better than without predictor. `spread` is the deviation of unit-length embeddings times the root of their width: near 1 where they lie all
-around, 0 where they are one point (the paper's figure 2, middle). Pictures are averaged to 14 x 14, and the views of
-one differ so much that they cannot be made alike by their content alone: with larger crops and without grain,
-embeddings stayed apart without the stop-gradient on the search's seed.
+better than without predictor. `spread` is the deviation of unit-length embeddings times the root of their width: near 1
+where they lie all around, 0 where they are one point (the paper's figure 2, middle). Pictures are averaged to 14 x 14,
+and the views of one differ so much that they cannot be made alike by their content alone: with larger crops and without
+grain, embeddings stayed apart without the stop-gradient on the search's seed.
 
 What is no claim: accuracy against no stop-gradient, over which an untrained network is ahead by more than the margin
 too where embeddings collapse, and spread against no predictor, whose embeddings did not come together on the search's
