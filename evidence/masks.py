@@ -1,17 +1,15 @@
 """Nets trained under MaskLearning by every arm that the evidence on masks compares, with one search for each.
 
-An arm is a way to choose a mask with four settings; its search trains them all once, on a seed of its own, and judges
-on data that no claim is measured on. All arms of a task train for the same steps on the same batches, with the same
-share of the run for learning the mask, and the same number of entries stays.
+All arms of a task train for the same steps on the same batches, with the same share of the run for learning the mask,
+and the same number of entries stays. What an arm has besides the rate of the weights is at its usual value.
 """
 
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import lightning
@@ -29,49 +27,31 @@ from lightspan.subspaces.masks.schedules import Cubic, Schedule
 from lightspan.subspaces.masks.scores import Movement
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-SEARCH_SEED = 100
 EVERY = 20  # steps between two updates of an index set
-Settings = Mapping[str, float]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How a mask is chosen: a learner from settings, and whether the density falls to its end or is there at once."""
+    """How a mask is chosen: a learner, and whether the density falls to its end or is there at once."""
 
-    name: str
-    make: Callable[[Settings], MaskLearner]
-    grid: Mapping[str, tuple[float, ...]]
+    make: Callable[[], MaskLearner]
     falls: bool = True
 
-    def settings(self) -> list[dict[str, float]]:
-        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
-
-    def density(self, end: float) -> float | Schedule:
-        return Cubic(1.0, end, until=0.8) if self.falls else end
+    def callback(self, match: list[str], density: float, seed: int) -> MaskLearning:
+        ahead: float | Schedule = Cubic(1.0, density, until=0.8) if self.falls else density
+        return MaskLearning(match, self.make(), ahead, seed=seed)
 
 
-def arms(rates: tuple[float, float, float, float]) -> list[Arm]:
-    """Every arm has four settings; those with a second setting try the middle two rates of the weights.
-
-    "Magnitude, all at once" trains with all weights for three quarters of the run and then cuts the smallest.
-    """
-    middle = rates[1:3]
-    return [
-        Arm(
-            "Concrete",
-            lambda s: ByGradient(optimizer=partial(torch.optim.Adam, lr=s["logit rate"])),
-            {"rate": middle, "logit rate": (0.03, 0.1)},
-        ),
-        Arm(
-            "movement", lambda s: ByScore(Movement(), memory=s["memory"], every=EVERY),
-            {"rate": middle, "memory": (0.9, 1.0)},
-        ),
-        Arm("drop and grow", lambda s: DropAndGrow(s["alpha"], EVERY), {"rate": middle, "alpha": (0.1, 0.3)}, False),
-        Arm("magnitude", lambda s: ByScore(every=EVERY), {"rate": rates}),
-        Arm("magnitude, all at once", lambda s: ByScore(every=10**9), {"rate": rates}),
-        Arm("random", lambda s: DropAndGrow(0.0, EVERY), {"rate": rates}, False),
-    ]  # fmt: skip
+ARMS = {
+    "Concrete": Arm(lambda: ByGradient(optimizer=partial(torch.optim.Adam, lr=0.1))),
+    "magnitude": Arm(lambda: ByScore(every=EVERY)),
+    "drop and grow": Arm(lambda: DropAndGrow(0.3, EVERY), falls=False),
+    "movement": Arm(lambda: ByScore(Movement(), memory=1.0, every=EVERY)),
+    "magnitude, all at once": Arm(lambda: ByScore(every=10**9)),
+    "random": Arm(lambda: DropAndGrow(0.0, EVERY), falls=False),
+}
+"""\"All at once\" trains with all weights for three quarters of the run and then cuts the smallest."""
 
 
 class Net(lightning.LightningModule):
@@ -119,12 +99,3 @@ def train(net: nn.Module, loss: Loss, batches: Batches, rate: float, callback: M
         )
         loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         trainer.fit(Net(net, loss, rate), loader)
-
-
-def callback_of(arm: Arm, settings: Settings, match: list[str], density: float, seed: int) -> MaskLearning:
-    return MaskLearning(match, arm.make(settings), arm.density(density), seed=seed)
-
-
-def searched(arm: Arm, trial: Callable[[Arm, Settings], float]) -> dict[str, float]:
-    """The settings with the highest result of their one trial."""
-    return max(arm.settings(), key=lambda settings: trial(arm, settings))

@@ -29,7 +29,7 @@ from lightspan.methods.clustering.mlc import MLC
 from lightspan.nn.heads.projector import Projector
 from lightspan.objectives.coding_rate import cluster_coding_rate, total_coding_rate_loss
 
-SEEDS, SEARCH = (0, 1, 2, 3, 4), 100
+SEEDS, SEARCH = tuple(range(12)), 100
 FIRST, SECOND, BATCH, WIDTH, DISTORTION = 1000, 800, 256, 16, 0.2
 USUAL = {"MLC": 0.1, "softmax head": 0.2}  # temperature, distortion
 RATES, FACTORS, NEIGHBOURS = (1e-4, 3e-4, 1e-3), (0.5, 1.0, 2.0), (5, 8, 12, 18, 27)

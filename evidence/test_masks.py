@@ -1,11 +1,15 @@
-"""Learned masks: the support of a planted sparse net, and accuracy over density on Fashion-MNIST."""
+"""Learned masks: the support of a planted sparse net, and accuracy over density on Fashion-MNIST.
+
+Rates of the weights are searched for each arm on seed 100 and samples of its own; masks.py has the arms. Floors: a
+random mask, chance. Ceilings: the right mask, all weights. Gates: the loss, or the accuracy, on what was trained on.
+"""
 
 from collections.abc import Mapping
 from functools import cache
 from statistics import mean
 
 import torch
-from masks import SEARCH_SEED, Arm, Batches, Settings, arms, callback_of, searched, train
+from masks import ARMS, Batches, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,12 +20,11 @@ from lightspan.datamodules.image.sets.small import FashionMNIST, ImageSamples
 
 # Planted: 100 correlated inputs, 20 units, a tenth of 2,000 weights is not zero; 400 noisy samples.
 INPUTS, UNITS, SHARE, SAMPLES, NOISE = 100, 20, 0.1, 400, 0.5
-PLANTED_SEEDS, PLANTED_RATES, PLANTED_STEPS = (0, 1, 2, 3, 4), (1e-3, 3e-3, 1e-2, 3e-2), 600
+SEEDS, SEARCH, PLANTED_RATES, PLANTED_STEPS = (0, 1, 2, 3, 4), 100, (3e-3, 1e-2, 3e-2), 600
 # Fashion-MNIST: the 3,000 training images that lightspan ships, its 1,000 test images.
-SEEDS, RATES, STEPS, BATCH = (0, 1, 2), (3e-4, 1e-3, 3e-3, 1e-2), 400, 100
-DENSITIES, SEARCHED_AT = (0.5, 0.2, 0.1, 0.05, 0.02), 0.05
+RATES, STEPS, BATCH = (3e-4, 1e-3, 3e-3), 400, 100
+DENSITIES, SEARCHED_AT = (0.1, 0.05, 0.02), 0.05
 HELD_OUT = 500  # training images that judge settings
-ARMS = ("Concrete", "magnitude", "drop and grow", "movement", "magnitude, all at once", "random")
 
 
 class Planted:
@@ -45,15 +48,26 @@ class Planted:
         x = normal(n, INPUTS) + normal(n, INPUTS // 5).repeat_interleave(5, dim=1)
         return x, torch.tanh(x @ self.w.T) @ self.v.T + NOISE * normal(n, UNITS)
 
-    def learnt(self, arm: Arm, settings: Settings, seed: int) -> tuple[Tensor, float]:
-        """(mask, loss on held-out samples)."""
-        torch.manual_seed(seed)
+    def net(self) -> nn.Sequential:
         net = nn.Sequential(nn.Linear(INPUTS, UNITS, bias=False), nn.Tanh(), nn.Linear(UNITS, UNITS, bias=False))
         net[2].weight.requires_grad_(False).copy_(self.v)
-        callback = callback_of(arm, settings, ["net.0.weight"], SHARE, seed)
-        train(net, squared, Batches(*self.train, BATCH, PLANTED_STEPS, seed), settings["rate"], callback)
+        return net
+
+    def learnt(self, arm: str, rate: float, seed: int) -> dict[str, float]:
+        """Recall in per cent, which is precision too, as the mask has as many entries as the support; losses."""
+        torch.manual_seed(seed)
+        net = self.net()
         with torch.no_grad():
-            return callback.masks["net.0.weight"], squared(net, *self.held_out).item()
+            untrained = squared(net, *self.train).item()
+        callback = ARMS[arm].callback(["net.0.weight"], SHARE, seed)
+        train(net, squared, Batches(*self.train, BATCH, PLANTED_STEPS, seed), rate, callback)
+        with torch.no_grad():
+            return {
+                "recall": 100 * float(callback.masks["net.0.weight"][self.support].double().mean()),
+                "held-out loss": squared(net, *self.held_out).item(),
+                "loss": squared(net, *self.train).item(),
+                "untrained loss": untrained,
+            }
 
 
 def squared(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -61,27 +75,35 @@ def squared(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def test_a_learned_mask_finds_the_support_of_a_planted_net(evidence) -> None:
-    tuned = Planted(SEARCH_SEED)
-    recall: dict[str, dict[int, float]] = {}
-    for arm in arms(PLANTED_RATES):
-        settings = searched(arm, lambda arm, settings: -tuned.learnt(arm, settings, SEARCH_SEED)[1])
-        recall[arm.name] = {}
-        for seed in PLANTED_SEEDS:
-            planted = Planted(seed)
-            mask, loss = planted.learnt(arm, settings, seed)
-            found = int((mask & planted.support).sum())
-            recall[arm.name][seed] = 100 * found / int(planted.support.sum())
-            evidence.figure(f"recall of the planted support, {arm.name}", recall[arm.name][seed], seed, "%")
-            evidence.figure(f"precision, {arm.name}", 100 * found / int(mask.sum()), seed, "%")
-            evidence.figure(f"held-out loss on the planted net, {arm.name}", loss, seed)
-        evidence.note(f"Planted net, {arm.name}: {described(settings)}, of four settings on seed {SEARCH_SEED}.")
-    evidence.note("Precision equals recall, since every mask has as many entries as the support.")
-    evidence.claim("recall of the planted support, Concrete", recall["Concrete"], at_least=90, unit="%")
-    for other, margin in (("random", 70), ("magnitude, all at once", 5), ("magnitude", 1)):
-        gains = difference(recall["Concrete"], recall[other])
-        evidence.claim(f"recall, Concrete minus {other}", gains, at_least=margin, unit="points")
-    gains = difference(recall["drop and grow"], recall["random"])
-    evidence.claim("recall, drop and grow minus random", gains, at_least=60, unit="points")
+    tuned = Planted(SEARCH)
+    rates = evidence.search(
+        {f"planted, {arm}": lambda rate, arm=arm: -tuned.learnt(arm, rate, SEARCH)["held-out loss"] for arm in ARMS},
+        PLANTED_RATES,
+    )
+    planted = {seed: Planted(seed) for seed in SEEDS}
+    runs = {arm: {s: planted[s].learnt(arm, rates[f"planted, {arm}"], s) for s in SEEDS} for arm in ARMS}
+    for arm, of_seed in runs.items():
+        for seed, found in of_seed.items():
+            evidence.figure(f"recall of the planted support, {arm}", found["recall"], seed, "%")
+            evidence.figure(f"held-out loss on the planted net, {arm}", found["held-out loss"], seed)
+        losses = ({seed: found[name] for seed, found in of_seed.items()} for name in ("loss", "untrained loss"))
+        evidence.gate(f"planted, {arm}", *losses, by=0.2, lower_is_better=True)
+    recall = {arm: {seed: found["recall"] for seed, found in of_seed.items()} for arm, of_seed in runs.items()}
+    evidence.claim(
+        "recall of the planted support, Concrete", recall["Concrete"], at_least=90, unit="%",
+        floor=recall["random"], ceiling=100.0, arms=("planted, Concrete",),
+    )  # fmt: skip
+    right, none = dict.fromkeys(SEEDS, 100.0), {seed: recall["random"][SEEDS[seed - 1]] for seed in SEEDS}
+    for arm, other, margin in (
+        ("Concrete", "magnitude, all at once", 5),
+        ("Concrete", "magnitude", 1),
+        ("drop and grow", "random", 60),
+    ):
+        evidence.claim(
+            f"recall, {arm} minus {other}", difference(recall[arm], recall[other]), at_least=margin, unit="points",
+            floor=difference(none, recall[other]), ceiling=difference(right, recall[other]),
+            arms=(f"planted, {arm}", f"planted, {other}"),
+        )  # fmt: skip
 
 
 @cache
@@ -98,49 +120,64 @@ def whole(samples: ImageSamples | None) -> tuple[Tensor, Tensor]:
     return torch.stack([s["image"] for s in batch]), torch.stack([s["label"] for s in batch])
 
 
-def accuracy(arm: Arm | None, settings: Settings, density: float, seed: int, held_out: bool = False) -> float:
-    """In per cent, of 784-200-200-10 with this share of the weights of both hidden layers; all of them for None."""
-    x, y, judged_x, judged_y = images(held_out)
+@cache
+def accuracy(arm: str, rate: float, density: float, seed: int) -> dict[str, float]:
+    """In per cent, of 784-200-200-10 with this share of the weights of both hidden layers: judged, and of what it was
+    trained on. The search seed is judged on training images.
+    """
+    x, y, judged_x, judged_y = images(held_out=seed == SEARCH)
     torch.manual_seed(seed)
     net = nn.Sequential(MLP((1, 28, 28), (200, 200)), nn.Linear(200, 10))
-    callback = None if arm is None else callback_of(arm, settings, ["net.0.*weight"], density, seed)
+    callback = ARMS[arm].callback(["net.0.*weight"], density, seed) if arm in ARMS else None
     loss = lambda net, x, y: F.cross_entropy(net(x), y)  # noqa: E731
-    train(net, loss, Batches(x, y, BATCH, STEPS, seed), settings["rate"], callback)
+    train(net, loss, Batches(x, y, BATCH, STEPS, seed), rate, callback)
     with torch.no_grad():
-        return 100 * (net(judged_x).argmax(1) == judged_y).float().mean().item()
+        both = {"judged": (judged_x, judged_y), "trained on": (x, y)}
+        return {name: 100 * (net(x).argmax(1) == y).float().mean().item() for name, (x, y) in both.items()}
 
 
 def test_accuracy_over_density_on_fashion_mnist(evidence) -> None:
-    rate = max(RATES, key=lambda rate: accuracy(None, {"rate": rate}, 1.0, SEARCH_SEED, held_out=True))
-    dense = {seed: accuracy(None, {"rate": rate}, 1.0, seed) for seed in SEEDS}
-    for seed, value in dense.items():
-        evidence.figure("accuracy, all weights", value, seed, "%")
-    evidence.note(f"All weights: rate {rate:g}, of four on seed {SEARCH_SEED}.")
+    rates = evidence.search(
+        {
+            arm: lambda rate, arm=arm: accuracy(arm, rate, SEARCHED_AT, SEARCH)["judged"]
+            for arm in (*ARMS, "all weights")
+        },
+        RATES,
+    )
     curves: dict[str, dict[float, dict[int, float]]] = {}
-    for arm in arms(RATES):
-        settings = searched(arm, lambda arm, s: accuracy(arm, s, SEARCHED_AT, SEARCH_SEED, held_out=True))
-        evidence.note(f"Fashion-MNIST, {arm.name}: {described(settings)}, at 5 % on seed {SEARCH_SEED}.")
-        curves[arm.name] = {}
-        for density in DENSITIES:
-            found = {seed: accuracy(arm, settings, density, seed) for seed in SEEDS}
-            curves[arm.name][density] = found
-            for seed, value in found.items():
-                evidence.figure(f"accuracy at {100 * density:g} %, {arm.name}", value, seed, "%")
-            print(arm.name, density, [f"{value:.1f}" for value in found.values()], flush=True)
+    for arm, rate in rates.items():
+        runs = {
+            density: {seed: accuracy(arm, rate, density, seed) for seed in SEEDS}
+            for density in (DENSITIES if arm in ARMS else (1.0,))
+        }
+        for density, of_seed in runs.items():
+            where = f"accuracy at {100 * density:g} %, {arm}" if arm in ARMS else f"accuracy, {arm}"
+            for seed, found in of_seed.items():
+                evidence.figure(where, found["judged"], seed, "%")
+        learned = {seed: found["trained on"] for seed, found in of_seed.items()}  # at the least density
+        evidence.gate(arm, learned, 10.0, by=50.0, unit="points")
+        curves[arm] = {density: {s: found["judged"] for s, found in of.items()} for density, of in runs.items()}
+    dense = curves.pop("all weights")[1.0]
     write_atomic(evidence.path.with_suffix(".png"), picture(dense, curves))
-    evidence.note("Test images judge once, with the settings found; the picture shows means, and lowest to highest.")
+    evidence.note("Test images judge once, with the rates found; the picture shows means, and lowest to highest.")
     at = {name: curve[0.02] for name, curve in curves.items()}
-    for other, margin in (("random", 1), ("magnitude, all at once", 1), ("magnitude", 0)):
-        gains = difference(at["Concrete"], at[other])
-        evidence.claim(f"accuracy at 2 %, Concrete minus {other}", gains, at_least=margin, unit="points")
-    gains = difference(at["drop and grow"], at["random"])
-    evidence.claim("accuracy at 2 %, drop and grow minus random", gains, at_least=1, unit="points")
-    loss = difference(curves["Concrete"][0.1], dense)
-    evidence.claim("accuracy, Concrete at 10 % minus all weights", loss, at_least=-1, unit="points")
-
-
-def described(settings: Settings) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    chance = dict.fromkeys(SEEDS, 10.0)
+    for arm, other, margin in (
+        ("Concrete", "random", 1),
+        ("Concrete", "magnitude, all at once", 1),
+        ("Concrete", "magnitude", 0),
+        ("drop and grow", "random", 1),
+    ):
+        evidence.claim(
+            f"accuracy at 2 %, {arm} minus {other}", difference(at[arm], at[other]), at_least=margin, unit="points",
+            floor=difference(chance, at[other]), ceiling=difference(dense, at[other]), arms=(arm, other),
+        )  # fmt: skip
+    again = {seed: dense[SEEDS[seed - 1]] for seed in SEEDS}
+    evidence.claim(
+        "accuracy, Concrete at 10 % minus all weights", difference(curves["Concrete"][0.1], dense), at_least=-1,
+        unit="points", floor=difference(chance, dense), ceiling=difference(again, dense),
+        arms=("Concrete", "all weights"),
+    )  # fmt: skip
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
@@ -167,3 +204,9 @@ def picture(dense: Mapping[int, float], curves: Mapping[str, Mapping[float, Mapp
     tidy(axes)
     axes.legend(frameon=False, fontsize=8)
     return png(figure)
+
+
+if __name__ == "__main__":
+    for name in ARMS:
+        print(name, Planted(SEARCH).learnt(name, 1e-2, SEARCH), accuracy(name, 1e-3, 0.02, SEARCH), flush=True)
+    print("all weights", accuracy("all weights", 1e-3, 1.0, SEARCH))
