@@ -102,7 +102,7 @@ def shrunk(arm: str, original: nn.Module, seed: int, rate: float) -> nn.Module:
         start = transformer(seed + 1000) if arm == RANDOM else original
         return trained(cut(start), given, seed, EPOCHS, BATCH, rate)
     with contextlib.redirect_stdout(io.StringIO()):
-        method = PELA(*copy.deepcopy(original), ratio=RATIO, alpha=ALPHA, lam=1.0)  # type: ignore[misc]
+        method = PELA(*copy.deepcopy(original), ratio=RATIO, alpha=ALPHA, lam=1.0, optimizer=torch.optim.AdamW)  # type: ignore[misc]
     method.log_training = lambda figures: None  # type: ignore[method-assign]
     trained(method, given, seed, EPOCHS, BATCH, rate, lambda x, y: method.training_step({"image": x, "label": y}, 0))
     return nn.Sequential(method.backbone, method.head)
