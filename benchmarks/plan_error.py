@@ -107,12 +107,14 @@ def main(wanted: list[str]) -> None:
         for strategy in strategies:
             if STAGES.get(strategy, 0) > (RECIPES[recipe] if built else 0):
                 continue
-            row = measure(recipe, strategy)
+            row = measure(recipe, strategy) | {"date": str(datetime.date.today())}
             rows = [old for old in rows if (old["recipe"], old["strategy"]) != (recipe, strategy)] + [row]
             rows.sort(key=lambda row: (list(RECIPES).index(row["recipe"]), list(STRATEGIES).index(row["strategy"])))
             said = "{recipe:32} {strategy:18} {planned_mib:7.1f} planned, {measured_mib:7.1f} was, {error:+.1%}"
             print(said.format(**row), flush=True)
-            about = {"date": str(datetime.date.today()), "machine": platform.machine(), "torch": version("torch")}
+            dates = sorted({row["date"] for row in rows})
+            span = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+            about = {"date": span, "machine": platform.machine(), "torch": version("torch")}
             write_atomic(RESULTS, json.dumps({**about, "cases": rows}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""NeRF-MAE (arXiv 2404.01300): hidden blocks of radiance fields are guessed; shapes are told from few labels.
+"""NeRF-MAE (arXiv 2404.01300): hidden blocks of radiance fields are guessed; shapes are recognised from few labels.
 
 Drawn rooms with boxes, spheres and cylinders of any colour, as grids of colour and opacity of up to 18^3 voxels. A
 Swin transformer of two stages (width 36, patches of 3^3 voxels) is pre-trained on 96 rooms without labels, with three

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightspan.core.errors import UserError
 from lightspan.core.files.places import ReadPath
+from lightspan.core.pixels import png_of_bytes
 from lightspan.datamodules.image.augment.views import Views
 from lightspan.datamodules.shards.decoders import decode_array, decode_fields, decode_image, decode_text, place_of
 from lightspan.datamodules.shards.headers import UNDECODABLE
@@ -62,16 +62,10 @@ def step_members(key: str, frames: Iterable[np.ndarray], task: int, mission: str
         frames: before the action and after it, uint8 [H W 3] each.
         arrays: `action` and `state`.
     """
-    images = {name: png(frame) for name, frame in zip((NOW, NEXT), frames, strict=True)}
+    images = {name: png_of_bytes(frame) for name, frame in zip((NOW, NEXT), frames, strict=True)}
     numbers = {f"{name}.npy": npy(array) for name, array in arrays.items()}
     members = {**images, **numbers, TASK: str(task).encode(), MISSION: mission.encode()}
     return {f"{key}.{name}": content for name, content in members.items()}
-
-
-def png(picture_HW3: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(picture_HW3).save(content, "PNG")
-    return content.getvalue()
 
 
 def npy(array: Any) -> bytes:

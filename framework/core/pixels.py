@@ -14,7 +14,11 @@ def png_of(brightness_CHW: Tensor) -> bytes:
         brightness_CHW: floats in [0, 1], on any device; black is 0. The nearest of 256 steps is stored.
     """
     pixels_CHW = (255 * brightness_CHW).round().byte().cpu()
-    values = pixels_CHW[0] if len(pixels_CHW) == 1 else pixels_CHW.permute(1, 2, 0)
+    return png_of_bytes((pixels_CHW[0] if len(pixels_CHW) == 1 else pixels_CHW.permute(1, 2, 0)).numpy())
+
+
+def png_of_bytes(pixels: np.ndarray) -> bytes:
+    """The same of uint8, [H W] for grey or [H W 3] for RGB."""
     content = BytesIO()
-    Image.fromarray(np.ascontiguousarray(values.numpy())).save(content, "PNG")
+    Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG")
     return content.getvalue()

@@ -70,10 +70,14 @@ class TERA(Method):
         """Clean, as the front end makes it."""
         return self.front(*waves_of(batch, self))
 
+    def altered(self, batch: AudioBatch, step: int) -> tuple[Spectrogram, Altered]:
+        """(clean spectrograms, what is seen of them in this step)."""
+        clean = self.spectrogram(batch)
+        return clean, self.alterations(*clean, index_in(batch, self), step)
+
     def guesses(self, batch: AudioBatch, step: int) -> tuple[Spectrogram, Altered, Tensor]:
         """(clean spectrograms, what is seen of them in this step, guesses [B T F])."""
-        clean = self.spectrogram(batch)
-        altered = self.alterations(*clean, index_in(batch, self), step)
+        clean, altered = self.altered(batch, step)
         return clean, altered, self.head(self.backbone(altered.frames_BTF, clean.valid_BT))
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
@@ -102,11 +106,10 @@ class TERA(Method):
         """For the picture of the first batch: what is seen of each spectrogram, [B 3 F T] with low frequencies below,
         and the same with the cells that are guessed in red.
         """
-        clean = self.spectrogram(batch)
-        altered = self.alterations(*clean, index_in(batch, self), self.global_step)
+        clean, altered = self.altered(batch, self.global_step)
         low, high = clean.frames_BTF.aminmax()
         grey_BTF = ((altered.frames_BTF - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
-        grey_B1FT, labelled_B1FT = (part.transpose(1, 2).flip(1)[:, None] for part in (grey_BTF, altered.labelled_BTF))
+        grey_B1FT, labelled_B1FT = (_upright(part) for part in (grey_BTF, altered.labelled_BTF))
         red = grey_BTF.new_tensor([1.0, 0, 0]).view(3, 1, 1)
         seen = grey_B1FT.expand(-1, 3, -1, -1)
         return {"what the network sees": seen, "in red what it guesses": seen.lerp(red, 0.5 * labelled_B1FT)}
@@ -116,4 +119,9 @@ class TERA(Method):
         clean, altered, guess_BTF = self.guesses(batch, self.global_step)
         guess_BTF = guess_BTF.to(clean.frames_BTF).masked_fill(~clean.valid_BT[..., None], 0)
         parts = clean.frames_BTF, altered.labelled_BTF, guess_BTF, altered.frames_BTF
-        return Reconstruction(*(part.transpose(1, 2).flip(1)[:, None] for part in parts))
+        return Reconstruction(*(_upright(part) for part in parts))
+
+
+def _upright(frames_BTF: Tensor) -> Tensor:
+    """As pictures [B 1 F T] with low frequencies below."""
+    return frames_BTF.transpose(1, 2).flip(1)[:, None]
