@@ -11,6 +11,9 @@ that no figure is taken on.
 Floor: chance. Ceiling: logistic regression on features of the Lite0 of depth maps from six directions, which has the
 labels of the parts that it is judged on, too. Gates: the accuracy on the parts that an arm learned from. What such a
 regression reaches with the labels of twice as many parts, and not of those, is a figure.
+
+None of it held, with ceilings that leave 55 points and more. At 64 pixels even that regression tells 35 % of other
+parts, so ImageNet's features say little about bricks, and a network of points is 12 points ahead.
 """
 
 from dataclasses import replace
