@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.decoding import Answer, DecoderProcess, serve
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, install_extra
 from lightspan.core.files.foreign import NUMBERS, bounded_memory, content_of
 from lightspan.datamodules.points.shapes import Shape, shape_of
 
@@ -40,7 +40,7 @@ def scan(path: Path) -> Shape:
 
 
 def without(package: str) -> UserError:
-    return UserError(f"point clouds and surfaces need {package}; install the extra: pip install 'lightspan[points]'")
+    return UserError(f"point clouds and surfaces need {package}, which is not installed: {install_extra('points')}")
 
 
 def read_here(laspy: Any, content: bytes) -> Shape:

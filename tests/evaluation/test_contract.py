@@ -487,7 +487,7 @@ WRONG = {
 
 COMPUTED = {
     "LabelSaving": {
-        *("one class", "a class of one sample", "classes left out", "constant features", "zeros", "a row of zeros"),
+        *("a class of one sample", "classes left out", "constant features", "zeros", "a row of zeros"),
         *("equal points", "a lattice", "denormal", "huge", "one constant feature"),
     },
     "MLEThenERM": {"no row", "NaN"},

@@ -322,6 +322,11 @@ def _labels(which: str, features: Features) -> Tensor:
     if features.label_N is None:
         raise UserError(f"LabelSaving needs labels, and the {which} has none; take labelled data")
     kind_of(features.label_N)
+    if (features.label_N == features.label_N[:1]).all():
+        raise UserError(
+            f"LabelSaving needs labels that differ, and all {len(features):,} of the {which} are alike, as those of a "
+            "folder without classes; take labelled data"
+        )
     return features.label_N.cpu()
 
 

@@ -128,6 +128,8 @@ def test_wrong_names_numbers_and_samples_are_refused() -> None:
         LabelSaving(reference="b").fit(sides)
     with pytest.raises(UserError, match=r"labels=\[5, 21\]"):
         LabelSaving(labels=(5, 21)).fit(sides)
+    with pytest.raises(UserError, match="labels that differ"):
+        LabelSaving().fit(compared(a=drawn(40, 3).abs()))
     banks, queries = ({**side, "b": Features(drawn(19, 3))} for side in (sides.banks, sides.queries))
     with pytest.raises(UserError, match="b has other samples"):
         LabelSaving().fit(ComparedFeatures(banks, queries))
