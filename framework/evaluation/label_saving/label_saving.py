@@ -192,7 +192,7 @@ class LabelSaving(Estimator):
 
     def fit(self, compared: ComparedFeatures) -> SavedLabels:
         """Raises: UserError for an unknown reference, fewer than 10 rows or fewer than labels are asked for, features
-        that are not finite or not vectors, and labels that are missing or of no known kind.
+        that are not finite or not vectors, and labels that are missing, all alike or of no known kind.
         """
         names = [*compared.banks]
         reference = self.reference or names[0]
@@ -204,6 +204,12 @@ class LabelSaving(Estimator):
         count = len(known)
         if count < FEWEST:
             raise UserError(f"LabelSaving got {count} rows in the bank, but needs {FEWEST}")
+        for which, labels in (("bank", known), ("query", asked)):
+            if (labels == labels[:1]).all():
+                raise UserError(
+                    f"LabelSaving needs labels that differ, and all {len(labels):,} of the {which} are alike, as those "
+                    "of a folder without classes; take labelled data"
+                )
         numbers = self._numbers(count)
         orders = [
             torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + i)) for i in range(self.draws)
@@ -322,11 +328,6 @@ def _labels(which: str, features: Features) -> Tensor:
     if features.label_N is None:
         raise UserError(f"LabelSaving needs labels, and the {which} has none; take labelled data")
     kind_of(features.label_N)
-    if (features.label_N == features.label_N[:1]).all():
-        raise UserError(
-            f"LabelSaving needs labels that differ, and all {len(features):,} of the {which} are alike, as those of a "
-            "folder without classes; take labelled data"
-        )
     return features.label_N.cpu()
 
 
