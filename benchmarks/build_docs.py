@@ -33,7 +33,7 @@ COMMANDS = {
     "step_times": "python benchmarks/quality.py time",
     "rates": "python benchmarks/rates.py sweep",
     "robustness": "python benchmarks/robustness.py",
-    "kernels": "python benchmarks/kernels.py",
+    "kernels": "python benchmarks/gpu_kernels.py",
     "projections": "python benchmarks/projections.py",
     "adapted_layers": "python benchmarks/adapted_layers.py --json benchmarks/results/adapted_layers.json",
     "plan_error": "python benchmarks/plan_error.py",

@@ -206,6 +206,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Last on the path, or kernels.py beside this file passes for the package that other libraries import by that name.
-    sys.path.append(sys.path.pop(0))
     sys.exit(main())

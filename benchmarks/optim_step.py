@@ -362,6 +362,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Last on the path, or kernels.py beside this file passes for the package that other libraries import by that name.
-    sys.path.append(sys.path.pop(0))
     main()

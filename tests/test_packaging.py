@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,10 @@ print(json.dumps(failures))
     failures = json.loads(last)
     assert not noise
     assert not failures, "\n".join(failures.values())
+
+
+def test_no_script_on_the_path_of_the_tests_hides_a_package() -> None:
+    """`kernels.py` did, once transformers came to import a package of that name."""
+    ours = {file.stem for folder in ("tests", "benchmarks", "evidence") for file in (ROOT / folder).glob("*.py")}
+    assert "gpu_kernels" in ours
+    assert not ours & (packages_distributions().keys() | sys.stdlib_module_names)

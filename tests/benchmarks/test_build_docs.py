@@ -331,7 +331,7 @@ def test_a_card_has_its_ops_its_steps_and_its_goals(build_docs: ModuleType, resu
     ):
         assert f"\n{line}\n" in body
     assert body.strip().endswith(
-        "`python benchmarks/kernels.py`, date 2026-11-22, driver 570.1, cuda 12.9, torch 2.13, triton 3.9, 200 s."
+        "`python benchmarks/gpu_kernels.py`, date 2026-11-22, driver 570.1, cuda 12.9, torch 2.13, triton 3.9, 200 s."
     )
 
 
@@ -349,7 +349,7 @@ def test_a_plan_stands_beside_the_peak_of_its_run(build_docs: ModuleType, result
 
 def test_the_file_of_a_dry_run_makes_a_page(build_docs: ModuleType, tmp_path: Path) -> None:
     """The builder reads what the GPU benchmark writes, not only what this file makes up."""
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "kernels.py")
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu_kernels.py")
     assert spec is not None
     assert spec.loader is not None
     kernels = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """How close the Triton kernels, and whole steps made of them, come to the speed of memory on one GPU.
 
-    python benchmarks/kernels.py [--json FILE] [--rounds N] [--dry-run]
+    python benchmarks/gpu_kernels.py [--json FILE] [--rounds N] [--dry-run]
 
 Every op is first compared with its reference on the device, every captured step with the eager one; a wrong one is
 named and not timed. Times are medians of interleaved rounds between two events on the stream, the L2 cache flushed

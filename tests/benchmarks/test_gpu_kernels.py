@@ -13,7 +13,7 @@ import pytest
 import torch
 from kernel_inputs import needs_triton
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+FILE = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 GPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the benchmark would run on it")
 
 
