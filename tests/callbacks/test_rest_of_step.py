@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -184,6 +185,9 @@ def test_tensorboard_hides_what_was_logged_after_the_checkpoint(make_trainer, ne
         trainer.fit(net(), batches(9), ckpt_path=ckpt_path, weights_only=True)
 
     fit(5)
+    ended = int(time.time())
+    while int(time.time()) == ended:  # files of one second are read in the order of "9" and "10" as words
+        time.sleep(0.05)
     fit(4, tmp_path / "checkpoints" / "step=3.ckpt")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss_nats")] == [0, 1, 2, 2, 3]
