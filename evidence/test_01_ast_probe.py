@@ -57,7 +57,7 @@ class Found(NamedTuple):
 def functions(seed: int) -> tuple[list[SyntaxNode], list[Tokenized]]:
     """Those of one seed, file by file."""
     first = FUNCTIONS * (len(SEEDS) if seed == SEARCH else SEEDS.index(seed))
-    some = python_functions(most=FUNCTIONS * (len(SEEDS) + 1), words=WORDS)[first : first + FUNCTIONS]
+    some = python_functions(most=FUNCTIONS * (len(SEEDS) + 1), words=WORDS).found[first : first + FUNCTIONS]
     tokenizer = smollm2_tokenizer()
     pairs = [(one.tree, tokenized(one, tokenizer)) for one in some]
     return [tree for tree, tokens in pairs if tokens], [tokens for _, tokens in pairs if tokens]

@@ -23,11 +23,15 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.rows import spaced_rows
 
+FLOOR = 1
+"""The complexity of an augmentation that says nothing of its sample."""
 FEWEST = 4
 """Samples: a quarter of them is still one."""
 SATURATED = 0.5
 """Share of N above which an estimate says more of N than of the augmentation."""
 BEYOND = 4
+ROUNDING = 1e-9
+"""Share by which equal estimates may differ."""
 QUANTILES = {"median": 0.5, "upper": 0.9, "largest": 1.0}
 
 
@@ -50,13 +54,24 @@ def sample_complexities(
     return torch.stack(found, dim=1)
 
 
-def followed(sizes: tuple[int, int], values: tuple[float, float]) -> float | None:
-    """What an estimate becomes with infinitely many samples, if 1 / K is a straight line in 1 / N; None where that is
-    beyond `BEYOND` times the samples, of which they cannot tell.
+def followed(sizes: tuple[int, int], before: Sequence[float], after: Sequence[float]) -> list[float | None]:
+    """What ascending quantiles become with infinitely many samples, if 1 / K of each is a straight line in 1 / N.
+
+    None where the samples cannot tell: beyond `BEYOND` times their number; of a quantile that falls with more samples,
+    since the line is for what too few of them hold down; and of one that would end below a smaller quantile.
+
+    Args:
+        before, after: the quantiles with either number of samples.
     """
-    (n1, n2), (k1, k2) = sizes, values
-    intercept = (n2 / k2 - n1 / k1) / (n2 - n1)
-    return 1 / intercept if intercept > 1 / (BEYOND * n2) else None
+    n1, n2 = sizes
+    found, least = list[float | None](), 0.0
+    for k1, k2 in zip(before, after, strict=True):
+        intercept = (n2 / k2 - n1 / k1) / (n2 - n1)
+        end = 1 / intercept if intercept > 1 / (BEYOND * n2) else math.inf
+        falls = k2 < k1 * (1 - ROUNDING)
+        found.append(None if falls or end == math.inf or end < least * (1 - ROUNDING) else max(end, least))
+        least = least if falls else max(least, end)
+    return found
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,8 @@ class Complexities(Result):
     Attributes:
         rows: mappings with augmentation, samples N, median, upper (the 90 % quantile) and largest of K_X(x, x) over
             points, saturated (the largest is above half of N).
-        infinite: for each augmentation: augmentation, and median, upper, largest for infinite N, None where the
-            samples are too few to tell.
+        infinite: for each augmentation: augmentation, and median, upper, largest for infinite N, None where they could
+            not be extrapolated; see `followed`.
         points: how many K_X(x, x) was estimated at.
     """
 
@@ -82,13 +97,19 @@ class Complexities(Result):
         for one in self.infinite:
             name, row = one["augmentation"], last[one["augmentation"]]
             said = ", limited by the number of samples" if row["saturated"] else ""
-            found += [Figure(f"{key} complexity, {name}{said}", row[key]) for key in ("largest", "upper", "median")]
-            found += [Figure(f"{key} for infinitely many samples, {name}", one[key]) for key in QUANTILES if one[key]]
-        floor, ceiling = Figure("floor: complexity without information", 1), Figure("ceiling: samples", most)
+            for key in reversed(QUANTILES):
+                end = "" if one[key] else ", could not be extrapolated"
+                found.append(Figure(f"{key} complexity, {name}{said}{end}", row[key]))
+            found += [
+                Figure(f"{key} for infinitely many samples, {name}", one[key])
+                for key in reversed(QUANTILES)
+                if one[key]
+            ]
+        floor, ceiling = Figure("floor: complexity without information", FLOOR), Figure("ceiling: samples", most)
         return (*found, floor, ceiling, Figure("points", self.points))
 
     def table(self) -> tuple[dict[str, Any], ...]:
-        return tuple(dict(row) for row in self.rows)
+        return tuple({**row, "floor": FLOOR} for row in self.rows)
 
     def draw(self, axes: Any) -> None:
         for name, colour in zip((one["augmentation"] for one in self.infinite), COLOURS * 9, strict=False):
@@ -97,9 +118,12 @@ class Complexities(Result):
             axes.plot(n, [row["largest"] for row in own], "-o", color=colour, markersize=3, label=name)
             axes.plot(n, middle, ":", color=colour, linewidth=1)
         sizes = sorted({row["samples"] for row in self.rows})
-        axes.plot(sizes, sizes, color=SOFT, linewidth=1, label="as many as samples")
+        axes.plot(sizes, sizes, color=SOFT, linewidth=1, label="ceiling: as many as samples")
+        axes.axhline(FLOOR, color=SOFT, linewidth=1, linestyle="--", label="floor: no information")
         axes.set(xlabel="samples", ylabel="largest complexity; dotted: median", xscale="log", yscale="log")
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 0.03))
 
 
 class AugmentationComplexity(Estimator):
@@ -160,6 +184,6 @@ class AugmentationComplexity(Estimator):
                 saturated = values["largest"] > SATURATED * size
                 own.append({"augmentation": name, "samples": size, **values, "saturated": saturated})
             rows += own
-            ends = {key: followed((sizes[1], sizes[2]), (own[1][key], own[2][key])) for key in QUANTILES}
-            infinite.append({"augmentation": name, **ends})
+            ends = followed((sizes[1], sizes[2]), *([row[key] for key in QUANTILES] for row in own[1:]))
+            infinite.append({"augmentation": name, **dict(zip(QUANTILES, ends, strict=True))})
         return Complexities(tuple(rows), tuple(infinite), len(at))

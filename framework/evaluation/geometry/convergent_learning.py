@@ -55,7 +55,8 @@ class Convergence(Result):
         floors: of the same, except `random`.
         contested: partners that several units share as their best, over those that are the best of any.
         units: for each unit of the first network that changes: unit, partner and correlation (-1 and 0 without one),
-            best and best_correlation, cluster.
+            best and best_correlation, cluster; floor and best_floor, both correlations with the second network's
+            samples in a random order.
         maps: for each penalty: penalty, left (held-out half square a unit; 0.5 is predicting the mean), weights (mean
             number a unit that are not 0).
         widths, dead: units of each network, and of these the ones that never change.
@@ -177,7 +178,9 @@ class ConvergentLearning(Estimator):
         floors, by_chance_ST, chance, _ = self._compared(x_NS, y_NT[order_N])
         best_S = semi_matched(between_ST)
         taken = best_S.bincount()
-        partner_of = dict(zip(*(column.tolist() for column in partners), strict=True))
+        partner_of, chance_of = (
+            dict(zip(*(column.tolist() for column in pairs), strict=True)) for pairs in (partners, chance)
+        )
         numbers_T = live_T.nonzero()[:, 0].tolist()
         units = tuple(
             {
@@ -187,6 +190,8 @@ class ConvergentLearning(Estimator):
                 "best": numbers_T[int(best_S[i])],
                 "best_correlation": float(between_ST[i, best_S[i]]),
                 "cluster": int(groups[0][i]),
+                "floor": float(by_chance_ST[i, chance_of[i]]) if i in chance_of else 0.0,
+                "best_floor": float(by_chance_ST[i].max()),
             }
             for i, unit in enumerate(live_S.nonzero()[:, 0].tolist())
         )

@@ -6,6 +6,8 @@ import numpy as np
 
 LEAST_SHARE = 1e-3
 """Of the largest risk: a smaller one counts as this, since the logarithm of nothing is infinite."""
+ROUNDING = 1e-9
+"""Share by which equal risks may differ, such as means with other weights."""
 
 
 def labels_for(labels_K: Sequence[int], risk_K: np.ndarray, wanted: float) -> tuple[float, str]:
@@ -21,28 +23,39 @@ def labels_for(labels_K: Sequence[int], risk_K: np.ndarray, wanted: float) -> tu
     """
     least = max(LEAST_SHARE * float(np.max(risk_K)), float(np.finfo(float).tiny))
     falling_K, wanted = np.maximum(np.minimum.accumulate(risk_K), least), max(wanted, least)
-    if falling_K[0] <= wanted:
+    reached_K = falling_K <= wanted * (1 + ROUNDING)
+    if reached_K[0]:
         return float(labels_K[0]), "at most"
-    if falling_K[-1] > wanted:
+    if not reached_K[-1]:
         return float(labels_K[-1]), "at least"
-    k = int(np.argmax(falling_K <= wanted))
-    above, below = np.log(falling_K[k - 1]), np.log(falling_K[k])
-    # Risks that differ by rounding may have equal logarithms.
-    share = (above - np.log(wanted)) / (above - below) if above > below else 1.0
+    k = int(np.argmax(reached_K))
+    above, below = np.log(falling_K[k - 1]), np.log(min(falling_K[k], wanted))
+    share = (above - np.log(wanted)) / (above - below)
     return float(np.exp(np.log(labels_K[k - 1]) + share * np.log(labels_K[k] / labels_K[k - 1]))), ""
+
+
+def worth(labels_K: Sequence[int], reference_K: np.ndarray, risk_K: np.ndarray) -> list[tuple[float, str]]:
+    """For each number of labels: (with how many the reference has that risk, over that number, and what bounds it).
+
+    Curves never rise, as in `labels_for`. Where the reference is flat, it has one risk with several numbers of labels,
+    of which the nearest counts: a reference is worth exactly 1 of itself.
+    """
+    flat_K, found = np.minimum.accumulate(reference_K), []
+    for labels, risk in zip(labels_K, np.minimum.accumulate(risk_K), strict=True):
+        equal = [n for n, own in zip(labels_K, flat_K, strict=True) if np.isclose(own, risk, rtol=ROUNDING, atol=0)]
+        needed, bound = (min(max(labels, equal[0]), equal[-1]), "") if equal else labels_for(labels_K, flat_K, risk)
+        found.append((needed / labels, bound))
+    return found
 
 
 def saving(labels_K: Sequence[int], reference_K: np.ndarray, risk_K: np.ndarray) -> tuple[float, str]:
     """(how many times as many labels the reference needs, what bounds it: "", "at least" or "at most").
 
-    At the risk that the reference has with all labels, or, for a curve that never comes down to it, at the risk which
-    that one has with all labels: the factor is then below 1.
+    At the least risk that both curves come down to, each with the fewest labels that suffice: the factor is below 1 for
+    a curve that never has the reference's least risk, or has it later, and exactly 1 for the reference itself.
     """
-    needed, bound = labels_for(labels_K, risk_K, float(np.min(reference_K)))
-    if bound != "at least":
-        # The reference may have had its best risk with fewer labels than all.
-        own, _ = labels_for(labels_K, reference_K, float(np.min(reference_K)))
-        return own / needed, {"at most": "at least"}.get(bound, "")
-    own, bound = labels_for(labels_K, reference_K, float(np.min(risk_K)))
-    needed, _ = labels_for(labels_K, risk_K, float(np.min(risk_K)))
+    wanted = float(max(np.min(reference_K), np.min(risk_K)))
+    (own, of_own), (needed, of_needed) = (labels_for(labels_K, each_K, wanted) for each_K in (reference_K, risk_K))
+    # Where both have it with the fewest labels already, neither is known to need fewer.
+    bound = "" if of_own == of_needed else "at most" if of_own else "at least"
     return own / needed, bound

@@ -23,7 +23,7 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.features.compared import ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.geometry.spectra import centred
-from lightspan.evaluation.label_saving.curves import labels_for, saving
+from lightspan.evaluation.label_saving.curves import saving, worth
 from lightspan.evaluation.labels import kind_of
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.evaluation.probes.probe_scores import probe_scores, rows_to_choose_by
@@ -78,12 +78,14 @@ class SavedLabels(Result):
         chance: the score of the best constant, the floor.
         reference: the encoder that the others are compared with.
         savings: for each other encoder: encoder; factor, how many times as many labels the reference needs for the same
-            score, at the best one that both have; bound, "", or "at least" or "at most" where the curves do not tell;
-            low and high, ends of its 95 % interval over draws, None of one draw; left_out, the share of the control's
-            labels of which the encoder tells nothing; control and control_reference, R^2 with all labels of both, None
-            where less than a tenth is left out.
-        rows: mappings with encoder, labels, score (mean over draws), error (its standard error), worth (labels that the
-            reference needs for that score, over these) and worth_bound.
+            score, at the best one that both have, None where that is not above `chance`; bound, "", or "at least" or
+            "at most" where the curves do not tell; low and high, ends of its 95 % interval over draws, None of one draw
+            and on the side of the bound; left_out, the share of the control's labels of which the encoder tells
+            nothing; control and control_reference, R^2 with all labels of both, None where less than a tenth is left
+            out.
+        rows: mappings with encoder, labels, score (mean over draws), error (its standard error), worth (labels with
+            which the reference has that score, over these; see `lightspan.evaluation.label_saving.curves.worth`) and
+            worth_bound.
         bank_rows, query_rows: how many.
     """
 
@@ -100,10 +102,18 @@ class SavedLabels(Result):
         shown, unit = self.score.replace("_", " "), "" if self.score == "r2" else "%"
         factor = 100 if unit else 1
         most = max(row["labels"] for row in self.rows)
+        best = {row["encoder"]: row["score"] for row in sorted(self.rows, key=lambda row: row["score"])}
         found = []
         for one in self.savings:
             name = f"{one['encoder']} over {self.reference}"
-            found.append(Figure(f"labels saved, {_bounded(one['bound'])}, {name}", one["factor"]))
+            if one["factor"] is not None:
+                found.append(Figure(f"labels saved, {_bounded(one['bound'])}, {name}", one["factor"]))
+            else:
+                found += [
+                    Figure(f"labels saved cannot be told, best {shown} of {each}", factor * best[each], unit)
+                    for each in (one["encoder"], self.reference)
+                    if best[each] <= self.chance
+                ]
             found += [
                 Figure(f"{end} of 95 %, {name}", one[key])
                 for key, end in (("low", "low end"), ("high", "high end"))
@@ -138,7 +148,7 @@ class SavedLabels(Result):
         )
 
     def table(self) -> tuple[dict[str, Any], ...]:
-        return tuple(dict(row) for row in self.rows)
+        return tuple({**row, "floor": self.chance} for row in self.rows)
 
     def draw(self, axes: Any) -> None:
         for name, colour in zip(dict.fromkeys(row["encoder"] for row in self.rows), COLOURS * 9, strict=False):
@@ -221,16 +231,12 @@ class LabelSaving(Estimator):
         for name in names:
             if name == reference:
                 continue
-            risks = [1 - scores[each] for each in (reference, name)]
-            factor, bound = saving(numbers, *(risk.mean(axis=0) for risk in risks))
-            interval = bootstrapped(lambda w: math.log(saving(numbers, *(w @ risk for risk in risks))[0]), self.draws)  # noqa: B023
-            ends = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
+            both = scores[reference], scores[name]
             savings.append(
-                {"encoder": name, "factor": factor, "bound": bound}
-                | dict(zip(("low", "high"), ends, strict=True))
-                | self._control(banks, queries, reference, name)
+                {"encoder": name} | _saved(numbers, *both, chance) | self._control(banks, queries, reference, name)
             )
-        reference_K = 1 - scores[reference].mean(axis=0)
+        risks = {name: _risks(curve_SK.mean(axis=0), chance) for name, curve_SK in scores.items()}
+        worths = {name: worth(numbers, risks[reference], risk_K) for name, risk_K in risks.items()}
         rows = tuple(
             {
                 "encoder": name,
@@ -238,7 +244,7 @@ class LabelSaving(Estimator):
                 "score": float(curve_SK[:, k].mean()),
                 "error": float(curve_SK[:, k].std(ddof=1) / self.draws**0.5) if self.draws > 1 else 0.0,
             }
-            | _worth(numbers, reference_K, labels, 1 - float(curve_SK[:, k].mean()))
+            | dict(zip(("worth", "worth_bound"), worths[name][k], strict=True))
             for name, curve_SK in scores.items()
             for k, labels in enumerate(numbers)
         )
@@ -302,9 +308,25 @@ class LabelSaving(Estimator):
         return found
 
 
-def _worth(numbers: Sequence[int], reference_K: np.ndarray, labels: int, risk: float) -> dict[str, Any]:
-    needed, bound = labels_for(numbers, reference_K, risk)
-    return {"worth": needed / labels, "worth_bound": bound}
+def _risks(score_K: np.ndarray, chance: float) -> np.ndarray:
+    """What is missing to 1. A head that is below the best constant has the risk of that, which takes no label."""
+    return np.minimum(1 - score_K, 1 - chance)
+
+
+def _saved(numbers: Sequence[int], reference_SK: np.ndarray, score_SK: np.ndarray, chance: float) -> dict[str, Any]:
+    """Factor, bound, and ends of the interval over draws."""
+    both = reference_SK, score_SK
+    if min(float(curve_SK.mean(axis=0).max()) for curve_SK in both) <= chance:
+        return {"factor": None, "bound": "", "low": None, "high": None}
+
+    def factor(share_S: np.ndarray) -> tuple[float, str]:
+        return saving(numbers, *(_risks(share_S @ curve_SK, chance) for curve_SK in both))
+
+    draws = len(reference_SK)
+    found, bound = factor(np.full(draws, 1 / draws))
+    interval = bootstrapped(lambda share_S: math.log(factor(share_S)[0]), draws)
+    ends = {"low": interval.low if bound != "at most" else None, "high": interval.high if bound != "at least" else None}
+    return {"factor": found, "bound": bound} | {key: None if x is None else math.exp(x) for key, x in ends.items()}
 
 
 def _wide_enough(predicted: Tensor, asked: Tensor) -> Tensor:

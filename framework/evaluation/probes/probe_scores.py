@@ -1,5 +1,7 @@
 """How well predictions agree with classes, tags or numbers. Shapes: M rows, C classes, tags or numbers."""
 
+import math
+
 import torch
 from sklearn.metrics import average_precision_score, mean_absolute_error, r2_score
 from torch import Tensor
@@ -45,6 +47,11 @@ def probe_scores(predicted_MC: Tensor, labels: Tensor) -> dict[str, float]:
     # Of one row scikit-learn gives no R2.
     r2 = float(r2_score(numbers, predicted)) if len(numbers) > 1 else float((numbers == predicted).all())
     return {"r2": r2, "mae": float(mean_absolute_error(numbers, predicted))}
+
+
+def half_interval(score_M: Tensor) -> float:
+    """Half of the 95 % interval of the mean over rows: of what is right, or of differences of two answers to a row."""
+    return 1.96 * float(score_M.double().std(correction=0)) / math.sqrt(len(score_M))
 
 
 def rows_to_choose_by(count: int) -> Tensor:

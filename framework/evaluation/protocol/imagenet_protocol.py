@@ -9,7 +9,6 @@ gives, not the concatenation of several layers.
 Shapes: N training samples, M evaluation samples, D features, K classes, R rates.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from lightspan.datamodules.loading.subset import balanced_part
 from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.labels import require_few_classes
 from lightspan.evaluation.probes.knn import knn_classes
+from lightspan.evaluation.probes.probe_scores import half_interval
 from lightspan.evaluation.protocol.few_labels import SIMCLR, fine_tuned
 from lightspan.evaluation.protocol.linear_heads import RATES, LinearHeads, fit_linear_heads
 from lightspan.evaluation.protocol.subject import Judged, ProtocolSubject
@@ -277,7 +277,7 @@ class ImageNetProtocol(Estimator):
             "accuracy": float(right_M.mean()),
             "floor": float(floor_M.mean()),
             "gain": float(gain_M.mean()),
-            "interval": 1.96 * float(gain_M.std(correction=0)) / math.sqrt(len(gain_M)),
+            "interval": half_interval(gain_M),
         }
 
 

@@ -27,6 +27,7 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.labels import kind_of, require_few_classes, require_labels
 from lightspan.evaluation.probes.knn import knn_mean
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
+from lightspan.evaluation.probes.probe_scores import half_interval
 from lightspan.evaluation.robustness.audited import AuditedEncoder
 from lightspan.evaluation.robustness.defences import Blurred, Jpeg, Noisy
 from lightspan.evaluation.robustness.perturbations import (
@@ -74,10 +75,12 @@ class UniversalRobustness(Result):
     """Accuracy under perturbations that know nothing of the task.
 
     Attributes:
-        rows: mappings with perturbation; defence, "none" first; clean and perturbed, the accuracy of a linear head
-            with that defence; decline, (clean - perturbed) / clean, 0 where nothing was right; fooled, the share of
-            predictions that the perturbation changes.
-        neighbours: without a defence, of the vote of the nearest neighbours: perturbation, clean, perturbed, fooled.
+        rows: mappings with perturbation; defence, "none" first; clean and perturbed, the accuracy of the linear head
+            with that defence, which the rehearsed head has for each perturbation anew; interval, half of the 95 %
+            interval of perturbed over the images that are scored; lost, clean - perturbed; lost_interval, the same of
+            it, with both answers of an image beside each other; decline, lost / clean, 0 where nothing was right;
+            fooled, the share of predictions that the perturbation changes.
+        neighbours: the same without a defence, of the vote of the nearest neighbours.
         chance: accuracy of the most frequent class.
         change: root mean square over pixels of x' - x, by perturbation.
         surrogates, train, test: images.
@@ -109,6 +112,9 @@ class UniversalRobustness(Result):
             name = ("floor: " if row["perturbation"] == RANDOM else "") + row["perturbation"]
             found += [
                 Figure(f"accuracy under the perturbation, {name}", 100 * row["perturbed"], "%"),
+                Figure("  half of its 95 % interval", 100 * row["interval"], "points"),
+                Figure(f"accuracy lost, {name}", 100 * row["lost"], "points"),
+                Figure("  half of its 95 % interval", 100 * row["lost_interval"], "points"),
                 Figure(f"predictions that change, {name}", 100 * row["fooled"], "%"),
             ]
         found += [
@@ -117,10 +123,10 @@ class UniversalRobustness(Result):
             if row["perturbation"] == self.worst and row["defence"] != UNDEFENDED
             for key, what in (("perturbed", f"accuracy under {self.worst}"), ("clean", "clean accuracy"))
         ]
+        found.append(Figure("clean accuracy of neighbours", 100 * self.neighbours[0]["clean"], "%"))
         found += [
-            Figure(f"accuracy of neighbours, {key}, {row['perturbation']}", 100 * row[key], "%")
+            Figure(f"accuracy of neighbours under {row['perturbation']}", 100 * row["perturbed"], "%")
             for row in self.neighbours
-            for key in ("clean", "perturbed")
         ]
         found += [Figure(f"change of pixels, {name}", value) for name, value in self.change.items()]
         return (
@@ -132,22 +138,27 @@ class UniversalRobustness(Result):
         )
 
     def table(self) -> tuple[dict[str, Any], ...]:
-        return tuple(dict(row) for row in self.rows)
+        return tuple({**row, "chance": self.chance} for row in self.rows)
 
     def draw(self, axes: Any) -> None:
         defences = list(dict.fromkeys(row["defence"] for row in self.rows))
         kinds = list(dict.fromkeys(row["perturbation"] for row in self.rows))
-        width = 0.8 / (1 + len(kinds))
-        clean = [row["clean"] for row in self.rows if row["perturbation"] == self.worst]
+        width = 0.8 / len(kinds)
         place = torch.arange(len(defences)).double()
-        axes.bar((place - 0.4 + width / 2).tolist(), clean, width, color=SOFT, label="clean")
-        for number, (kind, colour) in enumerate(zip(kinds, COLOURS * 9, strict=False), 1):
-            heights = [row["perturbed"] for row in self.rows if row["perturbation"] == kind]
-            axes.bar((place - 0.4 + width * (number + 0.5)).tolist(), heights, width, color=colour, label=kind)
+        for number, (kind, colour) in enumerate(zip(kinds, (SOFT, *COLOURS * 9), strict=False)):
+            rows = [row for row in self.rows if row["perturbation"] == kind]
+            clean, heights, reach = ([row[key] for row in rows] for key in ("clean", "perturbed", "interval"))
+            at = (place - 0.4 + width * (number + 0.5)).tolist()
+            name = f"floor: {kind}" if kind == RANDOM else kind
+            axes.bar(at, heights, 0.9 * width, yerr=reach, color=colour, capsize=2, label=name)
+            # Each bar inside an outline of its own head: the rehearsed one is another for each perturbation.
+            label = None if number else "clean, the same head"
+            axes.bar(at, clean, 0.9 * width, fill=False, edgecolor="black", linewidth=0.8, label=label)
         axes.axhline(self.chance, color=SOFT, linewidth=1, linestyle=":", label="chance")
-        axes.set_xticks(place.tolist(), defences, rotation=20)
+        axes.set_xticks(place.tolist(), defences, rotation=20, ha="right")
         axes.set(xlabel="defence", ylabel="accuracy")
-        axes.set_ylim(top=1.25 * max(*clean, self.chance, 0.1))
+        highest = max(max(row["clean"], row["perturbed"] + row["interval"]) for row in self.rows)
+        axes.set_ylim(top=1.25 * max(highest, self.chance, 0.1))
         axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
 
     def _undefended(self) -> list[dict[str, Any]]:
@@ -342,10 +353,18 @@ class UniversalPerturbation(Estimator):
 
 
 def _scored(clean_N: Tensor, perturbed_N: Tensor, asked_N: Tensor) -> dict[str, float]:
-    clean, perturbed = (float((each == asked_N).double().mean()) for each in (clean_N, perturbed_N))
-    decline = (clean - perturbed) / clean if clean else 0.0
-    fooled = float((clean_N != perturbed_N).double().mean())
-    return {"clean": clean, "perturbed": perturbed, "decline": decline, "fooled": fooled}
+    clean_right_N, right_N = ((each == asked_N).double() for each in (clean_N, perturbed_N))
+    lost_N = clean_right_N - right_N
+    clean, lost = float(clean_right_N.mean()), float(lost_N.mean())
+    return {
+        "clean": clean,
+        "perturbed": float(right_N.mean()),
+        "interval": half_interval(right_N),
+        "lost": lost,
+        "lost_interval": half_interval(lost_N),
+        "decline": lost / clean if clean else 0.0,
+        "fooled": float((clean_N != perturbed_N).double().mean()),
+    }
 
 
 def _checked(audited: AuditedEncoder) -> tuple[Tensor, Tensor]:

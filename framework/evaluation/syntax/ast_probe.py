@@ -31,6 +31,7 @@ from lightspan.evaluation.estimator import Estimator
 from lightspan.evaluation.scale import scaled
 from lightspan.evaluation.scaling_laws import bootstrapped
 from lightspan.evaluation.syntax.code_features import CodeFeatures
+from lightspan.evaluation.syntax.python_trees import LeftOutCode
 from lightspan.evaluation.syntax.trees import SyntaxNode, TreeScore, TreeSequences, decode, encode, tree_score
 
 FEWEST = 5
@@ -136,6 +137,7 @@ class SyntaxByLayer(Result):
         texts: that taught, chose, and were asked.
         words, labels, unary: how many there are to learn from.
         dimensions: of the probes.
+        left_out: mappings with what, why, number and of (how many), from files to texts.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -147,6 +149,7 @@ class SyntaxByLayer(Result):
     labels: int
     unary: int
     dimensions: int
+    left_out: tuple[dict[str, Any], ...] = ()
 
     def figures(self) -> tuple[Figure, ...]:
         best = next(row for row in self.rows if row["network"] == "" and row["layer"] == self.best)
@@ -167,10 +170,12 @@ class SyntaxByLayer(Result):
             Figure("dimensions of a probe", self.dimensions),
             Figure("labels of gaps", self.labels),
             Figure("labels of words", self.unary),
+            *(Figure(f"left out of {one['of']:,} {one['what']}, {one['why']}", one["number"]) for one in self.left_out),
         )
 
     def table(self) -> tuple[dict[str, Any], ...]:
-        return tuple({**row, "network": row["network"] or "network"} for row in self.rows)
+        floor = {"floor": self.floors[RIGHT]}
+        return tuple({**row, "network": row["network"] or "network"} | floor for row in self.rows)
 
     def draw(self, axes: Any) -> None:
         networks = dict.fromkeys(row["network"] for row in self.rows)
@@ -179,7 +184,7 @@ class SyntaxByLayer(Result):
             x, y, reach = ([row[key] for row in rows] for key in ("layer", "f1", "error"))
             axes.errorbar(x, y, reach, color=colour, marker="o", markersize=3, linewidth=1.5, label=name or "network")
         name, floor = next(iter(self.floors.items()))
-        axes.axhline(floor, color=SOFT, linestyle="--", linewidth=1.2, label=name)
+        axes.axhline(floor, color=SOFT, linestyle="--", linewidth=1.2, label=f"floor: {name}")
         axes.set(xlabel="layer, 0 being the embeddings", ylabel="F1 of trees", ylim=(0, 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
@@ -241,6 +246,9 @@ class ASTProbe(Estimator):
         usable = [i for i, each in enumerate(encoded) if len(each.u) > 1]
         if len(usable) < FEWEST:
             raise UserError(f"ASTProbe got {len(usable)} texts of two words or more, but needs {FEWEST}; take more")
+        left_out = code.left_out
+        if len(usable) < len(encoded):
+            left_out = (*left_out, LeftOutCode("texts", "a single word", len(encoded) - len(usable), len(encoded)))
         seen, asked = _cut(usable)
         teaching, choosing = _cut(seen)
         c, u = ([*Counter(_all([labels(each) for each in encoded], teaching))] for labels in _LABELS)
@@ -279,6 +287,7 @@ class ASTProbe(Estimator):
             labels=len(c),
             unary=len(u),
             dimensions=min(self.dimensions, *(x.shape[1] for x in code.layers.values())),
+            left_out=tuple(one._asdict() for one in left_out),
         )
 
     def _learn(

@@ -24,7 +24,7 @@ from lightspan.core.ranges import require_in
 from lightspan.evaluation.features.identity import module_identity
 from lightspan.evaluation.features.input import Input
 from lightspan.evaluation.features.store import FeatureStore, Rows
-from lightspan.evaluation.syntax.python_trees import Parsed, python_functions
+from lightspan.evaluation.syntax.python_trees import LeftOutCode, Parsed, python_functions, said
 from lightspan.evaluation.syntax.trees import SyntaxNode
 from lightspan.nn.taps import tapped
 
@@ -42,11 +42,13 @@ class CodeFeatures:
         trees: one a text.
         layers: by number, 0 being what enters the first block: floats [W D], the words of all trees in order.
         controls: the same of networks that know less, by name and number.
+        left_out: of the files and functions that were looked at.
     """
 
     trees: tuple[SyntaxNode, ...]
     layers: Mapping[int, Tensor]
     controls: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    left_out: tuple[LeftOutCode, ...] = ()
 
 
 class Tokenized(NamedTuple):
@@ -161,21 +163,24 @@ class EncodedCode(Input):
         """Raises: UserError for a folder without such functions, functions that are too long for the network, and words
         of which the tokenizer leaves nothing.
         """
-        found, tokens = self._read()
+        found, tokens, left_out = self._read()
         control = [layer for layer in self.layers if layer]
         own = self._features(store, tokens, self.layers, None)
         other = self._features(store, tokens, control, self.seed) if control else {}
-        return CodeFeatures(tuple(one.tree for one in found), own, {DRAWN: other} if control else {})
+        return CodeFeatures(tuple(one.tree for one in found), own, {DRAWN: other} if control else {}, left_out)
 
     def outlook(self, store: FeatureStore) -> str:
-        found, tokens = self._read()
+        found, tokens, left_out = self._read()
         there = store.holds(self._key(tokens, self.layers, None))
-        return f"{sum(len(one.words) for one in found)} words of {len(found)} functions, " + (
-            "in the store" if there else "to be computed"
-        )
+        parts = [
+            f"{sum(len(one.words) for one in found)} words of {len(found)} functions",
+            said(left_out),
+            "in the store" if there else "to be computed",
+        ]
+        return ", ".join(part for part in parts if part)
 
-    def _read(self) -> tuple[list[Parsed], list[Tokenized]]:
-        found = python_functions(self.folder, self.functions, self.per_file, self.words)
+    def _read(self) -> tuple[list[Parsed], list[Tokenized], tuple[LeftOutCode, ...]]:
+        found, left_out = python_functions(self.folder, self.functions, self.per_file, self.words)
         room = getattr(getattr(self.network, "config", None), "max_position_embeddings", None) or 2**31
         pairs = [(one, tokenized(one, self.tokenizer)) for one in found]
         kept = [(one, tokens) for one, tokens in pairs if tokens is not None and len(tokens.ids) <= room]
@@ -184,7 +189,10 @@ class EncodedCode(Input):
                 f"none of {len(found)} functions has a token for each word and at most {room} tokens; is the tokenizer "
                 f"the network's own? If it is, lower words={self.words}"
             )
-        return [one for one, _ in kept], [tokens for _, tokens in kept]
+        if len(kept) < len(found):
+            why = f"a word without a token, or more than the network's {room} tokens"
+            left_out = (*left_out, LeftOutCode("functions to encode", why, len(found) - len(kept), len(found)))
+        return [one for one, _ in kept], [tokens for _, tokens in kept], left_out
 
     def _key(self, tokens: list[Tokenized], layers: list[int], seed: int | None) -> dict[str, Any]:
         with raise_on_all_ranks("describe the network"):

@@ -12,8 +12,8 @@ import sysconfig
 import tokenize
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,33 @@ class Parsed(NamedTuple):
     text: str
     words: tuple[tuple[int, int], ...]
     tree: SyntaxNode
+
+
+class LeftOutCode(NamedTuple):
+    """How many of what was looked at were left out for one reason.
+
+    Attributes:
+        what: in the plural, such as files.
+        of: how many were looked at.
+    """
+
+    what: str
+    why: str
+    number: int
+    of: int
+
+
+class PythonFunctions(NamedTuple):
+    """Functions, and what was left out on the way to them."""
+
+    found: list[Parsed]
+    left_out: tuple[LeftOutCode, ...]
+
+
+def said(left_out: Iterable[LeftOutCode]) -> str:
+    """One sentence without its full stop; "" for nothing."""
+    parts = [f"{one.number} of {one.of} {one.what} ({one.why})" for one in left_out]
+    return f"left out: {', '.join(parts)}" if parts else ""
 
 
 def parsed(text: str, file: str = "") -> Parsed:
@@ -149,13 +176,17 @@ def _is_string(node: ast.AST) -> bool:
     return plain or type(node).__name__ in ("JoinedStr", "TemplateStr")
 
 
-def python_functions(folder: str | None = None, most: int = 400, per_file: int = 8, words: int = 64) -> list[Parsed]:
+NO_PYTHON, TOO_MUCH = "no Python of this version", "more time or memory than allowed"
+EMPTY, DEEP, TWICE = "nothing but a docstring", "nested too deeply", "the text of an earlier one"
+
+
+def python_functions(folder: str | None = None, most: int = 400, per_file: int = 8, words: int = 64) -> PythonFunctions:
     """Functions of the Python files under a folder, without comments, docstrings and decorators, as `ast.unparse`
     writes them. Those of a file stand together, and files in the order of a hash of their path.
 
     Files that cannot be parsed, or that take more time or memory than `lightspan.core.files.foreign` allows, are left
-    out, and functions of nothing but a docstring, of more than so many words, nested too deeply, or with the text of an
-    earlier one.
+    out and counted, and functions of nothing but a docstring, of more than so many words, nested too deeply, or with
+    the text of an earlier one. Files and functions behind the last one that is wanted are not looked at.
 
     Args:
         folder: None is the standard library of the Python that runs, without its tests.
@@ -167,42 +198,65 @@ def python_functions(folder: str | None = None, most: int = 400, per_file: int =
     root = Path(sysconfig.get_path("stdlib")) if folder is None else expanded(folder, "folder")
     seen = set[str]()
     found: list[Parsed] = []
+    looked_at, wrong, unfit = 0, Counter[str](), Counter[str]()
     files = find_files(root, (".py",), LIBRARY_LEAVES_OUT)
     for file, path in sorted(files, key=lambda known: hashlib.sha256(known[0].encode("utf-8", "replace")).digest()):
         if len(found) == most:
             break
-        with suppress(TooMuchError), bounded_program():
-            found += islice(_read(path, file, seen, words), min(per_file, most - len(found)))
+        looked_at += 1
+        try:
+            with bounded_program():
+                if (tree := _tree(path)) is None:
+                    wrong[NO_PYTHON] += 1
+                    continue
+                found += islice(_read(tree, file, seen, words, unfit), min(per_file, most - len(found)))
+        except (TooMuchError, MemoryError):
+            wrong[TOO_MUCH] += 1
+    of_functions = len(found) + unfit.total()
+    left_out = (
+        *(LeftOutCode("files", why, count, looked_at) for why, count in wrong.items()),
+        *(LeftOutCode("functions", why, count, of_functions) for why, count in unfit.items()),
+    )
     if not found:
+        why = said(left_out) or f"{looked_at} .py files are there"
         raise UserError(
-            f"{root} has no Python file with a function of at most {words} words; name another in "
-            "folder, or raise words"
+            f"{root} has no Python file with a function of at most {words} words; {why}; name another in folder, or "
+            f"raise words={words}"
         )
-    return found
+    return PythonFunctions(found, left_out)
 
 
-def _read(path: Path, file: str, seen: set[str], words: int) -> Iterator[Parsed]:
-    """The functions of a file that are new and of at most so many words."""
-    for text in _functions(path):
+def _tree(path: Path) -> ast.Module | None:
+    """Of a file; None if it is no Python. Raises: TooMuchError or MemoryError."""
+    try:
+        return _parse(whole_text(path))
+    except (TooMuchError, MemoryError):
+        raise
+    except _FAULTS:
+        return None
+
+
+def _read(tree: ast.AST, file: str, seen: set[str], words: int, unfit: Counter[str]) -> Iterator[Parsed]:
+    """The functions of a file that are new and of at most so many words; the others are counted by their reason."""
+    for text in _functions(tree, unfit):
         if text in seen:
+            unfit[TWICE] += 1
             continue
         seen.add(text)
         try:
             one = parsed(text, file)
-        except UserError:  # nested too deeply
+        except UserError:
+            unfit[DEEP] += 1
             continue
         if len(one.words) <= words:
             yield one
+        else:
+            unfit[f"more than {words} words"] += 1
 
 
-def _functions(path: Path) -> Iterator[str]:
+def _functions(tree: ast.AST, unfit: Counter[str]) -> Iterator[str]:
     """The functions of a file as text, each once: those inside another are parts of it."""
-    try:
-        waiting: list[ast.AST] = [_parse(whole_text(path))]
-    except TooMuchError:
-        raise
-    except _FAULTS:
-        return
+    waiting = [tree]
     while waiting:
         node = waiting.pop()
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -214,12 +268,15 @@ def _functions(path: Path) -> Iterator[str]:
             if ast.get_docstring(part, clean=False) is not None:
                 part.body = part.body[1:] or [ast.Pass()] * (part is not node)
         node.decorator_list = []
-        if node.body:
-            try:
-                text = ast.unparse(node)
-                _parse(text)
-            except TooMuchError:
-                raise
-            except _FAULTS:  # nested too deeply to be written again
-                continue
-            yield text
+        if not node.body:
+            unfit[EMPTY] += 1
+            continue
+        try:
+            text = ast.unparse(node)
+            _parse(text)
+        except TooMuchError:
+            raise
+        except _FAULTS:  # to be written again
+            unfit[DEEP] += 1
+            continue
+        yield text

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from lightspan.core.errors import UserError
-from lightspan.evaluation.augmentations.complexity import AugmentationComplexity, followed, sample_complexities
+from lightspan.evaluation.augmentations.complexity import (
+    AugmentationComplexity,
+    Complexities,
+    followed,
+    sample_complexities,
+)
 from lightspan.evaluation.augmentations.densities import BlockMask, GaussianNoise, RandomMask
 from lightspan.evaluation.augmentations.tables import block_complexity, cube, masked_complexity, masked_cube
 from lightspan.evaluation.features.features import Features
@@ -62,12 +67,34 @@ def test_following_to_infinitely_many_samples_comes_nearer_to_the_truth() -> Non
         rows = torch.randperm(256, generator=generator)
         given = masked_cube(8, 0.6)
         values = tuple(given.of_samples(rows[:n]).kernel().diagonal()[rows[:n]].mean().item() for n in (20, 40))
-        end = followed((20, 40), values)
+        (end,) = followed((20, 40), values[:1], values[1:])
         assert end is not None
         errors.append((abs(end - truth), abs(values[1] - truth)))
     near, plain = (sum(column) for column in zip(*errors, strict=True))
     assert near < 0.6 * plain
-    assert followed((30, 60), (30.0, 60.0)) is None
+    assert followed((30, 60), [30.0], [60.0]) == [None]
+
+
+def test_what_falls_or_would_end_below_a_smaller_quantile_is_not_followed() -> None:
+    # 1 / K of 10 and 15 at N of 50 and 100 is a line that ends at 1 / 30; 40 and 41 end at 42.05.
+    assert followed((50, 100), [10, 20], [15, 21]) == [pytest.approx(30), None]  # 22.1 is below 30
+    assert followed((50, 100), [10, 40], [15, 41]) == [pytest.approx(30), pytest.approx(1 / (2 / 41 - 1 / 40))]
+    assert followed((50, 100), [12, 20, 40], [11, 21, 39]) == [None, pytest.approx(1 / (2 / 21 - 1 / 20)), None]
+    assert followed((50, 100), [50, 60], [100, 61]) == [None, None]  # the smaller one has no end that can be told
+    almost = 7 * (1 - 1e-15)
+    assert followed((50, 100), [7.0, 7.0], [7.0, almost]) == [pytest.approx(7), pytest.approx(7)]
+
+
+def test_a_falling_estimate_is_said_and_the_table_has_the_floor() -> None:
+    rows = tuple(
+        {"augmentation": "a", "samples": n, "median": k, "upper": 8.0, "largest": 9.0, "saturated": False}
+        for n, k in ((25, 7.0), (50, 6.0), (100, 5.0))
+    )
+    found = Complexities(rows, ({"augmentation": "a", "median": None, "upper": 8.0, "largest": 9.0},), 3)
+    said = [figure.name for figure in found.figures() if "could not be extrapolated" in figure.name]
+    assert len(said) == 1
+    assert said[0].startswith("median")
+    assert [row["floor"] for row in found.table()] == [1, 1, 1]
 
 
 def test_wrong_settings_and_samples_are_refused() -> None:

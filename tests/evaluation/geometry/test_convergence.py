@@ -130,6 +130,9 @@ def test_a_half_that_is_copied_is_told_from_a_half_that_is_not_and_from_the_floo
     assert {row["unit"] for row in found.units if row["correlation"] > highest} == set(range(10))
     assert all(row["partner"] == row["unit"] for row in found.units[:10])
     assert found.found["matched"] > found.floors["matched"] + 0.3
+    table = found.table()
+    assert sum(row["floor"] for row in table) / 20 == pytest.approx(found.floors["matched"])
+    assert sum(row["best_floor"] for row in table) / 20 == pytest.approx(found.floors["semi_matched"])
     assert found.found["linear"] > 0.3
     assert found.floors["linear"] < 0.05
     assert abs(found.floors["cka"]) < 0.05

@@ -11,7 +11,7 @@ from lightspan.datamodules.image.sets.small import Digits
 from lightspan.evaluation.features.compared import ComparedEncoders, ComparedFeatures, ComparedFiles
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.features.store import FeatureStore
-from lightspan.evaluation.label_saving.curves import labels_for, saving
+from lightspan.evaluation.label_saving.curves import labels_for, saving, worth
 from lightspan.evaluation.label_saving.label_saving import LabelSaving, left_out
 from lightspan.evaluation.scaling_laws import bootstrapped, log_slope
 from lightspan.nn.latent_models import FactorModel
@@ -32,7 +32,9 @@ def test_a_curve_that_rises_again_was_low_before() -> None:
     assert labels_for([10, 20, 40], np.array([0.4, 0.1, 0.3]), 0.1) == (pytest.approx(20), "")
     assert labels_for([10, 20], np.zeros(2), 0.0) == (10, "at most")
     almost = np.nextafter(0.1, 1)
-    assert labels_for([10, 20], np.array([almost, 0.1]), 0.1) == (pytest.approx(20), "")  # equal logarithms
+    assert labels_for([10, 20], np.array([almost, 0.1]), 0.1) == (10, "at most")  # equal but for rounding
+    assert labels_for([10, 20, 40], np.array([0.3, almost, 0.1]), 0.1) == (pytest.approx(20), "")
+    assert worth([10, 20], np.array([0.3, 0.1]), np.array([0.3, almost])) == [(1, ""), (1, "")]
 
 
 def test_a_saving_is_the_factor_between_two_power_laws_and_its_inverse_the_other_way() -> None:
@@ -40,9 +42,29 @@ def test_a_saving_is_the_factor_between_two_power_laws_and_its_inverse_the_other
     slow, fast = 3.0 / np.array(labels), 1.0 / np.array(labels)
     assert saving(labels, slow, fast) == (pytest.approx(3), "")
     assert saving(labels, fast, slow) == (pytest.approx(1 / 3), "")
-    assert saving(labels, slow, slow) == (pytest.approx(1), "")
+    assert saving(labels, slow, slow) == (1, "")
     assert saving(labels, slow, fast / 100) == (pytest.approx(8), "at least")
     assert saving(labels, fast / 100, slow) == (pytest.approx(1 / 8), "at most")
+
+
+def test_the_end_that_the_fewest_labels_hide_is_said() -> None:
+    flat, falling = np.full(3, 0.2), np.array([0.3, 0.2, 0.1])
+    labels = [10, 20, 40]
+    assert saving(labels, falling, flat) == (pytest.approx(2), "at least")  # flat may have come down before 10
+    assert saving(labels, flat, falling) == (pytest.approx(1 / 2), "at most")
+    assert saving(labels, np.zeros(3), np.array([0.2, 0.1, 0.0])) == (pytest.approx(1 / 4), "at most")
+    assert saving(labels, flat, flat) == (1, "")
+
+
+def test_a_curve_is_worth_exactly_1_of_itself_and_the_nearest_of_several_numbers_counts() -> None:
+    labels = [10, 20, 40, 80]
+    for curve in ([0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.1], [0.1, 0.2, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0]):
+        assert worth(labels, np.array(curve), np.array(curve)) == [(1, "")] * 4
+    flat = np.array([0.4, 0.2, 0.2, 0.1])
+    found = worth(labels, flat, np.array([0.2, 0.2, 0.2, 0.2]))
+    assert found == [(2, ""), (1, ""), (1, ""), (0.5, "")]
+    ends = worth(labels, flat, np.array([0.5, 0.4, 0.05, 0.05]))
+    assert ends == [(1, "at most"), (0.5, ""), (2, "at least"), (1, "at least")]
 
 
 def test_rates_of_power_laws_are_exact_and_their_interval_is_students() -> None:
@@ -84,9 +106,37 @@ def test_an_encoder_that_sees_as_much_saves_nothing_and_one_that_sees_the_labels
     assert found.reference == "pixels"
     assert found.chance == pytest.approx(0.5, abs=0.1)
     assert [row["labels"] for row in found.rows[:5]] == [16, 32, 64, 128, 200]
-    assert all(
-        row["worth"] == pytest.approx(1) for row in found.rows if row["encoder"] == "pixels" and row["labels"] == 200
-    )
+    assert all((row["worth"], row["worth_bound"]) == (1, "") for row in found.rows if row["encoder"] == "pixels")
+    assert all(row["floor"] == found.chance for row in found.table())
+    assert oracle["bound"] == "at least"
+    assert oracle["high"] is None  # it may save any number of labels
+
+
+def test_an_encoder_that_is_never_above_the_floor_has_no_factor() -> None:
+    x = drawn(400, 30)
+    found = LabelSaving(draws=3, labels=(16, 50, 200)).fit(compared(pixels=x, blind=torch.zeros(400, 1).double()))
+    (blind,) = found.savings
+    assert (blind["factor"], blind["bound"], blind["low"], blind["high"]) == (None, "", None, None)
+    names = [figure.name for figure in found.figures()]
+    assert not any(name.startswith("labels saved,") for name in names)
+    (said,) = [name for name in names if name.startswith("labels saved cannot be told")]
+    assert "blind" in said
+
+
+def test_numbers_that_no_head_predicts_better_than_a_constant_have_no_factor() -> None:
+    """With few labels R^2 is far below 0, where a curve says nothing of labels."""
+    x = drawn(300, 40)
+    label = x @ drawn(40, 1, 2)[:, 0]
+    sides = [
+        {n: Features(z[rows], label[rows]) for n, z in (("all", x), ("noise", drawn(300, 40, 3)))}
+        for rows in (slice(200), slice(200, None))
+    ]
+    found = LabelSaving(draws=2, labels=(8, 41, 200), l2=1e-6).fit(ComparedFeatures(*sides))
+    rows = {(row["encoder"], row["labels"]): row for row in found.rows}
+    assert rows["noise", 41]["score"] < rows["noise", 200]["score"] < found.chance
+    assert rows["all", 200]["score"] > 0.9
+    assert {rows["noise", n]["worth_bound"] for n in (8, 41, 200)} == {"at most"}
+    assert found.savings[0]["factor"] is None
 
 
 def test_the_control_asks_for_what_the_encoder_leaves_out() -> None:

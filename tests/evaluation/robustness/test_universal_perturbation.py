@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lightspan.core.drawing import canvas
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Digits
 from lightspan.evaluation.features.store import FeatureStore
@@ -25,6 +26,7 @@ from lightspan.evaluation.robustness.perturbations import (
 from lightspan.evaluation.robustness.universal_perturbation import (
     RANDOM,
     UniversalPerturbation,
+    UniversalRobustness,
     apart,
     perturbation_loss,
 )
@@ -133,11 +135,31 @@ def test_an_audit_finds_what_breaks_an_encoder_and_random_signs_do_not() -> None
     assert by[RANDOM]["clean"] == 1
     assert by[RANDOM]["perturbed"] > 0.9
     assert by["direct"]["perturbed"] == pytest.approx(0.5, abs=0.1)
-    assert by["direct"]["decline"] == pytest.approx(1 - by["direct"]["perturbed"])
+    direct = by["direct"]
+    assert direct["decline"] == direct["lost"] == pytest.approx(1 - direct["perturbed"])
+    half = 1.96 * (direct["perturbed"] * (1 - direct["perturbed"]) / 40) ** 0.5
+    assert direct["interval"] == direct["lost_interval"] == pytest.approx(half)  # the clean answers are all right
+    assert {row["chance"] for row in found.table()} == {0.5}
+    assert sum(figure.name.startswith("clean accuracy of neighbours") for figure in found.figures()) == 1
     assert found.worst == "direct"
     assert found.chance == 0.5
     assert found.change["direct"] <= 10 / 255 + 1e-6
     assert {row["defence"] for row in found.rows} == {"none", "blur", "noise", "JPEG", "pruned units", "rehearsed head"}
+
+
+def test_each_bar_is_drawn_inside_the_clean_accuracy_of_its_own_head() -> None:
+    rows = tuple(
+        {"perturbation": name, "defence": defence, "clean": clean, "perturbed": clean - 0.2, "interval": 0.05}
+        for name, cleans in ((RANDOM, (0.9, 0.8)), ("direct", (0.9, 0.6)))
+        for defence, clean in zip(("none", "rehearsed head"), cleans, strict=True)
+    )
+    found = UniversalRobustness(rows, (), 0.5, {}, 1, 1, 1)
+    _, ((axes,),) = canvas("")
+    found.draw(axes)
+    outlines, bars = ([bar for bar in axes.patches if bar.get_fill() is fill] for fill in (False, True))
+    assert [bar.get_height() for bar in outlines] == [0.9, 0.8, 0.9, 0.6]
+    assert [bar.get_x() for bar in outlines] == [bar.get_x() for bar in bars]
+    assert len(axes.containers) == 6  # outlines, bars and their intervals, of two perturbations
 
 
 def test_an_audit_changes_nothing_of_the_encoder_and_repeats_itself() -> None:

@@ -52,7 +52,7 @@ def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 def known(count: int = 40, noise: float = 0.0) -> CodeFeatures:
     """Features from which heights and labels can be read as the probe reads them, and random ones."""
-    trees = [one.tree for one in python_functions(most=count, words=24)]
+    trees = [one.tree for one in python_functions(most=count, words=24).found]
     encoded = [encode(tree) for tree in trees]
     names = (
         sorted({label for each in encoded for label in each.c}),
@@ -209,6 +209,27 @@ def test_code_is_encoded_once_and_probed(tmp_path: Path) -> None:
     assert network.training
     result = ASTProbe(epochs=1).fit(found)
     assert [(row["network"], row["layer"]) for row in result.rows] == [("", 0), ("", 3), (DRAWN, 3)]
+
+
+def test_what_is_left_out_on_the_way_to_the_trees_is_a_figure(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.py").write_text(f"def f{i}(a):\n    return a + {i}\n")
+    (tmp_path / "old.py").write_text("print 'two'\n")
+    (tmp_path / "long.py").write_text("def g(" + "a" * 200 + "):\n    return 1\n")
+    code = EncodedCode(llama(), byte_tokenizer(), folder=str(tmp_path), layers=[0])
+    store = FeatureStore(tmp_path / "store")
+    assert "1 of 8 files (no Python of this version)" in code.outlook(store)
+    found = code.load(store)
+    assert [(one.what, one.number, one.of) for one in found.left_out] == [
+        ("files", 1, 8),
+        ("functions to encode", 1, 7),
+    ]
+    probe = ASTProbe(epochs=1)
+    said = {figure.name: figure.value for figure in probe.fit(found).figures() if "left out" in figure.name}
+    assert said["left out of 8 files, no Python of this version"] == 1
+    assert len(said) == 2
+    table = probe.fit(found).table()
+    assert {row["floor"] for row in table} == {probe.fit(found).floors[RIGHT]}
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:

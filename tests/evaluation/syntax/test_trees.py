@@ -32,7 +32,7 @@ def test_a_tree_by_hand_is_its_sequences() -> None:
 
 
 def test_functions_of_the_library_come_back_and_only_the_order_of_heights_counts() -> None:
-    for one in python_functions(most=40, words=64):
+    for one in python_functions(most=40, words=64).found:
         d, c, u = encode(one.tree)
         assert len(d) + 1 == len(c) + 1 == len(u) == len(one.words)
         assert decode(d, c, u) == one.tree
@@ -109,8 +109,9 @@ def test_functions_that_are_nested_too_deeply_are_left_out(tmp_path: Path) -> No
     with pytest.raises(UserError, match="too deeply"):
         parsed(_chain(1500))
     (tmp_path / "a.py").write_text(_chain(1500) + "def g():\n    return 1\n")
-    (found,) = python_functions(str(tmp_path))
+    (found,), left_out = python_functions(str(tmp_path))
     assert found.text == "def g():\n    return 1"
+    assert left_out == (("functions", "nested too deeply", 1, 2),)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a file takes")
@@ -120,11 +121,12 @@ def test_files_that_take_too_much_memory_are_left_out(tmp_path: Path) -> None:
     # In a process of its own: this one may have as much address space to spare from earlier tests.
     code = (
         "from lightspan.evaluation.syntax.python_trees import python_functions\n"
-        f"print(*(one.file for one in python_functions({str(tmp_path)!r})))"
+        f"found, left_out = python_functions({str(tmp_path)!r})\n"
+        "print([one.file for one in found], [tuple(one) for one in left_out])"
     )
     limited = {**os.environ, "LIGHTSPAN_MAX_BYTES": str(2**25)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=limited, check=True)
-    assert done.stdout == "a.py\n"
+    assert done.stdout == "['a.py'] [('files', 'more time or memory than allowed', 1, 2)]\n"
 
 
 def test_functions_of_a_folder_without_comments_docstrings_and_repetitions(tmp_path: Path) -> None:
@@ -133,8 +135,17 @@ def test_functions_of_a_folder_without_comments_docstrings_and_repetitions(tmp_p
         'def only():\n    """Doc."""\nclass A:\n    def f(a):\n        def g():\n            pass\n        return g\n'
     )
     (tmp_path / "b.py").write_text("def broken(:")
-    (found,) = python_functions(str(tmp_path))
+    (tmp_path / "c.py").write_bytes(b"# caf\xe9\ndef f(): return 3")
+    (found,), left_out = python_functions(str(tmp_path))
     assert found.text == "def f(a):\n\n    def g():\n        pass\n    return g"
+    assert set(left_out) == {
+        ("files", "no Python of this version", 2, 3),
+        ("functions", "nothing but a docstring", 1, 3),
+        ("functions", "the text of an earlier one", 1, 3),
+    }
     for wrong in ({"words": 3}, {"folder": str(tmp_path / "none")}):
         with pytest.raises(UserError, match="folder"):
             python_functions(**({"folder": str(tmp_path)} | wrong))
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(UserError, match=r"2 of 2 files \(no Python of this version\)"):
+        python_functions(str(tmp_path))
