@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,15 +28,19 @@ class ExactOrder(Protocol):
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]: ...
 
+    def drawn(self, epoch: int) -> np.ndarray: ...
+
     def description(self) -> dict[str, Any]: ...
 
 
 class Ledger(Callback):
-    """Writes `path`: {"format", "data", "ranges": [[epoch, first, last], ...], "replaced": [...]}.
+    """Writes `path`: {"format", "data", "ranges": [[epoch, first, last], ...], "replaced": [...], "times"}.
 
     `data` describes the order (seed, sizes of its blocks, ...) and what was left out of it as unreadable. A range says
     that positions [first, last) of that epoch's order were trained on. `replaced` names each damaged sample, the
-    sample that replaced it, and the step. `lightspan ledger RUN` reads and summarises this.
+    sample that replaced it, and the step. `times` is how often each training sample was drawn, where `data` does not
+    say what stands at a position: samples with weights, and batches that go by class or task. `lightspan ledger RUN`
+    reads and summarises this.
 
     The ledger is a part of the checkpoint, so a resumed run drops what the steps after its checkpoint consumed: their
     effect is lost. The file is written with every checkpoint and when training ends or fails; rank 0
@@ -54,6 +60,7 @@ class Ledger(Callback):
         self._seen = 0  # entries of this rank's loader.replaced that are in the ledger
         self._ranges: list[list[int]] = []
         self._replaced: list[dict[str, Any]] = []
+        self._times: np.ndarray | None = None  # int64 [N]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loader = None
@@ -65,7 +72,12 @@ class Ledger(Callback):
             )
             return
         self._loader, self._seen = loader, len(loader.replaced)
-        self._may_replace = loader.description()["skips_damaged"]
+        data = loader.description()
+        self._may_replace = data["skips_damaged"]
+        if data["order"] != "Order" and self._times is None:
+            self._times = np.zeros(sum(data["sizes"]), np.int64)
+            for span in self._ranges:  # of a checkpoint that did not count
+                self._count(*span)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._loader is None:
@@ -74,6 +86,7 @@ class Ledger(Callback):
         # training began: at that moment the loader may not have its position yet.
         for span in self._loader.spans(self._loader.consumed - self._loader.round_samples, self._loader.consumed):
             self._add(*span)
+            self._count(*span)
         if not self._may_replace:
             return
         new = self._loader.replaced[self._seen :]
@@ -94,11 +107,13 @@ class Ledger(Callback):
         self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranges": [list(span) for span in self._ranges], "replaced": [dict(entry) for entry in self._replaced]}
+        state = {"ranges": [list(span) for span in self._ranges], "replaced": [dict(entry) for entry in self._replaced]}
+        return state if self._times is None else state | {"times": torch.from_numpy(self._times.copy())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._ranges = [list(span) for span in state_dict["ranges"]]
         self._replaced = [dict(entry) for entry in state_dict["replaced"]]
+        self._times = state_dict["times"].numpy().copy() if "times" in state_dict else None
 
     def _add(self, epoch: int, first: int, last: int) -> None:
         if self._ranges and self._ranges[-1][0] == epoch and self._ranges[-1][2] == first:
@@ -106,10 +121,16 @@ class Ledger(Callback):
         else:
             self._ranges.append([epoch, first, last])
 
+    def _count(self, epoch: int, first: int, last: int) -> None:
+        if self._times is not None and self._loader is not None:
+            np.add.at(self._times, self._loader.drawn(epoch)[first:last], 1)
+
     def _write(self, trainer: Trainer) -> None:
         if self._loader is None or not trainer.is_global_zero:
             return
         document = {"format": FORMAT, "data": self._loader.description(), **self.state_dict()}
+        if self._times is not None:
+            document["times"] = self._times.tolist()
         write_atomic(self.path, json.dumps(document) + "\n")
 
 

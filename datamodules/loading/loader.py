@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightspan.core.errors import UserError
-from lightspan.datamodules.loading.order import Order, sample_seeds
+from lightspan.datamodules.loading.order import Order, packed, sample_seeds
+from lightspan.datamodules.loading.subset import SubsetSamples
 from lightspan.datamodules.loading.workers import Dataset, Fetcher, Key, Replacement
 
 
@@ -84,6 +85,7 @@ class ExactLoader:
         self.consumed = 0
         self.waited_s = 0.0
         self.replaced: list[Replacement] = []
+        self._drawn: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on this rank; constant, also after a resume in the middle of an epoch."""
@@ -113,20 +115,33 @@ class ExactLoader:
             yield epoch, first, last
             start += last - first
 
+    def drawn(self, epoch: int) -> np.ndarray:
+        """The sample at each place of an epoch, int64 [N]. Two epochs are kept, since samples are fetched ahead."""
+        if epoch not in self._drawn:
+            self._drawn = dict([*self._drawn.items()][-1:]) | {epoch: self.order.epoch(self.seed, epoch)}
+        return self._drawn[epoch]
+
     def _batches(self, start: int, stop: int) -> Iterator[list[Key]]:
         drawn, order, seeds = -1, np.empty(0, np.int64), np.empty(0, np.int64)  # seeds: of each place of the order
         for at in range(start + self.rank * self.micro_batch, stop, self.round_samples):
             keys: list[Key] = []
             for epoch, first, last in self.spans(at, at + self.micro_batch):
                 if epoch != drawn:
-                    drawn, order = epoch, self.order.epoch(self.seed, epoch)
+                    drawn, order = epoch, self.drawn(epoch)
                     seeds = self.order.seeds(self.seed, epoch, order)
                 keys += _keys(order[first:last], seeds[first:last])
             yield keys
 
     def description(self) -> dict[str, Any]:
-        """What determines the whole stream of samples, in JSON's types: with it, a position can be looked up."""
+        """What determines the whole stream of samples, in JSON's types: with it, a position can be looked up if `order`
+        is `Order`. `part` says which samples of the data the training set has, if not all of them.
+        """
+        part = {}
+        if isinstance(self.dataset, SubsetSamples):
+            numbers, count = self.dataset.numbers()
+            part = {"part": {"of": count, "samples": packed(numbers, count)}}
         return {
+            "order": type(self.order).__name__,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "epoch_samples": self._epoch_samples,
@@ -135,6 +150,7 @@ class ExactLoader:
             "content": self.order.content,
             "skips_damaged": self.order.skips_damaged,
             "damage": list(self.order.damage),
+            **part,
         }
 
     def state_dict(self) -> dict[str, Any]:

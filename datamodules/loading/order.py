@@ -1,5 +1,6 @@
 """The canonical order of samples: a function of seed and epoch, independent of ranks, workers and micro-batches."""
 
+import base64
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -21,6 +22,19 @@ def content_of(arrays: Iterable[np.ndarray]) -> str:
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()[:32]
+
+
+def packed(chosen: np.ndarray, count: int) -> str:
+    """Which of `count` samples these are, distinct and ascending, as base64 of one bit for each sample."""
+    return base64.b64encode(np.packbits(np.isin(np.arange(count), chosen)).tobytes()).decode()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """What `packed` took, int64 [n]. Raises: ValueError for text that it does not give for `count`."""
+    bits = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    if len(bits) != -(-count // 8):
+        raise ValueError(f"{len(bits):,} bytes are not one bit for each of {count:,} samples")
+    return np.flatnonzero(np.unpackbits(bits, count=count))
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,13 @@ class SubsetSamples:
     def sample(self, index: int, seed: int) -> Mapping[str, Any]:
         return self.whole.sample(int(self.chosen[index]), seed)
 
+    def numbers(self) -> tuple[np.ndarray, int]:
+        """(number of each sample in the set of which all this is a part, int64 [n]; samples of that set)."""
+        if isinstance(self.whole, SubsetSamples):
+            numbers, count = self.whole.numbers()
+            return numbers[self.chosen], count
+        return self.chosen, len(self.whole)
+
 
 class SubsetOfBatches(SubsetSamples):
     """Of a set that makes whole batches."""

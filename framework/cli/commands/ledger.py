@@ -25,16 +25,18 @@ def run(args: argparse.Namespace) -> int:
     except TooMuchError as error:
         raise UserError(f"{args.run / LEDGER} cannot be counted: {error}") from error
     except MemoryError as error:
-        raise UserError(f"{args.run / LEDGER}: its samples do not fit into memory (24 bytes each)") from error
+        raise UserError(f"{args.run / LEDGER}: its samples do not fit into memory (32 bytes each)") from error
     print(printable("\n".join(lines(account, ledger))))
     return 0 if account.exact else 1
 
 
 def lines(account: Account, ledger: dict[str, Any]) -> list[str]:
     """The account, line by line."""
-    unseen = (account.times == 0).nonzero()[0].tolist()
+    numbers = account.numbers
+    unseen = numbers[account.times == 0].tolist()
+    of = f" of {account.of:,}" if account.of > len(numbers) else ""
     text = [
-        f"samples     {len(account.times):,} in the training set, {account.consumed:,} consumed in "
+        f"samples     {len(numbers):,}{of} in the training set, {account.consumed:,} consumed in "
         f"{len(account.epochs)} epochs, batches of {ledger['data']['batch_size']:,}",
         f"seen        each sample {account.times.min():,} to {account.times.max():,} times",
         f"repeats     {_places(account.repeated)}",
@@ -45,7 +47,8 @@ def lines(account: Account, ledger: dict[str, Any]) -> list[str]:
     ]
     text += [f"  left out: {damage}" for damage in ledger["data"]["damage"][:SHOWN]]
     for entry in ledger["replaced"][:SHOWN]:
-        text.append(f"  step {entry['step']}: sample {entry['damaged']} replaced by {entry['by']}: {entry['reason']}")
+        damaged, by = numbers[[entry["damaged"], entry["by"]]]
+        text.append(f"  step {entry['step']}: sample {damaged} replaced by {by}: {entry['reason']}")
     more = max(0, account.replaced - SHOWN) + max(0, account.left_out - SHOWN)
     return [*text, *([f"  ... and {more:,} more"] if more else [])]
 

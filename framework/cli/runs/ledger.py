@@ -17,7 +17,8 @@ FORMAT = 1
 
 CALLBACK = "lightspan.callbacks.watching.ledger.Ledger"
 
-MOST_SAMPLES, MOST_EPOCHS = 10**10, 10**6  # above these, a file is not a ledger, and counting would not end
+# Above these, a file is not a ledger, and counting would not end.
+MOST_SAMPLES, MOST_EPOCHS, MOST_SEEN = 10**10, 10**6, 10**12
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Account:
     repeated, skipped: [(epoch, first, last)] positions in an epoch's order consumed more than once, or skipped.
     dropped: samples in tails of epochs that did not fill a batch, which is not an error.
     times: int64 [N], how often each sample was trained on. replaced: damaged samples that were replaced by others.
+    numbers: int64 [N], the number of each sample in the data, of which there are `of`; training may see a part of them.
     """
 
     consumed: int
@@ -38,6 +40,8 @@ class Account:
     times: "np.ndarray"
     replaced: int
     left_out: int
+    numbers: "np.ndarray"
+    of: int
 
     @property
     def exact(self) -> bool:
@@ -79,6 +83,8 @@ def _why_none(run_dir: Path) -> str:
 
 def _refuse_other_content(ledger: Any) -> None:
     """Raises ValueError for what `Ledger` never writes; the file may come from elsewhere."""
+    from lightspan.datamodules.loading.order import unpacked
+
     _require(isinstance(ledger, dict) and "format" in ledger, "it has no format")
     _require(ledger["format"] == FORMAT, f"its format is {ledger['format']!r:.40}, this lightspan reads {FORMAT}")
     data, ranges, replaced = (ledger.get(key) for key in ("data", "ranges", "replaced"))
@@ -92,12 +98,19 @@ def _refuse_other_content(ledger: Any) -> None:
         _require(_within(data.get(key), least, most), f"data.{key} is not a whole number in [{least}, {most}]")
     _require(_within(data.get("seed"), 0, 2**64), "data.seed")
     _require(isinstance(damage, list), "data.damage is not a list")
+    if (part := data.get("part")) is not None:
+        known = isinstance(part, dict) and _within(part.get("of"), length, MOST_SAMPLES)
+        _require(known and isinstance(part.get("samples"), str), "data.part")
+        _require(len(unpacked(part["samples"], part["of"])) == length, f"data.part has not {length} samples")
     _require(isinstance(ranges, list), "ranges is not a list")
     for span in ranges:
         known = isinstance(span, list) and len(span) == 3 and all(_within(number, 0, length) for number in span[1:])
         _require(
             known and _within(span[0], 0, MOST_EPOCHS) and span[1] < span[2], f"range {span!r:.60} is not in {length}"
         )
+    if (times := ledger.get("times")) is not None:
+        known = isinstance(times, list) and len(times) == length
+        _require(known and all(_within(count, 0, MOST_SEEN) for count in times), f"times are not {length} counts")
     _require(isinstance(replaced, list), "replaced is not a list")
     for entry in replaced:
         _require(
@@ -118,20 +131,21 @@ def _require(holds: bool, what: str) -> None:
 
 
 def balance(ledger: dict[str, Any]) -> Account:
-    """Counts every position of every epoch, and every sample; memory: about 24 bytes per sample.
+    """Counts every position of every epoch, and every sample; memory: about 32 bytes per sample.
 
     Raises: TooMuchError for more samples than the limit of numbers, since a ledger of a few bytes may claim any.
     """
     import numpy as np
 
-    from lightspan.datamodules.loading.order import Order
+    from lightspan.datamodules.loading.order import Order, unpacked
 
     data, ranges = ledger["data"], ledger["ranges"]
     order = Order(tuple(data["sizes"]), data["window"])
     length, used = len(order), data["epoch_samples"]
     NUMBERS.require(length)
     last_epoch = max((epoch for epoch, _, _ in ranges), default=-1)
-    times = np.zeros(length, dtype=np.int64)
+    given = ledger.get("times")
+    times = np.zeros(length, dtype=np.int64) if given is None else np.array(given, dtype=np.int64)
     epochs: dict[int, int] = {}
     repeated: list[tuple[int, int, int]] = []
     skipped: list[tuple[int, int, int]] = []
@@ -151,11 +165,13 @@ def balance(ledger: dict[str, Any]) -> Account:
         end = used if epoch < last_epoch else int(np.flatnonzero(counts)[-1]) + 1
         repeated += [(epoch, first, last) for first, last in true_stretches(counts > 1)]
         skipped += [(epoch, first, last) for first, last in true_stretches(counts[:end] == 0)]
-        times[order.epoch(data["seed"], epoch)] += counts
+        if given is None:
+            times[order.epoch(data["seed"], epoch)] += counts
         epochs[epoch] = int(counts.sum())
     for entry in ledger["replaced"]:
         times[entry["damaged"]] -= 1
         times[entry["by"]] += 1
+    part = data.get("part")
     return Account(
         consumed=sum(epochs.values()),
         epochs=epochs,
@@ -165,6 +181,8 @@ def balance(ledger: dict[str, Any]) -> Account:
         times=times,
         replaced=len(ledger["replaced"]),
         left_out=len(data["damage"]),
+        numbers=np.arange(length) if part is None else unpacked(part["samples"], part["of"]),
+        of=length if part is None else part["of"],
     )
 
 

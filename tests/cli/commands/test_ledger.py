@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from shard_files import damage, write_shards
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from lightspan.callbacks.watching.ledger import Ledger
 from lightspan.cli.main import main
 from lightspan.cli.runs.ledger import balance, true_stretches
 from lightspan.datamodules.loading.loader import ExactLoader
-from lightspan.datamodules.loading.order import Order
+from lightspan.datamodules.loading.order import ClassBalanced, InSequence, Order, packed, unpacked
 from lightspan.datamodules.loading.ranks import train_loader
+from lightspan.datamodules.loading.selection import DataSelection, data_name
+from lightspan.datamodules.loading.subset import TrainingSubset
 from lightspan.datamodules.shards.stream import Shards
 
 
@@ -37,8 +40,15 @@ class Numbers:
 
 
 class NumberData(LightningDataModule):
+    def __init__(self, selection: DataSelection | None = None, order: Order | None = None) -> None:
+        super().__init__()
+        self.selection, self.order = selection, order
+
     def train_dataloader(self) -> ExactLoader:
-        return train_loader(Numbers(), 4, 5, 0, self.trainer)
+        dataset, order = Numbers(), self.order
+        if self.selection is not None:
+            dataset, order = self.selection.taken(dataset, order)
+        return train_loader(dataset, 4, 5, 0, self.trainer, order)
 
 
 class Recorder(LightningModule):
@@ -61,6 +71,7 @@ def fit(
     steps: int,
     resume: Path | None = None,
     module: Recorder | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Recorder, Trainer]:
     """A run with two micro-batches a step, a ledger, and a checkpoint after every second step."""
     module = module or Recorder()
@@ -73,7 +84,7 @@ def fit(
         accumulate_grad_batches=2,
         logger=False,
         default_root_dir=folder,
-        callbacks=[saver, Ledger(str(folder / "ledger.json"))],
+        callbacks=[saver, Ledger(str(folder / "ledger.json")), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -96,6 +107,70 @@ def test_the_ledger_says_which_samples_were_seen_how_often(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "22 in the training set, 52 consumed in 3 epochs, batches of 4" in printed
     assert "repeats     0\nskips       0\n" in printed
+
+
+WEIGHTS = np.array([0.0, 5.0, *[1.0] * 17, *[0.02] * 3])
+SELECTIONS = {
+    "samples": {"index_n": np.arange(3, 22, 2)},
+    "weights": {"weight_n": WEIGHTS},
+    "a mixture": {"group_N": np.arange(22) // 8, "mixture_G": np.array([0.9, 0.1, 0.0])},
+}
+ORDERS = [InSequence((8, 14)), ClassBalanced((22,), labels=np.array([*[0] * 3, *[1] * 19]), batch_size=4)]
+
+
+@pytest.mark.parametrize("kind", [*SELECTIONS, *ORDERS], ids=lambda kind: getattr(kind, "__name__", str(kind)[:9]))
+def test_samples_are_counted_under_any_order_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str | Order
+) -> None:
+    selection = order = None
+    if isinstance(kind, str):
+        selection = DataSelection(22, data_name(Numbers(), None), "by hand", **SELECTIONS[kind])
+    else:
+        order = kind
+    taken = np.arange(22) if selection is None else np.flatnonzero(selection.expanded((22,))[0])
+    module, _ = fit(tmp_path / "straight", NumberData(selection, order), 9)
+    account = balance(ledger(tmp_path / "straight"))
+    assert account.numbers.tolist() == taken.tolist()
+    assert account.times.tolist() == [module.seen.count(sample) for sample in taken]
+    assert account.exact
+    fit(tmp_path / "resumed", NumberData(selection, order), 5)
+    fit(tmp_path / "resumed", NumberData(selection, order), 9, resume=tmp_path / "resumed" / "step=4.ckpt")
+    assert ledger(tmp_path / "resumed") == ledger(tmp_path / "straight")
+    assert main(["ledger", str(tmp_path / "straight")]) == 0
+    unseen = sorted(set(taken.tolist()) - set(module.seen))
+    printed = capsys.readouterr().out
+    assert f"never seen  {len(unseen)}{': ' if unseen else ''}{', '.join(map(str, unseen))}\n" in printed
+    assert f"{len(taken)}{' of 22' if len(taken) < 22 else ''} in the training set, 36 consumed" in printed
+
+
+def test_a_part_of_a_part_is_counted_by_the_numbers_of_the_whole(tmp_path: Path) -> None:
+    selection = DataSelection(22, data_name(Numbers(), None), "by hand", weight_n=WEIGHTS)
+    module, _ = fit(tmp_path, NumberData(selection), 9, callbacks=[TrainingSubset(9)])
+    account = balance(ledger(tmp_path))
+    assert (len(account.numbers), account.of) == (9, 22)
+    assert set(module.seen) <= set(account.numbers.tolist())
+    assert account.times.tolist() == [module.seen.count(sample) for sample in account.numbers]
+
+
+def test_a_checkpoint_that_did_not_count_is_counted_from_its_ranges(tmp_path: Path) -> None:
+    selection = DataSelection(22, data_name(Numbers(), None), "by hand", weight_n=WEIGHTS)
+    fit(tmp_path, NumberData(selection), 9)
+    kept, path = ledger(tmp_path), tmp_path / "step=4.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["callbacks"]["Ledger"]["times"]
+    torch.save(content, path)
+    fit(tmp_path, NumberData(selection), 9, resume=path)
+    assert ledger(tmp_path) == kept
+
+
+@given(data=st.data(), count=st.integers(1, 40))
+def test_a_part_is_packed_into_a_bit_for_each_sample(data: st.DataObject, count: int) -> None:
+    chosen = sorted(data.draw(st.sets(st.integers(0, count - 1))))
+    text = packed(np.array(chosen, np.int64), count)
+    assert unpacked(text, count).tolist() == chosen
+    for other in (text[:-4], text + "AAAA", "?" + text[1:]):
+        with pytest.raises(ValueError, match=r"bits? for each|base64|padding|bytes"):
+            unpacked(other, count)
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -233,11 +308,21 @@ def test_why_there_is_no_ledger_is_said_by_what_the_run_records(
 
 LEDGER = {
     "format": 1,
-    "data": {"sizes": [4, 3], "window": 2, "seed": 0, "epoch_samples": 6, "batch_size": 2, "damage": []},
+    "data": {
+        "sizes": [4, 3],
+        "window": 2,
+        "seed": 0,
+        "epoch_samples": 6,
+        "batch_size": 2,
+        "damage": [],
+        "part": {"of": 9, "samples": packed(np.arange(1, 8), 9)},
+    },
     "ranges": [[0, 0, 6], [1, 0, 2]],
     "replaced": [],
+    "times": [1, 1, 1, 1, 1, 1, 2],
 }
 PLACES = [("format",), ("data",), ("ranges",), ("replaced",), ("ranges", 0), ("ranges", 0, 0), ("ranges", 1, 2)]
+PLACES += [("times",), ("times", 3), ("data", "part", "of"), ("data", "part", "samples")]
 PLACES += [("data", key) for key in LEDGER["data"]]
 
 
