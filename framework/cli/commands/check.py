@@ -178,6 +178,7 @@ def _damaged_files_of(own: "UserFiles") -> Damaged:
     """As `_damaged_pictures`, of files of which each is looked at by the reader of its kind."""
 
     def damaged(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+        from lightspan.cli.any_folder.survey import few
         from lightspan.datamodules.image.picture_files import find_labelled
         from lightspan.datamodules.shards.headers import looked_at
 
@@ -185,7 +186,8 @@ def _damaged_files_of(own: "UserFiles") -> Damaged:
         seen, look = looked_at(len(names), MOST_FILES), own.look(folder, settings)
         for number in seen:
             try:
-                said += look(names[number]).faults
+                if faults := look(names[number]).faults:
+                    said.append(few(faults))  # a file of many molecules is one file
             except UserError:  # of this machine, not of the file
                 raise
             except (ValueError, OSError) as error:
