@@ -59,8 +59,8 @@ class GraphFolder(GraphSets):
             ~/.cache/lightspan or `${run}`, a flag any.
         cache_gib: GiB that all cached graphs together may use.
         settings: those of `GraphSets`.
-    Raises: UserError before the first step: for no file, damaged ones (all are named), `numbers` that no node has, a set
-        larger than the cache, and without the extra `graphs`.
+    Raises: UserError before the first step: for no file, damaged ones (all are named), `numbers` that no node has, a
+        set larger than the cache, and without the extra `graphs`.
     """
 
     def __init__(
