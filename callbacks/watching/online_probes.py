@@ -16,6 +16,7 @@ from lightspan.core.errors import UserError, print_notes
 from lightspan.evaluation.geometry.spectra import effective_rank, singular_values
 from lightspan.evaluation.labels import kind_of
 from lightspan.evaluation.probes.probes import KNN, LinearProbe, Probe
+from lightspan.nn.labels import require_labelled
 
 
 class OnlineProbes(Callback):
@@ -27,8 +28,8 @@ class OnlineProbes(Callback):
     augmentation) and scored on the validation samples. Labels are classes, tags or numbers by their dtype
     (`lightspan.evaluation.labels.kind_of`), and so scores are accuracy, mean_average_precision, or r2 and mae. A probe
     that is given several settings chooses on the bank, mostly on a fifth of it, never by what it reports, and what it
-    chose is logged as probe/NAME_SETTING. Where all samples have one class, as recordings without labels do, a probe of
-    it has no score, and a note says so. The effective rank is that of the centred validation features, in [1, min(M -
+    chose is logged as probe/NAME_SETTING. Where all samples have one class, a probe of it has no score,
+    and a note says so. The effective rank is that of the centred validation features, in [1, min(M -
     1, D)] for M of them.
 
     Detached: features are taken in evaluation mode without gradients, from its own loaders; the mode of every
@@ -50,7 +51,7 @@ class OnlineProbes(Callback):
         bank_samples, val_samples: so many of the bank or the validation samples, evenly spaced, instead of all; >= 1.
             For this the loader needs `some(count)`, as lightspan's have.
     Raises: UserError for settings out of range, and before the first step for a module or datamodule without what is
-        read, or labels of no known kind.
+        read, for data that have found no labels where a probe reads them, or labels of no known kind.
     """
 
     alters_training = False  # see config.identity
@@ -94,6 +95,9 @@ class OnlineProbes(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.encoding.require(trainer, pl_module)
+        if stage == "fit" and any("label" in fields for fields in self.encoding.fields.values()):
+            data = getattr(trainer, "datamodule", None)
+            require_labelled(data, "OnlineProbes", "set these probes to null, as trainer.callbacks.probes=null")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One batch of each before the first step, so that what cannot work fails now and not after an epoch.

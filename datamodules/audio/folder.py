@@ -27,6 +27,9 @@ class AudioFolder(AudioData):
             `lightspan.datamodules.image.data.held_out`.
         labels, links: as in `lightspan.datamodules.image.picture_files.find_labelled`.
         settings: those of `AudioData`.
+
+    Attributes:
+        labelled: whether recordings have labels, None before `setup`.
     Raises: UserError before the first step for no recording, damaged ones (all that are found are named), and classes
         of `val_folder` that `folder` does not have.
     """
@@ -46,10 +49,12 @@ class AudioFolder(AudioData):
         self.folder = expanded(folder, "data.init_args.folder")
         self.val_folder = None if val_folder is None else expanded(val_folder, "data.init_args.val_folder")
         self.val_share, self.labels, self.links = val_share, labels, links
+        self.labelled: bool | None = None
 
     def find(self) -> tuple[list[Path], dict[str, np.ndarray], dict[str, np.ndarray]]:
         training = self._files(self.folder)
         self.classes = tuple(training.classes)
+        self.labelled = bool(self.classes)
         files, labels = [training.folder / name for name in training.names], training.labels
         if self.val_folder is None:
             validates = held_out(training.names, labels, self.val_share)

@@ -14,7 +14,7 @@ from lightspan.core.ranges import require_in
 from lightspan.datamodules.graph.data import GraphSamples, GraphSets
 from lightspan.datamodules.graph.graphs import Graph, LeftOut
 from lightspan.datamodules.graph.packed import GraphCache, PackedGraphs
-from lightspan.datamodules.graph.reading import GRAPHS
+from lightspan.datamodules.graph.reading import GRAPHS, require_kinds, require_numbers_of_nodes
 from lightspan.datamodules.image.data import held_out
 from lightspan.datamodules.image.picture_files import Labels, Links, PictureFiles, find_labelled
 from lightspan.datamodules.loading.damage import report_damage
@@ -59,8 +59,8 @@ class GraphFolder(GraphSets):
             ~/.cache/lightspan or `${run}`, a flag any.
         cache_gib: GiB that all cached graphs together may use.
         settings: those of `GraphSets`.
-    Raises: UserError before the first step: for no file, damaged ones (all are named), a set larger than the cache, and
-        without the extra `graphs`.
+    Raises: UserError before the first step: for no file, damaged ones (all are named), `numbers` that no node has, a
+        set larger than the cache, and without the extra `graphs`.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class GraphFolder(GraphSets):
         self.val_share, self.kind, self.numbers, self.directed = val_share, kind, tuple(numbers), directed
         self.labels, self.links, self.skip_damaged = labels, links, skip_damaged
         self.cache = GraphCache(cache_dir, cache_gib)
+        self._pack: PackedGraphs | None = None
 
     @property
     def number_names(self) -> tuple[str, ...]:
@@ -103,9 +104,17 @@ class GraphFolder(GraphSets):
             self.cache.packed(found.folder, found.names, found.labels, self.kind, self.numbers, self.directed)
             for found in sets
         ]
-        if not packs[0].about["molecules"] and packs[0].about["words"] == [""]:
-            say(f"no node has a kind; if they have one by another name, set data.init_args.kind={self.kind} to that")
+        self._pack = packs[0]
+        if not packs[0].about["molecules"]:
+            require_numbers_of_nodes(self.numbers, packs[0].about["attributes"], self.folder)
+            if packs[0].about["words"] == [""]:
+                say(f"no node has a kind as its attribute {self.kind}; data.init_args.kind names another one")
         return joined_graphs(self, sets, packs, self.val_share, self.skip_damaged)
+
+    def require_kinds(self, who: str) -> None:
+        """Raises: UserError where no training node has a kind, known after `setup`. who: what reads kinds."""
+        if self._pack is not None and not (about := self._pack.about)["molecules"]:
+            require_kinds(who, self.kind, about["words"], about["attributes"], self.folder)
 
     def _found(self, folder: Path) -> PictureFiles:
         files = find_labelled(folder, GRAPHS, self.links, self.labels)

@@ -23,7 +23,7 @@ from lightspan.datamodules.graph.graphs import Graph, LeftOut
 from lightspan.datamodules.graph.reading import GraphReader, is_of_molecules
 from lightspan.datamodules.loading.packs import PackCache, file_state
 
-VERSION = 1  # of what becomes of a file; another one packs anew
+VERSION = 2  # of what becomes of a file; another one packs anew
 _ARRAYS = {
     "kind": np.int32,
     "mark": np.int8,
@@ -42,7 +42,8 @@ class PackedGraphs:
 
     Attributes:
         folder: of the pack.
-        about: what is known of all: the `words` and `edge_words` of kinds by number, `molecules` (whether these are
+        about: what is known of all: the `words` and `edge_words` of kinds by number, `attributes` (names of those of
+            nodes), `molecules` (whether these are
             numbers of elements and bonds instead), `left_out`, `damage`, sizes.
         labels: int64 [M].
         kinds, edge_kinds: what becomes of each number, int32; None leaves them.
@@ -178,5 +179,6 @@ def _write(folder: Path, names: Sequence[str], reader: GraphReader, molecules: b
                 reason = error.strerror if isinstance(error, OSError) else None
                 damage.append((name, reason or str(error) or type(error).__name__))
     words = {"words": list(reader.words.number), "edge_words": list(reader.edge_words.number)}
+    words["attributes"] = sorted(reader.attributes)
     known = {"numbers": 0 if molecules else len(reader.numbers), "molecules": molecules, "rows": rows}
     return {**totals, **known, **words, "left_out": left_out, "damage": damage, "folder": str(folder)}

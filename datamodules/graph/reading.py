@@ -44,6 +44,8 @@ SMILES = ("smiles", "canonical_smiles", "isomeric_smiles")
 FIRSTS = ("source", "from", "src", "u", "head", "node1", "node_1", "start")
 """With one of these words in its first line, a file of edges names its columns there."""
 LONGEST_WORD = 80
+MOST_NAMED = 10
+"""Attributes in a message."""
 
 
 @dataclass
@@ -66,6 +68,8 @@ class GraphReader:
         kind: attribute of nodes and of edges, whose words or numbers are their kinds.
         numbers: attributes of nodes that are numbers.
         directed: whether edges keep their directions.
+        words, edge_words: numbers of the kinds so far.
+        attributes: names of those that nodes have had so far.
     """
 
     kind: str
@@ -73,6 +77,7 @@ class GraphReader:
     directed: bool
     words: WordNumbers = field(default_factory=WordNumbers)
     edge_words: WordNumbers = field(default_factory=WordNumbers)
+    attributes: set[str] = field(default_factory=set)
 
     def read(self, path: Path) -> Iterator[tuple[Graph, LeftOut] | str]:
         """The graphs of a file, or what is wrong with one of several.
@@ -101,6 +106,7 @@ class GraphReader:
         self, names: Sequence[Mapping[str, Any]], edges: Any, edge_words: Sequence[Any], is_directed: bool
     ) -> tuple[Graph, LeftOut]:
         numbers = np.array([[_number(node.get(name)) for name in self.numbers] for node in names])
+        self.attributes.update(str(name) for node in names for name in node)
         kinds = self.words.of([node.get(self.kind) for node in names])
         found = self.edge_words.of(edge_words)
         return graph_of(
@@ -177,6 +183,39 @@ class GraphReader:
         edges = np.array([pair[:2] for pair in found], np.int64)
         nodes = [data for _, data in graph.nodes(data=True)]
         return self._made(nodes, edges, [kind for *_, kind in found], graph.is_directed())
+
+
+def require_kinds(who: str, kind: str, words: Collection[str], attributes: Collection[str], folder: Path) -> None:
+    """Raises: UserError where no node of a folder has a kind.
+
+    Args:
+        who: what reads kinds, for messages.
+        kind: the attribute.
+        words: the kinds that were read, with the empty one.
+        attributes: names of all that nodes have.
+    """
+    if not {*words} - {""}:
+        raise UserError(
+            f"{who} reads the kinds of nodes, and no node in {folder} has one as its attribute {kind}; "
+            f"{_instead('kind', 'the one that is meant', attributes)}"
+        )
+
+
+def require_numbers_of_nodes(numbers: Sequence[str], attributes: Collection[str], folder: Path) -> None:
+    """Raises: UserError for an attribute that no node of a folder has. Arguments are those of `require_kinds`."""
+    if lacking := [name for name in numbers if name not in attributes]:
+        raise UserError(
+            f"data.init_args.numbers asks for {', '.join(lacking)}, and no node in {folder} has such an attribute; "
+            f"{_instead('numbers', 'those that are meant, or leave it out', attributes)}"
+        )
+
+
+def _instead(setting: str, which: str, attributes: Collection[str]) -> str:
+    if not attributes:
+        return "its nodes have no attributes; take files that have them"
+    named = one_line(", ".join(sorted(attributes)[:MOST_NAMED]))
+    more = f" and {len(attributes) - MOST_NAMED} more" if len(attributes) > MOST_NAMED else ""
+    return f"its nodes have {named}{more}; set data.init_args.{setting} to {which}"
 
 
 def smiles_column(text: str) -> str | None:

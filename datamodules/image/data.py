@@ -114,7 +114,7 @@ class PictureData(SampleSets):
         settings: the others of `SampleSets`.
 
     Attributes:
-        labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
+        labelled: whether pictures have labels, None before `setup`; without, all labels are 0.
         classes: names of the classes, as far as they are known.
     """
 
@@ -143,7 +143,8 @@ class PictureData(SampleSets):
             raise UserError(f"val_share={val_share} must be above 0 and below 1")
         self.size, self.views, self.val_share, self.views_on = size, views, val_share, views_on
         self.per_class, self.groups, self.mean, self.std = per_class, groups, mean, std
-        self.labelled, self.classes = False, tuple[str, ...]()
+        self.labelled: bool | None = None
+        self.classes = tuple[str, ...]()
         self.train: ImageSamples | None = None
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 
 from lightspan.core.errors import UserError, one_line
 from lightspan.core.files.places import PathUse
+from lightspan.core.files.splits import TRAINING, VALIDATION
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Links = Literal["skip", "follow"]
@@ -81,8 +82,9 @@ def find_labelled(folder: Path, kind: Kind, links: Links = "skip", labels: Label
             each folder once.
         labels: "folders" takes the first sub-folder of a file as its class. "auto" does this if every file is in a
             sub-folder and there are at least two of these. "none" never does.
-    Raises: UserError if there is no such folder or no such file in it, for a folder that cannot be read, and for
-        labels="folders" with files outside of sub-folders.
+    Raises: UserError if there is no such folder or no such file in it, for a folder that cannot be read, for
+        labels="folders" with files outside of sub-folders, and for labels="auto" with sub-folders that are splits:
+        `TRAINING` and one or more of `VALIDATION`, and no other.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -115,10 +117,23 @@ def sorted_into_classes(
             f"none, such as {one_line(names[firsts.index('')])}; move them, or set data.init_args.labels=none"
         )
     classes = sorted(set(firsts))
+    if labels == "auto":
+        _refuse_splits(folder, classes)
     if labels == "none" or (labels == "auto" and (outside or len(classes) < 2)):
         return PictureFiles(folder, names, np.zeros(len(names), np.int64), [], [*remarks])
     numbers = {name: number for number, name in enumerate(classes)}
     return PictureFiles(folder, names, np.array([numbers[first] for first in firsts], np.int64), classes, [*remarks])
+
+
+def _refuse_splits(folder: Path, classes: list[str]) -> None:
+    others = [name for name in VALIDATION if name in classes]
+    if others and {*classes} == {TRAINING, *others}:
+        raise UserError(
+            f"{one_line(str(folder))} is divided into {', '.join([TRAINING, *others])}, which are splits and not "
+            f"classes; set data.init_args.folder={one_line(str(folder / TRAINING))} and "
+            f"data.init_args.val_folder={one_line(str(folder / others[0]))}, or data.init_args.labels=folders if they "
+            "are classes after all, or labels=none to take all of them without labels"
+        )
 
 
 class FilesBelow(NamedTuple):

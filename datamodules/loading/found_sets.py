@@ -84,7 +84,7 @@ class FoundSets(SampleSets, Generic[T]):
         settings: those of `SampleSets`.
 
     Attributes:
-        labelled: whether samples have labels, known after `setup`; without, all labels are 0.
+        labelled: whether samples have labels, None before `setup`; without, all labels are 0.
         classes: their names.
     """
 
@@ -93,7 +93,8 @@ class FoundSets(SampleSets, Generic[T]):
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        self.labelled, self.classes = False, tuple[str, ...]()
+        self.labelled: bool | None = None
+        self.classes = tuple[str, ...]()
 
     @property
     def class_names(self) -> tuple[str, ...]:

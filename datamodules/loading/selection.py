@@ -70,7 +70,9 @@ class DataSelection:
         group_N: the group of each sample, int64 [N], counted from 0; for a mixture without, the groups are the blocks
             in which the data come: tars, in the order in which a recipe names them.
         mixture_G: float64 [G], at least 0, with a sum of 1.
-    Raises: UserError for numbers out of these ranges.
+    Whole numbers of other widths become int64, and all weights and shares float64, as the file has them.
+    Raises: UserError for numbers out of these ranges, and for places and groups that are no whole numbers: fractions
+        would be cut off, and masks mean something else.
     """
 
     count: int
@@ -84,6 +86,12 @@ class DataSelection:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"a selection of count={self.count} samples must be of at least 1")
+        for name, column in (("index_n", self.index_n), ("group_N", self.group_N)):
+            if column is not None:
+                object.__setattr__(self, name, _whole(name, column))
+        for name, column in (("weight_n", self.weight_n), ("mixture_G", self.mixture_G)):
+            if column is not None:
+                object.__setattr__(self, name, np.asarray(column, np.float64))
         if self.mixture_G is None:
             if self.index_n is None and self.weight_n is None:
                 raise UserError("a selection needs an index, a weight or a mixture")
@@ -263,6 +271,16 @@ def _first_of(words: list[str]) -> str:
 
 def _array(columns: Mapping[str, Tensor], name: str) -> np.ndarray | None:
     return columns[name].numpy() if name in columns else None
+
+
+def _whole(name: str, numbers: np.ndarray) -> np.ndarray:
+    """As int64."""
+    if not np.issubdtype(numbers.dtype, np.integer):
+        way_out = (
+            "np.flatnonzero of a mask" if numbers.dtype == bool else "numbers.astype(np.int64), once they are whole"
+        )
+        raise UserError(f"{name} of a selection is {numbers.dtype}, and must be whole numbers, int64; give {way_out}")
+    return numbers.astype(np.int64)
 
 
 def _require_above(name: str, numbers: np.ndarray) -> None:

@@ -85,7 +85,7 @@ class SpectralSets(SplitSampleSets):
         settings: the others of `SampleSets`.
 
     Attributes:
-        labelled: whether pictures have labels, known after `setup`; without, all labels are 0.
+        labelled: whether pictures have labels, None before `setup`; without, all labels are 0.
         classes: names of the classes.
         shown_bands: places of the bands that pictures of a batch show as red, green and blue.
     """
@@ -99,7 +99,8 @@ class SpectralSets(SplitSampleSets):
     ) -> None:
         super().__init__(batch_size, **settings)
         self.bands, self.crops = bands, crops
-        self.labelled, self.classes = False, tuple[str, ...]()
+        self.labelled: bool | None = None
+        self.classes = tuple[str, ...]()
         self.train: SpectralSamples | None = None
 
     @property

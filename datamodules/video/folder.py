@@ -79,7 +79,8 @@ class VideoFolder(SampleSets):
             ~/.cache/lightspan or `${run}`, a flag any.
 
     Attributes:
-        classes: names of the labels, known after `setup`; none where there are no labels, and all are 0.
+        labelled: whether videos have labels, None before `setup`; without, all labels are 0.
+        classes: names of the labels, known after `setup`; none without labels.
 
     Raises: UserError before the first step for no video, and for damaged or short ones, all of which are named; while
         reading, for a clip that cannot be decoded.
@@ -129,6 +130,7 @@ class VideoFolder(SampleSets):
         self.samples, self.cut, self.size, self.fit = samples, cut, size, fit
         self.val_share, self.labels, self.links, self.skip_damaged = val_share, labels, links, skip_damaged
         self.cache = IndexCache(cache_dir)
+        self.labelled: bool | None = None
         self.classes: tuple[str, ...] = ()
         self.fields.attach(self)
 
@@ -165,6 +167,7 @@ class VideoFolder(SampleSets):
             for chosen in (train, val)
         )
         self.classes, self._content = tuple(training.classes), _content(files, sound, train)
+        self.labelled = bool(self.classes)
         say(
             f"videos: {len(here):,}, {len(train):,} {pieces} for training and {len(val):,} for validation, clips of "
             f"{self.times.frames} x {self.size} x {self.size}, "

@@ -215,7 +215,8 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
                 stream.codec_context.options = {**limits, "err_detect": "explode"}
                 yield container, stream
         except av.FFmpegError as error:
-            raise ValueError(f"FFmpeg cannot read it as {VIDEOS.formats}: {error.strerror}") from error
+            # FFmpeg's own words, such as "Operation not permitted", do not tell that the file is to blame.
+            raise ValueError(f"it is damaged, or no {VIDEOS.formats} (FFmpeg: {error.strerror})") from error
 
 
 def _is_cover(stream: "VideoStream") -> bool:

@@ -21,6 +21,21 @@ def labels_of(batch: Mapping[str, Any], method: str, samples: int | None = None)
     return _of_each_sample(batch, "label", True, method, samples)
 
 
+def require_labelled(data: Any, who: str, way_out: str) -> None:
+    """Raises: UserError for a data module that has found no labels (`labelled` is False): all of its samples then have
+    label 0, from which anything learns to be right.
+
+    Args:
+        who: what reads labels, for messages.
+        way_out: what else to do, for messages.
+    """
+    if getattr(data, "labelled", None) is False:
+        raise UserError(
+            f"{who} reads the label of each sample, and {type(data).__name__} has found none; put the samples of each "
+            f"class into a sub-folder of its name, or {way_out}"
+        )
+
+
 def targets_of(batch: Mapping[str, Any], method: str, samples: int | None = None) -> Tensor:
     """`target` of a batch, or its `label` where it has none: a number for each sample, [B]. Arguments and errors are
     those of `labels_of`.

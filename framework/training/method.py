@@ -15,7 +15,7 @@ from lightspan.core.devices import wide_type
 from lightspan.core.distributed import mean_over_ranks, register_replicated, world_size
 from lightspan.core.errors import UserError, one_line
 from lightspan.nn.image_numbers import keep_on_host, require_places, require_room, training_images
-from lightspan.nn.labels import require_labels
+from lightspan.nn.labels import require_labelled, require_labels
 from lightspan.nn.sequences.texts import require_known_tokens
 from lightspan.nn.tokens import Tokens, token_features
 from lightspan.optim.groups import ParameterGroups
@@ -43,6 +43,8 @@ class Method(LightningModule):
         batch_type: the type of its batches, for data that do not declare it; see `lightspan.core.batches`.
         num_classes: set by a method whose batches have a `label` in [0, num_classes): any other label is refused
             before its batch goes to the device, where it would crash a kernel. None refuses nothing.
+        learns_from_labels: whether training reads `label`, as that of a method with `num_classes` does anyway. Data
+            that have found no labels are then refused before the first step.
         num_images: set by a method that has a place for each training image, whose numbers lie in [0, num_images): data
             with more images, and an image with another number, are refused in the same way. None refuses nothing.
         num_tokens: set by a method whose network knows so many tokens: texts with another number are refused in the
@@ -58,6 +60,7 @@ class Method(LightningModule):
     batch_type: type | None = None
     least_rows: int = 1
     num_classes: int | None = None
+    learns_from_labels: bool = False
     num_images: int | None = None
     num_tokens: int | None = None
     keeps_apart: str = ""
@@ -74,9 +77,12 @@ class Method(LightningModule):
         self.groups = groups or ParameterGroups()
 
     def setup(self, stage: str) -> None:
-        """Raises: UserError for data with more training images than `num_images`, batches below `least_rows`, or a
-        single training sample where a method tells samples apart.
+        """Raises: UserError for data with more training images than `num_images`, batches below `least_rows`, a
+        single training sample where a method tells samples apart, or no labels where it learns from them.
         """
+        if stage == "fit" and (self.learns_from_labels or self.num_classes is not None):
+            data = getattr(self.trainer, "datamodule", None)
+            require_labelled(data, type(self).__name__, "take a method that learns without labels")
         if stage == "fit" and self.least_rows > 1:
             self._require_batches()
         if stage == "fit" and (self.least_rows > 1 or self.keeps_apart):

@@ -364,6 +364,13 @@ def test_a_single_class_gives_no_score_that_any_encoder_would_reach(one, scores,
     assert found["probe/effective_rank"] > 1
 
 
+def test_data_that_found_no_labels_are_refused_before_the_first_step(make_trainer, net):
+    data, probes = Data(), OnlineProbes(PROBES)
+    data.labelled = False
+    with pytest.raises(UserError, match="OnlineProbes reads the label of each sample, and Data has found none"):
+        make_trainer(callbacks=[probes]).fit(net(), datamodule=data)
+
+
 def test_layers_are_probed_one_by_one(make_trainer):
     module, data = Blocks(), Data()
     probes = OnlineProbes({"linear": LinearProbe()}, layers=[0, -1])

@@ -55,6 +55,23 @@ def test_one_class_folder_is_a_class_where_the_user_says_so(tmp_path: Path) -> N
         find_pictures(folder, labels="folders")
 
 
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path, {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1})
+    with pytest.raises(UserError, match=r"train, val, which are splits and not classes; set .*folder=.*/train and "):
+        ImageFolder(str(folder), cache_dir=str(tmp_path / "cache")).setup()
+    assert find_pictures(folder, labels="folders").classes == ["train", "val"]
+    assert find_pictures(folder, labels="none").classes == []
+    assert find_pictures(write_pictures(tmp_path / "in", {"test": 1, "train": 1, "cat": 1})).classes[0] == "cat"
+
+
+def test_a_folder_says_whether_it_found_labels(tmp_path: Path) -> None:
+    for classes, labelled in (({"": 4}, False), ({"a": 2, "b": 2}, True)):
+        data = ImageFolder(str(write_pictures(tmp_path / str(labelled), classes)), cache_dir=str(tmp_path / "cache"))
+        assert data.labelled is None  # of a folder that nobody has read
+        data.setup()
+        assert data.labelled is labelled
+
+
 def test_links_are_skipped_and_counted_or_followed_but_never_in_circles(tmp_path: Path) -> None:
     elsewhere = write_pictures(tmp_path / "elsewhere", {"": 2})
     folder = write_pictures(tmp_path / "in", {"a": 1, "b": 1})

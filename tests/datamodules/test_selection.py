@@ -301,6 +301,22 @@ def test_bad_selections_are_refused_with_their_name(wrong: Any, said: str) -> No
         wrong()
 
 
+@pytest.mark.parametrize(
+    ("index", "said"), [(np.array([0.0, 2.0]), "index_n .* float64, .* whole"), (np.ones(3, bool), "index_n .* a mask")]
+)
+def test_places_that_are_no_whole_numbers_are_refused(index: np.ndarray, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        DataSelection(12, "d", "r", index_n=index)
+    with pytest.raises(UserError, match="group_N of a selection is float64"):
+        DataSelection(2, "d", "r", group_N=np.array([0.0, 1.0]), mixture_G=np.array([0.5, 0.5]))
+
+
+def test_numbers_of_other_widths_are_written_as_a_file_has_them(tmp_path: Path) -> None:
+    DataSelection(9, "d", "r", np.array([1, 4], np.int32), np.array([0.5, 1], np.float32)).write(tmp_path / "a")
+    found = DataSelection.read(tmp_path / "a")
+    assert (found.index_n.tolist(), found.weight_n.tolist()) == ([1, 4], [0.5, 1])
+
+
 def test_weights_are_refused_where_the_data_have_an_order_of_their_own() -> None:
     ones = np.ones(12), np.zeros(12, np.int64)
     labels = np.arange(12) % 3

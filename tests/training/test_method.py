@@ -257,3 +257,26 @@ def test_data_with_more_images_than_places_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, **QUIET)
     with pytest.raises(UserError, match="the data have 5 training images, and Remembers's memory holds images=4"):
         trainer.fit(Remembers(), Five())
+
+
+class Labelled(LightningDataModule):
+    """What a folder has found: labels or none."""
+
+    def __init__(self, labelled: bool) -> None:
+        super().__init__()
+        self.labelled = labelled
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([torch.ones(2)])
+
+
+@pytest.mark.parametrize("reads", [{"num_classes": 3}, {"learns_from_labels": True}])
+def test_data_that_found_no_labels_train_no_method_that_learns_from_them(reads: dict[str, Any]) -> None:
+    method = Counts()
+    for name, value in reads.items():
+        setattr(method, name, value)
+    trainer = partial(Trainer, accelerator="cpu", max_steps=1, logger=False, **QUIET)
+    with pytest.raises(UserError, match="Counts reads the label of each sample, and Labelled has found none; put the"):
+        trainer().fit(method, datamodule=Labelled(False))
+    trainer().fit(method, datamodule=Labelled(True))
+    trainer().fit(Counts(), datamodule=Labelled(False))

@@ -110,7 +110,7 @@ class Survey:
             first = self.kinds[0]
             raise UserError(
                 f"{self.folder} holds {first.said()}, but none of the {first.opened:,} that were opened can be read: "
-                f"{_few(first.faults)}; repair them, or name another folder"
+                f"{few(first.faults)}; repair them, or name another folder"
             )
         if not sound:
             raise UserError(f"{self.folder} {self._nothing()}")
@@ -144,11 +144,11 @@ class Survey:
     def lines(self, main: FoundKind) -> list[str]:
         """What was left out, in words."""
         lines = [f"{one.said()}: left out" for one in self.kinds if one is not main and one.is_readable]
-        lines += [f"{one.said()}: none that was opened can be read: {_few(one.faults)}"
+        lines += [f"{one.said()}: none that was opened can be read: {few(one.faults)}"
                   for one in self.kinds if not one.is_readable]  # fmt: skip
         if main.faults:
             counted = f"{len(main.faults):,} of {main.opened:,} that were opened"
-            lines.append(f"{counted} cannot be read: {_few(main.faults)}")
+            lines.append(f"{counted} cannot be read: {few(main.faults)}")
             if main.kind.modality not in DESCRIBING:
                 lines.append("data.init_args.skip_damaged=true trains without such files")
         others, links = self.below.others.total(), self.below.links
@@ -218,7 +218,8 @@ def _to_open(folder: Path, names: list[str]) -> Sequence[str]:
     return small or [min(some, key=lambda name: size[name])]
 
 
-def _few(faults: Sequence[str]) -> str:
+def few(faults: Sequence[str]) -> str:
+    """The first `MOST_SHOWN` of some lines, and how many more there are."""
     more = f", and {len(faults) - MOST_SHOWN:,} more" if len(faults) > MOST_SHOWN else ""
     return ", ".join(faults[:MOST_SHOWN]) + more
 

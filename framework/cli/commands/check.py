@@ -5,6 +5,7 @@ whether the parts fit together. Weights and data need not be here yet: what is m
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lightspan.cli.config.estimator_inputs import of_files
 from lightspan.cli.config.places import places
 from lightspan.cli.config.recipes import stand_ins
 from lightspan.cli.config.resolve import ANY_KIND, TRAINED, Resolved, refuse
+from lightspan.cli.config.signatures import member
 from lightspan.cli.config.tree import COMMAND_LINE, dotted
 from lightspan.core.absent import MissingFile, without_missing_weights
 from lightspan.core.errors import UserError, one_line, print_notes, printable
@@ -37,6 +39,7 @@ MOST_VOLUMES = 2_000
 """Subjects whose headers are read: each file of one takes a few milliseconds of a core."""
 Damaged = Callable[[Path, dict[str, Any]], tuple[list[str], int, int]]
 """Of a folder under the settings of its data, see `_damaged_pictures`."""
+GRAPH_FOLDER = "lightspan.datamodules.graph.folder.GraphFolder"
 WAY_OUT = "repair or remove them, or train without them with data.init_args.skip_damaged=true"
 
 
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     problems, notes = of_files(resolved.tree)
     data = resolved.config.get("data") or {}
     damage, skipped = _damaged_files(data), (data.get("init_args") or {}).get("skip_damaged")
+    problems += _lacking_attributes(resolved.config)
     refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
     print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
     flags = sum(place in (COMMAND_LINE, *REPLACING) for place in resolved.sources.values())
@@ -148,6 +152,43 @@ def _damaged_files(data: dict[str, Any]) -> list[str]:
     return said
 
 
+def _lacking_attributes(config: dict[str, Any]) -> list[str]:
+    """What to say of attributes that a folder of graphs is asked for and none of its nodes has. Nothing where there are
+    more than `MOST_FILES`, as another file may have them, or molecules, whose atoms have kinds.
+    """
+    data = config.get("data") or {}
+    settings = data.get("init_args") or {}
+    if data.get("class_path") != GRAPH_FOLDER or not isinstance(given := settings.get("folder"), str):
+        return []
+    if not (folder := expanded(given, "data.init_args.folder")).is_dir():
+        return []
+    from lightspan.datamodules.graph.reading import (
+        GRAPHS,
+        GraphReader,
+        is_of_molecules,
+        require_kinds,
+        require_numbers_of_nodes,
+    )
+    from lightspan.datamodules.image.picture_files import find_labelled
+
+    paths = [folder / name for name in find_labelled(folder, GRAPHS, settings.get("links", "skip"), "none").names]
+    if len(paths) > MOST_FILES or any(map(is_of_molecules, paths)):
+        return []
+    kind, numbers, said = settings.get("kind", "kind"), settings.get("numbers") or (), list[str]()
+    reader = GraphReader(kind, (), False)
+    for path in paths:
+        with suppress(ValueError, OSError):  # damage, which is named elsewhere
+            list(reader.read(path))
+    method = config["model"]["class_path"] if config.get("model") else ""
+    try:
+        require_numbers_of_nodes(numbers, reader.attributes, folder)
+        if method and member(method, "reads_kinds") is not None:
+            require_kinds(method.rpartition(".")[2], kind, reader.words.number, reader.attributes, folder)
+    except UserError as error:
+        said.append(str(error))
+    return said
+
+
 def _damaged_pictures(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
     """(a line for each damaged file, how many were looked at, how many there are)."""
     from lightspan.datamodules.image.picture_files import find_pictures
@@ -178,6 +219,7 @@ def _damaged_files_of(own: "UserFiles") -> Damaged:
     """As `_damaged_pictures`, of files of which each is looked at by the reader of its kind."""
 
     def damaged(folder: Path, settings: dict[str, Any]) -> tuple[list[str], int, int]:
+        from lightspan.cli.any_folder.survey import few
         from lightspan.datamodules.image.picture_files import find_labelled
         from lightspan.datamodules.shards.headers import looked_at
 
@@ -185,7 +227,8 @@ def _damaged_files_of(own: "UserFiles") -> Damaged:
         seen, look = looked_at(len(names), MOST_FILES), own.look(folder, settings)
         for number in seen:
             try:
-                said += look(names[number]).faults
+                if faults := look(names[number]).faults:
+                    said.append(few(faults))  # a file of many molecules is one file
             except UserError:  # of this machine, not of the file
                 raise
             except (ValueError, OSError) as error:

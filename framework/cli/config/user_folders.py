@@ -13,6 +13,7 @@ from lightspan.cli.config.signatures import Signature, member
 from lightspan.cli.config.user_data import Layer, UserData
 from lightspan.core.errors import UserError
 from lightspan.core.files.atomic import refuse_link_out
+from lightspan.core.files.splits import TRAINING, VALIDATION
 from lightspan.core.source import Definition
 
 PROBES = "lightspan.callbacks.watching.online_probes.OnlineProbes"
@@ -22,7 +23,6 @@ FEATURE_PICTURES = "lightspan.callbacks.pictures.feature_pictures.FeaturePicture
 RECONSTRUCTIONS = "lightspan.callbacks.pictures.reconstructions.Reconstructions"
 SAMPLES = "lightspan.callbacks.watching.picture_samples.PictureSamples"
 KNN, PROBE_EVERY = 20, 10
-VALIDATION = ("val", "valid", "validation", "test")  # folders beside `train`, the first that is there validates
 MOST_WORKERS = 8
 
 
@@ -33,19 +33,19 @@ def workers() -> int:
 
 
 def split_folders(folder: Path) -> tuple[Path, Path | None]:
-    """(training folder, validation folder or None): of a folder with `train` and perhaps one of `VALIDATION`, and
+    """(training folder, validation folder or None): of a folder with `TRAINING` and perhaps some of `VALIDATION`, and
     nothing else, these. Raises: UserError for one that is a link out of the folder: whoever made the folder chose where
     it leads, so the user has to name that place.
     """
     inside = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
-    if "train" not in inside or not inside <= {"train", *VALIDATION}:
+    if TRAINING not in inside or not inside <= {TRAINING, *VALIDATION}:
         return folder, None
     beside = next((name for name in VALIDATION if name in inside), None)
-    way_out = f"if you trust it, name {os.path.realpath(folder / 'train')} instead of {folder}"
+    way_out = f"if you trust it, name {os.path.realpath(folder / TRAINING)} instead of {folder}"
     way_out += "" if beside is None else f", with data.init_args.val_folder={os.path.realpath(folder / beside)}"
-    for name in ("train", beside or "train"):  # as links inside of them, none is followed unasked
+    for name in (TRAINING, beside or TRAINING):  # as links inside of them, none is followed unasked
         refuse_link_out(folder / name, folder, "its folder", way_out)
-    return folder / "train", None if beside is None else folder / beside
+    return folder / TRAINING, None if beside is None else folder / beside
 
 
 def with_folder(

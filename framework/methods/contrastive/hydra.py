@@ -45,6 +45,7 @@ class Hydra(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    learns_from_labels = True
     least_rows = 2
     keeps_apart = "there are enough negatives (data.init_args.batch_size) and temperature fits"
 

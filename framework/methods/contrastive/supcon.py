@@ -29,6 +29,7 @@ class SupCon(Method):
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
     """
 
+    learns_from_labels = True
     least_rows = 2
     keeps_apart = "a batch has several classes (data.init_args.per_class) and temperature fits"
 

@@ -58,6 +58,7 @@ class CION(Method):
     projector = submodule_alias(
         "teacher.module.head.mlp", "The teacher's, to the bottleneck whose direction prototypes score."
     )
+    learns_from_labels = True
     keeps_apart = "centre_momentum is below 1, and that teacher_temperature is below student_temperature"
 
     def __init__(

@@ -38,10 +38,11 @@ class AttributeMasking(Method):
         share: hidden of each graph's n nodes: the whole part of share n + 1; in [0, 1).
         seed: of which ones, >= 0.
         optimization: `optimizer`, `lr_scheduler` and `groups`, see `Method`.
-    Raises: UserError for settings outside of these.
+    Raises: UserError for settings outside of these, and before the first step for a folder of graphs without kinds.
     """
 
     batch_type = GraphBatch
+    reads_kinds = True
 
     def __init__(
         self, backbone: GIN, num_kinds: int = 128, share: float = 0.15, seed: int = 0, **optimization: Any
@@ -54,6 +55,12 @@ class AttributeMasking(Method):
         bound = (6 / (backbone.in_features + backbone.width)) ** 0.5
         self.mask = nn.Parameter(torch.empty(backbone.width).uniform_(-bound, bound))
         self.head = nn.Linear(backbone.width, num_kinds)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        require = getattr(getattr(self.trainer, "datamodule", None), "require_kinds", None)
+        if stage == "fit" and require is not None:
+            require("AttributeMasking")
 
     def features(self, batch: Any) -> Tensor:
         return self.backbone(*graphs_of(batch, "AttributeMasking"))

@@ -98,6 +98,7 @@ class LOOK(Method):
     Raises: UserError for a setting out of range, more neighbours than the queue has rows among them.
     """
 
+    learns_from_labels = True
     backbone = submodule_alias("student.0", "The student's, which gives the features.")
     projector = submodule_alias("student.1", "The student's, which gives the embeddings.")
 

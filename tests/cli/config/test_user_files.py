@@ -114,6 +114,31 @@ def test_check_names_damaged_files(case: Case, tmp_path: Path, capsys: Any) -> N
     assert f"1 of 4 {case.own.name} cannot be read: {name} (" in captured.out + captured.err
 
 
+def test_check_counts_a_file_of_many_damaged_molecules_as_one(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("rdkit")
+    (tmp_path / "a.smi").write_text("C\n" + "C(\n" * 9)
+    assert main(["check", "masked/attribute_masking", "--graphs", str(tmp_path), "--fast"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "1 of 1 files cannot be read: a.smi row 2 (" in said
+    assert "and 4 more" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("data.init_args.kind=element", "AttributeMasking reads the kinds of nodes, and no node in"),
+        ("data.init_args.numbers=[mass]", "numbers asks for mass, and no node in"),
+    ],
+)
+def test_check_refuses_attributes_that_no_node_has(flag: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    given = ["masked/attribute_masking", "--graphs", str(rings(tmp_path / "in", 3)), "--fast"]
+    assert main(["check", *given]) == 0
+    assert main(["check", *given, flag]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert f"its nodes have id, kind; set {flag.partition('=')[0]} to" in said
+
+
 @pytest.mark.runs
 @every_case
 def test_a_run_on_a_folder_draws_its_first_batch_and_ends_with_a_report(

@@ -157,3 +157,13 @@ def test_without_the_folder_a_batch_of_its_shape_stands_in(tmp_path: Path) -> No
     assert batch is not None
     require_declared(batch, GraphBatch, "GraphFolder")
     assert batch["node"].shape == (4, 129)
+
+
+def test_attributes_that_no_node_has_are_refused_by_name(tmp_path: Path) -> None:
+    folder, cache = str(rings(tmp_path / "in", 4)), str(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"numbers asks for mass, and no node in .* its nodes have id, kind; set"):
+        GraphFolder(folder, numbers=("mass",), cache_dir=cache).setup()
+    data = GraphFolder(folder, kind="element", cache_dir=cache)
+    data.setup()
+    with pytest.raises(UserError, match=r"Guess reads the kinds .* its attribute element; its nodes have"):
+        data.require_kinds("Guess")

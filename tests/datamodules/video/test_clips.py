@@ -209,7 +209,12 @@ def test_bad_videos_are_named_and_can_be_left_out(tmp_path: Path, capsys: pytest
     (tmp_path / "in" / "text.mp4").write_text("no video")
     with pytest.raises(UserError) as refused:
         ready(tmp_path)
-    for said in ("short.mkv: it is too short", "cut.mkv: it is cut short", "text.mp4: FFmpeg", "skip_damaged=true"):
+    for said in (
+        "short.mkv: it is too short",
+        "cut.mkv: it is cut short",
+        "text.mp4: it is damaged, or no MP4",
+        "skip_damaged=true",
+    ):
         assert said in str(refused.value)
     data = ready(tmp_path, skip_damaged=True)
     assert data.train is not None
