@@ -117,6 +117,12 @@ def read_systems(root: Path) -> list[System]:
     return [System(number, **said) for number, said in sorted(listed.items())]
 
 
+def read_negatives(root: Path) -> dict[str, dict[str, str]]:
+    """{record: {claim: what was found}} of the claims that do not hold, as negatives.yaml has it."""
+    listed = yaml.safe_load((root / "evidence" / "negatives.yaml").read_text(encoding="utf-8"))
+    return {record: dict(said) for record, said in listed.items()}
+
+
 def read_records(root: Path) -> dict[str, Record]:
     """{name: record} of all evidence: those with a name only, then those with a number, by number."""
 

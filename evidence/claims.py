@@ -20,6 +20,20 @@ def margin(bound: Mapping[str, float]) -> str:
     return f"{'>=' if kind == 'at_least' else '<='} {number(value)}"
 
 
+def shortfall(claim: Claim) -> str:
+    """How far a claim that does not hold is from its margin, and how far its floor and ceiling are; empty if its value
+    is not finite.
+    """
+    if claim["value"] is None:
+        return ""
+    ((_, bound),) = claim["margin"].items()
+    value, floor, ceiling = (abs(claim[name] - bound) for name in ("value", "floor", "ceiling"))
+    return (
+        f"Misses the margin by {quantity(value, claim['unit'])}; the floor misses it by {number(floor)}, the ceiling "
+        f"keeps it by {number(ceiling)}."
+    )
+
+
 def ends(claim: Claim) -> str:
     """The 95 % interval of the mean over seeds; empty where there is none."""
     between = interval(claim)

@@ -67,6 +67,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "surroundings.py",
         "reproduce.py",
         "systems.yaml",
+        "negatives.yaml",
     )
     for name in ("conftest.py", "recorder.py", *pages):
         shutil.copy(EVIDENCE / name, root / "evidence" / name)

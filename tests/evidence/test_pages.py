@@ -84,6 +84,7 @@ def house(tmp_path: Path) -> Path:
         tmp_path / "recipes" / "toys" / "count.yaml": COUNT,
         tmp_path / "recipes" / "scale" / "ddp.yaml": "trainer: {strategy: ddp}\n",
         tmp_path / "evidence" / "systems.yaml": SYSTEMS,
+        tmp_path / "evidence" / "negatives.yaml": "02_toy: {b: It diverged.}",
     }
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def test_the_index_has_a_row_for_each_system_and_names_what_did_not_hold(build_d
         "| [10 late](evidence/10_late.md) | 10_late, a system (arXiv 1234.56789). "
         "| c: 2 points | level | >= 1 | 1 of 1 |"
     ) in text
-    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | level | >= 1 | 5 |  |" in text
+    assert "| [02 toy](evidence/02_toy.md) | b | not finite points |  | level | >= 1 | 5 | It diverged. |" in text
 
 
 def test_a_paper_has_one_row_with_its_code_recipes_and_evidence(build_docs: ModuleType, house: Path) -> None:
@@ -140,6 +141,17 @@ def test_a_system_has_one_row_with_its_figure_or_is_not_built_yet(build_docs: Mo
 def test_a_figure_comes_with_the_interval_that_it_was_judged_by(build_docs: ModuleType) -> None:
     assert build_docs.figure(claim("a", 2.0)) == "a: 2 points"
     assert build_docs.figure(claim("a", 2.0, per_seed={"0": 1.9, "1": 2.1})) == "a: 2 points (0.7294 to 3.271)"
+
+
+def test_a_claim_that_does_not_hold_says_what_was_found_and_how_far_it_is_from_its_margin(
+    build_docs: ModuleType, house: Path
+) -> None:
+    (house / "evidence" / "results" / "03_less.json").write_text(json.dumps(record("03_less", claim("d", 0.25))))
+    (house / "evidence" / "negatives.yaml").write_text("03_less: {d: It helps a little.}")
+    build_docs.build(house)
+    said = "It helps a little. Misses the margin by 0.75 points; the floor misses it by 1, the ceiling keeps it by 4. |"
+    assert f"| d | 0.25 points |  | level | >= 1 | 5 | {said}" in (house / "docs" / "evidence.md").read_text()
+    assert f"| not held: {said}" in (house / "docs" / "evidence" / "03_less.md").read_text()
 
 
 def test_what_was_measured_without_floor_and_ceiling_is_counted_and_not_listed(
@@ -255,6 +267,20 @@ def test_the_committed_pages_are_those_of_the_committed_results_and_recipes(buil
         path.name for path in made if path.parent.name == "evidence"
     }
     assert not [path.name for path, text in made.items() if path.read_text(encoding="utf-8") != text]
+
+
+def test_every_claim_that_does_not_hold_and_no_other_has_a_sentence(build_docs: ModuleType) -> None:
+    catalogue = sys.modules["catalogue"]
+    said = {(name, claim) for name, found in catalogue.read_negatives(ROOT).items() for claim in found}
+    missed = {
+        (name, each["name"])
+        for name, one in catalogue.read_records(ROOT).items()
+        for each in one["claims"]
+        if build_docs.verdict(each, one).word == "not held"
+    }
+    assert missed, "no claim fails to hold: remove evidence/negatives.yaml and this test"
+    assert not missed - said, "these claims do not hold: write in evidence/negatives.yaml what was found, `make pages`"
+    assert not said - missed, "these claims hold, are undecided or gone: remove them from evidence/negatives.yaml"
 
 
 def test_every_recipe_is_listed_once(build_docs: ModuleType) -> None:
