@@ -159,7 +159,7 @@ def test_a_file_is_complete_only_when_all_of_its_tests_have_ended(house: Path, t
 def test_its_page_holds_every_claim_with_seeds_mean_margin_and_verdict(house: Path, toy: tuple) -> None:
     page = (house / "docs" / "evidence" / "77_toy.md").read_text()
     assert "| gain | 0: 1.9, 1: 2 | 1.95 points | 1.315 to 2.585 | level | >= 1.5 | 0.05 | 9 | held |" in page
-    assert "| cost |  | 2 |  | level | <= 1.6 | 2 | 0 | not held |" in page
+    assert "| cost |  | 2 |  | level | <= 1.6 | 2 | 0 | not held: Misses the margin by 0.4; the" in page
     assert "| loss | 0: not finite, 1: 1 | not finite |  | level | >= 0.5 | 0.05 | 9 | not held |" in page
     assert "| earlier | 0: 2, 1: 2.1 | 2.05 | 1.415 to 2.685 | level | >= 0.5 |  |  | could not tell: no floor" in page
     assert "| ours | 0: 0.4, 1: 0.6 | 0.2 | yes |" in page

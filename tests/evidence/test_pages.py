@@ -279,8 +279,9 @@ def test_every_claim_that_does_not_hold_and_no_other_has_a_sentence(build_docs: 
         if build_docs.verdict(each, one).word == "not held"
     }
     assert missed, "no claim fails to hold: remove evidence/negatives.yaml and this test"
-    assert not missed - said, "these claims do not hold: write in evidence/negatives.yaml what was found, `make pages`"
-    assert not said - missed, "these claims hold, are undecided or gone: remove them from evidence/negatives.yaml"
+    bare, idle = sorted(missed - said), sorted(said - missed)
+    assert not bare, f"{bare} do not hold: write in evidence/negatives.yaml what was found, then `make pages`"
+    assert not idle, f"{idle} hold, are undecided or gone: remove them from evidence/negatives.yaml, then `make pages`"
 
 
 def test_every_recipe_is_listed_once(build_docs: ModuleType) -> None:
