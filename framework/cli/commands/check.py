@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     problems, notes = of_files(resolved.tree)
     data = resolved.config.get("data") or {}
     damage, skipped = _damaged_files(data), (data.get("init_args") or {}).get("skip_damaged")
-    problems += _lacking_attributes(resolved.config)
-    refuse([*problems, *(f"{one}; {WAY_OUT}" for one in damage if not skipped)], resolved.name)
+    damaged = [f"{one}; {WAY_OUT}" for one in damage if not skipped]
+    refuse([*problems, *_lacking_attributes(resolved.config), *damaged], resolved.name)
     print_notes([*resolved.notes, *notes, *damage, *_absent(resolved)])
     flags = sum(place in (COMMAND_LINE, *REPLACING) for place in resolved.sources.values())
     said = f"{resolved.name}: no problems in {len(resolved.sources)} settings, {flags} of them from the command line"
