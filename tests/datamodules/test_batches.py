@@ -584,7 +584,7 @@ MADE: dict[str, tuple[Callable[[Path], LightningDataModule], str]] = {
     "RGBDFolder": (scanned, "PosedPointsBatch"),
     "DrawnSweeps": (lambda folder: DrawnSweeps(lidar=Lidar(beams=3, steps=9), batch_size=4), "SweepsBatch"),
     "GraphFolder": (graphs, "GraphBatch"),
-    "GraphFolder, numbers": (lambda folder: graphs(folder, numbers=("w",), directed=True), "GraphBatch"),
+    "GraphFolder, numbers": (lambda folder: graphs(folder, numbers=("id",), directed=True), "GraphBatch"),
     "DatamolTables": (molecules, "GraphBatch"),
     "VolumeFolder": (volumes, "VolumeBatch"),
     "RadianceFolder": (fields, "VolumeBatch"),
