@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         type=_shape,
         metavar="C,H,W",
-        help="of a picture, for another size than the run's, or where its data are not on this machine",
+        help="of a picture (C,D,H,W of a volume, C,T,H,W of a clip), for another size than the run's, or where its "
+        "data are not on this machine",
     )
     parser.add_argument(
         "--sizes",
@@ -237,13 +238,12 @@ def _own_place(run: Path, to: str) -> Path:
     return run / "export" / to
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    """C, H and W of a picture. Raises: argparse.ArgumentTypeError."""
+def _shape(text: str) -> tuple[int, ...]:
+    """Of a picture, a volume or a clip. Raises: argparse.ArgumentTypeError."""
     numbers = text.split(",")
-    if len(numbers) != 3 or not all(number.strip().isdecimal() and 0 < int(number) < 2**16 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers from 1 to 65535, such as 3,224,224")
-    channels, height, width = map(int, numbers)
-    return channels, height, width
+    if len(numbers) not in (3, 4) or not all(x.strip().isdecimal() and 0 < int(x) < 2**16 for x in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three or four numbers from 1 to 65535, such as 3,224,224")
+    return tuple(map(int, numbers))
 
 
 def _licence(text: str) -> str:

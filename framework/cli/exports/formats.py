@@ -37,7 +37,7 @@ class Request:
         origin: recipe and version, for the metadata of files.
         what: features or predictions, for formats that hold a function.
         precision: of stored weights (ONNX); None keeps that of the model.
-        shape: C H W of a picture, if the run's data are not to be asked.
+        shape: C H W of a picture, C D H W of a volume, C T H W of a clip, if the run's data are not to be asked.
         sizes: of the networks to cut out of an elastic one.
         fold: whether adapters are written into the weights of their layers (safetensors; other formats always do).
     """
@@ -46,7 +46,7 @@ class Request:
     origin: dict[str, str]
     what: What = "features"
     precision: Precision | None = None
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int, ...] | None = None
     sizes: Sequence[str] | None = None
     fold: bool = False
 
@@ -177,7 +177,7 @@ def _read(request: Request) -> Reading:
 
 @contextmanager
 def _blames_shape(request: Request) -> Iterator[None]:
-    """For the call of the method: whatever a network says of pictures that are not for it names --shape."""
+    """For the call of the method: whatever a network says of inputs that are not for it names --shape."""
     try:
         yield
     except NotImplementedError:  # there is nothing to call, whatever the shape is
@@ -186,6 +186,6 @@ def _blames_shape(request: Request) -> Iterator[None]:
         if request.shape is None:
             raise
         raise UserError(
-            f"--shape {','.join(map(str, request.shape))}: {type(request.built.model).__name__} cannot read such "
-            f"pictures ({first_lines(error)}); give the shape that it was trained on"
+            f"--shape {','.join(map(str, request.shape))}: {type(request.built.model).__name__} cannot read this "
+            f"({first_lines(error)}); give the shape that it was trained on"
         ) from error

@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cli.commands.test_export import CONFIG as LANGUAGE
 from export_runs import run_export, run_with_checkpoint
+from lightning import LightningDataModule
 
 from lightspan.cli.config.build import build, load_resolved
 from lightspan.cli.exports import formats
+from lightspan.cli.exports.examples import example_batch
 from lightspan.cli.exports.program import ABOUT
 from lightspan.cli.exports.standalone import Compared
 from lightspan.core.errors import UserError
+from lightspan.datamodules.video.batch import ClipBatch
 from lightspan.training.checkpoints.io import read_checkpoint
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -129,11 +133,9 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(
         }
     }
     (run_dir / "resolved.yaml").write_text(json.dumps(missing))
-    with pytest.raises(UserError, match=r"nowhere.* --shape C,H,W needs no data"):
+    with pytest.raises(UserError, match=r"nowhere.* --shape needs no data"):
         run_export(run_dir, "--to", "torch-export")
-    with pytest.raises(
-        UserError, match=r"--shape 3,8,9: .* cannot read such pictures \(.*the shape that it was trained"
-    ):
+    with pytest.raises(UserError, match=r"--shape 3,8,9: .* cannot read this \(.*the shape that it was trained"):
         run_export(run_dir, "--to", "torch-export", "--shape", "3,8,9")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightspan.methods.supervised.classifier.Classifier.features", lambda *_: "no tensor")
@@ -150,6 +152,21 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(
         "with unknown mean and std, before they go in"
         in (run_dir / "export" / "torch-export" / "README.md").read_text()
     )
+
+
+class ElsewhereClips(LightningDataModule):
+    batch_type = ClipBatch
+
+    def setup(self, stage: str) -> None:
+        raise UserError("on another machine")
+
+
+def test_a_shape_has_as_many_numbers_as_what_the_run_reads_has_axes() -> None:
+    built: Any = SimpleNamespace(datamodule=ElsewhereClips(), model=None, trainer=None)
+    batch, _ = example_batch(built, (3, 4, 8, 8))
+    assert {name: x.shape for name, x in batch.items()} == {"clip": (1, 3, 4, 8, 8)}
+    with pytest.raises(UserError, match=r"--shape 3,8,8 has 3 numbers, .* clip .* has 4: C, T, H, W"):
+        example_batch(built, (3, 8, 8))
 
 
 @pytest.mark.parametrize(
