@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from evidence.surroundings import surroundings
-from evidence.zoo import closer, lightly_views, page, pictures, records, training
+from evidence.zoo import closer, lightly_views, longer, page, pictures, records, training
 from evidence.zoo.methods import ENCODERS, ENTRIES
 from evidence.zoo.records import OURS, SEEDS, UNTRAINED, Cell, Row
 from lightspan.core.errors import UserError
 
-STEPS = {"fashion": 200, "openclipart": 200, "full": 1600}
+STEPS = {"fashion": 200, "openclipart": 200, longer.DATA: longer.STEPS}
 TIMED = 30
 KINDS = ("", "two", "one", "nested", "crops")  # of views; the untrained encoder needs none
 
@@ -37,13 +37,15 @@ def measured(cell: Cell, made: list[pictures.Batch]) -> Row:
     """The scores of one cell, or why it has none."""
     split = pictures.load(cell.data)
     task = training.task_of(split, cell.encoder)
+    part = "test" if cell.seed in SEEDS else "val"
+    watched = cell.data == longer.DATA and cell.seed in SEEDS
+    watching = training.Watching(split, part, longer.looks(len(made))) if watched else None
     try:
         if cell.arm == UNTRAINED:
             trained = training.untrained(task, cell.seed)
         else:
             run = training.train if cell.by == OURS else training.train_peer
-            trained = run(cell.arm, task, cell.rate, cell.seed, made)
-        part = "test" if cell.seed in SEEDS else "val"
+            trained = run(cell.arm, task, cell.rate, cell.seed, made, watching)
         found: Row = {**training.scores(trained.features, split, part)}
         if trained.student is not None:
             of_student = training.scores(trained.student, split, part)
@@ -51,7 +53,8 @@ def measured(cell: Cell, made: list[pictures.Batch]) -> Row:
     except UserError as error:  # features that are not finite
         return {"error": str(error)}
     step_ms = trained.step_ms and round(trained.step_ms, 2)
-    return {name: round(value, 3) for name, value in found.items()} | {"step_ms": step_ms}
+    curve = {"curve": watching.curve} if watching and watching.curve else {}
+    return {name: round(value, 3) for name, value in found.items()} | {"step_ms": step_ms} | curve
 
 
 def run_cells(cells: Iterable[Cell], steps: int) -> Iterator[tuple[Cell, Row]]:
@@ -78,6 +81,11 @@ def speeds(steps: int = TIMED) -> Iterator[Row]:
 
 def plans(rows: list[Row], data: str) -> Iterator[list[Cell]]:
     """What is to be run, in this order. Each list follows from the rows that there are when it is asked for."""
+    if data == longer.DATA:
+        for _ in longer.GRID:
+            yield longer.searches(rows)
+        yield longer.reports(rows)
+        return
     yield records.searches(data)
     yield records.reports(rows, data)
     if data == closer.DATA:

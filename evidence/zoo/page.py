@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from evidence.zoo import closer, records
+from evidence.zoo import closer, longer, records
 from evidence.zoo.methods import ENCODERS, ENTRIES, LEFT_OUT, OTHER_FAMILIES, SELF_SUPERVISED, SUPERVISED
 from evidence.zoo.records import OURS, PEER_ARMS, SEEDS, THEIRS, UNTRAINED, Row
 from evidence.zoo.table import DATA, PROBES, Key, Table, listed, markdown, shown, verdict
@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 PAGE, FIGURE = ROOT / "docs" / "representation.md", records.RESULTS.with_suffix(".png")
 FORMS = (".0f", ".0f", ".2f")  # of two times and their ratio
 COMMAND = "make zoo"
-FULL_COMMAND = 'make zoo ARGS="--data full"'
 HEADER = f"""# Representation learning compared
 
 Every self-supervised method of lightspan around the same two small encoders, with equal steps and an equal search, and
@@ -29,7 +28,7 @@ def settings(table: Table) -> list[str]:
     """What was equal, what was searched, and how to read the figures."""
     from evidence.zoo import methods, pictures, training
 
-    steps = {row["data"]: row["steps"] for row in records.cells(table.rows)}
+    steps = {row["data"]: row["steps"] for row in records.cells(table.rows) if row["data"] in DATA}
     length = listed([f"{count:,} steps on {name}" for name, count in steps.items()])
     grid = listed([f"{rate:g}" for rate in records.RATES])
     mixed = " They stem from several machines and compare roughly; the ratios beside lightly are of one process."
@@ -248,8 +247,6 @@ def missing(table: Table) -> list[str]:
     if failed:
         names = listed([f"{row['arm']} ({row['by']}, {row['encoder']}, rate {row['rate']:g})" for row in failed])
         lines.append(f"- Runs that diverged and count as the worst: {names}.")
-    if "full" not in table.data():
-        lines.append(f"- The full Fashion-MNIST, which not every machine has: `{FULL_COMMAND}` adds it.")
     lines += [f"- {name}: {reason}." for name, reason in LEFT_OUT.items()]
     lines.append(f"- Other families: {'; '.join(f'{name} {reason}' for name, reason in OTHER_FAMILIES.items())}.")
     return [*lines, ""]
@@ -279,6 +276,7 @@ def page(rows: Sequence[Row]) -> str:
         sections(table),
         beside_lightly(table),
         closer.section(table),
+        longer.section(rows),
         rates(table),
         missing(table),
         about(table),
@@ -324,3 +322,5 @@ def build(path: Path = records.RESULTS, root: Path = ROOT) -> None:
     write_atomic(root / PAGE.relative_to(ROOT), page(rows))
     if Table(rows).data():
         write_atomic(root / FIGURE.relative_to(ROOT), figure(rows))
+    if longer.reported(rows):
+        write_atomic(root / longer.FIGURE.relative_to(ROOT), longer.figure(rows))

@@ -20,6 +20,8 @@ from lightspan.datamodules.image.sets.small import FashionMNIST, ImageSamples, L
 DRAWINGS = Path("/usr/share/openclipart/png")
 TRAINING, DRAWING_SIDE = 2500, 32
 PARTS = ("train", "val", "test")
+PROBED = 5000
+"""Training pictures that probes read, at most."""
 SEED_STRIDE = 1_000_003
 Batch = dict[str, object]
 
@@ -48,10 +50,13 @@ class Split:
 
     @cached_property
     def images(self) -> dict[str, Tensor]:
-        """The pictures of each part as they are, standardised, [N C S S]."""
+        """The pictures of each part as they are, standardised, [N C S S]; of those to train the first `PROBED`."""
         parts = {part: self.samples(data) for part in PARTS if (data := getattr(self, part)) is not None}
+        counts = {
+            part: len(samples) if part != "train" else min(len(samples), PROBED) for part, samples in parts.items()
+        }
         return {
-            part: torch.stack([samples.sample(row, 0)["image"] for row in range(len(samples))])
+            part: torch.stack([samples.sample(row, 0)["image"] for row in range(counts[part])])
             for part, samples in parts.items()
         }
 

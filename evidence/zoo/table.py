@@ -12,7 +12,6 @@ PROBES = {"knn": "kNN", "linear": "linear"}
 DATA = {
     "fashion": "Fashion-MNIST, 4,000 pictures",
     "openclipart": "openclipart, drawings of 32 x 32 pixels",
-    "full": "Fashion-MNIST, all 70,000 pictures",
 }
 
 
@@ -32,6 +31,16 @@ def spread_of(found: Sequence[float]) -> Spread | None:
     if not found:
         return None
     return Spread(statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0, len(found))
+
+
+def noise_of(spreads: Sequence[Spread | None]) -> float | None:
+    """The least difference of two means over all seeds that is told from none: twice its standard deviation, from the
+    deviation over seeds pooled over all methods."""
+    squares = [(found.deviation**2, found.seeds - 1) for found in spreads if found and found.seeds > 1]
+    freedom = sum(weight for _, weight in squares)
+    if not freedom:
+        return None
+    return 2 * math.sqrt(2 / len(SEEDS) * sum(square * weight for square, weight in squares) / freedom)
 
 
 class Key(NamedTuple):
@@ -63,14 +72,7 @@ class Table:
         return statistics.median(found) if found else None
 
     def noise(self, data: str, encoder: str, figure: str) -> float | None:
-        """The least difference of two means over all seeds that is told from none: twice its standard deviation, from
-        the deviation over seeds pooled over all methods."""
-        spreads = [self.spread(key, figure) for key in self.of if (key.data, key.encoder) == (data, encoder)]
-        squares = [(found.deviation**2, found.seeds - 1) for found in spreads if found and found.seeds > 1]
-        freedom = sum(weight for _, weight in squares)
-        if not freedom:
-            return None
-        return 2 * math.sqrt(2 / len(SEEDS) * sum(square * weight for square, weight in squares) / freedom)
+        return noise_of([self.spread(key, figure) for key in self.of if (key.data, key.encoder) == (data, encoder)])
 
     def data(self) -> list[str]:
         return [name for name in DATA if any(key.data == name for key in self.of)]

@@ -6,12 +6,12 @@ Shapes: N pictures, F features.
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from lightning import seed_everything
+from lightning import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
 from evidence.quiet import quiet_trainer
@@ -59,23 +59,60 @@ def untrained(task: Task, seed: int) -> Trained:
     return Trained(task.encoder().eval())
 
 
-def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> Trained:
+class Watching(Callback):
+    """Scores features after some steps of a run, which go on as if nobody had looked.
+
+    Attributes:
+        curve: {"step", "knn", "linear"} of each look, per cent as of `scores`.
+        spent_s: seconds of the processor that it took.
+    """
+
+    def __init__(self, split: Split, part: str, steps: Collection[int]) -> None:
+        self.split, self.part, self.steps = split, part, frozenset(steps)
+        self.curve: list[dict[str, float]] = []
+        self.spent_s = 0.0
+
+    def look(self, step: int, network: nn.Module, features: Features) -> None:
+        if step not in self.steps:
+            return
+        start_s = time.thread_time()
+        modes = [(module, module.training) for module in network.modules()]
+        network.eval()
+        with torch.random.fork_rng(devices=[]):
+            found = scores(features, self.split, self.part)
+        for module, mode in modes:
+            module.training = mode
+        self.curve.append({"step": step, **{name: round(value, 3) for name, value in found.items()}})
+        self.spent_s += time.thread_time() - start_s
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Method, *_: Any) -> None:  # type: ignore[override]
+        self.look(trainer.global_step, pl_module, features_of(pl_module))
+
+
+def features_of(method: Method) -> Features:
+    return lambda image: method.features({"image": image})
+
+
+def train(arm: str, task: Task, rate: float, seed: int, made: list[Batch], watching: Watching | None = None) -> Trained:
     """A method of lightspan after a step on each batch."""
     seed_everything(seed, verbose=False)
     method = ENTRIES[arm].build(task, **optimisation(rate))
-    trainer = quiet_trainer(max_steps=len(made), gradient_clip_val=CLIP)
+    callbacks = [] if watching is None else [watching]
+    trainer = quiet_trainer(max_steps=len(made), gradient_clip_val=CLIP, callbacks=callbacks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers, which ready batches do not need
         start_s = time.thread_time()
         trainer.fit(method, Passes(made, task.images))
-    spent_s = time.thread_time() - start_s
+    spent_s = time.thread_time() - start_s - (0.0 if watching is None else watching.spent_s)
     assert trainer.global_step == len(made)
     method.eval()
     student = method.student.backbone if isinstance(method, DINO) else None
-    return Trained(lambda image: method.features({"image": image}), 1000 * spent_s / len(made), student)
+    return Trained(features_of(method), 1000 * spent_s / len(made), student)
 
 
-def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) -> Trained:
+def train_peer(
+    arm: str, task: Task, rate: float, seed: int, made: list[Batch], watching: Watching | None = None
+) -> Trained:
     """As `train`, of lightly's counterpart in a plain loop."""
     from evidence.zoo.lightly_methods import PEERS
 
@@ -90,7 +127,9 @@ def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) 
         nn.utils.clip_grad_norm_(peer.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-    spent_s = time.thread_time() - start_s
+        if watching is not None:
+            watching.look(step + 1, peer, peer.encoder)
+    spent_s = time.thread_time() - start_s - (0.0 if watching is None else watching.spent_s)
     return Trained(peer.eval().encoder, 1000 * spent_s / len(made))
 
 
@@ -98,7 +137,8 @@ def train_peer(arm: str, task: Task, rate: float, seed: int, made: list[Batch]) 
 def encoded(features: Features, split: Split, part: str) -> tuple[Tensor, Tensor]:
     """Features [N F] and labels [N] of the training, validation or test pictures as they are."""
     images, data = split.images[part], getattr(split, part)
-    return torch.cat([features(some) for some in images.split(250)]), torch.from_numpy(data.labels)
+    labels = torch.from_numpy(data.labels[: len(images)])
+    return torch.cat([features(some) for some in images.split(250)]), labels
 
 
 def scores(features: Features, split: Split, part: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evidence.zoo import __main__ as command
-from evidence.zoo import closer, methods, page, pictures, records, table, training
+from evidence.zoo import closer, longer, methods, page, pictures, records, table, training
 from evidence.zoo.records import OURS, SEARCH_SEED, SEEDS, THEIRS, UNTRAINED, Cell, Row
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.sets.small import Labelled
@@ -155,7 +155,73 @@ def test_the_search_takes_the_best_rate_and_the_smaller_of_equal_ones() -> None:
         assert records.chosen_rate(rows, OURS, "SimCLR", data, "conv net") == middle
         assert records.chosen_rate(rows, OURS, "VICReg", data, "conv net") == low
         assert records.chosen_rate(rows, OURS, "BYOL", data, "conv net") is None  # not complete
-    assert records.chosen_rate(rows, OURS, "SimCLR", "full", "conv net") is None  # searched on itself
+
+
+def tried(arm: str, scores: dict[float, float | None], by: str = OURS) -> list[Row]:
+    """The search of an arm of the longer runs; None diverged."""
+    return [
+        cell_row(Cell(by, arm, longer.DATA, longer.ENCODER, rate, SEARCH_SEED), score or 0.0, score or 0.0)
+        | ({"error": "not finite"} if score is None else {})
+        for rate, score in scores.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ({}, [1e-3, 3e-3, 1e-2]),
+        ({1e-3: 1.0, 3e-3: 2.0}, [1e-2]),
+        ({1e-3: 1.0, 3e-3: 2.0, 1e-2: 1.0}, []),
+        ({1e-3: 1.0, 3e-3: 2.0, 1e-2: 3.0}, [3e-2]),
+        ({1e-3: 2.0, 3e-3: 2.0, 1e-2: None}, [3e-4]),
+        ({3e-4: 3.0, 1e-3: 2.0, 3e-3: 1.0, 1e-2: 0.0}, [1e-4]),
+        ({1e-4: 4.0, 3e-4: 3.0, 1e-3: 2.0, 3e-3: 1.0, 1e-2: 0.0}, []),  # the grid ends
+    ],
+)
+def test_the_longer_search_goes_on_until_its_best_is_no_edge(
+    scores: dict[float, float | None], wanted: list[float]
+) -> None:
+    rows = tried("MAE", scores)
+    assert longer.wanted(longer.searched(rows, OURS, "MAE")) == wanted
+    assert {cell.rate for cell in longer.searches(rows) if (cell.by, cell.arm) == (OURS, "MAE")} == {*wanted}
+    found = {cell.rate for cell in longer.reports(rows) if cell.arm == "MAE"}
+    assert found == (set() if wanted else {max(sorted(scores), key=lambda rate: scores[rate] or 0.0)})
+
+
+def test_the_longer_runs_are_planned_until_each_search_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Row] = []
+    score = {rate: float(place) for place, rate in enumerate(longer.GRID)}  # the greatest rate is the best for all
+    for plan in command.plans(rows, longer.DATA):
+        rows += [cell_row(cell, score.get(cell.rate, 0.0), score.get(cell.rate, 0.0)) for cell in plan]
+    assert len(rows) == len(records.done(rows))
+    runs = [cell for cell in records.done(rows) if cell.seed in SEEDS]
+    arms = {(by, arm) for by, each in longer.ARMS.items() for arm in each}
+    assert {(cell.by, cell.arm) for cell in runs} == arms | {(OURS, UNTRAINED)}
+    assert len(runs) == len(SEEDS) * (1 + len(arms))
+    assert {cell.rate for cell in runs if cell.arm != UNTRAINED} == {longer.GRID[-1]}
+
+
+def test_the_page_tells_the_longer_runs_from_the_untrained_encoder_and_from_lightly() -> None:
+    middle = dict.fromkeys(records.RATES, 1.0) | {3e-3: 2.0}
+    rows = tried("MAE", middle) + tried("MAE", middle, THEIRS) + tried("BYOL", middle)
+    runs = {(OURS, UNTRAINED): 50.0, (OURS, "MAE"): 60.0, (OURS, "BYOL"): 51.0, (THEIRS, "MAE"): 57.0}
+    for (by, arm), score in runs.items():
+        for seed, off in zip(SEEDS, (-1.0, 0.0, 1.0), strict=True):
+            rate = 0.0 if arm == UNTRAINED else 3e-3
+            cell, at = Cell(by, arm, longer.DATA, longer.ENCODER, rate, seed), score + off
+            curve = [{"step": step, "knn": at, "linear": at + 10} for step in longer.looks(2)]
+            rows.append(cell_row(cell, at, at + 10, **({} if arm == UNTRAINED else {"curve": curve})))
+    text = page.page(rows)
+    for line in (
+        "| MAE | lightspan | 0.003 of 0.001, 0.003 and 0.01 | 60.0 ± 1.0 | +10.0 | 70.0 ± 1.0 | +10.0 | 10 |",
+        "| untrained |  |  | 50.0 ± 1.0 |  | 60.0 ± 1.0 |  | 10 |",
+        "- **kNN** (noise 1.6 points): 2 of 3 are above the untrained encoder's 50.0; not so BYOL (lightspan). "
+        "lightspan less lightly: MAE +3.0.",
+        "runs or more are not measured yet",
+    ):
+        assert line in text, line
+    assert longer.figure(rows).startswith(b"\x89PNG")
+    assert not table.Table(rows).data()  # the tables of short runs have none of them
 
 
 def closely(by: str, scores: dict[float, list[float]]) -> list[Row]:
@@ -219,6 +285,34 @@ def test_equal_rates_seeds_and_steps_are_planned_for_all() -> None:
     assert all(math.isnan(cell.rate) for cell in report if cell.arm != UNTRAINED)
     assert {cell.seed for cell in report} == set(SEEDS)
     assert SEARCH_SEED not in SEEDS
+
+
+@pytest.mark.parametrize("by", [OURS, THEIRS])
+def test_a_run_that_is_watched_goes_on_as_if_nobody_had_looked(
+    by: str, split: pictures.Split, made: dict[str, list[pictures.Batch]]
+) -> None:
+    if by == THEIRS:
+        pytest.importorskip("evidence.zoo.lightly_methods", exc_type=ImportError)
+    run = training.train if by == OURS else training.train_peer
+    task, batches = task_of(split, "ViT"), made["crops"]
+    watching = training.Watching(split, "test", [1, STEPS])
+    found = [
+        training.encoded(run("DINO", task, 1e-2, 0, batches, each).features, split, "test")[0]
+        for each in (None, watching)
+    ]
+    assert torch.equal(*found)
+    assert [point["step"] for point in watching.curve] == [1, STEPS]
+    last = training.scores(run("DINO", task, 1e-2, 0, batches).features, split, "test")
+    assert watching.curve[-1] == {"step": STEPS, **{name: round(value, 3) for name, value in last.items()}}
+
+
+def test_probes_read_the_first_training_pictures_alone(split: pictures.Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "PROBED", 10)
+    few = pictures.Split(split.train, split.val, split.test, split.mean, split.std)
+    assert {part: len(images) for part, images in few.images.items()} == {"train": 10, "val": 24, "test": 24}
+    features, labels = training.encoded(lambda images: images.flatten(1), few, "train")
+    assert len(features) == 10
+    assert labels.tolist() == split.train.labels[:10].tolist()
 
 
 def test_what_stands_in_the_file_is_never_run_again(
