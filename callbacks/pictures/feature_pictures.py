@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.first_batch import enlarged
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.callbacks.pictures.strips import evenly_spaced
 from lightspan.callbacks.watching.detached import detached, features_of, of_all_ranks
 from lightspan.core.drawing import canvas, png
 from lightspan.core.errors import UserError
@@ -182,11 +183,6 @@ def plane(points_PD: Tensor, method: Literal["tsne", "pca"]) -> Tensor:
     columns = min(2, main_PR.shape[1])
     place_P2[:, :columns] = torch.from_numpy(main_PR[:, :columns]).float()
     return place_P2
-
-
-def evenly_spaced(length: int, count: int) -> Tensor:
-    """Up to `count` different whole numbers from 0 to length - 1, ascending, int64."""
-    return torch.linspace(0, length - 1, min(count, length)).round().long()
 
 
 def _features(trainer: Trainer, module: LightningModule, loader: Iterable[Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from lightspan.callbacks.pictures.band_colours import coloured_dates
 from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
+from lightspan.callbacks.pictures.strips import strips_figure, strips_of
 from lightspan.core.batches import batch_type_of, read_names, schema_of, views_field
 from lightspan.core.drawing import png
 from lightspan.core.errors import UserError, print_notes
@@ -30,10 +31,10 @@ class FirstBatch(Callback):
     """Writes FOLDER/first-batch.png before the first step: a row for each picture, a column for each of its views.
 
     Views of several sizes are shown at the size of the largest; of a batch without views (`ImageBatch`), eight
-    pictures form a row. What is black and white, the data module says by `bounds`. Of each channel of a volume three
-    planes through its middle are columns (`planes`); pictures of several tasks and frames of a clip are columns, evenly
-    spaced. Of pictures with many bands three are shown, those that
-    the data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
+    pictures form a row. What is black and white, the data module says by `bounds`. Volumes are shown as planes and
+    clips as frames, each crop and clip with a name (`strips_of`), and the samples by the data module's `sample_names`;
+    pictures of several tasks are columns, evenly spaced. Of pictures with many bands three are shown, those that the
+    data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
     a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, and a
     recording as its spectrogram, beside the pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1]
@@ -63,7 +64,11 @@ class FirstBatch(Callback):
         beside = getattr(pl_module, "pictures", None)
         tokenizer, classes = getattr(data, "tokenizer", None), getattr(data, "class_names", None) or ()
         rate = getattr(data, "rate", None)
-        if (figure := panels(batch, self.rows, bounds, tokenizer, kind, beside, classes, rate)) is not None:
+        figure = panels(batch, self.rows, bounds, tokenizer, kind, beside, classes, rate)
+        names, channels = (getattr(data, name, ()) for name in ("sample_names", "modalities"))
+        if figure is None and (strips := strips_of(batch, self.rows, names, classes, [*channels])):
+            figure = strips_figure(strips, bounds)
+        if figure is not None:
             write_atomic(path, png(figure))
             return
         if (dates := coloured_dates(batch, getattr(data, "shown_bands", None))) is not None:
@@ -98,12 +103,8 @@ def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tens
     name = next(iter(read_names(batch, batch_type)), None) if isinstance(batch, dict) else None
     if name is None:
         return [], 0
-    if name == views_field(batch_type) and _has_axis("T", name, batch_type):  # a row for each clip
-        columns = list(torch.stack(list(batch[name]), dim=1).flatten(0, 1).unbind(2))
-    elif name == views_field(batch_type):
-        columns = [
-            part for view in batch[name] for part in (planes(view) if _has_axis("d", name, batch_type) else [view])
-        ]
+    if name == views_field(batch_type):
+        columns = list(batch[name])
     elif (columns := _columns(batch[name], name, batch_type)) and len(columns) == 1:
         return ([columns[0][: 8 * rows].detach().float().cpu()], 8) if _is_picture(columns[0]) else ([], 0)
     if not columns or not all(map(_is_picture, columns)):
@@ -124,28 +125,7 @@ def _columns(value: Any, name: str, batch_type: type | None) -> list[Tensor]:
     if len(names) != value.ndim or not set("BCHW") <= set(names) or len(more) > 1:
         return []
     ordered = value.permute([names.index(axis) for axis in (*more, *"BCHW")])
-    if more == ["D"]:
-        return planes(ordered.permute(1, 2, 0, 3, 4))
     return list(ordered) if more else [ordered]
-
-
-def _has_axis(axis: str, views: str, batch_type: type | None) -> bool:
-    """Whether declared views have this axis, as those of volumes and of clips have."""
-    return batch_type is not None and axis in (name for name, _ in schema_of(batch_type).fields[views].sizes)
-
-
-def planes(volume_BCDHW: Tensor) -> list[Tensor]:
-    """Of each channel the axial, coronal and sagittal plane through the middle, [B 1 s s] with borders of the least
-    value: head or front above, and the patient's right on the left, as radiologists have it.
-    """
-    shown = volume_BCDHW.flip(2, 3, 4)
-    d, h, w = (side // 2 for side in shown.shape[2:])
-    parts, side = [shown[:, :, d], shown[:, :, :, h], shown[:, :, :, :, w]], max(shown.shape[2:])
-    least, same = float(shown.float().min()), []
-    for part in parts:
-        high, wide = side - part.shape[2], side - part.shape[3]
-        same.append(pad(part, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=least))
-    return [part[:, channel, None] for channel in range(shown.shape[1]) for part in same]
 
 
 def _is_picture(value: Any) -> bool:

@@ -4,7 +4,7 @@ Shapes: B pictures, C H W.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightspan.callbacks.pictures.band_colours import band_bounds, chosen_bands
-from lightspan.callbacks.pictures.feature_pictures import evenly_spaced
 from lightspan.callbacks.pictures.first_batch import enlarged, write_grid
 from lightspan.callbacks.pictures.in_range import NEARLY_ALL, quantiles, shown_in_range
+from lightspan.callbacks.pictures.strips import Strip, evenly_spaced, strips_figure
 from lightspan.callbacks.watching.detached import detached
 from lightspan.core.batches import batch_type_of, read_names
+from lightspan.core.drawing import png
 from lightspan.core.errors import UserError
+from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
 from lightspan.nn.masking.hidden_patches import Reconstruction
 from lightspan.training.strategies import gathered
@@ -31,8 +33,9 @@ MOST_SLICES = 16
 class Reconstructions(Callback):
     """After training, writes FOLDER/reconstructions.png: in each row a validation picture, what the network sees of it,
     the other view that it looks at, if there is one, and its guesses in place of what was hidden. Of recordings
-    they are spectrograms: clean, with grey in place of what is to be guessed, as the network sees them, guessed. Slices
-    of a volume and dates of a series stand side by side, `MOST_SLICES` of them at most, evenly spaced.
+    they are spectrograms: clean, with grey in place of what is to be guessed, as the network sees them, guessed. Of a
+    volume, a clip and a series they are below one another, a column for each slice, frame and date, numbered from 1,
+    `MOST_SLICES` of them at most, evenly spaced.
 
     For modules with `reconstruct(batch)`, see `lightspan.nn.masking.hidden_patches`, such as `MAE` and `CroCo`, and
     datamodules whose `val_dataloader()` has a `dataset` with `sample(index, seed)`, as those of images, of pairs and of
@@ -80,17 +83,39 @@ class Reconstructions(Callback):
             found = pl_module.reconstruct(batch)  # type: ignore[operator]
         if found is not None and trainer.is_global_zero:
             flat = Reconstruction(*(None if part is None else in_one_plane(part) for part in found))  # type: ignore[arg-type]
-            images_BCHW = shown(*_in_colours(flat, data))
-            columns = 3 if found.other_BChw is None else 4
-            write_grid(self.folder / "reconstructions.png", images_BCHW, columns, padding=1.0)
+            path, images_NCHW = self.folder / "reconstructions.png", shown(*_in_colours(flat, data))
+            rows = ["as it is", "seen", *([] if found.other_BChw is None else ["the other view"]), "guessed"]
+            slices = _kept_slices(found.image_BChw.shape[2:])
+            if len(slices) > 1:
+                strips = strips_of_slices(images_NCHW, rows, slices, upright="volume" in batch)
+                write_atomic(path, png(strips_figure(strips, (torch.zeros(1, 1, 1), torch.ones(1, 1, 1)))))
+            else:
+                write_grid(path, images_NCHW, len(rows), padding=1.0)
 
 
 def in_one_plane(part_BC: Tensor) -> Tensor:
     """Samples of any number of axes as pictures: [B C ... h w] -> [B C h n*w] of n slices, [B C L] -> [B C 1 L]."""
     *before, height, width = 1, *part_BC.shape[2:]
     part_BCnhw = part_BC.reshape(*part_BC.shape[:2], math.prod(before), height, width)
-    slices_n = evenly_spaced(part_BCnhw.shape[2], MOST_SLICES).to(part_BC.device)
+    slices_n = _kept_slices(part_BC.shape[2:]).to(part_BC.device)
     return part_BCnhw.index_select(2, slices_n).transpose(2, 3).flatten(3)
+
+
+def _kept_slices(sides: Sequence[int]) -> Tensor:
+    """Which slices are shown of samples of these sides, int64; a picture is one."""
+    return evenly_spaced(math.prod(sides[:-2]), MOST_SLICES)
+
+
+def strips_of_slices(images_NCHW: Tensor, rows: Sequence[str], slices_n: Tensor, upright: bool) -> list[Strip]:
+    """What `shown` gives, a row for each of `rows` and a column for each slice.
+
+    Args:
+        upright: turns slices of volumes as `lightspan.callbacks.pictures.strips.planes` does.
+    """
+    tiles_NCHnW = images_NCHW.unflatten(3, (len(slices_n), -1))
+    tiles_NnCHW = (tiles_NCHnW.flip(2, 4) if upright else tiles_NCHnW).permute(0, 3, 1, 2, 4)
+    columns = [f"{number + 1}" for number in slices_n.tolist()]
+    return [Strip(tiles_RnCHW, "", rows, columns) for tiles_RnCHW in tiles_NnCHW.split(len(rows))]
 
 
 def _in_colours(found: Reconstruction, data: Any) -> tuple[Reconstruction, tuple[Tensor, Tensor] | None]:

@@ -67,7 +67,8 @@ class ArchiveSamples(Generic[T]):
 
 class FoundSamples(NamedTuple, Generic[T]):
     """What a data module found: all samples; the numbers of those that train and validate, int64, ascending; names of
-    the classes, none without labels; and what identifies the training samples, with which alone a run resumes.
+    the classes, none without labels; what identifies the training samples, with which alone a run resumes; and what
+    the samples are called, if they have names.
     """
 
     archive: Archive[T]
@@ -75,6 +76,7 @@ class FoundSamples(NamedTuple, Generic[T]):
     val: np.ndarray
     classes: Sequence[str]
     content: str
+    names: Sequence[str] = ()
 
 
 class FoundSets(SampleSets, Generic[T]):
@@ -126,6 +128,7 @@ class FoundSets(SampleSets, Generic[T]):
         self.train = self.training(found.archive, found.train)
         self.bank, self.val = (self.unchanging(found.archive, numbers) for numbers in (found.train, found.val))
         self.labelled, self.classes, self._content = bool(found.classes), tuple(found.classes), found.content
+        self.sample_names = [found.names[number] for number in found.train] if found.names else []
         say(
             f"{self.called}: {len(found.train):,} for training and {len(found.val):,} for validation, "
             f"{self.described()}, " + (f"{len(self.classes):,} classes" if self.classes else "without labels")

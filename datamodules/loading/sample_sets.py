@@ -1,7 +1,7 @@
 """What data modules share whose samples can be had by number: one set to train on, and others to look at in order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,11 +34,13 @@ class SampleSets(LightningDataModule, ABC):
         bank: the training samples as they are, without anything random: what probes fit on.
         clusters: epoch -> the cluster of each training sample, int64, for orders with batches of one cluster each. A
             method that clusters its data sets it before training starts.
+        sample_names: what the training samples are called, by `index`; empty where they have no names.
         more_samples: what a user does who has too few training samples, as a clause.
     """
 
     more_samples = "give more of them, or hold fewer out to validate on"
     clusters: Callable[[int], np.ndarray] | None = None
+    sample_names: Sequence[str] = ()
     train: Dataset | None = None
     bank: Dataset
     val: Dataset

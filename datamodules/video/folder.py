@@ -167,6 +167,7 @@ class VideoFolder(SampleSets):
             for chosen in (train, val)
         )
         self.classes, self._content = tuple(training.classes), _content(files, sound, train)
+        self.sample_names = [str(files[part.video].relative_to(self.folder)) for part in train]
         self.labelled = bool(self.classes)
         say(
             f"videos: {len(here):,}, {len(train):,} {pieces} for training and {len(val):,} for validation, clips of "

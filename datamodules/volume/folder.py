@@ -98,7 +98,8 @@ class VolumeFolder(VolumeSets):
         else:
             train, val = sound[0], len(sets[0].subjects) + sound[1]
         archive = JoinedPacks(packs, joined)
-        return FoundSamples(archive, train, val, classes, archive.content(train))
+        called = [subject.name for found in sets for subject in found.subjects]
+        return FoundSamples(archive, train, val, classes, archive.content(train), called)
 
     def blank(self) -> VolumeSamples | None:
         """Two subjects of zeros of the size of a crop, where the folder is not here."""

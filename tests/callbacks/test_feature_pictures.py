@@ -16,7 +16,7 @@ from picture_files import write_pictures
 from torch import Tensor, nn
 
 from lightspan.callbacks.pictures import feature_pictures
-from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, evenly_spaced, nearest, plane
+from lightspan.callbacks.pictures.feature_pictures import FeaturePictures, nearest, plane
 from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.core.distributed import end_process_group
 from lightspan.core.drawing import png
@@ -247,8 +247,6 @@ def test_nearest_is_by_cosine_also_for_rows_of_zeros() -> None:
     bank = torch.tensor([[0.0, 1.0], [100.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
     assert nearest(bank, torch.tensor([[1.0, 0.0]]), 2).tolist() == [[1, 3]]
     assert nearest(bank, torch.zeros(1, 2), 9).shape == (1, 4)
-    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
-    assert evenly_spaced(2, 4).tolist() == [0, 1]
 
 
 def test_what_cannot_be_drawn_is_refused_at_the_start(tmp_path: Path) -> None:

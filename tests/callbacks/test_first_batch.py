@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from lightspan.callbacks.pictures.batch_panels import panels, spectrogram, text_of
-from lightspan.callbacks.pictures.first_batch import FirstBatch, _pictures, planes
+from lightspan.callbacks.pictures.first_batch import FirstBatch
 from lightspan.core.drawing import png
 from lightspan.datamodules.graph.batch import GraphBatch
 from lightspan.datamodules.points.batch import PointsBatch
-from lightspan.datamodules.video.batch import ClipsBatch
 
 
 class Words:
@@ -160,25 +159,3 @@ def test_pictures_of_several_tasks_are_columns(make_trainer, net, batches, tmp_p
     callback.on_train_batch_start(trainer, None, {"image": torch.rand(4, 3, 1, 64, 64)}, 0)
     picture = matplotlib.image.imread(io.BytesIO((tmp_path / "first-batch.png").read_bytes()))
     assert picture.shape[:2] == (2 * 66 + 2, 3 * 66 + 2)
-
-
-def test_a_volume_is_three_planes_with_the_head_and_the_right_where_radiologists_have_them():
-    volume = torch.zeros(1, 2, 4, 6, 8)
-    assert {part.shape for part in planes(volume)} == {(1, 1, 8, 8)}
-    assert len(planes(volume)) == 6
-    lit = torch.zeros(1, 1, 5, 5, 5)
-    lit[0, 0, 4, 4, 4], lit[0, 0, 2, 4, 4], lit[0, 0, 4, 2, 4], lit[0, 0, 4, 4, 2] = 1, 2, 3, 4
-    axial, coronal, sagittal = (part[0, 0] for part in planes(lit))
-    assert axial[0, 0] == 2  # front above, right on the left
-    assert coronal[0, 0] == 3  # head above, right on the left
-    assert sagittal[0, 0] == 4  # head above, front on the left
-
-
-def test_several_clips_of_a_video_are_rows_of_their_frames():
-    frames = torch.arange(2 * 2 * 3).view(2, 2, 1, 3, 1, 1) / 11.0  # clip, sample, channel, time
-    clips = [clip.expand(2, 1, 3, 64, 64) for clip in frames]
-    batch = {"views": clips, "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
-    views, columns = _pictures(batch, 8, ClipsBatch)
-    assert columns == 3
-    shown = torch.stack(views, dim=1)[..., 0, 0, 0]  # row, time
-    assert torch.equal(shown, torch.stack([frames[0, 0], frames[1, 0], frames[0, 1], frames[1, 1]])[:, 0, :, 0, 0])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightspan.backbones.frames import FrameTransformer
+from lightspan.backbones.placed_vit import GridViT
 from lightspan.backbones.vit import TokenViT, vit
-from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, in_one_plane, shown
+from lightspan.callbacks.pictures.reconstructions import GREY, Reconstructions, in_one_plane, shown, strips_of_slices
 from lightspan.core.errors import UserError
 from lightspan.datamodules.image.augment.views import RandomViews
 from lightspan.datamodules.image.folder import ImageFolder
@@ -22,6 +23,7 @@ from lightspan.datamodules.rendered.pairs import ScenePairs
 from lightspan.datamodules.rendered.speech import RenderedSpeech
 from lightspan.datamodules.shards.decoders import decode_image
 from lightspan.datamodules.shards.paired import PairedShards
+from lightspan.datamodules.volume.phantoms import Phantoms
 from lightspan.methods.masked.cae import CAE
 from lightspan.methods.masked.croco import CroCo
 from lightspan.methods.masked.cropmae import CropMAE, middle
@@ -245,3 +247,19 @@ def test_slices_of_volumes_stand_side_by_side_evenly_spaced_if_there_are_many() 
     assert torch.equal(in_one_plane(many)[0, 0, 0], torch.arange(0, 61, 4.0))
     clip_of_volumes = torch.randn(2, 1, 2, 3, 4, 5)
     assert torch.equal(in_one_plane(clip_of_volumes), in_one_plane(clip_of_volumes.flatten(2, 3)))
+
+
+def test_of_volumes_what_is_seen_and_guessed_is_below_what_is_hidden_slice_by_slice_and_upright(tmp_path: Path) -> None:
+    backbone = GridViT((2, 4, 4), in_chans=1, width=12, depth=1, heads=2)
+    decoder = MaskDecoder(12, width=12, depth=1, heads=2)
+    data = Phantoms(patients=4, val_size=2, cuts=8, side=16, size=8, batch_size=2)
+    settings: Any = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 1}
+    Trainer(accelerator="cpu", callbacks=[Reconstructions(str(tmp_path))], **settings).fit(
+        MAE(backbone, decoder, optimizer=STEP), datamodule=data
+    )
+    picture = decode_image((tmp_path / "reconstructions.png").read_bytes())
+    assert picture.shape[2] == pytest.approx(150 * (8 * 0.85 + 1.6), abs=2)
+    tiles = torch.arange(2 * 3 * 2 * 4.0).view(6, 1, 1, 8).expand(6, 1, 4, 8)  # of two volumes of two slices
+    first, second = strips_of_slices(tiles, ["as it is", "seen", "guessed"], torch.tensor([0, 15]), upright=True)
+    assert (first.rows, first.columns) == (["as it is", "seen", "guessed"], ["1", "16"])
+    assert torch.equal(second.pictures_RKCHW[2, 1, 0, 0], tiles[5, 0, 0, 4:].flip(0))

@@ -21,7 +21,7 @@ from lightspan.cli.runs.direction import Mode
 from lightspan.cli.runs.status import Status
 
 CAPTIONS = {
-    "first-batch": "The first training batch: a row for each picture, a column for each view",
+    "first-batch": "The first training batch after all augmentation: the samples and their views",
     "neighbours": "Validation pictures (framed) and the training pictures whose features are nearest",
     "map": "Validation pictures, those with similar features close together",
     "forgetting": "Accuracy on each task after each task, and on all classes seen so far",
