@@ -19,6 +19,8 @@ from lightspan.evaluation.label_spaces.layout import plane_layout
 LINE, MOST_LINES = 90, 4
 """Letters of a line of text, and lines of a sample."""
 ROW_INCHES = 0.8
+HIDDEN, SEEN = "#7f9cff", "#0a7a0a"
+"""Points that a masked network does not see, and sees."""
 MOST_NODES, GRAPH_COLUMNS = 200, 4
 """Nodes of a graph that are drawn, and graphs side by side."""
 MOST_COLUMNS = 256  # of a table; what is wider is not seen as colours
@@ -35,6 +37,7 @@ def panels(
     beside: Callable[[Any], Mapping[str, Tensor]] | None = None,
     classes: Sequence[str] = (),
     rate: float | None = None,
+    seen: Callable[[Any], Tensor] | None = None,
 ) -> Any | None:
     """A figure of the first `rows` samples, or None for a batch without texts, tables, recordings, points and graphs.
 
@@ -44,6 +47,7 @@ def panels(
         beside: makes pictures of a batch of clouds or of recordings, [B 3 H W] in [0, 1] by name.
         classes: names of labels, where the data module has some.
         rate: samples of a recording in a second; None counts samples.
+        seen: says which points of a batch of clouds the network sees, bool [N].
     """
     if not isinstance(batch, Mapping):
         return None
@@ -57,7 +61,7 @@ def panels(
     name = next(iter(read_names(batch, batch_type)), "")
     read = batch.get(name)
     if _is_of(read, 2) and is_packed(name, batch, batch_type):
-        return _cloud_figure(read, batch, rows, labels, batch_type, beside) if read.shape[1] == 3 else None
+        return _cloud_figure(read, batch, rows, labels, batch_type, beside, seen) if read.shape[1] == 3 else None
     tables = read if isinstance(read, list | tuple) else [read]
     parts = [
         table for table in tables if _is_of(table, 2) and table.is_floating_point() and table.shape[1] <= MOST_COLUMNS
@@ -172,25 +176,34 @@ def _cloud_figure(
     labels: Sequence[str],
     batch_type: type | None,
     beside: Callable[[Any], Mapping[str, Tensor]] | None,
+    seen: Callable[[Any], Tensor] | None,
 ) -> Any:
-    """Each cloud from above and from the side, then its pictures."""
+    """Each cloud from above and from the side, hidden points in another colour, then its pictures."""
     pictures = _made(beside, batch)
-    offsets = offsets_in(batch, batch_type).tolist()
-    clouds = [xyz_N3[a:b].detach().float().cpu() for a, b in pairwise(offsets)][:rows]
+    cuts = [slice(a, b) for a, b in pairwise(offsets_in(batch, batch_type).tolist())]
+    clouds = [xyz_N3[cut].detach().float().cpu() for cut in cuts][:rows]
+    seen_N = None if seen is None else seen(batch).cpu()
     columns = 2 + len(pictures)
     figure, axes = canvas("", (3.0 * columns, 3.0 * len(clouds) + 0.2), (len(clouds), columns))
-    for row, (cloud, label) in enumerate(zip(clouds, labels, strict=False)):
+    for row, (cloud, label, cut) in enumerate(zip(clouds, labels, cuts, strict=False)):
         for axis, (name, made) in zip(axes[row, 2:], pictures.items(), strict=True):
             axis.axis("off")
             axis.set_title(name, fontsize=8, loc="left")
             _show(axis, made[row])
         for axis, (across, up) in zip(axes[row, :2], ((0, 1), (0, 2)), strict=True):
-            axis.scatter(cloud[:, across], cloud[:, up], s=1)
+            if seen_N is None:
+                axis.scatter(cloud[:, across], cloud[:, up], s=1)
+            else:
+                for which, name, colour in ((~seen_N[cut], "hidden", HIDDEN), (seen_N[cut], "seen", SEEN)):
+                    axis.scatter(cloud[which, across], cloud[which, up], s=1, color=colour, label=name)
             axis.set_aspect("equal", "datalim")
+            axis.locator_params(nbins=5)
             axis.set_xlabel("xyz"[across], fontsize=8)
             axis.set_ylabel("xyz"[up], fontsize=8)
             axis.tick_params(labelsize=7)
         axes[row, 0].set_title(label, fontsize=8, loc="left")
+    if seen_N is not None:
+        axes[0, 1].legend(fontsize=7, ncols=2, markerscale=4, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 

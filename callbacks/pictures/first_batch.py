@@ -36,7 +36,8 @@ class FirstBatch(Callback):
     pictures of several tasks are columns, evenly spaced. Of pictures with many bands three are shown, those that the
     data module names in `shown_bands`, each stretched by itself, a column for each date; what is not valid is grey.
     Tokens are drawn as text, by the data module's `tokenizer` or as bytes, beside their pictures if they have some; of
-    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, and a
+    a table, colours are its standardised numbers; a cloud of points is seen from above and from the side, with
+    what a method hides of it (`seen_points(batch)`, bool [N]) in another colour, and a
     recording as its spectrogram, beside the pictures that a method's `pictures(batch)` makes of it, [B 3 H W] in [0, 1]
     by name. Each is labelled with its class, as the data module's `class_names` call it. For any other batch a note
     says that there is no picture.
@@ -64,7 +65,8 @@ class FirstBatch(Callback):
         beside = getattr(pl_module, "pictures", None)
         tokenizer, classes = getattr(data, "tokenizer", None), getattr(data, "class_names", None) or ()
         rate = getattr(data, "rate", None)
-        figure = panels(batch, self.rows, bounds, tokenizer, kind, beside, classes, rate)
+        seen = getattr(pl_module, "seen_points", None)
+        figure = panels(batch, self.rows, bounds, tokenizer, kind, beside, classes, rate, seen)
         names, channels = (getattr(data, name, ()) for name in ("sample_names", "modalities"))
         if figure is None and (strips := strips_of(batch, self.rows, names, classes, [*channels])):
             figure = strips_figure(strips, bounds)

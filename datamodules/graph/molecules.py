@@ -16,6 +16,7 @@ from lightspan.core.errors import UserError, install_extra
 from lightspan.datamodules.graph.graphs import Graph, graph_of
 
 Form = Literal["smiles", "sdf"]
+SHOWN = 60  # letters of what is no molecule
 MOST_LETTERS: dict[Form, int] = {"smiles": 2**13, "sdf": 2**19}
 """Of a molecule; a protein of 200 amino acids has as many as SMILES."""
 KINDS, BOND_KINDS = 119, 5
@@ -82,7 +83,7 @@ def _read(chem: Any, texts: Sequence[str], form: Form) -> Answer:
         molecule = read(text) if len(text) <= MOST_LETTERS[form] else None
         if molecule is None or not molecule.GetNumAtoms():
             rows.append(row)
-            wrong.append(_wrong(text, MOST_LETTERS[form], molecule is not None))
+            wrong.append(_wrong(text, form, molecule is not None))
             sizes.append((0, 0))
             continue
         sizes.append((molecule.GetNumAtoms(), molecule.GetNumBonds()))
@@ -94,12 +95,12 @@ def _read(chem: Any, texts: Sequence[str], form: Form) -> Answer:
     return {"rows": rows, "wrong": wrong}, arrays | {"bonds": np.array(bonds, np.int32).reshape(-1, 4)}
 
 
-def _wrong(text: str, most: int, is_empty: bool) -> str:
+def _wrong(text: str, form: Form, is_empty: bool) -> str:
     if is_empty:
         return "it has no atom"
-    if len(text) > most:
+    if len(text) > (most := MOST_LETTERS[form]):
         return f"it has {len(text):,} letters, and the limit is {most:,}"
-    return "it is no molecule"
+    return f"it is no molecule: {text[:SHOWN]!a}" if form == "smiles" else "it is no molecule"
 
 
 def _bond(bond: Any) -> tuple[int, int]:

@@ -55,6 +55,8 @@ def as_damage() -> Iterator[None]:
             yield
     except UserError:
         raise
+    except IndexError as error:  # of faces, whose vertices trimesh looks up in OBJ files
+        raise ValueError("it has a face of a vertex that is not there") from error
     except Exception as error:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error

@@ -81,6 +81,19 @@ def test_clouds_are_beside_the_pictures_that_a_method_makes_of_them():
     assert [axis.get_title("left") for axis in named.axes[::2]] == ["chair", "sofa", "label 2"]
 
 
+def test_points_that_a_method_hides_have_a_colour_of_their_own():
+    batch = {"xyz": torch.rand(9, 3), "offsets": torch.tensor([0, 4, 4, 9])}
+    seen_N = torch.arange(9) % 3 == 0
+    figure = panels(batch, 3, None, None, PointsBatch, seen=lambda given: seen_N)
+    for row, cut in ((0, slice(0, 4)), (2, slice(4, 9))):
+        for axis, columns in zip(figure.axes[2 * row : 2 * row + 2], ([0, 1], [0, 2]), strict=True):
+            drawn = {points.get_label(): torch.as_tensor(points.get_offsets()).float() for points in axis.collections}
+            xyz, seen = batch["xyz"][cut][:, columns], seen_N[cut]
+            assert torch.equal(drawn["seen"], xyz[seen])
+            assert torch.equal(drawn["hidden"], xyz[~seen])
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["hidden", "seen"]
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_the_columns_of_tables_are_colours(views):
     tables = [torch.full((4, 3), float(number)) for number in range(views)]

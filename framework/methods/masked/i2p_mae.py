@@ -38,7 +38,7 @@ from lightspan.nn.image_numbers import index_in
 from lightspan.nn.masking.guided_masks import GuidedMasks, hidden_at_levels, require_hidden, seen_first
 from lightspan.nn.points.clouds import points_of
 from lightspan.nn.points.depth_maps import CloudMaps, cloud_maps
-from lightspan.nn.points.groups import NestedGroups, places_in_cloud
+from lightspan.nn.points.groups import NestedGroups, places_in_cloud, points_of_groups
 from lightspan.nn.points.projection import AXIS_ORDERS
 from lightspan.nn.sequences.patches import at_places
 from lightspan.nn.teachers.image_guide import Guidance, ImageGuide
@@ -100,8 +100,7 @@ class I2PMAE(Method):
         xyz_N3, offsets = points_of(batch, "I2PMAE")
         levels = self.backbone.grouped(xyz_N3, offsets)
         maps, guidance = self.guided(xyz_N3, offsets)
-        saliency_BG = self.saliency(maps, guidance, levels)
-        hidden = hidden_at_levels(self.masks.draw(saliency_BG, self.global_step, index_in(batch, self)), levels)
+        hidden = hidden_at_levels(self.drawn_masks(batch, maps, guidance, levels), levels)
         decoded_BGD = self.decoded(levels, hidden)
         asked, hidden_BG, known_B1 = levels[self.level], hidden[self.level], levels[self.level].real_B[:, None]
 
@@ -124,12 +123,12 @@ class I2PMAE(Method):
     @torch.no_grad()
     def pictures(self, batch: Any) -> dict[str, Tensor]:
         """For the picture of the first batch: each map, [B 3 S S], the redder the more salient, and centres of coarsest
-        groups, green where they are visible and blue where they are hidden.
+        groups, green where they are seen and blue where they are hidden.
         """
         xyz_N3, offsets = points_of(batch, "I2PMAE")
         levels = self.backbone.grouped(xyz_N3, offsets)
         maps, guidance = self.guided(xyz_N3, offsets)
-        drawn = self.masks.draw(self.saliency(maps, guidance, levels), self.global_step, index_in(batch, self))
+        drawn = self.drawn_masks(batch, maps, guidance, levels)
         side = self.guide.side
         heat_VSS = F.interpolate(guidance.saliency_Vhw[:, None], (side, side), mode="bilinear")[:, 0]
         heat_BVSS = (heat_VSS / heat_VSS.amax((1, 2), keepdim=True).clamp_min(1e-9)).view_as(maps.grey_BVSS)
@@ -143,12 +142,25 @@ class I2PMAE(Method):
             )
             marks_BVSS = F.max_pool2d(marks_BVP.view_as(heat_BVSS), 3, 1, 1)
             coloured_BV3SS = torch.where(marks_BVSS[:, :, None] > 0, colour, coloured_BV3SS)
-        return {f"map {view + 1}": coloured_BV3SS[:, view] for view in range(len(AXIS_ORDERS))}
+        names = (f"{'xyz'[right]} right, {'xyz'[down]} down; red: salient" for right, down, _ in AXIS_ORDERS)
+        return dict(zip(names, coloured_BV3SS.unbind(1), strict=True))
+
+    @torch.no_grad()
+    def seen_points(self, batch: Any) -> Tensor:
+        """For the picture of the first batch: which points are in a seen group of the finest level, bool [N]."""
+        xyz_N3, offsets = points_of(batch, "I2PMAE")
+        levels = self.backbone.grouped(xyz_N3, offsets)
+        finest = hidden_at_levels(self.drawn_masks(batch, *self.guided(xyz_N3, offsets), levels), levels)[0]
+        return points_of_groups(levels[0].near_BGK, ~finest, levels[0].real_B, offsets)
 
     def guided(self, xyz_N3: Tensor, offsets: Tensor) -> tuple[CloudMaps, Guidance]:
         """Maps of the clouds from three sides, and what the guide makes of all of them, cloud by cloud."""
         maps = cloud_maps(xyz_N3, offsets, self.guide.side, self.spread)
         return maps, self.guide(maps.grey_BVSS.flatten(0, 1))
+
+    def drawn_masks(self, batch: Any, maps: CloudMaps, guidance: Guidance, levels: Sequence[NestedGroups]) -> Tensor:
+        """Which of the coarsest groups are hidden in this step, bool [B G]."""
+        return self.masks.draw(self.saliency(maps, guidance, levels), self.global_step, index_in(batch, self))
 
     def saliency(self, maps: CloudMaps, guidance: Guidance, levels: Sequence[NestedGroups]) -> Tensor:
         """At the centres of the coarsest groups, the mean over a cloud's maps, [B G]."""

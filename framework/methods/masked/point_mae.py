@@ -16,6 +16,8 @@ Shapes: B clouds, N points of all, G groups of K points, S seen and A hidden gro
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightspan.backbones.point_vit import PointViT
@@ -25,7 +27,7 @@ from lightspan.nn.decoders.point_decoder import PointDecoder
 from lightspan.nn.image_numbers import image_numbers, index_in
 from lightspan.nn.masking.mask_samplers import MaskSampler, RandomMasks, require_seen_and_hidden, seen_and_hidden
 from lightspan.nn.points.clouds import points_of
-from lightspan.nn.points.groups import Groups
+from lightspan.nn.points.groups import Groups, nested_groups, points_of_groups
 from lightspan.nn.sequences.patches import at_places
 from lightspan.objectives.chamfer import chamfer_loss
 from lightspan.training.method import Method
@@ -66,6 +68,17 @@ class PointMAE(Method):
     def features(self, batch: Any) -> Tensor:
         return self.backbone(*points_of(batch, "PointMAE"))
 
+    def drawn_masks(self, batch: Any) -> np.ndarray:
+        """Which groups are hidden in this step, bool [B G]."""
+        return self.masks.draw((self.backbone.groups,), self.global_step, image_numbers(index_in(batch, self)))
+
+    def seen_points(self, batch: Any) -> Tensor:
+        """For the picture of the first batch: which points are in a seen group, bool [N]."""
+        xyz_N3, offsets = points_of(batch, "PointMAE")
+        (groups,) = nested_groups(xyz_N3, offsets, [self.backbone.groups], [self.backbone.size])
+        seen_BG = ~torch.from_numpy(self.drawn_masks(batch)).to(offsets.device)
+        return points_of_groups(groups.near_BGK, seen_BG, groups.real_B, offsets)
+
     def guess(self, groups: Groups, see_BS: Tensor, hide_BA: Tensor) -> Tensor:
         """The points of the hidden groups, from their centres, [B A K 3], from the seen groups."""
         seen_BSD = self.backbone.tokens(groups, see_BS)
@@ -74,7 +87,7 @@ class PointMAE(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         groups = self.backbone.grouped(*points_of(batch, "PointMAE"))
-        masks_BG = self.masks.draw((self.backbone.groups,), self.global_step, image_numbers(index_in(batch, self)))
+        masks_BG = self.drawn_masks(batch)
         require_seen_and_hidden(masks_BG, "PointMAE")
         see_BS, hide_BA = seen_and_hidden(masks_BG, groups.centre_BG3.device)
         guess_BAK3 = self.guess(groups, see_BS, hide_BA)

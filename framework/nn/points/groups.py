@@ -152,6 +152,20 @@ def places_in_cloud(levels: Sequence[NestedGroups], level: int) -> Tensor:
     return places_BGK
 
 
+def points_of_groups(near_BGK: Tensor, chosen_BG: Tensor, real_B: Tensor, offsets: Tensor) -> Tensor:
+    """Which points of all clouds are in a chosen group, bool [N].
+
+    Args:
+        near_BGK: places in their clouds of the groups' points.
+        real_B: False for a cloud without points.
+        offsets: int64 [B+1], see `lightspan.core.ragged`.
+    """
+    points = int(offsets[-1])
+    at_BGK = near_BGK + offsets[:-1, None, None]
+    at_BGK = at_BGK.masked_fill(~(chosen_BG & real_B[:, None])[..., None], points)  # a place beyond the last
+    return offsets.new_zeros(points + 1, dtype=torch.bool).index_fill(0, at_BGK.flatten(), True)[:points]
+
+
 def _groups_of(xyz_BM3: Tensor, real_BM: Tensor, groups: int, size: int) -> NestedGroups:
     if groups < 1 or size < 1:
         raise UserError(f"groups={groups} and size={size} must be at least 1")

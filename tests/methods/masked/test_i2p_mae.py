@@ -114,12 +114,25 @@ def test_what_the_guide_sees_does_not_depend_on_place_and_size() -> None:
 def test_pictures_show_each_map_and_the_centres_of_visible_and_hidden_groups() -> None:
     model, given = method(), batch((40, 0, 9))
     pictures = model.pictures(given)
-    assert [*pictures] == ["map 1", "map 2", "map 3"]
+    sides = ["x right, y down", "z right, x down", "y right, z down"]
+    assert [*pictures] == [f"{side}; red: salient" for side in sides]
     for picture in pictures.values():
         assert picture.shape == (3, 3, 16, 16)
         assert 0 <= picture.amin() <= picture.amax() <= 1
         for colour in ((0, 1, 0), (0, 0, 1)):
             assert (picture[0] == torch.tensor(colour).view(3, 1, 1)).all(0).any()
+
+
+def test_points_of_seen_groups_are_those_around_the_centres_that_are_drawn_green() -> None:
+    model, given = method(), batch((40, 0, 9))
+    seen_N = model.seen_points(given)
+    levels = model.backbone.grouped(given["xyz"], given["offsets"])
+    maps, guidance = model.guided(given["xyz"], given["offsets"])
+    finest = hidden_at_levels(model.drawn_masks(given, maps, guidance, levels), levels)[0]
+    for cloud, (first, end) in {0: (0, 40), 2: (40, 49)}.items():
+        expected = {*places_in_cloud(levels, 0)[cloud, ~finest[cloud]].flatten().tolist()}
+        assert {*seen_N[first:end].nonzero().flatten().tolist()} == expected
+    assert 0 < seen_N.sum() < 49
 
 
 def test_clouds_without_points_or_with_one_add_nothing_or_little() -> None:

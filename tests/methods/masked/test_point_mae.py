@@ -54,6 +54,20 @@ def test_the_loss_is_the_chamfer_distance_of_hidden_groups_from_seen_ones() -> N
     assert float(loss_of(model, given)) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+def test_points_that_are_seen_are_those_of_seen_groups() -> None:
+    model, given = method().eval(), batch((30, 0, 50))
+    seen_N = model.seen_points(given)
+    groups = model.backbone.grouped(given["xyz"], given["offsets"])
+    see, _ = seen_and_hidden(model.drawn_masks(given))
+    expected = set()
+    for cloud, first in ((0, 0), (2, 30)):
+        near = (groups.centre_BG3[cloud, see[cloud], None] + groups.near_BGK3[cloud, see[cloud]]).flatten(0, 1)
+        apart = torch.cdist(near, given["xyz"][first : (30, 0, 80)[cloud]])
+        expected |= {first + place for place in apart.argmin(1).tolist()}
+    assert {*seen_N.nonzero().flatten().tolist()} == expected
+    assert 0 < len(expected) < 80
+
+
 def test_guesses_depend_on_seen_groups_and_on_the_centres_of_hidden_ones_alone() -> None:
     model, given = method().eval(), batch()
     groups = model.backbone.grouped(given["xyz"], given["offsets"])
