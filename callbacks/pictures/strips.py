@@ -112,7 +112,7 @@ def _volumes(batch: Mapping[str, Any], rows: int, titles: Sequence[str], channel
     count = views[0].shape[1]
     known = channels if len(channels) == count else [f"channel {channel + 1}" for channel in range(count)]
     parts = [f"{name}\n{plane}" if count > 1 else plane for name in known for plane in PLANES]
-    if "views" not in batch:
+    if len(views) == 1:
         tiles_BPCss = torch.stack(planes(views[0][: min(rows, MOST_ROWS)]), dim=1)
         return [Strip(tiles_BPCss, "", titles[: len(tiles_BPCss)], parts)]
     samples = min(rows, len(views[0]), max(1, MOST_ROWS // len(parts)))
@@ -149,7 +149,7 @@ def _clips(batch: Mapping[str, Any], rows: int, titles: Sequence[str]) -> list[S
         [_clip(fps, max(fps_V), None if frames_BVT is None else frames_BVT[at, view]) for view, fps in enumerate(fps_V)]
         for at, fps_V in enumerate(fps_BV[:samples].tolist())
     ]
-    if "views" in batch:
+    if V > 1:
         return [Strip(*each) for each in zip(tiles_BVKCHW, titles, names, strict=False)]
     said = [f"{title}\n{name}" for title, (name,) in zip(titles, names, strict=False)]
     return [Strip(tiles_BVKCHW[:, 0], "", said)]

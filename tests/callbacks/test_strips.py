@@ -66,6 +66,10 @@ def test_of_single_volumes_each_is_a_row():
     (strip,) = strips_of(batch, 2, ["a", "b", "c"])
     assert (strip.rows, strip.columns) == (["a", "b"], ["axial", "coronal", "sagittal"])
     assert strip.pictures_RKCHW.shape == (2, 3, 1, 5, 5)
+    one_view = {**batch, "views": [batch["volume"]], "corner": torch.zeros(3, 1, 3)}
+    (same,) = strips_of(one_view, 2, ["a", "b", "c"])
+    assert torch.equal(same.pictures_RKCHW, strip.pictures_RKCHW)
+    assert same[1:] == strip[1:]
 
 
 def clips(T: int = 3) -> dict[str, Any]:
