@@ -172,6 +172,8 @@ def figure(rows: Sequence[Row]) -> bytes:
                 name = f"{arm} ({'labels' if arm == LABELS else by})"
                 axes.plot(steps, means, style, color=colours[arm], markersize=3, linewidth=1.2, label=name)
         axes.set_xscale("log")
+        axes.set_xticks(looks(STEPS), [str(step) for step in looks(STEPS)])
+        axes.minorticks_off()
         axes.set_title(label, fontsize=9, loc="left")
         axes.set_xlabel("steps", fontsize=8)
         axes.set_ylabel("correct, %", fontsize=8)
