@@ -140,8 +140,8 @@ def require_split(samples: str, **parts: Sized) -> None:
     if empty := [name for name, part in parts.items() if not len(part)]:
         counts = ", ".join(f"{len(part):,} for {name}" for name, part in parts.items())
         raise UserError(
-            f"no {samples} are left for {empty[0]}: {counts}; give more, at least two of each class, since a class of "
-            "one holds none out, or change what is held out"
+            f"no {samples} are left for {empty[0]}: {counts}; give more, since none is held out of a single one, "
+            "nor of the only one of a class, or name others to validate on, where the data take a val_folder"
         )
 
 

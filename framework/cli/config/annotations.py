@@ -25,7 +25,8 @@ from lightspan.core.source import (
     submodules,
 )
 
-_SEQUENCES = ("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set", "Collection")
+_TUPLES = ("tuple", "Tuple")
+_SEQUENCES = (*_TUPLES, "list", "List", "Sequence", "Iterable", "set", "Set", "Collection")
 _MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _TEXTS = ("str", "Path", "PathLike", "_PATH")
 _NAMES = {"int": (int,), "float": (int, float), "bool": (bool,), **dict.fromkeys(_TEXTS, (str,))}
@@ -353,7 +354,10 @@ def describe(annotation: ast.expr, source: Source) -> str:
         elif name == "Literal" and (choices := literal_choices(member)):
             parts.append("one of " + ", ".join(repr(choice) for choice in choices))
         elif name in _SEQUENCES and (inner := _arguments(member)):
-            parts.append(f"a list of {describe(inner[0], source)}")
+            values = [part for part in inner if not _is_ellipsis(part)]
+            fixed = name in _TUPLES and len(inner) == len(values) > 1
+            each = " or ".join(dict.fromkeys(describe(value, source) for value in values))
+            parts.append(f"a list of {len(values)}, each {each}" if fixed else f"a list of {each}")
         else:
             parts.append(words.get(name, ast.unparse(member)))
     return " or ".join(dict.fromkeys(parts))

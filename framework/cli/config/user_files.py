@@ -92,7 +92,7 @@ class UserFiles:
         if "num_classes" in (model.get("init_args") or {}) and not found.classes:
             way_out = f"put the {self.name} of each class into a sub-folder of its name"
             raise without_labels(resolved, training, way_out)
-        notes = [f"{self.option}: {count:,} {self.name} in {training}"]
+        notes = [f"{self.option}: {count:,} {self.name.removesuffix('s') if count == 1 else self.name} in {training}"]
         wanted = fitting(self.channels, len(found.classes) or None)
         layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
         if self.is_one(training / found.names[0], given):

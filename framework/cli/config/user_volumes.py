@@ -35,7 +35,7 @@ def _model_layer(resolved: Resolved) -> Layer:
         raise without_labels(resolved, training, way_out)
 
     kinds = "one modality" if len(modalities) == 1 else f"{len(modalities)} modalities"
-    notes = [f"--volumes: {count:,} subjects in {training}, of {kinds}"]
+    notes = [f"--volumes: {count:,} subject{'' if count == 1 else 's'} in {training}, of {kinds}"]
     wanted = fitting(len(modalities), None if of_voxels else len(found.classes) or None)
     layer: dict[str, Any] = {"model": {"init_args": fitted(model, wanted, notes)}}
     if (batch := fewer(given.get("batch_size"), count, "volumes", notes)) != given.get("batch_size"):

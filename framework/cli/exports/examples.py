@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightspan.cli.config.build import Built
 from lightspan.core.batches import batch_type_of, fields_of, single_field
-from lightspan.core.errors import UserError, print_notes
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.sample_sets import SampleSets
 from lightspan.datamodules.shards.stream import Shards
 
@@ -29,13 +29,7 @@ def example_batch(built: Built, shape: tuple[int, ...] | None = None) -> tuple[A
     data: Any = built.datamodule
     known = moments_of(data) if isinstance(data, Shards) else None  # others know theirs once they are set up
     if shape is not None:
-        if known is None and (known := _moments_if_here(built)) is None:
-            print_notes(
-                [
-                    "mean and std of the run's inputs are not known, so what is written takes inputs that are "
-                    "standardised already, as in the run"
-                ]
-            )
+        known = known or _moments_if_here(built)
         kind = batch_type_of(data, built.model)  # some data know theirs once they are set up
         _require_axes(shape, kind)
         if known is not None and len(known[0]) != shape[0]:

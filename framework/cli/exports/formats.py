@@ -22,7 +22,7 @@ from lightspan.cli.exports.products import LOADED_BY_TIMM, Product, program, ten
 from lightspan.cli.exports.standalone import Reading, Standalone, What, compare, largest_difference, reading_of
 from lightspan.cli.exports.timm_folder import elastic_backbone, read_timm, sizes_of, timm_network
 from lightspan.core.batches import batch_type_of
-from lightspan.core.errors import UserError, first_lines
+from lightspan.core.errors import UserError, first_lines, print_notes
 
 EXACT = 1e-6  # of float32 outputs; an exact export has none, another attention kernel less
 PROGRAM = "model.pt2"
@@ -172,7 +172,12 @@ def _prepared(request: Request) -> Request:
 def _read(request: Request) -> Reading:
     batch, moments = example_batch(request.built, request.shape)
     kind = batch_type_of(request.built.datamodule, request.built.model)
-    return reading_of(request.built.model, batch, moments, request.what, _blames_shape(request), kind)
+    reading = reading_of(request.built.model, batch, moments, request.what, _blames_shape(request), kind)
+    if reading.moments is None and (names := [name for name, x in reading.examples.items() if x.dim() > 3]):
+        print_notes(
+            [f"what is written takes {' and '.join(names)} as the data of the run give it, standardised already"]
+        )
+    return reading
 
 
 @contextmanager

@@ -178,8 +178,12 @@ def _inputs(inputs: Mapping[str, Any]) -> str:
         lines.append(
             f"channels are standardised {plain(inputs['standardise'])}: mean {mean}, deviation {std} in 0 to 1"
         )
-    elif any(len(form.get("shape", ())) > 3 for form in inputs.get("inputs", {}).values()):
-        lines.append(f"pictures are standardised {plain(inputs['standardise'])}")
+    else:
+        lines += [
+            f"{code(name)} is standardised {plain(inputs['standardise'])}"
+            for name, form in inputs.get("inputs", {}).items()
+            if len(form.get("shape", ())) > 3
+        ]
     return bullets(lines)
 
 

@@ -65,7 +65,7 @@ class Reading:
             for name, x in self.examples.items()
         }
         if self.moments is None:
-            return {"inputs": inputs, "standardise": "as the run did, with unknown mean and std, before they go in"}
+            return {"inputs": inputs, "standardise": "as the data of the run did, before it goes in"}
         if inside:
             inputs[self.standardise]["range"] = [0, 1]
         mean, std = (x.flatten().tolist() for x in self.moments)

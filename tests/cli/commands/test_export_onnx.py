@@ -142,16 +142,14 @@ def test_without_the_data_the_shape_of_a_picture_is_enough(
         with pytest.raises(UserError, match=r"^Classifier.features .* gives a str"):  # not the fault of --shape
             run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8")
     assert run_export(run_dir, "--to", "torch-export", "--shape", "1,8,8") == 0
-    assert "note: mean and std" in capsys.readouterr().err
+    assert "note: what is written takes image as the data of the run give it" in capsys.readouterr().err
     images = torch.randn(2, 1, 8, 8)
     program = torch.export.load(run_dir / "export" / "torch-export" / "model.pt2").module()
     built = build(load_resolved(run_dir)).model
     built.load_state_dict(read_checkpoint(run_dir / "checkpoints" / "last.ckpt", optimizers=False)["state_dict"])
     torch.testing.assert_close(program(images), built.eval().features({"image": images}))
-    assert (
-        "with unknown mean and std, before they go in"
-        in (run_dir / "export" / "torch-export" / "README.md").read_text()
-    )
+    card = (run_dir / "export" / "torch-export" / "README.md").read_text()
+    assert "`image` is standardised as the data of the run did, before it goes in" in card
 
 
 class ElsewhereClips(LightningDataModule):

@@ -146,4 +146,7 @@ def test_a_type_is_described_in_words():
     assert describe(annotation("int | None"), SOURCE) == "a whole number or null"
     assert describe(annotation("Mode"), SOURCE) == "one of 'min', 'max'"
     assert describe(annotation("list[float]"), SOURCE) == "a list of a number"
+    assert describe(annotation("tuple[float, ...]"), SOURCE) == "a list of a number"
+    assert describe(annotation("tuple[float, float, float] | None"), SOURCE) == "a list of 3, each a number or null"
+    assert describe(annotation("tuple[int, str]"), SOURCE) == "a list of 2, each a whole number or a text"
     assert describe(annotation("Net"), SOURCE) == "Net"

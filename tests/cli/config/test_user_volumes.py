@@ -39,6 +39,11 @@ def test_the_folder_replaces_the_data_and_the_networks_channels_follow(tmp_path:
     assert "feature_pictures" not in callbacks
 
 
+def test_one_subject_is_not_said_to_be_several(tmp_path: Path) -> None:
+    folder = write_volumes(tmp_path / "in", 1)
+    assert with_volumes(RECIPE, (), folder, []).notes[0] == f"--volumes: 1 subject in {folder}, of one modality"
+
+
 def test_a_grid_of_base_crops_is_kept(tmp_path: Path) -> None:
     found = with_volumes("contrastive/voco", (), write_volumes(tmp_path / "in", 5), []).config["data"]["init_args"]
     kept = resolve("contrastive/voco").config["data"]["init_args"]
