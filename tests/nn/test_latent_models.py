@@ -54,7 +54,7 @@ def test_a_learned_noise_and_likelihood_are_scikit_learns() -> None:
 @pytest.mark.parametrize(("rows", "rank"), [(5, 3), (5, 8), (9, 9), (30, 3)])
 @pytest.mark.parametrize("variance", [None, 0.5])
 def test_rows_give_the_factors_of_their_covariance_where_they_are_few_too(
-    rows: int, rank: int, variance: float
+    rows: int, rank: int, variance: float | None
 ) -> None:
     x = drawn(rows, 9)
     factors, s2 = factors_of_rows(x, rank, variance)
