@@ -50,6 +50,7 @@ from lightspan.cli.runs.train import (
 )
 from lightspan.core.errors import UserError, print_notes, printable
 from lightspan.core.files.runs import METRICS, PROFILE, REPORT
+from lightspan.datamodules.loading.ranks import each_line_once
 from lightspan.training.checkpoints.manifest import manifest
 from lightspan.training.loggers.wandb_key import wandb_key_place
 
@@ -238,9 +239,10 @@ def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
     step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
 
     def fit() -> Any:
-        return built.trainer.fit(
-            built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
-        )
+        with each_line_once():  # of training data that a callback reads too
+            return built.trainer.fit(
+                built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
+            )
 
     try:
         status = call(fit, built, run_dir, checkpoint)[0]
