@@ -50,7 +50,6 @@ from lightspan.cli.runs.train import (
 )
 from lightspan.core.errors import UserError, print_notes, printable
 from lightspan.core.files.runs import METRICS, PROFILE, REPORT
-from lightspan.datamodules.loading.ranks import each_line_once
 from lightspan.training.checkpoints.manifest import manifest
 from lightspan.training.loggers.wandb_key import wandb_key_place
 
@@ -234,6 +233,8 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
 
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
+    from lightspan.datamodules.loading.ranks import each_line_once
+
     with recorded_start(args.run):
         resolved, built, checkpoint = _started(args, resolved, run_dir)
     step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
