@@ -12,7 +12,7 @@ from lightspan.core.errors import UserError, printable
 from lightspan.core.files.places import ReadPath
 from lightspan.datamodules.loading.loader import EvaluationLoader, ExactLoader, split_batch
 from lightspan.datamodules.loading.order import Order
-from lightspan.datamodules.loading.selection import selected
+from lightspan.datamodules.loading.selection import DataSelection
 from lightspan.datamodules.loading.subset import subset_of
 from lightspan.datamodules.loading.workers import Dataset
 
@@ -74,10 +74,13 @@ def train_loader(
 ) -> ExactLoader:
     """The `ExactLoader` for this rank of `trainer`; `batch_size` is that of one optimiser step over all ranks. It loads
     what `selection` says, the file of a `lightspan.datamodules.loading.selection.DataSelection`, and of that, where the
-    trainer has a `TrainingSubset`, that part.
+    trainer has a `TrainingSubset`, that part; a line says how many samples were selected.
     """
     own, ranks = data_rank(trainer)
-    dataset, order = selected(selection, dataset, order)
+    if selection is not None:
+        everything = len(dataset)
+        dataset, order = DataSelection.read(selection).taken(dataset, order)
+        say(f"selection: {len(dataset):,} of {everything:,} training samples, by {selection}")
     if (subset := subset_of(trainer)) is not None:
         dataset, order = subset.taken(dataset, order)
     if trainer is None:

@@ -294,8 +294,3 @@ def _require_above(name: str, numbers: np.ndarray) -> None:
 def _require_members(mixture_G: np.ndarray, members_G: np.ndarray) -> None:
     if len(empty := np.flatnonzero((mixture_G > 0) & (members_G == 0))):
         raise UserError(f"group {empty[0]} has a share of {mixture_G[empty[0]]:.4g} in the mixture, but no sample")
-
-
-def selected(path: str | None, dataset: Dataset, order: Order | None) -> tuple[Dataset, Order | None]:
-    """What a data module whose `selection` is the file at `path` trains on; None selects everything."""
-    return (dataset, order) if path is None else DataSelection.read(path).taken(dataset, order)

@@ -33,6 +33,15 @@ def require_few_classes(what: str, labels_N: Tensor) -> None:
         )
 
 
+def require_different(what: str, labels: Tensor) -> None:
+    """Raises UserError, beginning with `what`, where all labels are alike."""
+    if (labels == labels[:1]).all():
+        raise UserError(
+            f"{what} needs labels that differ, and all {len(labels):,} are alike, as those of a folder without "
+            "classes; take labelled data"
+        )
+
+
 Kind = Literal["classes", "tags", "numbers"]
 
 

@@ -33,10 +33,24 @@ def fitted_factors(covariance_DD: Tensor, rank: int, variance: float | None = No
             where none is.
     """
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
-    values_R, vectors_DR = values_D.flip(0)[:rank], vectors_DD.flip(1)[:, :rank]
-    rest = values_D.flip(0)[rank:].clamp_min(0)
+    return _factors(values_D.flip(0), vectors_DD.flip(1), rank, variance)
+
+
+def factors_of_rows(centred_ND: Tensor, rank: int, variance: float | None = None) -> tuple[Tensor, float]:
+    """`fitted_factors` of the covariance of rows: O(N D min(N, D)), where an eigendecomposition is O(D^3)."""
+    count, width = centred_ND.shape
+    if count >= width:
+        return fitted_factors(centred_ND.T @ centred_ND / count, rank, variance)
+    _, lengths_N, rows_ND = torch.linalg.svd(centred_ND.double(), full_matrices=False)
+    values_D = torch.cat([lengths_N.square() / count, lengths_N.new_zeros(width - count)])
+    return _factors(values_D, torch.cat([rows_ND, rows_ND.new_zeros(max(0, rank - count), width)]).T, rank, variance)
+
+
+def _factors(values_D: Tensor, vectors_DE: Tensor, rank: int, variance: float | None) -> tuple[Tensor, float]:
+    """From eigenvalues, the largest first, and at least the first `rank` eigenvectors, of which those of 0 are free."""
+    rest = values_D[rank:].clamp_min(0)
     s2 = variance if variance is not None else float(rest.mean()) if len(rest) else 0.0
-    return vectors_DR * (values_R - s2).clamp_min(0).sqrt(), s2
+    return vectors_DE[:, :rank] * (values_D[:rank] - s2).clamp_min(0).sqrt(), s2
 
 
 def factor_likelihood(covariance_DD: Tensor, factors_DR: Tensor, variance: float) -> Tensor:
@@ -114,8 +128,7 @@ class FactorModel(_Latent):
         if self.rank > x_ND.shape[1]:
             raise UserError(f"FactorModel rank={self.rank} must be at most {x_ND.shape[1]}, the values of a sample")
         mean_D = x_ND.mean(dim=0)
-        covariance_DD = (x_ND - mean_D).T @ (x_ND - mean_D) / len(x_ND)
-        factors_DR, s2 = fitted_factors(covariance_DD, self.rank, self.variance)
+        factors_DR, s2 = factors_of_rows(x_ND - mean_D, self.rank, self.variance)
         self.mean_D, self.factors_DR, self.map_DR = mean_D, factors_DR, posterior_map(factors_DR, s2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -171,5 +171,10 @@ class SelectedData(Result):
             axes.set(xlabel="group", ylabel="share")
             axes.legend(frameon=False)
             return
+        from matplotlib.ticker import LogLocator, NullLocator
+
         axes.plot(np.linspace(0, 100, len(self.curve)), self.curve, color=COLOURS[0])
         axes.set(xlabel="selected samples, %", ylabel="places in an epoch", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())

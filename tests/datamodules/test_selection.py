@@ -25,6 +25,7 @@ from lightspan.datamodules.image.sets.small import Digits
 from lightspan.datamodules.image.variants.class_stream import ClassStream
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.order import ClassBalanced, InSequence, Order, Weighted
+from lightspan.datamodules.loading.ranks import train_loader
 from lightspan.datamodules.loading.selection import DataSelection, data_name
 from lightspan.datamodules.loading.subset import TrainingSubset
 from lightspan.datamodules.shards.stream import Shards
@@ -360,6 +361,13 @@ def test_the_largest_weights_are_shown_as_shares_too() -> None:
     with warnings.catch_warnings(action="error"):
         shown = of(3, weight_n=[1.5e308, 1.5e308, 0]).described()
     assert shown["places in an epoch"] == "least 0, median 1, most 1"
+
+
+def test_a_run_says_how_many_samples_were_selected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "few.safetensors"
+    of(12, index_n=[1, 5, 7]).write(path)
+    train_loader(Numbers(), 3, 0, 0, None, selection=str(path))
+    assert capsys.readouterr().out == f"selection: 3 of 12 training samples, by {path}\n"
 
 
 def test_show_says_what_a_file_selects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

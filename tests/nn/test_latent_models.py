@@ -11,6 +11,7 @@ from lightspan.nn.latent_models import (
     FactorModel,
     GaussianMixture,
     factor_likelihood,
+    factors_of_rows,
     fitted_factors,
     posterior_map,
 )
@@ -48,6 +49,19 @@ def test_a_learned_noise_and_likelihood_are_scikit_learns() -> None:
     mean = theirs.score(x.numpy() * (199 / 200) ** 0.5)  # of rows whose covariance is theirs times (N - 1) / N
     ours = factor_likelihood(s * 199 / 200, factors, s2)
     assert float(ours) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(5, 3), (5, 8), (9, 9), (30, 3)])
+@pytest.mark.parametrize("variance", [None, 0.5])
+def test_rows_give_the_factors_of_their_covariance_where_they_are_few_too(
+    rows: int, rank: int, variance: float | None
+) -> None:
+    x = drawn(rows, 9)
+    factors, s2 = factors_of_rows(x, rank, variance)
+    expected, expected_s2 = fitted_factors(x.T @ x / rows, rank, variance)
+    assert s2 == pytest.approx(expected_s2, abs=1e-12)
+    assert factors.shape == expected.shape
+    torch.testing.assert_close(factors @ factors.T, expected @ expected.T)
 
 
 def test_the_posterior_mean_is_that_of_the_joint_gaussian() -> None:

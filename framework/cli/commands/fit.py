@@ -233,14 +233,17 @@ def _started(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> tup
 
 
 def _fit(args: argparse.Namespace, resolved: Resolved, run_dir: Path) -> int:
+    from lightspan.datamodules.loading.ranks import each_line_once
+
     with recorded_start(args.run):
         resolved, built, checkpoint = _started(args, resolved, run_dir)
     step = (manifest(checkpoint) or {}).get("step") if checkpoint else None  # now: the file may be written anew
 
     def fit() -> Any:
-        return built.trainer.fit(
-            built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
-        )
+        with each_line_once():  # of training data that a callback reads too
+            return built.trainer.fit(
+                built.model, datamodule=built.datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True
+            )
 
     try:
         status = call(fit, built, run_dir, checkpoint)[0]

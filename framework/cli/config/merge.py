@@ -4,7 +4,8 @@ Mappings merge key by key and everything else is replaced. There are three more 
 settings of the class before it: a layer that gives it settings of its own is noted, and one that gives none is warned,
 as it may have meant to keep them. So it is with `checkpoints`, whose names are the user's choice: a
 layer with a name that is new there gives checkpoints of its own, and drops all that it does not name. `null` under
-`trainer.callbacks`, `trainer.logger` or an estimator's `inputs` removes that entry.
+`trainer.callbacks`, `trainer.logger` or an estimator's `inputs` removes that entry, as it does in place of a
+class that a setting holds by name, such as one of several `encoders`.
 """
 
 import difflib
@@ -94,23 +95,27 @@ def _plainly(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def without_removed(root: Node) -> Node:
-    """The tree without the entries of `KEYED` mappings that a layer set to null."""
-    for path in KEYED:
-        root = _without_nulls(root, path)
-    return root
+def without_removed(root: Node, path: KeyPath = ()) -> Node:
+    """The tree without the entries that a layer removed by null."""
+    if not isinstance(root.value, dict):
+        return root
+    parts = _holds_parts(root, path)
+    kept = {
+        key: without_removed(child, (*path, key))
+        for key, child in root.value.items()
+        if not (child.value is None and (path in KEYED or (parts and _was_class(child))))
+    }
+    return Node(kept, root.where, root.replaced)
 
 
-def _without_nulls(node: Node, path: KeyPath) -> Node:
-    if not isinstance(node.value, dict):
-        return node
-    if not path:
-        kept = {key: child for key, child in node.value.items() if child.value is not None}
-    elif path[0] in node.value:
-        kept = {**node.value, path[0]: _without_nulls(node.value[path[0]], path[1:])}
-    else:
-        return node
-    return Node(kept, node.where, node.replaced)
+def _holds_parts(node: Node, path: KeyPath) -> bool:
+    """Whether this is a setting's mapping whose names a recipe chooses, as `init_args.encoders` is."""
+    within = any(key in CLASS_SETTINGS for key in path[:-1])
+    return within and path[-1] not in CLASS_SETTINGS and node.child("class_path") is None
+
+
+def _was_class(node: Node) -> bool:
+    return any(before.child("class_path") is not None for before in node.replaced)
 
 
 def explain(root: Node, path: KeyPath) -> list[str] | None:

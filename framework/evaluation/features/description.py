@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import cache, cached_property, partial
 from importlib import metadata
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class Description:
             self._module(value)
         elif callable(value) and hasattr(value, "__wrapped__"):  # of functools.cache and the like
             self._children("wrapper", [("class", type(value)), ("function", value.__wrapped__)])
-        elif type(value) is dict:
+        elif type(value) in (dict, MappingProxyType):
             pairs = [pair for pair in value.items() if pair[0] not in _OF_PROCESS]
             self._children("mapping", enumerate(part for pair in pairs for part in pair))
         elif type(value) is list:

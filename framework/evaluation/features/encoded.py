@@ -194,7 +194,7 @@ class Encoded(Input):
         x, *rest = (batch[name] for name in names)
         for transform in self.transforms:
             x = transform(x)
-        return self.encoder(x, *rest)
+        return _called(self.encoder, x, *rest)
 
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
@@ -281,10 +281,25 @@ def vectors(encoder: nn.Module, transforms: Sequence[nn.Module], x_BCHW: Tensor,
     if callable(of_method) and not isinstance(of_method, nn.Module):
         x = of_method({"image": x})
     else:
-        x = pooled(encoder, encoder(x), pool)
+        x = pooled(encoder, _called(encoder, x), pool)
     if x.ndim != 2:
         raise UserError(f"this needs a vector for each image, and got {list(x.shape)}; set pool")
     return x.float()
+
+
+def _called(encoder: nn.Module, *inputs: Any) -> Any:
+    """Raises: UserError where it cannot compute on such inputs, as on one channel in place of three."""
+    try:
+        return encoder(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        raise UserError(
+            f"{type(encoder).__name__} cannot read inputs {shapes}: {str(error).partition(chr(10))[0]}; "
+            "put transforms before it that make what it expects, such as torchvision.transforms.v2.Grayscale with "
+            "num_output_channels=3 and Resize, or take other data"
+        ) from error
 
 
 def _by(tokens: Tokens, pool: Pool) -> Tensor:

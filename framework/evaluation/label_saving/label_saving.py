@@ -24,7 +24,7 @@ from lightspan.evaluation.features.compared import ComparedFeatures
 from lightspan.evaluation.features.features import Features
 from lightspan.evaluation.geometry.spectra import centred
 from lightspan.evaluation.label_saving.curves import saving, worth
-from lightspan.evaluation.labels import kind_of
+from lightspan.evaluation.labels import kind_of, require_different
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.evaluation.probes.probe_scores import probe_scores, rows_to_choose_by
 from lightspan.evaluation.probes.probes import best_of, settings_of
@@ -215,11 +215,7 @@ class LabelSaving(Estimator):
         if count < FEWEST:
             raise UserError(f"LabelSaving got {count} rows in the bank, but needs {FEWEST}")
         for which, labels in (("bank", known), ("query", asked)):
-            if (labels == labels[:1]).all():
-                raise UserError(
-                    f"LabelSaving needs labels that differ, and all {len(labels):,} of the {which} are alike, as those "
-                    "of a folder without classes; take labelled data"
-                )
+            require_different(f"LabelSaving, {which}", labels)
         numbers = self._numbers(count)
         orders = [
             torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + i)) for i in range(self.draws)

@@ -24,7 +24,7 @@ from lightspan.core.generators import drawn_from
 from lightspan.core.results import Figure, Result
 from lightspan.core.unit_length import unit_length
 from lightspan.evaluation.estimator import Estimator
-from lightspan.evaluation.labels import kind_of, require_few_classes, require_labels
+from lightspan.evaluation.labels import kind_of, require_different, require_few_classes, require_labels
 from lightspan.evaluation.probes.knn import knn_mean
 from lightspan.evaluation.probes.linear_probe import fit_linear_probe
 from lightspan.evaluation.probes.probe_scores import half_interval
@@ -388,6 +388,7 @@ def _checked(audited: AuditedEncoder) -> tuple[Tensor, Tensor]:
             raise UserError(f"an audit needs a class for each of the {what} images; choose a task with classes")
         require_labels(f"audit, {what}", x, label_N)
         require_few_classes(f"audit, {what}", label_N)
+        require_different(f"audit, {what}", label_N)
         classes.append(label_N.cpu().long())
     if len(audited.surrogate) < 2:
         raise UserError("an audit needs at least two surrogate images, to tell features apart")

@@ -55,6 +55,20 @@ def test_null_removes_an_input_of_an_estimator():
     assert plain(without_removed(merge_layers([base, overlay])[0])) == {"inputs": {"b": {"class_path": "x.Y"}}}
 
 
+def test_null_removes_a_part_that_a_setting_holds_by_name_and_no_setting():
+    base = layer(
+        "inputs: {a: {class_path: x.Y, init_args: {sides: {l: {class_path: x.A}, r: {class_path: x.B}}, "
+        "one: {class_path: x.C, init_args: {d: {class_path: x.D}}}, bands: {k: [1]}}}}"
+    )
+    overlay = layer("inputs: {a: {init_args: {sides: {l: null}, one: {init_args: {d: null}}, bands: {k: null}}}}")
+    merged = plain(without_removed(merge_layers([base, overlay])[0]))["inputs"]["a"]["init_args"]
+    assert merged["sides"] == {"r": {"class_path": "x.B"}}
+    assert merged["one"] == {"class_path": "x.C", "init_args": {"d": None}}
+    assert merged["bands"] == {"k": None}
+    whole = layer("inputs: {a: {init_args: {one: null}}}")
+    assert plain(without_removed(merge_layers([base, whole])[0]))["inputs"]["a"]["init_args"]["one"] is None
+
+
 def test_null_elsewhere_is_a_value():
     merged, _ = merge_layers([layer("trainer: {max_time: x}\n"), layer("trainer: {max_time: null}\n")])
     assert plain(without_removed(merged)) == {"trainer": {"max_time": None}}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -229,6 +230,8 @@ CODE: dict[str, Callable[[], Encoded]] = {
     "a tensor in a mapping": lambda: holding({"x": (torch.zeros(3),)}),
     "another tensor in a mapping": lambda: holding({"x": (torch.ones(3),)}),
     "a key of a mapping": lambda: holding({"y": (torch.ones(3),)}),
+    "a mapping that no one may change": lambda: holding(MappingProxyType({"z": 1})),
+    "another mapping that no one may change": lambda: holding(MappingProxyType({"z": 2})),
     "a set": lambda: holding({"a", "b", "c"}),
     "another set": lambda: holding({"a", "b", "d"}),
     "an object": lambda: holding(Slotted(1)),
@@ -420,6 +423,10 @@ def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
         (lambda: encoded(split="test"), r"Data has no test_dataloader\(\)"),
         (lambda: encoded(field="audio"), "a batch has no 'audio'; it contains"),
         (lambda: encoded(nn.Flatten(0)), r"Flatten gave \[64\] as features"),
+        (
+            lambda: encoded(nn.Conv2d(3, 8, 3)),
+            r"Conv2d cannot read inputs \[4, 1, 4, 4\]: Given groups=1, .* 3 channels",
+        ),
         (lambda: encoded(layer=0, pool="first"), "there is no first token: all lie on a grid of 2 x 2; take the mean"),
         (lambda: encoded(data=Data(broken=5)), "sample 5 is broken"),
         (lambda: holding([threading.Lock()]), r"Net\.held\.0 is a _thread\.lock, which the feature store"),

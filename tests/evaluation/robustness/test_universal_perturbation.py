@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,6 +241,8 @@ def test_bad_inputs_are_refused() -> None:
     standardised.surrogate[0, 0] = -1
     with pytest.raises(UserError, match=r"\[0, 1\]"):
         quick().fit(standardised)
+    with pytest.raises(UserError, match="audit, train needs labels that differ, and all 40 are alike"):
+        quick().fit(replace(audited(), train_label_N=torch.zeros(40, dtype=torch.int64)))
 
 
 def test_images_of_two_data_modules_are_put_back_into_0_to_1() -> None:
