@@ -592,7 +592,7 @@ COMPUTED = {
         "infinite",
     },
     "UniversalPerturbation": {
-        *("two rows", "one class", "a class of one sample", "classes left out", "constant features", "zeros"),
+        *("two rows", "a class of one sample", "classes left out", "constant features", "zeros"),
         *("one constant feature", "a row of zeros", "equal points", "a lattice", "more features than rows", "denormal"),
         "huge",
     },

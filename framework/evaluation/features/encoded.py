@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightspan.core.batches import batch_type_of, single_fields
 from lightspan.core.collate import taken
 from lightspan.core.distributed import digest_of_first_rank, gather_rows, raise_on_all_ranks, rank
-from lightspan.core.errors import UserError
+from lightspan.core.errors import UserError, first_lines
 from lightspan.core.files.arrays import read_arrays
 from lightspan.core.files.atomic import expanded
 from lightspan.core.files.places import ReadPath
@@ -293,12 +293,17 @@ def _called(encoder: nn.Module, *inputs: Any) -> Any:
         return encoder(*inputs)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         shapes = ", ".join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+        kinds = {str(p.dtype).removeprefix("torch.") for p in encoder.parameters() if p.is_floating_point()}
+        way_out = (
+            "give it the size and channels that it was made for, by other data (--image-size) or by transforms before "
+            "it, such as torchvision.transforms.v2.Grayscale with num_output_channels=3 and Resize"
+            if kinds <= {"float32"}
+            else f"its weights are {', '.join(sorted(kinds))}, and inputs float32; give it in float32"
+        )
         raise UserError(
-            f"{type(encoder).__name__} cannot read inputs {shapes}: {str(error).partition(chr(10))[0]}; "
-            "put transforms before it that make what it expects, such as torchvision.transforms.v2.Grayscale with "
-            "num_output_channels=3 and Resize, or take other data"
+            f"{type(encoder).__name__} cannot read inputs {shapes}: {first_lines(error)}; {way_out}"
         ) from error
 
 

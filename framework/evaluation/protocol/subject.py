@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 from torch import Tensor, nn
 
 from lightspan.core.distributed import world_size
-from lightspan.core.errors import UserError, first_lines
+from lightspan.core.errors import UserError
 from lightspan.datamodules.loading.loader import ExactLoader
 from lightspan.datamodules.loading.subset import SubsetSamples
 from lightspan.datamodules.loading.workers import Dataset
@@ -185,19 +185,7 @@ class EncoderAndFloor(Input):
 
     def _judged(self, network: nn.Module, transforms: list[nn.Module], store: FeatureStore) -> Judged:
         settings: dict[str, Any] = {"transforms": transforms, "pool": self.pool}
-        try:
-            bank, query = (Encoded(network, self.data, split, **settings).load(store) for split in ("bank", self.query))
-        except (RuntimeError, AssertionError) as error:
-            kinds = {str(p.dtype).removeprefix("torch.") for p in network.parameters() if p.is_floating_point()}
-            way_out = (
-                "give images of the size and channels that it was made for (--image-size)"
-                if kinds <= {"float32"}
-                else f"its weights are {', '.join(sorted(kinds))}, and images float32; give it in float32"
-            )
-            raise UserError(
-                f"{type(network).__name__} cannot read the images of {type(self.data).__name__}: {first_lines(error)}; "
-                f"{way_out}"
-            ) from error
+        bank, query = (Encoded(network, self.data, split, **settings).load(store) for split in ("bank", self.query))
         for part in (network, *transforms):
             part.to(store.device).eval()
         return Judged(network, bank, query, tuple(transforms))
