@@ -6,6 +6,7 @@ Shapes: B samples of a batch, C H W image, T positions, D features.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -181,20 +182,23 @@ class Encoded(Input):
         if self.layer is None:
             return pooled(self.encoder, self._run(batch, names), self.pool)
         if (of_method := getattr(self.encoder, "token_features", None)) is not None:
-            (tokens,) = of_method(batch, [self.layer])
+            with _reading(self.encoder, _fields(batch, names)):
+                (tokens,) = of_method(batch, [self.layer])
         else:
             (tokens,) = token_features(self.encoder, lambda: self._run(batch, names), [self.layer])
         return _by(tokens, self.pool)
 
     def _run(self, batch: Any, names: list[str]) -> Any:
         if self._is_method():
-            return self.encoder.features(batch)  # type: ignore[operator]
+            with _reading(self.encoder, _fields(batch, names)):
+                return self.encoder.features(batch)  # type: ignore[operator]
         if lacking := [name for name in names if name not in batch]:
             raise UserError(f"a batch has no {lacking[0]!r}; it contains {sorted(batch)}; set field")
         x, *rest = (batch[name] for name in names)
         for transform in self.transforms:
             x = transform(x)
-        return _called(self.encoder, x, *rest)
+        with _reading(self.encoder, [x, *rest]):
+            return self.encoder(x, *rest)
 
     def _is_method(self) -> bool:
         features = getattr(self.encoder, "features", None)
@@ -278,19 +282,25 @@ def vectors(encoder: nn.Module, transforms: Sequence[nn.Module], x_BCHW: Tensor,
     for transform in transforms:
         x = transform(x)
     of_method = getattr(encoder, "features", None)
-    if callable(of_method) and not isinstance(of_method, nn.Module):
-        x = of_method({"image": x})
-    else:
-        x = pooled(encoder, _called(encoder, x), pool)
+    with _reading(encoder, [x]):
+        if callable(of_method) and not isinstance(of_method, nn.Module):
+            x = of_method({"image": x})
+        else:
+            x = pooled(encoder, encoder(x), pool)
     if x.ndim != 2:
         raise UserError(f"this needs a vector for each image, and got {list(x.shape)}; set pool")
     return x.float()
 
 
-def _called(encoder: nn.Module, *inputs: Any) -> Any:
-    """Raises: UserError where it cannot compute on such inputs, as on one channel in place of three."""
+def _fields(batch: Any, names: Sequence[str]) -> list[Any]:
+    return [batch[name] for name in names if name in batch]
+
+
+@contextmanager
+def _reading(encoder: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+    """Raises: UserError where an encoder cannot compute on such inputs, as on one channel in place of three."""
     try:
-        return encoder(*inputs)
+        yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:

@@ -408,6 +408,13 @@ def test_a_method_reads_the_layer_by_the_contract_of_methods(tmp_path: Path) -> 
     assert encoded(method, layer=0).load(FeatureStore(tmp_path)).x.shape == (SAMPLES, 32)
 
 
+@pytest.mark.parametrize("layer", [None, 0])
+def test_a_method_that_cannot_read_the_images_is_refused_as_a_network_is(tmp_path: Path, layer: int | None) -> None:
+    method = Classifier(SmallConvNet(3, stages=2), 3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+    with pytest.raises(UserError, match=r"Classifier cannot read inputs \[4, 1, 4, 4\]: .* 3 channels"):
+        encoded(method, layer=layer).load(FeatureStore(tmp_path))
+
+
 def test_a_method_is_asked_for_its_features(tmp_path: Path) -> None:
     net = Net()
     net.features = lambda batch: net(batch["image"]) + 1  # type: ignore[assignment]
