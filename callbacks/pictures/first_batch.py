@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 from lightspan.callbacks.pictures.band_colours import coloured_dates
 from lightspan.callbacks.pictures.batch_panels import panels
 from lightspan.callbacks.pictures.in_range import shown_in_range
-from lightspan.callbacks.pictures.strips import strips_figure, strips_of
+from lightspan.callbacks.pictures.strips import MOST_COLUMNS, evenly_spaced, strips_figure, strips_of
 from lightspan.core.batches import batch_type_of, read_names, schema_of, views_field
 from lightspan.core.drawing import png
 from lightspan.core.errors import UserError, print_notes
@@ -23,7 +23,6 @@ from lightspan.core.files.atomic import write_atomic
 from lightspan.core.files.places import RunPath
 from lightspan.core.pixels import png_of
 
-MOST_COLUMNS = 16
 LEAST_SIDE = 64  # smaller pictures are enlarged by a whole factor, so that their pixels can be seen
 
 
@@ -111,7 +110,7 @@ def _pictures(batch: Any, rows: int, batch_type: type | None) -> tuple[list[Tens
         return ([columns[0][: 8 * rows].detach().float().cpu()], 8) if _is_picture(columns[0]) else ([], 0)
     if not columns or not all(map(_is_picture, columns)):
         return [], 0
-    places = torch.linspace(0, len(columns) - 1, min(len(columns), MOST_COLUMNS)).round().long().tolist()
+    places = evenly_spaced(len(columns), MOST_COLUMNS).tolist()
     return [columns[place][:rows].detach().float().cpu() for place in places], len(places)
 
 

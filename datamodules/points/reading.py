@@ -55,8 +55,6 @@ def as_damage() -> Iterator[None]:
             yield
     except UserError:
         raise
-    except IndexError as error:  # of faces, whose vertices trimesh looks up in OBJ files
-        raise ValueError("it has a face of a vertex that is not there") from error
     except Exception as error:
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith("it ") else f"it is damaged: {said}") from error
@@ -78,7 +76,12 @@ def meshes_in(content: bytes, kind: str, beside: Any = None) -> list[Any]:
     except ImportError as error:
         raise without("trimesh") from error
     # Bytes, not a path: what a file names elsewhere is not looked for.
-    loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False, resolver=beside)
+    try:
+        loaded: Any = trimesh.load(io.BytesIO(content), file_type=kind, process=False, resolver=beside)
+    except IndexError as error:
+        if kind != "obj":  # only of OBJ files trimesh looks up the vertices of faces
+            raise
+        raise ValueError("it has a face of a vertex that is not there") from error
     return list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
 
 
