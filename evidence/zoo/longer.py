@@ -136,11 +136,11 @@ def section(rows: Sequence[Row]) -> list[str]:
     steps = max(row["steps"] for each in of.values() for row in each)
     return [
         *lines,
-        f"{NAME}, {steps:,} steps, the transformer alone, fewer methods: a teacher needs time to become better than "
-        "its student, and a hidden patch is learned slowly, so the tables above say little on them. The rest is as "
-        f"above, but for the search, which begins with {listed([f'{rate:g}' for rate in RATES])}, and goes on outwards "
-        "while the best rate is the least or the greatest that was tried. Rates are chosen on validation pictures. "
-        f"`{COMMAND}` measures it.",
+        f"{NAME}, {steps:,} steps, and fewer methods, on the transformer alone. A teacher takes time to become better "
+        "than its student, and hidden patches are learned slowly, so the shorter runs above say little about such "
+        "methods. Everything else is as above, except for the search, which begins with "
+        f"{listed([f'{rate:g}' for rate in RATES])} and continues outwards while the best rate is the lowest or the "
+        f"highest that was tried. Rates are chosen on validation pictures. `{COMMAND}` measures it.",
         "",
         *markdown(
             ["method", "package", "rate", *(part for probe in PROBES.values() for part in (probe, "gained")), "ms"],
